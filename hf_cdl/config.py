@@ -1,0 +1,70 @@
+"""CDLConfig: everything that rebuilds a continual model at any stage of its stream."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class CDLConfig(PreTrainedConfig):
+    """Configuration of `CDLForImageClassification`.
+
+    `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
+    sizes that grow: prompts, heads, id2label. Raises ValueError for a class name that occurs twice.
+    """
+
+    model_type = "cdl"
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
+        "query_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True),
+    }
+
+    backbone_config: Any = field(default=None, metadata={"help": "Config of the backbone (any allow-listed family)."})
+    backbone_name: str | None = field(default=None, metadata={"help": "Hub id or folder the backbone came from."})
+    backbone_revision: str | None = field(default=None, metadata={"help": "Commit hash of that backbone."})
+    query_config: Any = field(
+        default=None,
+        metadata={"help": "Config of a separate frozen query backbone (the student's, for a teacher that shares its "
+                  "query); None: the model's own un-prompted backbone answers."},
+    )  # fmt: skip
+    query_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the query backbone."})
+    prompt: dict[str, Any] = field(
+        default_factory=lambda: {"type": "none"}, metadata={"help": "Prompt pool: its type and that type's fields."}
+    )
+    kd_prompt: dict[str, Any] | None = field(
+        default=None, metadata={"help": "KD token, KD prompts and KD head (None: the model has none)."}
+    )
+    head: dict[str, Any] = field(
+        default_factory=lambda: {"type": "linear"}, metadata={"help": "Classification head: its type and fields."}
+    )
+    train_backbone: bool = field(
+        default=False, metadata={"help": "Train the backbone too (the sequential fine-tuning baseline)."}
+    )
+    tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
+
+    def __post_init__(self, **kwargs: Any):
+        self.set_tasks(self.tasks)
+        super().__post_init__(**kwargs)
+
+    def set_tasks(self, tasks: list[list[str]]) -> None:
+        """Set the class names of all tasks, and the label maps with them."""
+        names = [name for task in tasks for name in task]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(
+                f"Class names must be unique over the stream, but {repeated[:5]} occur more than once. More data for "
+                "a known class is not a new task; rename the class if it is a different concept."
+            )
+        if any(not task for task in tasks):
+            raise ValueError("A task needs at least one class; got an empty list of class names.")
+        self.tasks = [list(task) for task in tasks]
+        self.id2label = dict(enumerate(names))
+        self.label2id = {name: number for number, name in self.id2label.items()}
+
+    @property
+    def num_classes_per_task(self) -> list[int]:
+        """Number of classes of each task."""
+        return [len(task) for task in self.tasks]

@@ -1,0 +1,265 @@
+"""Metrics of continual learning: pure functions of an accuracy matrix, and `evaluate.Metric` classes around them.
+
+The accuracy matrix R: `R[t][i]` is the accuracy in percent on the test images of task i after learning task t, counted
+from 0. Its rows have t + 1 entries, or all have the same length and everything right of the diagonal is ignored. T is
+the number of rows: a stream that is still running is measured as if it ended with its last row. Every function raises
+ValueError if there are no rows, a row has the wrong length or a used entry is not a number in 0..100.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+import evaluate
+import numpy as np
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from numpy.typing import ArrayLike
+
+AccuracyMatrix = Iterable[Iterable[float]]
+
+
+def average_accuracy(R: AccuracyMatrix) -> float:
+    """Mean of the last row, every task counting the same: 1/T * sum_i R[T-1][i], in percent.
+
+    A_T of Lopez-Paz & Ranzato 2017 (arXiv:1706.08840, eq. 2), and what the authors of CDL report.
+    """
+    return fmean(_lower_triangle(R)[-1])
+
+
+def sample_average_accuracy(R: AccuracyMatrix, counts: Sequence[int]) -> float:
+    """Mean of the last row weighted by `counts`, the test images of each task: the share of right images, in percent.
+
+    Equals `average_accuracy` when all tasks have equally many images. Raises ValueError unless there is one positive
+    count for each of the T tasks.
+    """
+    last = _lower_triangle(R)[-1]
+    if len(counts) != len(last):
+        raise ValueError(
+            f"got {len(counts)} counts for {len(last)} learned tasks; give the number of test images of each learned "
+            f"task, counts[:{len(last)}] if the list covers a whole planned stream"
+        )
+    empty = [i for i, count in enumerate(counts) if not count > 0]
+    if empty:
+        raise ValueError(f"tasks {empty} have counts {[counts[i] for i in empty]}; every task needs a test image")
+    return sum(a * n for a, n in zip(last, counts, strict=True)) / sum(counts)
+
+
+def average_incremental_accuracy(R: AccuracyMatrix) -> float:
+    """Mean over all t of the average accuracy after task t: 1/T * sum_t 1/(t+1) * sum_{i<=t} R[t][i], in percent.
+
+    Rebuffi et al. 2017 (iCaRL, arXiv:1611.07725, section 4). iCaRL averages over images at each step, this over tasks:
+    the same number when all tasks have equally many test images.
+    """
+    return fmean(fmean(row) for row in _lower_triangle(R))
+
+
+def forgetting(R: AccuracyMatrix) -> float:
+    """Mean over i < T-1 of max_{i<=t<T-1} R[t][i] - R[T-1][i], in percent points; 0.0 if T = 1.
+
+    F_T of Chaudhry et al. 2018 (arXiv:1801.10112, eq. 3). The best accuracy is looked for before the last row, so the
+    value is negative if old tasks end better than they ever were. The last task, just learned, is left out.
+    """
+    rows = _lower_triangle(R)
+    old = range(len(rows) - 1)
+    return fmean(max(row[i] for row in rows[i:-1]) - rows[-1][i] for i in old) if old else 0.0
+
+
+def official_forgetting(R: AccuracyMatrix) -> float:
+    """The CDL authors' forgetting: 1/T * sum over all T tasks of R[i][i] - R[T-1][i], in percent points.
+
+    Differs from `forgetting` twice: it measures against the accuracy right after learning a task instead of the best
+    one, and divides by T although the last task always adds 0. Always -(T-1)/T * `backward_transfer`; 0.0 if T = 1.
+    """
+    rows = _lower_triangle(R)
+    return fmean(rows[i][i] - rows[-1][i] for i in range(len(rows)))
+
+
+def one_step_forgetting(R: AccuracyMatrix) -> float:
+    """CODA-Prompt's forgetting: mean over t = 1..T-1 of mean over i < t of R[t-1][i] - R[t][i]; 0.0 if T = 1.
+
+    The average drop of an old task in one step, in percent points: much smaller than the drop from its best to its
+    end that `forgetting` gives. Smith et al. 2023 (arXiv:2211.13218), as computed by their published code.
+    """
+    rows = _lower_triangle(R)
+    steps = range(1, len(rows))
+    return fmean(fmean(rows[t - 1][i] - rows[t][i] for i in range(t)) for t in steps) if steps else 0.0
+
+
+def backward_transfer(R: AccuracyMatrix) -> float:
+    """Mean over i < T-1 of R[T-1][i] - R[i][i], in percent points, negative for forgetting; 0.0 if T = 1.
+
+    BWT of Lopez-Paz & Ranzato 2017 (arXiv:1706.08840, eq. 3).
+    """
+    rows = _lower_triangle(R)
+    old = range(len(rows) - 1)
+    return fmean(rows[-1][i] - rows[i][i] for i in old) if old else 0.0
+
+
+METRICS: dict[str, Callable[[AccuracyMatrix], float]] = {
+    "average_accuracy": average_accuracy,
+    "average_incremental_accuracy": average_incremental_accuracy,
+    "forgetting": forgetting,
+    "official_forgetting": official_forgetting,
+    "one_step_forgetting": one_step_forgetting,
+    "backward_transfer": backward_transfer,
+}
+"""Every metric that needs the accuracy matrix alone; `sample_average_accuracy` needs the counts too."""
+
+
+def continual_metrics(R: AccuracyMatrix, counts: Sequence[int] | None = None) -> dict[str, float]:
+    """All metrics of METRICS by name, and `sample_average_accuracy` if `counts` (test images per task) are given."""
+    rows = _lower_triangle(R)
+    values = {name: metric(rows) for name, metric in METRICS.items()}
+    if counts is not None:
+        values["sample_average_accuracy"] = sample_average_accuracy(rows, counts)
+    return values
+
+
+def accuracy_row(predictions: ArrayLike, references: ArrayLike, classes_per_task: Sequence[int]) -> dict[str, Any]:
+    """One row of the accuracy matrix from class numbers in stream order.
+
+    `predictions`, `references`: (N,). `classes_per_task`: number of classes of each task seen so far; task 0 owns the
+    classes 0.., task 1 the next ones.
+    Returns `row` (percent per task), `correct` and `counts` (images per task). Raises ValueError if a class number is
+    outside the seen classes or a task has no image.
+    """
+    predicted, labels = np.asarray(predictions), np.asarray(references)
+    if predicted.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(
+            f"predictions {predicted.shape} and references {labels.shape} must be two flat lists of equal length"
+        )
+    sizes = list(classes_per_task)
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"classes_per_task is {sizes}; give a positive number of classes for each task seen so far")
+    ends = np.cumsum(sizes)
+    for name, classes in (("predictions", predicted), ("references", labels)):
+        outside = np.unique(classes[(classes < 0) | (classes >= ends[-1])])
+        if len(outside):
+            raise ValueError(
+                f"{name} hold the classes {outside[:5].tolist()}, but the tasks seen so far {sizes} have the classes "
+                f"0..{ends[-1] - 1}; cut the logits to the seen classes and number the labels in stream order"
+            )
+    tasks = np.searchsorted(ends, labels, side="right")
+    counts = np.bincount(tasks, minlength=len(sizes))
+    correct = np.bincount(tasks[predicted == labels], minlength=len(sizes))
+    if not counts.all():
+        empty = np.flatnonzero(counts == 0).tolist()
+        raise ValueError(f"no test image of the tasks {empty}; a row needs images of every task seen so far")
+    return {"row": (100.0 * correct / counts).tolist(), "correct": correct.tolist(), "counts": counts.tolist()}
+
+
+def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
+    """Checks R and cuts row t to its t + 1 entries."""
+    try:
+        rows = [[float(value) for value in row] for row in R]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"an accuracy matrix is a list of rows of numbers, R[t][i] in percent: {error}") from error
+    if not rows:
+        raise ValueError("the accuracy matrix has no rows; add the row of the first task, [accuracy in percent]")
+    lengths = [len(row) for row in rows]
+    ragged = lengths == list(range(1, len(rows) + 1))
+    full = len(set(lengths)) == 1 and lengths[0] >= len(rows)
+    if not (ragged or full):
+        raise ValueError(
+            f"the rows of the accuracy matrix have lengths {lengths}; row t (from 0) needs t + 1 entries, or all "
+            f"{len(rows)} rows one common length of at least {len(rows)}"
+        )
+    rows = [row[: t + 1] for t, row in enumerate(rows)]
+    for t, row in enumerate(rows):
+        for i, value in enumerate(row):
+            if not 0.0 <= value <= 100.0:
+                raise ValueError(f"R[{t}][{i}] is {value}; accuracies are percentages from 0 to 100")
+    return rows
+
+
+_CITATION = """\
+Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017, arXiv:1611.07725
+Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, arXiv:1706.08840
+Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018, arXiv:1801.10112
+Smith et al., CODA-Prompt, CVPR 2023, arXiv:2211.13218"""
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """Keeps what was added in memory, not in evaluate's cache file: leaves no file or lock and can be pickled."""
+
+    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **options: Any) -> None:
+        super().__init__(config_name, keep_in_memory, **options)
+
+
+class _MatrixMetric(_InMemoryMetric):
+    """A function of the accuracy matrix: `add(accuracies=row)` once per task, or `compute(accuracies=R)`."""
+
+    function: Callable[..., float]
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=inspect.getdoc(self.function) or "",
+            citation=_CITATION,
+            inputs_description="accuracies: rows of the accuracy matrix in percent, row t with t + 1 entries.",
+            features=Features({"accuracies": ListOf(Value("float64"))}),
+        )
+
+    def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, float]:
+        return {self.name: self.function(accuracies, **options)}
+
+
+class AverageAccuracy(_MatrixMetric):
+    """`average_accuracy` as an `evaluate.Metric`."""
+
+    function = staticmethod(average_accuracy)
+
+
+class SampleAverageAccuracy(_MatrixMetric):
+    """`sample_average_accuracy` as an `evaluate.Metric`: `compute(accuracies=R, counts=counts)`."""
+
+    function = staticmethod(sample_average_accuracy)
+
+
+class AverageIncrementalAccuracy(_MatrixMetric):
+    """`average_incremental_accuracy` as an `evaluate.Metric`."""
+
+    function = staticmethod(average_incremental_accuracy)
+
+
+class Forgetting(_MatrixMetric):
+    """`forgetting` as an `evaluate.Metric`."""
+
+    function = staticmethod(forgetting)
+
+
+class OfficialForgetting(_MatrixMetric):
+    """`official_forgetting` as an `evaluate.Metric`."""
+
+    function = staticmethod(official_forgetting)
+
+
+class OneStepForgetting(_MatrixMetric):
+    """`one_step_forgetting` as an `evaluate.Metric`."""
+
+    function = staticmethod(one_step_forgetting)
+
+
+class BackwardTransfer(_MatrixMetric):
+    """`backward_transfer` as an `evaluate.Metric`."""
+
+    function = staticmethod(backward_transfer)
+
+
+class ContinualAccuracy(_InMemoryMetric):
+    """`accuracy_row` as an `evaluate.Metric`: `compute(predictions=, references=, classes_per_task=)`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=inspect.getdoc(accuracy_row) or "",
+            citation=_CITATION,
+            inputs_description="predictions, references: class numbers in stream order.",
+            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
+            format="numpy",
+        )
+
+    def _compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, Any]:
+        return accuracy_row(predictions, references, **options)

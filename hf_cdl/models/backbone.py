@@ -1,0 +1,188 @@
+"""Backbones: which families work, how to load one, and where its layers, norm and CLS feature are.
+
+A family belongs on the list if its encoder hands keywords down to the attention interface (so that prefixes arrive)
+and its tokens attend globally. Each was checked against hand-written attention; families whose encoder swallows
+keywords or whose attention is windowed (SigLIP, AIMv2, YOLOS, Data2Vec, Swin, timm wrappers) would silently ignore
+the prompts and are refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import logging
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to reach into one family of backbones.
+
+    `layers`: path of its layer list; `attention`: name of the attention module in a layer; `norm`: path of a final
+    norm that the backbone's own forward leaves out; `token_at`: index at which an extra token is put into the sequence
+    (DINOv3 rotates the last tokens as patches, so there it goes right behind CLS); `any_size`: takes any image size
+    that is a multiple of its patch size; `init`: arguments of the model class (poolers are not used).
+    """
+
+    layers: str
+    attention: str = "attention"
+    norm: str | None = None
+    token_at: int = -1
+    any_size: bool = False
+    init: dict[str, Any] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family("layers", init={"add_pooling_layer": False}),
+    "deit": Family("layers", init={"add_pooling_layer": False}),
+    "vit_msn": Family("layers"),
+    "vit_mae": Family("layers"),
+    "ijepa": Family("layers"),
+    "beit": Family("layers"),
+    "dinov2": Family("encoder.layer", any_size=True),
+    "dinov2_with_registers": Family("encoder.layer", any_size=True),
+    "dinov3_vit": Family("model.layer", token_at=1, any_size=True),
+    "clip_vision_model": Family("encoder.layers", attention="self_attn", norm="post_layernorm"),
+}
+
+
+def family(config: PreTrainedConfig) -> Family:
+    """The family of a backbone config. Raises ValueError for one that would ignore the prompts."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"A backbone of type '{config.model_type}' is not supported: prefixes would not reach its attention "
+            f"layers. Supported types: {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[config.model_type]
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No usable model config at backbone '{name}' (revision {revision}): {_first_line(error)} Give a Hub id "
+            f"or a folder with config.json and model.safetensors of one of: {', '.join(sorted(FAMILIES))}."
+        ) from error
+    if config.model_type == "clip":
+        config = config.vision_config
+    family(config)
+    return config
+
+
+def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
+    """Pre-trained backbone in float32, without any head, from a Hub id or folder (a classifier's checkpoint will do).
+
+    Raises ValueError if it has no weights, or lacks some.
+    """
+    config = load_config(name, revision)
+    model_class = cast(Any, MODEL_MAPPING[type(config)])
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a classifier's head is dropped on purpose
+    try:
+        backbone, report = model_class.from_pretrained(
+            name,
+            revision=revision,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **family(config).init,
+        )
+    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
+        raise ValueError(
+            f"The weights of backbone '{name}' (revision {revision}) cannot be loaded: {_first_line(error)} "
+            "Check that model.safetensors is there and whole; download it again if it was cut short."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if "mask_token" not in key and "pooler" not in key)
+    if missing:
+        raise ValueError(
+            f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so "
+            "they would be random. Give a complete checkpoint."
+        )
+    return backbone
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """The backbone of a config, its attention modules numbered by layer so that each finds its prefixes."""
+    kind = family(config)
+    backbone = AutoModel.from_config(config, **kind.init)
+    for number, layer in enumerate(layers(backbone)):
+        getattr(layer, kind.attention).layer_idx = number
+    return backbone
+
+
+def layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The transformer layers."""
+    return attrgetter(family(backbone.config).layers)(backbone)
+
+
+def check_image_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
+    """Raise ValueError unless the backbone takes images of `size` = (height, width) in pixels."""
+    patch, image = _pair(config.patch_size), _pair(config.image_size)
+    if family(config).any_size:
+        if any(side % step for side, step in zip(size, patch, strict=True)):
+            raise ValueError(f"Image size {size} is not a multiple of the backbone's patch size {patch}.")
+    elif size != image:
+        raise ValueError(
+            f"The image processor gives images of {size[0]}x{size[1]} pixels, but the backbone ({config.model_type}) "
+            f"was trained on {image[0]}x{image[1]}. Set the processor's size to {image[0]}x{image[1]}, or choose a "
+            "backbone of that resolution."
+        )
+
+
+def extra_inputs(config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """Inputs beside the pixels. ViT-MAE would mask and shuffle patches: ascending noise keeps them all, in order."""
+    if config.model_type != "vit_mae":
+        return {}
+    (height, width), batch = _pair(config.patch_size), pixel_values.shape[0]
+    count = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
+    noise = torch.arange(count, device=pixel_values.device, dtype=pixel_values.dtype)
+    return {"noise": noise.expand(batch, -1)}
+
+
+def pool(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(B, D) feature of images from final tokens (B, N, D): normed CLS, or the mean where a family has no CLS."""
+    config = backbone.config
+    if config.model_type == "ijepa":
+        return hidden.mean(dim=1)
+    if config.model_type == "beit" and config.use_mean_pooling:
+        return backbone.pooler.layernorm(hidden[:, 1:].mean(dim=1))
+    return final_norm(backbone, hidden[:, 0])
+
+
+def final_norm(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Tokens (..., D) after the final norm, where the backbone's own forward left it out."""
+    norm = family(backbone.config).norm
+    if norm is not None:
+        return attrgetter(norm)(backbone)(hidden)
+    if backbone.config.model_type == "beit" and backbone.config.use_mean_pooling:
+        return backbone.pooler.layernorm(hidden)
+    return hidden
+
+
+def check_extra_token(config: PreTrainedConfig) -> None:
+    """Raise ValueError if no KD token can be put into the sequence of this backbone."""
+    bias = getattr(config, "use_relative_position_bias", False) or getattr(
+        config, "use_shared_relative_position_bias", False
+    )
+    if bias:
+        raise ValueError(
+            f"A {config.model_type} backbone with a relative position bias has no place for a KD token: the bias is a "
+            "table over its own tokens. Use another backbone, or a distillation term without KD token (kd)."
+        )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

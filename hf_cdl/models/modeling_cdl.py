@@ -1,0 +1,332 @@
+"""CDLForImageClassification: a frozen backbone, a prompt pool and heads; teacher and student alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils.generic import can_return_tuple
+
+from hf_cdl.config import CDLConfig
+from hf_cdl.models import backbone as bb
+from hf_cdl.models.heads import HEADS, Head
+from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
+from hf_cdl.prompts import PROMPTS, KDPrompt, KDPromptConfig, PromptPool
+from hf_cdl.types import KV, CDLOutput
+
+
+class CDLForImageClassification(PreTrainedModel):
+    """Image classifier that learns one task after another.
+
+    `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
+    Sequence layout: [CLS, patches, KD token]; keys and values of a layer: [pool's prefix, sequence, KD prompt].
+    Raises ValueError for an unsupported backbone, prompt type or head.
+    """
+
+    config_class = CDLConfig
+    config: CDLConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
+    _supports_sdpa = True
+    _no_split_modules = ["ViTLayer", "Dinov2Layer"]
+
+    def __init__(self, config: CDLConfig):
+        super().__init__(config)
+        self.backbone: Any = bb.build_backbone(config.backbone_config)
+        self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
+        size, depth = self.backbone.config.hidden_size, len(bb.layers(self.backbone))
+        query_size = (self.query_backbone or self.backbone).config.hidden_size
+
+        self.pool = build_pool(config.prompt, size, query_size, depth)
+        if self.pool is not None:  # all fields, so that a later change of a default cannot change a checkpoint
+            config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
+        self.head = build_head(config.head, size)
+        self.kd_prompt: KDPrompt | None = None
+        self.kd_head: Head | None = None
+        if config.kd_prompt is not None:
+            bb.check_extra_token(self.backbone.config)
+            self.kd_prompt = KDPrompt(KDPromptConfig(**config.kd_prompt), size, depth)
+            config.kd_prompt = dataclasses.asdict(self.kd_prompt.config)
+            self.kd_head = build_head({"type": "linear"}, size)
+            self.backbone.embeddings.register_forward_hook(self._add_kd_token)
+        self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
+        self._with_token = False
+
+        for task in config.tasks:
+            self._grow(len(task))
+        self.set_attn_implementation(config._attn_implementation or "sdpa")
+        self.post_init()
+        self.freeze()
+
+    # ---- building, growing, freezing ----
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name: str,
+        revision: str | None = None,
+        query_name: str | None = None,
+        query_revision: str | None = None,
+        **fields: Any,
+    ) -> CDLForImageClassification:
+        """New model without tasks on a pre-trained backbone (Hub id or folder); `fields` are CDLConfig's.
+
+        With `query_name` a second frozen backbone answers the queries: the student's, for a teacher that shares them.
+        """
+        backbone = bb.load_backbone(name, revision)
+        query = None if query_name is None else bb.load_backbone(query_name, query_revision)
+        config = CDLConfig(
+            backbone_config=backbone.config,
+            backbone_name=str(name),
+            backbone_revision=getattr(backbone.config, "_commit_hash", None) or revision,
+            query_config=None if query is None else query.config,
+            query_name=query_name,
+            **fields,
+        )
+        model = cls(config)
+        model.backbone.load_state_dict(backbone.state_dict())
+        if model.query_backbone is not None and query is not None:
+            model.query_backbone.load_state_dict(query.state_dict())
+        if model.kd_prompt is not None and model.kd_prompt.config.token_init == "cls":
+            model._copy_cls_token(model.kd_prompt)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.from_pretrained, which forgets what was frozen: the backbone is frozen again."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.save_pretrained, without the scaffold of training."""
+        scaffold, self.scaffold = self.scaffold, None
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.scaffold = scaffold
+
+    def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
+        """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
+
+        New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already.
+        """
+        device, dtype = self.device, self.dtype
+        self.config.set_tasks([*self.config.tasks, list(class_names)])
+        self.num_labels = sum(self.config.num_classes_per_task)
+        self._grow(len(class_names))
+        self._init_task(len(self.config.tasks) - 1)
+        self.to(device, dtype)  # type: ignore[call-arg]
+        self.freeze()
+
+    def end_task(self) -> None:
+        """Tell the pool that the newest task is learnt."""
+        if self.pool is not None:
+            self.pool.end_task()
+
+    def freeze(self) -> None:
+        """Leave trainable: the newest blocks, what all tasks share (KD prompts, the scaffold), and no backbone.
+
+        With `train_backbone` the backbone trains too, but for its parameters that never reach the output.
+        """
+        self.requires_grad_(False)
+        if self.config.train_backbone:
+            for name, parameter in self.backbone.named_parameters():
+                parameter.requires_grad_("mask_token" not in name)
+        for part in (self.pool, self.head, self.kd_head):
+            if part is not None:
+                part.requires_grad_(True)
+                for block in part.blocks[:-1]:
+                    block.requires_grad_(False)
+        for part in (self.kd_prompt, self.scaffold):
+            if part is not None:
+                part.requires_grad_(True)
+
+    def _grow(self, num_classes: int) -> None:
+        if self.pool is not None:
+            self.pool.add_task()
+        for head in (self.head, self.kd_head):
+            if head is not None:
+                head.add_task(num_classes)
+
+    def _init_task(self, task: int) -> None:
+        for part in (self.pool, self.head, self.kd_head):
+            if part is not None:
+                part.init_task(task)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PromptPool | Head):
+            for task in range(len(module.blocks)):
+                module.init_task(task)
+        elif isinstance(module, KDPrompt):
+            module.reset_parameters()
+
+    @torch.no_grad()
+    def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
+        """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
+        size = bb._pair(self.backbone.config.image_size)
+        image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
+        embedded = self.backbone.embeddings(image)
+        init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
+
+    # ---- attention ----
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
+        name = attn_implementation.get("", "sdpa") if isinstance(attn_implementation, dict) else attn_implementation
+        name = name.removeprefix("prefix_")
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
+            )
+        self.config._attn_implementation_internal = name
+        for backbone in (self.backbone, self.query_backbone):
+            if backbone is not None:
+                backbone.config._attn_implementation = f"prefix_{name}"
+
+    # ---- forward ----
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        query: torch.Tensor | None = None,
+        task_id: int | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
+    ) -> CDLOutput:
+        """Logits of images (B, 3, H, W) over all classes seen so far; with labels (B,) also their cross-entropy.
+
+        `query` (B, D_q) saves the query pass when it is known already; `task_id` is the current task, in training
+        only. In training `logits` are the CLS head's; in evaluation (1 - alpha) * CLS head + alpha * KD head.
+        """
+        if not self.config.tasks:
+            raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
+        if query is None and self.pool is not None and self.pool.needs_query:
+            query = self.compute_query(pixel_values)
+        prefix, prompt_loss = self._prefixes(query, task_id)
+        outputs = self._run(
+            self.backbone,
+            pixel_values,
+            with_token=self.kd_prompt is not None,
+            prefix=prefix,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        hidden, token = self._take_token(outputs.last_hidden_state)
+        features = bb.pool(self.backbone, hidden)
+        logits = self.head(features)
+        kd_logits: Any = None
+        if self.kd_head is not None and self.kd_prompt is not None:
+            kd_logits = self.kd_head(bb.final_norm(self.backbone, token))
+            if not self.training:
+                logits = torch.lerp(logits, kd_logits, self.kd_prompt.config.alpha)
+        return CDLOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            kd_logits=kd_logits,
+            prompt_loss=prompt_loss,
+            query=query,
+            features=features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def compute_query(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, D_q) query of the pools: the CLS feature of the frozen, un-prompted query backbone."""
+        backbone = self.backbone if self.query_backbone is None else self.query_backbone
+        return bb.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+
+    def _prefixes(
+        self, query: torch.Tensor | None, task_id: int | None
+    ) -> tuple[dict[int, list[KV]], torch.Tensor | None]:
+        """All layers' prefixes, and the sum of the pool's losses."""
+        prefix: dict[int, list[KV]] = {}
+        total = None
+        for layer in range(len(bb.layers(self.backbone))):
+            found, loss = (None, None) if self.pool is None else self.pool(layer, query, task_id)
+            kd = None if self.kd_prompt is None else self.kd_prompt(layer)
+            extra = [kv for kv in (found, kd) if kv is not None]
+            if extra:
+                prefix[layer] = extra
+            if loss is not None:
+                total = loss if total is None else total + loss
+        return prefix, total
+
+    def _run(
+        self,
+        backbone: Any,
+        pixel_values: torch.Tensor,
+        with_token: bool = False,
+        prefix: dict[int, list[KV]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
+        if prefix:
+            if not backbone.config._attn_implementation.startswith("prefix_"):
+                raise RuntimeError(
+                    f"The backbone's attention is '{backbone.config._attn_implementation}', which ignores prompts. "
+                    "Change it with model.set_attn_implementation('sdpa' or 'eager'), not on the backbone."
+                )
+            kwargs["prefix"] = prefix
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        self._with_token = with_token
+        try:
+            return backbone(pixel_values, **bb.extra_inputs(backbone.config, pixel_values), **kwargs)
+        finally:
+            self._with_token = False
+
+    def _add_kd_token(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the embeddings: the sequence (B, N, D) with the KD token in it."""
+        if not self._with_token or self.kd_prompt is None:
+            return output
+        sequence = output[0] if isinstance(output, tuple) else output
+        token = self.kd_prompt.token.to(sequence.dtype).expand(len(sequence), 1, -1)
+        at = self._token_index(sequence.shape[1] + 1)
+        sequence = torch.cat([sequence[:, :at], token, sequence[:, at:]], dim=1)
+        return (sequence, *output[1:]) if isinstance(output, tuple) else sequence
+
+    def _take_token(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final tokens without the KD token, and the KD token's own output (B, D); the sequence itself if none."""
+        if self.kd_prompt is None:
+            return sequence, sequence[:, 0]
+        at = self._token_index(sequence.shape[1])
+        return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
+
+    def _token_index(self, length: int) -> int:
+        return bb.family(self.backbone.config).token_at % length
+
+
+def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_layers: int) -> PromptPool | None:
+    """The prompt pool of a config's `prompt` section; None for type `none`. Raises ValueError for an unknown one."""
+    fields = dict(prompt)
+    kind = fields.pop("type")
+    if kind == "none":
+        return None
+    if kind not in PROMPTS:
+        raise ValueError(f"Unknown prompt type '{kind}'; allowed: none, {', '.join(PROMPTS)}.")
+    pool = PROMPTS[kind]
+    known = {f.name: f for f in dataclasses.fields(pool.config_class)}
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"Prompt type '{kind}' has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+    return pool(pool.config_class(**fields), hidden_size, query_size, num_layers)
+
+
+def build_head(head: dict[str, Any], hidden_size: int) -> Head:
+    """The head of a config's `head` section. Raises ValueError for an unknown type."""
+    kind = head["type"]
+    if kind not in HEADS:
+        raise ValueError(f"Unknown head type '{kind}'; allowed: {', '.join(HEADS)}.")
+    return HEADS[kind](hidden_size)

@@ -1,0 +1,90 @@
+"""Self-attention with extra raw keys and values: attention functions registered with transformers.
+
+A backbone hands the keyword `prefix` (layer number -> list of KV) down to its attention interface; the registered
+functions `prefix_sdpa` and `prefix_eager` put the layer's prefixes beside its own keys and values and then attend as
+usual. Prefixes bypass k_proj and v_proj (prefix tuning as in DualPrompt, arXiv 2204.04799, Sec. 4.2). No module is
+patched, and keywords survive gradient checkpointing, torch.compile and torch.export.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from hf_cdl.types import KV, Prefixes
+
+IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+def prefix_sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
+    """Scaled-dot-product attention over the layer's own and its prefixes' keys and values (B, H, N, d)."""
+    key, value, pad = _extend(module, key, value, kwargs.pop("prefix", None))
+    bias = kwargs.pop("position_bias", None)
+    return sdpa_attention_forward(module, query, key, value, _pad(mask, pad), position_bias=_pad(bias, pad), **kwargs)
+
+
+def prefix_eager(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    prefix: Prefixes | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain matrix products; also returns the attention weights (B, H, N, P + N)."""
+    key, value, pad = _extend(module, key, value, prefix)
+    weights = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    for bias in (_pad(mask, pad), _pad(position_bias, pad)):
+        if bias is not None:
+            weights = weights + bias
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _extend(
+    module: Any, key: torch.Tensor, value: torch.Tensor, prefix: Prefixes | None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """Keys and values with the layer's prefixes, and how many were put before and after the sequence's own."""
+    before, after = 0, 0
+    for extra in (prefix or {}).get(module.layer_idx, ()):
+        extra_key, extra_value = _split_heads(extra, key)
+        if extra.where == "add_to_cls":
+            key = torch.cat([key[:, :, :1] + extra_key, key[:, :, 1:]], dim=2)
+            value = torch.cat([value[:, :, :1] + extra_value, value[:, :, 1:]], dim=2)
+        elif extra.where == "prepend":
+            key, value = torch.cat([extra_key, key], dim=2), torch.cat([extra_value, value], dim=2)
+            before += extra_key.shape[2]
+        else:
+            key, value = torch.cat([key, extra_key], dim=2), torch.cat([value, extra_value], dim=2)
+            after += extra_key.shape[2]
+    return key, value, (before, after)
+
+
+def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(B or 1, P, D) -> (B, H, P, D / H), for key and value, in the dtype of the layer's own."""
+    batch, heads, _, size = like.shape
+    return tuple(
+        x.unflatten(-1, (heads, size)).transpose(1, 2).expand(batch, -1, -1, -1).to(like.dtype) for x in extra[:2]
+    )
+
+
+def _pad(mask: torch.Tensor | None, pad: tuple[int, int]) -> torch.Tensor | None:
+    """A mask or bias (..., N) that lets every token attend to the prefixes too."""
+    if mask is None or pad == (0, 0):
+        return mask
+    return F.pad(mask, pad, value=True if mask.dtype == torch.bool else 0.0)
+
+
+for _name, _function in (("sdpa", prefix_sdpa), ("eager", prefix_eager)):
+    AttentionInterface.register(f"prefix_{_name}", _function)
+    AttentionMaskInterface.register(f"prefix_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])

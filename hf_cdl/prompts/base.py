@@ -1,0 +1,65 @@
+"""What every prompt pool is: parameters in one block per task, and prefixes for a layer given a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from hf_cdl.types import KV
+
+
+class PromptPool(nn.Module):
+    """Base of the prompt pools.
+
+    A method file defines a frozen dataclass `Config` (its fields are the recipe's) and a subclass with `config_class`,
+    `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prefixes.
+
+    Growth: `blocks` holds one module of parameters per task. The model freezes all blocks but the newest, so what a
+    task learnt is never touched again; parameters outside `blocks` are shared and train in every task.
+    """
+
+    config_class: ClassVar[type]
+    needs_query: ClassVar[bool] = True
+
+    def __init__(self, config: Any, hidden_size: int, query_size: int, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.query_size = query_size
+        self.layers = _check_layers(config.layers, num_layers)
+        self.blocks = nn.ModuleList()
+
+    def add_task(self) -> None:
+        """Append the next task's block, its parameters not yet initialised."""
+        raise NotImplementedError
+
+    def init_task(self, task: int) -> None:
+        """Initialise block `task`, given the earlier ones. In place, by transformers' `initialization` functions."""
+        raise NotImplementedError
+
+    def end_task(self) -> None:
+        """What the method does when a task is learnt (APT merges here); nothing by default."""
+
+    def forward(
+        self, layer: int, query: torch.Tensor, task_id: int | None = None
+    ) -> tuple[KV | None, torch.Tensor | None]:
+        """Prefix of `layer` (None if it gets none) for queries (B, D_q), and the pool's loss there (None if none).
+
+        `task_id` is the current task, in training only; evaluation never knows the task.
+        """
+        raise NotImplementedError
+
+
+def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
+    """The layers as a tuple. Raises ValueError if the backbone does not have them."""
+    layers = tuple(layers)
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside or len(set(layers)) != len(layers):
+        raise ValueError(
+            f"Prompt layers {list(layers)} must be different numbers from 0 to {num_layers - 1} (the backbone has "
+            f"{num_layers} layers)."
+        )
+    return layers

@@ -1,0 +1,312 @@
+"""A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+from hf_cdl.distill import TERMS
+from hf_cdl.models.heads import HEADS
+from hf_cdl.prompts import PROMPTS, KDPromptConfig
+from hf_cdl.tasks import StreamConfig
+from hf_cdl.training_args import CDLTrainingArguments
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, in one message."""
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(**default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """One model: the `teacher` or the `student` section."""
+
+    backbone: str = _help("Hub id or folder of the pre-trained backbone.")
+    revision: str | None = _help("Commit, tag or branch of the backbone.", default=None)
+    prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
+    head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
+    kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
+    query: Literal["student", "self"] = _help(
+        "Teacher only: whose frozen backbone gives the prompt queries, the student's (shared) or its own.",
+        default="student",
+    )
+    train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
+    train: dict[str, Any] = _help("Training arguments that differ for this model.", default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
+
+    name: str = _help("Name of the run, for titles.")
+    data: StreamConfig = _help("The stream of tasks.")
+    student: ModelRecipe = _help("The small model that is deployed.")
+    teacher: ModelRecipe | None = _help("The large model that teaches; null: the student learns alone.", default=None)
+    distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
+    ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
+    train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
+    baselines: list[Literal["nearest_class_mean"]] = _help(
+        "Free baselines measured beside the models.", default_factory=lambda: ["nearest_class_mean"]
+    )
+    seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
+    output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or Path("runs") / self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What defines the run, for its ledger: all but where it is stored."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "output_dir"}
+
+    def training_args(self, role: Literal["teacher", "student"]) -> dict[str, Any]:
+        """The keyword arguments of CDLTrainingArguments for a role."""
+        section = self.teacher if role == "teacher" else self.student
+        return {"data_seed": self.seed, **self.train, **(section.train if section else {}), "seed": self.seed}
+
+
+def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
+    """Recipe from command-line arguments: `[RECIPE.yaml] [--any.field value ...]`; `default` is used without a file.
+
+    A file may name a `base` file (relative to itself) that it overrides. Values are YAML: `--teacher null`,
+    `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with all problems at once.
+    """
+    arguments = list(arguments)
+    file = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
+    content = _read(Path(file))
+    for name, value in _pairs(arguments):
+        _override(content, name.split("."), value, name)
+    return build_recipe(content)
+
+
+def build_recipe(content: dict[str, Any]) -> Recipe:
+    """Recipe from a plain dict. Raises RecipeError with all problems at once."""
+    problems: list[str] = []
+    recipe = _build(Recipe, content, "", problems)
+    parts = _check_terms(content, problems)
+    for role in ("teacher", "student"):
+        if isinstance(content.get(role), dict):
+            _check_model(content, role, parts, problems)
+            _check_training(content, role, problems)
+    if problems:
+        raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
+    student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
+    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
+
+
+# ---- reading ----
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
+    base = content.pop("base", None)
+    return content if base is None else merge(_read(file.parent / base), content)
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `override`, section by section; a section of another `type` starts anew."""
+    merged = dict(base)
+    for key, value in override.items():
+        old: Any = merged.get(key)
+        same = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
+        )
+        merged[key] = merge(old, value) if same else value
+    return merged
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    while arguments:
+        name = arguments.pop(0)
+        if not name.startswith("--"):
+            raise RecipeError(
+                f"Unexpected argument '{name}'; write [RECIPE.yaml] --field value, like --train.bf16 true."
+            )
+        name, equals, text = name[2:].partition("=")
+        if not equals:
+            if not arguments:
+                raise RecipeError(f"--{name} has no value; write --{name} VALUE.")
+            text = arguments.pop(0)
+        try:
+            pairs.append((name, yaml.safe_load(text)))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"The value of --{name}, '{text}', is not valid YAML.") from error
+    return pairs
+
+
+def _override(section: Any, path: list[str], value: Any, name: str) -> None:
+    """Set one field of a nested recipe. A new `type` drops the fields of the old one."""
+    content: Any = section
+    for step, part in enumerate(path):
+        key: Any = part
+        if isinstance(content, list):
+            if not part.isdigit() or int(part) >= len(content):
+                raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' is a list of {len(content)}; count from 0.")
+            key = int(part)
+        elif not isinstance(content, dict):
+            raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' holds {content!r}, which has no fields.")
+        if step < len(path) - 1:
+            if isinstance(content, dict) and content.get(key) is None:
+                content[key] = {}
+            content = content[key]
+        else:
+            if isinstance(content, dict) and key == "type" and content.get("type") != value:
+                content.clear()
+            content[key] = value
+
+
+# ---- checking ----
+
+_WRONG: Any = object()  # stands for a value that was reported
+
+
+def _build(kind: type, content: Any, path: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `kind` from a dict; _WRONG after adding to `problems` what is wrong with it."""
+    if not isinstance(content, dict):
+        problems.append(f"{path or 'the recipe'} must have fields, but is {content!r}")
+        return _WRONG
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    before, values, missing = len(problems), {}, False
+    for key, value in content.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            problems.append(f"unknown field '{name}'" + (f"; did you mean '{near[0]}'?" if near else _allowed(fields)))
+            continue
+        nested = _dataclass_in(hints[key])
+        if nested is not None and value is not None:
+            values[key] = _build(nested, value, name, problems)
+        else:
+            values[key] = _value(hints[key], value, name, problems)
+    for key, f in fields.items():
+        if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            problems.append(f"'{path}.{key}' is missing" if path else f"'{key}' is missing")
+            missing = True
+    if any(value is _WRONG for value in values.values()) or missing:
+        return _WRONG
+    try:
+        built = kind(**values)  # even beside unknown fields: its own checks may find more
+    except (ValueError, TypeError) as error:
+        problems.append(f"{path}: {error}" if path else str(error))
+        return _WRONG
+    return _WRONG if len(problems) > before else built
+
+
+def _allowed(fields: Any) -> str:
+    return f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
+        return value
+    except ValidationError as error:
+        wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
+        problems.append(f"'{name}' is {value!r}, but {wanted}")
+        return _WRONG
+
+
+def _section(content: dict[str, Any], name: str, default: Any) -> Any:
+    """A section as far as it has the right kind; `_build` reports it otherwise."""
+    value = content.get(name)
+    return value if isinstance(value, type(default)) else default
+
+
+def _check_typed(registry: Any, content: Any, path: str, problems: list[str], extra: tuple[str, ...] = ()) -> None:
+    """Check a `{type: ..., fields}` section by its registry (name -> class with `config_class`)."""
+    kind = content.get("type") if isinstance(content, dict) else None
+    if kind in registry:
+        fields = {key: value for key, value in content.items() if key != "type"}
+        _build(registry[kind].config_class, fields, path, problems)
+    elif kind not in extra:
+        problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join([*extra, *registry])}")
+
+
+def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Check the distillation terms; the parts that they ask of the student, with defaults."""
+    parts: dict[str, dict[str, Any]] = {}
+    terms = _section(content, "distill", [])
+    for number, term in enumerate(terms):
+        _check_typed(TERMS, term, f"distill.{number}", problems)
+        known = TERMS.get(term.get("type", "")) if isinstance(term, dict) else None
+        for part, defaults in (known.student_parts if known else {}).items():
+            parts[part] = {**parts.get(part, {}), **defaults}
+    if terms and content.get("teacher") is None:
+        problems.append("'distill' has terms but 'teacher' is null; give a teacher or an empty list of terms")
+    return parts
+
+
+def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
+    section = content[role]
+    prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
+    _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
+    if head.get("type") not in HEADS:
+        problems.append(f"'{role}.head.type' is {head.get('type')!r}; allowed: {', '.join(HEADS)}")
+    trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
+    if trains and prompted:
+        problems.append(
+            f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
+        )
+    if head.get("type") == "ncm" and (prompted or trains or (role == "student" and content.get("distill"))):
+        problems.append(
+            f"'{role}.head.type' ncm is fitted without training: it needs prompt.type none, train_backbone false and "
+            "no distillation terms"
+        )
+    if section.get("kd_prompt") is not None:
+        if role == "teacher":
+            problems.append("'teacher.kd_prompt': only a student has KD prompts")
+        elif "kd_prompt" not in parts:
+            problems.append(
+                "'student.kd_prompt' is set, but no term of 'distill' trains the KD head; add the term kdp"
+            )
+        _build(KDPromptConfig, section["kd_prompt"], f"{role}.kd_prompt", problems)
+
+
+def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
+    """Names and types of the training arguments, then their own checks on the whole."""
+    before = len(problems)
+    hints = typing.get_type_hints(CDLTrainingArguments)
+    fields = {f.name for f in dataclasses.fields(CDLTrainingArguments) if f.init}
+    values: dict[str, Any] = {}
+    for path, section in (("train", content), (f"{role}.train", content[role])):
+        for key, value in _section(section, "train", {}).items():
+            if key in ("output_dir", "seed"):
+                problems.append(f"'{path}.{key}': set '{key}' at the top level of the recipe")
+            elif key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+            else:
+                values[key] = _value(hints[key], value, f"{path}.{key}", problems)
+    if len(problems) == before:
+        try:
+            CDLTrainingArguments(output_dir="work", **values)
+        except (ValueError, TypeError) as error:
+            problems.append(f"train ({role}): {error}")

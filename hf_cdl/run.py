@@ -1,0 +1,256 @@
+"""The ledger of a run: which phase of which task is finished, where its checkpoint is, and what was measured.
+
+Layout of a run's folder: `run.json` the ledger; `ROLE/task-01`, ... one loadable checkpoint per task, and in `ROLE/`
+itself a copy of the newest; `logs/` the loss curves; `work/` the state of the phase in progress; at the end
+`results.json` and the pictures. Whatever is written appears under its name only when it is whole, so a kill or a full
+disk at any moment leaves the last state intact, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hf_cdl import report
+from hf_cdl.metrics import continual_metrics
+from hf_cdl.types import Task, TaskResult
+
+PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface-hub")
+
+
+class RunError(RuntimeError):
+    """A run's folder cannot be used as asked; the message says why and what to do."""
+
+
+class Run:
+    """Ledger of the run in `folder`, for the recipe given as a plain dict; opens a run that exists, or starts one.
+
+    Only the process with `writer` writes and locks; the others follow in memory. Raises RunError if the folder belongs
+    to another recipe or to something else, or if another process is at work in it.
+    """
+
+    def __init__(self, folder: str | Path, recipe: dict[str, Any], writer: bool = True):
+        self.folder = Path(folder)
+        self.recipe = json.loads(json.dumps(recipe))  # as it will read back
+        self.writer = writer
+        self.ledger: dict[str, Any] = {
+            "recipe": self.recipe,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "stream": None,
+            "class_names": [],
+            "entries": {},
+            "finished": False,
+        }
+        self._lock = FileLock(self.folder / ".lock")
+        file = self.folder / "run.json"
+        if file.exists():
+            self._open(file)
+        elif self.folder.exists() and any(path.name != ".lock" for path in self.folder.iterdir()) and writer:
+            raise RunError(
+                f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
+                "another folder with --output_dir FOLDER."
+            )
+        if writer and not self.finished:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"Another process is running in {self.folder}; wait for it or stop it first.") from None
+            self._write_ledger()
+            for role in self.ledger["entries"]:  # a kill between checkpoint and copy
+                self._publish(role)
+
+    def _open(self, file: Path) -> None:
+        try:
+            ledger = json.loads(file.read_text())
+            known = ledger["recipe"]
+        except (ValueError, KeyError) as error:
+            raise RunError(
+                f"{file} is not a readable ledger ({error}); restore it or choose another folder."
+            ) from error
+        changes = list(_differences(known, self.recipe))
+        if changes:
+            raise RunError(
+                f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
+                f"asked):\n"
+                + "\n".join(f"  {change}" for change in changes)
+                + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
+            )
+        self.ledger = ledger
+
+    @property
+    def finished(self) -> bool:
+        """Whether every task is done and the results are written."""
+        return self.ledger["finished"]
+
+    @property
+    def started(self) -> bool:
+        """Whether the run has seen its stream already."""
+        return self.ledger["stream"] is not None
+
+    def bind(self, fingerprint: str, class_names: list[list[str]]) -> None:
+        """Tie the run to its stream. Raises RunError if it was started on other data."""
+        if self.started and self.ledger["stream"] != fingerprint:
+            raise RunError(
+                f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
+                f"{fingerprint}). Restore the data, or start again in another folder with --output_dir FOLDER."
+            )
+        self.ledger.update(stream=fingerprint, class_names=class_names)
+        self._write_ledger()
+
+    # ---- phases ----
+
+    def result(self, role: str, task: Task) -> TaskResult | None:
+        """What a finished (role, task) left behind; None if it is not finished."""
+        entries = self.ledger["entries"].get(role, [])
+        return TaskResult(**entries[task.index]) if task.index < len(entries) else None
+
+    def checkpoint(self, role: str) -> Path | None:
+        """Folder of the newest finished checkpoint of a role; None before its first task is finished."""
+        count = len(self.ledger["entries"].get(role, []))
+        return self.folder / role / f"task-{count:02d}" if count else None
+
+    def work_folder(self, role: str, task: Task) -> Path:
+        """Where the phase in progress keeps the state it can resume from."""
+        return self.folder / "work" / f"{role}-{task.name}"
+
+    def save_task(
+        self, result: TaskResult, task: Task, write: Callable[[Path], None], history: list[dict[str, Any]]
+    ) -> None:
+        """Store a learnt task: its checkpoint (by `write(folder)`), its loss curve, its ledger entry; in this order.
+
+        Raises RunError if writing fails (a full disk): what was stored before stays whole.
+        """
+        entries = self.ledger["entries"].setdefault(result.role, [])
+        entries.append(dataclasses.asdict(result))
+        if not self.writer:
+            return
+        target = self.folder / result.role / task.name
+        partial = target.with_name(f".{task.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write(partial)
+            _sync(partial)
+            shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
+            os.replace(partial, target)
+            _write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
+            self._write_ledger()
+            self._publish(result.role)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            entries.pop()
+            raise RunError(
+                f"Could not save {result.role} after {task.name} in {self.folder}: {error}. All earlier checkpoints "
+                "are whole. Make room or fix the folder, then run the same command again."
+            ) from error
+        shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
+
+    def save_result(self, result: TaskResult) -> None:
+        """Add the measured accuracies to the ledger entry of a learnt task."""
+        self.ledger["entries"][result.role][result.task] = dataclasses.asdict(result)
+        self._write_ledger()
+
+    # ---- results ----
+
+    def results(self) -> dict[str, Any]:
+        """Everything measured so far, as it is written to results.json."""
+        roles = {}
+        for role, entries in self.ledger["entries"].items():
+            done = [entry for entry in entries if entry["row"]]
+            if not done:
+                continue
+            matrix, counts = [entry["row"] for entry in done], done[-1]["counts"]
+            roles[role] = {
+                "label": self.ledger.get("labels", {}).get(role, role),
+                "accuracy_matrix": matrix,
+                "correct": [entry["correct"] for entry in done],
+                "counts": counts,
+                "metrics": continual_metrics(matrix, counts),
+                **{
+                    key: [entry[key] for entry in done]
+                    for key in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+                },
+            }
+        return {
+            "name": self.recipe.get("name", self.folder.name),
+            "seed": self.recipe.get("seed"),
+            "finished": self.finished,
+            "recipe": self.recipe,
+            "versions": self.ledger["versions"],
+            "stream": self.ledger["stream"],
+            "class_names": self.ledger["class_names"],
+            "roles": roles,
+        }
+
+    def set_labels(self, labels: dict[str, str]) -> None:
+        """Readable names of the roles, for tables and pictures."""
+        self.ledger["labels"] = labels
+
+    def finish(self) -> str:
+        """Write results.json and the pictures, mark the run as finished and return the table for the console."""
+        self.ledger["finished"] = True
+        results = self.results()
+        if self.writer:
+            _write_json(self.folder / "results.json", results)
+            if report.plotting_available():
+                report.save_plots(results, self.folder)
+            shutil.rmtree(self.folder / "work", ignore_errors=True)
+            self._write_ledger()
+            self._lock.release()
+        return report.table(results)
+
+    # ---- files ----
+
+    def _publish(self, role: str) -> None:
+        """Copy the newest checkpoint of a role to ROLE/, file by file, each replaced at once; the weights last."""
+        newest = self.checkpoint(role)
+        if newest is None:
+            return
+        for source in sorted(newest.iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            target = newest.parent / source.name
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.copyfile(source, partial)
+                os.replace(partial, target)
+
+    def _write_ledger(self) -> None:
+        if self.writer:
+            _write_json(self.folder / "run.json", self.ledger)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    """Write so that the file is either the old one or the new one, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    with open(partial, "w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def _sync(folder: Path) -> None:
+    """Have the files of a folder on the disk before its name says that they are."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Any:
+    """The places where two recipes differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"

@@ -1,0 +1,160 @@
+"""From an image file to pixel values: decoding, the augmented training view, the processor's evaluation view.
+
+The training view is stateless: crop and flip are a pure function of (seed, task, sample, view), taken from the
+counter-based generator Philox. So batches do not depend on workers, ranks or on where a run was resumed, teacher and
+student see the same crop, and a view can be computed again at any time.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+
+_MASK = (1 << 64) - 1
+_limit_lock = threading.Lock()
+_lifted: list[int | None] = []  # Pillow's own limit, then one entry for each image being decoded
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says which one and what to do."""
+
+
+def stateless_rng(seed: int, task: int, sample: int, view: int) -> np.random.Generator:
+    """Generator of augmented view `view` of sample `sample` in task `task`: the same numbers whoever asks."""
+    key = np.array([seed & _MASK, task & _MASK], dtype=np.uint64)
+    counter = np.array([0, 0, sample & _MASK, view & _MASK], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=key))
+
+
+def decode(image: Any, name: str = "image") -> Image.Image:
+    """RGB image from a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column.
+
+    Orientation tags are applied and every mode (grey, palette, alpha, CMYK, 16 bit) becomes RGB the way the
+    image-classification pipeline does it, so that training and deployment see the same pixels. Images of any size are
+    taken: the data are the user's own, so Pillow's limit against decompression bombs is not applied.
+    Raises ImageError, naming the image, if the file is missing, truncated or not an image.
+    """
+    if isinstance(image, dict):
+        name = image.get("path") or name
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if image is None:
+        raise ImageError(f"{name}: the image is missing (empty cell); remove the row or supply the image")
+    try:
+        if not isinstance(image, Image.Image):
+            image = _open(image if isinstance(image, bytes) else Path(image).read_bytes())
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
+        return load_image(image)
+    except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
+
+
+def _open(content: bytes) -> Image.Image:
+    with _no_limit():
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return image
+
+
+@contextmanager
+def _no_limit() -> Iterator[None]:
+    """Lifts Pillow's limit, a global, until the last of the threads that decode at this moment has finished."""
+    with _limit_lock:
+        if not _lifted:
+            _lifted.append(Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = None
+        _lifted.append(None)
+    try:
+        yield
+    finally:
+        with _limit_lock:
+            _lifted.pop()
+            if len(_lifted) == 1:
+                Image.MAX_IMAGE_PIXELS = _lifted.pop()
+
+
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """(height, width) that the image processor produces. Raises ValueError if it is not one fixed size."""
+    crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = crop or getattr(processor, "size", None) or {}
+    if isinstance(size, int):
+        return size, size
+    height, width = size.get("height"), size.get("width")
+    if height is None or width is None:
+        raise ValueError(
+            f"The image processor's size is {dict(size)}, which does not give one fixed height and width. Set 'size' "
+            'to {"height": H, "width": W}, or do_center_crop with a crop_size, in its preprocessor_config.json.'
+        )
+    return height, width
+
+
+class Preprocess:
+    """Image -> pixel values, by an HF image processor; the training view adds RandomResizedCrop and a flip.
+
+    `crop_scale`: range of the crop's area as a fraction of the image; `crop_ratio`: range of its aspect ratio
+    (width / height); `flip`: probability of a horizontal flip.
+    """
+
+    def __init__(
+        self,
+        processor: BaseImageProcessor,
+        seed: int = 0,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ):
+        self.processor: Any = processor
+        self.size = output_size(processor)
+        self.seed = seed
+        self.crop_scale = crop_scale
+        self.crop_ratio = crop_ratio
+        self.flip = flip
+
+    def evaluation(self, images: list[Image.Image]) -> torch.Tensor:
+        """(n, 3, H, W): exactly what the image-classification pipeline would feed the model."""
+        return self.processor(images=images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+
+    def training(self, images: list[Image.Image], keys: list[tuple[int, int, int]]) -> torch.Tensor:
+        """(n, 3, H, W): the augmented views `keys` = (task, sample, view) of the images."""
+        views = [self._augment(image, *key) for image, key in zip(images, keys, strict=True)]
+        return self.processor(
+            images=views, return_tensors="pt", input_data_format="channels_last", do_resize=False, do_center_crop=False
+        )["pixel_values"]
+
+    def _augment(self, image: Image.Image, task: int, sample: int, view: int) -> Image.Image:
+        rng = stateless_rng(self.seed, task, sample, view)
+        box = crop_box(image.width, image.height, self.crop_scale, self.crop_ratio, rng)
+        height, width = self.size
+        image = image.resize((width, height), Image.Resampling(self.processor.resample), box=box)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image
+
+
+def crop_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a RandomResizedCrop in pixels; ten draws, then the largest central crop."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, height * ratio[1])
+    h = min(height, width / ratio[0])
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h

@@ -1,0 +1,402 @@
+"""CDLTrainer: transformers' Trainer, task after task. A teacher is a CDLTrainer whose objective has no terms."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+
+from hf_cdl.distill import Objective
+from hf_cdl.run import Run
+from hf_cdl.training_args import CDLTrainingArguments
+from hf_cdl.types import CDLOutput, Task, TaskResult
+
+
+class CDLTrainer(Trainer):
+    """Trains one continual model; distils from `teacher` what the objective's terms ask for.
+
+    `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
+    that is finished it returns at once, for one that was cut off it goes on from its last stored step.
+    `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
+    `eval_split` is the split it reads. Without a `run` nothing is stored. Raises FloatingPointError when a loss is no
+    longer a number.
+    """
+
+    args: CDLTrainingArguments
+
+    def __init__(
+        self,
+        model: Any,
+        args: CDLTrainingArguments,
+        objective: Objective | None = None,
+        teacher: Any = None,
+        role: str = "student",
+        run: Run | None = None,
+        eval_split: str = "test",
+        processor: Any = None,
+        num_tasks: int | None = None,
+    ):
+        self.objective = objective or Objective()
+        if self.objective.needs_teacher and teacher is None:
+            raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
+        model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
+        super().__init__(model=model, args=args, processing_class=processor)
+        self.teacher = teacher if self.objective.needs_teacher else None
+        self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)
+        self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
+        self.seen: list[Task] = []
+        self._sampler: ViewSampler | None = None
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps_summed = 0
+        self._seconds_before = 0.0
+        self._phase = _PhaseCallback(self)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self._phase)
+        if run is None:
+            self.args.save_strategy = SaveStrategy.NO
+        if self.teacher is not None:
+            self.teacher.to(self.args.device).requires_grad_(False).eval()
+
+    # ---- the two verbs ----
+
+    def learn(self, task: Task) -> None:
+        """Train on a task, unless the ledger says that it is done."""
+        if task.index != len(self.seen):
+            raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
+        self.seen.append(task)
+        if self.run is not None and self.run.result(self.role, task) is not None:
+            return
+        self._begin(task)
+        result = TaskResult(self.role, task.index)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self._train(task, result)
+        else:
+            self._fit_head(task, result)
+        self.model.end_task()
+        result.peak_memory_bytes = _peak_memory()
+        if self.run is not None:
+            self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
+            self.accelerator.wait_for_everyone()
+
+    def evaluate_seen(self) -> TaskResult:
+        """Accuracy in percent on each task seen so far; from the ledger if it is there already."""
+        task = self.seen[-1]
+        stored = self.run.result(self.role, task) if self.run is not None else None
+        if stored is not None and stored.row:
+            return stored
+        result = stored or TaskResult(self.role, task.index)
+        start = time.perf_counter()
+        result.correct, result.counts = self.count_correct(self.seen)
+        result.row = [100 * right / count for right, count in zip(result.correct, result.counts, strict=True)]
+        result.eval_seconds = time.perf_counter() - start
+        if self.run is not None:
+            self.run.save_result(result)
+        return result
+
+    def count_correct(self, tasks: list[Task]) -> tuple[list[int], list[int]]:
+        """Number of right answers and of images of each task's evaluation split; full precision, no task id."""
+        self.model.eval()
+        correct, counts = [], []
+        for task in tasks:
+            right, count = 0, 0
+            bar = self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}")
+            for batch in bar(self._loader(getattr(task, self.eval_split))):
+                with torch.no_grad():
+                    predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
+                hit: Any = self.accelerator.gather_for_metrics(predicted == batch["labels"])
+                right, count = right + int(hit.sum()), count + len(hit)
+            correct.append(right)
+            counts.append(count)
+        return correct, counts
+
+    # ---- one phase ----
+
+    def _begin(self, task: Task) -> None:
+        """Give the model its new task, initialised from (seed, role, task) alone."""
+        known = self.model.config.tasks
+        set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
+        if len(known) == task.index:
+            self.model.begin_task(task.class_names)
+        elif len(known) != task.index + 1 or known[task.index] != list(task.class_names):
+            raise ValueError(
+                f"The model knows {len(known)} tasks {[len(names) for names in known]}, which does not fit task "
+                f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the checkpoint of the task "
+                f"before."
+            )
+
+    def _train(self, task: Task, result: TaskResult) -> None:
+        work = None if self.run is None else self.run.work_folder(self.role, task)
+        last = get_last_checkpoint(work) if work is not None and work.is_dir() else None
+        self.train_dataset = task.train
+        self.optimizer = self.lr_scheduler = None  # new for every task and phase
+        self.model_wrapped = self.model
+        self._sums, self._steps_summed, self._seconds_before = {}, 0, 0.0
+        if last is not None:
+            self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
+        teacher = self.teacher
+        if teacher is not None:
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        try:
+            start = time.perf_counter()
+            metrics = self.train(resume_from_checkpoint=last).metrics
+            result.train_seconds = self._seconds_before + time.perf_counter() - start
+            result.images_per_second = metrics["train_samples_per_second"]
+        finally:  # take Accelerate's wrappers off again: they would pile up, task by task
+            self._phase.close()
+            self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            if teacher is not None:
+                self.teacher = self.accelerator.unwrap_model(self.teacher, keep_fp32_wrapper=False)
+
+    def _fit_head(self, task: Task, result: TaskResult) -> None:
+        """A model without trainable parameters is fitted by one pass over the task's un-augmented images."""
+        start = time.perf_counter()
+        self.model.eval()
+        bar = self._bar(self._title(task))
+        for batch in bar(self._loader(task.train)):
+            with torch.no_grad():
+                features = self.model(pixel_values=batch["pixel_values"]).features
+            features, labels = self.accelerator.gather_for_metrics((features, batch["labels"]))
+            self.model.head.accumulate(features, labels - task.first_class)
+        self.state.log_history = []
+        result.train_seconds = time.perf_counter() - start
+        result.images_per_second = len(task.train) / result.train_seconds
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
+        task, pixels = self.seen[-1], inputs["pixel_values"]
+        query, teacher = None, None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                query = self.model.compute_query(pixels) if self.shares_query else None
+                teacher = self.teacher(pixel_values=pixels, query=query, output_hidden_states=self._hidden_states)
+        student: CDLOutput = model(
+            pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._hidden_states
+        )
+        losses = self.objective(student, teacher, inputs["labels"], task.classes)
+        self._watch(losses)
+        return (losses["loss"], student) if return_outputs else losses["loss"]
+
+    @property
+    def _hidden_states(self) -> bool | None:
+        return True if "hidden_states" in self.objective.needs else None
+
+    def _watch(self, losses: dict[str, torch.Tensor]) -> None:
+        """Stop at a loss that is no number, naming the term; sum the others for the next log line."""
+        names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
+        if not bool(torch.isfinite(values).all()):
+            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            terms = [name for name in bad if name != "loss"] or bad
+            raise FloatingPointError(
+                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step "
+                f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
+                "step. Lower the learning rate or the term's weight, or check the images of this task."
+            )
+        for name, value in zip(names, values, strict=True):
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._steps_summed += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line."""
+        if "loss" in logs and self._steps_summed:
+            for name, total in self._sums.items():
+                mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
+                logs[f"loss/{name}"] = mean.item()
+            self._sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
+
+    # ---- data order and schedule ----
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        task = self.seen[-1]
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
+        self._sampler = ViewSampler(len(task.train), seed, shuffle)
+        return self._sampler
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """HF's schedule, or with `epoch_cosine` the CDL authors': lr * cos(99 pi max(e - 1, 0) / (200 (K - 1))).
+
+        e = 0 .. K - 1 counts epochs. The authors' scheduler starts one count late, so their second epoch still runs at
+        the full rate and the last one does not reach the formula's end; trained models depend on it.
+        """
+        if not self.args.epoch_cosine or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        epochs = math.ceil(self.args.num_train_epochs)
+        per_epoch = math.ceil(num_training_steps / epochs)
+
+        def factor(step: int) -> float:
+            return math.cos(99 * math.pi * max(step // per_epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+
+        target: Any = optimizer or self.optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- files ----
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Store the phase's state under its name only when it is whole; then drop the one before."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            (partial / "phase.json").write_text(json.dumps({"seconds": self._seconds_before + self._phase.seconds}))
+            work = partial.parent.parent
+            for old in work.glob(partial.name):
+                shutil.rmtree(old)
+            os.replace(partial, work / partial.name)
+            for old in work.glob("checkpoint-*"):
+                if old.name != partial.name:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self.run is None:
+            return str(self.args.output_dir)
+        return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Within a phase only what it trains is stored: all else is in the backbone or the last task's checkpoint."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self._get_output_dir(None))
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / "trained.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put back what the phase had trained. Raises ValueError if it does not fit the model."""
+        file = Path(resume_from_checkpoint) / "trained.safetensors"
+        stored = load_file(file)
+        wanted = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if stored.keys() != wanted.keys():
+            raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(stored[name])
+
+    # ---- what the user sees ----
+
+    def _loader(self, split: Any) -> Any:
+        return self.get_test_dataloader(split)
+
+    def _title(self, task: Task) -> str:
+        return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
+
+    def _bar(self, title: str) -> Any:
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        return lambda items: tqdm(items, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+
+
+class ViewSampler(Sampler[tuple[int, int]]):
+    """Yields (sample, view): every sample once an epoch, view = epoch; a pure function of (seed, epoch)."""
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True):
+        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.arange(self.length)
+        if self.shuffle:
+            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        yield from ((index, self.epoch) for index in order.tolist())
+
+
+class _PhaseCallback(TrainerCallback):
+    """Tells the sampler the epoch, and the user where the phase stands."""
+
+    def __init__(self, trainer: CDLTrainer):
+        self.trainer = trainer
+        self.bar: Any = None
+        self.started = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since this process began the phase."""
+        return time.perf_counter() - self.started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.perf_counter()
+        hidden = args.disable_tqdm or not state.is_world_process_zero
+        title = self.trainer._title(self.trainer.seen[-1])
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=title,
+            disable=hidden,
+            leave=False,
+            dynamic_ncols=True,
+        )
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer._sampler is not None:
+            self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        terms = {name[5:]: f"{value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss/")}
+        if self.bar is not None and terms:
+            self.bar.set_postfix(terms)
+
+    def close(self) -> None:
+        """Take the bar off the screen, whatever ended the phase."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _shares_query(student: Any, teacher: Any) -> bool:
+    """Whether one query pass serves both models: the same frozen weights answer for the teacher and the student."""
+    if teacher.pool is None or not teacher.pool.needs_query or student.config.train_backbone:
+        return False
+    first, second = (
+        model.backbone if model.query_backbone is None else model.query_backbone for model in (student, teacher)
+    )
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
+        for name, value in ours.items()
+    )
+
+
+def _peak_memory() -> int:
+    """Bytes: the most this phase held on the GPU, or on a CPU the most that the process held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

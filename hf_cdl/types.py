@@ -1,0 +1,92 @@
+"""The values that travel between the parts: prefixes, model outputs, tasks and what was measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from transformers.utils.generic import ModelOutput
+
+
+class KV(NamedTuple):
+    """Extra keys and values of one self-attention layer, used raw (not passed through k_proj / v_proj).
+
+    `key`, `value`: (B or 1, P, D), cut into heads like the layer's own keys and values.
+    `where`: `prepend` / `append` concatenate them before / after the sequence's own (the result does not depend on
+    the place); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as APT does.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    where: Literal["prepend", "append", "add_to_cls"] = "prepend"
+
+
+Prefixes = Mapping[int, "list[KV]"]
+"""Layer number -> the prefixes of that layer."""
+
+
+@dataclass
+class CDLOutput(ModelOutput):
+    """What a continual model returns.
+
+    `loss`: scalar cross-entropy, only if labels were given. `logits`: (B, C) over all classes seen so far, in stream
+    order; in evaluation the blend of both heads if the model has a KD head. `kd_logits`: (B, C) of the KD head.
+    `prompt_loss`: scalar, the pool's own loss (CODA's orthogonality penalty, a match loss). `query`: (B, D_q).
+    `features`: (B, D) what the CLS head reads. `hidden_states`: embeddings and every layer's output, (B, N, D) each.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor = None  # type: ignore[assignment]  # a ModelOutput's fields need defaults
+    kd_logits: torch.Tensor = None  # type: ignore[assignment]
+    prompt_loss: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class TaskSplit(Protocol):
+    """Images of one task and split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order."""
+
+    index: int
+    class_names: tuple[str, ...]
+    first_class: int
+    train: TaskSplit
+    validation: TaskSplit | None
+    test: TaskSplit
+
+    @property
+    def classes(self) -> slice:
+        """The slice of the logits that belongs to this task."""
+        return slice(self.first_class, self.first_class + len(self.class_names))
+
+    @property
+    def name(self) -> str:
+        """`task-01` for the first task: the name of its checkpoint folder and Hub tag."""
+        return f"task-{self.index + 1:02d}"
+
+
+@dataclass
+class TaskResult:
+    """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes."""
+
+    role: str
+    task: int
+    row: list[float] = field(default_factory=list)
+    correct: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    images_per_second: float = 0.0
+    peak_memory_bytes: int = 0

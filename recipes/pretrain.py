@@ -1,0 +1,176 @@
+"""Pre-trains a tiny ViT backbone on the base classes of an image data set, and measures what its features are worth.
+
+    python recipes/pretrain.py --data icons-full --stream recipes/quickstart/icons --output recipes/quickstart/teacher
+
+The folder written holds the backbone without its classification head, the image processor and a model card with every
+number of this run. The same seed and number of threads give the same backbone on the same machine.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+
+import torch
+from datasets import Image, load_dataset
+from torch.nn.functional import normalize
+from transformers import (
+    AutoModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
+
+from hf_cdl.tasks.transforms import Preprocess, decode
+
+CARD = """---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+# A tiny ViT for icons ({parameters:,} parameters)
+
+A Vision Transformer of width {a.hidden_size} with {a.layers} layers and {a.heads} heads ({a.image_size} px, patch {a.patch_size}), pre-trained by [pretrain.py](../../pretrain.py) on
+{images:,} images of {classes} icon concepts. It has seen no class of [the stream](../icons/README.md). It knows icons and nothing else: use it for
+tests and demonstrations of continual learning.
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+folder = "recipes/quickstart/{a.output.name}"
+backbone = AutoModel.from_pretrained(folder, add_pooling_layer=False)  # float32, from weights stored as float16
+processor = AutoImageProcessor.from_pretrained(folder)
+```
+Made by (`{a.data.name}` is the full icon data, which is not in this repository; [where it is from](../icons/README.md)):
+```
+{command}
+```
+| measured in this run (seed {a.seed}, {seconds:.0f} s of training with {a.threads} threads on a shared machine) | % |
+|---|---|
+| base-validation accuracy, {classes} classes, with the head it was trained with (not shipped) | {validation:.1f} |
+| base-test accuracy, {classes} classes, with that head | {test:.1f} |
+| nearest class mean on all {ncm[classes]} stream classes jointly, validation | {ncm[validation]:.1f} |
+| nearest class mean on all {ncm[classes]} stream classes jointly, test | {ncm[test]:.1f} |
+
+Validation and test show icon families that are in no training image. Nearest class mean: the files of this folder, CLS token after the final
+norm, cosine to the mean of a class's training images.
+"""  # noqa: E501
+
+
+class Images(torch.utils.data.Dataset):
+    """A parquet file, decoded once. In training, a sample's view is that of the current epoch."""
+
+    def __init__(self, file: Path, preprocess: Preprocess, training: bool = False):
+        rows = load_dataset("parquet", data_files=str(file), split="train").cast_column("image", Image(decode=False))
+        self.names, self.labels = rows.features["label"].names, torch.tensor(rows["label"])
+        self.images = [decode(image, f"{file.name}, row {i}") for i, image in enumerate(rows["image"])]
+        self.preprocess, self.training, self.epoch = preprocess, training, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        image, p = self.images[i], self.preprocess
+        pixels = p.training([image], [(0, i, self.epoch)]) if self.training else p.evaluation([image])
+        return {"pixel_values": pixels[0], "labels": self.labels[i]}
+
+
+class CountEpochs(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
+        train_dataloader.dataset.epoch = round(state.epoch)
+
+
+def initialise(model: ViTForImageClassification) -> None:
+    """Linear weights of std fan_in^-0.5: HF's 0.02 is meant for width 768 and learns slowly at tiny widths."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    for token in (model.vit.embeddings.position_embeddings, model.vit.embeddings.cls_token):
+        torch.nn.init.normal_(token, std=0.5)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": 100 * float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+@torch.no_grad()
+def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> dict[str, float]:
+    backbone = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    features, data = {}, {}
+    for split in ("train", "validation", "test"):
+        data[split] = Images(stream / f"{split}.parquet", preprocess)
+        views = [preprocess.evaluation(data[split].images[i : i + 256]) for i in range(0, len(data[split]), 256)]
+        features[split] = normalize(torch.cat([backbone(view).last_hidden_state[:, 0] for view in views]), dim=-1)
+    classes = len(data["train"].names)
+    means = torch.stack([features["train"][data["train"].labels == c].mean(0) for c in range(classes)])
+    guess = {split: (x @ normalize(means, dim=-1).T).argmax(-1) for split, x in features.items()}
+    return {s: 100 * (guess[s] == data[s].labels).float().mean().item() for s in guess} | {"classes": classes}
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with base-{train,validation,test}.parquet")
+    parser.add_argument("--stream", type=Path, required=True, help="folder with {train,validation,test}.parquet")
+    parser.add_argument("--output", type=Path, required=True)
+    for name, default in {"hidden-size": 144, "layers": 6, "heads": 3, "image-size": 48, "patch-size": 8}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in {"epochs": 12, "batch-size": 64, "threads": 2, "seed": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    a = parser.parse_args()
+    torch.set_num_threads(a.threads)
+    set_seed(a.seed)
+
+    # White becomes 0: with the usual mean of 0.5 the background drowns the ink, and learning is slower.
+    size = {"height": a.image_size, "width": a.image_size}
+    processor = ViTImageProcessorPil(size=size, image_mean=[1.0] * 3, image_std=[0.4] * 3)
+    preprocess = Preprocess(processor, a.seed, crop_scale=(0.5, 1.0), flip=0.0)  # base classes know left from right
+    train = Images(a.data / "base-train.parquet", preprocess, training=True)
+    validation, test = (Images(a.data / f"base-{split}.parquet", preprocess) for split in ("validation", "test"))
+    shape = {"hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads}
+    shape |= {"intermediate_size": 4 * a.hidden_size, "image_size": a.image_size, "patch_size": a.patch_size}
+    model = ViTForImageClassification(ViTConfig(**shape, num_labels=len(train.names)))
+    initialise(model)
+    arguments = TrainingArguments(
+        output_dir=str(a.output),
+        num_train_epochs=a.epochs,
+        per_device_train_batch_size=a.batch_size,
+        per_device_eval_batch_size=256,
+        learning_rate=a.learning_rate,
+        weight_decay=0.05,
+        label_smoothing_factor=0.1,
+        lr_scheduler_type="cosine",
+        warmup_steps=len(train) // a.batch_size,  # one epoch
+        bf16=a.bf16,
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU wants to be asked for it
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        logging_strategy="epoch",
+        disable_tqdm=True,
+        seed=a.seed,
+    )
+    trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=accuracy, callbacks=[CountEpochs()])
+    start = time.perf_counter()
+    trainer.train()
+    numbers = {"seconds": time.perf_counter() - start, "images": len(train), "classes": len(train.names)}
+    numbers |= {"validation": trainer.evaluate(validation)["eval_accuracy"], "test": trainer.evaluate(test)["eval_accuracy"]}
+
+    backbone = model.vit.half()  # a small file; config.json says float32, so that loading gives a float32 model
+    backbone.config.num_labels = 2  # HF's default, so that no list of classes is written
+    backbone.save_pretrained(a.output)
+    config = json.loads((a.output / "config.json").read_text()) | {"dtype": "float32"}
+    (a.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    processor.save_pretrained(a.output)
+    numbers |= {"ncm": nearest_class_mean(a.output, a.stream, preprocess), "parameters": backbone.num_parameters()}
+    command = shlex.join(["python", *(a.data.name if word == str(a.data) else word for word in sys.argv)])
+    (a.output / "README.md").write_text(CARD.format(a=a, command=command, **numbers))
+    print(numbers)

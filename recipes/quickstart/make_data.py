@@ -1,0 +1,149 @@
+"""Cuts the quickstart's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
+
+The full folder holds stream-{train,validation,test}.parquet (100 classes) and LICENCES.tsv. Taken are the 50 classes
+with the most test images (ties: most training images, then by name), of each at most CAPS images per split, chosen
+with a fixed seed; all with their classes in alphabetical order. Images are compressed again without loss. Written to
+icons/ beside this file: the three parquet files, the licences of the icon sets that occur, the data card README.md.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PIL
+
+CLASSES = 50
+CAPS = {"train": 32, "validation": 12, "test": 20}
+SEED = 20261122
+OUT = Path(__file__).parent / "icons"
+
+
+def smaller(png: bytes) -> bytes:
+    """The same pixels in fewer bytes."""
+    before, out = PIL.open(io.BytesIO(png)), io.BytesIO()
+    before.save(out, "PNG", optimize=True)
+    after = PIL.open(io.BytesIO(out.getvalue()))
+    assert after.mode == before.mode and after.tobytes() == before.tobytes()
+    return min(png, out.getvalue(), key=len)
+
+
+def choose(full: dict[str, Dataset]) -> list[str]:
+    names = full["test"].features["label"].names
+    count = {split: np.bincount(rows["label"], minlength=len(names)) for split, rows in full.items()}
+    order = sorted(range(len(names)), key=lambda c: (-count["test"][c], -count["train"][c], names[c]))
+    return sorted(names[c] for c in order[:CLASSES])
+
+
+def cut(rows: Dataset, classes: list[str], cap: int) -> Dataset:
+    """At most `cap` images of each class, sorted by class and source; a class's choice depends on no other class."""
+    names, labels = rows.features["label"].names, np.array(rows["label"])
+    columns: dict[str, list] = {"image": [], "label": [], "family": [], "source": []}
+    for label, name in enumerate(classes):
+        old = names.index(name)
+        kept = np.random.default_rng([SEED, old]).permutation(np.flatnonzero(labels == old))[:cap]
+        for row in sorted((rows[int(i)] for i in kept), key=lambda row: row["source"]):
+            image = {"bytes": smaller(row["image"]["bytes"]), "path": None}
+            for column, value in zip(columns.values(), (image, label, row["family"], row["source"]), strict=True):
+                column.append(value)
+    text = Value("string")
+    features = Features({"image": Image(), "label": ClassLabel(names=classes), "family": text, "source": text})
+    return Dataset.from_dict(columns, features=features)
+
+
+CARD = """---
+license: other
+license_name: permissive-icon-sets
+license_link: LICENCES.tsv
+task_categories:
+- image-classification
+pretty_name: Icons-R quickstart
+size_categories:
+- 1K<n<10K
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: train.parquet
+  - split: validation
+    path: validation.parquet
+  - split: test
+    path: test.parquet
+---
+# Icons-R quickstart: {classes} concepts drawn by {families} icon families
+
+A small, real image data set for continual learning without a download. A class is a concept ("home", "heart", "bell"), an image is one icon
+family's rendition of it. Like ImageNet-R in kind: the test shows known concepts in styles never seen in training.
+
+| split | images | images per class | icon families | bytes |
+|---|---|---|---|---|
+{table}
+
+Images are 48×48 greyscale PNG, dark on white. Columns: `image`, `label` (ClassLabel with names), `family` (the icon
+sets of one maker or of one origin), `source` ("set:icon"). **No family is in two splits**, so tune on validation, never on test.
+
+```python
+from datasets import load_dataset
+
+icons = load_dataset("recipes/quickstart/icons")  # splits train, validation, test
+```
+Classes: {names}.
+
+## How it was made
+The icons come from the npm package `@iconify/json` 2.2.535, rendered with PyPI `resvg-py` 0.5.0 and Pillow. Labels are the icons' own
+names and **some are wrong** (a few "link" images are paper clips). Forks of one set count as one family; near-duplicates of training
+images were dropped from test. Of the 100 stream classes of that full data set (which is not in this repository),
+[make_data.py](../make_data.py) took the {classes} with the most test images (ties: most training images, then by name), and of each at most
+{caps}, chosen with seed {seed}. PNGs were compressed again without loss. The two backbones beside this folder were
+pre-trained on other concepts; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
+families in the same splits, so test families are new to the backbones as well.
+
+## Licence and attribution
+Every icon belongs to its makers and is under its set's own licence (MIT, Apache-2.0, ISC, CC0, CC-BY, OFL and the like): [LICENCES.tsv](LICENCES.tsv)
+lists the {sets} sets that occur, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
+"""
+
+
+def main(folder: Path) -> None:
+    OUT.mkdir(exist_ok=True)
+    files = {split: str(folder / f"stream-{split}.parquet") for split in CAPS}
+    full = {split: load_dataset("parquet", data_files=file, split="train") for split, file in files.items()}
+    full = {split: rows.cast_column("image", Image(decode=False)) for split, rows in full.items()}
+    classes = choose(full)
+
+    table, used, families = [], {}, set()
+    for split, cap in CAPS.items():
+        part = cut(full[split], classes, cap)
+        file = OUT / f"{split}.parquet"
+        pq.write_table(part.with_format("arrow")[:], file, compression="zstd", compression_level=19)
+        count = np.bincount(part["label"])
+        table.append(
+            f"| {split} | {len(part):,} | {count.min()}–{count.max()} | {len(set(part['family']))} | {file.stat().st_size:,} |"
+        )
+        families |= set(part["family"])
+        for source in part["source"]:
+            used[source.split(":")[0]] = used.get(source.split(":")[0], 0) + 1
+
+    licences = [line.split("\t") for line in (folder / "LICENCES.tsv").read_text().splitlines()]
+    lines = ["\t".join([*row[:-1], str(used[row[0]])]) for row in licences if row[0] in used]
+    assert len(lines) == len(used), "a set without a licence"
+    (OUT / "LICENCES.tsv").write_text("\n".join(["set\tname\tlicence\tauthor\timages", *lines]) + "\n")
+    (OUT / "README.md").write_text(
+        CARD.format(
+            classes=len(classes),
+            families=len(families),
+            table="\n".join(table),
+            names=", ".join(classes),
+            caps=", ".join(f"{cap} {split}" for split, cap in CAPS.items()) + " images",
+            seed=SEED,
+            sets=len(used),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

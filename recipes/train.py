@@ -1,0 +1,184 @@
+"""Teach, distil, evaluate, task after task.
+
+accelerate launch recipes/train.py [RECIPE.yaml] [--any.field value ...]     (default: recipes/quickstart.yaml)
+
+Running the same command again goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from accelerate import PartialState  # noqa: E402
+from transformers import AutoImageProcessor, set_seed  # noqa: E402
+from transformers.utils import logging as hf_logging  # noqa: E402
+
+from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
+from hf_cdl.distill import TERMS, Objective  # noqa: E402
+from hf_cdl.models.backbone import check_image_size, load_config  # noqa: E402
+from hf_cdl.recipe import ModelRecipe, Recipe, RecipeError, load_recipe  # noqa: E402
+from hf_cdl.report import plotting_available  # noqa: E402
+from hf_cdl.run import Run, RunError  # noqa: E402
+from hf_cdl.tasks import ImageError  # noqa: E402
+from hf_cdl.tasks.transforms import output_size  # noqa: E402
+
+HERE = Path(__file__).parent
+NCM = "nearest_class_mean"
+
+
+def main(arguments: list[str]) -> int:
+    process = PartialState()
+    say = print if process.is_main_process else lambda *args: None
+    try:
+        recipe = load_recipe(arguments, HERE / "quickstart.yaml")
+        run = Run(recipe.folder, recipe.as_dict(), writer=process.is_main_process)
+        if run.finished:
+            say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
+            say_how_to_load(recipe, say)
+            return 0
+        train(recipe, run, say)
+    except (RecipeError, RunError, ImageError, ValueError) as error:
+        say(f"\nerror: {error}")
+        return 2
+    except FloatingPointError as error:
+        say(f"\nerror: {error}\nThe same command goes on from the last stored state: {again(arguments)}")
+        return 3
+    except KeyboardInterrupt:
+        say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again(arguments)}")
+        return 130
+    say_how_to_load(recipe, say)
+    return 0
+
+
+def train(recipe: Recipe, run: Run, say) -> None:
+    processor = load_processor(recipe)
+    stream = TaskStream(recipe.data, processor, seed=recipe.seed)
+    if not run.started:
+        stream.check_images()
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
+    run.set_labels(labels(recipe))
+    if not plotting_available():
+        say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
+    say(f"{recipe.name}: {len(stream)} tasks, {len(stream.class_names)} classes -> {recipe.folder}/")
+
+    common = {"run": run, "eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
+    set_seed(recipe.seed)
+    student_model = load(run, "student") or build(recipe.student)
+    teacher = None
+    if recipe.teacher is not None:
+        query = (
+            recipe.student if recipe.teacher.query == "student" and recipe.teacher.prompt["type"] != "none" else None
+        )
+        teacher_model = load(run, "teacher") or build(recipe.teacher, query)
+        teacher = CDLTrainer(teacher_model, arguments_of(recipe, run, "teacher"), role="teacher", **common)
+    terms = [(fields["type"], build_term(fields)) for fields in recipe.distill]
+    student = CDLTrainer(
+        student_model,
+        arguments_of(recipe, run, "student"),
+        objective=Objective(recipe.ce_weight, terms),
+        teacher=None if teacher is None else teacher.model,
+        **common,
+    )
+    baseline = None
+    if NCM in recipe.baselines:
+        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head={"type": "ncm"})
+        model = load(run, NCM) or build(bare)
+        baseline = CDLTrainer(model, arguments_of(recipe, run, "student"), role=NCM, **common)
+
+    trainers = [trainer for trainer in (teacher, student, baseline) if trainer is not None]
+    for task in stream:
+        for trainer in trainers:
+            trainer.learn(task)
+        rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
+        averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
+        say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+    say(f"\n{run.finish()}\n")
+
+
+def build(section: ModelRecipe, query: ModelRecipe | None = None) -> CDLForImageClassification:
+    return CDLForImageClassification.from_backbone(
+        section.backbone,
+        section.revision,
+        query_name=query.backbone if query else None,
+        query_revision=query.revision if query else None,
+        prompt=section.prompt,
+        head=section.head,
+        kd_prompt=section.kd_prompt,
+        train_backbone=section.train_backbone,
+    )
+
+
+def load(run: Run, role: str) -> CDLForImageClassification | None:
+    folder = run.checkpoint(role)
+    return None if folder is None else CDLForImageClassification.from_pretrained(folder)
+
+
+def build_term(fields: dict):
+    term = TERMS[fields["type"]]
+    return term(term.config_class(**{key: value for key, value in fields.items() if key != "type"}))
+
+
+def arguments_of(recipe: Recipe, run: Run, role: Literal["teacher", "student"]) -> CDLTrainingArguments:
+    return CDLTrainingArguments(output_dir=str(run.folder / "work"), **recipe.training_args(role))
+
+
+def load_processor(recipe: Recipe):
+    """The student's image processor, after checking that it and the teacher's agree with the backbones."""
+    found = {}
+    for role in ("student", "teacher"):
+        section = getattr(recipe, role)
+        if section is None:
+            continue
+        config = load_config(section.backbone, section.revision)
+        try:
+            processor = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The {role}'s backbone '{section.backbone}' has no preprocessor_config.json: {error}"
+            ) from error
+        check_image_size(config, output_size(processor))
+        found[role] = processor
+    views = {role: (output_size(p), p.image_mean, p.image_std) for role, p in found.items()}
+    if len({str(view) for view in views.values()}) > 1:
+        raise ValueError(f"Teacher and student must see the same pixels, but their processors differ: {views}.")
+    return found["student"]
+
+
+def labels(recipe: Recipe) -> dict[str, str]:
+    def describe(section: ModelRecipe | None) -> str:
+        if section is None:
+            return ""
+        prompt = str(section.prompt["type"])
+        return "fine-tuned" if section.train_backbone else "linear head" if prompt == "none" else prompt
+
+    terms = "".join(f" + {fields['type']}" for fields in recipe.distill)
+    return {
+        "teacher": f"teacher ({describe(recipe.teacher)})",
+        "student": f"student ({describe(recipe.student)}{terms})",
+        NCM: "class means, no training",
+    }
+
+
+def again(arguments: list[str]) -> str:
+    return " ".join(["accelerate launch", sys.argv[0], *arguments])
+
+
+def say_how_to_load(recipe: Recipe, say) -> None:
+    say("Use the student:")
+    say(
+        '  python -c "from transformers import pipeline; import hf_cdl; '
+        f"print(pipeline('image-classification', model='{recipe.folder}/student')('IMAGE.png'))\""
+    )
+
+
+if __name__ == "__main__":
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,454 @@
+"""Every file of a folder of reference vectors: `pytest tests/test_conformance.py --references DIR`.
+
+The vectors were made by running the authors' code; tests/references/README.md describes the format. A file of a kind
+that CHECKS does not know is a failure.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import ViTConfig
+
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, metrics
+from hf_cdl.distill import TERMS, Objective
+from hf_cdl.prompts import PROMPTS
+from hf_cdl.prompts.coda import orthogonalise
+from hf_cdl.types import KV, CDLOutput, Task
+
+NOT_YET: dict[str, str] = {  # name prefix of a file -> what it needs
+    "apt_": "APT",
+    "dualprompt_": "DualPrompt",
+    "l2p_": "L2P",
+    "mapping_": "prompt mapping",
+    "kdp_apt": "APT",
+    "kdp_dual": "DualPrompt",
+    "kdp_l2p": "L2P",
+    "loss_dkd": "DKD",
+    "loss_fitnets": "FitNets",
+    "loss_reviewkd": "ReviewKD",
+    "trace_apt": "APT",
+    "trace_coda_fitnets": "FitNets",
+    "trace_coda_mapping": "prompt mapping",
+    "trace_dual": "DualPrompt",
+    "trace_l2p": "L2P",
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+class Case:
+    """One reference file: its description, its tensors, and the comparison it asks for."""
+
+    def __init__(self, file: Path):
+        self.folder = file.parent
+        self.info: dict[str, Any] = json.loads(file.read_text())
+        self.hyper: dict[str, Any] = self.info.get("hyper_parameters", {})
+        self.tensors: Tensors = load_file(file.with_suffix(".safetensors"))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def same(self, name: str, got: torch.Tensor | None, tolerance: str | None = None) -> None:
+        want = self.tensors[name]
+        limits = self.info["tolerance"] if tolerance is None else self.info["tolerance"][tolerance]
+        got = torch.zeros_like(want) if got is None else got.detach()
+        torch.testing.assert_close(got, want, **limits, msg=lambda text: f"{self.info['name']}: {name}\n{text}")
+
+    def vit(self, role: str) -> tuple[ViTConfig, Tensors]:
+        weights = self.info["vit_weights"][role]
+        return ViTConfig(**weights["config"]), load_file(self.folder / weights["file"])
+
+
+# ---- building our models from the reference's parameters ----
+
+
+def model_for(case: Case, role: str, **fields: Any) -> CDLForImageClassification:
+    """A model without tasks on the case's ViT; the student's ViT answers the teacher's queries."""
+    config, weights = case.vit(role)
+    query_config, query_weights = (None, None)
+    if role == "teacher" and "student" in case.info["vit_weights"]:
+        query_config, query_weights = case.vit("student")
+    model = CDLForImageClassification(CDLConfig(backbone_config=config, query_config=query_config, **fields))
+    model.backbone.load_state_dict(weights)
+    if model.query_backbone is not None and query_weights is not None:
+        model.query_backbone.load_state_dict(query_weights)
+    return model
+
+
+def coda_section(pool_size: int, length: int, mu: float, tasks: int) -> dict[str, Any]:
+    return {"type": "coda", "components": pool_size // tasks, "length": length, "orthogonality": mu}
+
+
+CODA_NAMES = {"P": "prompt", "K": "key", "A": "attention"}
+
+
+def put_coda(pool: Any, tensors: Tensors, prefix: str = "") -> None:
+    """Spread the reference's whole pools (`P.0`, `K.0` ...: one per layer) over the blocks of our tasks."""
+    rows = pool.config.components
+    with torch.no_grad():
+        for task, block in enumerate(pool.blocks):
+            for short, name in CODA_NAMES.items():
+                for index, layer in enumerate(pool.layers):
+                    whole = tensors[f"{prefix}{short}.{layer}"]
+                    getattr(block, name)[index].copy_(whole[task * rows : (task + 1) * rows])
+
+
+def gather(blocks: Any, name: str, index: int | None, like: torch.Tensor, grad: bool = False) -> torch.Tensor:
+    """Our blocks' parameters (or gradients) of one layer as one tensor of the reference's size, zero where unused."""
+    whole = torch.zeros_like(like)
+    start = 0
+    for block in blocks:
+        parameter = getattr(block, name)
+        value = parameter.grad if grad else parameter.detach()
+        rows = parameter.shape[0 if index is None else 1]
+        if value is not None:
+            whole[start : start + rows] = value if index is None else value[index]
+        start += rows
+    return whole
+
+
+def put_head(head: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    start = 0
+    with torch.no_grad():
+        for block in head.blocks:
+            rows = len(block.bias)
+            block.weight.copy_(weight[start : start + rows])
+            block.bias.copy_(bias[start : start + rows])
+            start += rows
+
+
+def put_kd_prompt(kd_prompt: Any, tensors: Tensors, prefix: str) -> None:
+    prompts = [] if kd_prompt.prompt is None else kd_prompt.prompt
+    with torch.no_grad():
+        kd_prompt.token.copy_(tensors[f"{prefix}.0"][0])
+        for layer, prompt in enumerate(prompts, start=1):
+            prompt.copy_(tensors[f"{prefix}.{layer}"])
+
+
+# ---- the kinds of cases ----
+
+
+def check_vit_weights(case: Case) -> None:
+    model = CDLForImageClassification(CDLConfig(backbone_config=ViTConfig(**case.info["config"])))
+    model.backbone.load_state_dict(case.tensors)
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, case[name]), name
+
+
+def check_vit_plain(case: Case) -> None:
+    model = model_for(case, case.hyper["role"]).eval()
+    with torch.no_grad():
+        case.same("last_hidden_state", model._run(model.backbone, case["pixel_values"]).last_hidden_state)
+
+
+def check_vit_prefix(case: Case) -> None:
+    for implementation in ("sdpa", "eager"):
+        model = model_for(case, case.hyper["role"]).eval()
+        model.set_attn_implementation(implementation)
+        prefix, leaves = {}, {}
+        for layer in map(int, case.hyper["prefix_lengths"]):
+            for name in ("key_prefix", "value_prefix"):
+                leaves[f"{name}.{layer}"] = case[f"{name}.{layer}"].clone().requires_grad_()
+            prefix[layer] = [KV(leaves[f"key_prefix.{layer}"], leaves[f"value_prefix.{layer}"])]
+        hidden = model._run(model.backbone, case["pixel_values"], prefix=prefix).last_hidden_state
+        case.same("last_hidden_state", hidden)
+        (hidden * case["upstream"]).sum().backward()
+        for name, leaf in leaves.items():
+            case.same(f"grad.{name}", leaf.grad)
+
+
+def check_coda(case: Case) -> None:
+    hyper = case.hyper
+    section = coda_section(hyper["pool_size"], hyper["prompt_length"], hyper["mu"], hyper["n_tasks"])
+    section.pop("type")
+    config = PROMPTS["coda"].config_class(**section, layers=tuple(hyper["layers"]))
+    for mode in ("train", "eval"):
+        pool: Any = PROMPTS["coda"](config, hyper["emb_dim"], hyper["key_dim"], max(hyper["layers"]) + 1)
+        for task in range(hyper["n_tasks"]):
+            if f"t{task}.{mode}.key_prefix.{pool.layers[0]}" not in case.tensors:
+                assert task > 1
+                break
+            pool.add_task()
+            put_coda(pool, case.tensors)
+            pool.train(mode == "train")
+            pool.requires_grad_(False)
+            pool.blocks[task].requires_grad_(True)
+            outputs = {layer: pool(layer, case["query"], task if mode == "train" else None) for layer in pool.layers}
+            products, penalties = [], []
+            for layer, (prefix, loss) in outputs.items():
+                case.same(f"t{task}.{mode}.key_prefix.{layer}", prefix.key)
+                case.same(f"t{task}.{mode}.value_prefix.{layer}", prefix.value)
+                products += [(prefix.key * case[f"upstream_k.{layer}"]).sum()]
+                products += [(prefix.value * case[f"upstream_v.{layer}"]).sum()]
+                penalty = torch.zeros(()) if loss is None else loss
+                penalties.append(penalty)
+                if mode == "train":
+                    case.same(f"t{task}.train.penalty.{layer}", penalty)
+            if mode == "eval":
+                assert all(loss is None for _, loss in outputs.values())
+                continue
+            for quantity, total in (("prefix", sum(products)), ("penalty", sum(penalties))):
+                pool.zero_grad()
+                if torch.as_tensor(total).requires_grad:
+                    total.backward()  # type: ignore[union-attr]
+                for short, name in CODA_NAMES.items():
+                    for index, layer in enumerate(pool.layers):
+                        key = f"t{task}.grad_{quantity}.{short}.{layer}"
+                        if key in case.tensors:
+                            case.same(key, gather(pool.blocks, name, index, case[key], grad=True))
+
+
+def check_coda_gram_schmidt(case: Case) -> None:
+    rows = case.hyper["per_task"]
+    draws = [name for name in case.tensors if ".draws." in name]
+    assert draws
+    for name in draws:
+        stage, _, pool, layer = name.split(".")
+        task, after = int(stage[1:]), f"{stage}.{pool}.{layer}"
+        new = case[name].reshape(rows, -1)
+        before = case[f"{stage}.before.{pool}.{layer}"][: task * rows].flatten(1) if task else new[:0]
+        later = torch.zeros(case.hyper["pool_size"] - (task + 1) * rows, new.shape[1])
+        case.same(after, torch.cat([before, orthogonalise(new, before), later]).view_as(case[after]))
+
+
+def check_kdp(case: Case) -> None:
+    hyper = case.hyper
+    tasks, (pool_size, length, mu) = hyper["prompt_param"]
+    model = model_for(
+        case,
+        "student",
+        prompt=coda_section(pool_size, length, mu, tasks),
+        kd_prompt={"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": hyper["kd_alpha"]},
+    )
+    per_task = hyper["n_classes"] // (hyper["task_index"] + 1)
+    for task in range(hyper["task_index"] + 1):
+        model.begin_task([f"{task}-{number}" for number in range(per_task)])
+    put_coda(model.pool, case.tensors, "prompt.")
+    put_head(model.head, case["last.weight"], case["last.bias"])
+    put_head(model.kd_head, case["kd_last.weight"], case["kd_last.bias"])
+    put_kd_prompt(model.kd_prompt, case.tensors, "kd_prompt")
+    for head in (model.head, model.kd_head):
+        assert head is not None
+        head.requires_grad_(True)  # the reference takes the gradient of all rows
+
+    case.same("query", model.compute_query(case["pixel_values"]))
+    model.train()
+    output = model(case["pixel_values"], task_id=hyper["task_index"])
+    case.same("train.logits", output.logits)
+    case.same("train.kd_logits", output.kd_logits)
+    case.same("train.cls_output", output.features)
+    case.same("train.prompt_loss", torch.zeros(()) if output.prompt_loss is None else output.prompt_loss)
+    prefix, _ = model._prefixes(output.query, hyper["task_index"])
+    sequence = model._run(model.backbone, case["pixel_values"], with_token=True, prefix=prefix).last_hidden_state
+    case.same("train.sequence", sequence)
+    loss = (output.logits * case["upstream.logits"]).sum() + (output.kd_logits * case["upstream.kd_logits"]).sum()
+    loss.backward()
+    pool: Any = model.pool
+    kd_prompt: Any = model.kd_prompt
+    for name in case.tensors:
+        if not name.startswith("grad."):
+            continue
+        part, *rest = name.split(".")[1:]
+        if part == "prompt":
+            index = pool.layers.index(int(rest[1]))
+            case.same(name, gather(pool.blocks, CODA_NAMES[rest[0]], index, case[name], grad=True))
+        elif part == "kd_prompt":
+            layer = int(rest[0])
+            case.same(name, kd_prompt.token.grad[None] if layer == 0 else kd_prompt.prompt.grad[layer - 1])
+        else:
+            head = model.head if part == "last" else model.kd_head
+            case.same(name, gather(head.blocks, rest[0], None, case[name], grad=True))  # type: ignore[union-attr]
+    model.eval()
+    case.same("eval.logits_blended", model(case["pixel_values"]).logits)
+
+
+TERM_OF = {"KD": "kd", "KD_Token": "kdp"}
+
+
+def term_of(method: str, alpha: float, temperature: float) -> tuple[str, Any]:
+    term = TERMS[TERM_OF[method]]
+    return TERM_OF[method], term(term.config_class(weight=alpha, temperature=temperature))
+
+
+def check_losses(case: Case) -> None:
+    hyper = case.hyper
+    alpha = hyper["kd_alpha"]
+    objective = Objective(1 - alpha, [term_of(hyper["method"], alpha, hyper["temperature"])])
+    classes = slice(hyper["last_valid_out_dim"], hyper["valid_out_dim"])
+    leaves = {name: case[name].clone().requires_grad_() for name in ("logits", "kd_logits") if name in case.tensors}
+    student = CDLOutput(logits=leaves["logits"], kd_logits=leaves.get("kd_logits"))  # type: ignore[arg-type]
+    losses = objective(student, CDLOutput(logits=case["teacher_logits"]), case["targets"], classes)
+    case.same("total_loss", losses["loss"])
+    case.same("ce_loss", losses["ce"])
+    case.same("soft_loss", alpha * losses[TERM_OF[hyper["method"]]])
+    losses["loss"].backward(retain_graph=True)
+    for name, leaf in leaves.items():
+        case.same(f"grad.{name}", leaf.grad)
+    case.same("grad_ce.logits", torch.autograd.grad(losses["ce"], leaves["logits"])[0])
+
+
+def check_masked_ce(case: Case) -> None:
+    classes = slice(case.hyper["last_valid_out_dim"], case.hyper["valid_out_dim"])
+    logits = case["logits"].clone().requires_grad_()
+    losses = Objective()(CDLOutput(logits=logits), None, case["targets"], classes)
+    case.same("ce_loss", losses["ce"])
+    case.same("current_logits", logits[:, classes])
+    losses["loss"].backward()
+    case.same("grad.logits", logits.grad)
+
+
+def check_metrics(case: Case) -> None:
+    values, limits = case.info["values"], case.info["tolerance"]
+    close = {"rel": limits["rtol"], "abs": limits["atol"]}
+    rows = [[m[t][: t + 1] for t in range(len(m))] for m in case["accuracy"].double().tolist()]
+    assert [metrics.average_accuracy(m) for m in rows] == pytest.approx(values["official_average_accuracy"], **close)
+    assert [metrics.official_forgetting(m) for m in rows] == pytest.approx(values["official_forgetting"], **close)
+    one_step = [metrics.one_step_forgetting(m) for m in rows]
+    assert one_step == pytest.approx(values["coda_prompt_forgetting_each"], **close)
+    mean, std = torch.tensor(one_step).mean().item(), torch.tensor(one_step).std(correction=0).item()
+    assert mean == pytest.approx(values["coda_prompt_forgetting_mean"], **close)
+    assert std == pytest.approx(values["coda_prompt_forgetting_std"], **close)
+    for m, steps in zip(rows, values["official_average_accuracy_per_step"], strict=True):
+        assert [metrics.average_accuracy(m[: t + 1]) for t in range(len(m))] == pytest.approx(steps, abs=0.006)
+
+
+class Batches(torch.utils.data.Dataset):
+    """The reference's batches of one task, one after the other."""
+
+    def __init__(self, case: Case, task: int):
+        count = case.hyper["batches_per_epoch"]
+        self.pixels = torch.cat([case[f"pixel_values.{task}.{i}"] for i in range(count)])
+        self.targets = torch.cat([case[f"targets.{task}.{i}"] for i in range(count)])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index = key if isinstance(key, int) else key[0]
+        return {"pixel_values": self.pixels[index], "labels": self.targets[index]}
+
+
+def put_state(case: Case, model: Any, stage: str, role: str) -> None:
+    prefix = f"{stage}.{role}."
+    put_coda(model.pool, case.tensors, f"{prefix}prompt.")
+    put_head(model.head, case[f"{prefix}last.weight"], case[f"{prefix}last.bias"])
+    if model.kd_prompt is not None:
+        put_head(model.kd_head, case[f"{prefix}kd_last.weight"], case[f"{prefix}kd_last.bias"])
+        put_kd_prompt(model.kd_prompt, case.tensors, f"{prefix}kd_prompt")
+
+
+def same_state(case: Case, model: Any, stage: str, role: str) -> None:
+    """Compare what the model has: rows of tasks to come do not exist yet."""
+    for name, want in case.tensors.items():
+        if not name.startswith(f"{stage}.{role}."):
+            continue
+        part, *rest = name.split(".")[2:]
+        if part == "prompt":
+            got = gather(model.pool.blocks, CODA_NAMES[rest[0]], model.pool.layers.index(int(rest[1])), want)
+            used = len(model.pool.blocks) * model.pool.config.components
+        elif part == "kd_prompt":
+            layer = int(rest[0])
+            got = model.kd_prompt.token[None] if layer == 0 else model.kd_prompt.prompt[layer - 1]
+            used = len(want)
+        else:
+            head = model.head if part == "last" else model.kd_head
+            got, used = gather(head.blocks, rest[0], None, want), sum(model.config.num_classes_per_task)
+        got = torch.cat([got[:used].detach(), want[used:]])
+        case.same(name, got, "parameters")
+
+
+def check_train_trace(case: Case, tmp_path: Path) -> None:
+    hyper = case.hyper
+    alpha = hyper["kd_alpha"]
+    section = coda_section(*hyper["prompt_param"], tasks=hyper["n_tasks"])
+    kd_prompt = {"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": alpha}
+    models = {
+        "teacher": model_for(case, "teacher", prompt=section),
+        "student": model_for(case, "student", prompt=section, kd_prompt=kd_prompt),
+    }
+    assert (hyper["optimizer"], hyper["betas"], hyper["eps"], hyper["weight_decay"]) == ("Adam", [0.9, 0.999], 1e-8, 0)
+    arguments: dict[str, Any] = {
+        "num_train_epochs": hyper["epochs"],
+        "learning_rate": hyper["lr"],
+        "epoch_cosine": hyper["lr_schedule"].startswith("cosine"),
+        "per_device_train_batch_size": hyper["batch"],
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+    objective = Objective(1 - alpha, [term_of(hyper["method"], alpha, hyper["Soft_T"])])
+    teacher = CDLTrainer(models["teacher"], CDLTrainingArguments(str(tmp_path / "t"), **arguments), role="teacher")
+    student = CDLTrainer(
+        models["student"],
+        CDLTrainingArguments(str(tmp_path / "s"), **arguments),
+        objective=objective,
+        teacher=models["teacher"],
+    )
+    assert student.shares_query
+    per_task = hyper["classes_per_task"]
+    for number in range(hyper["n_tasks"]):
+        names = tuple(f"{number}-{i}" for i in range(per_task))
+        task = Task(number, names, number * per_task, Batches(case, number), None, Batches(case, number))
+        for role, trainer in (("teacher", teacher), ("student", student)):
+            model = models[role]
+            model.begin_task(names)
+            put_state(case, model, "init" if number == 0 else f"boundary{number}", role)
+            trainer.learn(task)
+            log = [line for line in trainer.state.log_history if "loss/loss" in line]
+            key = f"task{number}.{role}."
+            case.same(f"{key}total_loss", torch.tensor([line["loss/loss"] for line in log]), "losses")
+            case.same(f"{key}ce_loss", torch.tensor([line["loss/ce"] for line in log]), "losses")
+            same_state(case, model, f"after{number}", role)
+            model.eval()
+            with torch.no_grad():
+                case.same(f"task{number}.eval.{role}_logits", model(case["eval_pixel_values"]).logits, "eval_logits")
+            if role == "student":
+                soft = [alpha * line[f"loss/{TERM_OF[hyper['method']]}"] for line in log]
+                case.same(f"{key}soft_loss", torch.tensor(soft), "losses")
+        steps = [i for _ in range(hyper["epochs"]) for i in range(hyper["batches_per_epoch"])]
+        with torch.no_grad():
+            given = [models["teacher"](case[f"pixel_values.{number}.{i}"]).logits[:, task.classes] for i in steps]
+        case.same(f"task{number}.student.teacher_logits", torch.stack(given), "eval_logits")
+
+
+CHECKS = {
+    "vit_weights": check_vit_weights,
+    "vit_plain": check_vit_plain,
+    "vit_prefix": check_vit_prefix,
+    "coda": check_coda,
+    "coda_gram_schmidt": check_coda_gram_schmidt,
+    "kdp": check_kdp,
+    "losses": check_losses,
+    "masked_ce": check_masked_ce,
+    "metrics": check_metrics,
+    "train_trace": check_train_trace,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    files = sorted(Path(str(metafunc.config.getoption("--references"))).glob("*.json"))
+    if "file" in metafunc.fixturenames:
+        metafunc.parametrize("file", files, ids=[file.stem for file in files])
+
+
+def test_reference(file: Path, tmp_path: Path) -> None:
+    waiting = next((needs for prefix, needs in NOT_YET.items() if file.stem.startswith(prefix)), None)
+    if waiting is not None:
+        pytest.skip(f"not yet: needs {waiting}")
+    case = Case(file)
+    kind = case.info["case"]
+    assert kind in CHECKS, f"{file} has the unknown kind '{kind}'; known: {', '.join(CHECKS)}"
+    check = CHECKS[kind]
+    check(case, tmp_path) if kind == "train_trace" else check(case)  # type: ignore[operator]
+
+
+def test_folder_is_not_empty(pytestconfig: pytest.Config) -> None:
+    assert list(Path(str(pytestconfig.getoption("--references"))).glob("*.json")), "no reference file found"

@@ -1,0 +1,224 @@
+"""Continual metrics against hand-worked matrices, relations that hold for any matrix, and evaluate's machinery."""
+
+from __future__ import annotations
+
+import pickle
+import random
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+
+from hf_cdl import metrics
+from hf_cdl.metrics import METRICS, accuracy_row, continual_metrics
+
+# Task 0 gets better before it gets worse, so its best accuracy (90) is not the one right after learning it (80).
+HAND = [[80.0], [90.0, 60.0], [70.0, 50.0, 100.0]]
+HAND_COUNTS = [10, 30, 60]
+HAND_VALUES = {
+    "average_accuracy": 220 / 3,  # (70 + 50 + 100) / 3
+    "average_incremental_accuracy": (80 + 75 + 220 / 3) / 3,
+    "forgetting": 15.0,  # ((90 - 70) + (60 - 50)) / 2
+    "official_forgetting": 20 / 3,  # ((80 - 70) + (60 - 50) + 0) / 3
+    "one_step_forgetting": 2.5,  # ((80 - 90) + ((90 - 70) + (60 - 50)) / 2) / 2
+    "backward_transfer": -10.0,  # ((70 - 80) + (50 - 60)) / 2
+    "sample_average_accuracy": 82.0,  # (10 * 70 + 30 * 50 + 60 * 100) / 100
+}
+CLASSES = {
+    "average_accuracy": metrics.AverageAccuracy,
+    "average_incremental_accuracy": metrics.AverageIncrementalAccuracy,
+    "forgetting": metrics.Forgetting,
+    "official_forgetting": metrics.OfficialForgetting,
+    "one_step_forgetting": metrics.OneStepForgetting,
+    "backward_transfer": metrics.BackwardTransfer,
+    "sample_average_accuracy": metrics.SampleAverageAccuracy,
+}
+
+
+def random_matrix(seed: int) -> list[list[float]]:
+    source = random.Random(seed)
+    return [[source.uniform(0, 100) for _ in range(t + 1)] for t in range(source.randint(2, 12))]
+
+
+def options(name: str, counts: list[int]) -> dict[str, list[int]]:
+    return {"counts": counts} if name == "sample_average_accuracy" else {}
+
+
+@pytest.fixture(autouse=True)
+def offline_in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "cache"))
+
+
+def test_hand_worked_matrix():
+    assert continual_metrics(HAND, HAND_COUNTS) == pytest.approx(HAND_VALUES)
+
+
+def test_without_counts_only_the_weighted_mean_is_missing():
+    assert continual_metrics(HAND).keys() == METRICS.keys() == HAND_VALUES.keys() - {"sample_average_accuracy"}
+
+
+def test_one_task_has_nothing_to_forget():
+    expected = dict.fromkeys(HAND_VALUES, 0.0)
+    expected |= dict.fromkeys(["average_accuracy", "average_incremental_accuracy", "sample_average_accuracy"], 70.0)
+    assert continual_metrics([[70.0]], [5]) == expected
+
+
+@pytest.mark.parametrize("upper", [0.0, 77.0, float("nan")])
+@pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
+def test_what_is_right_of_the_diagonal_does_not_count(upper, convert):
+    square = [row + [upper] * (4 - len(row)) for row in HAND]  # three rows of a stream of four tasks
+    assert continual_metrics(convert(square), HAND_COUNTS) == pytest.approx(HAND_VALUES)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_relations_between_the_metrics(seed):
+    R = random_matrix(seed)
+    T = len(R)
+    values = continual_metrics(R, [7] * T)
+    assert values["forgetting"] >= -values["backward_transfer"] - 1e-9
+    assert values["official_forgetting"] == pytest.approx(-values["backward_transfer"] * (T - 1) / T)
+    assert values["sample_average_accuracy"] == pytest.approx(values["average_accuracy"])
+    assert values["average_incremental_accuracy"] == pytest.approx(
+        np.mean([METRICS["average_accuracy"](R[: t + 1]) for t in range(T)])
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_official_forgetting_where_every_task_is_best_right_after_learning_it(seed):
+    R = random_matrix(seed)
+    T = len(R)
+    for i in range(T):
+        R[i][i] = max(R[t][i] for t in range(i, T))
+    values = continual_metrics(R)
+    assert values["official_forgetting"] == pytest.approx(values["forgetting"] * (T - 1) / T)
+    assert values["forgetting"] == pytest.approx(-values["backward_transfer"])
+
+
+def test_two_tasks_make_all_kinds_of_forgetting_one_step():
+    values = continual_metrics([[90.0], [60.0, 80.0]])
+    assert values["forgetting"] == values["one_step_forgetting"] == -values["backward_transfer"] == 30.0
+    assert values["official_forgetting"] == 15.0
+
+
+def test_an_old_task_that_ends_better_than_ever_is_negative_forgetting():
+    values = continual_metrics([[50.0], [80.0, 60.0]])
+    assert values["forgetting"] == values["one_step_forgetting"] == -values["backward_transfer"] == -30.0
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([], "no rows"),
+        ([[]], r"lengths \[0\]"),
+        ([[80.0], [70.0]], r"lengths \[1, 1\].*row t \(from 0\) needs t \+ 1 entries"),
+        ([[80.0], [70.0, 60.0, 50.0]], r"lengths \[1, 3\]"),
+        ([[80.0], [70.0, float("nan")]], r"R\[1\]\[1\] is nan"),
+        ([[80.0], [70.0, 100.5]], r"R\[1\]\[1\] is 100.5; accuracies are percentages"),
+        ([[-1.0]], r"R\[0\]\[0\] is -1.0"),
+        ([80.0, 70.0], "list of rows of numbers"),
+        ([["good"]], "list of rows of numbers"),
+    ],
+)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_bad_matrices(metric, matrix, message):
+    with pytest.raises(ValueError, match=message):
+        metric(matrix)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([1, 2], "2 counts for 3 learned tasks"),
+        ([1, 2, 3, 4], r"counts\[:3\]"),
+        ([1, 0, -1], r"tasks \[1, 2\] have counts \[0, -1\]"),
+    ],
+)
+def test_bad_counts(counts, message):
+    with pytest.raises(ValueError, match=message):
+        continual_metrics(HAND, counts)
+
+
+def test_accuracy_row_by_hand():
+    # Task 0 owns the classes 0 and 1, task 1 the classes 2, 3 and 4.
+    row = accuracy_row([0, 1, 0, 2, 2, 3, 1], [0, 1, 1, 2, 3, 3, 4], classes_per_task=[2, 3])
+    assert row == {"row": pytest.approx([200 / 3, 50.0]), "correct": [2, 2], "counts": [3, 4]}
+
+
+def test_accuracy_rows_make_the_accuracy_of_all_images():
+    source = np.random.default_rng(0)
+    references = np.concatenate([np.arange(10), source.integers(0, 10, 200)])
+    predictions = source.integers(0, 10, 210)
+    row = accuracy_row(predictions, references, [1, 4, 2, 3])
+    matrix = [[0.0] * 4] * 3 + [row["row"]]
+    share = 100 * np.mean(predictions == references)
+    assert continual_metrics(matrix, row["counts"])["sample_average_accuracy"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "sizes", "message"),
+    [
+        ([0], [0, 1], [2], r"predictions \(1,\) and references \(2,\)"),
+        ([[0.1, 0.9]], [[1, 0]], [2], "two flat lists"),
+        ([0], [0], [], "positive number of classes"),
+        ([0], [0], [1, 0], "positive number of classes"),
+        ([2, 0], [0, 1], [2], r"predictions hold the classes \[2\].*0..1; cut the logits"),
+        ([0, 0], [-100, 1], [2], r"references hold the classes \[-100\]"),
+        ([0], [0], [1, 1], r"no test image of the tasks \[1\]"),
+    ],
+)
+def test_accuracy_row_errors(predictions, references, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        accuracy_row(predictions, references, sizes)
+
+
+@pytest.mark.parametrize(("name", "cls"), CLASSES.items(), ids=CLASSES)
+def test_evaluate_classes_agree_with_the_functions_however_the_rows_arrive(name, cls):
+    metric = cls()
+    for R in (HAND, random_matrix(1)):
+        counts = list(range(1, len(R) + 1))
+        expected = {name: pytest.approx(continual_metrics(R, counts)[name])}
+        assert metric.compute(accuracies=R, **options(name, counts)) == expected
+        for row in R:
+            metric.add(accuracies=row)
+        assert metric.compute(**options(name, counts)) == expected
+        metric.add_batch(accuracies=R[:2])
+        metric.add_batch(accuracies=R[2:])
+        assert pickle.loads(pickle.dumps(cls())).compute(accuracies=R, **options(name, counts)) == expected
+        assert metric.compute(**options(name, counts)) == expected
+
+
+def test_evaluate_classes_combine():
+    combined = evaluate.combine([metrics.AverageAccuracy(), metrics.Forgetting()])
+    expected = {name: HAND_VALUES[name] for name in ("average_accuracy", "forgetting")}
+    assert combined.compute(accuracies=HAND) == pytest.approx(expected)
+
+
+def test_evaluate_accuracy_batch_by_batch():
+    metric = metrics.ContinualAccuracy()
+    metric.add_batch(predictions=torch.tensor([0, 1, 0]), references=torch.tensor([0, 1, 1]))
+    metric.add_batch(predictions=np.array([2, 2]), references=np.array([2, 3]))
+    metric.add(prediction=3, reference=3)
+    assert metric.compute(classes_per_task=[2, 2]) == {
+        "row": pytest.approx([200 / 3, 200 / 3]),
+        "correct": [2, 2],
+        "counts": [3, 3],
+    }
+
+
+def test_evaluate_classes_are_usable_after_an_error_and_after_pickling():
+    metric = metrics.ContinualAccuracy()
+    with pytest.raises(ValueError, match="references hold the classes"):
+        metric.compute(predictions=[0], references=[9], classes_per_task=[1])
+    for used in (metric, pickle.loads(pickle.dumps(metrics.ContinualAccuracy()))):
+        result = used.compute(predictions=[0], references=[0], classes_per_task=[1])
+        assert result == {"row": [100.0], "correct": [1], "counts": [1]}
+    assert pickle.loads(pickle.dumps(metric)).name == "continual_accuracy"
+
+
+def test_evaluate_classes_leave_no_files(tmp_path):
+    metric = metrics.Forgetting()
+    metric.compute(accuracies=HAND)
+    metric.add(accuracies=HAND[0])
+    assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []

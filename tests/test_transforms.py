@@ -1,0 +1,192 @@
+"""Decoding, the stateless training view and the evaluation view."""
+
+from __future__ import annotations
+
+import io
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    ImageClassificationPipeline,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_cdl.tasks.transforms import ImageError, Preprocess, crop_box, decode, output_size, stateless_rng
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return ViTImageProcessor(size={"height": 24, "width": 24})
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    value = {"1": 255, "I;16": 128 << 8, "I": 200, "F": 200.0}.get(mode)
+    image = Image.new(mode, (5, 4), value) if value else Image.fromarray(noise(4, 5)).convert(mode)
+    file = tmp_path / "image.tiff"
+    if mode == "YCbCr":
+        file = file.with_suffix(".jpg")
+    image.save(file)
+    decoded = decode(file)
+    assert decoded.mode == "RGB" and decoded.size == (5, 4)
+    if value:
+        grey = {"1": 255, "I;16": 128, "I": 200, "F": 200}[mode]
+        assert np.unique(np.asarray(decoded)).tolist() == [grey]
+
+
+def test_palette_with_transparency_gives_the_palette_colours(tmp_path):
+    image = Image.new("P", (3, 2), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(tmp_path / "p.png", transparency=b"\x00\xff")
+    assert decode(tmp_path / "p.png").getpixel((0, 0)) == (10, 20, 30)
+
+
+def test_orientation_tag_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.fromarray(noise(4, 9)).save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(tmp_path / "turned.jpg").size == (4, 9)
+
+
+def test_path_bytes_and_cells_give_the_same_image(tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(noise(6, 7)).save(file)
+    want = np.asarray(decode(file))
+    for image in (str(file), file.read_bytes(), {"bytes": None, "path": str(file)}, Image.open(file)):
+        assert np.array_equal(np.asarray(decode(image)), want)
+    assert np.array_equal(np.asarray(decode({"bytes": file.read_bytes(), "path": "elsewhere.png"})), want)
+
+
+def test_bad_images_are_named(tmp_path):
+    file = tmp_path / "cut.png"
+    Image.fromarray(noise(30, 30)).save(file)
+    file.write_bytes(file.read_bytes()[:500])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("cut.png", "text.png", "empty.png", "missing.png"):
+        with pytest.raises(ImageError, match=name):
+            decode(str(tmp_path / name), str(tmp_path / name))
+        with pytest.raises(ImageError, match=name):
+            decode({"bytes": None, "path": str(tmp_path / name)})
+    for empty in (None, {"bytes": None, "path": None}):
+        with pytest.raises(ImageError, match="row 3.*empty cell"):
+            decode(empty, "row 3")
+
+
+def test_images_beyond_pillows_limit_decode_even_from_threads():
+    """190 million pixels is above Pillow's limit of 179 million; the global limit is as before afterwards."""
+    limit = Image.MAX_IMAGE_PIXELS
+    assert limit and limit < 190_000_000 / 2  # from twice the limit on, Pillow refuses
+    buffer, small = io.BytesIO(), io.BytesIO()
+    Image.new("1", (9500, 20000)).save(buffer, "png")
+    Image.new("L", (8, 8)).save(small, "png")
+    with ThreadPoolExecutor(4) as pool:
+        sizes = list(pool.map(lambda b: decode(b.getvalue()).size, [small, buffer, small, small] + [small] * 200))
+    assert sizes[:2] == [(8, 8), (9500, 20000)]
+    assert Image.MAX_IMAGE_PIXELS == limit
+
+
+def test_stateless_rng_depends_on_its_four_numbers_only():
+    keys = [(s, t, i, v) for s in (0, 1, -1) for t in (0, 1) for i in (0, 1, 10**12) for v in (0, 1)]
+    draws = {key: stateless_rng(*key).random(3).tolist() for key in keys}
+    np.random.default_rng(5).shuffle(keys)
+    assert all(stateless_rng(*key).random(3).tolist() == draws[key] for key in keys)
+    assert len({tuple(draw) for draw in draws.values()}) == len(keys)
+
+
+def test_views_of_neighbouring_samples_are_independent():
+    first = np.array([stateless_rng(0, 0, i, 0).random(2) for i in range(4000)])
+    assert abs(first.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(first[:-1, 0], first[1:, 0])[0, 1]) < 0.06  # three standard errors are 0.047
+    assert abs(np.corrcoef(first[:, 0], first[:, 1])[0, 1]) < 0.06
+
+
+@pytest.mark.parametrize("size", [(64, 48), (500, 20), (1, 1), (3, 200)])
+def test_crop_box_lies_inside_the_image_and_in_range(size):
+    width, height = size
+    for i in range(300):
+        left, top, right, bottom = crop_box(width, height, (0.2, 0.9), (0.75, 4 / 3), stateless_rng(0, 0, i, 0))
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        if size == (64, 48):  # sides are rounded to whole pixels, at most half a pixel each
+            w, h = right - left, bottom - top
+            assert (w - 0.5) * (h - 0.5) <= 0.9 * width * height and (w + 0.5) * (h + 0.5) >= 0.2 * width * height
+            assert (w - 0.5) / (h + 0.5) <= 4 / 3 and (w + 0.5) / (h - 0.5) >= 0.75
+
+
+def test_crop_area_is_uniform_and_aspect_log_uniform():
+    """Within a square of 1000 pixels no draw with an area up to 0.5 is refused, so the draws keep their law."""
+    boxes = [crop_box(1000, 1000, (0.1, 0.5), (0.75, 4 / 3), stateless_rng(1, 0, i, 0)) for i in range(4000)]
+    sides = np.array([(right - left, bottom - top) for left, top, right, bottom in boxes])
+    area, aspect = sides.prod(1) / 1e6, np.log(sides[:, 0] / sides[:, 1])
+    assert abs(area.mean() - 0.3) < 0.006  # standard error 0.4 / sqrt(12 * 4000) = 0.0018
+    assert abs(area.std() - 0.4 / math.sqrt(12)) < 0.004
+    assert abs(aspect.mean()) < 0.01
+    assert abs(aspect.std() - 2 * math.log(4 / 3) / math.sqrt(12)) < 0.006
+
+
+@pytest.mark.parametrize("flip", [0.0, 0.25, 1.0])
+def test_flip_probability(flip, processor):
+    ramp = Image.fromarray(np.tile(np.arange(24, dtype=np.uint8) * 10, (24, 1))).convert("RGB")
+    preprocess = Preprocess(processor, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=flip)
+    pixels = preprocess.training([ramp] * 1000, [(0, i, 0) for i in range(1000)])
+    flipped = (pixels[:, 0, 0, 0] > pixels[:, 0, 0, -1]).float().mean().item()
+    assert abs(flipped - flip) < 0.05  # standard error at most 0.014
+    assert torch.equal(pixels[0].flip(-1), pixels[0]) is False
+
+
+@pytest.mark.parametrize("name", ["grey.png", "alpha.png", "photo.jpg", "wide.png"])
+@pytest.mark.parametrize("crop", [False, True])
+def test_evaluation_view_is_what_the_pipeline_feeds_its_model(name, crop, tmp_path, processor):
+    file = tmp_path / name
+    shape = {"grey.png": (20, 31, 1), "alpha.png": (40, 33, 4), "photo.jpg": (50, 60, 3), "wide.png": (9, 90, 3)}[name]
+    Image.fromarray(noise(*shape)).save(file)
+    if crop:
+        processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 24, "width": 24})
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=24, patch_size=8
+    )
+    pipe = ImageClassificationPipeline(model=ViTForImageClassification(config), image_processor=processor)
+    want = pipe.preprocess(str(file))["pixel_values"]
+    assert torch.equal(Preprocess(processor).evaluation([decode(file)]), want)
+
+
+def test_training_view_of_the_whole_image_is_the_evaluation_view(processor):
+    image = Image.fromarray(noise(24, 24))
+    preprocess = Preprocess(processor, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0)
+    assert torch.equal(preprocess.training([image], [(0, 0, 0)]), preprocess.evaluation([image]))
+
+
+def test_teacher_and_student_see_the_same_crop():
+    """Processors of two sizes: the crop has the same place in the image, read off a pair of colour ramps."""
+    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
+    image = Image.fromarray(np.stack([x, y, x], axis=-1))
+    kept = {"do_normalize": False, "do_rescale": False}
+    views = []
+    for size in (64, 32):
+        processor = ViTImageProcessor(size={"height": size, "width": size}, **kept)
+        views.append(Preprocess(processor, seed=3).training([image] * 20, [(1, i, 2) for i in range(20)]).float())
+    halved = torch.nn.functional.avg_pool2d(views[0], 2)
+    assert (halved - views[1]).abs().max() < 4  # rounding and the two filters; another crop differs by tens
+    assert (halved - views[1].roll(1, 0)).abs().max() > 20
+
+
+def test_output_size():
+    assert output_size(ViTImageProcessor(size={"height": 20, "width": 30})) == (20, 30)
+    assert output_size(CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 24, "width": 22})) == (
+        24,
+        22,
+    )
+    with pytest.raises(ValueError, match="one fixed height and width"):
+        output_size(CLIPImageProcessor(size={"shortest_edge": 30}, do_center_crop=False))
