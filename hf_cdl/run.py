@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ class Run:
     """Ledger of the run in `folder`, for the recipe given as a plain dict; opens a run that exists, or starts one.
 
     Only the process with `writer` writes and locks; the others follow in memory. Raises RunError if the folder belongs
-    to another recipe or to something else, or if another process is at work in it.
+    to another recipe or to something else, or if another process is at work in it. As long as nothing was learnt in a
+    folder, it takes any recipe.
     """
 
     def __init__(self, folder: str | Path, recipe: dict[str, Any], writer: bool = True):
@@ -51,41 +53,50 @@ class Run:
             "finished": False,
         }
         self._lock = FileLock(self.folder / ".lock")
-        file = self.folder / "run.json"
-        if file.exists():
-            self._open(file)
-        elif self.folder.exists() and any(path.name != ".lock" for path in self.folder.iterdir()) and writer:
-            raise RunError(
-                f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
-                "another folder with --output_dir FOLDER."
-            )
+        self._open()
         if writer and not self.finished:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
-                self._lock.acquire(timeout=0)
+                with saving(f"open the run in {self.folder}"):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    self._lock.acquire(timeout=0)
             except Timeout:
                 raise RunError(f"Another process is running in {self.folder}; wait for it or stop it first.") from None
-            self._write_ledger()
+            self._open()  # again: the process that held the lock may have gone on
             for role in self.ledger["entries"]:  # a kill between checkpoint and copy
-                self._publish(role)
+                with saving(f"repair {self.folder / role}"):
+                    self._publish(role)
 
-    def _open(self, file: Path) -> None:
+    def _open(self) -> None:
+        """Take over the ledger in the folder, if there is one."""
+        file = self.folder / "run.json"
+        if not file.exists():
+            used = self.folder.exists() and (
+                not self.folder.is_dir() or any(path.name != ".lock" for path in self.folder.iterdir())
+            )
+            if used and self.writer:
+                raise RunError(
+                    f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
+                    "another folder with --output_dir FOLDER."
+                )
+            return
         try:
             ledger = json.loads(file.read_text())
-            known = ledger["recipe"]
-        except (ValueError, KeyError) as error:
+            known, entries, _ = ledger["recipe"], ledger["entries"], ledger["finished"]
+        except (ValueError, KeyError, TypeError) as error:
             raise RunError(
-                f"{file} is not a readable ledger ({error}); restore it or choose another folder."
+                f"{file} is not a readable ledger ({type(error).__name__}: {error}). Nothing in the folder was "
+                "touched; restore run.json or choose another folder with --output_dir FOLDER."
             ) from error
         changes = list(_differences(known, self.recipe))
-        if changes:
+        if changes and (entries or any(self.folder.glob("work/*/checkpoint-*"))):
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
                 + "\n".join(f"  {change}" for change in changes)
                 + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
             )
-        self.ledger = ledger
+        if not changes:
+            self.ledger = ledger
 
     @property
     def finished(self) -> bool:
@@ -137,22 +148,20 @@ class Run:
         target = self.folder / result.role / task.name
         partial = target.with_name(f".{task.name}.partial")
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            _sync(partial)
-            shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
-            os.replace(partial, target)
-            _write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
-            self._write_ledger()
-            self._publish(result.role)
-        except Exception as error:
+            with saving(f"save {result.role} after {task.name} in {self.folder}"):
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                write(partial)
+                _sync(partial)
+                shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
+                os.replace(partial, target)
+                _write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
+                self._write_ledger()
+                self._publish(result.role)
+        except RunError:
             shutil.rmtree(partial, ignore_errors=True)
             entries.pop()
-            raise RunError(
-                f"Could not save {result.role} after {task.name} in {self.folder}: {error}. All earlier checkpoints "
-                "are whole. Make room or fix the folder, then run the same command again."
-            ) from error
+            raise
         shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
 
     def save_result(self, result: TaskResult) -> None:
@@ -198,15 +207,16 @@ class Run:
 
     def finish(self) -> str:
         """Write results.json and the pictures, mark the run as finished and return the table for the console."""
-        self.ledger["finished"] = True
-        results = self.results()
+        results = {**self.results(), "finished": True}
         if self.writer:
             _write_json(self.folder / "results.json", results)
             if report.plotting_available():
-                report.save_plots(results, self.folder)
+                with saving(f"draw the pictures in {self.folder}"):
+                    report.save_plots(results, self.folder)
             shutil.rmtree(self.folder / "work", ignore_errors=True)
-            self._write_ledger()
-            self._lock.release()
+        self.ledger["finished"] = True
+        self._write_ledger()
+        self._lock.release()
         return report.table(results)
 
     # ---- files ----
@@ -228,15 +238,31 @@ class Run:
             _write_json(self.folder / "run.json", self.ledger)
 
 
+@contextmanager
+def saving(what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while writing (a full disk, say) into a RunError that says what to do."""
+    try:
+        yield
+    except (RunError, Timeout):
+        raise
+    except Exception as error:  # torch, safetensors and transformers raise many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(
+            f"Could not {what}: {reason}. Everything stored before is whole. Make room or fix the folder, then run "
+            "the same command again."
+        ) from error
+
+
 def _write_json(file: Path, content: Any) -> None:
     """Write so that the file is either the old one or the new one, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    with open(partial, "w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
+    with saving(f"write {file}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        with open(partial, "w") as stream:
+            json.dump(content, stream, indent=1)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
 
 
 def _sync(folder: Path) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.distill import Objective
-from hf_cdl.run import Run
+from hf_cdl.run import Run, saving
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
@@ -118,8 +118,8 @@ class CDLTrainer(Trainer):
         correct, counts = [], []
         for task in tasks:
             right, count = 0, 0
-            bar = self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}")
-            for batch in bar(self._loader(getattr(task, self.eval_split))):
+            loader = self._loader(getattr(task, self.eval_split))
+            for batch in self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}", iterable=loader):
                 with torch.no_grad():
                     predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
                 hit: Any = self.accelerator.gather_for_metrics(predicted == batch["labels"])
@@ -170,8 +170,7 @@ class CDLTrainer(Trainer):
         """A model without trainable parameters is fitted by one pass over the task's un-augmented images."""
         start = time.perf_counter()
         self.model.eval()
-        bar = self._bar(self._title(task))
-        for batch in bar(self._loader(task.train)):
+        for batch in self._bar(self._title(task), iterable=self._loader(task.train)):
             with torch.no_grad():
                 features = self.model(pixel_values=batch["pixel_values"]).features
             features, labels = self.accelerator.gather_for_metrics((features, batch["labels"]))
@@ -262,18 +261,20 @@ class CDLTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Store the phase's state under its name only when it is whole; then drop the one before."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            (partial / "phase.json").write_text(json.dumps({"seconds": self._seconds_before + self._phase.seconds}))
-            work = partial.parent.parent
-            for old in work.glob(partial.name):
-                shutil.rmtree(old)
-            os.replace(partial, work / partial.name)
-            for old in work.glob("checkpoint-*"):
-                if old.name != partial.name:
+        partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(f"store the state of {self._title(self.seen[-1])} in {partial}"):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seconds = self._seconds_before + self._phase.seconds
+                (partial / "phase.json").write_text(json.dumps({"seconds": seconds}))
+                work = partial.parent.parent
+                for old in work.glob(partial.name):
                     shutil.rmtree(old)
+                os.replace(partial, work / partial.name)
+                for old in work.glob("checkpoint-*"):
+                    if old.name != partial.name:
+                        shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -309,9 +310,11 @@ class CDLTrainer(Trainer):
     def _title(self, task: Task) -> str:
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
 
-    def _bar(self, title: str) -> Any:
+    def _bar(self, title: str, **options: Any) -> Any:
+        """A progress bar on a terminal; in a log file a line a minute."""
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        return lambda items: tqdm(items, desc=title, disable=hidden, leave=False, dynamic_ncols=True)
+        pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
+        return tqdm(desc=title, disable=hidden, leave=False, dynamic_ncols=True, **pace, **options)
 
 
 class ViewSampler(Sampler[tuple[int, int]]):
@@ -345,16 +348,8 @@ class _PhaseCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
-        hidden = args.disable_tqdm or not state.is_world_process_zero
         title = self.trainer._title(self.trainer.seen[-1])
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=title,
-            disable=hidden,
-            leave=False,
-            dynamic_ncols=True,
-        )
+        self.bar = self.trainer._bar(title, total=state.max_steps, initial=state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer._sampler is not None:

@@ -36,6 +36,7 @@ class CDLTrainingArguments(TrainingArguments):
     data_seed: int | None = field(default=0, metadata={"help": "Seed of the order of the training images."})
 
     def __post_init__(self):
+        self.disable_tqdm = bool(self.disable_tqdm)  # shown unless asked; transformers would go by its log level
         super().__post_init__()
         self.remove_unused_columns = False  # the stream's samples are exactly the models' inputs
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

@@ -2,8 +2,7 @@
 
     python recipes/pretrain.py --data icons-full --stream recipes/quickstart/icons --output recipes/quickstart/teacher
 
-The folder written holds the backbone without its classification head, the image processor and a model card with every
-number of this run. The same seed and number of threads give the same backbone on the same machine.
+The folder written holds the backbone without its head, the image processor and a card with every number of this run.
 """
 
 from __future__ import annotations
@@ -18,16 +17,9 @@ from pathlib import Path
 import torch
 from datasets import Image, load_dataset
 from torch.nn.functional import normalize
-from transformers import (
-    AutoModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessorPil,
-    set_seed,
-)
+from transformers import AutoModel, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+from transformers.trainer_callback import TrainerCallback
 
 from hf_cdl.tasks.transforms import Preprocess, decode
 
@@ -83,8 +75,8 @@ class Images(torch.utils.data.Dataset):
 
 
 class CountEpochs(TrainerCallback):
-    def on_epoch_begin(self, args, state, control, train_dataloader, **kwargs):
-        train_dataloader.dataset.epoch = round(state.epoch)
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        kwargs["train_dataloader"].dataset.epoch = round(state.epoch)
 
 
 def initialise(model: ViTForImageClassification) -> None:
@@ -92,8 +84,8 @@ def initialise(model: ViTForImageClassification) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    for token in (model.vit.embeddings.position_embeddings, model.vit.embeddings.cls_token):
-        torch.nn.init.normal_(token, std=0.5)
+    torch.nn.init.normal_(model.vit.embeddings.position_embeddings, std=0.5)
+    torch.nn.init.normal_(model.vit.embeddings.cls_token, std=0.5)
 
 
 def accuracy(prediction) -> dict[str, float]:
@@ -101,7 +93,8 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 @torch.no_grad()
-def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> dict[str, float]:
+def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> dict[str, float | int]:
+    """Accuracy in percent per split, over all classes jointly, and the number of classes."""
     backbone = AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
     features, data = {}, {}
     for split in ("train", "validation", "test"):
@@ -111,7 +104,7 @@ def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> di
     classes = len(data["train"].names)
     means = torch.stack([features["train"][data["train"].labels == c].mean(0) for c in range(classes)])
     guess = {split: (x @ normalize(means, dim=-1).T).argmax(-1) for split, x in features.items()}
-    return {s: 100 * (guess[s] == data[s].labels).float().mean().item() for s in guess} | {"classes": classes}
+    return {"classes": classes, **{s: 100 * float((guess[s] == data[s].labels).float().mean()) for s in guess}}
 
 
 if __name__ == "__main__":
@@ -119,15 +112,14 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True, help="folder with base-{train,validation,test}.parquet")
     parser.add_argument("--stream", type=Path, required=True, help="folder with {train,validation,test}.parquet")
     parser.add_argument("--output", type=Path, required=True)
-    for name, default in {"hidden-size": 144, "layers": 6, "heads": 3, "image-size": 48, "patch-size": 8}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in {"epochs": 12, "batch-size": 64, "threads": 2, "seed": 1}.items():
+    sizes = {"hidden-size": 144, "layers": 6, "heads": 3, "image-size": 48, "patch-size": 8}
+    for name, default in (sizes | {"epochs": 12, "batch-size": 64, "threads": 2, "seed": 1}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    set_seed(a.seed)
+    torch.manual_seed(a.seed)
 
     # White becomes 0: with the usual mean of 0.5 the background drowns the ink, and learning is slower.
     size = {"height": a.image_size, "width": a.image_size}
@@ -137,18 +129,17 @@ if __name__ == "__main__":
     validation, test = (Images(a.data / f"base-{split}.parquet", preprocess) for split in ("validation", "test"))
     shape = {"hidden_size": a.hidden_size, "num_hidden_layers": a.layers, "num_attention_heads": a.heads}
     shape |= {"intermediate_size": 4 * a.hidden_size, "image_size": a.image_size, "patch_size": a.patch_size}
-    model = ViTForImageClassification(ViTConfig(**shape, num_labels=len(train.names)))
+    model = ViTForImageClassification(ViTConfig(**shape, id2label=dict(enumerate(train.names))))
     initialise(model)
     arguments = TrainingArguments(
         output_dir=str(a.output),
         num_train_epochs=a.epochs,
         per_device_train_batch_size=a.batch_size,
-        per_device_eval_batch_size=256,
         learning_rate=a.learning_rate,
         weight_decay=0.05,
         label_smoothing_factor=0.1,
         lr_scheduler_type="cosine",
-        warmup_steps=len(train) // a.batch_size,  # one epoch
+        warmup_steps=len(train) // a.batch_size,
         bf16=a.bf16,
         use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU wants to be asked for it
         dataloader_drop_last=True,
@@ -161,14 +152,15 @@ if __name__ == "__main__":
     trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=accuracy, callbacks=[CountEpochs()])
     start = time.perf_counter()
     trainer.train()
-    numbers = {"seconds": time.perf_counter() - start, "images": len(train), "classes": len(train.names)}
-    numbers |= {"validation": trainer.evaluate(validation)["eval_accuracy"], "test": trainer.evaluate(test)["eval_accuracy"]}
+    numbers: dict = {"seconds": time.perf_counter() - start, "images": len(train), "classes": len(train.names)}
+    for split, data in {"validation": validation, "test": test}.items():
+        numbers[split] = trainer.evaluate(data)["eval_accuracy"]
 
     backbone = model.vit.half()  # a small file; config.json says float32, so that loading gives a float32 model
     backbone.config.num_labels = 2  # HF's default, so that no list of classes is written
     backbone.save_pretrained(a.output)
-    config = json.loads((a.output / "config.json").read_text()) | {"dtype": "float32"}
-    (a.output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    saved = json.loads((a.output / "config.json").read_text()) | {"dtype": "float32"}
+    (a.output / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
     processor.save_pretrained(a.output)
     numbers |= {"ncm": nearest_class_mean(a.output, a.stream, preprocess), "parameters": backbone.num_parameters()}
     command = shlex.join(["python", *(a.data.name if word == str(a.data) else word for word in sys.argv)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
 from hf_cdl.distill import TERMS, Objective  # noqa: E402
 from hf_cdl.models.backbone import check_image_size, load_config  # noqa: E402
-from hf_cdl.recipe import ModelRecipe, Recipe, RecipeError, load_recipe  # noqa: E402
+from hf_cdl.recipe import ModelRecipe, Recipe, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
 from hf_cdl.tasks import ImageError  # noqa: E402
@@ -33,72 +34,75 @@ NCM = "nearest_class_mean"
 
 
 def main(arguments: list[str]) -> int:
-    process = PartialState()
-    say = print if process.is_main_process else lambda *args: None
     try:
-        recipe = load_recipe(arguments, HERE / "quickstart.yaml")
-        run = Run(recipe.folder, recipe.as_dict(), writer=process.is_main_process)
-        if run.finished:
+        try:
+            recipe = load_recipe(arguments, HERE / "quickstart.yaml")
+            run = Run(recipe.folder, recipe.as_dict(), writer=PartialState().is_main_process)
+            prepared = None if run.finished else prepare(recipe, run)
+        except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
+            raise RunError(str(error)) from error
+        if prepared is None:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
-            say_how_to_load(recipe, say)
-            return 0
-        train(recipe, run, say)
-    except (RecipeError, RunError, ImageError, ValueError) as error:
-        say(f"\nerror: {error}")
+        else:
+            train(run, *prepared)
+    except (RunError, ImageError) as error:
+        say(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        say(f"\nerror: {error}\nThe same command goes on from the last stored state: {again(arguments)}")
+        print(f"error: {error} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again(arguments)}")
         return 130
-    say_how_to_load(recipe, say)
+    say("Use the student:")
+    say(
+        '  python -c "from transformers import pipeline; import hf_cdl; '
+        f"print(pipeline('image-classification', model='{recipe.folder}/student')('IMAGE.png'))\""
+    )
     return 0
 
 
-def train(recipe: Recipe, run: Run, say) -> None:
+def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
+    """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
     processor = load_processor(recipe)
     stream = TaskStream(recipe.data, processor, seed=recipe.seed)
+    common = {"run": run, "eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
+    set_seed(recipe.seed)
+    trainers = []
+    if recipe.teacher is not None:
+        shared = recipe.teacher.query == "student" and recipe.teacher.prompt["type"] != "none"
+        model = load(run, "teacher") or build(recipe.teacher, recipe.student if shared else None)
+        trainers.append(CDLTrainer(model, arguments_of(recipe, run, "teacher"), role="teacher", **common))
+    student = CDLTrainer(
+        load(run, "student") or build(recipe.student),
+        arguments_of(recipe, run, "student"),
+        objective=Objective(recipe.ce_weight, [(fields["type"], build_term(fields)) for fields in recipe.distill]),
+        teacher=trainers[0].model if trainers else None,
+        **common,
+    )
+    trainers.append(student)
+    if NCM in recipe.baselines:
+        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head={"type": "ncm"})
+        model = load(run, NCM) or build(bare)
+        trainers.append(CDLTrainer(model, arguments_of(recipe, run, "student"), role=NCM, **common))
     if not run.started:
-        stream.check_images()
+        stream.check_images(progress=PartialState().is_main_process)
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
     say(f"{recipe.name}: {len(stream)} tasks, {len(stream.class_names)} classes -> {recipe.folder}/")
+    return stream, trainers
 
-    common = {"run": run, "eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
-    set_seed(recipe.seed)
-    student_model = load(run, "student") or build(recipe.student)
-    teacher = None
-    if recipe.teacher is not None:
-        query = (
-            recipe.student if recipe.teacher.query == "student" and recipe.teacher.prompt["type"] != "none" else None
-        )
-        teacher_model = load(run, "teacher") or build(recipe.teacher, query)
-        teacher = CDLTrainer(teacher_model, arguments_of(recipe, run, "teacher"), role="teacher", **common)
-    terms = [(fields["type"], build_term(fields)) for fields in recipe.distill]
-    student = CDLTrainer(
-        student_model,
-        arguments_of(recipe, run, "student"),
-        objective=Objective(recipe.ce_weight, terms),
-        teacher=None if teacher is None else teacher.model,
-        **common,
-    )
-    baseline = None
-    if NCM in recipe.baselines:
-        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head={"type": "ncm"})
-        model = load(run, NCM) or build(bare)
-        baseline = CDLTrainer(model, arguments_of(recipe, run, "student"), role=NCM, **common)
 
-    trainers = [trainer for trainer in (teacher, student, baseline) if trainer is not None]
+def train(run: Run, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
     for task in stream:
         for trainer in trainers:
             trainer.learn(task)
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
-    say(f"\n{run.finish()}\n")
+    say(f"\n{run.finish()}")
 
 
 def build(section: ModelRecipe, query: ModelRecipe | None = None) -> CDLForImageClassification:
@@ -166,15 +170,13 @@ def labels(recipe: Recipe) -> dict[str, str]:
 
 
 def again(arguments: list[str]) -> str:
-    return " ".join(["accelerate launch", sys.argv[0], *arguments])
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    return shlex.join([*(["accelerate", "launch"] if launched else [sys.executable]), sys.argv[0], *arguments])
 
 
-def say_how_to_load(recipe: Recipe, say) -> None:
-    say("Use the student:")
-    say(
-        '  python -c "from transformers import pipeline; import hf_cdl; '
-        f"print(pipeline('image-classification', model='{recipe.folder}/student')('IMAGE.png'))\""
-    )
+def say(*lines: str, **options) -> None:
+    if PartialState().is_main_process:
+        print(*lines, flush=True, **options)
 
 
 if __name__ == "__main__":

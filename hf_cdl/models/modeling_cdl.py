@@ -292,7 +292,7 @@ class CDLForImageClassification(PreTrainedModel):
         if not self._with_token or self.kd_prompt is None:
             return output
         sequence = output[0] if isinstance(output, tuple) else output
-        token = self.kd_prompt.token.to(sequence.dtype).expand(len(sequence), 1, -1)
+        token = self.kd_prompt.token.to(sequence.dtype).expand(sequence.shape[0], 1, -1)
         at = self._token_index(sequence.shape[1] + 1)
         sequence = torch.cat([sequence[:, :at], token, sequence[:, at:]], dim=1)
         return (sequence, *output[1:]) if isinstance(output, tuple) else sequence

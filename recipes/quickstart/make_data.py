@@ -105,7 +105,7 @@ families in the same splits, so test families are new to the backbones as well.
 ## Licence and attribution
 Every icon belongs to its makers and is under its set's own licence (MIT, Apache-2.0, ISC, CC0, CC-BY, OFL and the like): [LICENCES.tsv](LICENCES.tsv)
 lists the {sets} sets that occur, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
-"""
+"""  # noqa: E501
 
 
 def main(folder: Path) -> None:
@@ -120,11 +120,10 @@ def main(folder: Path) -> None:
         part = cut(full[split], classes, cap)
         file = OUT / f"{split}.parquet"
         pq.write_table(part.with_format("arrow")[:], file, compression="zstd", compression_level=19)
-        count = np.bincount(part["label"])
-        table.append(
-            f"| {split} | {len(part):,} | {count.min()}–{count.max()} | {len(set(part['family']))} | {file.stat().st_size:,} |"
-        )
-        families |= set(part["family"])
+        count, drawn_by = np.bincount(part["label"]), set(part["family"])
+        each = f"{count.min()}–{count.max()}" if count.min() < count.max() else str(count.min())
+        table.append(f"| {split} | {len(part):,} | {each} | {len(drawn_by)} | {file.stat().st_size:,} |")
+        families |= drawn_by
         for source in part["source"]:
             used[source.split(":")[0]] = used.get(source.split(":")[0], 0) + 1
 

@@ -1,0 +1,132 @@
+"""Tiny backbones and image data sets as real files, and recipes/train.py as a real process."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+ROOT = Path(__file__).parent.parent
+TRAIN = ROOT / "recipes" / "train.py"
+SIZE = 16
+
+
+def make_backbone(folder: Path, hidden: int = 32, depth: int = 2, seed: int = 0, size: int = SIZE) -> Path:
+    """A random ViT with its image processor, saved as a Hugging Face folder."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        intermediate_size=2 * hidden,
+        image_size=size,
+        patch_size=8,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.2,
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+    return folder
+
+
+def picture(label: int, number: int, size: int = SIZE) -> Image.Image:
+    """A noisy image in the colour of its class: easy to learn, no two alike."""
+    colour = np.random.default_rng((label, 0)).integers(40, 216, 3)
+    noise = np.random.default_rng((label, number, 1)).integers(-40, 40, (size, size, 3))
+    return Image.fromarray((colour + noise).astype(np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_table(labels: Sequence[int], classes: int, first: int = 0, label_column: str = "label") -> Dataset:
+    """An image table; `first` numbers the images, so that two splits do not share them."""
+    names = ClassLabel(names=[f"class {chr(97 + i)}" for i in range(classes)])
+    cells = [{"bytes": png(picture(label, first + i)), "path": None} for i, label in enumerate(labels)]
+    features = Features({"image": ImageFeature(), label_column: names})
+    return Dataset.from_dict({"image": cells, label_column: list(labels)}, features=features)
+
+
+def make_data(folder: Path, classes: int = 6, train: int = 8, test: int = 3, label_column: str = "label") -> Path:
+    """A folder with train.parquet and test.parquet, `train` and `test` images per class."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count, first in (("train", train, 0), ("test", test, 10_000)):
+        labels = [label for label in range(classes) for _ in range(count)]
+        make_table(labels, classes, first, label_column).to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def make_recipe(folder: Path, **fields: Any) -> dict[str, Any]:
+    """A CODA teacher and a D-CDL student on the tiny files in `folder`, made there: 3 tasks of 2 classes, seconds."""
+    prompt = {"type": "coda", "components": 3, "length": 4, "layers": [0, 1]}
+    recipe = {
+        "name": "tiny",
+        "data": {"path": str(make_data(folder / "data")), "classes_per_task": 2},
+        "teacher": {"backbone": str(make_backbone(folder / "teacher", 48, 3, 1)), "prompt": prompt},
+        "student": {"backbone": str(make_backbone(folder / "student", 32, 2, 2)), "prompt": prompt},
+        "distill": [{"type": "kdp", "weight": 0.5}],
+        "ce_weight": 0.5,
+        "train": {"num_train_epochs": 2, "per_device_train_batch_size": 8, "learning_rate": 0.01, "use_cpu": True},
+    }
+    return {**recipe, **fields}
+
+
+def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
+    file.write_text(yaml.safe_dump(recipe))
+    return file
+
+
+def start(*arguments: Any, script: Path = TRAIN, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """recipes/train.py in a process group of its own, without a network, a warning being visible."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        cwd=options.pop("cwd", ROOT),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def train(*arguments: Any, **options: Any) -> tuple[int, str]:
+    """Run recipes/train.py to its end: its exit code, and all that it said."""
+    process = start(*arguments, **options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def interrupt_when(
+    arrived: Callable[[], bool], *arguments: Any, kill: int = signal.SIGKILL, timeout: float = 120
+) -> tuple[int, str]:
+    """Start recipes/train.py and send it a signal as soon as `arrived()`: its exit code, and all that it said."""
+    process = start(*arguments)
+    deadline = time.monotonic() + timeout
+    while not arrived():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"the run never came to that point:\n{process.communicate()[0]}")
+        time.sleep(0.0005)
+    process.send_signal(kill)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output

@@ -1,0 +1,231 @@
+"""CDLTrainer: schedule, data order, accumulation, mixed precision, the passes it makes, and losses that are no number."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_contract import Pictures, arguments, model_of, stream, vit
+from transformers import set_seed
+
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
+from hf_cdl.distill import TERMS, Objective
+from hf_cdl.trainer import ViewSampler
+from hf_cdl.types import Task
+
+TASK = next(stream())
+
+
+def pair(folder: Path, term: str = "kdp", **extra: Any) -> tuple[CDLTrainer, CDLTrainer]:
+    kind = TERMS[term]
+    student_model = model_of("coda", width=32, **kind.student_parts)
+    teacher_model = model_of("coda", width=48, query_width=32)
+    assert teacher_model.query_backbone is not None
+    teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
+    teacher = CDLTrainer(teacher_model, arguments(folder / "t", **extra), role="teacher")
+    objective = Objective(0.5, [(term, kind(kind.config_class()))])
+    return teacher, CDLTrainer(student_model, arguments(folder / "s", **extra), objective=objective, teacher=teacher_model)
+
+
+def losses(trainer: CDLTrainer, name: str = "loss/loss") -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def test_a_step_of_the_student_makes_one_query_one_teacher_and_one_student_pass(tmp_path: Path) -> None:
+    teacher, student = pair(tmp_path, num_train_epochs=1)
+    teacher.learn(TASK)
+    calls: dict[str, int] = {}
+
+    def count(name: str, module: Any) -> Any:
+        return module.register_forward_hook(lambda *_: calls.__setitem__(name, calls.get(name, 0) + 1))
+
+    hooks = [
+        count("student backbone", student.model.backbone),
+        count("teacher backbone", teacher.model.backbone),
+        count("teacher query", teacher.model.query_backbone),
+    ]
+    student.learn(TASK)
+    steps = student.state.global_step
+    assert steps == 3
+    assert calls == {"student backbone": 2 * steps, "teacher backbone": steps}, "the query is computed once, by the student"
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> None:
+    set_seed(0)
+    student_model = model_of("coda", kd_prompt={})
+    teacher_model = model_of("coda", width=48)  # queries itself
+    kind = TERMS["kdp"]
+    objective = Objective(0.5, [("kdp", kind(kind.config_class()))])
+    student = CDLTrainer(student_model, arguments(tmp_path), objective=objective, teacher=teacher_model)
+    assert not student.shares_query
+    teacher_model.begin_task(TASK.class_names)
+    student.learn(TASK)
+    assert losses(student)
+
+
+def test_accumulating_two_half_batches_is_one_whole_batch(tmp_path: Path) -> None:
+    curves = []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        teacher, student = pair(
+            tmp_path / str(batch), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation
+        )
+        teacher.learn(TASK)
+        student.learn(TASK)
+        curves.append((losses(teacher), losses(student), losses(student, "loss/kdp")))
+    for one, two in zip(*curves, strict=True):
+        assert len(one) == 12
+        assert one == pytest.approx(two, rel=2e-4)
+
+
+def test_the_epoch_wise_cosine_is_the_authors(tmp_path: Path) -> None:
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=5, epoch_cosine=True, learning_rate=0.01))
+    trainer.learn(TASK)
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    per_epoch = 3
+    # the scheduler starts one count late: epochs 0 and 1 both run at the full rate
+    want = [0.01 * math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * 4)) for epoch in range(5) for _ in range(per_epoch)]
+    assert rates == pytest.approx(want)
+
+
+def test_every_task_starts_with_a_new_optimizer(tmp_path: Path) -> None:
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=1))
+    seen = []
+    for task in stream():
+        trainer.learn(task)
+        optimizer: Any = trainer.optimizer
+        parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert parameters == {id(p) for p in trainer.model.parameters() if p.requires_grad}
+        steps = {int(state["step"]) for state in optimizer.state.values()}
+        assert steps == {trainer.state.global_step}
+        seen.append(parameters)
+    assert not seen[0] & seen[1]
+
+
+def test_the_sampler_is_a_function_of_seed_and_epoch() -> None:
+    sampler = ViewSampler(50, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first and {view for _, view in first} == {0}
+    assert sorted(index for index, _ in first) == list(range(50))
+    sampler.epoch = 1
+    second = list(sampler)
+    assert {view for _, view in second} == {1} and [i for i, _ in second] != [i for i, _ in first]
+    assert list(ViewSampler(50, seed=4)) != first
+    assert [index for index, _ in ViewSampler(5, seed=0, shuffle=False)] == [0, 1, 2, 3, 4]
+
+
+class Recorder(Pictures):
+    def __init__(self, classes: range):
+        super().__init__(classes)
+        self.asked: list[tuple[int, int]] = []
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        if isinstance(key, tuple):
+            self.asked.append(key)
+        return super().__getitem__(key)
+
+
+def test_epoch_e_asks_for_view_e_of_every_sample(tmp_path: Path) -> None:
+    split = Recorder(range(3))
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=3))
+    trainer.learn(Task(0, ("a", "b", "c"), 0, split, None, split))
+    assert sorted(split.asked) == [(index, view) for index in range(24) for view in range(3)]
+    assert [view for _, view in split.asked] == sorted(view for _, view in split.asked)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_seed_gives_the_same_run(tmp_path: Path, seed: int) -> None:
+    runs = []
+    for attempt in ("a", "b"):
+        teacher, student = pair(tmp_path / attempt, seed=seed, data_seed=seed, num_train_epochs=2)
+        for task in stream():
+            teacher.learn(task)
+            student.learn(task)
+        runs.append((losses(teacher), losses(student), student.evaluate_seen().row))
+    assert runs[0] == runs[1]
+    if seed:
+        teacher, _ = pair(tmp_path / "other", seed=0, data_seed=0, num_train_epochs=2)
+        teacher.learn(next(stream()))
+        assert losses(teacher)[:2] != runs[0][0][:2]
+
+
+def test_bf16_trains_close_to_fp32_and_leaves_no_wrapper_behind(tmp_path: Path) -> None:
+    curves = []
+    for half in (False, True):
+        teacher, student = pair(tmp_path / str(half), bf16=half)
+        for task in stream():
+            teacher.learn(task)
+            student.learn(task)
+        curves.append(losses(student))
+        for model in (teacher.model, student.model):
+            assert not hasattr(model, "_original_forward"), "Accelerate's autocast wrapper is still on"
+        model = student.model.eval()
+        assert model(pixel_values=torch.randn(2, 3, 16, 16)).logits.dtype == torch.float32
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], rel=0.1, abs=0.05)
+
+
+def test_a_loss_that_is_no_number_stops_with_its_name_and_step(tmp_path: Path) -> None:
+    teacher, student = pair(tmp_path)
+    teacher.learn(TASK)
+    with torch.no_grad():
+        student.model.kd_prompt.token.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match=r"Loss term ce, prompt|Loss term ce, kdp|Loss term ce is nan") as error:
+        student.learn(TASK)
+    assert "at step 1 of task 1 · student" in str(error.value)
+
+    teacher, student = pair(tmp_path / "kdp")
+    teacher.learn(TASK)
+    student.model.begin_task(TASK.class_names)
+    with torch.no_grad():
+        student.model.kd_head.blocks[0].weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="Loss term kdp is"):
+        student.learn(TASK)
+
+
+def test_tasks_come_in_order_and_the_teacher_is_not_forgotten(tmp_path: Path) -> None:
+    _, second = stream()
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path))
+    with pytest.raises(ValueError, match="expected task 1, got task 2"):
+        trainer.learn(second)
+    kind = TERMS["kd"]
+    with pytest.raises(ValueError, match="The terms kd need a teacher"):
+        CDLTrainer(model_of("coda"), arguments(tmp_path), objective=Objective(0.5, [("kd", kind(kind.config_class()))]))
+
+
+def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
+    model = model_of("coda")
+    model.begin_task(["x", "y"])
+    with pytest.raises(ValueError, match="The model knows 1 tasks .* does not fit task 1 with classes"):
+        CDLTrainer(model, arguments(tmp_path)).learn(TASK)
+
+
+def test_class_means_need_no_training_and_beat_chance(tmp_path: Path) -> None:
+    set_seed(0)
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ncm"}))
+    trainer = CDLTrainer(model, arguments(tmp_path), role="nearest_class_mean")
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    for task in stream():
+        trainer.learn(task)
+    result = trainer.evaluate_seen()
+    assert sum(result.row) / 2 > 60, result.row
+    assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
+
+
+def test_evaluation_knows_no_task_and_counts_every_image_once(tmp_path: Path) -> None:
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=1, per_device_eval_batch_size=7))
+    tasks = list(stream())
+    for task in tasks:
+        trainer.learn(task)
+    result = trainer.evaluate_seen()
+    model = trainer.model.eval()
+    for task, right, count in zip(tasks, result.correct, result.counts, strict=True):
+        pixels = torch.stack([task.test[i]["pixel_values"] for i in range(len(task.test))])
+        labels = torch.tensor([task.test[i]["labels"] for i in range(len(task.test))])
+        with torch.no_grad():
+            predicted = model(pixels).logits.argmax(-1)  # over all classes
+        assert (right, count) == (int((predicted == labels).sum()), len(labels))
