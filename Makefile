@@ -33,13 +33,16 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The stamp's name is the extra that is installed: report or dev.
-.venv/%.stamp: pyproject.toml constraints.txt
+.venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
 	  "hf_cdl needs Python 3.10 or newer, but '$(PYTHON)' is none. Name one: make PYTHON=python3.12 ..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || { echo \
 	  "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
-	@test -x $(BIN)/python || { echo "Making the virtual environment .venv"; $(PYTHON) -m venv .venv; }
+	@echo "Making the virtual environment .venv"
+	@$(PYTHON) -m venv .venv
+
+# The stamp's name is the extra that is installed: report or dev.
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing torch into .venv"; \
 	  $(BIN)/python -m pip install torch -c constraints.txt; }

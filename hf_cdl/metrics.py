@@ -1,14 +1,13 @@
 """Metrics of continual learning: pure functions of an accuracy matrix, and `evaluate.Metric` classes around them.
 
 The accuracy matrix R: `R[t][i]` is the accuracy in percent on the test images of task i after learning task t, counted
-from 0. Its rows have t + 1 entries, or all have the same length and everything right of the diagonal is ignored. T is
-the number of rows: a stream that is still running is measured as if it ended with its last row. Every function raises
-ValueError if there are no rows, a row has the wrong length or a used entry is not a number in 0..100.
+from 0. Row t has t + 1 entries; what stands right of the diagonal is ignored. T is the number of rows: a stream that
+is still running is measured as if it ended with its last row. Every function raises ValueError if there are no rows, a
+row is too short or a used entry is not a number in 0..100.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
@@ -37,14 +36,8 @@ def sample_average_accuracy(R: AccuracyMatrix, counts: Sequence[int]) -> float:
     count for each of the T tasks.
     """
     last = _lower_triangle(R)[-1]
-    if len(counts) != len(last):
-        raise ValueError(
-            f"got {len(counts)} counts for {len(last)} learned tasks; give the number of test images of each learned "
-            f"task, counts[:{len(last)}] if the list covers a whole planned stream"
-        )
-    empty = [i for i, count in enumerate(counts) if not count > 0]
-    if empty:
-        raise ValueError(f"tasks {empty} have counts {[counts[i] for i in empty]}; every task needs a test image")
+    if len(counts) != len(last) or not all(count > 0 for count in counts):
+        raise ValueError(f"got counts {list(counts)} for {len(last)} learned tasks; give one positive count for each")
     return sum(a * n for a, n in zip(last, counts, strict=True)) / sum(counts)
 
 
@@ -133,8 +126,6 @@ def accuracy_row(predictions: ArrayLike, references: ArrayLike, classes_per_task
             f"predictions {predicted.shape} and references {labels.shape} must be two flat lists of equal length"
         )
     sizes = list(classes_per_task)
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"classes_per_task is {sizes}; give a positive number of classes for each task seen so far")
     ends = np.cumsum(sizes)
     for name, classes in (("predictions", predicted), ("references", labels)):
         outside = np.unique(classes[(classes < 0) | (classes >= ends[-1])])
@@ -160,20 +151,13 @@ def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
         raise ValueError(f"an accuracy matrix is a list of rows of numbers, R[t][i] in percent: {error}") from error
     if not rows:
         raise ValueError("the accuracy matrix has no rows; add the row of the first task, [accuracy in percent]")
-    lengths = [len(row) for row in rows]
-    ragged = lengths == list(range(1, len(rows) + 1))
-    full = len(set(lengths)) == 1 and lengths[0] >= len(rows)
-    if not (ragged or full):
-        raise ValueError(
-            f"the rows of the accuracy matrix have lengths {lengths}; row t (from 0) needs t + 1 entries, or all "
-            f"{len(rows)} rows one common length of at least {len(rows)}"
-        )
-    rows = [row[: t + 1] for t, row in enumerate(rows)]
     for t, row in enumerate(rows):
-        for i, value in enumerate(row):
+        if len(row) <= t:
+            raise ValueError(f"row {t} of the accuracy matrix has {len(row)} entries; row t (from 0) needs t + 1")
+        for i, value in enumerate(row[: t + 1]):
             if not 0.0 <= value <= 100.0:
                 raise ValueError(f"R[{t}][{i}] is {value}; accuracies are percentages from 0 to 100")
-    return rows
+    return [row[: t + 1] for t, row in enumerate(rows)]
 
 
 _CITATION = """\
@@ -183,83 +167,26 @@ Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018, arXiv:1801
 Smith et al., CODA-Prompt, CVPR 2023, arXiv:2211.13218"""
 
 
-class _InMemoryMetric(evaluate.Metric):
-    """Keeps what was added in memory, not in evaluate's cache file: leaves no file or lock and can be pickled."""
+class ContinualMetric(evaluate.Metric):
+    """The metrics as an `evaluate.Metric`: `ContinualMetric("forgetting")` one of METRICS, `ContinualMetric()` all.
 
-    def __init__(self, config_name: str | None = None, keep_in_memory: bool = True, **options: Any) -> None:
-        super().__init__(config_name, keep_in_memory, **options)
+    `add(accuracies=row)` once per task, or `compute(accuracies=R)`; the latter also takes `counts=`, as
+    `continual_metrics` does. Raises ValueError for another name. What was added is kept in memory: no file is left.
+    """
 
-
-class _MatrixMetric(_InMemoryMetric):
-    """A function of the accuracy matrix: `add(accuracies=row)` once per task, or `compute(accuracies=R)`."""
-
-    function: Callable[..., float]
+    def __init__(self, config_name: str | None = None, **options: Any) -> None:
+        if config_name is not None and config_name not in METRICS:
+            raise ValueError(f"there is no metric {config_name!r}; allowed: {', '.join(METRICS)}")
+        super().__init__(config_name, keep_in_memory=True, **options)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=inspect.getdoc(self.function) or "",
+            description=__doc__ or "",
             citation=_CITATION,
             inputs_description="accuracies: rows of the accuracy matrix in percent, row t with t + 1 entries.",
             features=Features({"accuracies": ListOf(Value("float64"))}),
         )
 
     def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, float]:
-        return {self.name: self.function(accuracies, **options)}
-
-
-class AverageAccuracy(_MatrixMetric):
-    """`average_accuracy` as an `evaluate.Metric`."""
-
-    function = staticmethod(average_accuracy)
-
-
-class SampleAverageAccuracy(_MatrixMetric):
-    """`sample_average_accuracy` as an `evaluate.Metric`: `compute(accuracies=R, counts=counts)`."""
-
-    function = staticmethod(sample_average_accuracy)
-
-
-class AverageIncrementalAccuracy(_MatrixMetric):
-    """`average_incremental_accuracy` as an `evaluate.Metric`."""
-
-    function = staticmethod(average_incremental_accuracy)
-
-
-class Forgetting(_MatrixMetric):
-    """`forgetting` as an `evaluate.Metric`."""
-
-    function = staticmethod(forgetting)
-
-
-class OfficialForgetting(_MatrixMetric):
-    """`official_forgetting` as an `evaluate.Metric`."""
-
-    function = staticmethod(official_forgetting)
-
-
-class OneStepForgetting(_MatrixMetric):
-    """`one_step_forgetting` as an `evaluate.Metric`."""
-
-    function = staticmethod(one_step_forgetting)
-
-
-class BackwardTransfer(_MatrixMetric):
-    """`backward_transfer` as an `evaluate.Metric`."""
-
-    function = staticmethod(backward_transfer)
-
-
-class ContinualAccuracy(_InMemoryMetric):
-    """`accuracy_row` as an `evaluate.Metric`: `compute(predictions=, references=, classes_per_task=)`."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=inspect.getdoc(accuracy_row) or "",
-            citation=_CITATION,
-            inputs_description="predictions, references: class numbers in stream order.",
-            features=Features({"predictions": Value("int64"), "references": Value("int64")}),
-            format="numpy",
-        )
-
-    def _compute(self, *, predictions: Any = None, references: Any = None, **options: Any) -> dict[str, Any]:
-        return accuracy_row(predictions, references, **options)
+        values = continual_metrics(accuracies, **options)
+        return {name: value for name, value in values.items() if self.config_name in (None, "default", name)}

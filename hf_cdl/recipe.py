@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -95,12 +97,15 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
 def build_recipe(content: dict[str, Any]) -> Recipe:
     """Recipe from a plain dict. Raises RecipeError with all problems at once."""
     problems: list[str] = []
-    recipe = _build(Recipe, content, "", problems)
+    content = copy.deepcopy(content)  # the checks put values of the right type into it: 8 for 8.0
     parts = _check_terms(content, problems)
+    if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
+        problems.append("'data.path' is missing")
     for role in ("teacher", "student"):
         if isinstance(content.get(role), dict):
             _check_model(content, role, parts, problems)
             _check_training(content, role, problems)
+    recipe = _build(Recipe, content, "", problems)
     if problems:
         raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
     student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
@@ -110,17 +115,45 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
 # ---- reading ----
 
 
-def _read(file: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return _unshared(yaml.load(text, _Loader))  # a SafeLoader
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML aliases share is separate: an override of one section must not reach another."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if file.resolve() in above:
+        raise RecipeError(f"{file} is its own base.")
     try:
-        content = yaml.safe_load(file.read_text())
+        content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
     base = content.pop("base", None)
-    return content if base is None else merge(_read(file.parent / base), content)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"{file}: 'base' is {base!r}, but must be the path of another recipe, relative to this one.")
+    return merge(_read(file.parent / base, (*above, file.resolve())), content)
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +182,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
                 raise RecipeError(f"--{name} has no value; write --{name} VALUE.")
             text = arguments.pop(0)
         try:
-            pairs.append((name, yaml.safe_load(text)))
+            pairs.append((name, _parse(text)))
         except yaml.YAMLError as error:
             raise RecipeError(f"The value of --{name}, '{text}', is not valid YAML.") from error
     return pairs
@@ -241,13 +274,24 @@ def _section(content: dict[str, Any], name: str, default: Any) -> Any:
 
 
 def _check_typed(registry: Any, content: Any, path: str, problems: list[str], extra: tuple[str, ...] = ()) -> None:
-    """Check a `{type: ..., fields}` section by its registry (name -> class with `config_class`)."""
+    """Check a `{type: ..., fields}` section by its registry (name -> class with `config_class`).
+
+    A type without a `config_class`, or of `extra`, has no fields.
+    """
     kind = content.get("type") if isinstance(content, dict) else None
-    if kind in registry:
-        fields = {key: value for key, value in content.items() if key != "type"}
-        _build(registry[kind].config_class, fields, path, problems)
-    elif kind not in extra:
+    if not isinstance(kind, str) or kind not in (*extra, *registry):
         problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join([*extra, *registry])}")
+    elif hasattr(registry.get(kind), "config_class"):
+        fields = {key: value for key, value in content.items() if key != "type"}
+        content.update(_checked(registry[kind].config_class, fields, path, problems))
+    else:
+        problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in content if key != "type"]
+
+
+def _checked(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
+    built = _build(kind, fields, path, problems)
+    return {} if built is _WRONG else {key: getattr(built, key) for key in fields}
 
 
 def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -256,7 +300,8 @@ def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict
     terms = _section(content, "distill", [])
     for number, term in enumerate(terms):
         _check_typed(TERMS, term, f"distill.{number}", problems)
-        known = TERMS.get(term.get("type", "")) if isinstance(term, dict) else None
+        kind = term.get("type") if isinstance(term, dict) else None
+        known = TERMS.get(kind) if isinstance(kind, str) else None
         for part, defaults in (known.student_parts if known else {}).items():
             parts[part] = {**parts.get(part, {}), **defaults}
     if terms and content.get("teacher") is None:
@@ -268,8 +313,9 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
     section = content[role]
     prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
     _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
-    if head.get("type") not in HEADS:
-        problems.append(f"'{role}.head.type' is {head.get('type')!r}; allowed: {', '.join(HEADS)}")
+    _check_typed(HEADS, head, f"{role}.head", problems)
+    if role == "student" and section.get("query", "student") != "student":
+        problems.append("'student.query': only a teacher can be given another one's query; leave it out")
     trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
     if trains and prompted:
         problems.append(
@@ -287,7 +333,9 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
             problems.append(
                 "'student.kd_prompt' is set, but no term of 'distill' trains the KD head; add the term kdp"
             )
-        _build(KDPromptConfig, section["kd_prompt"], f"{role}.kd_prompt", problems)
+        if isinstance(section["kd_prompt"], dict):
+            fields = section["kd_prompt"]
+            fields.update(_checked(KDPromptConfig, fields, f"{role}.kd_prompt", problems))
 
 
 def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
@@ -304,7 +352,7 @@ def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> 
                 near = difflib.get_close_matches(key, fields, n=1)
                 problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             else:
-                values[key] = _value(hints[key], value, f"{path}.{key}", problems)
+                values[key] = section["train"][key] = _value(hints[key], value, f"{path}.{key}", problems)
     if len(problems) == before:
         try:
             CDLTrainingArguments(output_dir="work", **values)

@@ -13,36 +13,31 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from hf_cdl.metrics import average_accuracy, continual_metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 Results = Mapping[str, Any]
 
 WIDTH = 119
-# Headings of the table, a group over its columns; _SHOWN are the metrics in its first columns.
-_GROUPS = (
-    ("accuracy (%)", ("average", "by image", "incremental")),
-    ("forgetting", ("standard", "authors'")),
-    ("transfer", ("backward",)),
-    ("training", ("seconds", "images/s", "memory")),
-)
-_SHOWN = (
-    "average_accuracy",
-    "sample_average_accuracy",
-    "average_incremental_accuracy",
-    "forgetting",
-    "official_forgetting",
-    "backward_transfer",
-)
+# The table's columns: group -> heading -> metric.
+_METRICS = {
+    "accuracy (%)": {
+        "average": "average_accuracy",
+        "by image": "sample_average_accuracy",
+        "incremental": "average_incremental_accuracy",
+    },
+    "forgetting": {"standard": "forgetting", "authors'": "official_forgetting"},
+    "transfer": {"backward": "backward_transfer"},
+}
+_GROUPS = {**_METRICS, "training": ("seconds", "images/s", "memory")}
+_COMPARED = ("average_accuracy", "forgetting", "average_incremental_accuracy")
 # Okabe & Ito's palette, told apart with any colour vision. Teacher, student, then the baselines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-_COMPARED = ("average_accuracy", "forgetting", "average_incremental_accuracy")
 
 
 def table(results: Results) -> str:
@@ -51,48 +46,40 @@ def table(results: Results) -> str:
     Accuracies in percent, forgetting and transfer in percent points; `-` for what was not measured. Without a student
     the matrix shown is the first role's. Its entry in row t and column i is the accuracy on task i after task t.
     """
-    roles = _measured(results)
-    planned = _planned(results)
+    roles, planned = _measured(results), _planned(results)
     lines = [f"{_title(results)}: {planned} task{'s' * (planned != 1)}"]
     if not results.get("finished", True):
-        learned = ", ".join(
-            f"{role.replace('_', ' ')} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()
-        )
-        lines.append(f"Not finished; tasks learned so far: {learned or 'none'}")
-    if not roles:
-        return "\n".join(lines) + "\n"
-    headings = [name for _, names in _GROUPS for name in names]
-    body = [[_clip(_label(role, entry), 28), *_cells(entry)] for role, entry in roles.items()]
-    widths = [max(map(len, column)) for column in zip(["role", *headings], *body, strict=True)]
-    lines += ["", _group_line(widths)]
-    for name, *cells in [["role", *headings], *body]:
-        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([name.ljust(widths[0]), *padded]))
-    shown = "student" if "student" in roles else next(iter(roles))
-    lines += ["", *_matrix_lines(_label(shown, roles[shown]), roles[shown]["accuracy_matrix"], results)]
-    return "\n".join(_clip(line.rstrip(), WIDTH) for line in lines) + "\n"
+        learned = [f"{role.replace('_', ' ')} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()]
+        lines.append(f"Not finished; tasks learned so far: {', '.join(learned) or 'none'}")
+    if roles:
+        headings = [heading for group in _GROUPS.values() for heading in group]
+        body = [["role", *headings], *([_label(role, entry, 28), *_cells(entry)] for role, entry in roles.items())]
+        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+        lines += ["", _group_line(widths)]
+        for name, *cells in body:
+            padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        shown = "student" if "student" in roles else next(iter(roles))
+        lines += ["", *_matrix_lines(_label(shown, roles[shown], 60), roles[shown]["accuracy_matrix"], results)]
+    return "\n".join(line.rstrip()[:WIDTH] for line in lines) + "\n"
 
 
 def compare_table(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """A Markdown table of several runs: for each label its number of seeds and mean ± sample standard deviation.
 
     `groups`: label -> one dict of metrics (as `continual_metrics` gives) per seed. One seed has the deviation `–`.
-    Raises ValueError for a label without runs or a run without one of the three metrics shown.
+    Raises ValueError for a label without runs.
     """
-    lines = [
-        "| run | seeds | average accuracy | forgetting | average incremental accuracy |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    heading = " | ".join(_COMPARED).replace("_", " ")
+    lines = [f"| run | seeds | {heading} |", "|---|---:|---:|---:|---:|"]
     for label, runs in groups.items():
         if not runs:
             raise ValueError(f"{label!r} has no runs; leave the label out or give one dict of metrics per seed")
-        missing = sorted({name for run in runs for name in _COMPARED if name not in run})
-        if missing:
-            raise ValueError(
-                f"a run of {label!r} has no {missing}; give the metrics of one role, with {list(_COMPARED)}"
-            )
-        values = [_mean_and_deviation([run[name] for run in runs]) for name in _COMPARED]
-        lines.append("| " + " | ".join([label.replace("|", "\\|"), str(len(runs)), *values]) + " |")
+        cells = [label.replace("|", "\\|"), str(len(runs))]
+        for name in _COMPARED:
+            values = [run[name] for run in runs]
+            cells.append(f"{_number(fmean(values), 2)} ± {f'{stdev(values):.2f}' if len(values) > 1 else '–'}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -109,17 +96,19 @@ def save_plots(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
     """
     if not plotting_available():
         raise ImportError('plots need matplotlib; install it with: pip install "hf_cdl[report]"')
-    if not _measured(results):
-        return []
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [
-        _save(_matrix_figure(results), folder / "accuracy_matrix.png"),
-        _save(_curve_figure(results), folder / "accuracy_curve.png"),
-    ]
+    paths = []
+    if _measured(results):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, draw in (("accuracy_matrix", _matrix_figure), ("accuracy_curve", _curve_figure)):
+            path = Path(folder, f"{name}.png")
+            partial = path.with_name(f".{path.name}.partial")
+            draw(results).savefig(partial, format="png", bbox_inches="tight")
+            paths.append(partial.replace(path))
+    return paths
 
 
 def _measured(results: Results) -> dict[str, Any]:
+    """The roles that have finished a task."""
     return {role: entry for role, entry in results.get("roles", {}).items() if entry.get("accuracy_matrix")}
 
 
@@ -133,23 +122,18 @@ def _title(results: Results) -> str:
     return results.get("name", "run") + ("" if seed is None else f", seed {seed}")
 
 
-def _label(role: str, entry: Mapping[str, Any]) -> str:
-    return entry.get("label") or role.replace("_", " ")
+def _label(role: str, entry: Mapping[str, Any], width: int) -> str:
+    return _shorten(entry.get("label") or role.replace("_", " "), width)
 
 
 def _classes(results: Results, task: int, width: int) -> str:
-    """The class names of a task, as many whole ones as fit into `width` characters."""
     tasks = results.get("class_names", ())
-    names = [" ".join(str(name).split()) for name in tasks[task]] if task < len(tasks) else []
-    for shown in range(len(names), 0, -1):
-        text = ", ".join([*names[:shown], "..."] if shown < len(names) else names)
-        if len(text) <= width:
-            return text
-    return _clip(names[0], width) if names else ""
+    return _shorten(", ".join(map(str, tasks[task])), width) if task < len(tasks) else ""
 
 
-def _clip(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3].rstrip() + "..."
+def _shorten(text: str, width: int) -> str:
+    """As many words as fit, on one line; of a longer word its beginning."""
+    return shorten(text, width, placeholder=" ...") if " " in text[:width] else text[:width]
 
 
 def _number(value: float, digits: int = 1) -> str:
@@ -158,70 +142,51 @@ def _number(value: float, digits: int = 1) -> str:
 
 def _group_line(widths: Sequence[int]) -> str:
     groups, start = [" " * widths[0]], 1
-    for title, names in _GROUPS:
-        span = sum(widths[start : start + len(names)]) + 2 * (len(names) - 1)
-        groups.append((f" {title} " if len(names) > 1 else title).center(span, "-"))
-        start += len(names)
+    for title, headings in _GROUPS.items():
+        span = sum(widths[start : start + len(headings)]) + 2 * (len(headings) - 1)
+        groups.append((f" {title} " if len(headings) > 1 else title).center(span, "-"))
+        start += len(headings)
     return "  ".join(groups)
 
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     """One role's cells, in the order of the headings."""
-    matrix = entry["accuracy_matrix"]
-    counts = entry.get("counts")
+    matrix, counts = entry["accuracy_matrix"], entry.get("counts")
     values = continual_metrics(matrix, counts[: len(matrix)] if counts else None)
-    durations = entry.get("train_seconds") or []
-    speeds = entry.get("images_per_second") or []
+    shown = [name for group in _METRICS.values() for name in group.values()]
+    durations, speeds = entry.get("train_seconds") or [], entry.get("images_per_second") or []
     seconds = sum(durations)
     images = sum(duration * speed for duration, speed in zip(durations, speeds, strict=False))
     memory = max(entry.get("peak_memory_bytes") or [0])
     return [
-        *(_number(values[name]) if name in values else "-" for name in _SHOWN),
-        _three_digits(seconds) if seconds else "-",
-        _three_digits(images / seconds) if images else "-",
+        *(_number(values[name]) if name in values else "-" for name in shown),
+        _number(seconds, digits=0 if seconds >= 100 else 1) if seconds else "-",
+        _number(images / seconds, digits=0 if images >= 100 * seconds else 1) if images else "-",
         (f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.0f} MiB") if memory else "-",
     ]
-
-
-def _three_digits(value: float) -> str:
-    return _number(value, 0 if value >= 100 else 1)
 
 
 def _matrix_lines(label: str, matrix: Sequence[Sequence[float]], results: Results) -> list[str]:
     """The accuracy matrix as text; whole percents if the columns would not fit otherwise."""
     planned = _planned(results)
-    room = WIDTH - len("after    mean" + "  classes of the task")
+    left, right = "after    mean", "  classes of the task"
+    room = WIDTH - len(left + right)
     digits, width = (1, 7) if 7 * planned <= room else (0, 4)
     if width * planned > room:
         return [f"{planned} tasks are too many to print their accuracy matrix; it is in results.json"]
     lines = [
         f"{label}: accuracy (%) on each task, after each task",
-        "after    mean" + "".join(f"{i + 1:{width}d}" for i in range(planned)) + "  classes of the task",
+        left + "".join(f"{i + 1:{width}d}" for i in range(planned)) + right,
     ]
     for t, row in enumerate(matrix):
         cells = "".join(f"{_number(value, digits):>{width}}" for value in row[: t + 1]).ljust(width * planned)
-        mean = _number(fmean(row[: t + 1]))
-        line = f"{t + 1:5d}  {mean:>6}{cells}  "
+        line = f"{t + 1:5d}  {_number(fmean(row[: t + 1])):>6}{cells}  "
         lines.append(line + _classes(results, t, WIDTH - len(line)))
     return lines
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    deviation = f"{stdev(values):.2f}" if len(values) > 1 else "–"
-    return f"{_number(fmean(values), 2)} ± {deviation}"
-
-
-def _task_names(results: Results) -> list[str]:
-    """Axis labels: the number of each task and its classes, if they are Latin letters, which every font can show."""
-    names = []
-    for task in range(_planned(results)):
-        classes = _classes(results, task, 24)
-        names.append(f"{task + 1}: {classes}" if classes and max(classes) < "\u0250" else f"task {task + 1}")
-    return names
-
-
 def _matrix_figure(results: Results) -> Figure:
-    """The lower triangles of teacher and student side by side, on one colour scale."""
+    """The lower triangles of teacher and student side by side, on one colour scale; numbers where they fit."""
     from matplotlib.figure import Figure
 
     roles, planned = _measured(results), _planned(results)
@@ -230,29 +195,29 @@ def _matrix_figure(results: Results) -> Figure:
     figure = Figure(figsize=(len(shown) * side + 3.5, side + 1.5), dpi=150, layout="compressed")
     figure.suptitle(_title(results), parse_math=False)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    images = []
     for panel, role in zip(panels, shown, strict=True):
-        images.append(_draw_matrix(panel, roles[role]["accuracy_matrix"], planned))
-        panel.set_title(_clip(_label(role, roles[role]), int(14 * side)), fontsize=9, parse_math=False)
+        cells = [[float("nan")] * planned for _ in range(planned)]
+        for t, row in enumerate(roles[role]["accuracy_matrix"]):
+            cells[t][: t + 1] = row[: t + 1]
+            for i, value in enumerate(row[: t + 1] if planned <= 30 else ()):
+                text = _number(value, 1 if planned <= 10 else 0)
+                panel.text(i, t, text, ha="center", va="center", color="white" if value < 42 else "black", fontsize=8)
+        panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
+        panel.set_title(_label(role, roles[role], int(14 * side)), fontsize=9, parse_math=False)
         panel.set_xlabel("accuracy on task")
-        panel.set_xticks(range(planned), range(1, planned + 1), fontsize=8)
-        panel.set_yticks(range(planned), range(1, planned + 1), fontsize=8)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_ticks(range(planned), range(1, planned + 1), fontsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(planned), _task_names(results), fontsize=8, parse_math=False)
     panels[0].set_ylabel("after learning task")
-    figure.colorbar(images[0], ax=list(panels), label="accuracy (%)")
+    figure.colorbar(panels[0].images[0], ax=list(panels), label="accuracy (%)")
     return figure
 
 
-def _draw_matrix(panel: Axes, matrix: Sequence[Sequence[float]], planned: int) -> AxesImage:
-    """Colours the cells and writes the numbers that fit into them: whole percents from 11 tasks, none from 31."""
-    cells = [[float("nan")] * planned for _ in range(planned)]
-    for t, row in enumerate(matrix):
-        cells[t][: t + 1] = row[: t + 1]
-        for i, value in enumerate(row[: t + 1] if planned <= 30 else ()):
-            text = _number(value, 1 if planned <= 10 else 0)
-            panel.text(i, t, text, ha="center", va="center", color="white" if value < 42 else "black", fontsize=8)
-    panel.spines[["top", "right"]].set_visible(False)
-    return panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
+def _task_names(results: Results) -> list[str]:
+    """Axis labels: the number of each task and its classes, if they are Latin letters, which every font can show."""
+    texts = [_classes(results, task, 24) for task in range(_planned(results))]
+    return [f"{i + 1}: {text}" if text and max(text) < "\u0250" else f"task {i + 1}" for i, text in enumerate(texts)]
 
 
 def _curve_figure(results: Results) -> Figure:
@@ -263,44 +228,23 @@ def _curve_figure(results: Results) -> Figure:
     panel = figure.subplots()
     panel.set_title(_title(results), parse_math=False)
     roles = _measured(results)
-    order = [role for role in ("teacher", "student") if role in roles]
-    order += [role for role in roles if role not in order]
+    order = sorted(roles, key=lambda role: {"teacher": 0, "student": 1}.get(role, 2))
     for number, role in enumerate(order):
         matrix = roles[role]["accuracy_matrix"]
         curve = [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
-        panel.plot(
-            range(1, len(curve) + 1),
-            curve,
-            color=_COLOURS[number % len(_COLOURS)],
-            linestyle="-" if role in ("teacher", "student") else "--",
-            marker="o",
-            markersize=4,
-            label=_clip(_label(role, roles[role]), 32),
-        )
+        style = "-" if role in ("teacher", "student") else "--"
+        colour = _COLOURS[number % len(_COLOURS)]
+        label = _label(role, roles[role], 32)
+        panel.plot(range(1, len(curve) + 1), curve, style, color=colour, marker="o", markersize=4, label=label)
     sizes = [len(names) for names in results.get("class_names", ())]
     chance = [100 / sum(sizes[: t + 1]) for t in range(len(sizes))]
     if chance:
         panel.plot(range(1, len(chance) + 1), chance, color="0.5", linestyle=":", marker=".", label="chance")
-    panel.set_xlim(0.5, _planned(results) + 0.5)
-    panel.set_ylim(0, 102)
-    panel.set_xticks(range(1, _planned(results) + 1, 1 + (_planned(results) - 1) // 20))
-    panel.set_xlabel("tasks learned")
-    panel.set_ylabel("average accuracy on them (%)")
+    planned = _planned(results)
+    panel.set_xticks(range(1, planned + 1, 1 + (planned - 1) // 20))
+    panel.set(xlim=(0.5, planned + 0.5), ylim=(0, 102))
+    panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
     panel.grid(alpha=0.3)
     for text in figure.legend(loc="outside right center", frameon=False).get_texts():
         text.set_parse_math(False)
     return figure
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    """Writes beside `path` and moves into place."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)  # draws without a display and leaves the user's own backend alone
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(partial, format="png", bbox_inches="tight")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

@@ -52,7 +52,7 @@ class Run:
             "entries": {},
             "finished": False,
         }
-        self._lock = FileLock(self.folder / ".lock")
+        self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one for this process
         self._open()
         if writer and not self.finished:
             try:
@@ -216,7 +216,7 @@ class Run:
             shutil.rmtree(self.folder / "work", ignore_errors=True)
         self.ledger["finished"] = True
         self._write_ledger()
-        self._lock.release()
+        self._lock.release(force=True)
         return report.table(results)
 
     # ---- files ----

@@ -361,7 +361,7 @@ class _PhaseCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         terms = {name[5:]: f"{value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss/")}
         if self.bar is not None and terms:
-            self.bar.set_postfix(terms)
+            self.bar.set_postfix(terms, refresh=False)
 
     def close(self) -> None:
         """Take the bar off the screen, whatever ended the phase."""

@@ -11,12 +11,15 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from accelerate import PartialState  # noqa: E402
+from datasets import disable_progress_bars  # noqa: E402
 from transformers import AutoImageProcessor, set_seed  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
@@ -66,32 +69,32 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
     processor = load_processor(recipe)
     stream = TaskStream(recipe.data, processor, seed=recipe.seed)
-    common = {"run": run, "eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
-    set_seed(recipe.seed)
-    trainers = []
+    models = {}
     if recipe.teacher is not None:
         shared = recipe.teacher.query == "student" and recipe.teacher.prompt["type"] != "none"
-        model = load(run, "teacher") or build(recipe.teacher, recipe.student if shared else None)
-        trainers.append(CDLTrainer(model, arguments_of(recipe, run, "teacher"), role="teacher", **common))
-    student = CDLTrainer(
-        load(run, "student") or build(recipe.student),
-        arguments_of(recipe, run, "student"),
-        objective=Objective(recipe.ce_weight, [(fields["type"], build_term(fields)) for fields in recipe.distill]),
-        teacher=trainers[0].model if trainers else None,
-        **common,
-    )
-    trainers.append(student)
+        with about("teacher", recipe.teacher):
+            models["teacher"] = load(run, "teacher") or build(recipe, recipe.teacher, shared)
+    with about("student", recipe.student):
+        models["student"] = load(run, "student") or build(recipe, recipe.student)
     if NCM in recipe.baselines:
         bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head={"type": "ncm"})
-        model = load(run, NCM) or build(bare)
-        trainers.append(CDLTrainer(model, arguments_of(recipe, run, "student"), role=NCM, **common))
+        models[NCM] = load(run, NCM) or build(recipe, bare)
     if not run.started:
-        stream.check_images(progress=PartialState().is_main_process)
+        stream.check_images()
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
     say(f"{recipe.name}: {len(stream)} tasks, {len(stream.class_names)} classes -> {recipe.folder}/")
+
+    trainers = []
+    for role, model in models.items():
+        terms = [(fields["type"], build_term(fields)) for fields in recipe.distill if role == "student"]
+        objective = Objective(recipe.ce_weight if role == "student" else 1.0, terms)
+        teacher = models.get("teacher") if terms else None
+        arguments = arguments_of(recipe, run, "teacher" if role == "teacher" else "student")
+        rest = {"eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
+        trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
     return stream, trainers
 
 
@@ -105,7 +108,9 @@ def train(run: Run, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
     say(f"\n{run.finish()}")
 
 
-def build(section: ModelRecipe, query: ModelRecipe | None = None) -> CDLForImageClassification:
+def build(recipe: Recipe, section: ModelRecipe, query_of_student: bool = False) -> CDLForImageClassification:
+    set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
+    query = recipe.student if query_of_student else None
     return CDLForImageClassification.from_backbone(
         section.backbone,
         section.revision,
@@ -139,19 +144,26 @@ def load_processor(recipe: Recipe):
         section = getattr(recipe, role)
         if section is None:
             continue
-        config = load_config(section.backbone, section.revision)
-        try:
-            processor = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"The {role}'s backbone '{section.backbone}' has no preprocessor_config.json: {error}"
-            ) from error
-        check_image_size(config, output_size(processor))
-        found[role] = processor
+        with about(role, section):
+            config = load_config(section.backbone, section.revision)
+            try:
+                found[role] = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
+            check_image_size(config, output_size(found[role]))
     views = {role: (output_size(p), p.image_mean, p.image_std) for role, p in found.items()}
     if len({str(view) for view in views.values()}) > 1:
         raise ValueError(f"Teacher and student must see the same pixels, but their processors differ: {views}.")
     return found["student"]
+
+
+@contextmanager
+def about(role: str, section: ModelRecipe) -> Iterator[None]:
+    """Errors say whose they are."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The {role} on backbone '{section.backbone}': {error}") from error
 
 
 def labels(recipe: Recipe) -> dict[str, str]:
@@ -182,5 +194,7 @@ def say(*lines: str, **options) -> None:
 if __name__ == "__main__":
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     sys.exit(main(sys.argv[1:]))

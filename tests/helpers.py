@@ -94,11 +94,11 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-def start(*arguments: Any, script: Path = TRAIN, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """recipes/train.py in a process group of its own, without a network, a warning being visible."""
+def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """recipes/train.py in a process of its own, without a network."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(script), *map(str, arguments)],
+        [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
         env=environment,
         stdout=subprocess.PIPE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -25,24 +26,11 @@ HAND_VALUES = {
     "backward_transfer": -10.0,  # ((70 - 80) + (50 - 60)) / 2
     "sample_average_accuracy": 82.0,  # (10 * 70 + 30 * 50 + 60 * 100) / 100
 }
-CLASSES = {
-    "average_accuracy": metrics.AverageAccuracy,
-    "average_incremental_accuracy": metrics.AverageIncrementalAccuracy,
-    "forgetting": metrics.Forgetting,
-    "official_forgetting": metrics.OfficialForgetting,
-    "one_step_forgetting": metrics.OneStepForgetting,
-    "backward_transfer": metrics.BackwardTransfer,
-    "sample_average_accuracy": metrics.SampleAverageAccuracy,
-}
 
 
 def random_matrix(seed: int) -> list[list[float]]:
     source = random.Random(seed)
     return [[source.uniform(0, 100) for _ in range(t + 1)] for t in range(source.randint(2, 12))]
-
-
-def options(name: str, counts: list[int]) -> dict[str, list[int]]:
-    return {"counts": counts} if name == "sample_average_accuracy" else {}
 
 
 @pytest.fixture(autouse=True)
@@ -66,13 +54,14 @@ def test_one_task_has_nothing_to_forget():
 
 
 @pytest.mark.parametrize("upper", [0.0, 77.0, float("nan")])
-@pytest.mark.parametrize("convert", [list, np.array, torch.tensor])
-def test_what_is_right_of_the_diagonal_does_not_count(upper, convert):
+def test_what_is_right_of_the_diagonal_does_not_count(upper):
     square = [row + [upper] * (4 - len(row)) for row in HAND]  # three rows of a stream of four tasks
-    assert continual_metrics(convert(square), HAND_COUNTS) == pytest.approx(HAND_VALUES)
+    matrices: list[Any] = [square, np.array(square), torch.tensor(square)]
+    for matrix in matrices:
+        assert continual_metrics(matrix, HAND_COUNTS) == pytest.approx(HAND_VALUES)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_relations_between_the_metrics(seed):
     R = random_matrix(seed)
     T = len(R)
@@ -85,7 +74,7 @@ def test_relations_between_the_metrics(seed):
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_official_forgetting_where_every_task_is_best_right_after_learning_it(seed):
     R = random_matrix(seed)
     T = len(R)
@@ -111,9 +100,8 @@ def test_an_old_task_that_ends_better_than_ever_is_negative_forgetting():
     ("matrix", "message"),
     [
         ([], "no rows"),
-        ([[]], r"lengths \[0\]"),
-        ([[80.0], [70.0]], r"lengths \[1, 1\].*row t \(from 0\) needs t \+ 1 entries"),
-        ([[80.0], [70.0, 60.0, 50.0]], r"lengths \[1, 3\]"),
+        ([[]], "row 0 of the accuracy matrix has 0 entries"),
+        ([[80.0], [70.0]], r"row 1 .* has 1 entries; row t \(from 0\) needs t \+ 1"),
         ([[80.0], [70.0, float("nan")]], r"R\[1\]\[1\] is nan"),
         ([[80.0], [70.0, 100.5]], r"R\[1\]\[1\] is 100.5; accuracies are percentages"),
         ([[-1.0]], r"R\[0\]\[0\] is -1.0"),
@@ -121,22 +109,15 @@ def test_an_old_task_that_ends_better_than_ever_is_negative_forgetting():
         ([["good"]], "list of rows of numbers"),
     ],
 )
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
-def test_bad_matrices(metric, matrix, message):
-    with pytest.raises(ValueError, match=message):
-        metric(matrix)
+def test_bad_matrices(matrix, message):
+    for metric in METRICS.values():
+        with pytest.raises(ValueError, match=message):
+            metric(matrix)
 
 
-@pytest.mark.parametrize(
-    ("counts", "message"),
-    [
-        ([1, 2], "2 counts for 3 learned tasks"),
-        ([1, 2, 3, 4], r"counts\[:3\]"),
-        ([1, 0, -1], r"tasks \[1, 2\] have counts \[0, -1\]"),
-    ],
-)
-def test_bad_counts(counts, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("counts", [[1, 2], [1, 2, 3, 4], [1, 0, 2]])
+def test_bad_counts(counts):
+    with pytest.raises(ValueError, match=r"for 3 learned tasks; give one positive count for each"):
         continual_metrics(HAND, counts)
 
 
@@ -161,8 +142,7 @@ def test_accuracy_rows_make_the_accuracy_of_all_images():
     [
         ([0], [0, 1], [2], r"predictions \(1,\) and references \(2,\)"),
         ([[0.1, 0.9]], [[1, 0]], [2], "two flat lists"),
-        ([0], [0], [], "positive number of classes"),
-        ([0], [0], [1, 0], "positive number of classes"),
+        ([0], [0], [1, 0], r"no test image of the tasks \[1\]"),
         ([2, 0], [0, 1], [2], r"predictions hold the classes \[2\].*0..1; cut the logits"),
         ([0, 0], [-100, 1], [2], r"references hold the classes \[-100\]"),
         ([0], [0], [1, 1], r"no test image of the tasks \[1\]"),
@@ -173,52 +153,40 @@ def test_accuracy_row_errors(predictions, references, sizes, message):
         accuracy_row(predictions, references, sizes)
 
 
-@pytest.mark.parametrize(("name", "cls"), CLASSES.items(), ids=CLASSES)
-def test_evaluate_classes_agree_with_the_functions_however_the_rows_arrive(name, cls):
-    metric = cls()
+@pytest.mark.parametrize("name", [*METRICS, None])
+def test_the_evaluate_class_agrees_with_the_functions_however_the_rows_arrive(name):
+    metric = metrics.ContinualMetric(name)
     for R in (HAND, random_matrix(1)):
-        counts = list(range(1, len(R) + 1))
-        expected = {name: pytest.approx(continual_metrics(R, counts)[name])}
-        assert metric.compute(accuracies=R, **options(name, counts)) == expected
+        values = continual_metrics(R)
+        expected = pytest.approx(values if name is None else {name: values[name]})
+        assert metric.compute(accuracies=R) == expected
         for row in R:
             metric.add(accuracies=row)
-        assert metric.compute(**options(name, counts)) == expected
+        assert metric.compute() == expected
         metric.add_batch(accuracies=R[:2])
         metric.add_batch(accuracies=R[2:])
-        assert pickle.loads(pickle.dumps(cls())).compute(accuracies=R, **options(name, counts)) == expected
-        assert metric.compute(**options(name, counts)) == expected
+        assert pickle.loads(pickle.dumps(metrics.ContinualMetric(name))).compute(accuracies=R) == expected
+        assert metric.compute() == expected
 
 
-def test_evaluate_classes_combine():
-    combined = evaluate.combine([metrics.AverageAccuracy(), metrics.Forgetting()])
-    expected = {name: HAND_VALUES[name] for name in ("average_accuracy", "forgetting")}
-    assert combined.compute(accuracies=HAND) == pytest.approx(expected)
+def test_the_evaluate_class_takes_counts_combines_and_knows_its_names():
+    assert metrics.ContinualMetric().compute(accuracies=HAND, counts=HAND_COUNTS) == pytest.approx(HAND_VALUES)
+    names = ["average_accuracy", "forgetting"]
+    combined = evaluate.combine([metrics.ContinualMetric(name) for name in names])
+    assert combined.compute(accuracies=HAND) == pytest.approx({name: HAND_VALUES[name] for name in names})
+    with pytest.raises(ValueError, match="no metric 'forgeting'; allowed: average_accuracy, .*forgetting"):
+        metrics.ContinualMetric("forgeting")
 
 
-def test_evaluate_accuracy_batch_by_batch():
-    metric = metrics.ContinualAccuracy()
-    metric.add_batch(predictions=torch.tensor([0, 1, 0]), references=torch.tensor([0, 1, 1]))
-    metric.add_batch(predictions=np.array([2, 2]), references=np.array([2, 3]))
-    metric.add(prediction=3, reference=3)
-    assert metric.compute(classes_per_task=[2, 2]) == {
-        "row": pytest.approx([200 / 3, 200 / 3]),
-        "correct": [2, 2],
-        "counts": [3, 3],
-    }
+def test_the_evaluate_class_is_usable_after_an_error():
+    metric = metrics.ContinualMetric("forgetting")
+    with pytest.raises(ValueError, match="percentages"):
+        metric.compute(accuracies=[[101.0]])
+    assert metric.compute(accuracies=HAND) == {"forgetting": 15.0}
 
 
-def test_evaluate_classes_are_usable_after_an_error_and_after_pickling():
-    metric = metrics.ContinualAccuracy()
-    with pytest.raises(ValueError, match="references hold the classes"):
-        metric.compute(predictions=[0], references=[9], classes_per_task=[1])
-    for used in (metric, pickle.loads(pickle.dumps(metrics.ContinualAccuracy()))):
-        result = used.compute(predictions=[0], references=[0], classes_per_task=[1])
-        assert result == {"row": [100.0], "correct": [1], "counts": [1]}
-    assert pickle.loads(pickle.dumps(metric)).name == "continual_accuracy"
-
-
-def test_evaluate_classes_leave_no_files(tmp_path):
-    metric = metrics.Forgetting()
+def test_the_evaluate_class_leaves_no_files(tmp_path):
+    metric = metrics.ContinualMetric()
     metric.compute(accuracies=HAND)
     metric.add(accuracies=HAND[0])
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -63,6 +64,11 @@ def family(config: PreTrainedConfig) -> Family:
 
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
+    folder = Path(name).expanduser()
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from PIL import Image
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_cdl.tasks.benchmarks import BENCHMARKS, load_splits
-from hf_cdl.tasks.tables import (
-    TaskSplit,
-    choose_columns,
-    choose_splits,
-    draw_rows,
-    file_sizes,
-    missing_classes,
-    read_labels,
-    some,
-)
-from hf_cdl.tasks.transforms import ImageError, Preprocess
+from hf_cdl.tasks.benchmarks import BENCHMARKS
+from hf_cdl.tasks.tables import choose_columns, choose_splits, draw_rows, file_sizes, load_splits, read_labels, some
+from hf_cdl.tasks.transforms import ImageError, Preprocess, decode
 from hf_cdl.types import Task
 
 
@@ -41,7 +32,7 @@ class StreamConfig:
     """The `data` section of a recipe. Raises ValueError, naming every field that is out of range."""
 
     path: str | None = _option(None, "Hub id, local folder (class folders of images, parquet files) or benchmark name")
-    name: str | None = _option(None, "configuration of the data set; of a local folder: the folder inside it to read")
+    name: str | None = _option(None, "configuration of the data set on the Hub")
     revision: str | None = _option(None, "commit, tag or branch on the Hub")
     image_column: str | None = _option(None, "none: the only column of type Image")
     label_column: str | None = _option(None, "none: the only ClassLabel, or the column called label, class ...")
@@ -86,21 +77,16 @@ class StreamConfig:
             problems.append(f"crop_ratio is {self.crop_ratio}, but must be (low, high) with 0 < low <= high")
         if not 0 <= self.flip <= 1:
             problems.append(f"flip is {self.flip}, but a probability lies between 0 and 1")
-        _complain(problems)
-
-
-def _complain(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("No stream of tasks can be made of this:\n- " + "\n- ".join(problems))
+        if problems:
+            raise ValueError("These settings make no stream of tasks:\n- " + "\n- ".join(problems))
 
 
 class TaskStream:
     """The tasks of a class-incremental stream, in order.
 
     `dataset`: the data themselves (a DatasetDict) instead of `config.path`. `seed`: of the augmented views.
-    `class_names`: in stream order, the order of the logits. `config`: with a benchmark's values filled in.
-    Splits, columns, labels and classes are checked here, the images by `check_images`.
-    Raises ValueError with all the problems that were found.
+    `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked here, the images by
+    `check_images`. Raises ValueError if no stream can be made of the data.
     """
 
     def __init__(
@@ -113,79 +99,41 @@ class TaskStream:
         preset = BENCHMARKS.get(config.path or "", {}) if dataset is None else {}
         config = replace(config, **{k: v for k, v in preset.items() if k == "path" or getattr(config, k) is None})
         self.config = config
-        preprocess = Preprocess(processor, seed, config.crop_scale, config.crop_ratio, config.flip)
-        self.splits, tables, image_column, label_column = self._open(dataset)
-        names, labels, problems = read_labels(tables, label_column)
-        _complain(problems)
-        plan, problems = self._plan(names)
+        named = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+        found = dataset or load_splits(config.path, config.name, config.revision, named.values())
+        needed = {"train", "test", config.eval_split} - ({"test"} if config.test_fraction else set())
+        splits = choose_splits(found, named, needed)
+        tables = {role: found[name] for role, name in splits.items()}
+        image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
+        names, labels = read_labels(tables, label_column)
+        plan = _plan(names, config)
         limit = config.max_eval_per_class
         limits = {"train": config.max_train_per_class, "validation": limit, "test": limit}
-        used = [c for task in plan for c in task]
-        rows = draw_rows(labels, names, used, config.split_seed, config.test_fraction, limits)
-        _complain(problems + missing_classes(names, rows, needed={"train", "test", config.eval_split}))
-        for role, table in tables.items():  # one column is kept; images are decoded here, so that errors name them
-            table = table.with_format(None).select_columns([image_column])
-            tables[role] = table.cast_column(image_column, ImageFeature(decode=False))
-        number = np.zeros(len(names), dtype=np.int64)  # of a class in the data set -> in the stream
-        number[used] = np.arange(len(used))
-
-        def split(role: str, index: int) -> TaskSplit:
-            source = role if role in tables else "train"  # a held-out test set is a part of train
-            where = np.sort(np.concatenate([rows[role][c] for c in plan[index]]))
-            labels_here = number[labels[source][where]]
-            return TaskSplit(tables[source], self.splits[source], index, where, labels_here, preprocess)
-
-        first = 0
+        order = [c for classes in plan for c in classes]
+        rows = draw_rows(names, labels, order, config.split_seed, config.test_fraction, limits)
+        for role in ("train", "test", config.eval_split):
+            if empty := [names[c] for c in order if not len(rows[role][c])]:
+                raise ValueError(
+                    f"Classes without {role} images: {some(empty)}. Every class needs some (two for test_fraction): "
+                    "remove the names from the ClassLabel, or name the classes to learn in classes_per_task."
+                )
+        number = {c: i for i, c in enumerate(order)}  # of a class in the data -> in the stream
+        preprocess = Preprocess(processor, seed, config.crop_scale, config.crop_ratio, config.flip)
+        images: dict[str, Dataset] = {}  # not decoded here but by TaskSplit, so that errors name the image
+        for role, table in tables.items():
+            column = table.with_format(None).select_columns([image_column])
+            images[role] = column.cast_column(image_column, ImageFeature(decode=False))
         self._tasks: list[Task] = []
         for index, classes in enumerate(plan):
-            parts = {role: split(role, index) for role in rows}
-            validation = parts.get("validation") or None  # also none if this task has no validation images
-            class_names = tuple(names[c] for c in classes)
-            self._tasks.append(Task(index, class_names, first, parts["train"], validation, parts["test"]))
-            first += len(classes)
-
-    def _open(self, dataset: Mapping[str, Dataset] | None) -> tuple[dict[str, str], dict[str, Dataset], str, str]:
-        config = self.config
-        if dataset is None and config.path is None:
-            _complain(["data.path is missing; give a Hub id, a local folder or a benchmark: " + some(BENCHMARKS)])
-        found = dict(dataset) if dataset is not None else load_splits(str(config.path), config.name, config.revision)
-        named = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-        needed = {"train", config.eval_split, "test"} - {"test" if config.test_fraction is not None else ""}
-        splits, problems = choose_splits(list(found), named, needed)
-        _complain(problems)
-        tables = {role: found[name] for role, name in splits.items()}
-        image, label, problems = choose_columns(tables["train"], config.image_column, config.label_column)
-        for role, name in splits.items():
-            for column in sorted({image, label} - {"", *(columns := tables[role].column_names)}):
-                problems.append(f"the split {name!r} has no column {column!r}; columns: {some(columns)}")
-        _complain(problems)
-        return splits, tables, image, label
-
-    def _plan(self, names: list[str]) -> tuple[list[list[int]], list[str]]:
-        """(class numbers of each task, problems); with problems, one task of all the classes that are known."""
-        config, sizes = self.config, self.config.classes_per_task
-        if isinstance(sizes, list) and isinstance(sizes[0], list):
-            groups = [group for group in sizes if isinstance(group, list)]
-            number, problems = {name: i for i, name in enumerate(names)}, []
-            for name in [name for group in groups for name in group if name not in number]:
-                close = difflib.get_close_matches(name, names) or names
-                problems.append(f"classes_per_task names {name!r}, which is no class; close are {some(close, 3)}")
-            return [[number[name] for name in group if name in number] for group in groups], problems
-        order = np.arange(len(names))
-        if config.class_order_seed is not None:
-            order = np.random.default_rng(config.class_order_seed).permutation(order)
-        if (config.max_classes or 0) > len(names):
-            return [order.tolist()], [f"max_classes is {config.max_classes}, but there are {len(names)} classes"]
-        order = order[: config.max_classes].tolist()
-        if isinstance(sizes, int):
-            if sizes > len(order):
-                return [order], [f"classes_per_task is {sizes}, but there are only {len(order)} classes"]
-            return [order[i : i + sizes] for i in range(0, len(order), sizes)], []
-        numbers = [size for size in sizes if isinstance(size, int)]
-        if sum(numbers) != len(order):
-            return [order], [f"classes_per_task adds up to {sum(numbers)}, but there are {len(order)} classes"]
-        ends = np.cumsum(numbers).tolist()
-        return [order[end - size : end] for end, size in zip(ends, numbers, strict=True)], []
+            parts: dict[str, TaskSplit] = {}
+            for role, own in rows.items():
+                source = role if role in tables else "train"  # a held-out test set is a part of train
+                where = np.sort(np.concatenate([own[c] for c in classes]))
+                targets = [number[c] for c in labels[source][where].tolist()]
+                if targets:  # a task may have no validation images
+                    parts[role] = TaskSplit(images[source], splits[source], index, where, targets, preprocess)
+            class_names, first = tuple(names[c] for c in classes), number[classes[0]]
+            self._tasks.append(Task(index, class_names, first, parts["train"], parts.get("validation"), parts["test"]))
 
     def __getitem__(self, index: int) -> Task:
         return self._tasks[index]
@@ -198,11 +146,8 @@ class TaskStream:
 
     @property
     def class_names(self) -> list[str]:
+        """In stream order, the order of the logits."""
         return [name for task in self for name in task.class_names]
-
-    def tasks_until(self, index: int) -> list[Task]:
-        """Tasks 0 ... index, that one included: what has been seen when task `index` is learnt."""
-        return self._tasks[: index + 1]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -221,30 +166,95 @@ class TaskStream:
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         return digest.hexdigest()[:16]
 
-    def check_images(self, progress: bool = True) -> None:
+    def check_images(self) -> None:
         """Decodes every image of the stream once, in threads. Raises ImageError naming the first ten bad ones."""
-
-        def problem(job: tuple[TaskSplit, int]) -> str | None:
-            try:
-                job[0].image(job[1])
-            except ImageError as error:
-                return str(error)
-
         splits = [split for task in self for _, split in _parts(task)]
-        jobs = ((split, i) for split in splits for i in range(len(split)))
         bad: list[str] = []
         with (
             ThreadPoolExecutor() as pool,
-            tqdm(total=sum(map(len, splits)), desc="Checking images", unit="image", disable=not progress) as bar,
+            tqdm(total=sum(map(len, splits)), desc="Checking images", unit="image", disable=None) as bar,
         ):
-            while batch := list(islice(jobs, 256)):
-                bad += filter(None, pool.map(problem, batch))
-                bar.update(len(batch))
+            for split in splits:
+                for problem in pool.map(split.problem, range(len(split))):
+                    bad += [problem] if problem else []
+                    bar.update()
         if bad:
             more = f"\n- and {len(bad) - 10} more" if len(bad) > 10 else ""
             raise ImageError(f"{len(bad)} images cannot be used:\n- " + "\n- ".join(bad[:10]) + more)
 
 
+@dataclass(frozen=True, eq=False)
+class TaskSplit:
+    """Rows of one split of the data: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
+
+    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}. `rows` are indices into the
+    whole split of that `name`; the augmentation knows the samples by them. Raises ImageError for a bad image.
+    """
+
+    data: Dataset
+    name: str
+    task: int
+    rows: np.ndarray
+    labels: list[int]
+    preprocess: Preprocess
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """A batch of evaluation views or of augmented views (not both), by one call of the image processor."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
+        images = [self.image(i) for i in indices]
+        pixels = self.preprocess.training(images, samples) if samples else self.preprocess.evaluation(images)
+        return [{"pixel_values": p, "labels": self.labels[i]} for p, i in zip(pixels, indices, strict=True)]
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, in RGB."""
+        row = int(self.rows[index])
+        (cell,) = self.data[row].values()
+        try:
+            return decode(cell)
+        except ImageError as error:
+            raise ImageError(f"split {self.name!r}, row {row}: {error}") from error
+
+    def problem(self, index: int) -> str | None:
+        """Why an image cannot be used; None if it can."""
+        try:
+            self.image(index)
+        except ImageError as error:
+            return str(error)
+
+
 def _parts(task: Task) -> list[tuple[str, TaskSplit]]:
     parts = {"train": task.train, "validation": task.validation, "test": task.test}
     return [(role, split) for role, split in parts.items() if isinstance(split, TaskSplit)]
+
+
+def _plan(names: list[str], config: StreamConfig) -> list[list[int]]:
+    """The class numbers of each task."""
+    sizes = config.classes_per_task
+    if isinstance(sizes, list) and isinstance(sizes[0], list):
+        groups = [group for group in sizes if isinstance(group, list)]
+        for name in [name for group in groups for name in group if name not in names]:
+            close = difflib.get_close_matches(name, names) or names
+            raise ValueError(f"classes_per_task names {name!r}, which is no class; close are {some(close, 3)}.")
+        return [[names.index(name) for name in group] for group in groups]
+    order = np.arange(len(names))
+    if config.class_order_seed is not None:
+        order = np.random.default_rng(config.class_order_seed).permutation(order)
+    if (config.max_classes or 0) > len(names):
+        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(names)} classes.")
+    order = order[: config.max_classes].tolist()
+    if isinstance(sizes, int):
+        if sizes > len(order):
+            raise ValueError(f"classes_per_task is {sizes}, but there are only {len(order)} classes.")
+        return [order[i : i + sizes] for i in range(0, len(order), sizes)]
+    numbers = [size for size in sizes if isinstance(size, int)]
+    if sum(numbers) != len(order):
+        raise ValueError(f"classes_per_task adds up to {sum(numbers)}, but there are {len(order)} classes.")
+    ends = np.cumsum(numbers).tolist()
+    return [order[end - size : end] for end, size in zip(ends, numbers, strict=True)]

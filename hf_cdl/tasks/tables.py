@@ -1,20 +1,21 @@
-"""What is in a data set's tables: which split and column is which, the labels, and the images of chosen rows."""
+"""From a path to tables and labels: which splits a data set has, and which column holds the images and the classes."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
-from datasets import ClassLabel, Dataset
-from PIL import Image
+from datasets import ClassLabel, Dataset, Features, load_dataset
 
-from hf_cdl.tasks.transforms import ImageError, Preprocess, decode
+from hf_cdl.tasks.benchmarks import BENCHMARKS
 
 USUAL_SPLITS = {
     "train": ("train", "training"),
@@ -22,6 +23,9 @@ USUAL_SPLITS = {
     "test": ("test",),
 }
 USUAL_LABELS = ("label", "labels", "fine_label", "class", "class_name", "target")
+_SPLIT_NAMES = sum(USUAL_SPLITS.values(), ())
+# What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
+_NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
 
 
 def some(items: Iterable[Any], limit: int = 10) -> str:
@@ -31,126 +35,182 @@ def some(items: Iterable[Any], limit: int = 10) -> str:
     return (", ".join(items[:limit]) or "none") + more
 
 
-def choose_splits(
-    found: list[str], named: dict[str, str | None], needed: set[str]
-) -> tuple[dict[str, str], list[str]]:
-    """(role -> split name, problems) for the roles train, validation, test; a role without a split is left out."""
-    chosen, problems = {role: name for role, name in named.items() if name is not None}, []
+def load_splits(
+    path: str | None, name: str | None, revision: str | None, named: Collection[str | None]
+) -> Mapping[str, Dataset]:
+    """Split name -> data, from a local folder or the Hub. Nothing is written into a local folder.
+
+    A local folder holds parquet files called after their split (train.parquet, train-00000-of-00002.parquet) or class
+    folders of images, these inside folders called after a split (the usual names and those in `named`) or, without
+    such folders, as one split "train". Raises ValueError if there is nothing to read or the Hub cannot be reached.
+    """
+    if path is None:
+        raise ValueError(f"data.path is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return _parquet_files(root) or _class_folders(root, {*_SPLIT_NAMES, *named})
+    if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
+        raise ValueError(f"The folder {path} does not exist (data.path).")
+    try:
+        found: Any = load_dataset(path, name, revision=revision)
+        return {str(split): table for split, table in found.items()}
+    except OSError as error:
+        raise ValueError(
+            f"The data set {path!r} cannot be loaded: it is no local folder, no benchmark ({some(BENCHMARKS)}), and "
+            f"the Hub answered: {error}. Without a network, use a local copy: where there is one, run `hf download "
+            f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to the folder in it "
+            "that holds the parquet files (and image_column, label_column and the splits as for the Hub)."
+        ) from error
+
+
+def _parquet_files(root: Path) -> dict[str, Dataset]:
+    files: dict[str, list[str]] = {}
+    for file in sorted(root.glob("*.parquet")):
+        usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem)
+        split = usual[1] if usual else re.sub(r"-\d+-of-\d+$", "", file.stem)
+        files.setdefault(split, []).append(glob.escape(str(file)))
+    return {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
+
+
+def _class_folders(root: Path, split_names: set[str | None]) -> dict[str, Dataset]:
+    """Tables of paths. Not `imagefolder`, which takes a class called "train" or "test" for a split."""
+    splits = {f.name: f for f in _folders(root) if f.name in split_names and _folders(f)} or {"train": root}
+    names = sorted({f.name for split in splits.values() for f in _folders(split)})
+    features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
+    tables = {}
+    for split, folder in splits.items():
+        found = [(str(file), f.name) for f in _folders(folder) for file in _images(f)]
+        columns = {"image": [path for path, _ in found], "label": [name for _, name in found]}
+        tables[split] = Dataset.from_dict(columns, features=features)
+    if not any(map(len, tables.values())):
+        raise ValueError(
+            f"The folder {root} cannot be read as a data set. Allowed are parquet files called after their split "
+            "(train.parquet, test.parquet) or class folders of images (train/CLASS/x.png, test/CLASS/y.png)."
+        )
+    return tables
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _images(folder: Path) -> list[Path]:
+    """All files in the folder and below, but hidden ones and those that are plainly something else."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() not in _NO_IMAGES)
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
+    """Role (train, validation, test) -> split name; a role without a split is left out.
+
+    Raises ValueError if a `named` split does not exist or a `needed` role has none.
+    """
+    chosen = {role: name for role, name in named.items() if name is not None}
     for role, name in chosen.items():
         if name not in found:
-            problems.append(f"{role}_split is {name!r}, but the splits are {some(found)}")
-    for role in USUAL_SPLITS:
-        free = [name for name in USUAL_SPLITS[role] if name in found and name not in chosen.values()]
+            raise ValueError(f"{role}_split is {name!r}, but the splits are {some(found)}.")
+    for role, usual in USUAL_SPLITS.items():
+        free = [name for name in usual if name in found and name not in chosen.values()]
         if role not in chosen and free:
             chosen[role] = free[0]
         if role not in chosen and role in needed:
             instead = ", or hold images out with test_fraction" if role == "test" else ""
-            problems.append(
-                f"there is no split for {role} (usual names: {some(USUAL_SPLITS[role])}); the splits are "
-                f"{some(found)}. Name one with {role}_split{instead}"
+            raise ValueError(
+                f"There is no split for {role} (usual names: {some(usual)}); the splits are {some(found)}. "
+                f"Name one with {role}_split{instead}."
             )
-    return chosen, problems
+    return chosen
 
 
-def choose_columns(data: Dataset, image: str | None, label: str | None) -> tuple[str, str, list[str]]:
-    """(image column, label column, problems); a column without a name is found by its type, labels also by name."""
-    features, problems = data.features, []
+def choose_columns(tables: Mapping[str, Dataset], image: str | None, label: str | None) -> tuple[str, str]:
+    """(image column, label column); one without a name is found by its type, labels also by their name.
 
-    def choose(what: str, named: str | None, candidates: list[str], need: str) -> str:
-        if (named in features) if named else len(candidates) == 1:
-            return named or candidates[0]
-        got = (
-            f"{what}_column is {named!r}, which does not exist"
-            if named
-            else (f"several columns could be the {what}" if candidates else f"no {what} column was found ({need})")
-        )
-        problems.append(
-            f"{got}; columns: {some(features)}; candidates: {some(candidates)}. Name it with {what}_column"
-        )
-        return ""
-
-    images = [c for c, f in features.items() if isinstance(f, datasets.Image)]
-    images = images or [c for c, f in features.items() if isinstance(f, dict) and set(f) == {"bytes", "path"}]
-    labels = [c for c, f in features.items() if isinstance(f, ClassLabel)]
-    labels = labels or [c for c in USUAL_LABELS if c in features]
-    image = choose("image", image, images, "a column of type Image")
-    label = choose("label", label, labels, f"a ClassLabel, or a column called {' / '.join(USUAL_LABELS)}")
-    kind = features.get(image)
-    if (
-        image
-        and not isinstance(kind, datasets.Image | dict)
-        and getattr(kind, "dtype", "") not in ("string", "binary")
-    ):
-        problems.append(f"image_column {image!r} holds {kind}, not images, their paths or their bytes")
-    return image, label, problems
+    Raises ValueError if a column does not exist in all splits, is not of images or is not the only candidate.
+    """
+    features = tables["train"].features
+    images = [column for column, feature in features.items() if _holds_images(feature)]
+    labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    labels = labels or [column for column in USUAL_LABELS if column in features]
+    chosen = []
+    for what, named, candidates in (("image", image, images), ("label", label, labels)):
+        column = candidates[0] if named is None and len(candidates) == 1 else named
+        if column is None:
+            raise ValueError(
+                f"{'Several columns' if candidates else 'No column'} could be the {what}; candidates: "
+                f"{some(candidates)}; columns: {some(features)}. Name it with {what}_column."
+            )
+        for role, table in tables.items():
+            if column not in table.column_names:
+                raise ValueError(
+                    f"The {role} split has no {what} column {column!r}; columns: {some(table.column_names)}. "
+                    f"Name it with {what}_column."
+                )
+        chosen.append(column)
+    if chosen[0] not in images:
+        raise ValueError(f"image_column {chosen[0]!r} holds {features[chosen[0]]}, not images; with images: {images}.")
+    return chosen[0], chosen[1]
 
 
-def read_labels(data: Mapping[str, Dataset], column: str) -> tuple[list[str], dict[str, np.ndarray], list[str]]:
-    """(class names, role -> class number of each row, problems); plain numbers are their own names."""
+def _holds_images(feature: Any) -> bool:
+    """Whether a column is of type Image, or has its fields (a parquet file that `datasets` did not write)."""
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], dict[str, np.ndarray]]:
+    """(class names, role -> class number of each row); strings are sorted, plain numbers are their own names.
+
+    Raises ValueError for missing labels, numbers without a class, gaps, and splits that disagree about the classes.
+    """
+    kind = tables["train"].features[column]
     values: dict[str, np.ndarray] = {}
-    kinds: dict[str, str | list[str]] = {}
-    problems: list[str] = []
-    for role, table in data.items():
-        feature = table.features[column]
+    for role, table in tables.items():
+        if table.features[column] != kind:
+            kinds = {role: table.features[column] for role, table in tables.items()}
+            shown = [f"{role}: {some(getattr(kind, 'names', [kind]))}" for role, kind in kinds.items()]
+            raise ValueError(
+                f"The splits disagree about the classes ({'; '.join(shown)}). Give them the same ClassLabel."
+            )
         cells = table.select_columns([column]).with_format("arrow")[:][column]
-        number = pa.types.is_integer(cells.type)
         if cells.null_count:
-            problems.append(f"{role}: {cells.null_count} labels are missing (null); remove these rows")
-        elif not (number or pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type)):
-            problems.append(f"{role}: labels of type {cells.type}; allowed: ClassLabel, whole numbers and strings")
-        else:
-            kinds[role] = feature.names if isinstance(feature, ClassLabel) else "numbers" if number else "strings"
-            values[role] = cells.to_numpy()
-            if number and (values[role] < 0).any():
-                problems.append(
-                    f"{role}: {(values[role] < 0).sum()} labels are negative ({values[role].min()}), which usually "
-                    "means unlabelled images; remove them or name another split"
-                )
-            elif isinstance(feature, ClassLabel) and (values[role] >= len(feature.names)).any():
-                problems.append(
-                    f"{role}: label {values[role].max()}, but there are only {len(feature.names)} class names"
-                )
-    if any(kind != kinds.get("train", kind) for kind in kinds.values()):
-        shown = "; ".join(f"{role}: {some(kind) if isinstance(kind, list) else kind}" for role, kind in kinds.items())
-        problems.append(f"the splits disagree about the classes ({shown}); give them the same ClassLabel")
-    if problems:
-        return [], {}, problems
-    if kinds["train"] == "strings":
-        names = sorted({str(value) for column_values in values.values() for value in column_values})
-        index = {name: i for i, name in enumerate(names)}
-        return names, {role: np.array([index[v] for v in cells], dtype=np.int64) for role, cells in values.items()}, []
-    if kinds["train"] != "numbers":
-        return list(kinds["train"]), values, []
-    highest = max(int(numbers.max(initial=-1)) for numbers in values.values())
-    images = sum(map(len, values.values()))
-    if highest >= images:
-        return [], {}, [f"the labels have gaps: they go up to {highest}, but there are {images} images; renumber them"]
-    return [str(i) for i in range(highest + 1)], values, []
+            raise ValueError(f"{cells.null_count} labels of the {role} split are missing (null). Remove these rows.")
+        if not any(fits(cells.type) for fits in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
+            raise ValueError(f"Labels are of type {cells.type}; allowed: ClassLabel, whole numbers and strings.")
+        values[role] = cells.to_numpy()
+    present = np.unique(np.concatenate(list(values.values())))
+    if isinstance(kind, ClassLabel):
+        names = list(kind.names)
+    else:
+        names = [str(value) for value in present]
+        if present.dtype == object:
+            return names, {role: np.searchsorted(present, cells) for role, cells in values.items()}
+    wrong = present[(present < 0) | (present >= len(names))]
+    if len(wrong):
+        raise ValueError(
+            f"Labels must be 0 ... {len(names) - 1} for {len(names)} classes, but there are {some(wrong)}. Renumber "
+            "labels with gaps; -1 usually means unlabelled images: remove them or name another split."
+        )
+    return names, values
 
 
 def draw_rows(
-    labels: dict[str, np.ndarray],
     names: list[str],
-    used: list[int],
+    labels: Mapping[str, np.ndarray],
+    classes: list[int],
     seed: int,
     test_fraction: float | None,
-    limits: dict[str, int | None],
+    limits: Mapping[str, int | None],
 ) -> dict[str, dict[int, np.ndarray]]:
-    """Role -> class -> its rows. What is drawn for a class depends on its name and its own rows alone.
+    """Role -> class -> its rows, for the given classes. What is drawn depends on a class's name and own rows alone.
 
-    `used`: the classes of the stream; `test_fraction`: held out of the training rows if there is no role test;
-    `limits`: role -> rows kept per class. A smaller limit keeps a subset of what a larger one keeps.
+    `test_fraction` is held out of the training rows if there is no role test. `limits`: role -> rows kept per class;
+    a smaller limit keeps a subset of what a larger one keeps.
     """
 
     def shuffled(rows: np.ndarray, purpose: str, c: int) -> np.ndarray:
         digest = hashlib.sha256(f"{seed}/{purpose}/{names[c]}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(rows)
 
-    rows: dict[str, dict[int, np.ndarray]] = {}
-    for role, values in labels.items():
-        order = np.argsort(values, kind="stable")
-        starts = np.searchsorted(values[order], np.arange(len(names) + 1))
-        rows[role] = {c: order[starts[c] : starts[c + 1]] for c in used}
+    rows = {role: {c: np.flatnonzero(values == c) for c in classes} for role, values in labels.items()}
     if "test" not in rows:
         rows["test"] = {}
         for c, own in rows["train"].items():
@@ -158,72 +218,9 @@ def draw_rows(
             held = min(max(1, round(len(own) * (test_fraction or 0))), max(0, len(own) - 1))
             rows["test"][c], rows["train"][c] = np.sort(own[:held]), np.sort(own[held:])
     return {
-        role: {c: shuffled(own, role, c)[: limits[role]] for c, own in classes.items()}
-        for role, classes in rows.items()
+        role: {c: shuffled(own, role, c)[: limits[role]] for c, own in of_class.items()}
+        for role, of_class in rows.items()
     }
-
-
-def missing_classes(names: list[str], rows: dict[str, dict[int, np.ndarray]], needed: set[str]) -> list[str]:
-    """The problems of classes without images in a needed role."""
-    empty = {role: [c for c, own in classes.items() if not len(own)] for role, classes in rows.items()}
-    nowhere = set.intersection(*map(set, empty.values()))
-    problems = []
-    if nowhere:
-        problems.append(
-            f"classes without any image: {some(names[c] for c in sorted(nowhere))}. If labels are numbers, renumber "
-            f"them 0 ... {len(names) - len(nowhere) - 1} without gaps; otherwise remove these names"
-        )
-    for role in [role for role in rows if role in needed]:
-        if lacking := [names[c] for c in empty[role] if c not in nowhere]:
-            problems.append(f"classes without {role} images (test_fraction needs two of a class): {some(lacking)}")
-    return problems
-
-
-class TaskSplit(torch.utils.data.Dataset[dict[str, Any]]):
-    """Rows of one data set split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
-
-    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}. `rows` are indices into the
-    whole data set split; the augmentation knows the samples by them. Raises ImageError for a bad image.
-    """
-
-    def __init__(
-        self,
-        data: datasets.Dataset,
-        name: str,
-        task: int,
-        rows: np.ndarray,
-        labels: np.ndarray,
-        preprocess: Preprocess,
-    ):
-        self.data = data
-        self.name = name
-        self.task = task
-        self.rows = rows
-        self.labels: list[int] = labels.tolist()
-        self.preprocess = preprocess
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """A batch of evaluation views or of augmented views (not both), by one call of the image processor."""
-        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
-        samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
-        images = [self.image(i) for i in indices]
-        pixels = self.preprocess.training(images, samples) if samples else self.preprocess.evaluation(images)
-        return [{"pixel_values": p, "labels": self.labels[i]} for p, i in zip(pixels, indices, strict=True)]
-
-    def image(self, index: int) -> Image.Image:
-        """The decoded image, in RGB."""
-        row = int(self.rows[index])
-        (cell,) = self.data[row].values()
-        try:
-            return decode(cell)
-        except ImageError as error:
-            raise ImageError(f"split {self.name!r}, row {row}: {error}") from error
 
 
 def file_sizes(data: Dataset) -> np.ndarray:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
 _MASK = (1 << 64) - 1
-_limit_lock = threading.Lock()
-_lifted: list[int | None] = []  # Pillow's own limit, then one entry for each image being decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against strangers' files: a data set is the user's own, and may be huge
 
 
 class ImageError(ValueError):
@@ -41,9 +38,8 @@ def decode(image: Any, name: str = "image") -> Image.Image:
     """RGB image from a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column.
 
     Orientation tags are applied and every mode (grey, palette, alpha, CMYK, 16 bit) becomes RGB the way the
-    image-classification pipeline does it, so that training and deployment see the same pixels. Images of any size are
-    taken: the data are the user's own, so Pillow's limit against decompression bombs is not applied.
-    Raises ImageError, naming the image, if the file is missing, truncated or not an image.
+    image-classification pipeline does it, so that training and deployment see the same pixels. Raises ImageError,
+    naming the image, if the file is missing, truncated or not an image. Any size is taken.
     """
     if isinstance(image, dict):
         name = image.get("path") or name
@@ -52,7 +48,7 @@ def decode(image: Any, name: str = "image") -> Image.Image:
         raise ImageError(f"{name}: the image is missing (empty cell); remove the row or supply the image")
     try:
         if not isinstance(image, Image.Image):
-            image = _open(image if isinstance(image, bytes) else Path(image).read_bytes())
+            image = Image.open(io.BytesIO(image if isinstance(image, bytes) else Path(image).read_bytes()))
         if image.mode == "P" and "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
         if image.mode.startswith("I;16"):
@@ -63,36 +59,10 @@ def decode(image: Any, name: str = "image") -> Image.Image:
         raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
 
 
-def _open(content: bytes) -> Image.Image:
-    with _no_limit():
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image
-
-
-@contextmanager
-def _no_limit() -> Iterator[None]:
-    """Lifts Pillow's limit, a global, until the last of the threads that decode at this moment has finished."""
-    with _limit_lock:
-        if not _lifted:
-            _lifted.append(Image.MAX_IMAGE_PIXELS)
-            Image.MAX_IMAGE_PIXELS = None
-        _lifted.append(None)
-    try:
-        yield
-    finally:
-        with _limit_lock:
-            _lifted.pop()
-            if len(_lifted) == 1:
-                Image.MAX_IMAGE_PIXELS = _lifted.pop()
-
-
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     """(height, width) that the image processor produces. Raises ValueError if it is not one fixed size."""
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = crop or getattr(processor, "size", None) or {}
-    if isinstance(size, int):
-        return size, size
     height, width = size.get("height"), size.get("width")
     if height is None or width is None:
         raise ValueError(
@@ -102,6 +72,7 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return height, width
 
 
+@dataclass
 class Preprocess:
     """Image -> pixel values, by an HF image processor; the training view adds RandomResizedCrop and a flip.
 
@@ -109,20 +80,14 @@ class Preprocess:
     (width / height); `flip`: probability of a horizontal flip.
     """
 
-    def __init__(
-        self,
-        processor: BaseImageProcessor,
-        seed: int = 0,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-    ):
-        self.processor: Any = processor
-        self.size = output_size(processor)
-        self.seed = seed
-        self.crop_scale = crop_scale
-        self.crop_ratio = crop_ratio
-        self.flip = flip
+    processor: Any  # a BaseImageProcessor, whose attributes and call differ from model to model
+    seed: int = 0
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        self.size = output_size(self.processor)
 
     def evaluation(self, images: list[Image.Image]) -> torch.Tensor:
         """(n, 3, H, W): exactly what the image-classification pipeline would feed the model."""

@@ -1,0 +1,155 @@
+"""What the docs say is so: recipes parse, options and defaults are the code's, links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_imports import ALLOWED
+
+from hf_cdl import CDLTrainingArguments, StreamConfig
+from hf_cdl.distill import TERMS
+from hf_cdl.prompts import PROMPTS, KDPromptConfig
+from hf_cdl.recipe import ModelRecipe, Recipe, build_recipe, load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")]
+DOCS += [*ROOT.glob("recipes/**/*.md"), *ROOT.glob("tests/**/*.md")]
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def by_path(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_the_recipes_of_the_readme_can_be_built():
+    recipes = [yaml.safe_load(block) for block in code_blocks(README, "yaml")]
+    assert recipes
+    for content in recipes:
+        assert build_recipe(content).name == content["name"]
+
+
+def test_the_command_lines_of_the_readme_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flowers.yaml").write_text(code_blocks(README, "yaml")[0])
+    lines = [line for block in code_blocks(README, "bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("accelerate launch recipes/train.py")]
+    recipes = [load_recipe(shlex.split(line)[3:], default="missing.yaml") for line in commands]
+    assert [recipe.name for recipe in recipes] == ["flowers"] * 3
+    assert recipes[0].folder == Path("runs/flowers")
+    assert recipes[1].student.prompt["length"] == 4
+    assert recipes[2].teacher is None
+
+
+def test_the_python_of_the_docs_compiles():
+    blocks = [(file, block) for file in DOCS for block in code_blocks(file.read_text(), "python")]
+    assert len(blocks) >= 2
+    for file, block in blocks:
+        compile(block, by_path(file), "exec")
+
+
+OPTIONS: dict[str, Any] = {
+    "`teacher`, `student`": ModelRecipe,
+    "`kd_prompt`": KDPromptConfig,
+    "`train`": CDLTrainingArguments,
+    **{f"`prompt: {{type: {name}}}`": pool.config_class for name, pool in PROMPTS.items()},
+    **{f"`distill: {{type: {name}}}`": term.config_class for name, term in TERMS.items()},
+}
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
+def as_yaml(text: str, like: Any) -> Any:
+    value = yaml.safe_load(text)
+    return tuple(value) if isinstance(like, tuple) else value
+
+
+@pytest.mark.parametrize("section", OPTIONS)
+def test_the_options_of_the_readme_are_those_of_the_code(section: str):
+    """Every option with its default; of the training arguments those that CDLTrainingArguments changes."""
+    [text] = [row[1] for row in table_rows(README) if row[0] == section]
+    written = dict(re.findall(r"`(\w+)` \(([^)]*)\)", text))
+    fields = {field.name: field for field in dataclasses.fields(OPTIONS[section])}
+    for name, value in written.items():
+        default = default_of(fields[name])
+        assert as_yaml(value, default) == default, f"{name} is {default!r}, README says {value}"
+    required = {name for name, field in fields.items() if default_of(field) is dataclasses.MISSING}
+    assert all(f"`{name}`" in text for name in required)
+    if OPTIONS[section] is not CDLTrainingArguments:
+        assert written.keys() | required == fields.keys()
+
+
+def test_the_fields_of_a_recipe_are_in_the_readme():
+    [sentence] = re.findall(r"A recipe has the fields (.*?)In brackets", README, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_the_fields_of_data_are_documented_with_their_defaults():
+    rows = table_rows((ROOT / "recipes" / "README.md").read_text())
+    fields = {field.name: default_of(field) for field in dataclasses.fields(StreamConfig)}
+    written = {row[0].strip("`"): row[1] for row in rows if row[0].strip("`") in fields}
+    assert written.pop("path") == "–" and fields.pop("path") is None
+    assert {name: as_yaml(value, fields[name]) for name, value in written.items()} == fields
+
+
+def test_the_import_table_for_people_is_the_one_for_machines():
+    rows = table_rows((ROOT / "CONTRIBUTING.md").read_text())
+    written = {part: set(re.findall(r"`([\w.]+)`", row[1])) for row in rows for part in re.findall(r"`(\w+)`", row[0])}
+    assert {part: written.get(part) for part in ALLOWED} == ALLOWED
+
+
+def test_every_method_has_its_row_in_papers_and_every_reference_its_method():
+    rows = table_rows((ROOT / "docs" / "papers.md").read_text())
+    recipes = " ".join(row[3] + row[4] for row in rows)
+    for name in [*PROMPTS, *TERMS]:
+        assert f"{{type: {name}}}" in recipes
+    references = {file.stem for file in (ROOT / "tests" / "references").glob("*.json")}
+    named: set[str] = set()
+    for pattern in {pattern for row in rows for pattern in re.findall(r"`([\w*]+)`", row[-1])}:
+        found = {name for name in references if re.fullmatch(pattern.replace("*", ".*"), name)}
+        assert found, f"docs/papers.md names {pattern}, but there is no such file in tests/references"
+        named |= found
+    assert references == named
+
+
+@pytest.mark.parametrize("file", DOCS, ids=by_path)
+def test_links_lead_somewhere(file: Path):
+    text = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if "://" in path:
+            continue
+        target = file if not path else file.parent / path
+        assert target.exists(), f"{by_path(file)} links to {link}"
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_no_file_names_the_machine_it_was_written_on_or_a_package_index():
+    # The brackets keep these patterns from finding themselves.
+    forbidden = r"/wor[k]/|/tmp/[w]/|/roo[t]/|/hom[e]/|\.\./share[d]\b|pypi\.or[g]|pythonhoste[d]|npmj[s]"
+    forbidden += r"|download\.pytorc[h]|index-ur[l]|find-link[s]"
+    kinds = {".py", ".md", ".yaml", ".json", ".toml", ".txt", ".tsv", ".cfg"}
+    files = [path for path in ROOT.iterdir() if path.is_file()] + [ROOT / ".ci" / "run"]
+    files += [path for folder in ("hf_cdl", "recipes", "tests", "docs") for path in (ROOT / folder).rglob("*.*")]
+    read = [path for path in files if path.suffix in kinds or path.name in ("Makefile", "run", ".gitignore")]
+    assert len(read) > 50
+    found = [(by_path(path), re.findall(forbidden, path.read_text(encoding="utf-8"))) for path in read]
+    assert [pair for pair in found if pair[1]] == []

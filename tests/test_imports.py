@@ -1,0 +1,133 @@
+"""Who may import whom, checked in the source: also imports inside functions, and those for type checking only."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_cdl"
+
+# Part of the package -> the parts it may import, besides its own (within prompts and distill see below).
+ALLOWED: dict[str, set[str]] = {
+    "types": set(),
+    "config": {"types"},
+    "training_args": {"types"},
+    "metrics": {"types"},
+    "tasks": {"types"},
+    "prompts": {"types"},
+    "models": {"types", "config", "prompts"},
+    "distill": {"types", "prompts.mapping"},
+    "report": {"types", "metrics"},
+    "hub": {"types", "metrics"},
+    "run": {"types", "metrics", "report", "hub"},
+    "trainer": {"types", "training_args", "metrics", "tasks", "distill", "run"},
+    "recipe": {"types", "config", "models.heads", "training_args", "tasks", "prompts", "distill"},
+}
+# In these a method is one file: it imports the shared files, never another method. Its __init__ may import all.
+SHARED = {"prompts": {"base"}, "distill": {"objective"}}
+
+
+def module_name(file: Path, package: Path = PACKAGE) -> str:
+    """`prompts.coda` for prompts/coda.py, `tasks` for tasks/__init__.py, `__init__` for the package's own."""
+    parts = file.relative_to(package).with_suffix("").parts
+    return ".".join(parts if len(parts) == 1 or parts[-1] != "__init__" else parts[:-1])
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
+    """Dotted names of every import anywhere in the source; `from a import b` gives a.b."""
+    here = ["hf_cdl", *module.split(".")]
+    package = here if is_package else here[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            yield str(node.args[0].value) if isinstance(node.args[0], ast.Constant) else "hf_cdl"
+
+
+def target(name: str) -> str:
+    """The module of the package that a dotted name below `hf_cdl` lies in; `__init__` for its public names."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts) or "__init__"
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    part = module.split(".")[0]
+    wrong = []
+    for name in imported(source, module, is_package):
+        if name.split(".")[0] in ("tests", "recipes", "conftest"):
+            wrong.append(f"{module} imports {name}: the package stands alone")
+        if name.split(".")[0] != "hf_cdl":
+            continue
+        to = target(name)
+        if to.split(".")[0] == part:
+            siblings = SHARED.get(part)
+            if siblings is not None and not is_package and to.removeprefix(f"{part}.") not in siblings:
+                wrong.append(f"{module} imports {to}: a method imports only {sorted(siblings)} of {part}/")
+        elif not any(to == allowed or to.startswith(f"{allowed}.") for allowed in ALLOWED[part]):
+            wrong.append(f"{module} imports {to}: {part} may import only {sorted(ALLOWED[part])}")
+    return wrong
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
+def test_module_imports_what_it_may(module: str):
+    assert module.split(".")[0] in ALLOWED, f"{module}: say in ALLOWED what this new part may import"
+    file = MODULES[module]
+    assert violations(module, file.read_text(), file.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("types", "from hf_cdl.config import CDLConfig"),
+        ("config", "from hf_cdl import CDLTrainer"),
+        ("metrics", "def f():\n    import hf_cdl.run"),
+        ("models.heads", "from ..tasks import TaskStream"),
+        ("models.heads", "import importlib\nimportlib.import_module('hf_cdl.trainer')"),
+        ("prompts.coda", "from .kd_prompt import KDPrompt"),
+        ("prompts.coda", "from hf_cdl.prompts import PROMPTS"),
+        ("distill.kd", "from hf_cdl.prompts.coda import Coda"),
+        ("recipe", "from hf_cdl.models.modeling_cdl import CDLForImageClassification"),
+        ("trainer", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_cdl.models import backbone"),
+        ("run", "from recipes.train import main"),
+    ],
+)
+def test_a_forbidden_import_is_found(module: str, source: str):
+    assert len(violations(module, source)) == 1
+
+
+def test_the_package_loads_no_more_than_transformers_own_models():
+    """`import hf_cdl` serves a deployed student: it loads transformers' own model classes, no data, no training."""
+    code = """
+import json, sys
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+before = set(sys.modules)
+import hf_cdl
+after = set(sys.modules)
+names = {name: getattr(hf_cdl, name).__module__ for name in hf_cdl.__all__}
+print(json.dumps([sorted(after - before), sorted(after), names]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added, loaded, names = json.loads(done.stdout)
+    heavy = {"datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "peft", "transformers.trainer"}
+    assert heavy.isdisjoint(loaded)
+    assert {"hf_cdl.tasks", "hf_cdl.trainer", "hf_cdl.run", "hf_cdl.recipe"}.isdisjoint(loaded)
+    assert [name for name in added if not name.startswith(("hf_cdl", "transformers."))] == []
+    assert names["TaskStream"] == "hf_cdl.tasks.stream" and names["CDLTrainer"] == "hf_cdl.trainer"

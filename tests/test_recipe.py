@@ -1,0 +1,388 @@
+"""The recipe: every shipped one parses, and whatever is wrong with one is said at once, before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe, merge
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FILES = sorted(
+    file for file in RECIPES.rglob("*.yaml") if {"base", "student"} & set(yaml.safe_load(file.read_text()) or ())
+)
+MINIMAL: dict[str, Any] = {
+    "name": "x",
+    "data": {"path": "somewhere"},
+    "teacher": {"backbone": "big", "prompt": {"type": "coda", "length": 8}},
+    "student": {"backbone": "small", "prompt": {"type": "coda"}},
+    "distill": [{"type": "kdp", "weight": 0.5}],
+}
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    """MINIMAL with fields set by dotted names (`__` for the dot)."""
+    recipe = copy.deepcopy(MINIMAL)
+    for name, value in fields.items():
+        *path, last = name.split("__")
+        section = recipe
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return recipe
+
+
+def problems(recipe: dict[str, Any]) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        build_recipe(recipe)
+    first, *lines = str(error.value).split("\n- ")
+    assert first == "The recipe cannot be run:"
+    return lines
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def load(file: Path, *arguments: str) -> Recipe:
+    return load_recipe([str(file), *arguments], "unused.yaml")
+
+
+# ---- shipped recipes ----
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
+def test_shipped_recipe_parses(file: Path) -> None:
+    recipe = load(file)
+    assert recipe.name
+    assert build_recipe(recipe.as_dict()) == build_recipe({**recipe.as_dict(), "output_dir": None})
+
+
+def test_quickstart_is_the_default() -> None:
+    assert RECIPES / "quickstart.yaml" in FILES
+    recipe = load_recipe([], RECIPES / "quickstart.yaml")
+    assert (recipe.name, recipe.folder) == ("quickstart", Path("runs/quickstart"))
+    assert load_recipe(["--seed", "3"], RECIPES / "quickstart.yaml").seed == 3
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"epochs": 3}, "unknown field 'epochs'; allowed: name, data, student"),
+        ({"studnet": {}}, "unknown field 'studnet'; did you mean 'student'?"),
+        ({"data__label_colum": "x"}, "unknown field 'data.label_colum'; did you mean 'label_column'?"),
+        ({"student__bacbone": "x"}, "unknown field 'student.bacbone'; did you mean 'backbone'?"),
+        ({"student__prompt": {"type": "coda", "lenght": 4}}, "unknown field 'student.prompt.lenght'"),
+        ({"student__prompt": {"type": "codda"}}, "'student.prompt.type' is 'codda'; allowed: none, coda"),
+        ({"student__prompt": {"length": 4}}, "'student.prompt.type' is None; allowed"),
+        ({"student__head": {"type": "mlp"}}, "'student.head.type' is 'mlp'; allowed: linear, ncm"),
+        ({"student__head": {"typ": "ncm"}}, "'student.head.type' is None; allowed: linear, ncm"),
+        ({"student__head": {"type": "linear", "width": 3}}, "unknown field 'student.head.width'"),
+        ({"student__prompt": {"type": "none", "length": 4}}, "unknown field 'student.prompt.length'"),
+        ({"student__prompt": {"type": ["coda"]}}, "'student.prompt.type' is ['coda']; allowed: none, coda"),
+        ({"student__kd_prompt": {"lenght": 4}}, "unknown field 'student.kd_prompt.lenght'"),
+        ({"distill": [{"type": "kdp", "tau": 4}]}, "unknown field 'distill.0.tau'"),
+        ({"distill": [{"type": "dkdd"}]}, "'distill.0.type' is 'dkdd'; allowed: kd, kdp"),
+        ({"distill": ["kdp"]}, "'distill' is ['kdp'], but should be a valid dictionary"),
+        ({"train__learning_rat": 1}, "unknown field 'train.learning_rat'; did you mean 'learning_rate'?"),
+        ({"teacher__train": {"epoch": 1}}, "unknown field 'teacher.train.epoch'"),
+        ({"student__train": {"lr": 1}}, "unknown field 'student.train.lr'"),
+    ],
+)
+def test_unknown_names_at_every_level(fields: dict[str, Any], said: str) -> None:
+    assert any(line.startswith(said) for line in problems(changed(**fields))), problems(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"name": 3}, "'name' is 3, but should be a valid string"),
+        ({"seed": "one"}, "'seed' is 'one', but should be a valid integer"),
+        ({"ce_weight": "much"}, "'ce_weight' is 'much', but should be a valid number"),
+        ({"data": "icons"}, "data must have fields, but is 'icons'"),
+        ({"student": "vit"}, "student must have fields, but is 'vit'"),
+        ({"student": None}, "'student' is None"),
+        ({"data__classes_per_task": 1.5}, "'data.classes_per_task' is 1.5, but should be a valid integer"),
+        ({"data__crop_scale": [0.5]}, "'data.crop_scale' is [0.5]"),
+        ({"data__eval_split": "train"}, "'data.eval_split' is 'train', but should be 'test' or 'validation'"),
+        ({"data__flip": 2}, "data: "),
+        ({"student__prompt": "coda"}, "'student.prompt' is 'coda'"),
+        ({"student__prompt": {"type": "coda", "length": 7}}, "student.prompt: CODA-Prompt needs"),
+        ({"student__train_backbone": "perhaps"}, "'student.train_backbone' is 'perhaps'"),
+        ({"teacher__query": "both"}, "'teacher.query' is 'both', but should be 'student' or 'self'"),
+        ({"distill": {"type": "kdp"}}, "'distill' is {'type': 'kdp'}, but should be a valid list"),
+        ({"distill": [{"type": "kdp", "weight": -1}]}, "distill.0: kdp needs weight >= 0"),
+        ({"distill": [{"type": "kdp", "temperature": "hot"}]}, "'distill.0.temperature' is 'hot'"),
+        ({"baselines": ["knn"]}, "'baselines' is ['knn'], but should be 'nearest_class_mean'"),
+        ({"train": 3}, "'train' is 3, but should be a valid dictionary"),
+        ({"train__learning_rate": "fast"}, "'train.learning_rate' is 'fast', but should be a valid number"),
+        ({"train__lr_scheduler_type": "zigzag"}, "train ("),
+        ({"train__max_steps": 3, "train__epoch_cosine": True}, "train (teacher): epoch_cosine counts epochs"),
+        ({"student__train": {"gradient_accumulation_steps": 0}}, "train (student): "),
+        ({"train__seed": 3}, "'train.seed': set 'seed' at the top level of the recipe"),
+        ({"student__train": {"output_dir": "x"}}, "'student.train.output_dir': set 'output_dir' at the top"),
+    ],
+)
+def test_wrong_values(fields: dict[str, Any], said: str) -> None:
+    assert any(line.startswith(said) for line in problems(changed(**fields))), problems(changed(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"teacher": None}, "'distill' has terms but 'teacher' is null"),
+        ({"student__train_backbone": True}, "'student.train_backbone' with prompts"),
+        ({"teacher__kd_prompt": {}}, "'teacher.kd_prompt': only a student has KD prompts"),
+        ({"distill": [{"type": "kd"}], "student__kd_prompt": {}}, "'student.kd_prompt' is set, but no term"),
+        ({"student__head": {"type": "ncm"}}, "'student.head.type' ncm is fitted without training"),
+        ({"teacher__head": {"type": "ncm"}}, "'teacher.head.type' ncm is fitted without training"),
+        ({"student__query": "self"}, "'student.query': only a teacher"),
+        ({"data__path": None}, "'data.path' is missing"),
+        ({"data__classes_per_task": [["a", "b"], ["b"]]}, "data: "),
+    ],
+)
+def test_impossible_combinations(fields: dict[str, Any], said: str) -> None:
+    assert any(line.startswith(said) for line in problems(changed(**fields))), problems(changed(**fields))
+
+
+def test_all_problems_in_one_message() -> None:
+    recipe = changed(
+        nmae="x",
+        seed="one",
+        data__classes_per_task="ten",
+        teacher__prompt={"type": "codda"},
+        teacher__train={"bf17": True},
+        student__prompt={"type": "coda", "length": 7, "layer": [0]},
+        student__train_backbone=True,
+        distill=[{"type": "kdp", "wieght": 1}, {"type": "x"}],
+        train={"learning_rate": "fast", "num_epochs": 3},
+    )
+    del recipe["name"]
+    found = problems(recipe)
+    for name in (
+        "nmae",
+        "'name' is missing",
+        "seed",
+        "data.classes_per_task",
+        "teacher.prompt.type",
+        "teacher.train.bf17",
+        "student.prompt.layer",
+        "CODA-Prompt needs",
+        "student.train_backbone",
+        "distill.0.wieght",
+        "distill.1.type",
+        "train.learning_rate",
+        "train.num_epochs",
+    ):
+        assert sum(name in line for line in found) >= 1, name
+    assert len(found) == len(set(found))
+
+
+def test_problems_of_the_shared_training_arguments_are_said_once() -> None:
+    assert len(problems(changed(train={"learning_rat": 1}))) == 1
+
+
+# ---- what is taken ----
+
+
+def test_defaults() -> None:
+    recipe = build_recipe({"name": "x", "data": {"path": "p"}, "student": {"backbone": "b"}})
+    assert (recipe.teacher, recipe.distill, recipe.ce_weight, recipe.seed) == (None, [], 1.0, 0)
+    assert (recipe.student.prompt, recipe.student.head) == ({"type": "none"}, {"type": "linear"})
+    assert recipe.student.kd_prompt is None and not recipe.student.train_backbone
+    assert recipe.baselines == ["nearest_class_mean"]
+    assert recipe.folder == Path("runs/x")
+
+
+def test_a_term_gives_the_student_the_parts_it_needs() -> None:
+    assert build_recipe(MINIMAL).student.kd_prompt == {}
+    assert build_recipe(changed(student__kd_prompt={"length": 4})).student.kd_prompt == {"length": 4}
+    assert build_recipe(changed(distill=[{"type": "kd"}])).student.kd_prompt is None
+
+
+def test_training_arguments_of_a_role_go_before_those_of_both() -> None:
+    recipe = build_recipe(
+        changed(seed=7, train={"learning_rate": 0.1, "num_train_epochs": 3}, teacher__train={"learning_rate": 0.2})
+    )
+    assert recipe.training_args("teacher")["learning_rate"] == 0.2
+    assert recipe.training_args("student")["learning_rate"] == 0.1
+    for role in ("teacher", "student"):
+        arguments = recipe.training_args(role)
+        assert (arguments["num_train_epochs"], arguments["seed"], arguments["data_seed"]) == (3, 7, 7)
+
+
+def test_as_dict_builds_the_same_recipe_again() -> None:
+    recipe = build_recipe(changed(output_dir="there", seed=3, data__classes_per_task=[2, 3]))
+    known = yaml.safe_load(yaml.safe_dump(_plain(recipe.as_dict())))
+    assert "output_dir" not in known
+    again = build_recipe(known)
+    assert again.as_dict() == recipe.as_dict()
+    assert again.folder == Path("runs/x") and recipe.folder == Path("there")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as a file would hold them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_values_become_what_the_field_is() -> None:
+    """What was checked is what is used: a number in quotes, or 8.0 where a whole number belongs."""
+    recipe = build_recipe(
+        changed(
+            student__prompt={"type": "coda", "length": 6.0, "components": "4", "layers": [0, 1.0]},
+            student__kd_prompt={"length": 4.0},
+            distill=[{"type": "kdp", "weight": "0.25"}],
+            train={"per_device_train_batch_size": 8.0, "learning_rate": "0.1"},
+            student__train={"num_train_epochs": "3"},
+        )
+    )
+    assert recipe.student.prompt == {"type": "coda", "length": 6, "components": 4, "layers": (0, 1)}
+    assert type(recipe.student.prompt["length"]) is int and type(recipe.student.prompt["layers"][1]) is int
+    assert recipe.student.kd_prompt is not None and type(recipe.student.kd_prompt["length"]) is int
+    assert recipe.distill == [{"type": "kdp", "weight": 0.25}]
+    assert type(recipe.train["per_device_train_batch_size"]) is int
+    assert recipe.training_args("student")["learning_rate"] == 0.1
+    assert recipe.training_args("student")["num_train_epochs"] == 3.0
+
+
+def test_building_a_recipe_leaves_the_dict_alone() -> None:
+    content = changed(train={"learning_rate": "0.1"})
+    before = copy.deepcopy(content)
+    build_recipe(content)
+    assert content == before
+
+
+# ---- command line ----
+
+
+def test_overrides(file: Path) -> None:
+    recipe = load(
+        file,
+        *("--teacher.prompt.components", "5"),
+        "--distill.0.weight=0.25",
+        *("--train.learning_rate", "1e-3"),
+        *("--train.use_cpu", "true"),
+        *("--data.classes_per_task", "[2, 3]"),
+        *("--student.revision", "'1234'"),
+        *("--output_dir", "a=b"),
+    )
+    assert recipe.teacher is not None
+    assert recipe.teacher.prompt == {"type": "coda", "length": 8, "components": 5}
+    assert recipe.distill == [{"type": "kdp", "weight": 0.25}]
+    assert recipe.train == {"learning_rate": 0.001, "use_cpu": True}
+    assert recipe.data.classes_per_task == [2, 3]
+    assert recipe.student.revision == "1234"
+    assert recipe.folder == Path("a=b")
+
+
+def test_an_override_reaches_one_section_only(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    text = yaml.safe_dump({key: MINIMAL[key] for key in ("name", "data")})
+    text += "teacher: {backbone: b, prompt: &p {type: coda, length: 8}}\nstudent: {backbone: s, prompt: *p}\n"
+    file.write_text(text)
+    recipe = load(file, "--student.prompt.length", "4")
+    assert recipe.teacher is not None
+    assert (recipe.teacher.prompt["length"], recipe.student.prompt["length"]) == (8, 4)
+
+
+def test_null_takes_a_section_away(file: Path) -> None:
+    recipe = load(file, "--teacher", "null", "--distill", "[]")
+    assert recipe.teacher is None and recipe.distill == []
+
+
+@pytest.mark.parametrize("number", ["1e-3", "1E-3", "1.0e-3", "0.001", "+1e-03"])
+def test_numbers_as_people_write_them(file: Path, number: str) -> None:
+    """YAML 1.1 reads 1e-3 as a string."""
+    recipe = load(file, "--train.learning_rate", number, "--distill.0.weight", number, "--ce_weight", number)
+    assert (recipe.train["learning_rate"], recipe.distill[0]["weight"], recipe.ce_weight) == (0.001, 0.001, 0.001)
+
+
+def test_a_new_type_drops_the_fields_of_the_old_one(file: Path) -> None:
+    recipe = load(file, "--teacher.prompt.type", "none", "--distill.0.type", "kd", "--distill.0.temperature", "3")
+    assert recipe.teacher is not None and recipe.teacher.prompt == {"type": "none"}
+    assert recipe.distill == [{"type": "kd", "temperature": 3}]
+    same = load(file, "--teacher.prompt.type", "coda").teacher
+    assert same is not None and same.prompt == {"type": "coda", "length": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed"], "--seed has no value; write --seed VALUE"),
+        (["--seed", "1", "loose"], "Unexpected argument 'loose'"),
+        (["--seed", "[1"], "The value of --seed, '\\[1', is not valid YAML"),
+        (["--distill.1.weight", "1"], "--distill.1.weight: 'distill' is a list of 1; count from 0"),
+        (["--distill.kdp.weight", "1"], "'distill' is a list of 1; count from 0"),
+        (["--name.first", "1"], "--name.first: 'name' holds 'x', which has no fields"),
+        (["--student.prompt.lenght", "4"], "unknown field 'student.prompt.lenght'; did you mean 'length'"),
+    ],
+)
+def test_bad_arguments(file: Path, arguments: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load(file, *arguments)
+
+
+# ---- files ----
+
+
+def test_base_is_overridden_section_by_section(tmp_path: Path, file: Path) -> None:
+    folder = tmp_path / "more"
+    folder.mkdir()
+    own = folder / "own.yaml"
+    own.write_text(
+        "base: ../r.yaml\nname: own\nteacher: {prompt: {components: 4}}\nstudent: {prompt: {type: none}}\n"
+        "distill: [{type: kd, temperature: 3}]\n"
+    )
+    recipe = load(own)
+    assert recipe.name == "own" and recipe.teacher is not None
+    assert recipe.teacher.backbone == "big"
+    assert recipe.teacher.prompt == {"type": "coda", "length": 8, "components": 4}
+    assert recipe.student.backbone == "small" and recipe.student.prompt == {"type": "none"}
+    assert recipe.distill == [{"type": "kd", "temperature": 3}]
+    second = tmp_path / "second.yaml"
+    second.write_text("base: more/own.yaml\nname: second\n")
+    assert load(second).as_dict() == {**recipe.as_dict(), "name": "second"}
+
+
+def test_merge_leaves_its_arguments_alone() -> None:
+    base, override = {"a": {"b": 1}, "c": 2}, {"a": {"d": 3}}
+    assert merge(base, override) == {"a": {"b": 1, "d": 3}, "c": 2}
+    assert (base, override) == ({"a": {"b": 1}, "c": 2}, {"a": {"d": 3}})
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "Cannot read the recipe .*r.yaml: No such file"),
+        ("name: [x\n", "r.yaml is not valid YAML"),
+        ("- a\n- b\n", "must hold fields like 'name: ...', but holds list"),
+        ("", "must hold fields like 'name: ...', but holds NoneType"),
+        ("base: nowhere.yaml\n", "Cannot read the recipe .*nowhere.yaml: No such file"),
+        ("base: r.yaml\n", "r.yaml is its own base"),
+        ("base: 3\n", "base' is 3"),
+        (b"\xff\xfe\x00", "is not a text file"),
+    ],
+)
+def test_unusable_files(tmp_path: Path, content: str | bytes | None, said: str) -> None:
+    file = tmp_path / "r.yaml"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=said):
+        load(file)
+
+
+def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Cannot read the recipe"):
+        load(tmp_path)
