@@ -13,10 +13,8 @@ from statistics import fmean
 from typing import Any
 
 import evaluate
-import numpy as np
 from datasets import Features, Value
 from datasets import Sequence as ListOf
-from numpy.typing import ArrayLike
 
 AccuracyMatrix = Iterable[Iterable[float]]
 
@@ -110,37 +108,6 @@ def continual_metrics(R: AccuracyMatrix, counts: Sequence[int] | None = None) ->
     if counts is not None:
         values["sample_average_accuracy"] = sample_average_accuracy(rows, counts)
     return values
-
-
-def accuracy_row(predictions: ArrayLike, references: ArrayLike, classes_per_task: Sequence[int]) -> dict[str, Any]:
-    """One row of the accuracy matrix from class numbers in stream order.
-
-    `predictions`, `references`: (N,). `classes_per_task`: number of classes of each task seen so far; task 0 owns the
-    classes 0.., task 1 the next ones.
-    Returns `row` (percent per task), `correct` and `counts` (images per task). Raises ValueError if a class number is
-    outside the seen classes or a task has no image.
-    """
-    predicted, labels = np.asarray(predictions), np.asarray(references)
-    if predicted.shape != labels.shape or labels.ndim != 1:
-        raise ValueError(
-            f"predictions {predicted.shape} and references {labels.shape} must be two flat lists of equal length"
-        )
-    sizes = list(classes_per_task)
-    ends = np.cumsum(sizes)
-    for name, classes in (("predictions", predicted), ("references", labels)):
-        outside = np.unique(classes[(classes < 0) | (classes >= ends[-1])])
-        if len(outside):
-            raise ValueError(
-                f"{name} hold the classes {outside[:5].tolist()}, but the tasks seen so far {sizes} have the classes "
-                f"0..{ends[-1] - 1}; cut the logits to the seen classes and number the labels in stream order"
-            )
-    tasks = np.searchsorted(ends, labels, side="right")
-    counts = np.bincount(tasks, minlength=len(sizes))
-    correct = np.bincount(tasks[predicted == labels], minlength=len(sizes))
-    if not counts.all():
-        empty = np.flatnonzero(counts == 0).tolist()
-        raise ValueError(f"no test image of the tasks {empty}; a row needs images of every task seen so far")
-    return {"row": (100.0 * correct / counts).tolist(), "correct": correct.tolist(), "counts": counts.tolist()}
 
 
 def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:

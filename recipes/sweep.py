@@ -50,7 +50,9 @@ def main() -> int:
     spec = yaml.safe_load(options.spec.read_text())
     root = Path("runs") / "sweeps" / options.spec.stem
     jobs = [
-        (root / name / f"seed-{seed}", variant, seed) for seed in spec["seeds"] for name, variant in spec["variants"].items()
+        (root / name / f"seed-{seed}", variant, seed)
+        for seed in spec["seeds"]
+        for name, variant in spec["variants"].items()
     ]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     failed = []

@@ -35,7 +35,9 @@ def main(folder: Path) -> int:
                 correct, counts = trainer.count_correct([stream[i] for i in range(entry["task"] + 1)])
             same = (correct, counts) == (entry["correct"], entry["counts"])
             different += not same
-            print(f"{checkpoint}: {sum(correct)} of {sum(counts)} right, {'as recorded' if same else 'NOT as recorded'}")
+            print(
+                f"{checkpoint}: {sum(correct)} of {sum(counts)} right, {'as recorded' if same else 'NOT as recorded'}"
+            )
     return 1 if different else 0
 
 

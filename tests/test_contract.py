@@ -51,7 +51,9 @@ def model_of(method: str, width: int = 32, query_width: int | None = None, **fie
     set_seed(1)
     query = None if query_width is None else vit(query_width)
     prompt = {"type": method, **SMALL[method]}
-    return CDLForImageClassification(CDLConfig(backbone_config=vit(width), query_config=query, prompt=prompt, **fields))
+    return CDLForImageClassification(
+        CDLConfig(backbone_config=vit(width), query_config=query, prompt=prompt, **fields)
+    )
 
 
 def images(count: int = 5) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hf_cdl import metrics
-from hf_cdl.metrics import METRICS, accuracy_row, continual_metrics
+from hf_cdl.metrics import METRICS, continual_metrics
 
 # Task 0 gets better before it gets worse, so its best accuracy (90) is not the one right after learning it (80).
 HAND = [[80.0], [90.0, 60.0], [70.0, 50.0, 100.0]]
@@ -119,38 +119,6 @@ def test_bad_matrices(matrix, message):
 def test_bad_counts(counts):
     with pytest.raises(ValueError, match=r"for 3 learned tasks; give one positive count for each"):
         continual_metrics(HAND, counts)
-
-
-def test_accuracy_row_by_hand():
-    # Task 0 owns the classes 0 and 1, task 1 the classes 2, 3 and 4.
-    row = accuracy_row([0, 1, 0, 2, 2, 3, 1], [0, 1, 1, 2, 3, 3, 4], classes_per_task=[2, 3])
-    assert row == {"row": pytest.approx([200 / 3, 50.0]), "correct": [2, 2], "counts": [3, 4]}
-
-
-def test_accuracy_rows_make_the_accuracy_of_all_images():
-    source = np.random.default_rng(0)
-    references = np.concatenate([np.arange(10), source.integers(0, 10, 200)])
-    predictions = source.integers(0, 10, 210)
-    row = accuracy_row(predictions, references, [1, 4, 2, 3])
-    matrix = [[0.0] * 4] * 3 + [row["row"]]
-    share = 100 * np.mean(predictions == references)
-    assert continual_metrics(matrix, row["counts"])["sample_average_accuracy"] == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("predictions", "references", "sizes", "message"),
-    [
-        ([0], [0, 1], [2], r"predictions \(1,\) and references \(2,\)"),
-        ([[0.1, 0.9]], [[1, 0]], [2], "two flat lists"),
-        ([0], [0], [1, 0], r"no test image of the tasks \[1\]"),
-        ([2, 0], [0, 1], [2], r"predictions hold the classes \[2\].*0..1; cut the logits"),
-        ([0, 0], [-100, 1], [2], r"references hold the classes \[-100\]"),
-        ([0], [0], [1, 1], r"no test image of the tasks \[1\]"),
-    ],
-)
-def test_accuracy_row_errors(predictions, references, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        accuracy_row(predictions, references, sizes)
 
 
 @pytest.mark.parametrize("name", [*METRICS, None])

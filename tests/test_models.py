@@ -140,9 +140,7 @@ def test_prefix_attention_is_softmax_over_the_longer_sequence(vit: Path) -> None
 
     query, key, value = (proj(hidden) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
     key, value = (torch.cat([x[:, :1] + a, x[:, 1:]], 1) for x, a in ((key, added.key), (value, added.value)))
-    key, value = (
-        torch.cat([extra["prepend"][i], x, extra["append"][i]], 1) for i, x in enumerate((key, value))
-    )
+    key, value = (torch.cat([extra["prepend"][i], x, extra["append"][i]], 1) for i, x in enumerate((key, value)))
     heads = [x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (query, key, value)]
     weights = (heads[0] @ heads[1].transpose(-1, -2) / 8**0.5).softmax(-1)
     want = layer.o_proj((weights @ heads[2]).transpose(1, 2).flatten(2))
@@ -219,7 +217,9 @@ def test_a_teacher_with_the_student_s_query_backbone_answers_alone_after_loading
 
 def test_loading_freezes_again_and_a_fine_tuned_backbone_trains(vit: Path, tmp_path: Path) -> None:
     student(vit).save_pretrained(tmp_path / "a")
-    names = {n for n, p in CDLForImageClassification.from_pretrained(tmp_path / "a").named_parameters() if p.requires_grad}
+    names = {
+        n for n, p in CDLForImageClassification.from_pretrained(tmp_path / "a").named_parameters() if p.requires_grad
+    }
     assert names == {n for n, p in student(vit).named_parameters() if p.requires_grad}
     assert not any(name.startswith("backbone") for name in names)
 

@@ -27,7 +27,9 @@ def pair(folder: Path, term: str = "kdp", **extra: Any) -> tuple[CDLTrainer, CDL
     teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
     teacher = CDLTrainer(teacher_model, arguments(folder / "t", **extra), role="teacher")
     objective = Objective(0.5, [(term, kind(kind.config_class()))])
-    return teacher, CDLTrainer(student_model, arguments(folder / "s", **extra), objective=objective, teacher=teacher_model)
+    return teacher, CDLTrainer(
+        student_model, arguments(folder / "s", **extra), objective=objective, teacher=teacher_model
+    )
 
 
 def losses(trainer: CDLTrainer, name: str = "loss/loss") -> list[float]:
@@ -50,7 +52,9 @@ def test_a_step_of_the_student_makes_one_query_one_teacher_and_one_student_pass(
     student.learn(TASK)
     steps = student.state.global_step
     assert steps == 3
-    assert calls == {"student backbone": 2 * steps, "teacher backbone": steps}, "the query is computed once, by the student"
+    assert calls == {"student backbone": 2 * steps, "teacher backbone": steps}, (
+        "the query is computed once, by the student"
+    )
     for hook in hooks:
         hook.remove()
 
@@ -83,12 +87,16 @@ def test_accumulating_two_half_batches_is_one_whole_batch(tmp_path: Path) -> Non
 
 
 def test_the_epoch_wise_cosine_is_the_authors(tmp_path: Path) -> None:
-    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=5, epoch_cosine=True, learning_rate=0.01))
+    trainer = CDLTrainer(
+        model_of("coda"), arguments(tmp_path, num_train_epochs=5, epoch_cosine=True, learning_rate=0.01)
+    )
     trainer.learn(TASK)
     rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
     per_epoch = 3
     # the scheduler starts one count late: epochs 0 and 1 both run at the full rate
-    want = [0.01 * math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * 4)) for epoch in range(5) for _ in range(per_epoch)]
+    want = [
+        0.01 * math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * 4)) for epoch in range(5) for _ in range(per_epoch)
+    ]
     assert rates == pytest.approx(want)
 
 
@@ -174,7 +182,9 @@ def test_a_loss_that_is_no_number_stops_with_its_name_and_step(tmp_path: Path) -
     teacher.learn(TASK)
     with torch.no_grad():
         student.model.kd_prompt.token.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match=r"Loss term ce, prompt|Loss term ce, kdp|Loss term ce is nan") as error:
+    with pytest.raises(
+        FloatingPointError, match=r"Loss term ce, prompt|Loss term ce, kdp|Loss term ce is nan"
+    ) as error:
         student.learn(TASK)
     assert "at step 1 of task 1 · student" in str(error.value)
 
@@ -194,7 +204,9 @@ def test_tasks_come_in_order_and_the_teacher_is_not_forgotten(tmp_path: Path) ->
         trainer.learn(second)
     kind = TERMS["kd"]
     with pytest.raises(ValueError, match="The terms kd need a teacher"):
-        CDLTrainer(model_of("coda"), arguments(tmp_path), objective=Objective(0.5, [("kd", kind(kind.config_class()))]))
+        CDLTrainer(
+            model_of("coda"), arguments(tmp_path), objective=Objective(0.5, [("kd", kind(kind.config_class()))])
+        )
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
