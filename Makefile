@@ -19,7 +19,7 @@ help:
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/accelerate launch \
-	  --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train.py
+	  --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train.py
 
 # One thread a process: two workers with one thread each are faster than one with two.
 test: .venv/dev.stamp

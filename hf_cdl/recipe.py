@@ -190,7 +190,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
 
 def _override(section: Any, path: list[str], value: Any, name: str) -> None:
     """Set one field of a nested recipe. A new `type` drops the fields of the old one."""
-    content: Any = section
+    content = section
     for step, part in enumerate(path):
         key: Any = part
         if isinstance(content, list):
@@ -204,9 +204,10 @@ def _override(section: Any, path: list[str], value: Any, name: str) -> None:
                 content[key] = {}
             content = content[key]
         else:
-            if isinstance(content, dict) and key == "type" and content.get("type") != value:
-                content.clear()
-            content[key] = value
+            last: Any = content
+            if key == "type" and last.get("type") != value:
+                last.clear()
+            last[key] = value
 
 
 # ---- checking ----

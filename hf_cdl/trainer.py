@@ -162,9 +162,15 @@ class CDLTrainer(Trainer):
             result.images_per_second = metrics["train_samples_per_second"]
         finally:  # take Accelerate's wrappers off again: they would pile up, task by task
             self._phase.close()
-            self.model = self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+            self.model = self._unprepare(self.model_wrapped)
             if teacher is not None:
-                self.teacher = self.accelerator.unwrap_model(self.teacher, keep_fp32_wrapper=False)
+                self.teacher = self._unprepare(self.teacher)
+
+    def _unprepare(self, model: Any) -> Any:
+        """The bare model. A mark of Accelerate's left on it would keep it from being wrapped for the next task."""
+        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False
+        return model
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
         """A model without trainable parameters is fitted by one pass over the task's un-augmented images."""

@@ -1,7 +1,6 @@
 """Teach, distil, evaluate, task after task.
 
 accelerate launch recipes/train.py [RECIPE.yaml] [--any.field value ...]     (default: recipes/quickstart.yaml)
-
 Running the same command again goes on where the run stopped.
 """
 
@@ -182,8 +181,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
 
 
 def again(arguments: list[str]) -> str:
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-    return shlex.join([*(["accelerate", "launch"] if launched else [sys.executable]), sys.argv[0], *arguments])
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [sys.executable]
+    return shlex.join([*launcher, sys.argv[0], *arguments])
 
 
 def say(*lines: str, **options) -> None:

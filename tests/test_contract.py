@@ -1,4 +1,4 @@
-"""What every prompt method and every distillation term must keep; iterates over the two dicts and a newcomer's method."""
+"""What every prompt method and every distillation term must keep: iterates the two dicts and a newcomer's method."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_the_prompts_change_the_output_and_gradients_reach_only_what_is_new_or_s
         new = parameter.requires_grad
         assert new == (parameter.grad is not None), name
         if new:
-            assert parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
         part = name.split(".")
         if "blocks" in part:
             assert new == (int(part[part.index("blocks") + 1]) == 1), f"{name}: only the newest block trains"
@@ -229,7 +229,8 @@ def arguments(folder: Path, **extra: Any) -> CDLTrainingArguments:
 def test_a_pair_learns_two_tasks(method: str, term: str, tmp_path: Path) -> None:
     kind = TERMS[term]
     teacher_model = model_of(method, width=48, query_width=32)
-    student_model = model_of(method, width=32, **kind.student_parts)
+    parts: dict[str, Any] = kind.student_parts
+    student_model = model_of(method, width=32, **parts)
     assert teacher_model.query_backbone is not None
     teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
     teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t"), role="teacher")

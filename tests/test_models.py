@@ -28,7 +28,7 @@ from hf_cdl.models import backbone as bb
 from hf_cdl.types import KV
 
 CODA = {"type": "coda", "components": 3, "length": 4, "layers": (0, 1, 2)}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
 
 def family_config(kind: str) -> Any:
@@ -140,7 +140,9 @@ def test_prefix_attention_is_softmax_over_the_longer_sequence(vit: Path) -> None
 
     query, key, value = (proj(hidden) for proj in (layer.q_proj, layer.k_proj, layer.v_proj))
     key, value = (torch.cat([x[:, :1] + a, x[:, 1:]], 1) for x, a in ((key, added.key), (value, added.value)))
-    key, value = (torch.cat([extra["prepend"][i], x, extra["append"][i]], 1) for i, x in enumerate((key, value)))
+    before, after = extra["prepend"], extra["append"]
+    key = torch.cat([before.key, key, after.key], 1)
+    value = torch.cat([before.value, value, after.value], 1)
     heads = [x.unflatten(-1, (4, 8)).transpose(1, 2) for x in (query, key, value)]
     weights = (heads[0] @ heads[1].transpose(-1, -2) / 8**0.5).softmax(-1)
     want = layer.o_proj((weights @ heads[2]).transpose(1, 2).flatten(2))
@@ -231,7 +233,7 @@ def test_loading_freezes_again_and_a_fine_tuned_backbone_trains(vit: Path, tmp_p
 
 
 def test_a_classifier_s_checkpoint_is_a_backbone(tmp_path: Path) -> None:
-    config = ViTConfig(**SIZES, intermediate_size=64, num_labels=7)
+    config = ViTConfig(**SIZES, intermediate_size=64, id2label={number: str(number) for number in range(7)})
     classifier = ViTForImageClassification(config)
     classifier.save_pretrained(tmp_path)
     model = student(tmp_path, prompt={"type": "none"}, kd_prompt=None)

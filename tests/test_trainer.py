@@ -1,4 +1,4 @@
-"""CDLTrainer: schedule, data order, accumulation, mixed precision, the passes it makes, and losses that are no number."""
+"""CDLTrainer: schedule, data order, accumulation, mixed precision, the passes it makes, losses that are no number."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ TASK = next(stream())
 
 def pair(folder: Path, term: str = "kdp", **extra: Any) -> tuple[CDLTrainer, CDLTrainer]:
     kind = TERMS[term]
-    student_model = model_of("coda", width=32, **kind.student_parts)
+    parts: dict[str, Any] = kind.student_parts
+    student_model = model_of("coda", width=32, **parts)
     teacher_model = model_of("coda", width=48, query_width=32)
     assert teacher_model.query_backbone is not None
     teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
@@ -182,9 +183,7 @@ def test_a_loss_that_is_no_number_stops_with_its_name_and_step(tmp_path: Path) -
     teacher.learn(TASK)
     with torch.no_grad():
         student.model.kd_prompt.token.fill_(math.nan)
-    with pytest.raises(
-        FloatingPointError, match=r"Loss term ce, prompt|Loss term ce, kdp|Loss term ce is nan"
-    ) as error:
+    with pytest.raises(FloatingPointError, match="Loss term ce, kdp is nan") as error:
         student.learn(TASK)
     assert "at step 1 of task 1 · student" in str(error.value)
 
