@@ -28,7 +28,13 @@ from hf_cdl.models import backbone as bb
 from hf_cdl.types import KV
 
 CODA = {"type": "coda", "components": 3, "length": 4, "layers": (0, 1, 2)}
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
 
 
 def family_config(kind: str) -> Any:
@@ -166,7 +172,7 @@ def test_checkpointing_autocast_compile_and_hidden_states_agree_with_the_plain_f
         hidden = model(images(), output_hidden_states=True).hidden_states
         with torch.autocast("cpu", torch.bfloat16):
             half = model(images()).logits
-        compiled = torch.compile(model, fullgraph=True)(images()).logits
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images()).logits  # needs no C++ compiler
     assert len(hidden) == 4 and hidden[0].shape == (4, 18, 32)  # CLS, 16 patches, KD token
     torch.testing.assert_close(half.float(), plain.logits, atol=0.15, rtol=0.05)
     torch.testing.assert_close(compiled, plain.logits, atol=1e-5, rtol=1e-4)
@@ -257,7 +263,7 @@ def test_an_incomplete_or_missing_checkpoint_is_refused(vit: Path, tmp_path: Pat
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match="cannot be loaded.*cut short"):
         CDLForImageClassification.from_backbone(str(tmp_path / "cut"))
-    with pytest.raises(ValueError, match="No usable model config"):
+    with pytest.raises(ValueError, match="There is no folder"):
         CDLForImageClassification.from_backbone(str(tmp_path / "nowhere"))
 
 
