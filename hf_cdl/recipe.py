@@ -22,6 +22,9 @@ from hf_cdl.prompts import PROMPTS, KDPromptConfig
 from hf_cdl.tasks import StreamConfig
 from hf_cdl.training_args import CDLTrainingArguments
 
+BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
+"""The heads of the baselines: without any training, and trained alone on the frozen features."""
+
 
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe, in one message."""
@@ -59,8 +62,8 @@ class Recipe:
     distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
     ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
     train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
-    baselines: list[Literal["nearest_class_mean"]] = _help(
-        "Free baselines measured beside the models.", default_factory=lambda: ["nearest_class_mean"]
+    baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
+        "The student's bare backbone, measured beside the models.", default_factory=lambda: ["nearest_class_mean"]
     )
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)

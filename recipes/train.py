@@ -25,14 +25,13 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
 from hf_cdl.distill import TERMS, Objective  # noqa: E402
 from hf_cdl.models.backbone import check_image_size, load_config  # noqa: E402
-from hf_cdl.recipe import ModelRecipe, Recipe, load_recipe  # noqa: E402
+from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
 from hf_cdl.tasks import ImageError  # noqa: E402
 from hf_cdl.tasks.transforms import output_size  # noqa: E402
 
 HERE = Path(__file__).parent
-NCM = "nearest_class_mean"
 
 
 def main(arguments: list[str]) -> int:
@@ -75,9 +74,9 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
             models["teacher"] = load(run, "teacher") or build(recipe, recipe.teacher, shared)
     with about("student", recipe.student):
         models["student"] = load(run, "student") or build(recipe, recipe.student)
-    if NCM in recipe.baselines:
-        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head={"type": "ncm"})
-        models[NCM] = load(run, NCM) or build(recipe, bare)
+    for name in recipe.baselines:
+        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head=BASELINES[name])
+        models[name] = load(run, name) or build(recipe, bare)
     if not run.started:
         stream.check_images()
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
@@ -176,7 +175,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
     return {
         "teacher": f"teacher ({describe(recipe.teacher)})",
         "student": f"student ({describe(recipe.student)}{terms})",
-        NCM: "class means, no training",
+        "nearest_class_mean": "class means, no training",
+        "linear_head": "linear head alone",
     }
 
 
