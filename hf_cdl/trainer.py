@@ -72,7 +72,7 @@ class CDLTrainer(Trainer):
         if run is None:
             self.args.save_strategy = SaveStrategy.NO
         if self.teacher is not None:
-            self.teacher.to(self.args.device).requires_grad_(False).eval()
+            self.teacher.to(self.args.device)
 
     # ---- the two verbs ----
 
@@ -139,8 +139,7 @@ class CDLTrainer(Trainer):
         elif len(known) != task.index + 1 or known[task.index] != list(task.class_names):
             raise ValueError(
                 f"The model knows {len(known)} tasks {[len(names) for names in known]}, which does not fit task "
-                f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the checkpoint of the task "
-                f"before."
+                f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
 
     def _train(self, task: Task, result: TaskResult) -> None:
@@ -153,8 +152,8 @@ class CDLTrainer(Trainer):
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
         teacher = self.teacher
-        if teacher is not None:
-            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if teacher is not None:  # its own phase left it in training mode
+            self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
         try:
             start = time.perf_counter()
             metrics = self.train(resume_from_checkpoint=last).metrics

@@ -335,7 +335,7 @@ def test_a_kill_while_a_backbone_trains_does_not_change_a_run(tiny: Path, tmp_pa
     command = (tiny, *VARIANTS["fine-tuning"][0], "--output_dir")
     assert train(*command, tmp_path / "whole")[0] == 0
     code, _ = interrupt_when(stored_epoch(tmp_path / "cut", "student", 2), *command, tmp_path / "cut")
-    assert code == -signal.SIGKILL and list(tmp_path.glob("cut/work/student-task-02/checkpoint-*"))
+    assert code == -signal.SIGKILL and list((tmp_path / "cut").glob("work/student-task-02/checkpoint-*"))
     assert train(*command, tmp_path / "cut")[0] == 0
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 

@@ -50,9 +50,13 @@ def test_a_step_of_the_student_makes_one_query_one_teacher_and_one_student_pass(
         count("teacher backbone", teacher.model.backbone),
         count("teacher query", teacher.model.query_backbone),
     ]
+    modes: list[bool] = []
+    hooks.append(teacher.model.head.register_forward_hook(lambda *_: modes.append(teacher.model.training)))
+    teacher.model.train()
     student.learn(TASK)
     steps = student.state.global_step
     assert steps == 3
+    assert modes == [False] * steps, "the teacher answers in evaluation mode"
     assert calls == {"student backbone": 2 * steps, "teacher backbone": steps}, (
         "the query is computed once, by the student"
     )
