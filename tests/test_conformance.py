@@ -23,20 +23,15 @@ from hf_cdl.types import KV, CDLOutput, Task
 
 NOT_YET: dict[str, str] = {  # name prefix of a file -> what it needs
     "apt_": "APT",
-    "dualprompt_": "DualPrompt",
-    "l2p_": "L2P",
     "mapping_": "prompt mapping",
     "kdp_apt": "APT",
-    "kdp_dual": "DualPrompt",
-    "kdp_l2p": "L2P",
     "loss_dkd": "DKD",
     "loss_fitnets": "FitNets",
     "loss_reviewkd": "ReviewKD",
     "trace_apt": "APT",
     "trace_coda_fitnets": "FitNets",
     "trace_coda_mapping": "prompt mapping",
-    "trace_dual": "DualPrompt",
-    "trace_l2p": "L2P",
+    "trace_l2p": "DKD",
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -81,35 +76,83 @@ def model_for(case: Case, role: str, **fields: Any) -> CDLForImageClassification
     return model
 
 
-def coda_section(pool_size: int, length: int, mu: float, tasks: int) -> dict[str, Any]:
-    return {"type": "coda", "components": pool_size // tasks, "length": length, "orthogonality": mu}
+def prompt_section(flag: str, pool_size: int, length: int, extra: float, tasks: int) -> dict[str, Any]:
+    """Our `prompt` section for the reference's name and parameters of a method; `extra` differs in meaning."""
+    sections: dict[str, dict[str, Any]] = {
+        "coda": {"type": "coda", "components": pool_size // tasks, "length": length, "orthogonality": extra},
+        "dual": {
+            "type": "dualprompt",
+            "expert_length": length,
+            "general_length": int(extra),
+            "reserved_tasks": pool_size,
+        },
+        "l2p": {
+            "type": "l2p",
+            "pool_size": pool_size,
+            "length": length,
+            "layers": (0, 1, 2, 3, 4) if extra > 0 else (0,),
+        },
+    }
+    return sections[flag]
 
 
-CODA_NAMES = {"P": "prompt", "K": "key", "A": "attention"}
+SHORT = {"P": "prompt", "K": "key", "A": "attention"}
 
 
-def put_coda(pool: Any, tensors: Tensors, prefix: str = "") -> None:
-    """Spread the reference's whole pools (`P.0`, `K.0` ...: one per layer) over the blocks of our tasks."""
-    rows = pool.config.components
+def pieces(pool: Any, short: str, layer: int) -> list[tuple[torch.Tensor, int]]:
+    """Our parameters, with the index of the layer in them, that stacked are a tensor of the reference."""
+    if short == "G":
+        return [(pool.general, pool.config.general_layers.index(layer))]
+    layers = getattr(pool.config, "expert_layers", pool.layers)
+    parts = pool.blocks if len(pool.blocks) else [pool]  # L2P has one pool for all tasks
+    return [(getattr(part, SHORT[short]), layers.index(layer)) for part in parts]
+
+
+def rows(piece: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A layer's piece in the reference's shape: an expert is one row."""
+    return piece if piece.ndim == like.ndim else piece.unsqueeze(0)
+
+
+def put_pool(pool: Any, tensors: Tensors, prefix: str = "") -> None:
+    """Spread the reference's whole pools (`P.0`, `K.0` ...: one per layer) over our parameters."""
     with torch.no_grad():
-        for task, block in enumerate(pool.blocks):
-            for short, name in CODA_NAMES.items():
-                for index, layer in enumerate(pool.layers):
-                    whole = tensors[f"{prefix}{short}.{layer}"]
-                    getattr(block, name)[index].copy_(whole[task * rows : (task + 1) * rows])
+        for name, whole in tensors.items():
+            short, _, layer = name.removeprefix(prefix).partition(".")
+            if not name.startswith(prefix) or short not in (*SHORT, "G") or not layer.isdigit():
+                continue
+            start = 0
+            for parameter, index in pieces(pool, short, int(layer)):
+                piece = rows(parameter[index], whole)
+                piece.copy_(whole[start : start + len(piece)])
+                start += len(piece)
+            reserved = getattr(pool, f"reserved_{SHORT.get(short)}", None)
+            if reserved is not None:
+                reserved[:, pool.config.expert_layers.index(int(layer))] = whole
 
 
-def gather(blocks: Any, name: str, index: int | None, like: torch.Tensor, grad: bool = False) -> torch.Tensor:
-    """Our blocks' parameters (or gradients) of one layer as one tensor of the reference's size, zero where unused."""
+def take_pool(pool: Any, name: str, like: torch.Tensor, grad: bool = False) -> tuple[torch.Tensor, int]:
+    """Our parameters (or gradients) as a tensor of the reference, like `P.0`, zero where unused; its rows in use."""
+    short, layer = name.split(".")
+    whole, start = torch.zeros_like(like), 0
+    for parameter, index in pieces(pool, short, int(layer)):
+        value = parameter.grad if grad else parameter.detach()
+        count = len(rows(parameter[index], like))
+        if value is not None:
+            whole[start : start + count] = rows(value[index], like)
+        start += count
+    return whole, start
+
+
+def gather(blocks: Any, name: str, like: torch.Tensor, grad: bool = False) -> torch.Tensor:
+    """Our blocks' parameters (or gradients) as one tensor of the reference's size, zero where unused."""
     whole = torch.zeros_like(like)
     start = 0
     for block in blocks:
         parameter = getattr(block, name)
         value = parameter.grad if grad else parameter.detach()
-        rows = parameter.shape[0 if index is None else 1]
         if value is not None:
-            whole[start : start + rows] = value if index is None else value[index]
-        start += rows
+            whole[start : start + len(parameter)] = value
+        start += len(parameter)
     return whole
 
 
@@ -165,7 +208,7 @@ def check_vit_prefix(case: Case) -> None:
 
 def check_coda(case: Case) -> None:
     hyper = case.hyper
-    section = coda_section(hyper["pool_size"], hyper["prompt_length"], hyper["mu"], hyper["n_tasks"])
+    section = prompt_section("coda", hyper["pool_size"], hyper["prompt_length"], hyper["mu"], hyper["n_tasks"])
     section.pop("type")
     config = PROMPTS["coda"].config_class(**section, layers=tuple(hyper["layers"]))
     for mode in ("train", "eval"):
@@ -175,7 +218,7 @@ def check_coda(case: Case) -> None:
                 assert task > 1
                 break
             pool.add_task()
-            put_coda(pool, case.tensors)
+            put_pool(pool, case.tensors)
             pool.train(mode == "train")
             pool.requires_grad_(False)
             pool.blocks[task].requires_grad_(True)
@@ -197,11 +240,59 @@ def check_coda(case: Case) -> None:
                 pool.zero_grad()
                 if torch.as_tensor(total).requires_grad:
                     total.backward()  # type: ignore[union-attr]
-                for short, name in CODA_NAMES.items():
-                    for index, layer in enumerate(pool.layers):
-                        key = f"t{task}.grad_{quantity}.{short}.{layer}"
-                        if key in case.tensors:
-                            case.same(key, gather(pool.blocks, name, index, case[key], grad=True))
+                same_gradients(case, pool, f"t{task}.grad_{quantity}.")
+
+
+def same_gradients(case: Case, pool: Any, prefix: str) -> None:
+    for name, want in case.tensors.items():
+        if name.startswith(prefix):
+            case.same(name, take_pool(pool, name.removeprefix(prefix), want, grad=True)[0])
+
+
+def check_matched(case: Case) -> None:
+    """L2P and DualPrompt: prefixes and match loss in both reductions, task by task."""
+    hyper = case.hyper
+    layers = {"layers": tuple(hyper["e_layers"])}
+    if case.info["case"] == "dualprompt":
+        layers = {"general_layers": tuple(hyper["g_layers"]), "expert_layers": tuple(hyper["e_layers"])}
+    flag = {"dualprompt": "dual"}.get(case.info["case"], case.info["case"])
+    extra, tasks = hyper["g_length"] or -1, hyper["n_tasks"]
+    section = {**prompt_section(flag, hyper["pool_size"], hyper["e_length"], extra, tasks), **layers}
+    if flag == "l2p":
+        section["top_k"] = hyper["top_k"]
+    kind = PROMPTS[section.pop("type")]
+    checked = set()
+    for reduction in ("mean", "sum"):
+        config = kind.config_class(**section, reduction=reduction)
+        pool: Any = kind(config, hyper["emb_dim"], hyper["key_dim"], max(config.layers) + 1)
+        for task in range(tasks):
+            pool.add_task()
+            put_pool(pool, case.tensors)
+            pool.blocks.requires_grad_(False)
+            pool.blocks[-1:].requires_grad_(True)
+            if f"t{task}.match_loss_{reduction}_total" not in case.tensors:
+                continue
+            products, losses = [], []
+            for mode, task_id in (("eval", None), ("train", task)):
+                pool.train(mode == "train")
+                for layer in pool.layers:
+                    prefix, loss = pool(layer, case["query"], task_id)
+                    for name, got in (("key", prefix.key), ("value", prefix.value)):
+                        want = f"t{task}.{mode}.{name}_prefix.{layer}"
+                        case.same(want, got.expand_as(case[want]))
+                        if mode == "train":
+                            products.append((got * case[f"upstream_{name[0]}.{layer}"]).sum())
+                    assert (loss is not None) == (mode == "train" and layer in hyper["e_layers"])
+                    if loss is not None:
+                        case.same(f"t{task}.match_loss_{reduction}.{layer}", loss)
+                        losses.append(loss)
+            case.same(f"t{task}.match_loss_{reduction}_total", torch.stack(losses).sum())
+            for quantity, total in (("prefix", torch.stack(products).sum()), (f"match_{reduction}", sum(losses))):
+                pool.zero_grad()
+                total.backward()  # type: ignore[union-attr]
+                same_gradients(case, pool, f"t{task}.grad_{quantity}.")
+            checked.add(reduction)
+    assert checked == {"mean", "sum"}
 
 
 def check_coda_gram_schmidt(case: Case) -> None:
@@ -219,17 +310,17 @@ def check_coda_gram_schmidt(case: Case) -> None:
 
 def check_kdp(case: Case) -> None:
     hyper = case.hyper
-    tasks, (pool_size, length, mu) = hyper["prompt_param"]
+    tasks, (pool_size, length, extra) = hyper["prompt_param"]
     model = model_for(
         case,
         "student",
-        prompt=coda_section(pool_size, length, mu, tasks),
+        prompt=prompt_section(hyper["prompt_flag"], pool_size, length, extra, tasks),
         kd_prompt={"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": hyper["kd_alpha"]},
     )
     per_task = hyper["n_classes"] // (hyper["task_index"] + 1)
     for task in range(hyper["task_index"] + 1):
         model.begin_task([f"{task}-{number}" for number in range(per_task)])
-    put_coda(model.pool, case.tensors, "prompt.")
+    put_pool(model.pool, case.tensors, "prompt.")
     put_head(model.head, case["last.weight"], case["last.bias"])
     put_head(model.kd_head, case["kd_last.weight"], case["kd_last.bias"])
     put_kd_prompt(model.kd_prompt, case.tensors, "kd_prompt")
@@ -256,14 +347,13 @@ def check_kdp(case: Case) -> None:
             continue
         part, *rest = name.split(".")[1:]
         if part == "prompt":
-            index = pool.layers.index(int(rest[1]))
-            case.same(name, gather(pool.blocks, CODA_NAMES[rest[0]], index, case[name], grad=True))
+            case.same(name, take_pool(pool, ".".join(rest), case[name], grad=True)[0])
         elif part == "kd_prompt":
             layer = int(rest[0])
             case.same(name, kd_prompt.token.grad[None] if layer == 0 else kd_prompt.prompt.grad[layer - 1])
         else:
             head = model.head if part == "last" else model.kd_head
-            case.same(name, gather(head.blocks, rest[0], None, case[name], grad=True))  # type: ignore[union-attr]
+            case.same(name, gather(head.blocks, rest[0], case[name], grad=True))  # type: ignore[union-attr]
     model.eval()
     case.same("eval.logits_blended", model(case["pixel_values"]).logits)
 
@@ -336,7 +426,7 @@ class Batches(torch.utils.data.Dataset):
 
 def put_state(case: Case, model: Any, stage: str, role: str) -> None:
     prefix = f"{stage}.{role}."
-    put_coda(model.pool, case.tensors, f"{prefix}prompt.")
+    put_pool(model.pool, case.tensors, f"{prefix}prompt.")
     put_head(model.head, case[f"{prefix}last.weight"], case[f"{prefix}last.bias"])
     if model.kd_prompt is not None:
         put_head(model.kd_head, case[f"{prefix}kd_last.weight"], case[f"{prefix}kd_last.bias"])
@@ -350,15 +440,14 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
             continue
         part, *rest = name.split(".")[2:]
         if part == "prompt":
-            got = gather(model.pool.blocks, CODA_NAMES[rest[0]], model.pool.layers.index(int(rest[1])), want)
-            used = len(model.pool.blocks) * model.pool.config.components
+            got, used = take_pool(model.pool, ".".join(rest), want)
         elif part == "kd_prompt":
             layer = int(rest[0])
             got = model.kd_prompt.token[None] if layer == 0 else model.kd_prompt.prompt[layer - 1]
             used = len(want)
         else:
             head = model.head if part == "last" else model.kd_head
-            got, used = gather(head.blocks, rest[0], None, want), sum(model.config.num_classes_per_task)
+            got, used = gather(head.blocks, rest[0], want), sum(model.config.num_classes_per_task)
         got = torch.cat([got[:used].detach(), want[used:]])
         case.same(name, got, "parameters")
 
@@ -366,8 +455,10 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
 def check_train_trace(case: Case, tmp_path: Path) -> None:
     hyper = case.hyper
     alpha = hyper["kd_alpha"]
-    section = coda_section(*hyper["prompt_param"], tasks=hyper["n_tasks"])
-    kd_prompt = {"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": alpha}
+    section = prompt_section(hyper["prompt_flag"], *hyper["prompt_param"], tasks=hyper["n_tasks"])
+    kd_prompt = None
+    if hyper["kd_layers"] is not None:
+        kd_prompt = {"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": alpha}
     models = {
         "teacher": model_for(case, "teacher", prompt=section),
         "student": model_for(case, "student", prompt=section, kd_prompt=kd_prompt),
@@ -425,6 +516,8 @@ CHECKS = {
     "vit_prefix": check_vit_prefix,
     "coda": check_coda,
     "coda_gram_schmidt": check_coda_gram_schmidt,
+    "l2p": check_matched,
+    "dualprompt": check_matched,
     "kdp": check_kdp,
     "losses": check_losses,
     "masked_ce": check_masked_ce,

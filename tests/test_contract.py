@@ -24,6 +24,8 @@ from hf_cdl.types import CDLOutput, Task
 # Fields that make a method small enough for a three-layer backbone; a new method adds its row here.
 SMALL: dict[str, dict[str, Any]] = {
     "coda": {"components": 3, "length": 4, "layers": (0, 2), "orthogonality": 0.1},
+    "dualprompt": {"general_length": 4, "general_layers": (0,), "expert_length": 4, "expert_layers": (1, 2)},
+    "l2p": {"pool_size": 6, "length": 4, "top_k": 2, "layers": (0, 2)},
     "dummy": {},
 }
 METHODS = [*PROMPTS, "dummy"]

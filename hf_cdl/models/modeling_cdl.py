@@ -164,6 +164,8 @@ class CDLForImageClassification(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PromptPool):
+            module.init_shared()
         if isinstance(module, PromptPool | Head):
             for task in range(len(module.blocks)):
                 module.init_task(task)

@@ -18,7 +18,8 @@ class PromptPool(nn.Module):
     `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prefixes.
 
     Growth: `blocks` holds one module of parameters per task. The model freezes all blocks but the newest, so what a
-    task learnt is never touched again; parameters outside `blocks` are shared and train in every task.
+    task learnt is never touched again; parameters outside `blocks` are shared and train in every task (`init_shared`
+    initialises them, once).
     """
 
     config_class: ClassVar[type]
@@ -31,6 +32,9 @@ class PromptPool(nn.Module):
         self.query_size = query_size
         self.layers = _check_layers(config.layers, num_layers)
         self.blocks = nn.ModuleList()
+
+    def init_shared(self) -> None:
+        """Initialise what all tasks share (outside `blocks`), by the same functions as in `init_task`."""
 
     def add_task(self) -> None:
         """Append the next task's block, its parameters not yet initialised."""

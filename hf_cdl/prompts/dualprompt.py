@@ -1,0 +1,139 @@
+r"""DualPrompt: prompts shared by all tasks and one expert per task (Wang et al., ECCV 2022, arXiv 2204.04799).
+
+General prompts g sit in the first layers and train in every task; the layers after them get the expert prompt e_t of
+a task t, which has a key k_t (Sec. 4.1). In training the task is known: its own expert is used, and the match loss
+(Eq. 6, first term) pulls its key towards the task's queries. In evaluation the expert with the nearest key is used:
+
+    L_{match} = 1/B \sum_b (1 - \gamma(q_b, k_t)),    t_x = argmax_t \gamma(q(x), k_t)
+
+Notation: `general` holds the paper's g (l_g, D) of each layer, a block's `prompt` its e_t (l_e, D) and `key` its k_t
+(D_q) of each layer, `query` its q(x) (B, D_q); \gamma is cosine similarity. Prompts are used as in prefix tuning
+(Sec. 4.2): the first half of the tokens joins the keys of the self-attention, the second half its values.
+
+As in the code of Continual Distillation Learning (CDL, arXiv 2407.13911) every expert layer has keys of its own and so
+picks for itself, and all starts in U(0, 1). `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first
+version: B times as large. Where we differ: there, evaluation chooses among the keys of all tasks, also of tasks still
+to come, which are untrained; here among the tasks seen. With `reserved_tasks: N` (theirs: the number of tasks) the
+first N keys and experts exist from the start; those whose task has not come yet compete in evaluation as they are, and
+a task takes over its own when it comes. More than N tasks are fine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_cdl.prompts.base import PromptPool
+from hf_cdl.types import KV
+
+
+@dataclass(frozen=True)
+class DualPromptConfig:
+    general_length: int = field(default=6, metadata={"help": "Tokens of a general prompt, half keys, half values."})
+    general_layers: tuple[int, ...] = field(default=(0, 1), metadata={"help": "Backbone layers with general prompts."})
+    expert_length: int = field(default=20, metadata={"help": "Tokens of an expert prompt, half keys, half values."})
+    expert_layers: tuple[int, ...] = field(
+        default=(2, 3, 4), metadata={"help": "Backbone layers with expert prompts; none of general_layers."}
+    )
+    reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "Match loss: mean over the batch, or the sum of older code."}
+    )
+    reserved_tasks: int = field(
+        default=0,
+        metadata={"help": "Tasks whose untrained keys compete in evaluation (authors: all tasks); 0: only seen ones."},
+    )
+
+    def __post_init__(self):
+        lengths = (self.general_length, self.expert_length)
+        if any(length < 2 or length % 2 for length in lengths) or not self.expert_layers or self.reserved_tasks < 0:
+            raise ValueError(
+                "DualPrompt needs even lengths >= 2, at least one of expert_layers and reserved_tasks >= 0; got "
+                f"general_length={self.general_length}, expert_length={self.expert_length}, "
+                f"expert_layers={self.expert_layers}, reserved_tasks={self.reserved_tasks}."
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"DualPrompt's reduction is '{self.reduction}'; allowed: mean, sum.")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers with prompts."""
+        return (*self.general_layers, *self.expert_layers)
+
+
+class Expert(nn.Module):
+    """What one task owns, all expert layers stacked: prompt (L, l, D), key (L, D_q)."""
+
+    def __init__(self, prompt: tuple[int, ...], key: tuple[int, ...]):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(prompt))
+        self.key = nn.Parameter(torch.empty(key))
+
+
+class DualPrompt(PromptPool):
+    """General prompts (L, l, D) outside the blocks, an Expert per block; reserved experts are buffers: never trained."""
+
+    config_class = DualPromptConfig
+    config: DualPromptConfig
+
+    def __init__(self, config: DualPromptConfig, hidden_size: int, query_size: int, num_layers: int):
+        super().__init__(config, hidden_size, query_size, num_layers)
+        count, experts = len(config.general_layers), len(config.expert_layers)
+        self.general = nn.Parameter(torch.empty(count, config.general_length, hidden_size)) if count else None
+        self.shapes = {"prompt": (experts, config.expert_length, hidden_size), "key": (experts, query_size)}
+        for name, shape in self.shapes.items():
+            self.register_buffer(
+                f"reserved_{name}", torch.empty(config.reserved_tasks, *shape), config.reserved_tasks > 0
+            )
+
+    def init_shared(self) -> None:
+        if self.general is not None:
+            init.uniform_(self.general)
+        for buffer in self.buffers(recurse=False):
+            init.uniform_(buffer)
+
+    def add_task(self) -> None:
+        self.blocks.append(Expert(**self.shapes))
+
+    def init_task(self, task: int) -> None:
+        for name, parameter in self.blocks[task].named_parameters():
+            if task < self.config.reserved_tasks:
+                init.copy_(parameter, getattr(self, f"reserved_{name}")[task])
+            else:
+                init.uniform_(parameter)
+
+    def forward(
+        self, layer: int, query: torch.Tensor, task_id: int | None = None
+    ) -> tuple[KV | None, torch.Tensor | None]:
+        if self.general is not None and layer in self.config.general_layers:
+            return _prefix(self.general[self.config.general_layers.index(layer)].unsqueeze(0)), None
+        if layer not in self.config.expert_layers:
+            return None, None
+        index = self.config.expert_layers.index(layer)
+        if task_id is None:
+            similarity = _cosine(query, self._experts("key", index))  # (B, T)
+            return _prefix(self._experts("prompt", index)[similarity.argmax(dim=-1)]), None
+        expert: Any = self.blocks[task_id]
+        distance = 1 - _cosine(query, expert.key[index].unsqueeze(0))  # (B, 1)
+        loss = distance.sum() if self.config.reduction == "sum" else distance.mean()
+        return _prefix(expert.prompt[index].unsqueeze(0)), loss
+
+    def _experts(self, name: str, index: int) -> torch.Tensor:
+        """(T, ...): keys or prompts of one layer, of the tasks seen and of the reserved ones still to come."""
+        seen = torch.stack([getattr(block, name)[index] for block in self.blocks])
+        return torch.cat([seen, getattr(self, f"reserved_{name}")[len(self.blocks) :, index]])
+
+
+def _cosine(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(B, T) cosine similarities of queries (B, D_q), which get no gradient, and keys (T, D_q)."""
+    return F.normalize(query.detach(), dim=-1) @ F.normalize(key, dim=-1).T
+
+
+def _prefix(prompt: torch.Tensor) -> KV:
+    """Prompts (B or 1, l, D) as half keys, half values."""
+    half = prompt.shape[1] // 2
+    return KV(prompt[:, :half], prompt[:, half:])

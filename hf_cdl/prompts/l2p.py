@@ -1,0 +1,93 @@
+r"""L2P: a pool of prompts picked by their keys (Wang et al., CVPR 2022, arXiv 2112.08654).
+
+Each layer with prompts has M prompts with keys. For a query the N prompts of highest cosine similarity are picked
+(Eq. 3), and the match loss (second term of Eq. 5) pulls their keys towards the query:
+
+    K_x = top-N_m \gamma(q, k_m),    L_{pool} = 1/B \sum_b \sum_{K_x} (1 - \gamma(q_b, k_m))
+
+Notation: `prompt` holds the paper's P_m (M, l, D) of each layer, `key` its k_m (M, D_q), `query` its q(x) (B, D_q),
+`top_k` its N, \gamma is cosine similarity; the gradient of the loss reaches the keys only. The pool is shared by all
+tasks and keeps training: nothing grows but the heads.
+
+Where we differ: the paper puts the picked prompts before the sequence of the first layer; as the authors of Continual
+Distillation Learning (CDL, arXiv 2407.13911) do, the first half of each picked prompt joins the keys of the
+self-attention and the second half its values, in falling similarity, and the pool starts in U(0, 1). The paper's
+\lambda (0.5) is 1 as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version: it pairs
+every query with the keys that every sample of the batch picked, \sum_b \sum_{b'} \sum_{K_{x_{b'}}} (1 - \gamma(q_b,
+k_m)), so its size grows with B^2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_cdl.prompts.base import PromptPool
+from hf_cdl.types import KV
+
+
+@dataclass(frozen=True)
+class L2PConfig:
+    pool_size: int = field(default=30, metadata={"help": "Prompts in the pool of a layer."})
+    length: int = field(default=20, metadata={"help": "Tokens per prompt, half for keys and half for values; even."})
+    top_k: int = field(default=5, metadata={"help": "Prompts picked for a sample."})
+    layers: tuple[int, ...] = field(
+        default=(0,), metadata={"help": "Backbone layers with a pool; (0, 1, 2, 3, 4) is the authors' deep variant."}
+    )
+    reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "Match loss: batch mean, or the sum over all pairs of older code."}
+    )
+
+    def __post_init__(self):
+        if not 1 <= self.top_k <= self.pool_size or self.length < 2 or self.length % 2:
+            raise ValueError(
+                f"L2P needs 1 <= top_k <= pool_size and an even length >= 2; got top_k={self.top_k}, "
+                f"pool_size={self.pool_size}, length={self.length}."
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"L2P's reduction is '{self.reduction}'; allowed: mean, sum.")
+
+
+class L2P(PromptPool):
+    """The pools of all layers stacked: prompt (L, M, l, D), key (L, M, D_q)."""
+
+    config_class = L2PConfig
+    config: L2PConfig
+
+    def __init__(self, config: L2PConfig, hidden_size: int, query_size: int, num_layers: int):
+        super().__init__(config, hidden_size, query_size, num_layers)
+        pools = (len(self.layers), config.pool_size)
+        self.prompt = nn.Parameter(torch.empty(*pools, config.length, hidden_size))
+        self.key = nn.Parameter(torch.empty(*pools, query_size))
+
+    def init_shared(self) -> None:
+        init.uniform_(self.prompt)
+        init.uniform_(self.key)
+
+    def add_task(self) -> None:
+        """Nothing grows."""
+
+    def init_task(self, task: int) -> None:
+        """No task has parameters of its own."""
+
+    def forward(
+        self, layer: int, query: torch.Tensor, task_id: int | None = None
+    ) -> tuple[KV | None, torch.Tensor | None]:
+        if layer not in self.layers:
+            return None, None
+        index = self.layers.index(layer)
+        similarity = F.normalize(query.detach(), dim=-1) @ F.normalize(self.key[index], dim=-1).T  # (B, M)
+        best = similarity.topk(self.config.top_k, dim=-1)
+        picked = self.prompt[index][best.indices]  # (B, N, l, D)
+        half = self.config.length // 2
+        prefix = KV(picked[:, :, :half].flatten(1, 2), picked[:, :, half:].flatten(1, 2))
+        if not self.training:
+            return prefix, None
+        if self.config.reduction == "sum":
+            return prefix, (1 - similarity[:, best.indices.flatten()]).sum()
+        return prefix, (1 - best.values).sum(dim=-1).mean()

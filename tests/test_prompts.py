@@ -1,0 +1,103 @@
+"""Prompt methods beyond the contract that all share: who is picked, and what the options change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_contract import images, vit
+from transformers import set_seed
+
+from hf_cdl import CDLConfig, CDLForImageClassification
+from hf_cdl.prompts import PROMPTS
+
+
+def pool_of(kind: str, tasks: int, **fields: Any) -> Any:
+    """A pool of width 6 with queries of width 3 on a five-layer backbone, all in U(0, 1)."""
+    set_seed(0)
+    pool = PROMPTS[kind](PROMPTS[kind].config_class(**fields), 6, 3, 5)
+    with torch.no_grad():
+        pool.init_shared()
+        for task in range(tasks):
+            pool.add_task()
+            pool.init_task(task)
+    return pool
+
+
+def test_l2p_picks_the_nearest_keys_in_falling_similarity() -> None:
+    pool = pool_of("l2p", 1, pool_size=3, length=2, top_k=2)
+    pool.key.data[0] = torch.tensor([[1.0, 0, 0], [0, 5, 0], [3, 4, 0]])
+    prefix, loss = pool(0, torch.tensor([[0.0, 2, 0]]), 0)  # cosines 0, 1, 0.8
+    assert torch.equal(prefix.key[0], pool.prompt[0, [1, 2], 0])
+    assert torch.equal(prefix.value[0], pool.prompt[0, [1, 2], 1])
+    torch.testing.assert_close(loss, torch.tensor(0.2))
+    assert pool.eval()(0, torch.tensor([[0.0, 2, 0]]))[1] is None
+    assert pool(1, torch.zeros(1, 3)) == (None, None)
+
+
+def test_l2p_s_pool_is_shared_by_all_tasks() -> None:
+    one, three = pool_of("l2p", 1), pool_of("l2p", 3)
+    assert {name: p.shape for name, p in one.named_parameters()} == {n: p.shape for n, p in three.named_parameters()}
+
+
+def test_dualprompt_trains_the_task_s_expert_and_evaluates_with_the_nearest_key() -> None:
+    pool = pool_of("dualprompt", 2, expert_length=2)
+    queries = torch.stack([pool.blocks[1].key[0], pool.blocks[0].key[0]]).detach()
+    prefix, loss = pool(2, queries, 0)
+    assert torch.equal(prefix.key[0, 0], pool.blocks[0].prompt[0, 0]) and loss > 0
+    prefix, loss = pool(2, queries)
+    assert torch.equal(prefix.value[:, 0], torch.stack([pool.blocks[1].prompt[0, 1], pool.blocks[0].prompt[0, 1]]))
+    assert loss is None
+
+
+@pytest.mark.parametrize("reserved", [0, 3])
+def test_dualprompt_s_reserved_tasks_compete_before_they_come(reserved: int) -> None:
+    pool = pool_of("dualprompt", 1, expert_length=2, reserved_tasks=reserved)
+    seen = pool.blocks[0].prompt[:, :1].detach().clone()
+    key = pool_of("dualprompt", 1, expert_length=2, reserved_tasks=3).reserved_key[1, 0]
+    picked = pool(2, key[None])[0].key
+    assert torch.equal(picked[0], pool.reserved_prompt[1, 0, :1] if reserved else seen[0])
+    for task in range(1, 5):
+        with torch.no_grad():
+            pool.add_task()
+            pool.init_task(task)
+    if reserved:
+        assert torch.equal(pool.blocks[1].key, pool.reserved_key[1]), "a task takes over its reserved expert"
+    assert len(pool._experts("key", 0)) == 5
+    assert not any("reserved" in name for name, _ in pool.named_parameters())
+
+
+def test_reserved_experts_are_in_the_checkpoint(tmp_path: Path) -> None:
+
+    prompt = {"type": "dualprompt", "general_layers": (0,), "expert_layers": (1, 2), "reserved_tasks": 3}
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), prompt=prompt)).eval()
+    model.begin_task(["cat", "dog"])
+    model.save_pretrained(tmp_path)
+    again = CDLForImageClassification.from_pretrained(tmp_path).eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert sum("reserved" in name for name in model.state_dict()) == 2
+    assert torch.equal(model(images()).logits, again(images()).logits)
+    for either in (model, again):
+        either.begin_task(["owl"])
+    assert torch.equal(model.pool.blocks[1].key, again.pool.blocks[1].key)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("l2p", {"top_k": 31}, "top_k <= pool_size"),
+        ("l2p", {"length": 3}, "even length"),
+        ("l2p", {"reduction": "max"}, "allowed: mean, sum"),
+        ("l2p", {"layers": (7,)}, "numbers from 0 to 4"),
+        ("dualprompt", {"general_length": 5}, "even lengths"),
+        ("dualprompt", {"expert_layers": ()}, "at least one of expert_layers"),
+        ("dualprompt", {"expert_layers": (1, 2)}, "different numbers"),
+        ("dualprompt", {"reduction": "max"}, "allowed: mean, sum"),
+    ],
+)
+def test_impossible_fields_are_refused(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        pool_of(kind, 0, **fields)
