@@ -75,7 +75,7 @@ class Expert(nn.Module):
 
 
 class DualPrompt(PromptPool):
-    """General prompts (L, l, D) outside the blocks, an Expert per block; reserved experts are buffers: never trained."""
+    """General prompts (L, l, D) are shared, an Expert per block; reserved experts are buffers, never trained."""
 
     config_class = DualPromptConfig
     config: DualPromptConfig
