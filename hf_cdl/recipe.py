@@ -335,7 +335,8 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
             problems.append("'teacher.kd_prompt': only a student has KD prompts")
         elif "kd_prompt" not in parts:
             problems.append(
-                "'student.kd_prompt' is set, but no term of 'distill' trains the KD head; add the term kdp"
+                "'student.kd_prompt' is set, but no term of 'distill' trains the KD head; add one of: "
+                + ", ".join(name for name, term in TERMS.items() if "kd_prompt" in term.student_parts)
             )
         if isinstance(section["kd_prompt"], dict):
             fields = section["kd_prompt"]

@@ -134,6 +134,10 @@ class Run:
         """Where the phase in progress keeps the state it can resume from."""
         return self.folder / "work" / f"{role}-{task.name}"
 
+    def scaffold_file(self, role: str, index: int) -> Path:
+        """Where the layers that only training needs are kept after a task: outside the model's files."""
+        return self.folder / "work" / "scaffold" / f"{role}-task-{index + 1:02d}.safetensors"
+
     def save_task(
         self, result: TaskResult, task: Task, write: Callable[[Path], None], history: list[dict[str, Any]]
     ) -> None:
@@ -163,6 +167,8 @@ class Run:
             entries.pop()
             raise
         shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
+        if task.index > 0:
+            self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
 
     def save_result(self, result: TaskResult) -> None:
         """Add the measured accuracies to the ledger entry of a learnt task."""

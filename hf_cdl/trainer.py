@@ -141,6 +141,9 @@ class CDLTrainer(Trainer):
                 f"The model knows {len(known)} tasks {[len(names) for names in known]}, which does not fit task "
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
+        if self.model.scaffold is not None and self.run is not None and task.index > 0:
+            stored = load_file(self.run.scaffold_file(self.role, task.index - 1))  # the terms' own layers go on
+            self.model.scaffold.load_state_dict(stored)
 
     def _train(self, task: Task, result: TaskResult) -> None:
         work = None if self.run is None else self.run.work_folder(self.role, task)
@@ -193,17 +196,17 @@ class CDLTrainer(Trainer):
         if self.teacher is not None:
             with torch.no_grad(), self.accelerator.autocast():
                 query = self.model.compute_query(pixels) if self.shares_query else None
-                teacher = self.teacher(pixel_values=pixels, query=query, output_hidden_states=self._hidden_states)
+                teacher = self.teacher(pixel_values=pixels, query=query, output_hidden_states=self._layers("teacher"))
         student: CDLOutput = model(
-            pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._hidden_states
+            pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._layers("student")
         )
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
         self._watch(losses)
         return (losses["loss"], student) if return_outputs else losses["loss"]
 
-    @property
-    def _hidden_states(self) -> bool | None:
-        return True if "hidden_states" in self.objective.needs else None
+    def _layers(self, role: Any) -> list[int] | None:
+        """The hidden states of a model that the objective asks for."""
+        return self.objective.hidden_states(role) or None
 
     def _watch(self, losses: dict[str, torch.Tensor]) -> None:
         """Stop at a loss that is no number, naming the term; sum the others for the next log line."""
@@ -261,6 +264,11 @@ class CDLTrainer(Trainer):
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
+        scaffold = self.model.scaffold
+        if scaffold is not None and self.run is not None:  # not into the model's files, but needed to resume
+            file = self.run.scaffold_file(self.role, self.seen[-1].index)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in scaffold.named_parameters()}, file)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -23,6 +23,13 @@ class KV(NamedTuple):
     where: Literal["prepend", "append", "add_to_cls"] = "prepend"
 
 
+class ModelShape(NamedTuple):
+    """The sizes of a model's backbone, for terms that own layers: width D and number of layers L."""
+
+    hidden_size: int
+    num_layers: int
+
+
 Prefixes = Mapping[int, "list[KV]"]
 """Layer number -> the prefixes of that layer."""
 
@@ -34,7 +41,9 @@ class CDLOutput(ModelOutput):
     `loss`: scalar cross-entropy, only if labels were given. `logits`: (B, C) over all classes seen so far, in stream
     order; in evaluation the blend of both heads if the model has a KD head. `kd_logits`: (B, C) of the KD head.
     `prompt_loss`: scalar, the pool's own loss (CODA's orthogonality penalty, a match loss). `query`: (B, D_q).
-    `features`: (B, D) what the CLS head reads. `hidden_states`: embeddings and every layer's output, (B, N, D) each.
+    `features`: (B, D) what the CLS head reads. `hidden_states`: embeddings and every layer's output before the final
+    norm, L + 1 entries, (B, N, D) each: CLS (if the family has one) and patches, without KD token, registers and the
+    like; None for a layer that was not asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -43,7 +52,7 @@ class CDLOutput(ModelOutput):
     prompt_loss: torch.Tensor | None = None
     query: torch.Tensor | None = None
     features: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
 

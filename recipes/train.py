@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -87,12 +86,13 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
 
     trainers = []
     for role, model in models.items():
-        terms = [(fields["type"], build_term(fields)) for fields in recipe.distill if role == "student"]
+        set_seed(recipe.seed)  # for the layers that terms own
+        terms = [(fields["type"], build_term(fields, models)) for fields in recipe.distill if role == "student"]
         objective = Objective(recipe.ce_weight if role == "student" else 1.0, terms)
-        teacher = models.get("teacher") if terms else None
-        arguments = arguments_of(recipe, run, "teacher" if role == "teacher" else "student")
+        section = recipe.training_args("teacher" if role == "teacher" else "student")
+        arguments = CDLTrainingArguments(output_dir=str(run.folder / "work"), **section)
         rest = {"eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
-        trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
+        trainers.append(CDLTrainer(model, arguments, objective, models.get("teacher"), role=role, run=run, **rest))
     return stream, trainers
 
 
@@ -126,13 +126,10 @@ def load(run: Run, role: str) -> CDLForImageClassification | None:
     return None if folder is None else CDLForImageClassification.from_pretrained(folder)
 
 
-def build_term(fields: dict):
+def build_term(fields: dict, models: dict[str, CDLForImageClassification]):
     term = TERMS[fields["type"]]
-    return term(term.config_class(**{key: value for key, value in fields.items() if key != "type"}))
-
-
-def arguments_of(recipe: Recipe, run: Run, role: Literal["teacher", "student"]) -> CDLTrainingArguments:
-    return CDLTrainingArguments(output_dir=str(run.folder / "work"), **recipe.training_args(role))
+    config = term.config_class(**{key: value for key, value in fields.items() if key != "type"})
+    return term(config, models["student"].shape, models["teacher"].shape)
 
 
 def load_processor(recipe: Recipe):

@@ -19,19 +19,14 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTraining
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.prompts.coda import orthogonalise
-from hf_cdl.types import KV, CDLOutput, Task
+from hf_cdl.types import KV, CDLOutput, ModelShape, Task
 
 NOT_YET: dict[str, str] = {  # name prefix of a file -> what it needs
     "apt_": "APT",
     "mapping_": "prompt mapping",
     "kdp_apt": "APT",
-    "loss_dkd": "DKD",
-    "loss_fitnets": "FitNets",
-    "loss_reviewkd": "ReviewKD",
     "trace_apt": "APT",
-    "trace_coda_fitnets": "FitNets",
     "trace_coda_mapping": "prompt mapping",
-    "trace_l2p": "DKD",
 }
 
 Tensors = dict[str, torch.Tensor]
@@ -358,29 +353,73 @@ def check_kdp(case: Case) -> None:
     case.same("eval.logits_blended", model(case["pixel_values"]).logits)
 
 
-TERM_OF = {"KD": "kd", "KD_Token": "kdp"}
+TERMS_OF = {  # the reference's FitNets and ReviewKD contain KD
+    "KD": ["kd"],
+    "KD_Token": ["kdp"],
+    "DKD": ["dkd"],
+    "FitNets": ["kd", "fitnets"],
+    "ReviewKD": ["kd", "review_kd"],
+}
 
 
-def term_of(method: str, alpha: float, temperature: float) -> tuple[str, Any]:
-    term = TERMS[TERM_OF[method]]
-    return TERM_OF[method], term(term.config_class(weight=alpha, temperature=temperature))
+def objective_of(hyper: dict[str, Any], temperature: float, student: ModelShape, teacher: ModelShape) -> Objective:
+    """The reference's loss as a sum of our terms. Its DKD ignores the temperature of the others."""
+    alpha, names = hyper["kd_alpha"], TERMS_OF[hyper["method"]]
+    fields: dict[str, Any] = {"temperature": temperature}
+    if names[0] == "dkd":
+        fields = {name: hyper[f"dkd_{name}"] for name in ("alpha", "beta") if f"dkd_{name}" in hyper}
+    configs = [{"weight": alpha, **fields}, *({} for _ in names[1:])]
+    return Objective(
+        1 - alpha,
+        [
+            (name, TERMS[name](TERMS[name].config_class(**config), student, teacher))
+            for name, config in zip(names, configs, strict=True)
+        ],
+    )
 
 
 def check_losses(case: Case) -> None:
     hyper = case.hyper
     alpha = hyper["kd_alpha"]
-    objective = Objective(1 - alpha, [term_of(hyper["method"], alpha, hyper["temperature"])])
+    objective = objective_of(hyper, hyper["temperature"], ModelShape(1, 1), ModelShape(1, 1))
     classes = slice(hyper["last_valid_out_dim"], hyper["valid_out_dim"])
     leaves = {name: case[name].clone().requires_grad_() for name in ("logits", "kd_logits") if name in case.tensors}
     student = CDLOutput(logits=leaves["logits"], kd_logits=leaves.get("kd_logits"))  # type: ignore[arg-type]
     losses = objective(student, CDLOutput(logits=case["teacher_logits"]), case["targets"], classes)
     case.same("total_loss", losses["loss"])
     case.same("ce_loss", losses["ce"])
-    case.same("soft_loss", alpha * losses[TERM_OF[hyper["method"]]])
+    case.same("soft_loss", alpha * losses[TERMS_OF[hyper["method"]][0]])
     losses["loss"].backward(retain_graph=True)
     for name, leaf in leaves.items():
         case.same(f"grad.{name}", leaf.grad)
     case.same("grad_ce.logits", torch.autograd.grad(losses["ce"], leaves["logits"])[0])
+
+
+def check_features(case: Case) -> None:
+    """FitNets and ReviewKD, on hidden states that are given."""
+    hyper = case.hyper
+    kind = TERMS[{"FitNets": "fitnets", "ReviewKD": "review_kd"}[hyper["method"]]]
+    hidden: dict[str, list[torch.Tensor]] = {}
+    for role in ("student", "teacher"):
+        count = sum(name.startswith(f"{role}_features.") for name in case.tensors)
+        hidden[role] = [case[f"{role}_features.{i}"].clone().requires_grad_(role == "student") for i in range(count)]
+    shapes = [ModelShape(hyper[f"{role}_dim"], len(states)) for role, states in hidden.items()]
+    term: Any = kind(kind.config_class(weight=hyper["weight"]), *shapes)
+    term.load_state_dict({name: case[name] for name in term.state_dict()})
+    outputs: list[torch.Tensor] = []  # of ReviewKD's units, deepest first
+    for unit in getattr(term, "abf", ()):
+        unit.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+    student, teacher = (CDLOutput(hidden_states=(None, *states)) for states in hidden.values())
+    loss = term.config.weight * term(student, teacher, torch.empty(0))
+    case.same("feature_loss", loss)
+    for number, output in enumerate(reversed(outputs)):
+        case.same(f"review_output.{number}", output)
+    loss.backward()
+    leaves = dict(term.named_parameters())
+    leaves.update({f"student_features.{i}": leaf for i, leaf in enumerate(hidden["student"])})
+    for name in case.tensors:
+        if name.startswith("grad."):
+            case.same(name, leaves[name.removeprefix("grad.")].grad)
 
 
 def check_masked_ce(case: Case) -> None:
@@ -424,10 +463,19 @@ class Batches(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[index], "labels": self.targets[index]}
 
 
+def own_layers(model: Any) -> Tensors:
+    """The parameters of the terms' own layers, as the reference calls them."""
+    terms = [] if model.scaffold is None else model.scaffold.terms.values()
+    return {name: parameter for term in terms for name, parameter in term.named_parameters()}
+
+
 def put_state(case: Case, model: Any, stage: str, role: str) -> None:
     prefix = f"{stage}.{role}."
     put_pool(model.pool, case.tensors, f"{prefix}prompt.")
     put_head(model.head, case[f"{prefix}last.weight"], case[f"{prefix}last.bias"])
+    with torch.no_grad():
+        for name, parameter in own_layers(model).items():
+            parameter.copy_(case[f"{prefix}{name}"])
     if model.kd_prompt is not None:
         put_head(model.kd_head, case[f"{prefix}kd_last.weight"], case[f"{prefix}kd_last.bias"])
         put_kd_prompt(model.kd_prompt, case.tensors, f"{prefix}kd_prompt")
@@ -445,6 +493,8 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
             layer = int(rest[0])
             got = model.kd_prompt.token[None] if layer == 0 else model.kd_prompt.prompt[layer - 1]
             used = len(want)
+        elif part in ("projection", "abf"):
+            got, used = own_layers(model).get(".".join([part, *rest]), want), len(want)  # a norm is never used
         else:
             head = model.head if part == "last" else model.kd_head
             got, used = gather(head.blocks, rest[0], want), sum(model.config.num_classes_per_task)
@@ -475,7 +525,7 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
         "use_cpu": True,
         "report_to": "none",
     }
-    objective = Objective(1 - alpha, [term_of(hyper["method"], alpha, hyper["Soft_T"])])
+    objective = objective_of(hyper, hyper["Soft_T"], models["student"].shape, models["teacher"].shape)
     teacher = CDLTrainer(models["teacher"], CDLTrainingArguments(str(tmp_path / "t"), **arguments), role="teacher")
     student = CDLTrainer(
         models["student"],
@@ -502,8 +552,11 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
             with torch.no_grad():
                 case.same(f"task{number}.eval.{role}_logits", model(case["eval_pixel_values"]).logits, "eval_logits")
             if role == "student":
-                soft = [alpha * line[f"loss/{TERM_OF[hyper['method']]}"] for line in log]
-                case.same(f"{key}soft_loss", torch.tensor(soft), "losses")
+                kinds = ("soft_loss", "feature_loss")
+                for kind, name in zip(kinds, TERMS_OF[hyper["method"]], strict=False):
+                    term: Any = objective.terms[name]
+                    values = [term.config.weight * line[f"loss/{name}"] for line in log]
+                    case.same(f"{key}{kind}", torch.tensor(values), "losses")
         steps = [i for _ in range(hyper["epochs"]) for i in range(hyper["batches_per_epoch"])]
         with torch.no_grad():
             given = [models["teacher"](case[f"pixel_values.{number}.{i}"]).logits[:, task.classes] for i in steps]
@@ -520,6 +573,8 @@ CHECKS = {
     "dualprompt": check_matched,
     "kdp": check_kdp,
     "losses": check_losses,
+    "fitnets": check_features,
+    "reviewkd": check_features,
     "masked_ce": check_masked_ce,
     "metrics": check_metrics,
     "train_trace": check_train_trace,

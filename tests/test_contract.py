@@ -19,7 +19,7 @@ from transformers import ViTConfig, set_seed
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS
-from hf_cdl.types import CDLOutput, Task
+from hf_cdl.types import CDLOutput, ModelShape, Task
 
 # Fields that make a method small enough for a three-layer backbone; a new method adds its row here.
 SMALL: dict[str, dict[str, Any]] = {
@@ -236,7 +236,7 @@ def test_a_pair_learns_two_tasks(method: str, term: str, tmp_path: Path) -> None
     assert teacher_model.query_backbone is not None
     teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
     teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t"), role="teacher")
-    objective = Objective(0.5, [(term, kind(kind.config_class()))])
+    objective = Objective(0.5, [(term, kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path / "s"), objective=objective, teacher=teacher_model)
     for task in stream():
         teacher.learn(task)
@@ -257,22 +257,28 @@ def test_a_pair_learns_two_tasks(method: str, term: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None:
+    """One step down the gradient of the term, on logits and hidden states, lowers it; no gradient on the teacher."""
     kind = TERMS[term]
-    instance = kind(kind.config_class())
-    generator = torch.Generator().manual_seed(3)
-    teacher = CDLOutput(logits=torch.randn(6, 4, generator=generator))
-    labels = torch.randint(0, 4, (6,), generator=generator)
-    leaf = torch.randn(6, 4, generator=generator).requires_grad_()
-    student = CDLOutput(logits=leaf, kd_logits=leaf)
-    loss = instance(student, teacher, labels)
+    set_seed(3)
+    instance = kind(kind.config_class(), ModelShape(8, 3), ModelShape(12, 5))
+    teacher = CDLOutput(logits=torch.randn(6, 4), hidden_states=tuple(torch.randn(6, 17, 12) for _ in range(6)))
+    labels = torch.randint(0, 4, (6,))
+    leaves = [torch.randn(6, 4), *(torch.randn(6, 17, 8) for _ in range(4))]
+
+    def student(values: list[torch.Tensor]) -> CDLOutput:
+        return CDLOutput(logits=values[0], kd_logits=values[0], hidden_states=tuple(values[1:]))
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    loss = instance(student(leaves), teacher, labels)
     assert loss.ndim == 0 and loss > 0
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    stepped = leaf.detach() - 0.1 * gradient
-    assert instance(CDLOutput(logits=stepped, kd_logits=stepped), teacher, labels) < loss
-    same = CDLOutput(logits=teacher.logits, kd_logits=teacher.logits)
-    assert abs(instance(same, teacher, labels)) < 1e-6
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    asked = {-1 - number for number in instance.needs.get("student", ())}
+    assert [g is not None for g in gradients[1:]] == [3 - n in asked for n in range(4)]
+    moved = [leaf if g is None else leaf - 0.1 * g for leaf, g in zip(leaves, gradients, strict=True)]
+    assert instance(student(moved), teacher, labels) < loss
     with pytest.raises(ValueError, match="need a teacher"):
-        Objective(0.5, [(term, instance)])(student, None, labels, slice(0, 4))
+        Objective(0.5, [(term, instance)])(student(leaves), None, labels, slice(0, 4))
 
 
 def test_masked_cross_entropy_sees_the_current_classes_only() -> None:

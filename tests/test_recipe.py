@@ -92,7 +92,7 @@ def test_quickstart_is_the_default() -> None:
         ({"student__prompt": {"type": ["coda"]}}, "'student.prompt.type' is ['coda']; allowed: none, coda"),
         ({"student__kd_prompt": {"lenght": 4}}, "unknown field 'student.kd_prompt.lenght'"),
         ({"distill": [{"type": "kdp", "tau": 4}]}, "unknown field 'distill.0.tau'"),
-        ({"distill": [{"type": "dkdd"}]}, "'distill.0.type' is 'dkdd'; allowed: kd, kdp"),
+        ({"distill": [{"type": "dkdd"}]}, "'distill.0.type' is 'dkdd'; allowed: kd, dkd"),
         ({"distill": ["kdp"]}, "'distill' is ['kdp'], but should be a valid dictionary"),
         ({"train__learning_rat": 1}, "unknown field 'train.learning_rat'; did you mean 'learning_rate'?"),
         ({"teacher__train": {"epoch": 1}}, "unknown field 'teacher.train.epoch'"),

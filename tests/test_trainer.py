@@ -27,7 +27,7 @@ def pair(folder: Path, term: str = "kdp", **extra: Any) -> tuple[CDLTrainer, CDL
     assert teacher_model.query_backbone is not None
     teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
     teacher = CDLTrainer(teacher_model, arguments(folder / "t", **extra), role="teacher")
-    objective = Objective(0.5, [(term, kind(kind.config_class()))])
+    objective = Objective(0.5, [(term, kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     return teacher, CDLTrainer(
         student_model, arguments(folder / "s", **extra), objective=objective, teacher=teacher_model
     )
@@ -69,7 +69,7 @@ def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> No
     student_model = model_of("coda", kd_prompt={})
     teacher_model = model_of("coda", width=48)  # queries itself
     kind = TERMS["kdp"]
-    objective = Objective(0.5, [("kdp", kind(kind.config_class()))])
+    objective = Objective(0.5, [("kdp", kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path), objective=objective, teacher=teacher_model)
     assert not student.shares_query
     teacher_model.begin_task(TASK.class_names)
@@ -207,9 +207,9 @@ def test_tasks_come_in_order_and_the_teacher_is_not_forgotten(tmp_path: Path) ->
         trainer.learn(second)
     kind = TERMS["kd"]
     with pytest.raises(ValueError, match="The terms kd need a teacher"):
-        CDLTrainer(
-            model_of("coda"), arguments(tmp_path), objective=Objective(0.5, [("kd", kind(kind.config_class()))])
-        )
+        model = model_of("coda")
+        term = kind(kind.config_class(), model.shape, model.shape)
+        CDLTrainer(model, arguments(tmp_path), objective=Objective(0.5, [("kd", term)]))
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:

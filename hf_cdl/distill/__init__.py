@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from hf_cdl.distill.dist import DIST
+from hf_cdl.distill.dkd import DKD
+from hf_cdl.distill.fitnets import FitNets
 from hf_cdl.distill.kd import KD
+from hf_cdl.distill.kd_token import KDToken
 from hf_cdl.distill.kdp import KDP
 from hf_cdl.distill.objective import Objective, Term
+from hf_cdl.distill.review_kd import ReviewKD
 
 TERMS: dict[str, type[Term]] = {
     "kd": KD,
+    "dkd": DKD,
+    "dist": DIST,
+    "kd_token": KDToken,
     "kdp": KDP,
+    "fitnets": FitNets,
+    "review_kd": ReviewKD,
 }
 
 __all__ = ["TERMS", "Objective", "Term"]

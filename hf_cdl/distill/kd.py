@@ -1,6 +1,9 @@
 r"""KD: the student's head follows the teacher's softened logits (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
 
 In the stream only the current task's classes are compared (Continual Distillation Learning, arXiv 2407.13911).
+`standardise` is logit standardisation (LSKD, Sun et al. 2024, arXiv 2403.01427): z <- (z - mean(z)) / std(z) over those
+classes, for teacher and student alike, so that their scales need not agree. std is the sample's (C_t - 1) and 1e-7 is
+added to it, as in the authors' code. It needs two classes in a task.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_cdl.distill.objective import Term, kd_loss
+from hf_cdl.distill.objective import Term, check_two_classes, kd_loss
 from hf_cdl.types import CDLOutput
 
 
@@ -17,6 +20,7 @@ from hf_cdl.types import CDLOutput
 class KDConfig:
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
+    standardise: bool = field(default=False, metadata={"help": "Standardise the logits of each sample first (LSKD)."})
 
     def __post_init__(self):
         if self.weight < 0 or self.temperature <= 0:
@@ -27,4 +31,13 @@ class KD(Term):
     config_class = KDConfig
 
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
-        return kd_loss(student.logits, teacher.logits, self.config.temperature)
+        ours, theirs = student.logits, teacher.logits
+        if self.config.standardise:
+            check_two_classes("kd with standardise", ours)
+            ours, theirs = standardised(ours), standardised(theirs)
+        return kd_loss(ours, theirs, self.config.temperature)
+
+
+def standardised(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C), each row with mean 0 and standard deviation 1."""
+    return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)

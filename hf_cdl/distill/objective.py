@@ -9,14 +9,17 @@ reference's masked cross-entropy (earlier classes set to -inf, later ones cut).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cdl.types import CDLOutput
+from hf_cdl.types import CDLOutput, ModelShape
+
+Role = Literal["student", "teacher"]
 
 
 class Term(nn.Module):
@@ -24,17 +27,17 @@ class Term(nn.Module):
 
     Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
     A method file defines a frozen dataclass `Config` with at least `weight`, and a subclass with `config_class` and
-    `forward`. `needs` names what must be computed for it besides logits ("hidden_states" of both models);
-    `student_parts` are the CDLConfig sections that the student must have, with their defaults for this term.
+    `forward`. `needs` says which hidden states it looks at besides logits, by role, numbered as in CDLOutput (0 the
+    embeddings, -1 the last layer): {"student": (-1,), "teacher": (-1,)}; no other is computed or kept. `student_parts` are the CDLConfig sections that the student must have, with their defaults for this term.
     """
 
     config_class: ClassVar[type]
-    needs: ClassVar[frozenset[str]] = frozenset()
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
         super().__init__()
-        self.config = config
+        self.config, self.student, self.teacher = config, student, teacher
+        self.needs: dict[Role, tuple[int, ...]] = {}
 
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -56,11 +59,10 @@ class Objective(nn.Module):
         """Whether any term looks at a teacher."""
         return len(self.terms) > 0
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the terms look at besides logits."""
+    def hidden_states(self, role: Role) -> list[int]:
+        """The hidden states of a model that the terms look at, by number; empty if none does."""
         terms: Any = self.terms.values()
-        return frozenset().union(*(term.needs for term in terms))
+        return sorted({number for term in terms for number in term.needs.get(role, ())})
 
     def forward(
         self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor, classes: slice
@@ -101,3 +103,53 @@ def kd_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) ->
     log_p = F.log_softmax(student / temperature, dim=-1)
     log_q = F.log_softmax(teacher / temperature, dim=-1)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def check_two_classes(term: str, logits: torch.Tensor) -> None:
+    """Raise ValueError if the task has fewer than two classes, for terms that compare classes with each other."""
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"The term {term} compares the classes of a task with each other, but this task has {logits.shape[-1]}. "
+            "Use larger tasks (data.classes_per_task >= 2) or another term."
+        )
+
+
+def hidden_state(output: CDLOutput, number: int) -> torch.Tensor:
+    """The hidden state (B, N, D) of that number, in float32. It must be among the term's `needs`."""
+    state = None if output.hidden_states is None else output.hidden_states[number]
+    if state is None:
+        raise ValueError(f"The hidden state {number} was not computed: name it in the term's `needs`.")
+    return state.float()
+
+
+def same_tokens(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (B, N_s, D_s) and (B, N_t, D_t), CLS and patches, brought to the same tokens.
+
+    With N_s = N_t nothing is done, as in the references. Otherwise [ours] the student's square grid of patches is
+    interpolated to the teacher's (bilinear); CLS stays, unless only one of the two has one. Raises ValueError for
+    different grids that are not square.
+    """
+    if student.shape[1] == teacher.shape[1]:
+        return student, teacher
+    (s_cls, s_side), (t_cls, t_side) = _layout(student), _layout(teacher)
+    patches = student[:, s_cls:]
+    if s_side != t_side:
+        grid = patches.transpose(1, 2).unflatten(2, (s_side, s_side))
+        grid = F.interpolate(grid, size=(t_side, t_side), mode="bilinear", align_corners=False)
+        patches = grid.flatten(2).transpose(1, 2)
+    if s_cls and t_cls:
+        return torch.cat([student[:, :1], patches], dim=1), teacher
+    return patches, teacher[:, t_cls:]
+
+
+def _layout(sequence: torch.Tensor) -> tuple[int, int]:
+    """Number of CLS tokens (0 or 1) and side of the square grid of patches: n^2 tokens have no CLS, n^2 + 1 have."""
+    count = sequence.shape[1]
+    for cls in (0, 1):
+        side = math.isqrt(count - cls)
+        if side * side == count - cls:
+            return cls, side
+    raise ValueError(
+        f"Teacher and student have different numbers of tokens, and {count} tokens are no square grid of patches, so "
+        "the grids cannot be matched. Use square images, or a teacher and a student with the same patch grid."
+    )

@@ -174,6 +174,11 @@ def final_norm(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
     return hidden
 
 
+def num_extra_tokens(config: PreTrainedConfig) -> int:
+    """Tokens of the family's own between CLS and patches: registers, or DeiT's distillation token."""
+    return int(config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
+
+
 def check_extra_token(config: PreTrainedConfig) -> None:
     """Raise ValueError if no KD token can be put into the sequence of this backbone."""
     bias = getattr(config, "use_relative_position_bias", False) or getattr(

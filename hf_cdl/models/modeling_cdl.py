@@ -17,7 +17,7 @@ from hf_cdl.models import backbone as bb
 from hf_cdl.models.heads import HEADS, Head
 from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.prompts import PROMPTS, KDPrompt, KDPromptConfig, PromptPool
-from hf_cdl.types import KV, CDLOutput
+from hf_cdl.types import KV, CDLOutput, ModelShape
 
 
 class CDLForImageClassification(PreTrainedModel):
@@ -67,6 +67,11 @@ class CDLForImageClassification(PreTrainedModel):
         self.freeze()
 
     # ---- building, growing, freezing ----
+
+    @property
+    def shape(self) -> ModelShape:
+        """Width and number of layers of the backbone."""
+        return ModelShape(self.backbone.config.hidden_size, len(bb.layers(self.backbone)))
 
     @classmethod
     def from_backbone(
@@ -211,6 +216,7 @@ class CDLForImageClassification(PreTrainedModel):
 
         `query` (B, D_q) saves the query pass when it is known already; `task_id` is the current task, in training
         only. In training `logits` are the CLS head's; in evaluation (1 - alpha) * CLS head + alpha * KD head.
+        `output_hidden_states` may list the numbers of those to keep: 0 the embeddings, -1 the last layer.
         """
         if not self.config.tasks:
             raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
@@ -240,7 +246,7 @@ class CDLForImageClassification(PreTrainedModel):
             prompt_loss=prompt_loss,
             query=query,
             features=features,
-            hidden_states=outputs.hidden_states,
+            hidden_states=self._image_tokens(outputs.hidden_states),
             attentions=outputs.attentions,
         )
 
@@ -305,6 +311,18 @@ class CDLForImageClassification(PreTrainedModel):
             return sequence, sequence[:, 0]
         at = self._token_index(sequence.shape[1])
         return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
+
+    def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
+        """Hidden states of CLS and patches alone; None where a layer was not asked for."""
+        if hidden_states is None:
+            return None
+        skip = bb.num_extra_tokens(self.backbone.config)
+
+        def image_tokens(sequence: torch.Tensor) -> torch.Tensor:
+            sequence, _ = self._take_token(sequence)
+            return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
+
+        return tuple(None if sequence is None else image_tokens(sequence) for sequence in hidden_states)
 
     def _token_index(self, length: int) -> int:
         return bb.family(self.backbone.config).token_at % length

@@ -1,0 +1,55 @@
+r"""DIST: match relations instead of values (Huang et al. 2022, arXiv 2205.10536, Sec. 3).
+
+With softened probabilities Y^s, Y^t (B, C_t) and Pearson's correlation \rho, 1 - \rho is a distance that ignores scale
+and shift. Rows: how a sample ranks the classes (inter-class); columns: how a class ranks the samples (intra-class):
+
+    L = \tau^2 ( \beta / B \sum_i (1 - \rho(Y^s_{i,:}, Y^t_{i,:})) + \gamma / C_t \sum_j (1 - \rho(Y^s_{:,j}, Y^t_{:,j})) )
+
+`beta`, `gamma`, `temperature` are the paper's \beta, \gamma, \tau. Defaults \beta = \gamma = 2 as in the paper; the
+authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so they count 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_cdl.distill.objective import Term, check_two_classes
+from hf_cdl.types import CDLOutput
+
+
+@dataclass(frozen=True)
+class DISTConfig:
+    weight: float = field(default=1.0, metadata={"help": "Weight of the term beside its beta and gamma."})
+    beta: float = field(default=2.0, metadata={"help": "Weight of the rows (inter-class); the authors' code: 1."})
+    gamma: float = field(default=2.0, metadata={"help": "Weight of the columns (intra-class); the authors' code: 1."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature tau of both softmaxes."})
+
+    def __post_init__(self):
+        if min(self.weight, self.beta, self.gamma) < 0 or self.temperature <= 0:
+            raise ValueError(
+                f"dist needs weight, beta and gamma >= 0 and temperature > 0; got {self.weight}, {self.beta}, "
+                f"{self.gamma} and {self.temperature}."
+            )
+
+
+class DIST(Term):
+    """Raises ValueError in a task of one class."""
+
+    config_class = DISTConfig
+
+    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+        check_two_classes("dist", student.logits)
+        ours = torch.softmax(student.logits / self.config.temperature, dim=1)
+        theirs = torch.softmax(teacher.logits / self.config.temperature, dim=1)
+        loss = self.config.beta * pearson_distance(ours, theirs)
+        if len(ours) > 1:
+            loss = loss + self.config.gamma * pearson_distance(ours.T, theirs.T)
+        return self.config.temperature**2 * loss
+
+
+def pearson_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    r"""1 - \rho of the rows of two matrices, mean over the rows."""
+    a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
+    return 1 - ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()

@@ -1,0 +1,44 @@
+r"""FitNets: the student's last layer predicts the teacher's (Romero et al. 2015, arXiv 1412.6550), in the ViT form of
+the CDL authors' code (arXiv 2407.13911).
+
+    L = mean over samples, tokens and channels of (W h_s + b - h_t)^2
+
+h_s (B, N, D_s), h_t (B, N, D_t): output of the last layer before the final norm, CLS and patches; W (D_t, D_s) and b are
+learnt with the student and left behind. The paper's hints come from a middle layer, in a stage before training; here
+the last layer, all along. Ours: where the numbers of tokens differ (another patch size), the student's patches are
+interpolated to the teacher's grid; KD tokens, registers and the like are not compared. The authors add KD to it: write
+`distill: [{type: kd}, {type: fitnets}]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hf_cdl.distill.objective import Term, hidden_state, same_tokens
+from hf_cdl.types import CDLOutput, ModelShape
+
+
+@dataclass(frozen=True)
+class FitNetsConfig:
+    weight: float = field(default=0.1, metadata={"help": "Weight of the term."})
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"fitnets needs weight >= 0; got {self.weight}.")
+
+
+class FitNets(Term):
+    config_class = FitNetsConfig
+
+    def __init__(self, config: FitNetsConfig, student: ModelShape, teacher: ModelShape):
+        super().__init__(config, student, teacher)
+        self.needs = {"student": (-1,), "teacher": (-1,)}
+        self.projection = nn.Linear(student.hidden_size, teacher.hidden_size)
+
+    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+        ours, theirs = same_tokens(hidden_state(student, -1), hidden_state(teacher, -1))
+        return F.mse_loss(self.projection(ours), theirs)
