@@ -56,6 +56,8 @@ class CDLTrainer(Trainer):
         if self.objective.needs_teacher and teacher is None:
             raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
+        if model.scaffold is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
         super().__init__(model=model, args=args, processing_class=processor)
         self.teacher = teacher if self.objective.needs_teacher else None
         self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)

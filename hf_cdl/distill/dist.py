@@ -3,7 +3,8 @@ r"""DIST: match relations instead of values (Huang et al. 2022, arXiv 2205.10536
 With softened probabilities Y^s, Y^t (B, C_t) and Pearson's correlation \rho, 1 - \rho is a distance that ignores scale
 and shift. Rows: how a sample ranks the classes (inter-class); columns: how a class ranks the samples (intra-class):
 
-    L = \tau^2 ( \beta / B \sum_i (1 - \rho(Y^s_{i,:}, Y^t_{i,:})) + \gamma / C_t \sum_j (1 - \rho(Y^s_{:,j}, Y^t_{:,j})) )
+    L = \tau^2 ( \beta / B \sum_i (1 - \rho(Y^s_{i,:}, Y^t_{i,:}))
+                + \gamma / C_t \sum_j (1 - \rho(Y^s_{:,j}, Y^t_{:,j})) )
 
 `beta`, `gamma`, `temperature` are the paper's \beta, \gamma, \tau. Defaults \beta = \gamma = 2 as in the paper; the
 authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so they count 0.

@@ -1,9 +1,9 @@
 r"""KD: the student's head follows the teacher's softened logits (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
 
 In the stream only the current task's classes are compared (Continual Distillation Learning, arXiv 2407.13911).
-`standardise` is logit standardisation (LSKD, Sun et al. 2024, arXiv 2403.01427): z <- (z - mean(z)) / std(z) over those
-classes, for teacher and student alike, so that their scales need not agree. std is the sample's (C_t - 1) and 1e-7 is
-added to it, as in the authors' code. It needs two classes in a task.
+`standardise` is logit standardisation (LSKD, Sun et al. 2024, arXiv 2403.01427): z <- (z - mean(z)) / std(z) over
+those classes, for teacher and student alike, so that their scales need not agree. std is the sample's (C_t - 1) and
+1e-7 is added to it, as in the authors' code. It needs two classes in a task.
 """
 
 from __future__ import annotations

@@ -27,8 +27,10 @@ class Term(nn.Module):
 
     Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
     A method file defines a frozen dataclass `Config` with at least `weight`, and a subclass with `config_class` and
-    `forward`. `needs` says which hidden states it looks at besides logits, by role, numbered as in CDLOutput (0 the
-    embeddings, -1 the last layer): {"student": (-1,), "teacher": (-1,)}; no other is computed or kept. `student_parts` are the CDLConfig sections that the student must have, with their defaults for this term.
+    `forward`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
+    hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
+    layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
+    the student must have, with their defaults for this term.
     """
 
     config_class: ClassVar[type]
