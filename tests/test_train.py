@@ -627,6 +627,7 @@ def test_accumulated_batches_are_one_batch(run: Callable[..., tuple[int, str]], 
 def test_two_processes_learn_what_one_does(tiny: Path, tmp_path: Path) -> None:
     """With SGD: Adam divides by the gradient's size, so where that is 0 it makes a step of rounding noise."""
     common = ("--train.logging_steps", 1, "--train.num_train_epochs", 2, "--train.optim", "sgd")
+    common += ("--distill", "[{type: kdp}, {type: review_kd}]")  # a term with layers of its own too
     one, two = tmp_path / "one", tmp_path / "two"
     code, output = train(tiny, "--output_dir", one, *common, "--train.per_device_train_batch_size", 8)
     assert code == 0, output
