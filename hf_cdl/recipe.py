@@ -307,7 +307,8 @@ def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict
         kind = term.get("type") if isinstance(term, dict) else None
         known = TERMS.get(kind) if isinstance(kind, str) else None
         for part, defaults in (known.student_parts if known else {}).items():
-            parts[part] = {**parts.get(part, {}), **defaults}
+            if parts.setdefault(part, defaults) != defaults:
+                problems.append(f"'distill.{number}' ({kind}) wants another '{part}' than the terms before; keep one")
     if terms and content.get("teacher") is None:
         problems.append("'distill' has terms but 'teacher' is null; give a teacher or an empty list of terms")
     return parts

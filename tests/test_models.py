@@ -100,8 +100,7 @@ def test_every_family_takes_prompts_and_the_kd_token(kind: str, tmp_path: Path) 
 
 
 def test_dinov3_keeps_its_patch_positions_beside_the_kd_token(tmp_path: Path) -> None:
-    # A token that nobody can attend to (huge negative keys are not to be had, so: identical to a register's absence)
-    # would shift RoPE by one patch if it stood at the end. Check the rotation itself: patches see the same cos/sin.
+    # RoPE rotates the last tokens of the sequence as patches: a KD token at the end would shift it by one patch.
     model = student(stored_backbone(tmp_path, "dinov3_vit"), prompt={"type": "none"})
     seen: list[torch.Tensor] = []
     layer = bb.layers(model.backbone)[0]
@@ -290,8 +289,6 @@ def test_wrong_sections_are_refused_with_what_is_allowed(vit: Path) -> None:
 
 
 def test_the_class_mean_head_is_the_nearest_class_mean(vit: Path) -> None:
-    model = student(vit, prompt={"type": "none"}, kd_prompt=None, head={"type": "ncm"})
-    model.config.set_tasks([])
     model = CDLForImageClassification.from_backbone(str(vit), head={"type": "ncm"}).eval()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     features = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))

@@ -141,6 +141,7 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
     ("fields", "said"),
     [
         ({"teacher": None}, "'distill' has terms but 'teacher' is null"),
+        ({"distill": [{"type": "kdp"}, {"type": "kd_token"}]}, "'distill.1' (kd_token) wants another 'kd_prompt'"),
         ({"student__train_backbone": True}, "'student.train_backbone' with prompts"),
         ({"teacher__kd_prompt": {}}, "'teacher.kd_prompt': only a student has KD prompts"),
         ({"distill": [{"type": "kd"}], "student__kd_prompt": {}}, "'student.kd_prompt' is set, but no term"),
