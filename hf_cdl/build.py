@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
@@ -14,7 +14,6 @@ from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
 from hf_cdl.tasks.transforms import output_size
 
-Role = Literal["teacher", "student"]
 Models = dict[str, CDLForImageClassification]
 
 
@@ -50,14 +49,16 @@ def build_models(
         section = getattr(recipe, role)
         if section is not None:
             with about(role, section):
-                models[role] = stored(role) or _build(recipe, section, role)
+                models[role] = stored(role) or _build(recipe, section, role, models.get("teacher"))
     for name in recipe.baselines:
         bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head=BASELINES[name])
-        models[name] = stored(name) or _build(recipe, bare, "student")
+        models[name] = stored(name) or _build(recipe, bare, name)
     return models
 
 
-def _build(recipe: Recipe, section: ModelRecipe, role: Role) -> CDLForImageClassification:
+def _build(
+    recipe: Recipe, section: ModelRecipe, role: str, teacher: CDLForImageClassification | None = None
+) -> CDLForImageClassification:
     set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
     shared = role == "teacher" and section.query == "student" and section.prompt["type"] != "none"
     return CDLForImageClassification.from_backbone(
@@ -67,7 +68,10 @@ def _build(recipe: Recipe, section: ModelRecipe, role: Role) -> CDLForImageClass
         query_revision=recipe.student.revision if shared else None,
         prompt=section.prompt,
         head=section.head,
+        query="one_pass" if section.query == "one_pass" else "two_pass",
         kd_prompt=section.kd_prompt,
+        mapping=section.mapping,
+        teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
         train_backbone=section.train_backbone,
     )
 
@@ -77,11 +81,12 @@ def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
     set_seed(recipe.seed)  # for the layers that terms own
     if role != "student":
         return Objective()
+    student, teacher = models["student"].shape, models.get("teacher", models["student"]).shape
     terms = []
     for fields in recipe.distill:
         kind = TERMS[fields["type"]]
         config = kind.config_class(**{key: value for key, value in fields.items() if key != "type"})
-        terms.append((fields["type"], kind(config, models["student"].shape, models["teacher"].shape)))
+        terms.append((fields["type"], kind(config, student, teacher)))
     return Objective(recipe.ce_weight, terms)
 
 

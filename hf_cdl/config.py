@@ -31,12 +31,25 @@ class CDLConfig(PreTrainedConfig):
                   "query); None: the model's own un-prompted backbone answers."},
     )  # fmt: skip
     query_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the query backbone."})
+    query: str = field(
+        default="two_pass",
+        metadata={"help": "Query of the prompts: two_pass (the CLS feature of an un-prompted pass) or one_pass (the "
+                  "CLS token that enters each layer, OS-Prompt)."},
+    )  # fmt: skip
     prompt: dict[str, Any] = field(
         default_factory=lambda: {"type": "none"}, metadata={"help": "Prompt pool: its type and that type's fields."}
     )
     kd_prompt: dict[str, Any] | None = field(
         default=None, metadata={"help": "KD token, KD prompts and KD head (None: the model has none)."}
     )
+    mapping: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Mapping of the teacher's prompts and a KD head (None: the model has none)."}
+    )
+    teacher_pool: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Of a mapping's teacher: its `prompt` section, hidden_size and num_layers, to rebuild the "
+                  "copy of its prompt pool."},
+    )  # fmt: skip
     head: dict[str, Any] = field(
         default_factory=lambda: {"type": "linear"}, metadata={"help": "Classification head: its type and fields."}
     )

@@ -18,12 +18,16 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
-from hf_cdl.prompts import PROMPTS, KDPromptConfig
+from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
 from hf_cdl.tasks import StreamConfig
 from hf_cdl.training_args import CDLTrainingArguments
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""
+
+
+_PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
+"""Sections of the student that terms ask for."""
 
 
 class RecipeError(ValueError):
@@ -43,8 +47,10 @@ class ModelRecipe:
     prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
     kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
-    query: Literal["student", "self"] = _help(
-        "Teacher only: whose frozen backbone gives the prompt queries, the student's (shared) or its own.",
+    mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)
+    query: Literal["student", "self", "one_pass"] = _help(
+        "What selects prompts: the CLS feature of the student's frozen backbone (shared by both models), of the "
+        "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
         default="student",
     )
     train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
@@ -309,9 +315,24 @@ def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict
         for part, defaults in (known.student_parts if known else {}).items():
             if parts.setdefault(part, defaults) != defaults:
                 problems.append(f"'distill.{number}' ({kind}) wants another '{part}' than the terms before; keep one")
-    if terms and content.get("teacher") is None:
-        problems.append("'distill' has terms but 'teacher' is null; give a teacher or an empty list of terms")
+        if known and known.needs_teacher and content.get("teacher") is None:
+            problems.append(f"'distill.{number}' ({kind}) has no teacher to learn from; give one or leave it out")
+        student = _section(content, "student", {})
+        pool = _pool_class(student)
+        if known and known.needs_query and not (student.get("query") == "one_pass" and pool and pool.needs_query):
+            problems.append(
+                f"'distill.{number}' ({kind}) compares one-pass queries with keys; it needs 'student.query' one_pass "
+                "and a prompt type with keys"
+            )
+    if len(parts) > 1:
+        problems.append(f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term")
     return parts
+
+
+def _pool_class(section: dict[str, Any]) -> type[PromptPool] | None:
+    """The prompt pool that a model's section names; None if it names none that exists."""
+    kind = _section(section, "prompt", {}).get("type")
+    return PROMPTS.get(kind) if isinstance(kind, str) else None
 
 
 def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
@@ -319,8 +340,6 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
     prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
     _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
     _check_typed(HEADS, head, f"{role}.head", problems)
-    if role == "student" and section.get("query", "student") != "student":
-        problems.append("'student.query': only a teacher can be given another one's query; leave it out")
     trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
     if trains and prompted:
         problems.append(
@@ -331,17 +350,27 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
             f"'{role}.head.type' ncm is fitted without training: it needs prompt.type none, train_backbone false and "
             "no distillation terms"
         )
-    if section.get("kd_prompt") is not None:
+    for part, kind in _PARTS.items():
+        if section.get(part) is None:
+            continue
         if role == "teacher":
-            problems.append("'teacher.kd_prompt': only a student has KD prompts")
-        elif "kd_prompt" not in parts:
+            problems.append(f"'teacher.{part}': only a student has it; leave it out")
+        elif part not in parts:
             problems.append(
-                "'student.kd_prompt' is set, but no term of 'distill' trains the KD head; add one of: "
-                + ", ".join(name for name, term in TERMS.items() if "kd_prompt" in term.student_parts)
+                f"'student.{part}' is set, but no term of 'distill' trains it; add one of: "
+                + ", ".join(name for name, term in TERMS.items() if part in term.student_parts)
             )
-        if isinstance(section["kd_prompt"], dict):
-            fields = section["kd_prompt"]
-            fields.update(_checked(KDPromptConfig, fields, f"{role}.kd_prompt", problems))
+        if isinstance(section[part], dict):
+            section[part].update(_checked(kind, section[part], f"{role}.{part}", problems))
+    if role == "teacher" and "mapping" in parts:
+        known = _pool_class(section)
+        if known is None:
+            problems.append("'teacher.prompt.type' is none, but a mapping needs a teacher with prompts")
+        elif known.needs_query and section.get("query", "student") != "student":
+            problems.append(
+                f"'teacher.query' is {section['query']!r}, but a mapping asks the teacher's prompts with the "
+                "student's query; set it to student"
+            )
 
 
 def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:

@@ -146,6 +146,8 @@ class CDLTrainer(Trainer):
         if self.model.scaffold is not None and self.run is not None and task.index > 0:
             stored = load_file(self.run.scaffold_file(self.role, task.index - 1))  # the terms' own layers go on
             self.model.scaffold.load_state_dict(stored)
+        if self.teacher is not None:
+            self.model.follow(self.teacher)
 
     def _train(self, task: Task, result: TaskResult) -> None:
         work = None if self.run is None else self.run.work_folder(self.role, task)
@@ -195,10 +197,16 @@ class CDLTrainer(Trainer):
         """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
         task, pixels = self.seen[-1], inputs["pixel_values"]
         query, teacher = None, None
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                query = self.model.compute_query(pixels) if self.shares_query else None
-                teacher = self.teacher(pixel_values=pixels, query=query, output_hidden_states=self._layers("teacher"))
+        with torch.no_grad(), self.accelerator.autocast():
+            if self.shares_query or self.objective.needs_query:
+                query = self.model.compute_query(pixels)
+            if self.teacher is not None:
+                teacher = self.teacher(
+                    pixel_values=pixels,
+                    query=query if self.shares_query else None,
+                    task_id=task.index,
+                    output_hidden_states=self._layers("teacher"),
+                )
         student: CDLOutput = model(
             pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._layers("student")
         )
@@ -387,7 +395,7 @@ class _PhaseCallback(TrainerCallback):
 
 def _shares_query(student: Any, teacher: Any) -> bool:
     """Whether one query pass serves both models: the same frozen weights answer for the teacher and the student."""
-    if teacher.pool is None or not teacher.pool.needs_query or student.config.train_backbone:
+    if not (teacher.needs_query and student.needs_query) or student.config.train_backbone:
         return False
     first, second = (
         model.backbone if model.query_backbone is None else model.query_backbone for model in (student, teacher)

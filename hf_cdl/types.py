@@ -43,7 +43,8 @@ class CDLOutput(ModelOutput):
     `prompt_loss`: scalar, the pool's own loss (CODA's orthogonality penalty, a match loss). `query`: (B, D_q).
     `features`: (B, D) what the CLS head reads. `hidden_states`: embeddings and every layer's output before the final
     norm, L + 1 entries, (B, N, D) each: CLS (if the family has one) and patches, without KD token, registers and the
-    like; None for a layer that was not asked for.
+    like; None for a layer that was not asked for. `similarities`: only of a one-pass model that is given a query; for
+    every layer with keys the cosines (B, M) of its keys with the CLS token entering it, and with that query.
     """
 
     loss: torch.Tensor | None = None
@@ -54,6 +55,7 @@ class CDLOutput(ModelOutput):
     features: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
 
 
 class TaskSplit(Protocol):

@@ -44,7 +44,7 @@ class Dummy(PromptPool):
             return None, None
         index = self.layers.index(layer)
         total = sum(
-            torch.sigmoid(query @ block.gate)[:, None, None, None] * block.prompt[index]  # type: ignore[operator]
+            torch.sigmoid((query * block.gate).sum(dim=-1))[:, None, None, None] * block.prompt[index]  # type: ignore[operator]
             for block in self.blocks
         )
         return KV(total[:, 0], total[:, 1]), None  # type: ignore[index]

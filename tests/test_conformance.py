@@ -18,16 +18,8 @@ from transformers import ViTConfig
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, metrics
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS
-from hf_cdl.prompts.coda import orthogonalise
+from hf_cdl.prompts.components import orthogonalise
 from hf_cdl.types import KV, CDLOutput, ModelShape, Task
-
-NOT_YET: dict[str, str] = {  # name prefix of a file -> what it needs
-    "apt_": "APT",
-    "mapping_": "prompt mapping",
-    "kdp_apt": "APT",
-    "trace_apt": "APT",
-    "trace_coda_mapping": "prompt mapping",
-}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,8 +63,11 @@ def model_for(case: Case, role: str, **fields: Any) -> CDLForImageClassification
     return model
 
 
-def prompt_section(flag: str, pool_size: int, length: int, extra: float, tasks: int) -> dict[str, Any]:
-    """Our `prompt` section for the reference's name and parameters of a method; `extra` differs in meaning."""
+def prompt_section(flag: str, param: list[float], tasks: int, **fields: Any) -> dict[str, Any]:
+    """Our `prompt` section for the reference's name and parameters of a method, and `fields`."""
+    if flag == "apt":
+        return {"type": "apt", "teach_with": "merged_before", **fields}
+    pool_size, length, extra = int(param[0]), int(param[1]), param[2]  # `extra` differs in meaning
     sections: dict[str, dict[str, Any]] = {
         "coda": {"type": "coda", "components": pool_size // tasks, "length": length, "orthogonality": extra},
         "dual": {
@@ -88,7 +83,11 @@ def prompt_section(flag: str, pool_size: int, length: int, extra: float, tasks: 
             "layers": (0, 1, 2, 3, 4) if extra > 0 else (0,),
         },
     }
-    return sections[flag]
+    return {**sections[flag], **(fields if flag in ("dual", "l2p") else {})}
+
+
+def head_section(flag: str) -> dict[str, Any]:
+    return {"type": "weight_normalised" if flag == "apt" else "linear"}
 
 
 SHORT = {"P": "prompt", "K": "key", "A": "attention"}
@@ -113,6 +112,11 @@ def put_pool(pool: Any, tensors: Tensors, prefix: str = "") -> None:
     with torch.no_grad():
         for name, whole in tensors.items():
             short, _, layer = name.removeprefix(prefix).partition(".")
+            if name == f"{prefix}prompt_tokens":
+                pool.prompt.copy_(whole.view_as(pool.prompt))
+            if name == f"{prefix}global_merged_prompt":
+                for block in pool.blocks:
+                    block.merged.copy_(whole.view_as(pool.prompt))
             if not name.startswith(prefix) or short not in (*SHORT, "G") or not layer.isdigit():
                 continue
             start = 0
@@ -127,6 +131,9 @@ def put_pool(pool: Any, tensors: Tensors, prefix: str = "") -> None:
 
 def take_pool(pool: Any, name: str, like: torch.Tensor, grad: bool = False) -> tuple[torch.Tensor, int]:
     """Our parameters (or gradients) as a tensor of the reference, like `P.0`, zero where unused; its rows in use."""
+    if name in ("prompt_tokens", "global_merged_prompt"):  # APT: keys and values of the layers in turn
+        value = pool.prompt if name == "prompt_tokens" else pool.blocks[-1].merged
+        return (value.grad if grad else value.detach()).view_as(like), len(like)
     short, layer = name.split(".")
     whole, start = torch.zeros_like(like), 0
     for parameter, index in pieces(pool, short, int(layer)):
@@ -159,6 +166,34 @@ def put_head(head: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
             block.weight.copy_(weight[start : start + rows])
             block.bias.copy_(bias[start : start + rows])
             start += rows
+
+
+def put_norm(head: Any, tensors: Tensors, prefix: str) -> None:
+    """The layer norm of APT's head, if there is one."""
+    for name in ("weight", "bias"):
+        if f"{prefix}.{name}" in tensors:
+            getattr(head, f"norm_{name}").copy_(tensors[f"{prefix}.{name}"])
+
+
+def put_mapper(mapping: Any, tensors: Tensors, prefix: str = "mapper.") -> None:
+    """The rows that the reference's mapper ever uses; it has more."""
+    with torch.no_grad():
+        for short, name in SHORT.items():
+            for index, layer in enumerate(mapping.layers):
+                parameter = getattr(mapping.blocks[0], name)[index]
+                parameter.copy_(tensors[f"{prefix}{short}.{layer}"][: len(parameter)])
+
+
+def take_mapper(mapping: Any, name: str, like: torch.Tensor, grad: bool = False) -> tuple[torch.Tensor, int]:
+    """Our mapper's parameters (or gradients) as a tensor of the reference, like `P.0`, zero where unused."""
+    short, layer = name.split(".")
+    whole = torch.zeros_like(like)
+    if int(layer) not in mapping.layers:  # the teacher has no prefix there
+        return whole, 0
+    parameter = getattr(mapping.blocks[0], SHORT[short])
+    value, rows = parameter.grad if grad else parameter.detach(), parameter.shape[1]
+    whole[:rows] = value[mapping.layers.index(int(layer))]
+    return whole, rows
 
 
 def put_kd_prompt(kd_prompt: Any, tensors: Tensors, prefix: str) -> None:
@@ -203,7 +238,7 @@ def check_vit_prefix(case: Case) -> None:
 
 def check_coda(case: Case) -> None:
     hyper = case.hyper
-    section = prompt_section("coda", hyper["pool_size"], hyper["prompt_length"], hyper["mu"], hyper["n_tasks"])
+    section = prompt_section("coda", [hyper["pool_size"], hyper["prompt_length"], hyper["mu"]], hyper["n_tasks"])
     section.pop("type")
     config = PROMPTS["coda"].config_class(**section, layers=tuple(hyper["layers"]))
     for mode in ("train", "eval"):
@@ -252,7 +287,7 @@ def check_matched(case: Case) -> None:
         layers = {"general_layers": tuple(hyper["g_layers"]), "expert_layers": tuple(hyper["e_layers"])}
     flag = {"dualprompt": "dual"}.get(case.info["case"], case.info["case"])
     extra, tasks = hyper["g_length"] or -1, hyper["n_tasks"]
-    section = {**prompt_section(flag, hyper["pool_size"], hyper["e_length"], extra, tasks), **layers}
+    section = {**prompt_section(flag, [hyper["pool_size"], hyper["e_length"], extra], tasks), **layers}
     if flag == "l2p":
         section["top_k"] = hyper["top_k"]
     kind = PROMPTS[section.pop("type")]
@@ -305,11 +340,12 @@ def check_coda_gram_schmidt(case: Case) -> None:
 
 def check_kdp(case: Case) -> None:
     hyper = case.hyper
-    tasks, (pool_size, length, extra) = hyper["prompt_param"]
+    tasks, param = hyper["prompt_param"]
     model = model_for(
         case,
         "student",
-        prompt=prompt_section(hyper["prompt_flag"], pool_size, length, extra, tasks),
+        prompt=prompt_section(hyper["prompt_flag"], param, tasks),
+        head=head_section(hyper["prompt_flag"]),
         kd_prompt={"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": hyper["kd_alpha"]},
     )
     per_task = hyper["n_classes"] // (hyper["task_index"] + 1)
@@ -318,6 +354,8 @@ def check_kdp(case: Case) -> None:
     put_pool(model.pool, case.tensors, "prompt.")
     put_head(model.head, case["last.weight"], case["last.bias"])
     put_head(model.kd_head, case["kd_last.weight"], case["kd_last.bias"])
+    put_norm(model.head, case.tensors, "clf_norm")
+    put_norm(model.kd_head, case.tensors, "kd_cls_norm")
     put_kd_prompt(model.kd_prompt, case.tensors, "kd_prompt")
     for head in (model.head, model.kd_head):
         assert head is not None
@@ -353,12 +391,112 @@ def check_kdp(case: Case) -> None:
     case.same("eval.logits_blended", model(case["pixel_values"]).logits)
 
 
+def check_apt(case: Case) -> None:
+    hyper = case.hyper
+    prompt = {"type": "apt", "ema": hyper["ema_coeff"]}
+    model = model_for(case, hyper["role"], prompt=prompt, head={"type": "weight_normalised"})
+    head, pool = model.head, model.pool
+    model.begin_task([str(number) for number in range(hyper["n_classes"])])
+    put_pool(pool, case.tensors)
+    put_head(head, case["last.weight"], case["last.bias"])
+    put_norm(head, case.tensors, "clf_norm")
+    weight: Any = head.norm_weight
+    weight.requires_grad_()
+    case.same("head.logits", head(case["head.features"]))
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        prefix, _ = model._prefixes(None, 0 if mode == "train" else None)
+        case.same(f"{mode}.sequence", model._run(model.backbone, case["pixel_values"], prefix=prefix)[0])
+        logits = model(case["pixel_values"], task_id=0 if mode == "train" else None).logits
+        case.same(f"{mode}.logits", logits)
+        if mode == "train":
+            (logits * case["upstream"]).sum().backward()
+            case.same("grad.prompt_tokens", take_pool(pool, "prompt_tokens", case["prompt_tokens"], grad=True)[0])
+            for name in ("weight", "bias"):
+                case.same(f"grad.last.{name}", gather(head.blocks, name, case[f"last.{name}"], grad=True))
+            case.same("grad.clf_norm.weight", weight.grad)
+
+    model = model_for(case, hyper["role"], prompt=prompt)
+    for task in range(sum(name.startswith("ema.merged.") for name in case.tensors)):
+        model.begin_task([str(task)])
+        put_pool(model.pool, {"prompt_tokens": case[f"ema.prompt_tokens.{task}"]})
+        model.end_task()
+        case.same(f"ema.merged.{task}", take_pool(model.pool, "global_merged_prompt", case["prompt_tokens"])[0])
+
+
+def mapped_pair(case: Case, tasks: int, param: list[float], rows: int, length: int) -> dict[str, Any]:
+    """Teacher and student of CDL v1, without tasks; its learners sum the match loss."""
+    hyper = case.hyper
+    section = prompt_section(hyper["prompt_flag"], param, tasks, reduction="sum")
+    teacher = model_for(case, "teacher", prompt=section)
+    mapping = {"components": rows, "length": length, "grow": False, "alpha": 0.5}
+    fields = {"mapping": mapping, "teacher_pool": teacher.pool_config}
+    return {"teacher": teacher, "student": model_for(case, "student", prompt=section, **fields)}
+
+
+def check_mapping(case: Case) -> None:
+    hyper, mapper = case.hyper, case.hyper["mapper"]
+    tasks, param = hyper["prompt_param"]
+    models = mapped_pair(case, tasks, param, mapper["active_rows"], mapper["length"])
+    teacher, student = models["teacher"], models["student"]
+    task = hyper["task_index"]
+    per_task = hyper["n_classes"] // (task + 1)
+    for role, model in models.items():
+        for number in range(task + 1):
+            model.begin_task([f"{number}-{i}" for i in range(per_task)])
+        put_pool(model.pool, case.tensors, f"{role}.prompt.")
+        put_head(model.head, case[f"{role}.last.weight"], case[f"{role}.last.bias"])
+    put_head(student.kd_head, case["student.kd_last.weight"], case["student.kd_last.bias"])
+    put_mapper(student.mapping, case.tensors)
+    student.follow(teacher)
+    for head in (student.head, student.kd_head):
+        head.requires_grad_(True)
+    query = student.compute_query(case["pixel_values"])
+    case.same("query", query)
+    for mode, task_id in (("train", task), ("eval", None)):
+        for model in models.values():
+            model.train(mode == "train")
+        for layer in range(len(student.backbone.layers)):
+            theirs, _ = student.mapping.teacher_pool(layer, query, task_id)
+            ours, _ = student.pool(layer, query, task_id)
+            mapped = student.mapping(layer, query, task_id)
+            found = {"teacher": theirs, "student": ours, "mapped": mapped}
+            for name, prefix in found.items():
+                for part in ("key", "value"):
+                    key = f"{mode}.{name}_{part}_prefix.{layer}"
+                    assert (prefix is not None) == (key in case.tensors), key
+                    if prefix is not None:
+                        case.same(key, getattr(prefix, part).expand_as(case[key]))
+        taught = teacher(case["pixel_values"], query=query, task_id=task_id)
+        case.same(f"{mode}.teacher_logits", taught.logits)
+        output = student(case["pixel_values"], query=query, task_id=task_id)
+        prefixes, _ = student._prefixes(query, task_id)
+        sequence = student._run(student.backbone, case["pixel_values"], prefix=prefixes).last_hidden_state
+        case.same(f"{mode}.sequence", sequence)
+        if mode == "eval":
+            case.same("eval.logits_blended", output.logits)
+            break
+        for name, losses in (("teacher", taught), ("student", output)):
+            loss = losses.prompt_loss
+            case.same(f"train.{name}_prompt_loss", torch.zeros(()) if loss is None else loss)
+        case.same("train.logits", output.logits)
+        case.same("train.kd_logits", output.kd_logits)
+        ((output.logits * case["upstream.logits"]) + (output.kd_logits * case["upstream.kd_logits"])).sum().backward()
+        for name, want in case.tensors.items():
+            if name.startswith("grad.mapper."):
+                case.same(name, take_mapper(student.mapping, name.removeprefix("grad.mapper."), want, grad=True)[0])
+            elif name.startswith("grad.student.prompt."):
+                case.same(name, take_pool(student.pool, name.removeprefix("grad.student.prompt."), want, grad=True)[0])
+        assert all(parameter.grad is None for parameter in student.mapping.teacher_pool.parameters())
+
+
 TERMS_OF = {  # the reference's FitNets and ReviewKD contain KD
     "KD": ["kd"],
     "KD_Token": ["kdp"],
     "DKD": ["dkd"],
     "FitNets": ["kd", "fitnets"],
     "ReviewKD": ["kd", "review_kd"],
+    "mapping": ["prompt_mapping"],
 }
 
 
@@ -479,6 +617,11 @@ def put_state(case: Case, model: Any, stage: str, role: str) -> None:
     if model.kd_prompt is not None:
         put_head(model.kd_head, case[f"{prefix}kd_last.weight"], case[f"{prefix}kd_last.bias"])
         put_kd_prompt(model.kd_prompt, case.tensors, f"{prefix}kd_prompt")
+    if model.mapping is not None:
+        put_head(model.kd_head, case[f"{prefix}kd_last.weight"], case[f"{prefix}kd_last.bias"])
+        put_mapper(model.mapping, case.tensors, f"{prefix}mapper.")
+    put_norm(model.head, case.tensors, f"{prefix}clf_norm")
+    put_norm(model.kd_head, case.tensors, f"{prefix}kd_cls_norm")
 
 
 def same_state(case: Case, model: Any, stage: str, role: str) -> None:
@@ -495,6 +638,11 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
             used = len(want)
         elif part in ("projection", "abf"):
             got, used = own_layers(model).get(".".join([part, *rest]), want), len(want)  # a norm is never used
+        elif part == "mapper":
+            got, used = take_mapper(model.mapping, ".".join(rest), want)
+        elif part in ("clf_norm", "kd_cls_norm"):
+            head = model.head if part == "clf_norm" else model.kd_head
+            got, used = getattr(head, f"norm_{rest[0]}"), len(want)
         else:
             head = model.head if part == "last" else model.kd_head
             got, used = gather(head.blocks, rest[0], want), sum(model.config.num_classes_per_task)
@@ -504,14 +652,19 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
 
 def check_train_trace(case: Case, tmp_path: Path) -> None:
     hyper = case.hyper
+    if hyper["method"] == "mapping":
+        return check_interleaved_trace(case)
     alpha = hyper["kd_alpha"]
-    section = prompt_section(hyper["prompt_flag"], *hyper["prompt_param"], tasks=hyper["n_tasks"])
+    section = prompt_section(hyper["prompt_flag"], hyper["prompt_param"], hyper["n_tasks"])
+    if hyper.get("ema_coeff") is not None:
+        section["ema"] = hyper["ema_coeff"]
+    head = head_section(hyper["prompt_flag"])
     kd_prompt = None
     if hyper["kd_layers"] is not None:
         kd_prompt = {"length": hyper["kd_length"], "layers": hyper["kd_layers"], "alpha": alpha}
     models = {
-        "teacher": model_for(case, "teacher", prompt=section),
-        "student": model_for(case, "student", prompt=section, kd_prompt=kd_prompt),
+        "teacher": model_for(case, "teacher", prompt=section, head=head),
+        "student": model_for(case, "student", prompt=section, head=head, kd_prompt=kd_prompt),
     }
     assert (hyper["optimizer"], hyper["betas"], hyper["eps"], hyper["weight_decay"]) == ("Adam", [0.9, 0.999], 1e-8, 0)
     arguments: dict[str, Any] = {
@@ -533,7 +686,7 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
         objective=objective,
         teacher=models["teacher"],
     )
-    assert student.shares_query
+    assert student.shares_query == models["teacher"].needs_query
     per_task = hyper["classes_per_task"]
     for number in range(hyper["n_tasks"]):
         names = tuple(f"{number}-{i}" for i in range(per_task))
@@ -559,8 +712,57 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
                     case.same(f"{key}{kind}", torch.tensor(values), "losses")
         steps = [i for _ in range(hyper["epochs"]) for i in range(hyper["batches_per_epoch"])]
         with torch.no_grad():
-            given = [models["teacher"](case[f"pixel_values.{number}.{i}"]).logits[:, task.classes] for i in steps]
+            batches = [case[f"pixel_values.{number}.{i}"] for i in steps]
+            given = [models["teacher"](batch, task_id=number).logits[:, task.classes] for batch in batches]
         case.same(f"task{number}.student.teacher_logits", torch.stack(given), "eval_logits")
+
+
+def check_interleaved_trace(case: Case) -> None:
+    """CDL v1: teacher and student steps in turn, the student taught by the teacher as it was before its own step."""
+    hyper = case.hyper
+    tasks, per_task, alpha = hyper["n_tasks"], hyper["classes_per_task"], hyper["kd_alpha"]
+    pool_size, length, _ = param = hyper["prompt_param"]
+    models = mapped_pair(case, tasks, param, pool_size // tasks, length)
+    teacher, student = models["teacher"], models["student"]
+    objective = objective_of(hyper, hyper["Soft_T"], student.shape, teacher.shape)
+    assert (hyper["lr_schedule"], alpha) == ("constant", 0.5)
+    for number in range(tasks):
+        classes = slice(number * per_task, (number + 1) * per_task)
+        adams = {}
+        for role, model in models.items():
+            model.begin_task([f"{number}-{i}" for i in range(per_task)])
+            put_state(case, model, "init" if number == 0 else f"boundary{number}", role)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            adams[role] = torch.optim.Adam(trained, lr=hyper["lr"])
+            model.train()
+        log: dict[str, list[torch.Tensor]] = {}
+        for step in [i for _ in range(hyper["epochs"]) for i in range(hyper["batches_per_epoch"])]:
+            pixels, targets = case[f"pixel_values.{number}.{step}"], case[f"targets.{number}.{step}"]
+            query = student.compute_query(pixels)
+            student.follow(teacher)
+            taught = teacher(pixels, query=query, task_id=number)
+            given = CDLOutput(logits=taught.logits.detach())
+            learnt = student(pixels, query=query, task_id=number)
+            results = {
+                "teacher": Objective()(taught, None, targets, classes),
+                "student": objective(learnt, given, targets, classes),
+            }
+            for role, losses in results.items():
+                adams[role].zero_grad()
+                losses["loss"].backward()
+                adams[role].step()
+                log.setdefault(f"{role}.total_loss", []).append(losses["loss"].detach())
+                log.setdefault(f"{role}.ce_loss", []).append(losses["ce"].detach())
+            log.setdefault("student.soft_loss", []).append(alpha * results["student"]["prompt_mapping"].detach())
+            log.setdefault("student.teacher_logits", []).append(given.logits[:, classes])
+        for name, values in log.items():
+            case.same(f"task{number}.{name}", torch.stack(values), "losses")
+        student.follow(teacher)
+        for role, model in models.items():
+            same_state(case, model, f"after{number}", role)
+            with torch.no_grad():
+                logits = model.eval()(case["eval_pixel_values"]).logits
+            case.same(f"task{number}.eval.{role}_logits", logits, "eval_logits")
 
 
 CHECKS = {
@@ -572,6 +774,8 @@ CHECKS = {
     "l2p": check_matched,
     "dualprompt": check_matched,
     "kdp": check_kdp,
+    "apt": check_apt,
+    "mapping": check_mapping,
     "losses": check_losses,
     "fitnets": check_features,
     "reviewkd": check_features,
@@ -588,9 +792,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def test_reference(file: Path, tmp_path: Path) -> None:
-    waiting = next((needs for prefix, needs in NOT_YET.items() if file.stem.startswith(prefix)), None)
-    if waiting is not None:
-        pytest.skip(f"not yet: needs {waiting}")
     case = Case(file)
     kind = case.info["case"]
     assert kind in CHECKS, f"{file} has the unknown kind '{kind}'; known: {', '.join(CHECKS)}"

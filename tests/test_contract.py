@@ -18,17 +18,19 @@ from transformers import ViTConfig, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
-from hf_cdl.prompts import PROMPTS
+from hf_cdl.prompts import PROMPTS, PromptPool
 from hf_cdl.types import CDLOutput, ModelShape, Task
 
 # Fields that make a method small enough for a three-layer backbone; a new method adds its row here.
 SMALL: dict[str, dict[str, Any]] = {
     "coda": {"components": 3, "length": 4, "layers": (0, 2), "orthogonality": 0.1},
     "dualprompt": {"general_length": 4, "general_layers": (0,), "expert_length": 4, "expert_layers": (1, 2)},
+    "apt": {"layers": (0, 2)},
     "l2p": {"pool_size": 6, "length": 4, "top_k": 2, "layers": (0, 2)},
     "dummy": {},
 }
 METHODS = [*PROMPTS, "dummy"]
+QUERIES = ["student", "self", "one_pass"]
 CLASSES = (["cat", "dog", "owl"], ["bee", "ant"])
 
 
@@ -58,6 +60,38 @@ def model_of(method: str, width: int = 32, query_width: int | None = None, **fie
     )
 
 
+MAPPING = {"components": 3, "length": 4}
+
+
+def variant_of(method: str, variant: str) -> CDLForImageClassification:
+    """A student with KD prompts or with mapped prompts of a wider teacher, two-pass or one-pass; two tasks."""
+    parts, query = variant.split(", ")
+    fields: dict[str, Any] = {"kd_prompt": {"length": 4, "alpha": 0.3}}
+    if parts == "mapping":
+        fields = {"mapping": MAPPING, "teacher_pool": model_of(method, width=48, query_width=32).pool_config}
+    model = model_of(method, query=query, **fields)
+    for names in CLASSES:
+        model.begin_task(names)
+    return model
+
+
+VARIANTS = [f"{parts}, {query}" for parts in ("kd_prompt", "mapping") for query in ("two_pass", "one_pass")]
+
+
+def pair_of(method: str, term: str, query: str) -> tuple[CDLForImageClassification, CDLForImageClassification]:
+    """A teacher and a narrower student without tasks, with what the term asks for; a mapping shares the query."""
+    parts: dict[str, Any] = TERMS[term].student_parts
+    shared = query == "student" or "mapping" in parts
+    source = {"query": "one_pass" if query == "one_pass" else "two_pass"}
+    teacher = model_of(method, width=48, query_width=32 if shared else None, **({} if shared else source))
+    if "mapping" in parts:
+        parts = {"mapping": MAPPING, "teacher_pool": teacher.pool_config}
+    student = model_of(method, width=32, **source, **parts)
+    if teacher.query_backbone is not None:
+        teacher.query_backbone.load_state_dict(student.backbone.state_dict())
+    return teacher, student
+
+
 def images(count: int = 5) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -83,11 +117,12 @@ def test_prefixes_have_the_contract_s_shapes(method: str) -> None:
         assert loss is None or (loss.ndim == 0 and loss >= 0)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_prompts_change_the_output_and_gradients_reach_only_what_is_new_or_shared(method: str) -> None:
-    model = model_of(method, kd_prompt={"length": 4})
-    for names in CLASSES:
-        model.begin_task(names)
+def test_the_prompts_change_the_output_and_gradients_reach_only_what_is_new_or_shared(
+    method: str, variant: str
+) -> None:
+    model = variant_of(method, variant)
     bare = model._run(model.backbone, images()).last_hidden_state
     assert not torch.allclose(model.train()(images()).features, bare[:, 0], atol=1e-4)
 
@@ -99,16 +134,17 @@ def test_the_prompts_change_the_output_and_gradients_reach_only_what_is_new_or_s
         if new:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"{name} gets no gradient"
         part = name.split(".")
-        if "blocks" in part:
+        if name.startswith("mapping.teacher_pool"):
+            assert not new, f"{name}: the copy of the teacher's pool is frozen"
+        elif "blocks" in part:
             assert new == (int(part[part.index("blocks") + 1]) == 1), f"{name}: only the newest block trains"
         assert not (new and part[0] == "backbone")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_sample_s_logits_do_not_depend_on_its_batch(method: str) -> None:
-    model = model_of(method, kd_prompt={"length": 4}).eval()
-    for names in CLASSES:
-        model.begin_task(names)
+def test_a_sample_s_logits_do_not_depend_on_its_batch(method: str, variant: str) -> None:
+    model = variant_of(method, variant).eval()
     with torch.no_grad():
         whole = model(images()).logits
         alone = torch.cat([model(image[None]).logits for image in images()])
@@ -145,7 +181,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from dummy_prompt import Dummy
-from hf_cdl.prompts import PROMPTS
+from hf_cdl.prompts import PROMPTS, PromptPool
 PROMPTS["dummy"] = Dummy
 from transformers import AutoModelForImageClassification
 for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -160,14 +196,16 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 def test_two_tasks_saved_and_loaded_in_a_fresh_process_give_the_same_logits(tmp_path: Path) -> None:
     want = {}
-    for method in METHODS:
-        model = model_of(method, query_width=16, kd_prompt={"length": 4, "alpha": 0.3}).eval()
-        for names in CLASSES:
+    models = {f"{method}, {variant}": variant_of(method, variant) for method in METHODS for variant in VARIANTS}
+    models.update({f"{method}, teacher": pair_of(method, "kd", "student")[0] for method in METHODS})
+    for name, model in models.items():
+        for names in CLASSES[len(model.config.tasks) :]:
             model.begin_task(names)
-        model.save_pretrained(tmp_path / method)
-        save_file({"images": images()}, tmp_path / method / "images.safetensors")
+        model.end_task()
+        model.eval().save_pretrained(tmp_path / name)
+        save_file({"images": images()}, tmp_path / name / "images.safetensors")
         with torch.no_grad():
-            want[method] = model(images()).logits
+            want[name] = model(images()).logits
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
@@ -175,16 +213,55 @@ def test_two_tasks_saved_and_loaded_in_a_fresh_process_give_the_same_logits(tmp_
         "HF_HUB_OFFLINE": "1",
     }
     subprocess.run([sys.executable, "-c", LOADER, str(tmp_path)], check=True, env=environment)
-    for method in METHODS:
-        assert torch.equal(load_file(tmp_path / method / "logits.safetensors")["logits"], want[method]), method
+    for name, logits in want.items():
+        assert torch.equal(load_file(tmp_path / name / "logits.safetensors")["logits"], logits), name
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_passes_of_a_backbone_that_a_prediction_costs(method: str) -> None:
+    """Two with a query pass, one with a one-pass query or a pool that asks for none."""
+    for query, want in (("two_pass", 1 + PROMPTS[method].needs_query), ("one_pass", 1)):
+        model = variant_of(method, f"kd_prompt, {query}").eval()
+        calls: list[int] = []
+        model.backbone.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        model(images())
+        assert len(calls) == want, query
+
+
+def test_a_one_pass_query_is_the_cls_token_that_enters_the_layer() -> None:
+    """Layer 0 has the same prompt for every image, later layers do not; the query trains nothing."""
+    model = variant_of("coda", "kd_prompt, one_pass")
+    seen: dict[int, torch.Tensor] = {}
+    pool: Any = model.pool
+    ask = pool.forward
+    pool.forward = lambda layer, query, task_id: (seen.__setitem__(layer, query), ask(layer, query, task_id))[1]
+    states = model(images(), output_hidden_states=True).hidden_states
+    assert sorted(seen) == [0, 1, 2]
+    for layer, query in seen.items():
+        assert torch.equal(query, states[layer][:, 0]) and not query.requires_grad
+        assert torch.equal(query[0], query[1]) == (layer == 0)
+
+
+def test_one_pass_survives_gradient_checkpointing() -> None:
+    model = variant_of("coda", "kd_prompt, one_pass").train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        output = model(images(), task_id=1)
+        model.zero_grad()
+        (output.logits.square().sum() + output.kd_logits.square().sum() + output.prompt_loss).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 5
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore")  # torch.export warns about its own internals
-def test_export_gives_the_same_logits_for_any_batch_size(method: str) -> None:
-    model = model_of(method, kd_prompt={"length": 4}).eval()
-    for names in CLASSES:
-        model.begin_task(names)
+def test_export_gives_the_same_logits_for_any_batch_size(method: str, variant: str) -> None:
+    model = variant_of(method, variant).eval()
     model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (images(3),), dynamic_shapes={"pixel_values": {0: batch}})
@@ -226,15 +303,21 @@ def arguments(folder: Path, **extra: Any) -> CDLTrainingArguments:
     )
 
 
-@pytest.mark.parametrize("term", TERMS)
-@pytest.mark.parametrize("method", METHODS)
-def test_a_pair_learns_two_tasks(method: str, term: str, tmp_path: Path) -> None:
+def combinations() -> list[tuple[str, str, str]]:
+    """Every method, term and query source; OS-Prompt++ only where a one-pass query meets keys."""
+    everything = [(method, term, query) for method in METHODS for term in TERMS for query in QUERIES]
+    keyed = [method for method in PROMPTS if PROMPTS[method].similarity is not PromptPool.similarity]
+    return [
+        (method, term, query)
+        for method, term, query in everything
+        if not TERMS[term].needs_query or (query == "one_pass" and method in keyed)
+    ]
+
+
+@pytest.mark.parametrize(("method", "term", "query"), combinations())
+def test_a_pair_learns_two_tasks(method: str, term: str, query: str, tmp_path: Path) -> None:
     kind = TERMS[term]
-    teacher_model = model_of(method, width=48, query_width=32)
-    parts: dict[str, Any] = kind.student_parts
-    student_model = model_of(method, width=32, **parts)
-    assert teacher_model.query_backbone is not None
-    teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
+    teacher_model, student_model = pair_of(method, term, query)
     teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t"), role="teacher")
     objective = Objective(0.5, [(term, kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path / "s"), objective=objective, teacher=teacher_model)
@@ -247,8 +330,12 @@ def test_a_pair_learns_two_tasks(method: str, term: str, tmp_path: Path) -> None
         student.learn(task)
         log = [line["loss/loss"] for line in student.state.log_history if "loss/loss" in line]
         assert sum(log[-3:]) < sum(log[:3]), f"the loss does not fall: {log}"
+        buffers = {name for name, _ in student_model.named_buffers()}  # APT's merged prompts
         for name, value in student_model.state_dict().items():
-            assert torch.equal(value, before[name]) == (name not in moving), name
+            if name.startswith("mapping.teacher_pool."):
+                assert torch.equal(value, taught[name.replace("mapping.teacher_pool", "pool")]), name
+            elif name not in buffers or f"blocks.{task.index}." not in name:
+                assert torch.equal(value, before[name]) == (name not in moving), name
         assert all(torch.equal(value, taught[name]) for name, value in teacher_model.state_dict().items())
         assert {f"loss/{term}", "loss/ce"} <= set(student.state.log_history[0])
     result = student.evaluate_seen()
@@ -264,9 +351,11 @@ def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None
     teacher = CDLOutput(logits=torch.randn(6, 4), hidden_states=tuple(torch.randn(6, 17, 12) for _ in range(6)))
     labels = torch.randint(0, 4, (6,))
     leaves = [torch.randn(6, 4), *(torch.randn(6, 17, 8) for _ in range(4))]
+    reference = torch.randn(6, 4)
 
     def student(values: list[torch.Tensor]) -> CDLOutput:
-        return CDLOutput(logits=values[0], kd_logits=values[0], hidden_states=tuple(values[1:]))
+        matched: Any = {"similarities": ((values[0], reference),)}
+        return CDLOutput(logits=values[0], kd_logits=values[0], hidden_states=tuple(values[1:]), **matched)
 
     for leaf in leaves:
         leaf.requires_grad_()
@@ -277,6 +366,9 @@ def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None
     assert [g is not None for g in gradients[1:]] == [3 - n in asked for n in range(4)]
     moved = [leaf if g is None else leaf - 0.1 * g for leaf, g in zip(leaves, gradients, strict=True)]
     assert instance(student(moved), teacher, labels) < loss
+    if not kind.needs_teacher:
+        assert instance(student(leaves), None, labels) == loss
+        return
     with pytest.raises(ValueError, match="need a teacher"):
         Objective(0.5, [(term, instance)])(student(leaves), None, labels, slice(0, 4))
 

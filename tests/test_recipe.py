@@ -74,6 +74,8 @@ def test_quickstart_is_the_default() -> None:
 
 # ---- what is refused ----
 
+MAPPING = {"type": "prompt_mapping"}
+
 
 @pytest.mark.parametrize(
     ("fields", "said"),
@@ -85,8 +87,8 @@ def test_quickstart_is_the_default() -> None:
         ({"student__prompt": {"type": "coda", "lenght": 4}}, "unknown field 'student.prompt.lenght'"),
         ({"student__prompt": {"type": "codda"}}, "'student.prompt.type' is 'codda'; allowed: none, coda"),
         ({"student__prompt": {"length": 4}}, "'student.prompt.type' is None; allowed"),
-        ({"student__head": {"type": "mlp"}}, "'student.head.type' is 'mlp'; allowed: linear, ncm"),
-        ({"student__head": {"typ": "ncm"}}, "'student.head.type' is None; allowed: linear, ncm"),
+        ({"student__head": {"type": "mlp"}}, "'student.head.type' is 'mlp'; allowed: linear, weight_normalised, ncm"),
+        ({"student__head": {"typ": "ncm"}}, "'student.head.type' is None; allowed: linear, weight_normalised, ncm"),
         ({"student__head": {"type": "linear", "width": 3}}, "unknown field 'student.head.width'"),
         ({"student__prompt": {"type": "none", "length": 4}}, "unknown field 'student.prompt.length'"),
         ({"student__prompt": {"type": ["coda"]}}, "'student.prompt.type' is ['coda']; allowed: none, coda"),
@@ -119,9 +121,9 @@ def test_unknown_names_at_every_level(fields: dict[str, Any], said: str) -> None
         ({"student__prompt": "coda"}, "'student.prompt' is 'coda'"),
         ({"student__prompt": {"type": "coda", "length": 7}}, "student.prompt: CODA-Prompt needs"),
         ({"student__train_backbone": "perhaps"}, "'student.train_backbone' is 'perhaps'"),
-        ({"teacher__query": "both"}, "'teacher.query' is 'both', but should be 'student' or 'self'"),
+        ({"teacher__query": "both"}, "'teacher.query' is 'both', but should be 'student', 'self' or 'one_pass'"),
         ({"distill": {"type": "kdp"}}, "'distill' is {'type': 'kdp'}, but should be a valid list"),
-        ({"distill": [{"type": "kdp", "weight": -1}]}, "distill.0: kdp needs weight >= 0"),
+        ({"distill": [{"type": "kdp", "weight": -1}]}, "distill.0: A KD head needs weight >= 0"),
         ({"distill": [{"type": "kdp", "temperature": "hot"}]}, "'distill.0.temperature' is 'hot'"),
         ({"baselines": ["knn"]}, "'baselines' is ['knn'], but should be 'nearest_class_mean' or 'linear_head'"),
         ({"train": 3}, "'train' is 3, but should be a valid dictionary"),
@@ -140,14 +142,17 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"teacher": None}, "'distill' has terms but 'teacher' is null"),
+        ({"teacher": None}, "'distill.0' (kdp) has no teacher to learn from"),
         ({"distill": [{"type": "kdp"}, {"type": "kd_token"}]}, "'distill.1' (kd_token) wants another 'kd_prompt'"),
         ({"student__train_backbone": True}, "'student.train_backbone' with prompts"),
-        ({"teacher__kd_prompt": {}}, "'teacher.kd_prompt': only a student has KD prompts"),
+        ({"teacher__kd_prompt": {}}, "'teacher.kd_prompt': only a student has it"),
         ({"distill": [{"type": "kd"}], "student__kd_prompt": {}}, "'student.kd_prompt' is set, but no term"),
         ({"student__head": {"type": "ncm"}}, "'student.head.type' ncm is fitted without training"),
         ({"teacher__head": {"type": "ncm"}}, "'teacher.head.type' ncm is fitted without training"),
-        ({"student__query": "self"}, "'student.query': only a teacher"),
+        ({"distill": [MAPPING], "teacher__query": "self"}, "'teacher.query' is 'self', but a mapping"),
+        ({"distill": [MAPPING], "teacher__prompt": {"type": "none"}}, "'teacher.prompt.type' is none, but a mapping"),
+        ({"distill": [MAPPING, {"type": "kdp"}]}, "the terms want mapping and kd_prompt, which both train"),
+        ({"distill": [{"type": "os_prompt"}]}, "'distill.0' (os_prompt) compares one-pass queries with keys"),
         ({"data__path": None}, "'data.path' is missing"),
         ({"data__classes_per_task": [["a", "b"], ["b"]]}, "data: "),
     ],

@@ -9,6 +9,8 @@ from hf_cdl.distill.kd import KD
 from hf_cdl.distill.kd_token import KDToken
 from hf_cdl.distill.kdp import KDP
 from hf_cdl.distill.objective import Objective, Term
+from hf_cdl.distill.os_prompt import OSPrompt
+from hf_cdl.distill.prompt_mapping import PromptMappingKD
 from hf_cdl.distill.review_kd import ReviewKD
 
 TERMS: dict[str, type[Term]] = {
@@ -19,6 +21,8 @@ TERMS: dict[str, type[Term]] = {
     "kdp": KDP,
     "fitnets": FitNets,
     "review_kd": ReviewKD,
+    "prompt_mapping": PromptMappingKD,
+    "os_prompt": OSPrompt,
 }
 
 __all__ = ["TERMS", "Objective", "Term"]

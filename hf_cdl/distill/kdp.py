@@ -8,28 +8,10 @@ KD token. The token and prompts themselves are in prompts/kd_prompt.py; inferenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
-from hf_cdl.distill.objective import Term, kd_loss
-from hf_cdl.types import CDLOutput
+from hf_cdl.distill.kd_head import KDHead
 
 
-@dataclass(frozen=True)
-class KDPConfig:
-    weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
-    temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
-
-    def __post_init__(self):
-        if self.weight < 0 or self.temperature <= 0:
-            raise ValueError(f"kdp needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}.")
-
-
-class KDP(Term):
-    config_class = KDPConfig
+class KDP(KDHead):
     student_parts: ClassVar = {"kd_prompt": {}}
-
-    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
-        return kd_loss(student.kd_logits, teacher.logits, self.config.temperature)

@@ -30,10 +30,13 @@ class Term(nn.Module):
     `forward`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
-    the student must have, with their defaults for this term.
+    the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
+    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher.
     """
 
     config_class: ClassVar[type]
+    needs_teacher: ClassVar[bool] = True
+    needs_query: ClassVar[bool] = False
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
@@ -41,7 +44,7 @@ class Term(nn.Module):
         self.config, self.student, self.teacher = config, student, teacher
         self.needs: dict[Role, tuple[int, ...]] = {}
 
-    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, student: CDLOutput, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -59,12 +62,19 @@ class Objective(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         """Whether any term looks at a teacher."""
-        return len(self.terms) > 0
+        return any(term.needs_teacher for term in self._terms())
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether any term compares the student's one-pass queries with the query of an un-prompted pass."""
+        return any(term.needs_query for term in self._terms())
+
+    def _terms(self) -> Any:
+        return self.terms.values()
 
     def hidden_states(self, role: Role) -> list[int]:
         """The hidden states of a model that the terms look at, by number; empty if none does."""
-        terms: Any = self.terms.values()
-        return sorted({number for term in terms for number in term.needs.get(role, ())})
+        return sorted({number for term in self._terms() for number in term.needs.get(role, ())})
 
     def forward(
         self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor, classes: slice
@@ -76,14 +86,14 @@ class Objective(nn.Module):
         if student.prompt_loss is not None:
             losses["prompt"] = student.prompt_loss
             total = total + student.prompt_loss
-        if self.terms:
-            if teacher is None:
-                raise ValueError(f"The terms {', '.join(self.terms)} need a teacher, but the trainer was given none.")
+        if teacher is not None:
             teacher = current_classes(teacher, classes)
-            for name, module in self.terms.items():
-                term: Any = module
-                losses[name] = term(student, teacher, labels)
-                total = total + term.config.weight * losses[name]
+        elif self.needs_teacher:
+            raise ValueError(f"The terms {', '.join(self.terms)} need a teacher, but the trainer was given none.")
+        for name, module in self.terms.items():
+            term: Any = module
+            losses[name] = term(student, teacher, labels)
+            total = total + term.config.weight * losses[name]
         return {"loss": total, **losses}
 
 

@@ -157,11 +157,16 @@ def extra_inputs(config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[s
 def pool(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
     """(B, D) feature of images from final tokens (B, N, D): normed CLS, or the mean where a family has no CLS."""
     config = backbone.config
-    if config.model_type == "ijepa":
+    if not has_cls(config):
         return hidden.mean(dim=1)
     if config.model_type == "beit" and config.use_mean_pooling:
         return backbone.pooler.layernorm(hidden[:, 1:].mean(dim=1))
     return final_norm(backbone, hidden[:, 0])
+
+
+def has_cls(config: PreTrainedConfig) -> bool:
+    """Whether the family's sequence starts with a CLS token."""
+    return config.model_type != "ijepa"
 
 
 def final_norm(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,9 @@ class Head(nn.Module):
         self.hidden_size = hidden_size
         self.blocks = nn.ModuleList()
 
+    def init_shared(self) -> None:
+        """Initialise what all tasks share (outside `blocks`)."""
+
     def add_task(self, num_classes: int) -> None:
         """Append the block of the next task."""
         raise NotImplementedError
@@ -43,6 +46,38 @@ class LinearHead(Head):
         bound = 1 / math.sqrt(self.hidden_size)
         init.uniform_(linear.weight, -bound, bound)
         init.uniform_(linear.bias, -bound, bound)
+
+
+class NormalisedLinear(nn.Linear):
+    """A linear layer whose weight rows have unit length; the bias stays."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, F.normalize(self.weight, dim=-1), self.bias)
+
+
+class WeightNormalisedHead(LinearHead):
+    """APT's head (arXiv 2503.07979, the code): layer norm, then a linear map with unit weight rows, plus bias.
+
+    The features are not scaled to unit length, so it is no cosine head. As in the authors' code the layer norm keeps
+    its initial weight and bias.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size)
+        self.norm_weight: torch.Tensor
+        self.norm_bias: torch.Tensor
+        self.register_buffer("norm_weight", torch.empty(hidden_size))
+        self.register_buffer("norm_bias", torch.empty(hidden_size))
+
+    def init_shared(self) -> None:
+        init.ones_(self.norm_weight)
+        init.zeros_(self.norm_bias)
+
+    def add_task(self, num_classes: int) -> None:
+        self.blocks.append(NormalisedLinear(self.hidden_size, num_classes))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.layer_norm(features, (self.hidden_size,), self.norm_weight, self.norm_bias))
 
 
 class ClassMeans(nn.Module):
@@ -81,5 +116,14 @@ class NearestMeanHead(Head):
 
 HEADS: dict[str, type[Head]] = {
     "linear": LinearHead,
+    "weight_normalised": WeightNormalisedHead,
     "ncm": NearestMeanHead,
 }
+
+
+def build_head(head: dict[str, Any], hidden_size: int) -> Head:
+    """The head of a config's `head` section. Raises ValueError for an unknown type."""
+    kind = head["type"]
+    if kind not in HEADS:
+        raise ValueError(f"Unknown head type '{kind}'; allowed: {', '.join(HEADS)}.")
+    return HEADS[kind](hidden_size)

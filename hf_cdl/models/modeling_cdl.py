@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
 from hf_cdl.models import backbone as bb
-from hf_cdl.models.heads import HEADS, Head
+from hf_cdl.models.heads import Head, build_head
+from hf_cdl.models.one_pass import OnePass
 from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
-from hf_cdl.prompts import PROMPTS, KDPrompt, KDPromptConfig, PromptPool
+from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.types import KV, CDLOutput, ModelShape
 
 
@@ -24,8 +26,8 @@ class CDLForImageClassification(PreTrainedModel):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
-    Sequence layout: [CLS, patches, KD token]; keys and values of a layer: [pool's prefix, sequence, KD prompt].
-    Raises ValueError for an unsupported backbone, prompt type or head.
+    Sequence layout: [CLS, patches, KD token]; keys and values of a layer: [mapped prefix, pool's prefix, sequence, KD
+    prompt]. Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
     config_class = CDLConfig
@@ -50,13 +52,27 @@ class CDLForImageClassification(PreTrainedModel):
             config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
         self.head = build_head(config.head, size)
         self.kd_prompt: KDPrompt | None = None
-        self.kd_head: Head | None = None
         if config.kd_prompt is not None:
             bb.check_extra_token(self.backbone.config)
             self.kd_prompt = KDPrompt(KDPromptConfig(**config.kd_prompt), size, depth)
             config.kd_prompt = dataclasses.asdict(self.kd_prompt.config)
-            self.kd_head = build_head({"type": "linear"}, size)
             self.backbone.embeddings.register_forward_hook(self._add_kd_token)
+        self.mapping: PromptMapping | None = None
+        if config.mapping is not None:
+            self.mapping = PromptMapping(MappingConfig(**config.mapping), self._teacher_pool(query_size), size, depth)
+            config.mapping = dataclasses.asdict(self.mapping.config)
+        owners = [part for part in (self.kd_prompt, self.mapping) if part is not None]
+        if len(owners) > 1:
+            raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
+        self.kd_head: Head | None = build_head(config.head, size) if owners else None
+        self.kd_alpha = owners[0].config.alpha if owners else 0.0
+        if config.query == "one_pass":
+            for number, layer in enumerate(bb.layers(self.backbone)):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+        elif config.query != "two_pass":
+            raise ValueError(f"The query is '{config.query}'; allowed: two_pass, one_pass.")
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self._with_token = False
 
@@ -67,6 +83,26 @@ class CDLForImageClassification(PreTrainedModel):
         self.freeze()
 
     # ---- building, growing, freezing ----
+
+    def _teacher_pool(self, query_size: int) -> PromptPool:
+        if self.config.teacher_pool is None:
+            raise ValueError("A mapping needs the teacher's prompts: give teacher_pool=teacher.pool_config.")
+        fields = self.config.teacher_pool
+        pool = build_pool(fields["prompt"], fields["hidden_size"], query_size, fields["num_layers"])
+        if pool is None:
+            raise ValueError("The teacher has no prompts (type none), so there is nothing to map.")
+        return pool
+
+    @property
+    def pool_config(self) -> dict[str, Any]:
+        """What rebuilds this model's prompt pool in a student that maps its prompts (CDLConfig.teacher_pool)."""
+        return {"prompt": self.config.prompt, **self.shape._asdict()}
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether a forward pass needs the query of an un-prompted pass."""
+        own = self.pool is not None and self.pool.needs_query and self.config.query == "two_pass"
+        return own or (self.mapping is not None and self.mapping.teacher_pool.needs_query)
 
     @property
     def shape(self) -> ModelShape:
@@ -132,6 +168,11 @@ class CDLForImageClassification(PreTrainedModel):
         self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
 
+    def follow(self, teacher: CDLForImageClassification) -> None:
+        """Take over what this model keeps of its teacher, which has learnt the newest task: a copy of its pool."""
+        if self.mapping is not None and teacher.pool is not None:
+            self.mapping.teacher_pool.load_state_dict(teacher.pool.state_dict())
+
     def end_task(self) -> None:
         """Tell the pool that the newest task is learnt."""
         if self.pool is not None:
@@ -146,32 +187,35 @@ class CDLForImageClassification(PreTrainedModel):
         if self.config.train_backbone:
             for name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_("mask_token" not in name)
-        for part in (self.pool, self.head, self.kd_head):
+        for part in (self.pool, self.mapping, self.head, self.kd_head):
             if part is not None:
                 part.requires_grad_(True)
                 for block in part.blocks[:-1]:
                     block.requires_grad_(False)
+        if self.mapping is not None:
+            self.mapping.teacher_pool.requires_grad_(False)
         for part in (self.kd_prompt, self.scaffold):
             if part is not None:
                 part.requires_grad_(True)
 
     def _grow(self, num_classes: int) -> None:
-        if self.pool is not None:
-            self.pool.add_task()
+        for part in (self.pool, self.mapping):
+            if part is not None:
+                part.add_task()
         for head in (self.head, self.kd_head):
             if head is not None:
                 head.add_task(num_classes)
 
     def _init_task(self, task: int) -> None:
-        for part in (self.pool, self.head, self.kd_head):
+        for part in (self.pool, self.mapping, self.head, self.kd_head):
             if part is not None:
                 part.init_task(task)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, PromptPool):
-            module.init_shared()
         if isinstance(module, PromptPool | Head):
+            module.init_shared()
+        if isinstance(module, PromptPool | PromptMapping | Head):
             for task in range(len(module.blocks)):
                 module.init_task(task)
         elif isinstance(module, KDPrompt):
@@ -214,15 +258,17 @@ class CDLForImageClassification(PreTrainedModel):
     ) -> CDLOutput:
         """Logits of images (B, 3, H, W) over all classes seen so far; with labels (B,) also their cross-entropy.
 
-        `query` (B, D_q) saves the query pass when it is known already; `task_id` is the current task, in training
-        only. In training `logits` are the CLS head's; in evaluation (1 - alpha) * CLS head + alpha * KD head.
+        `query` (B, D_q) saves the query pass when it is known already; `task_id` is the current task, for a model that
+        trains on it or, in evaluation mode, teaches it. In training `logits` are the CLS head's; in evaluation
+        (1 - alpha) * CLS head + alpha * KD head.
         `output_hidden_states` may list the numbers of those to keep: 0 the embeddings, -1 the last layer.
         """
         if not self.config.tasks:
             raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
-        if query is None and self.pool is not None and self.pool.needs_query:
+        if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
-        prefix, prompt_loss = self._prefixes(query, task_id)
+        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
+        prefix, prompt_loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
         outputs = self._run(
             self.backbone,
             pixel_values,
@@ -235,10 +281,12 @@ class CDLForImageClassification(PreTrainedModel):
         features = bb.pool(self.backbone, hidden)
         logits = self.head(features)
         kd_logits: Any = None
-        if self.kd_head is not None and self.kd_prompt is not None:
-            kd_logits = self.kd_head(bb.final_norm(self.backbone, token))
+        if self.kd_head is not None:
+            kd_logits = self.kd_head(features if self.kd_prompt is None else bb.final_norm(self.backbone, token))
             if not self.training:
-                logits = torch.lerp(logits, kd_logits, self.kd_prompt.config.alpha)
+                logits = torch.lerp(logits, kd_logits, self.kd_alpha)
+        if one_pass.losses:
+            prompt_loss = torch.stack([*one_pass.losses.values()]).sum()
         return CDLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
@@ -248,6 +296,7 @@ class CDLForImageClassification(PreTrainedModel):
             features=features,
             hidden_states=self._image_tokens(outputs.hidden_states),
             attentions=outputs.attentions,
+            similarities=tuple(one_pass.similarities.values()) or None,
         )
 
     @torch.no_grad()
@@ -260,24 +309,40 @@ class CDLForImageClassification(PreTrainedModel):
         self, query: torch.Tensor | None, task_id: int | None
     ) -> tuple[dict[int, list[KV]], torch.Tensor | None]:
         """All layers' prefixes, and the sum of the pool's losses."""
-        prefix: dict[int, list[KV]] = {}
-        total = None
-        for layer in range(len(bb.layers(self.backbone))):
-            found, loss = (None, None) if self.pool is None else self.pool(layer, query, task_id)
-            kd = None if self.kd_prompt is None else self.kd_prompt(layer)
-            extra = [kv for kv in (found, kd) if kv is not None]
-            if extra:
-                prefix[layer] = extra
-            if loss is not None:
-                total = loss if total is None else total + loss
-        return prefix, total
+        found = [self._ask(query, query, task_id, layer) for layer in range(len(bb.layers(self.backbone)))]
+        losses = [loss for _, loss in found if loss is not None]
+        prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
+        return prefix, torch.stack(losses).sum() if losses else None
+
+    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[KV], torch.Tensor | None]:
+        """A layer's prefixes and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
+        prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
+        mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
+        kd = None if self.kd_prompt is None else self.kd_prompt(layer)
+        return [kv for kv in (prefix, mapped, kd) if kv is not None], loss
+
+    def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
+        """The same when the layer is entered; with a `query` also how the pool's keys match it and `own`."""
+        prefixes, loss = self._ask(own, query, task_id, layer)
+        pairs = () if query is None or self.pool is None else (own, query)
+        similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
+        return prefixes, loss, similarity if similarity and similarity[0] is not None else None
+
+    def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of a layer: in a one-pass run its prefixes are made now, from the tokens that enter it."""
+        prefix = kwargs.get("prefix")
+        if not isinstance(prefix, OnePass):  # the query pass
+            return None
+        tokens = args[0] if args else kwargs["hidden_states"]
+        own = tokens[:, 0] if bb.has_cls(self.backbone.config) else self._take_token(tokens)[0].mean(dim=1)
+        return args, {**kwargs, "prefix": prefix.enter(number, own)}
 
     def _run(
         self,
         backbone: Any,
         pixel_values: torch.Tensor,
         with_token: bool = False,
-        prefix: dict[int, list[KV]] | None = None,
+        prefix: dict[int, list[KV]] | OnePass | None = None,
         **kwargs: Any,
     ) -> Any:
         """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
@@ -326,27 +391,3 @@ class CDLForImageClassification(PreTrainedModel):
 
     def _token_index(self, length: int) -> int:
         return bb.family(self.backbone.config).token_at % length
-
-
-def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_layers: int) -> PromptPool | None:
-    """The prompt pool of a config's `prompt` section; None for type `none`. Raises ValueError for an unknown one."""
-    fields = dict(prompt)
-    kind = fields.pop("type")
-    if kind == "none":
-        return None
-    if kind not in PROMPTS:
-        raise ValueError(f"Unknown prompt type '{kind}'; allowed: none, {', '.join(PROMPTS)}.")
-    pool = PROMPTS[kind]
-    known = {f.name: f for f in dataclasses.fields(pool.config_class)}
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"Prompt type '{kind}' has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    return pool(pool.config_class(**fields), hidden_size, query_size, num_layers)
-
-
-def build_head(head: dict[str, Any], hidden_size: int) -> Head:
-    """The head of a config's `head` section. Raises ValueError for an unknown type."""
-    kind = head["type"]
-    if kind not in HEADS:
-        raise ValueError(f"Unknown head type '{kind}'; allowed: {', '.join(HEADS)}.")
-    return HEADS[kind](hidden_size)

@@ -15,7 +15,7 @@ class PromptPool(nn.Module):
     """Base of the prompt pools.
 
     A method file defines a frozen dataclass `Config` (its fields are the recipe's) and a subclass with `config_class`,
-    `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prefixes.
+    `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prefixes (None: all).
 
     Growth: `blocks` holds one module of parameters per task. The model freezes all blocks but the newest, so what a
     task learnt is never touched again; parameters outside `blocks` are shared and train in every task (`init_shared`
@@ -30,7 +30,7 @@ class PromptPool(nn.Module):
         self.config = config
         self.hidden_size = hidden_size
         self.query_size = query_size
-        self.layers = _check_layers(config.layers, num_layers)
+        self.layers = _check_layers(range(num_layers) if config.layers is None else config.layers, num_layers)
         self.blocks = nn.ModuleList()
 
     def init_shared(self) -> None:
@@ -52,9 +52,14 @@ class PromptPool(nn.Module):
     ) -> tuple[KV | None, torch.Tensor | None]:
         """Prefix of `layer` (None if it gets none) for queries (B, D_q), and the pool's loss there (None if none).
 
-        `task_id` is the current task, in training only; evaluation never knows the task.
+        `task_id` is the current task, in training; given to a pool in evaluation mode, it says that the model teaches
+        that task to a student. Evaluation never knows the task.
         """
         raise NotImplementedError
+
+    def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """(B, M) cosines of queries (B, D_q) with the pool's keys in `layer`; None where nothing is matched."""
+        return None
 
 
 def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:

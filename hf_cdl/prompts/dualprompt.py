@@ -106,6 +106,11 @@ class DualPrompt(PromptPool):
             else:
                 init.uniform_(parameter)
 
+    def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        if layer not in self.config.expert_layers:
+            return None
+        return _cosine(query, self._experts("key", self.config.expert_layers.index(layer)))  # (B, T)
+
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None
     ) -> tuple[KV | None, torch.Tensor | None]:
@@ -114,7 +119,7 @@ class DualPrompt(PromptPool):
         if layer not in self.config.expert_layers:
             return None, None
         index = self.config.expert_layers.index(layer)
-        if task_id is None:
+        if task_id is None or not self.training:
             similarity = _cosine(query, self._experts("key", index))  # (B, T)
             return _prefix(self._experts("prompt", index)[similarity.argmax(dim=-1)]), None
         expert: Any = self.blocks[task_id]

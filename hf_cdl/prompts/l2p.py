@@ -75,15 +75,20 @@ class L2P(PromptPool):
     def init_task(self, task: int) -> None:
         """No task has parameters of its own."""
 
+    def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        if layer not in self.layers:
+            return None
+        key = self.key[self.layers.index(layer)]
+        return F.normalize(query.detach(), dim=-1) @ F.normalize(key, dim=-1).T
+
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None
     ) -> tuple[KV | None, torch.Tensor | None]:
-        if layer not in self.layers:
+        similarity = self.similarity(layer, query)
+        if similarity is None:
             return None, None
-        index = self.layers.index(layer)
-        similarity = F.normalize(query.detach(), dim=-1) @ F.normalize(self.key[index], dim=-1).T  # (B, M)
         best = similarity.topk(self.config.top_k, dim=-1)
-        picked = self.prompt[index][best.indices]  # (B, N, l, D)
+        picked = self.prompt[self.layers.index(layer)][best.indices]  # (B, N, l, D)
         half = self.config.length // 2
         prefix = KV(picked[:, :, :half].flatten(1, 2), picked[:, :, half:].flatten(1, 2))
         if not self.training:

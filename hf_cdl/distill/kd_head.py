@@ -1,0 +1,35 @@
+r"""The KD head follows the teacher: shared by all terms that teach a head of its own.
+
+    L = (1 - \alpha) CE(z_{cls}, y) + \alpha K_\tau(z_t || z_{kd})
+
+Cross-entropy trains the CLS head, the distillation loss the KD head z_kd (B, C_t); inference blends both. What the KD
+head reads, and by which prompts it is reached, is what the terms differ in. `weight` is \alpha, `temperature` \tau.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from hf_cdl.distill.objective import Term, kd_loss
+from hf_cdl.types import CDLOutput
+
+
+@dataclass(frozen=True)
+class KDHeadConfig:
+    weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
+    temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
+
+    def __post_init__(self):
+        if self.weight < 0 or self.temperature <= 0:
+            raise ValueError(
+                f"A KD head needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}."
+            )
+
+
+class KDHead(Term):
+    config_class = KDHeadConfig
+
+    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+        return kd_loss(student.kd_logits, teacher.logits, self.config.temperature)

@@ -1,0 +1,43 @@
+r"""OS-Prompt++: a one-pass query is drawn to the query of an un-prompted pass (Kim et al., arXiv 2402.16189).
+
+    L = \lambda \sum_l || softmax(cos(K_l, q_l)) - softmax(cos(K_l, r)) ||^2
+
+Notation: K_l (M, D) are the pool's keys in layer l, q_l the CLS token that enters it, r the final CLS feature of the
+frozen, un-prompted student. `similarities` of the output holds both cosines (B, M) of every layer with keys; with
+CODA-Prompt's attention vectors A they are its weights. Mean over the batch [ours]. `weight` is \lambda. Training pays
+a query pass for r, inference none. It needs no teacher, and a student with `query: one_pass`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from hf_cdl.distill.objective import Term
+from hf_cdl.types import CDLOutput
+
+
+@dataclass(frozen=True)
+class OSPromptConfig:
+    weight: float = field(default=1e-4, metadata={"help": "Weight lambda of the regulariser."})
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"os_prompt needs weight >= 0; got {self.weight}.")
+
+
+class OSPrompt(Term):
+    config_class = OSPromptConfig
+    needs_teacher: ClassVar = False
+    needs_query: ClassVar = True
+
+    def forward(self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor) -> torch.Tensor:
+        if student.similarities is None:
+            raise ValueError("os_prompt needs a pool with keys and query: one_pass; the student has none.")
+        distances = [
+            (one_pass.float().softmax(dim=-1) - reference.float().softmax(dim=-1)).square().sum(dim=-1).mean()
+            for one_pass, reference in student.similarities
+        ]
+        return torch.stack(distances).sum()

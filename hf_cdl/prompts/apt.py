@@ -1,0 +1,101 @@
+r"""APT: a prompt added to the CLS token's key and value (arXiv 2503.07979).
+
+In every layer one vector is added to the key of the CLS token and one to its value; no token is concatenated, no query
+is computed and nothing is selected:
+
+    k_{cls}^l <- k_{cls}^l + p_k^l,    v_{cls}^l <- v_{cls}^l + p_v^l
+
+One prompt P trains on through all tasks. After task t it is merged into the prompt that evaluation uses, an
+exponential moving average over the tasks; training goes on from the un-merged P:
+
+    \hat P_t = a \hat P_{t-1} + (1 - a) P_t,    \hat P_0 = P_0
+
+Notation: `prompt` (L, 2, D) holds p_k and p_v of all layers, `merged` (L, 2, D) of block t is \hat P_t, `ema` is a.
+The authors' head normalises its weight rows: `head: {type: weight_normalised}`.
+
+Where we differ from the code of Continual Distillation Learning (CDL, arXiv 2407.13911): there the merge runs after
+both phases of a task, so that the teacher teaches with \hat P_{t-1} (zeros in the first task), never with the prompt
+that it has just trained for that task. Here it teaches with P_t; `teach_with: merged_before` is theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from hf_cdl.prompts.base import PromptPool
+from hf_cdl.types import KV
+
+
+@dataclass(frozen=True)
+class APTConfig:
+    layers: tuple[int, ...] | None = field(default=None, metadata={"help": "Backbone layers with prompts; null: all."})
+    ema: float = field(default=0.7, metadata={"help": "Share a of the earlier tasks when a task's prompt is merged."})
+    teach_with: Literal["trained", "merged_before"] = field(
+        default="trained",
+        metadata={"help": "A teacher's prompt: the one just trained, or the merged one of earlier tasks (authors)."},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.ema <= 1:
+            raise ValueError(f"APT's ema is a share from 0 to 1; got {self.ema}.")
+        if self.teach_with not in ("trained", "merged_before"):
+            raise ValueError(f"APT's teach_with is '{self.teach_with}'; allowed: trained, merged_before.")
+
+
+class Merged(nn.Module):
+    """The merged prompt after a task, a buffer: until the task is learnt, that of the task before (at first zeros)."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("merged", torch.empty(shape))
+
+
+class APT(PromptPool):
+    config_class = APTConfig
+    config: APTConfig
+    needs_query = False
+
+    def __init__(self, config: APTConfig, hidden_size: int, query_size: int, num_layers: int):
+        super().__init__(config, hidden_size, query_size, num_layers)
+        self.prompt = nn.Parameter(torch.empty(len(self.layers), 2, hidden_size))
+
+    def init_shared(self) -> None:
+        init.trunc_normal_(self.prompt, std=0.02)
+
+    def add_task(self) -> None:
+        self.blocks.append(Merged(*self.prompt.shape))
+
+    def init_task(self, task: int) -> None:
+        init.copy_(self._block(task).merged, self._merged(task - 1))
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        task, ema = len(self.blocks) - 1, self.config.ema
+        merged = torch.lerp(self.prompt, self._merged(task - 1), ema) if task else self.prompt
+        self._block(task).merged.copy_(merged)
+
+    def forward(
+        self, layer: int, query: torch.Tensor | None, task_id: int | None = None
+    ) -> tuple[KV | None, torch.Tensor | None]:
+        if layer not in self.layers:
+            return None, None
+        if self.training:
+            prompt = self.prompt
+        elif task_id is None:
+            prompt = self._merged(len(self.blocks) - 1)
+        else:  # teaching that task
+            prompt = self.prompt if self.config.teach_with == "trained" else self._merged(task_id - 1)
+        key, value = prompt[self.layers.index(layer)].view(2, 1, 1, -1)
+        return KV(key, value, "add_to_cls"), None
+
+    def _block(self, task: int) -> Any:
+        return self.blocks[task]
+
+    def _merged(self, task: int) -> torch.Tensor:
+        """The merged prompt (L, 2, D) after a task; zeros before the first."""
+        return torch.zeros_like(self.prompt) if task < 0 else self._block(task).merged

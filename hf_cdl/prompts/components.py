@@ -1,0 +1,83 @@
+r"""Prompt components and attention over them, as CODA-Prompt and the prompt mapping of CDL-Prompt use them.
+
+    p = \sum_m \alpha_m P_m,    \alpha_m = \gamma(q \odot A_m, K_m)
+
+(Smith et al., CVPR 2023, arXiv 2211.13218, Eqs. 2-4.) P (M, l, D) are the components, K and A (M, D_q) their keys and
+attention vectors, \gamma is cosine similarity. Every task adds a block of rows, orthogonal to the earlier ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+
+class ComponentBlock(nn.Module):
+    """The components of one task, all layers stacked: prompt (L, m, l, D), key and attention (L, m, D_q)."""
+
+    def __init__(self, layers: int, rows: int, length: int, hidden_size: int, query_size: int, attention: bool = True):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.empty(layers, rows, length, hidden_size))
+        self.key = nn.Parameter(torch.empty(layers, rows, query_size))
+        self.attention = nn.Parameter(torch.empty(layers, rows, query_size)) if attention else None
+
+
+@torch.no_grad()
+def init_block(blocks: Any, task: int) -> None:
+    """Initialise block `task`: normal draws, orthogonalised against all earlier rows and of unit length."""
+    for name, new in blocks[task].named_parameters():
+        draws = torch.randn(new.shape, device=new.device).flatten(2)  # (L, m, D)
+        orthogonal = [
+            orthogonalise(draw, rows(blocks[:task], name, index).flatten(1) if task else draw[:0])
+            for index, draw in enumerate(draws)
+        ]
+        init.copy_(new, torch.stack(orthogonal).view_as(new))
+
+
+def rows(blocks: Any, name: str, index: int) -> torch.Tensor:
+    """(M, ...): the rows of one layer in all the blocks."""
+    return torch.cat([getattr(block, name)[index] for block in blocks])
+
+
+def weights(blocks: Any, index: int, query: torch.Tensor) -> torch.Tensor:
+    r"""(B, M) weights \alpha of queries (B, D_q) in one layer; without A plain cosines with the keys."""
+    key = rows(blocks, "key", index)
+    if blocks[0].attention is None:
+        return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+    return component_weights(query, rows(blocks, "attention", index), key)
+
+
+def weighted_sum(weight: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """(B, l, D) prompts from weights (B, M) and components (M, l, D)."""
+    return (weight @ prompt.flatten(1)).unflatten(1, prompt.shape[1:])
+
+
+def component_weights(query: torch.Tensor, attention: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    r"""(B, M) weights \alpha_m = cos(q \odot A_m, K_m) (Eq. 4) for queries (B, D_q), attention and keys (M, D_q).
+
+    With \hat K the row-normalised keys, \alpha = q (A \odot \hat K)^T / sqrt(q^2 (A^2)^T): two matrix products, and no
+    (B, M, D_q) tensor.
+    """
+    product = query @ (attention * F.normalize(key, dim=-1)).T
+    norm = (query.square() @ attention.square().T).clamp_min(1e-24).sqrt()
+    return product / norm
+
+
+def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt of new rows (m, D) against earlier ones (n, D), as the authors' code does it.
+
+    Each draw loses its projections on every row before it: the earlier rows as trained (not orthogonal among
+    themselves) and the new rows not yet normalised; all projections are of the draw itself. Norm 1 at the very end.
+    With more rows than dimensions a draw can vanish; it is then kept as drawn.
+    """
+    rows = list(earlier)
+    for draw in draws:
+        new = draw.clone()
+        for row in rows:
+            new = new - (draw @ row) / (row @ row).clamp_min(1e-24) * row
+        rows.append(new if new.norm() > 1e-6 * draw.norm() else draw)
+    return F.normalize(torch.stack(rows[len(earlier) :]), dim=-1)
