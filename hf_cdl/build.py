@@ -12,14 +12,17 @@ from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.backbone import check_image_size, load_config
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
-from hf_cdl.tasks.transforms import output_size
+from hf_cdl.tasks.transforms import output_size, query_view
 
 Models = dict[str, CDLForImageClassification]
 
 
-def build_processor(recipe: Recipe) -> Any:
-    """The student's image processor. Raises ValueError unless it and the teacher's fit backbones and each other."""
-    found = {}
+def build_processors(recipe: Recipe) -> dict[str, Any]:
+    """The image processor of each role; the baselines have the student's.
+
+    Raises ValueError naming the role whose processor is missing or does not fit its backbone.
+    """
+    found: dict[str, Any] = {}
     for role in ("student", "teacher"):
         section = getattr(recipe, role)
         if section is None:
@@ -31,17 +34,17 @@ def build_processor(recipe: Recipe) -> Any:
             except (OSError, ValueError) as error:
                 raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
             check_image_size(config, output_size(found[role]))
-    views = {role: (output_size(p), p.image_mean, p.image_std) for role, p in found.items()}
-    if len({str(view) for view in views.values()}) > 1:
-        raise ValueError(f"Teacher and student must see the same pixels, but their processors differ: {views}.")
-    return found["student"]
+    return {**found, **dict.fromkeys(recipe.baselines, found["student"])}
 
 
 def build_models(
-    recipe: Recipe, stored: Callable[[str], CDLForImageClassification | None] = lambda role: None
+    recipe: Recipe,
+    processors: dict[str, Any],
+    stored: Callable[[str], CDLForImageClassification | None] = lambda role: None,
 ) -> Models:
     """The recipe's models by role: what `stored(role)` has, or a new one without tasks.
 
+    `processors` are those of build_processors: a teacher that shares the student's query makes its view of the pixels.
     Raises ValueError naming the role whose backbone is wrong.
     """
     models: Models = {}
@@ -49,15 +52,19 @@ def build_models(
         section = getattr(recipe, role)
         if section is not None:
             with about(role, section):
-                models[role] = stored(role) or _build(recipe, section, role, models.get("teacher"))
+                models[role] = stored(role) or _build(recipe, section, role, processors, models.get("teacher"))
     for name in recipe.baselines:
         bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head=BASELINES[name])
-        models[name] = stored(name) or _build(recipe, bare, name)
+        models[name] = stored(name) or _build(recipe, bare, name, processors)
     return models
 
 
 def _build(
-    recipe: Recipe, section: ModelRecipe, role: str, teacher: CDLForImageClassification | None = None
+    recipe: Recipe,
+    section: ModelRecipe,
+    role: str,
+    processors: dict[str, Any],
+    teacher: CDLForImageClassification | None = None,
 ) -> CDLForImageClassification:
     set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
     shared = role == "teacher" and section.query == "student" and section.prompt["type"] != "none"
@@ -66,6 +73,7 @@ def _build(
         section.revision,
         query_name=recipe.student.backbone if shared else None,
         query_revision=recipe.student.revision if shared else None,
+        query_view=query_view(processors[role], processors["student"]) if shared else None,
         prompt=section.prompt,
         head=section.head,
         query="one_pass" if section.query == "one_pass" else "two_pass",

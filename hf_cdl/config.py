@@ -36,6 +36,11 @@ class CDLConfig(PreTrainedConfig):
         metadata={"help": "Query of the prompts: two_pass (the CLS feature of an un-prompted pass) or one_pass (the "
                   "CLS token that enters each layer, OS-Prompt)."},
     )  # fmt: skip
+    query_view: dict[str, list] | None = field(
+        default=None,
+        metadata={"help": "What the query backbone wants to see, if it differs from the model's own pixel values: "
+                  "resized to `size` [H, W], times `scale` plus `shift` (three channels each)."},
+    )  # fmt: skip
     prompt: dict[str, Any] = field(
         default_factory=lambda: {"type": "none"}, metadata={"help": "Prompt pool: its type and that type's fields."}
     )

@@ -152,7 +152,7 @@ class CDLTrainer(Trainer):
     def _train(self, task: Task, result: TaskResult) -> None:
         work = None if self.run is None else self.run.work_folder(self.role, task)
         last = get_last_checkpoint(work) if work is not None and work.is_dir() else None
-        self.train_dataset = task.train
+        self.train_dataset = self._as_seen(task.train, *(() if self.teacher is None else ("teacher",)))
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._sums, self._steps_summed, self._seconds_before = {}, 0, 0.0
@@ -196,14 +196,16 @@ class CDLTrainer(Trainer):
     ) -> Any:
         """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
         task, pixels = self.seen[-1], inputs["pixel_values"]
+        theirs = inputs.get("teacher_pixel_values")  # there if the teacher sees another view of the same crop
         query, teacher = None, None
+        share = self.shares_query and theirs is None
         with torch.no_grad(), self.accelerator.autocast():
-            if self.shares_query or self.objective.needs_query:
+            if share or self.objective.needs_query:
                 query = self.model.compute_query(pixels)
             if self.teacher is not None:
                 teacher = self.teacher(
-                    pixel_values=pixels,
-                    query=query if self.shares_query else None,
+                    pixel_values=pixels if theirs is None else theirs,
+                    query=query if share else None,
                     task_id=task.index,
                     output_hidden_states=self._layers("teacher"),
                 )
@@ -328,7 +330,11 @@ class CDLTrainer(Trainer):
     # ---- what the user sees ----
 
     def _loader(self, split: Any) -> Any:
-        return self.get_test_dataloader(split)
+        return self.get_test_dataloader(self._as_seen(split))
+
+    def _as_seen(self, split: Any, *others: str) -> Any:
+        """A split as this role's model sees it, and the `others` too; most users' own splits look the same to all."""
+        return split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
 
     def _title(self, task: Task) -> str:
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
@@ -396,6 +402,8 @@ class _PhaseCallback(TrainerCallback):
 def _shares_query(student: Any, teacher: Any) -> bool:
     """Whether one query pass serves both models: the same frozen weights answer for the teacher and the student."""
     if not (teacher.needs_query and student.needs_query) or student.config.train_backbone:
+        return False
+    if teacher.config.query_view is not None:  # the same weights, but not the same pixels
         return False
     first, second = (
         model.backbone if model.query_backbone is None else model.query_backbone for model in (student, teacher)

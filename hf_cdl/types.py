@@ -59,7 +59,10 @@ class CDLOutput(ModelOutput):
 
 
 class TaskSplit(Protocol):
-    """Images of one task and split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v."""
+    """Images of one task and split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
+
+    It may have `seen_by(*roles)`, if the models of the roles want different pixel values: see hf_cdl.tasks.TaskSplit.
+    """
 
     def __len__(self) -> int: ...
 

@@ -20,7 +20,7 @@ from datasets import disable_progress_bars  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
-from hf_cdl.build import build_models, build_objective, build_processor, labels  # noqa: E402
+from hf_cdl.build import build_models, build_objective, build_processors, labels  # noqa: E402
 from hf_cdl.recipe import Recipe, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
@@ -60,9 +60,9 @@ def main(arguments: list[str]) -> int:
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
-    processor = build_processor(recipe)
-    stream = TaskStream(recipe.data, processor, seed=recipe.seed)
-    models = build_models(recipe, functools.partial(stored, run))
+    processors = build_processors(recipe)
+    stream = TaskStream(recipe.data, processors, seed=recipe.seed)
+    models = build_models(recipe, processors, functools.partial(stored, run))
     if not run.started:
         stream.check_images()
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         objective = build_objective(recipe, role, models)
         section = recipe.training_args("teacher" if role == "teacher" else "student")
         arguments = CDLTrainingArguments(output_dir=str(run.folder / "work"), **section)
-        rest = {"eval_split": stream.config.eval_split, "processor": processor, "num_tasks": len(stream)}
+        rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
         trainers.append(CDLTrainer(model, arguments, objective, models.get("teacher"), role=role, run=run, **rest))
     return stream, trainers
 

@@ -18,6 +18,7 @@ from hf_cdl.models import backbone as bb
 from hf_cdl.models.heads import Head, build_head
 from hf_cdl.models.one_pass import OnePass
 from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
+from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.types import KV, CDLOutput, ModelShape
 
@@ -303,6 +304,8 @@ class CDLForImageClassification(PreTrainedModel):
     def compute_query(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, D_q) query of the pools: the CLS feature of the frozen, un-prompted query backbone."""
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
+        if self.config.query_view is not None:
+            pixel_values = to_query_view(pixel_values, **self.config.query_view)
         return bb.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _prefixes(

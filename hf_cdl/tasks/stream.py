@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_cdl.tasks.benchmarks import BENCHMARKS
 from hf_cdl.tasks.tables import choose_columns, choose_splits, draw_rows, file_sizes, load_splits, read_labels, some
-from hf_cdl.tasks.transforms import ImageError, Preprocess, decode
+from hf_cdl.tasks.transforms import ImageError, Preprocess, decode, same_view
 from hf_cdl.types import Task
 
 
@@ -84,15 +84,16 @@ class StreamConfig:
 class TaskStream:
     """The tasks of a class-incremental stream, in order.
 
-    `dataset`: the data themselves (a DatasetDict) instead of `config.path`. `seed`: of the augmented views.
-    `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked here, the images by
-    `check_images`. Raises ValueError if no stream can be made of the data.
+    `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; a role that is not named
+    sees what the first one sees. `seed`: of the augmented views. `dataset`: the data themselves (a DatasetDict) instead
+    of `config.path`. `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked
+    here, the images by `check_images`. Raises ValueError if no stream can be made of the data.
     """
 
     def __init__(
         self,
         config: StreamConfig,
-        processor: BaseImageProcessor,
+        processors: BaseImageProcessor | Mapping[str, BaseImageProcessor],
         seed: int = 0,
         dataset: Mapping[str, Dataset] | None = None,
     ):
@@ -118,7 +119,10 @@ class TaskStream:
                     "remove the names from the ClassLabel, or name the classes to learn in classes_per_task."
                 )
         number = {c: i for i, c in enumerate(order)}  # of a class in the data -> in the stream
-        preprocess = Preprocess(processor, seed, config.crop_scale, config.crop_ratio, config.flip)
+        views: dict[str, Preprocess] = {}  # of a role; roles that see the same share one object
+        for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
+            own = Preprocess(processor, seed, config.crop_scale, config.crop_ratio, config.flip)
+            views[role] = next((view for view in views.values() if same_view(view.processor, processor)), own)
         images: dict[str, Dataset] = {}  # not decoded here but by TaskSplit, so that errors name the image
         for role, table in tables.items():
             column = table.with_format(None).select_columns([image_column])
@@ -131,7 +135,7 @@ class TaskStream:
                 where = np.sort(np.concatenate([own[c] for c in classes]))
                 targets = [number[c] for c in labels[source][where].tolist()]
                 if targets:  # a task may have no validation images
-                    parts[role] = TaskSplit(images[source], splits[source], index, where, targets, preprocess)
+                    parts[role] = TaskSplit(images[source], splits[source], index, where, targets, views)
             class_names, first = tuple(names[c] for c in classes), number[classes[0]]
             self._tasks.append(Task(index, class_names, first, parts["train"], parts.get("validation"), parts["test"]))
 
@@ -187,8 +191,9 @@ class TaskStream:
 class TaskSplit:
     """Rows of one split of the data: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
 
-    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}. `rows` are indices into the
-    whole split of that `name`; the augmentation knows the samples by them. Raises ImageError for a bad image.
+    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}; `seen_by` chooses the role
+    whose image processor makes the pixel values. `rows` are indices into the whole split of that `name`; the
+    augmentation knows the samples by them. Raises ImageError for a bad image.
     """
 
     data: Dataset
@@ -196,21 +201,39 @@ class TaskSplit:
     task: int
     rows: np.ndarray
     labels: list[int]
-    preprocess: Preprocess
+    views: Mapping[str, Preprocess]
+    roles: tuple[str, ...] = ("student",)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def seen_by(self, *roles: str) -> TaskSplit:
+        """The same images as the model of the first role sees them, in `pixel_values`.
+
+        Each further role with another view of them adds `ROLE_pixel_values`: of an augmented view, the same crop.
+        """
+        return replace(self, roles=roles)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """A batch of evaluation views or of augmented views (not both), by one call of the image processor."""
+        """A batch of evaluation views or of augmented views (not both), by one call of each image processor."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
         images = [self.image(i) for i in indices]
-        pixels = self.preprocess.training(images, samples) if samples else self.preprocess.evaluation(images)
-        return [{"pixel_values": p, "labels": self.labels[i]} for p, i in zip(pixels, indices, strict=True)]
+        items: list[dict[str, Any]] = [{} for _ in indices]
+        for name, view in self._pixel_values().items():
+            pixels = view.training(images, samples) if samples else view.evaluation(images)
+            for item, p in zip(items, pixels, strict=True):
+                item[name] = p
+        return [{**item, "labels": self.labels[i]} for item, i in zip(items, indices, strict=True)]
+
+    def _pixel_values(self) -> dict[str, Preprocess]:
+        """What makes each tensor of an item, without those that would be the first again."""
+        first, *others = (self.views.get(role) or next(iter(self.views.values())) for role in self.roles)
+        more = {f"{role}_pixel_values": view for role, view in zip(self.roles[1:], others, strict=True)}
+        return {"pixel_values": first, **{name: view for name, view in more.items() if view is not first}}
 
     def image(self, index: int) -> Image.Image:
         """The decoded image, in RGB."""

@@ -72,6 +72,31 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return height, width
 
 
+_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+_FIELDS += ("do_normalize", "image_mean", "image_std")
+
+
+def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
+    """Whether two image processors make the same pixel values of every image."""
+    ours, theirs = ([repr(processor.to_dict().get(name)) for name in _FIELDS] for processor in (first, second))
+    return type(first) is type(second) and ours == theirs
+
+
+def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, list] | None:
+    """How to make pixel values of `query`'s kind from `own`'s, as CDLConfig.query_view; None if they are the same."""
+    if same_view(own, query):
+        return None
+    (a, b), (c, d) = _normalisation(own), _normalisation(query)
+    return {"size": list(output_size(query)), "scale": (c / a).tolist(), "shift": (d - c / a * b).tolist()}
+
+
+def _normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) of each channel: a colour x of 0 .. 255 becomes a * x + b."""
+    factor = processor.rescale_factor if processor.do_rescale else 1.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    return factor / np.broadcast_to(std, 3), -np.broadcast_to(mean, 3) / np.broadcast_to(std, 3)
+
+
 @dataclass
 class Preprocess:
     """Image -> pixel values, by an HF image processor; the training view adds RandomResizedCrop and a flip.
