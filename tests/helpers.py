@@ -25,8 +25,10 @@ TRAIN = ROOT / "recipes" / "train.py"
 SIZE = 16
 
 
-def make_backbone(folder: Path, hidden: int = 32, depth: int = 2, seed: int = 0, size: int = SIZE) -> Path:
-    """A random ViT with its image processor, saved as a Hugging Face folder."""
+def make_backbone(
+    folder: Path, hidden: int = 32, depth: int = 2, seed: int = 0, size: int = SIZE, patch: int = 8, **processor: Any
+) -> Path:
+    """A random ViT with its image processor (and fields of it), saved as a Hugging Face folder."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=hidden,
@@ -34,13 +36,13 @@ def make_backbone(folder: Path, hidden: int = 32, depth: int = 2, seed: int = 0,
         num_attention_heads=4,
         intermediate_size=2 * hidden,
         image_size=size,
-        patch_size=8,
+        patch_size=patch,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         initializer_range=0.2,
     )
     ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(folder)
+    ViTImageProcessor(size={"height": size, "width": size}, **processor).save_pretrained(folder)
     return folder
 
 

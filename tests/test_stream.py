@@ -7,7 +7,7 @@ import io
 import os
 import pickle
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import numpy as np
@@ -18,9 +18,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import ViTImageProcessor
+from transformers import ViTImageProcessor, ViTImageProcessorPil
 
-from hf_cdl.tasks import BENCHMARKS, ImageError, StreamConfig, TaskStream
+from hf_cdl.tasks import BENCHMARKS, ImageError, StreamConfig, TaskSplit, TaskStream
 
 PROCESSOR = ViTImageProcessor(size={"height": 8, "width": 8})
 
@@ -52,9 +52,9 @@ def data(classes: int = 5, train: int = 4, test: int = 2, kind: Any = None, **mo
     return DatasetDict({**own, **more})
 
 
-def make(dataset: Any = None, seed: int = 0, processor: Any = PROCESSOR, **config: Any) -> Any:
+def make(dataset: Any = None, seed: int = 0, processors: Any = PROCESSOR, **config: Any) -> Any:
     config.setdefault("classes_per_task", 2)
-    return TaskStream(StreamConfig(**config), processor, seed, dataset)
+    return TaskStream(StreamConfig(**config), processors, seed, dataset)
 
 
 def write_folder(root, layout: dict[str, int]) -> None:
@@ -227,6 +227,98 @@ def test_data_loader_workers_give_the_same_views(tmp_path):
     for ours, theirs in zip(batches(), batches(num_workers=2), strict=True):
         assert torch.equal(ours["pixel_values"], theirs["pixel_values"])
         assert torch.equal(ours["labels"], theirs["labels"])
+
+
+def maps(count: int = 6) -> DatasetDict:
+    """Images that say of each pixel where it is: red grows to the right, green downwards."""
+    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
+    cells = [Image.fromarray(np.stack([x, y, np.full_like(x, 9 * i)], axis=-1)) for i in range(count)]
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=["c0", "c1"])})
+    rows = Dataset.from_dict({"image": cells, "label": [i % 2 for i in range(count)]}, features=features)
+    return DatasetDict(train=rows, test=rows)
+
+
+WIDE = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.3, 0.4])
+NARROW = ViTImageProcessor(size={"height": 16, "width": 32}, rescale_factor=1 / 128, do_normalize=False)
+
+
+def colours(pixels: torch.Tensor, processor: Any) -> torch.Tensor:
+    """0 .. 255 again."""
+    if processor.do_normalize:
+        mean, std = (torch.tensor(field).view(3, 1, 1) for field in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    return pixels / processor.rescale_factor
+
+
+def test_both_roles_see_the_same_crop_and_flip():
+    stream = make(maps(), processors={"teacher": WIDE, "student": NARROW}, crop_scale=(0.3, 0.6))
+    split = stream[0].train.seen_by("student", "teacher")
+    flips, lefts = set(), set()
+    for view in range(4):
+        for item in split.__getitems__([(i, view) for i in range(len(split))]):
+            assert item.keys() == {"pixel_values", "teacher_pixel_values", "labels"}
+            small, large = colours(item["pixel_values"], NARROW), colours(item["teacher_pixel_values"], WIDE)
+            assert small.shape == (3, 16, 32) and large.shape == (3, 64, 64)
+            halved = torch.nn.functional.avg_pool2d(large, (4, 2))
+            assert (halved - small).abs().max() < 4  # rounding and the two filters
+            assert (halved.flip(-1) - small).abs().max() > 40 and (halved - small.roll(2, -1)).abs().max() > 5
+            flips.add(bool(small[0, 0, 0] > small[0, 0, -1]))
+            lefts.add(round(float(small[0].min())))
+    assert flips == {True, False} and len(lefts) > 10
+
+
+def test_a_role_gets_its_own_view_whoever_looks_with_it():
+    stream = make(maps(), processors={"teacher": WIDE, "student": NARROW}, seed=3)
+    alone = {role: make(maps(), processors=p, seed=3)[0].train for role, p in (("t", WIDE), ("s", NARROW))}
+    both = stream[0].train.seen_by("student", "teacher")
+    for key in (2, (2, 0), (3, 5)):
+        student, teacher = alone["s"][key]["pixel_values"], alone["t"][key]["pixel_values"]
+        item = both[key]
+        assert torch.equal(item["pixel_values"], student) and torch.equal(item["teacher_pixel_values"], teacher)
+        for role, want in (("student", student), ("teacher", teacher), ("nearest_class_mean", teacher)):
+            item = stream[0].train.seen_by(role)[key]  # a role that is not named sees what the first one sees
+            assert item.keys() == {"pixel_values", "labels"} and torch.equal(item["pixel_values"], want), role
+        assert torch.equal(stream[0].train[key]["pixel_values"], student)
+
+
+class Counted(ViTImageProcessorPil):
+    calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        type(self).calls += 1
+        return super().__call__(*args, **kwargs)
+
+
+class CountedSplit(TaskSplit):
+    decoded: ClassVar[list[int]] = []
+
+    def image(self, index: int) -> Image.Image:
+        self.decoded.append(index)
+        return super().image(index)
+
+
+def test_an_image_is_decoded_once_and_equal_views_are_one(tmp_path):
+    PROCESSOR.save_pretrained(tmp_path)
+    equal = {"student": PROCESSOR, "teacher": ViTImageProcessor.from_pretrained(tmp_path)}
+    split = make(data(), processors=equal)[0].train.seen_by("student", "teacher")
+    assert split[(0, 1)].keys() == split[0].keys() == {"pixel_values", "labels"}
+    assert torch.equal(split[(0, 1)]["pixel_values"], make(data())[0].train[(0, 1)]["pixel_values"])
+
+    counted = Counted(size={"height": 8, "width": 8})
+    split = make(data(), processors={"student": PROCESSOR, "teacher": counted, "linear_head": counted})[0].train
+    split = CountedSplit(**{field.name: getattr(split, field.name) for field in dataclasses.fields(split)})
+    for roles, calls in ((("student",), 0), (("teacher",), 1), (("student", "teacher"), 1)):
+        Counted.calls = 0
+        CountedSplit.decoded.clear()
+        split.seen_by(*roles).__getitems__([(0, 0), (3, 0)])
+        assert Counted.calls == calls and CountedSplit.decoded == [0, 3], roles
+    assert split.seen_by("teacher", "linear_head")[0].keys() == {"pixel_values", "labels"}
+
+
+def test_splits_of_two_views_pickle():
+    split = make(maps(), processors={"student": NARROW, "teacher": WIDE})[0].train.seen_by("student", "teacher")
+    ours, theirs = split[(1, 2)], pickle.loads(pickle.dumps(split))[(1, 2)]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours if k != "labels")
 
 
 def test_splits_pickle():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 
@@ -17,7 +18,16 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_cdl.tasks.transforms import ImageError, Preprocess, crop_box, decode, output_size, stateless_rng
+from hf_cdl.tasks.transforms import (
+    ImageError,
+    Preprocess,
+    crop_box,
+    decode,
+    output_size,
+    query_view,
+    same_view,
+    stateless_rng,
+)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +183,51 @@ def test_teacher_and_student_see_the_same_crop():
     halved = torch.nn.functional.avg_pool2d(views[0], 2)
     assert (halved - views[1]).abs().max() < 4  # rounding and the two filters; another crop differs by tens
     assert (halved - views[1].roll(1, 0)).abs().max() > 20
+
+
+def test_training_views_are_those_of_all_earlier_versions():
+    """A stored teacher output or a run half done would otherwise meet other pictures after an update."""
+    processor = ViTImageProcessor(size={"height": 20, "width": 24}, do_rescale=False, do_normalize=False)
+    keys = [(task, sample, view) for task in (0, 3) for sample in (0, 12345) for view in (0, 7)]
+    pixels = Preprocess(processor, seed=5).training([Image.fromarray(noise(50, 70))] * 8, keys)
+    assert pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 20, 24)
+    found = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    assert found == "c08b74697aba1635bbbc3baa426af6b4a88538429068395639f4db54f5045cc1"
+
+
+BASE = {"size": {"height": 24, "width": 24}}
+OTHERS = {
+    "size": {"height": 24, "width": 20},
+    "image_mean": [0.5, 0.4, 0.5],
+    "image_std": [0.5, 0.4, 0.5],
+    "do_normalize": False,
+    "do_rescale": False,
+    "rescale_factor": 1 / 128,
+    "resample": 3,
+}
+
+
+def test_processors_with_one_view(tmp_path):
+    processor = ViTImageProcessor(**BASE)
+    processor.save_pretrained(tmp_path)
+    assert same_view(processor, ViTImageProcessor.from_pretrained(tmp_path))
+    assert same_view(processor, ViTImageProcessor(**BASE, image_mean=[0.5] * 3))
+    assert query_view(processor, ViTImageProcessor(**BASE)) is None
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_processors_with_two_views(field):
+    image, first = [Image.fromarray(noise(40, 30))], ViTImageProcessor(**BASE)
+    second = ViTImageProcessor(**{**BASE, field: OTHERS[field]})
+    pixels = [Preprocess(processor).evaluation(image).float() for processor in (first, second)]
+    assert pixels[0].shape != pixels[1].shape or not torch.equal(*pixels)
+    assert not same_view(first, second) and query_view(first, second) is not None
+
+
+def test_processors_of_two_classes_have_two_views():
+    """Their fields may say the same, but they need not do the same."""
+    fields = {**BASE, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert not same_view(ViTImageProcessor(**fields), CLIPImageProcessor(**fields, do_center_crop=False))
 
 
 def test_output_size():

@@ -85,9 +85,9 @@ class TaskStream:
     """The tasks of a class-incremental stream, in order.
 
     `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; a role that is not named
-    sees what the first one sees. `seed`: of the augmented views. `dataset`: the data themselves (a DatasetDict) instead
-    of `config.path`. `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked
-    here, the images by `check_images`. Raises ValueError if no stream can be made of the data.
+    sees what the first one sees. `seed`: of the augmented views. `dataset`: the data themselves (a DatasetDict)
+    instead of `config.path`. `config`: with a benchmark's values filled in. Splits, columns, labels and classes are
+    checked here, the images by `check_images`. Raises ValueError if no stream can be made of the data.
     """
 
     def __init__(

@@ -78,8 +78,12 @@ _FIELDS += ("do_normalize", "image_mean", "image_std")
 
 def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
     """Whether two image processors make the same pixel values of every image."""
-    ours, theirs = ([repr(processor.to_dict().get(name)) for name in _FIELDS] for processor in (first, second))
-    return type(first) is type(second) and ours == theirs
+
+    def fields(processor: BaseImageProcessor) -> list[Any]:
+        values = [processor.to_dict().get(name) for name in _FIELDS]
+        return [tuple(value) if isinstance(value, list) else value for value in values]
+
+    return type(first) is type(second) and fields(first) == fields(second)
 
 
 def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, list] | None:
