@@ -25,6 +25,8 @@ from transformers import (
 
 from hf_cdl import CDLConfig, CDLForImageClassification
 from hf_cdl.models import backbone as bb
+from hf_cdl.models.query_view import to_query_view
+from hf_cdl.tasks.transforms import Preprocess, query_view
 from hf_cdl.types import KV
 
 CODA = {"type": "coda", "components": 3, "length": 4, "layers": (0, 1, 2)}
@@ -220,6 +222,65 @@ def test_a_teacher_with_the_student_s_query_backbone_answers_alone_after_loading
         torch.testing.assert_close(
             loaded(images(), query=small.compute_query(images())).logits, loaded(images()).logits
         )
+
+
+LARGE = ViTImageProcessorPil(size={"height": 48, "width": 48}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4])
+SMALL = ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False, rescale_factor=1 / 128)
+
+
+def teacher_of_another_view(folder: Path, vit: Path, **fields: Any) -> CDLForImageClassification:
+    large = stored_backbone(folder, "dinov2")
+    set_seed(0)
+    view = query_view(LARGE, SMALL)
+    model = CDLForImageClassification.from_backbone(str(large), query_name=str(vit), query_view=view, **fields)
+    model.begin_task(["cat", "dog"])
+    return model.eval()
+
+
+def smooth_picture() -> Image.Image:
+    return Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 30).resize((12, 12)).resize((96, 96)).convert("RGB")
+
+
+def test_a_query_view_is_what_the_student_s_processor_makes() -> None:
+    for own, query in ((LARGE, SMALL), (SMALL, LARGE)):
+        first, second = (Preprocess(processor).evaluation([smooth_picture()]).float() for processor in (own, query))
+        view = query_view(own, query)
+        assert view is not None
+        error = (to_query_view(first, **view) - second).abs()
+        assert error.mean() < 0.05 * second.std() and error.max() < 0.2 * second.std()  # resized twice
+    same_size = ViTImageProcessorPil(size={"height": 48, "width": 48}, do_rescale=False)
+    view = query_view(LARGE, same_size)
+    assert view is not None
+    first, second = (Preprocess(processor).evaluation([smooth_picture()]).float() for processor in (LARGE, same_size))
+    torch.testing.assert_close(to_query_view(first, **view), second, atol=1e-3, rtol=1e-5)
+    assert to_query_view(first.bfloat16(), **view).dtype == torch.bfloat16
+
+
+def test_a_teacher_of_another_view_answers_alone_after_loading(vit: Path, tmp_path: Path) -> None:
+    model = teacher_of_another_view(tmp_path / "large", vit, prompt=CODA)
+    model.save_pretrained(tmp_path / "teacher")
+    LARGE.save_pretrained(tmp_path / "teacher")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "teacher").eval()
+    pixels, wanted = (Preprocess(processor).evaluation([smooth_picture()]) for processor in (LARGE, SMALL))
+    assert loaded.config.query_view["size"] == [32, 32]
+    with torch.no_grad():
+        query, theirs = loaded.compute_query(pixels), student(vit).compute_query(wanted)
+        assert F.cosine_similarity(query, theirs) > 0.99
+        assert F.cosine_similarity(query, student(vit).compute_query(F.interpolate(pixels, (32, 32)))) < 0.9
+        logits = model(pixels).logits
+        assert torch.equal(loaded(pixels).logits, logits)
+    classify = pipeline("image-classification", model=str(tmp_path / "teacher"), device="cpu")
+    scores = {line["label"]: line["score"] for line in classify(smooth_picture())}
+    torch.testing.assert_close(torch.tensor([scores["cat"], scores["dog"]]), logits.softmax(-1)[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.export warns about its own internals
+def test_a_teacher_of_another_view_exports_for_any_batch_size(vit: Path, tmp_path: Path) -> None:
+    model = teacher_of_another_view(tmp_path / "large", vit, prompt=CODA).requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    pixels = torch.randn(5, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(model, (pixels[:3],), dynamic_shapes={"pixel_values": {0: batch}})
+    torch.testing.assert_close(program.module()(pixels).logits, model(pixels).logits)
 
 
 def test_loading_freezes_again_and_a_fine_tuned_backbone_trains(vit: Path, tmp_path: Path) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_data
 from test_contract import Pictures, arguments, model_of, stream, vit
-from transformers import set_seed
+from transformers import ViTConfig, ViTImageProcessorPil, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.tasks import StreamConfig, TaskStream
+from hf_cdl.tasks.transforms import query_view
 from hf_cdl.trainer import ViewSampler
 from hf_cdl.types import Task
 
@@ -75,6 +78,93 @@ def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> No
     teacher_model.begin_task(TASK.class_names)
     student.learn(TASK)
     assert losses(student)
+
+
+class Counted(ViTImageProcessorPil):
+    """An image processor that counts the images it makes."""
+
+    def __init__(self, size: int, **fields: Any):
+        super().__init__(size={"height": size, "width": size}, **fields)
+        self.images = 0
+
+    def __call__(self, images: Any, **kwargs: Any) -> Any:
+        self.images += len(images)
+        return super().__call__(images=images, **kwargs)
+
+    def counted(self) -> int:
+        self.images, count = 0, self.images
+        return count
+
+
+@pytest.mark.parametrize("query", ["student", "self"])
+def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) -> None:
+    """And no phase makes a view that it does not need."""
+    processors = {"student": Counted(16), "teacher": Counted(24, image_mean=[0.0] * 3, image_std=[1.0] * 3)}
+    data = StreamConfig(path=str(make_data(tmp_path / "data")), classes_per_task=3)
+    task = TaskStream(data, processors)[0]
+    images, tests = len(task.train), len(task.test)
+    student_model = model_of("coda", kd_prompt={})
+    section: Any = {"query_config": vit(32), "query_view": query_view(processors["teacher"], processors["student"])}
+    prompt = {"type": "coda", "components": 3, "length": 4, "layers": (0, 2)}
+    size = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    config = CDLConfig(backbone_config=ViTConfig(**size), prompt=prompt, **(section if query == "student" else {}))
+    teacher_model = CDLForImageClassification(config)
+    if teacher_model.query_backbone is not None:
+        teacher_model.query_backbone.load_state_dict(student_model.backbone.state_dict())
+    kind = TERMS["kdp"]
+    objective = Objective(0.5, [("kdp", kind(kind.config_class(), student_model.shape, teacher_model.shape))])
+    teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t", num_train_epochs=1), role="teacher")
+    rest = arguments(tmp_path / "s", num_train_epochs=1)
+    student = CDLTrainer(student_model, rest, objective=objective, teacher=teacher_model)
+    assert not student.shares_query
+
+    sides: dict[str, set[tuple[int, ...]]] = {}
+    parts = {
+        "student": student_model.backbone,
+        "teacher": teacher_model.backbone,
+        "query": teacher_model.query_backbone,
+    }
+    for name, part in parts.items():
+        if part is not None:
+            part.register_forward_pre_hook(
+                lambda _, args, name=name: sides.setdefault(name, set()).add(tuple(args[0].shape[2:]))
+            )
+    teacher.learn(task)
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (images, 0)
+    student.learn(task)
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (images, images)
+    teacher.evaluate_seen()
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (tests, 0)
+    student.evaluate_seen()
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (0, tests)
+    want = {"student": {(16, 16)}, "teacher": {(24, 24)}, "query": {(16, 16)}}
+    assert sides == {name: want[name] for name, part in parts.items() if part is not None}
+
+    alone = CDLTrainer(model_of("coda"), arguments(tmp_path / "alone", num_train_epochs=1), teacher=teacher_model)
+    alone.learn(task)
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (0, images)
+    ncm = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ncm"}))
+    CDLTrainer(ncm, arguments(tmp_path / "ncm"), role="nearest_class_mean").learn(task)
+    assert (processors["teacher"].counted(), processors["student"].counted()) == (0, images)
+
+
+def test_the_same_weights_are_asked_twice_if_the_views_differ(tmp_path: Path) -> None:
+    """Teacher and student on one backbone, each its own query, but not of the same pixels."""
+    processors = {"student": Counted(16), "teacher": Counted(16, image_mean=[0.0] * 3)}
+    data = StreamConfig(path=str(make_data(tmp_path / "data")), classes_per_task=3)
+    student_model, teacher_model = model_of("coda"), model_of("coda")
+    teacher_model.load_state_dict(student_model.state_dict())
+    term = TERMS["kd"](TERMS["kd"].config_class(), student_model.shape, teacher_model.shape)
+    teacher_model.begin_task(["x", "y", "z"])
+    student = CDLTrainer(
+        student_model, arguments(tmp_path, max_steps=1), Objective(0.5, [("kd", term)]), teacher=teacher_model
+    )
+    queries: list[torch.Tensor] = []
+    for model in (teacher_model, student_model):
+        model.register_forward_hook(lambda model, args, output: queries.append(output.query))
+    student.learn(TaskStream(data, processors)[0])
+    theirs, ours = queries
+    assert not torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_accumulating_two_half_batches_is_one_whole_batch(tmp_path: Path) -> None:
