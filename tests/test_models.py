@@ -238,7 +238,7 @@ def teacher_of_another_view(folder: Path, vit: Path, **fields: Any) -> CDLForIma
 
 
 def smooth_picture() -> Image.Image:
-    return Image.effect_mandelbrot((96, 96), (-2, -1.5, 1, 1.5), 30).resize((12, 12)).resize((96, 96)).convert("RGB")
+    return Image.merge("RGB", [Image.radial_gradient("L"), Image.linear_gradient("L"), Image.new("L", (256, 256), 99)])
 
 
 def test_a_query_view_is_what_the_student_s_processor_makes() -> None:
@@ -247,7 +247,7 @@ def test_a_query_view_is_what_the_student_s_processor_makes() -> None:
         view = query_view(own, query)
         assert view is not None
         error = (to_query_view(first, **view) - second).abs()
-        assert error.mean() < 0.05 * second.std() and error.max() < 0.2 * second.std()  # resized twice
+        assert error.max() < 0.1 * second.std()  # resized twice
     same_size = ViTImageProcessorPil(size={"height": 48, "width": 48}, do_rescale=False)
     view = query_view(LARGE, same_size)
     assert view is not None

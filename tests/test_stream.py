@@ -235,7 +235,7 @@ def maps(count: int = 6) -> DatasetDict:
     cells = [Image.fromarray(np.stack([x, y, np.full_like(x, 9 * i)], axis=-1)) for i in range(count)]
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["c0", "c1"])})
     rows = Dataset.from_dict({"image": cells, "label": [i % 2 for i in range(count)]}, features=features)
-    return DatasetDict(train=rows, test=rows)
+    return DatasetDict({"train": rows, "test": rows})
 
 
 WIDE = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.1, 0.2, 0.3], image_std=[0.2, 0.3, 0.4])

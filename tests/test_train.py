@@ -21,11 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from datasets import Features, Value
+from datasets import Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from helpers import (
     ROOT,
-    SIZE,
     TRAIN,
     interrupt_when,
     make_backbone,
@@ -47,15 +46,24 @@ from transformers import (
     SwinConfig,
     SwinModel,
     ViTImageProcessor,
+    pipeline,
 )
 
 from hf_cdl.metrics import continual_metrics
 
 ROLES = ("teacher", "student", "nearest_class_mean")
-_spec = importlib.util.spec_from_file_location("train_recipe", TRAIN)
-assert _spec is not None and _spec.loader is not None
-train_recipe = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train_recipe)
+
+
+def script(file: Path) -> Any:
+    """A script of recipes/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_recipe", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_recipe, verify_recipe = script(TRAIN), script(TRAIN.with_name("verify.py"))
 
 
 @pytest.fixture(scope="module")
@@ -512,12 +520,6 @@ def test_backbones_that_cannot_be_used(
     assert said in message and str(tmp_path / "backbone") in message, message
 
 
-def test_processors_that_disagree(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    backbone = make_backbone(tmp_path / "backbone")
-    ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.0] * 3).save_pretrained(backbone)
-    assert "Teacher and student must see the same pixels" in refused(run, tmp_path, "--student.backbone", backbone)
-
-
 def test_prompts_that_do_not_fit_the_backbone(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     message = refused(run, tmp_path, "--student.prompt.layers", "[0, 5]")
     assert "Prompt layers [0, 5] must be different numbers from 0 to 1" in message
@@ -618,6 +620,67 @@ def test_accumulated_batches_are_one_batch(run: Callable[..., tuple[int, str]], 
             assert len(one) == 4
             for ours, theirs in zip(one, two, strict=True):
                 assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+# ---- a teacher of another resolution and normalisation ----
+
+
+@pytest.fixture(scope="module")
+def views(tiny: Path) -> tuple[Any, ...]:
+    """Options for a larger picture, in other colours, and for terms that compare patches."""
+    colours = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+    backbone = make_backbone(tiny.parent / "teacher of 24", 48, 3, seed=3, size=24, patch=4, **colours)
+    terms = "[{type: kdp, weight: 0.5}, {type: fitnets}, {type: review_kd}]"
+    return "--teacher.backbone", backbone, "--distill", terms, "--data.max_classes", 4
+
+
+@pytest.mark.parametrize("query", ["student", "self"])
+def test_teacher_and_student_of_different_views(
+    query: str,
+    views: tuple[Any, ...],
+    tiny: Path,
+    run: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Each checkpoint answers in the pipeline, with its own image processor, as the run recorded it."""
+    code, output = run(*views, "--teacher.query", query, "--train.num_train_epochs", 4)
+    assert code == 0, output
+    found, folder = results(tmp_path / "out")["roles"], tmp_path / "out"
+    assert set(found) == set(ROLES)
+    sizes = {role: AutoImageProcessor.from_pretrained(folder / role).size["height"] for role in ROLES}
+    assert sizes == {"teacher": 24, "student": 16, "nearest_class_mean": 16}
+    view = json.loads((folder / "teacher" / "config.json").read_text())["query_view"]
+    assert (view is None) == (query == "self") and (view is None or view["size"] == [16, 16])
+
+    test: Any = load_dataset("parquet", data_files=str(tiny.parent / "data" / "test.parquet"), split="train")
+    names = test.features["label"].names
+    for role in ROLES:
+        classify = pipeline("image-classification", model=str(folder / role), device="cpu")
+        right = [0, 0]
+        for row in test.filter(lambda row: row["label"] < 4):
+            right[row["label"] // 2] += classify(row["image"], top_k=1)[0]["label"] == names[row["label"]]
+        assert right == found[role]["correct"][-1], role
+    assert found["teacher"]["accuracy_matrix"][0][0] > 80, "the teacher learnt something of its own pictures"
+
+    capfd.readouterr()
+    assert verify_recipe.main(folder) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert len(said) == 2 * len(ROLES) and all(line.endswith(", as recorded") for line in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("query", ["student", "self"])
+def test_interruptions_do_not_change_a_run_of_two_views(
+    query: str, views: tuple[Any, ...], tiny: Path, tmp_path: Path
+) -> None:
+    command = (tiny, *views, "--teacher.query", query, "--output_dir")
+    assert train(*command, tmp_path / "whole")[0] == 0
+    for role, kill in (("teacher", signal.SIGINT), ("student", signal.SIGKILL)):
+        code, _ = interrupt_when(stored_epoch(tmp_path / "cut", role, 2), *command, tmp_path / "cut", kill=kill)
+        assert code in (130, -signal.SIGKILL) and list((tmp_path / "cut").glob(f"work/{role}-task-02/checkpoint-*"))
+    assert train(*command, tmp_path / "cut")[0] == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 # ---- processes ----

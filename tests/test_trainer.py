@@ -106,7 +106,13 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     student_model = model_of("coda", kd_prompt={})
     section: Any = {"query_config": vit(32), "query_view": query_view(processors["teacher"], processors["student"])}
     prompt = {"type": "coda", "components": 3, "length": 4, "layers": (0, 2)}
-    size = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    size: dict[str, Any] = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 24,
+        "patch_size": 8,
+    }
     config = CDLConfig(backbone_config=ViTConfig(**size), prompt=prompt, **(section if query == "student" else {}))
     teacher_model = CDLForImageClassification(config)
     if teacher_model.query_backbone is not None:
