@@ -72,15 +72,16 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return height, width
 
 
-_FIELDS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
-_FIELDS += ("do_normalize", "image_mean", "image_std")
+_FIELDS = (
+    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
+)
 
 
 def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
     """Whether two image processors make the same pixel values of every image."""
 
     def fields(processor: BaseImageProcessor) -> list[Any]:
-        values = [processor.to_dict().get(name) for name in _FIELDS]
+        values = [processor.to_dict().get(name) for name in _FIELDS.split()]
         return [tuple(value) if isinstance(value, list) else value for value in values]
 
     return type(first) is type(second) and fields(first) == fields(second)
