@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, set_seed
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.backbone import check_image_size, load_config
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
+from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
 from hf_cdl.tasks.transforms import output_size, query_view
 
@@ -67,7 +68,8 @@ def _build(
     teacher: CDLForImageClassification | None = None,
 ) -> CDLForImageClassification:
     set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
-    shared = role == "teacher" and section.query == "student" and section.prompt["type"] != "none"
+    pool = PROMPTS.get(section.prompt["type"])
+    shared = role == "teacher" and section.query == "student" and pool is not None and pool.needs_query
     return CDLForImageClassification.from_backbone(
         section.backbone,
         section.revision,
