@@ -65,6 +65,10 @@ class Recipe:
     data: StreamConfig = _help("The stream of tasks.")
     student: ModelRecipe = _help("The small model that is deployed.")
     teacher: ModelRecipe | None = _help("The large model that teaches; null: the student learns alone.", default=None)
+    teacher_from: str | None = _help(
+        "Folder of a run with the same teacher, data and seed: its teacher is taken over instead of trained again.",
+        default=None,
+    )
     distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
     ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
     train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
@@ -324,6 +328,8 @@ def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict
                 f"'distill.{number}' ({kind}) compares one-pass queries with keys; it needs 'student.query' one_pass "
                 "and a prompt type with keys"
             )
+    if content.get("teacher_from") is not None and content.get("teacher") is None:
+        problems.append("'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does")
     if len(parts) > 1:
         problems.append(f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term")
     return parts

@@ -170,6 +170,38 @@ class Run:
         if task.index > 0:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
 
+    def take_over(self, role: str, task: Task) -> Path | None:
+        """Make a phase of the run that the recipe's `ROLE_from` names a phase of this one; its checkpoint, or None.
+
+        Raises RunError if that run has another model of this role, other data or another seed, or is not that far.
+        """
+        name = self.recipe.get(f"{role}_from")
+        if name is None:
+            return None
+        source = Path(name)
+        try:
+            ledger = json.loads((source / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"'{role}_from' is {source}, which holds no readable run.json: {error}") from error
+        ours, theirs = _makes(self.recipe, role), _makes(ledger["recipe"], role)
+        differences = [*_differences(theirs, ours), *_differences(ledger["stream"], self.ledger["stream"], "stream")]
+        if differences:
+            raise RunError(
+                f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
+                + "\n".join(f"  {difference}" for difference in differences)
+            )
+        entries = ledger["entries"].get(role, [])
+        if task.index >= len(entries):
+            raise RunError(
+                f"'{role}_from' is {source}, which has learnt {len(entries)} tasks so far, not yet {task.name}. "
+                "Finish that run first."
+            )
+        checkpoint = source / role / task.name
+        history = json.loads((source / "logs" / f"{role}-{task.name}.json").read_text())
+        result = TaskResult(**entries[task.index])
+        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), history)
+        return checkpoint
+
     def save_result(self, result: TaskResult) -> None:
         """Add the measured accuracies to the ledger entry of a learnt task."""
         self.ledger["entries"][result.role][result.task] = dataclasses.asdict(result)
@@ -269,6 +301,19 @@ def _write_json(file: Path, content: Any) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
+    """What a role's phases depend on in a recipe."""
+    student = recipe["student"]
+    return {
+        **{key: recipe[key] for key in (role, "data", "train", "seed")},
+        "student": {key: student[key] for key in ("backbone", "revision")},
+    }
 
 
 def _sync(folder: Path) -> None:

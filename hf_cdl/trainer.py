@@ -86,6 +86,10 @@ class CDLTrainer(Trainer):
         if self.run is not None and self.run.result(self.role, task) is not None:
             return
         self._begin(task)
+        learnt = None if self.run is None else self.run.take_over(self.role, task)
+        if learnt is not None:
+            self.model.load_state_dict(type(self.model).from_pretrained(learnt).state_dict())
+            return
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()

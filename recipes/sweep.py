@@ -2,9 +2,10 @@
 
 python recipes/sweep.py SPEC.yaml [--jobs 2]
 
-SPEC names a recipe, seeds, and variants (fields that differ, and which roles of a run become which rows). Every run is
-a `recipes/train.py` of its own below runs/sweeps/NAME/, so the same command goes on where it stopped. The table is
-printed and written to runs/sweeps/NAME/table.md.
+SPEC names a recipe, seeds, and variants (fields that differ, and which roles of a run become which rows). A variant
+with `teacher_from: VARIANT` takes the teachers that an earlier variant trained. Every run is a `recipes/train.py` of
+its own below runs/sweeps/NAME/, so the same command goes on where it stopped. The table is printed and written to
+runs/sweeps/NAME/table.md.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ HERE = Path(__file__).parent
 def arguments_of(spec: dict[str, Any], variant: dict[str, Any], seed: int, folder: Path) -> list[str]:
     """Command line of one run; `set` holds dotted fields, `seed_fields` get the seed."""
     fields = {**variant.get("set", {}), **dict.fromkeys(spec.get("seed_fields", ["seed"]), seed)}
+    if "teacher_from" in variant:
+        fields["teacher_from"] = str(folder.parent.parent / variant["teacher_from"] / folder.name)
     command = [sys.executable, str(HERE / "train.py"), str(HERE / spec["recipe"]), "--output_dir", str(folder)]
     for name, value in fields.items():
         command += [f"--{name}", yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("\n...")]
@@ -55,17 +58,22 @@ def main() -> int:
         for name, variant in spec["variants"].items()
     ]
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
-    failed = []
+    failed, started = [], {}
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc=options.spec.stem, unit="run") as bar:
 
         def work(job: tuple[Path, dict[str, Any], int]) -> None:
             folder, variant, seed = job
+            if "teacher_from" in variant:  # it stands before this one in the queue, so it is running or done
+                started[folder.parent.parent / variant["teacher_from"] / folder.name].result()
             log = root / "logs" / f"{folder.parent.name}-{folder.name}.log"
             if run(arguments_of(spec, variant, seed, folder), log, threads):
                 failed.append(log)
             bar.update(1)
 
-        list(pool.map(work, jobs))
+        for job in jobs:
+            started[job[0]] = pool.submit(work, job)
+        for future in started.values():
+            future.result()
     rows: dict[str, list[dict[str, float]]] = {}
     for folder, variant, _ in jobs:
         file = folder / "results.json"
