@@ -14,7 +14,7 @@ from test_imports import ALLOWED
 
 from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.distill import TERMS
-from hf_cdl.prompts import PROMPTS, KDPromptConfig
+from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe import ModelRecipe, Recipe, build_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +65,7 @@ def test_the_python_of_the_docs_compiles():
 OPTIONS: dict[str, Any] = {
     "`teacher`, `student`": ModelRecipe,
     "`kd_prompt`": KDPromptConfig,
+    "`mapping`": MappingConfig,
     "`train`": CDLTrainingArguments,
     **{f"`prompt: {{type: {name}}}`": pool.config_class for name, pool in PROMPTS.items()},
     **{f"`distill: {{type: {name}}}`": term.config_class for name, term in TERMS.items()},
