@@ -349,6 +349,20 @@ def test_a_kill_while_a_backbone_trains_does_not_change_a_run(tiny: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["prompt mapping", "APT"])
+def test_a_kill_does_not_change_a_run_whose_models_keep_more_than_parameters(
+    tiny: Path, tmp_path: Path, name: str
+) -> None:
+    """The copy of the teacher's pool, and merged prompts, are no parameters that a phase's state holds."""
+    command = (tiny, *VARIANTS[name][0], "--output_dir")
+    assert train(*command, tmp_path / "whole")[0] == 0
+    code, _ = interrupt_when(stored_epoch(tmp_path / "cut", "student", 2), *command, tmp_path / "cut")
+    assert code == -signal.SIGKILL and list((tmp_path / "cut").glob("work/student-task-02/checkpoint-*"))
+    assert train(*command, tmp_path / "cut")[0] == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_kills_at_any_moment_do_not_change_a_run(tiny: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     folder, draw = tmp_path / "run", random.Random(0)
     for _ in range(40):
@@ -551,6 +565,58 @@ def test_changed_data_of_a_run_that_goes_on(run: Callable[..., tuple[int, str]],
     assert run(*nan)[0] == 3
 
 
+# ---- a teacher from another run ----
+
+
+def test_a_teacher_can_be_taken_from_another_run(
+    tiny: Path, finished: tuple[Path, str], run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """The student is the one that a run of its own would have made, cut off or not; the teacher is not trained."""
+    source, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.is_file()}
+    folder = tmp_path / "taken"
+    command = (tiny, "--teacher_from", source, "--output_dir", folder)
+    code, _ = interrupt_when(stored_epoch(folder, "student", 2), *command)
+    assert code == -signal.SIGKILL
+    code, output = train(*command)
+    assert code == 0, output
+    assert_same_run(folder, source)
+    assert results(folder)["roles"]["teacher"] == results(source)["roles"]["teacher"], (
+        "seconds too: it was not trained"
+    )
+    assert {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.is_file()} == before
+    assert verify_recipe.main(folder) == 0
+
+
+def test_a_teacher_of_something_else_is_refused(
+    tiny: Path, finished: tuple[Path, str], run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    source, _ = finished
+    taken = ("--teacher_from", source)
+    for number, (change, said) in enumerate(
+        [
+            (("--teacher.prompt.components", 2), "teacher.prompt.components: 3 -> 2"),
+            (("--seed", 1), "seed: 0 -> 1"),
+            (("--data.class_order_seed", 1), "data.class_order_seed: None -> 1"),
+            (("--train.num_train_epochs", 2), "train.num_train_epochs: 8.0 -> 2.0"),
+            (("--student.backbone", make_backbone(tmp_path / "other", 32, 2, 9)), "student.backbone: "),
+        ]
+    ):
+        words = ("--train.num_train_epochs", 8, *taken, *change)
+        code, output = run(*words, out=f"out-{number}")
+        assert code == 2 and "its teacher learns something else" in output and said in output, output
+        assert not list((tmp_path / f"out-{number}").glob("*/task-01"))
+    code, output = run("--train.num_train_epochs", 8, "--teacher_from", tmp_path / "nothing")
+    assert code == 2 and "holds no readable run.json" in output
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    ledger = json.loads((source / "run.json").read_text())
+    ledger["entries"] = {"teacher": []}
+    (unfinished / "run.json").write_text(json.dumps(ledger))
+    code, output = run("--train.num_train_epochs", 8, "--teacher_from", unfinished, out="waits")
+    assert code == 2 and "has learnt 0 tasks so far, not yet task-01. Finish that run first." in output
+
+
 # ---- variants of a recipe ----
 
 
@@ -575,6 +641,20 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
         set(ROLES),
         [2, 2, 2],
     ),
+    "prompt mapping": (["--distill", "[{type: prompt_mapping}]"], set(ROLES), [6] * 3),
+    "APT": (
+        [
+            *("--teacher.prompt", "{type: apt}", "--student.prompt", "{type: apt}"),
+            *("--teacher.head.type", "weight_normalised", "--student.head.type", "weight_normalised"),
+        ],
+        set(ROLES),
+        [6] * 3,
+    ),
+    "OS-Prompt++ alone": (
+        ["--teacher", "null", "--student.query", "one_pass", "--distill", "[{type: os_prompt}]"],
+        {"student", "nearest_class_mean"},
+        [6] * 3,
+    ),
     "the teacher's own query": (["--teacher.query", "self"], set(ROLES), [6] * 3),
     "authors' schedule": (["--train.epoch_cosine", "true"], set(ROLES), [6] * 3),
 }
@@ -593,6 +673,37 @@ def test_variants(name: str, run: Callable[..., tuple[int, str]], tmp_path: Path
     if name == "fine-tuning":
         first, last = (weights(tmp_path / "out" / "student")[f"task-0{i}/model.safetensors"] for i in (1, 3))
         assert any(not torch.equal(first[key], last[key]) for key in first if key.startswith("backbone."))
+
+
+def test_a_mapped_student_keeps_its_teacher_s_pool_and_nothing_else_of_it(
+    tiny: Path, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """It answers in the pipeline as it was measured, and with the teacher's prompts: without them it answers else."""
+    code, output = run(*VARIANTS["prompt mapping"][0])
+    assert code == 0, output
+    folder = tmp_path / "out"
+    student, teacher = (load_file(folder / role / "model.safetensors") for role in ("student", "teacher"))
+    copy = {name.removeprefix("mapping.teacher_"): value for name, value in student.items() if ".teacher_" in name}
+    pool = {name: value for name, value in teacher.items() if name.startswith("pool.")}
+    assert copy.keys() == pool.keys() and all(torch.equal(value, pool[name]) for name, value in copy.items())
+    parts = {name.split(".")[0] for name in student}
+    assert parts == {"backbone", "pool", "head", "mapping", "kd_head"}
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder / "student" / "task-03", moved)
+    shutil.rmtree(folder / "teacher")
+    classify = pipeline("image-classification", model=str(moved), device="cpu")
+    table = load_dataset("parquet", data_files=str(tiny.parent / "data" / "test.parquet"), split="train")
+    answers = [classify(row["image"], top_k=1)[0]["label"] for row in table]
+    names = table.features["label"].int2str(table["label"])
+    right = sum(answer == name for answer, name in zip(answers, names, strict=True))
+    assert right == sum(results(folder)["roles"]["student"]["correct"][-1])
+    model = classify.model
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(pixels).logits
+        for parameter in model.mapping.teacher_pool.parameters():
+            parameter.neg_()
+        assert not torch.allclose(model(pixels).logits, before, atol=1e-4)
 
 
 def test_a_trained_backbone_goes_on_from_its_checkpoint(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

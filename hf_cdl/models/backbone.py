@@ -116,9 +116,19 @@ def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
     return backbone
 
 
-def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """The backbone of a config, its attention modules numbered by layer so that each finds its prefixes."""
+def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedModel:
+    """The backbone of a config, its attention modules numbered by layer so that each finds its prefixes.
+
+    A frozen backbone has no randomness: what its config may ask for in training (dropout, stochastic depth, DINOv3's
+    augmented positions) would only make features and queries random while prompts train.
+    """
     kind = family(config)
+    if frozen:
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)
+            elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+                setattr(config, name, None)
     backbone = AutoModel.from_config(config, **kind.init)
     for number, layer in enumerate(layers(backbone)):
         getattr(layer, kind.attention).layer_idx = number

@@ -43,7 +43,7 @@ class CDLForImageClassification(PreTrainedModel):
 
     def __init__(self, config: CDLConfig):
         super().__init__(config)
-        self.backbone: Any = bb.build_backbone(config.backbone_config)
+        self.backbone: Any = bb.build_backbone(config.backbone_config, frozen=not config.train_backbone)
         self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
         size, depth = self.backbone.config.hidden_size, len(bb.layers(self.backbone))
         query_size = (self.query_backbone or self.backbone).config.hidden_size
