@@ -57,13 +57,14 @@ def main() -> int:
         for seed in spec["seeds"]
         for name, variant in spec["variants"].items()
     ]
+    jobs.sort(key=lambda job: "teacher_from" in job[1])  # what trains a teacher comes before what waits for it
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     failed, started = [], {}
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc=options.spec.stem, unit="run") as bar:
 
         def work(job: tuple[Path, dict[str, Any], int]) -> None:
             folder, variant, seed = job
-            if "teacher_from" in variant:  # it stands before this one in the queue, so it is running or done
+            if "teacher_from" in variant:  # which stands before this one in the queue
                 started[folder.parent.parent / variant["teacher_from"] / folder.name].result()
             log = root / "logs" / f"{folder.parent.name}-{folder.name}.log"
             if run(arguments_of(spec, variant, seed, folder), log, threads):
