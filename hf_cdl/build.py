@@ -24,6 +24,7 @@ def build_processors(recipe: Recipe) -> dict[str, Any]:
     Raises ValueError naming the role whose processor is missing or does not fit its backbone.
     """
     found: dict[str, Any] = {}
+    raw = {} if recipe.normalise else {"do_normalize": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     for role in ("student", "teacher"):
         section = getattr(recipe, role)
         if section is None:
@@ -31,7 +32,7 @@ def build_processors(recipe: Recipe) -> dict[str, Any]:
         with about(role, section):
             config = load_config(section.backbone, section.revision)
             try:
-                found[role] = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision)
+                found[role] = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision, **raw)
             except (OSError, ValueError) as error:
                 raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
             check_image_size(config, output_size(found[role]))
@@ -42,8 +43,9 @@ def build_models(
     recipe: Recipe,
     processors: dict[str, Any],
     stored: Callable[[str], CDLForImageClassification | None] = lambda role: None,
+    create: Callable[..., CDLForImageClassification] = CDLForImageClassification.from_backbone,
 ) -> Models:
-    """The recipe's models by role: what `stored(role)` has, or a new one without tasks.
+    """The recipe's models by role: what `stored(role)` has, or a new one by `create`, without tasks.
 
     `processors` are those of build_processors: a teacher that shares the student's query makes its view of the pixels.
     Raises ValueError naming the role whose backbone is wrong.
@@ -53,10 +55,10 @@ def build_models(
         section = getattr(recipe, role)
         if section is not None:
             with about(role, section):
-                models[role] = stored(role) or _build(recipe, section, role, processors, models.get("teacher"))
+                models[role] = stored(role) or _build(recipe, section, role, create, processors, models.get("teacher"))
     for name in recipe.baselines:
         bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head=BASELINES[name])
-        models[name] = stored(name) or _build(recipe, bare, name, processors)
+        models[name] = stored(name) or _build(recipe, bare, name, create, processors)
     return models
 
 
@@ -64,13 +66,14 @@ def _build(
     recipe: Recipe,
     section: ModelRecipe,
     role: str,
+    create: Callable[..., CDLForImageClassification],
     processors: dict[str, Any],
     teacher: CDLForImageClassification | None = None,
 ) -> CDLForImageClassification:
     set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
     pool = PROMPTS.get(section.prompt["type"])
     shared = role == "teacher" and section.query == "student" and pool is not None and pool.needs_query
-    return CDLForImageClassification.from_backbone(
+    return create(
         section.backbone,
         section.revision,
         query_name=recipe.student.backbone if shared else None,

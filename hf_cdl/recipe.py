@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -24,6 +25,12 @@ from hf_cdl.training_args import CDLTrainingArguments
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cdl": {"normalise": False, "train": {"epoch_cosine": True, "dataloader_drop_last": True}},
+}
+"""What a protocol sets where the recipe does not; cdl is the training of Continual Distillation Learning's authors."""
 
 
 _PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
@@ -72,6 +79,14 @@ class Recipe:
     distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
     ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
     train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
+    protocol: Literal["default", "cdl"] = _help(
+        "cdl: the CDL authors' choices (raw pixels, their schedule, full batches only) where the recipe has none, and "
+        "their forgetting first in tables.",
+        default="default",
+    )
+    normalise: bool = _help(
+        "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
+    )
     baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
         "The student's bare backbone, measured beside the models.", default_factory=lambda: ["nearest_class_mean"]
     )
@@ -94,14 +109,20 @@ class Recipe:
 
 
 def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
-    """Recipe from command-line arguments: `[RECIPE.yaml] [--any.field value ...]`; `default` is used without a file.
+    """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
 
-    A file may name a `base` file (relative to itself) that it overrides. Values are YAML: `--teacher null`,
-    `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with all problems at once.
+    Of several files a later one overrides an earlier one, and their names are joined. A file may name a `base` file
+    (relative to itself) that it overrides. Values are YAML: `--teacher null`, `--distill.0.weight 0.3`,
+    `--train.learning_rate=0.01`. Raises RecipeError with all problems at once.
     """
-    arguments = list(arguments)
-    file = arguments.pop(0) if arguments and not arguments[0].startswith("--") else default
-    content = _read(Path(file))
+    arguments, files = list(arguments), []
+    while arguments and not arguments[0].startswith("--"):
+        files.append(arguments.pop(0))
+    parts = [_read(Path(file)) for file in files or [default]]
+    content = functools.reduce(merge, parts)
+    names = [str(part["name"]) for part in parts if part.get("name") is not None]
+    if len(names) > 1:
+        content["name"] = "-".join(names)
     for name, value in _pairs(arguments):
         _override(content, name.split("."), value, name)
     return build_recipe(content)
@@ -110,7 +131,9 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
 def build_recipe(content: dict[str, Any]) -> Recipe:
     """Recipe from a plain dict. Raises RecipeError with all problems at once."""
     problems: list[str] = []
-    content = copy.deepcopy(content)  # the checks put values of the right type into it: 8 for 8.0
+    protocol = content.get("protocol")
+    preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
+    content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
     parts = _check_terms(content, problems)
     if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
         problems.append("'data.path' is missing")
@@ -187,7 +210,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
         name = arguments.pop(0)
         if not name.startswith("--"):
             raise RecipeError(
-                f"Unexpected argument '{name}'; write [RECIPE.yaml] --field value, like --train.bf16 true."
+                f"Unexpected argument '{name}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."
             )
         name, equals, text = name[2:].partition("=")
         if not equals:

@@ -1,9 +1,10 @@
 """What a run looks like to a reader: console tables, a Markdown comparison of runs, plots of the accuracy matrix.
 
 Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
-`{"name", "seed", "finished", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
+`{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
 "train_seconds", "images_per_second", "peak_memory_bytes" (lists, one entry per learned task), "label"}}}`. Of a role
-only the accuracy matrix is required. The metrics are computed from it, not read. Plots need the extra `report`.
+only the accuracy matrix is required. The metrics are computed from it, not read. With `protocol: cdl` in the recipe
+the CDL authors' forgetting comes first. Plots need the extra `report`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Results = Mapping[str, Any]
 
 WIDTH = 119
 # The table's columns: group -> heading -> metric.
-_METRICS = {
+_METRICS: dict[str, dict[str, str]] = {
     "accuracy (%)": {
         "average": "average_accuracy",
         "by image": "sample_average_accuracy",
@@ -34,8 +35,10 @@ _METRICS = {
     "forgetting": {"standard": "forgetting", "authors'": "official_forgetting"},
     "transfer": {"backward": "backward_transfer"},
 }
-_GROUPS = {**_METRICS, "training": ("seconds", "images/s", "memory")}
+_CDL_METRICS = {**_METRICS, "forgetting": dict(reversed(_METRICS["forgetting"].items()))}
+_TRAINING = ("seconds", "images/s", "memory")
 _COMPARED = ("average_accuracy", "forgetting", "average_incremental_accuracy")
+_CDL_COMPARED = ("average_accuracy", "official_forgetting", "forgetting", "average_incremental_accuracy")
 # Okabe & Ito's palette, told apart with any colour vision. Teacher, student, then the baselines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
@@ -52,8 +55,10 @@ def table(results: Results) -> str:
         learned = [f"{role.replace('_', ' ')} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()]
         lines.append(f"Not finished; tasks learned so far: {', '.join(learned) or 'none'}")
     if roles:
-        headings = [heading for group in _GROUPS.values() for heading in group]
-        body = [["role", *headings], *([_label(role, entry, 28), *_cells(entry)] for role, entry in roles.items())]
+        columns = _CDL_METRICS if follows_cdl(results) else _METRICS
+        headings = [heading for group in (*columns.values(), _TRAINING) for heading in group]
+        rows = ([_label(role, entry, 28), *_cells(entry, columns)] for role, entry in roles.items())
+        body = [["role", *headings], *rows]
         widths = [max(map(len, column)) for column in zip(*body, strict=True)]
         lines += ["", _group_line(widths)]
         for name, *cells in body:
@@ -64,19 +69,25 @@ def table(results: Results) -> str:
     return "\n".join(line.rstrip()[:WIDTH] for line in lines) + "\n"
 
 
-def compare_table(groups: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def follows_cdl(results: Results) -> bool:
+    """Whether a run follows the protocol of CDL's authors, so that their forgetting comes first."""
+    return results.get("recipe", {}).get("protocol") == "cdl"
+
+
+def compare_table(groups: Mapping[str, Sequence[Mapping[str, float]]], cdl: bool = False) -> str:
     """A Markdown table of several runs: for each label its number of seeds and mean ± sample standard deviation.
 
     `groups`: label -> one dict of metrics (as `continual_metrics` gives) per seed. One seed has the deviation `–`.
-    Raises ValueError for a label without runs.
+    `cdl`: the CDL authors' forgetting too, first. Raises ValueError for a label without runs.
     """
-    heading = " | ".join(_COMPARED).replace("_", " ")
-    lines = [f"| run | seeds | {heading} |", "|---|---:|---:|---:|---:|"]
+    compared = _CDL_COMPARED if cdl else _COMPARED
+    heading = " | ".join(compared).replace("_", " ")
+    lines = [f"| run | seeds | {heading} |", "|---|" + "---:|" * (len(compared) + 1)]
     for label, runs in groups.items():
         if not runs:
             raise ValueError(f"{label!r} has no runs; leave the label out or give one dict of metrics per seed")
         cells = [label.replace("|", "\\|"), str(len(runs))]
-        for name in _COMPARED:
+        for name in compared:
             values = [run[name] for run in runs]
             cells.append(f"{_number(fmean(values), 2)} ± {f'{stdev(values):.2f}' if len(values) > 1 else '–'}")
         lines.append(f"| {' | '.join(cells)} |")
@@ -142,18 +153,18 @@ def _number(value: float, digits: int = 1) -> str:
 
 def _group_line(widths: Sequence[int]) -> str:
     groups, start = [" " * widths[0]], 1
-    for title, headings in _GROUPS.items():
+    for title, headings in {**_METRICS, "training": _TRAINING}.items():
         span = sum(widths[start : start + len(headings)]) + 2 * (len(headings) - 1)
         groups.append((f" {title} " if len(headings) > 1 else title).center(span, "-"))
         start += len(headings)
     return "  ".join(groups)
 
 
-def _cells(entry: Mapping[str, Any]) -> list[str]:
+def _cells(entry: Mapping[str, Any], columns: Mapping[str, Mapping[str, str]]) -> list[str]:
     """One role's cells, in the order of the headings."""
     matrix, counts = entry["accuracy_matrix"], entry.get("counts")
     values = continual_metrics(matrix, counts[: len(matrix)] if counts else None)
-    shown = [name for group in _METRICS.values() for name in group.values()]
+    shown = [name for group in columns.values() for name in group.values()]
     durations, speeds = entry.get("train_seconds") or [], entry.get("images_per_second") or []
     seconds = sum(durations)
     images = sum(duration * speed for duration, speed in zip(durations, speeds, strict=False))

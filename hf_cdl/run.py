@@ -217,12 +217,14 @@ class Run:
             if not done:
                 continue
             matrix, counts = [entry["row"] for entry in done], done[-1]["counts"]
+            metrics = continual_metrics(matrix, counts)
+            leading = ("average_accuracy", "official_forgetting") if report.follows_cdl(self.ledger) else ()
             roles[role] = {
                 "label": self.ledger.get("labels", {}).get(role, role),
                 "accuracy_matrix": matrix,
                 "correct": [entry["correct"] for entry in done],
                 "counts": counts,
-                "metrics": continual_metrics(matrix, counts),
+                "metrics": {**{name: metrics[name] for name in leading}, **metrics},
                 **{
                     key: [entry[key] for entry in done]
                     for key in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")

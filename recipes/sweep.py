@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from hf_cdl.report import compare_table
+from hf_cdl.report import compare_table, follows_cdl
 
 HERE = Path(__file__).parent
 
@@ -76,14 +76,16 @@ def main() -> int:
         for future in started.values():
             future.result()
     rows: dict[str, list[dict[str, float]]] = {}
+    cdl = False
     for folder, variant, _ in jobs:
         file = folder / "results.json"
-        roles = json.loads(file.read_text())["roles"] if file.exists() else {}
+        results = json.loads(file.read_text()) if file.exists() else {"roles": {}}
+        cdl = cdl or follows_cdl(results)
         for role, label in variant["rows"].items():
-            if role in roles:
-                rows.setdefault(label, []).append(roles[role]["metrics"])
+            if role in results["roles"]:
+                rows.setdefault(label, []).append(results["roles"][role]["metrics"])
     if rows:
-        table = compare_table(rows)
+        table = compare_table(rows, cdl)
         (root / "table.md").write_text(table + "\n")
         print(f"\n{table}\n")
     if failed:

@@ -1,7 +1,7 @@
 """Teach, distil, evaluate, task after task.
 
-accelerate launch recipes/train.py [RECIPE.yaml] [--any.field value ...]     (default: recipes/quickstart.yaml)
-Running the same command again goes on where the run stopped.
+accelerate launch recipes/train.py [RECIPE.yaml ...] [--any.field value ...]     (default: recipes/quickstart.yaml)
+Running the same command again goes on where the run stopped. With --plan it only prints what the run would need.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ HERE = Path(__file__).parent
 def main(arguments: list[str]) -> int:
     try:
         try:
-            recipe = load_recipe(arguments, HERE / "quickstart.yaml")
+            recipe = load_recipe([word for word in arguments if word != "--plan"], HERE / "quickstart.yaml")
+            if "--plan" in arguments:
+                from plan import plan
+
+                say(plan(recipe))
+                return 0
             run = Run(recipe.folder, recipe.as_dict(), writer=PartialState().is_main_process)
             prepared = None if run.finished else prepare(recipe, run)
         except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
@@ -69,7 +74,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
-    say(f"{recipe.name}: {len(stream)} tasks, {len(stream.class_names)} classes -> {recipe.folder}/")
+    size = f"{len(stream)} tasks, {len(stream.class_names)} classes"
+    say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
 
     trainers = []
     for role, model in models.items():

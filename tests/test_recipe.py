@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe, merge
+from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-FILES = sorted(
-    file for file in RECIPES.rglob("*.yaml") if {"base", "student"} & set(yaml.safe_load(file.read_text()) or ())
-)
+FILES = sorted(RECIPES.glob("*.yaml"))  # whole recipes; what lies deeper is a part (test_benchmarks.py) or a sweep
 MINIMAL: dict[str, Any] = {
     "name": "x",
     "data": {"path": "somewhere"},
@@ -58,7 +57,7 @@ def load(file: Path, *arguments: str) -> Recipe:
 # ---- shipped recipes ----
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(RECIPES)))
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_shipped_recipe_parses(file: Path) -> None:
     recipe = load(file)
     assert recipe.name
@@ -360,6 +359,68 @@ def test_base_is_overridden_section_by_section(tmp_path: Path, file: Path) -> No
     second = tmp_path / "second.yaml"
     second.write_text("base: more/own.yaml\nname: second\n")
     assert load(second).as_dict() == {**recipe.as_dict(), "name": "second"}
+
+
+def test_several_files_are_merged_from_left_to_right(tmp_path: Path, file: Path) -> None:
+    pair, term, last = (tmp_path / f"{name}.yaml" for name in ("pair", "term", "last"))
+    pair.write_text("base: size.yaml\nname: pair\nteacher: {backbone: huge}\n")
+    (tmp_path / "size.yaml").write_text("name: size\ntrain: {num_train_epochs: 3}\n")
+    term.write_text("name: term\ndistill: [{type: kd}]\nteacher: {prompt: {length: 4}}\n")
+    last.write_text("train: {num_train_epochs: 5}\n")
+    recipe = load(file, str(pair), str(term), str(last), "--train.learning_rate", "0.5")
+    assert recipe.name == "x-pair-term"  # a file's name goes before its base's; a file without a name adds nothing
+    assert recipe.folder == Path("runs/x-pair-term")
+    assert recipe.teacher is not None and recipe.teacher.backbone == "huge"
+    assert recipe.teacher.prompt == {"type": "coda", "length": 4}
+    assert recipe.student.backbone == "small" and recipe.distill == [{"type": "kd"}]
+    assert recipe.train == {"num_train_epochs": 5, "learning_rate": 0.5}
+    assert load(term, str(pair), str(file)).name == "term-pair-x"
+    assert load(file, str(pair), "--name", "own").name == "own"
+
+
+def test_one_unusable_file_of_several_is_named(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(RecipeError, match="Cannot read the recipe .*nowhere.yaml: No such file"):
+        load(file, str(tmp_path / "nowhere.yaml"))
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("student: {bacbone: x}\n")
+    with pytest.raises(RecipeError, match="unknown field 'student.bacbone'; did you mean 'backbone'"):
+        load(file, str(wrong))
+
+
+# ---- protocol ----
+
+
+def test_the_cdl_protocol_is_what_its_authors_do() -> None:
+    recipe, default = build_recipe(changed(protocol="cdl")), build_recipe(MINIMAL)
+    assert (recipe.normalise, recipe.data.class_order_seed) == (False, None)
+    assert (default.protocol, default.normalise) == ("default", True)
+    for role in ("teacher", "student"):
+        arguments = CDLTrainingArguments("work", **recipe.training_args(role))
+        assert arguments.epoch_cosine and arguments.dataloader_drop_last
+        arguments = CDLTrainingArguments("work", **default.training_args(role))
+        assert not arguments.epoch_cosine and not arguments.dataloader_drop_last
+    assert build_recipe(recipe.as_dict()) == recipe
+
+
+def test_a_recipes_own_choice_goes_before_the_protocols() -> None:
+    recipe = build_recipe(
+        changed(
+            protocol="cdl",
+            normalise=True,
+            train={"epoch_cosine": False, "learning_rate": 0.1},
+            teacher__train={"dataloader_drop_last": False},
+        )
+    )
+    assert recipe.normalise
+    assert recipe.training_args("student")["dataloader_drop_last"] is True
+    assert recipe.training_args("teacher")["dataloader_drop_last"] is False
+    assert recipe.training_args("student")["epoch_cosine"] is False
+    assert build_recipe(changed(protocol="cdl")).train["epoch_cosine"] is True  # the preset itself is untouched
+
+
+@pytest.mark.parametrize("protocol", ["CDL", ["cdl"], None])
+def test_an_unknown_protocol_is_refused(protocol: Any) -> None:
+    assert f"'protocol' is {protocol!r}, but should be 'default' or 'cdl'" in problems(changed(protocol=protocol))
 
 
 def test_merge_leaves_its_arguments_alone() -> None:

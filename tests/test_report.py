@@ -74,6 +74,13 @@ def test_golden_table():
     assert report.table(RESULTS) == GOLDEN
 
 
+def test_with_the_cdl_protocol_the_authors_forgetting_comes_first():
+    shown = report.table({**RESULTS, "recipe": {"protocol": "cdl"}})
+    assert "incremental  authors'  standard  backward" in shown
+    assert "student (KDP)             73.3      81.7         76.1       6.7      15.0     -10.0" in shown
+    assert report.table({**RESULTS, "recipe": {"protocol": "default"}}) == GOLDEN
+
+
 def test_table_does_not_change_what_it_shows():
     before = copy.deepcopy(RESULTS)
     report.table(RESULTS)
@@ -133,6 +140,15 @@ def test_compare_table():
         "|---|---:|---:|---:|---:|\n"
         "| kd\\|dist | 3 | 74.00 ± 4.00 | 11.00 ± 1.73 | 81.00 ± 1.73 |\n"
         "| one seed | 1 | 70.00 ± – | 10.00 ± – | 80.00 ± – |\n"
+    )
+
+
+def test_compare_table_of_the_cdl_protocol():
+    run = {"average_accuracy": 1.0, "official_forgetting": 2.0, "forgetting": 3.0, "average_incremental_accuracy": 4.0}
+    assert report.compare_table({"kd": [run]}, cdl=True) == (
+        "| run | seeds | average accuracy | official forgetting | forgetting | average incremental accuracy |\n"
+        "|---|---:|---:|---:|---:|---:|\n"
+        "| kd | 1 | 1.00 ± – | 2.00 ± – | 3.00 ± – | 4.00 ± – |\n"
     )
 
 

@@ -149,7 +149,8 @@ def test_a_whole_run_leaves_what_was_promised(finished: tuple[Path, str]) -> Non
 def test_what_a_run_says(finished: tuple[Path, str]) -> None:
     folder, output = finished
     shown = output.splitlines()
-    assert shown[0] == f"tiny: 3 tasks, 6 classes -> {folder}/"
+    stream = results(folder)["stream"]
+    assert len(stream) == 16 and shown[0] == f"tiny: 3 tasks, 6 classes, stream {stream} -> {folder}/"
     assert [line.split(":")[0] for line in shown[1:4]] == ["task 1/3", "task 2/3", "task 3/3"]
     assert any(line.startswith("student (coda + kdp)") for line in shown)
     assert shown[-2] == "Use the student:"

@@ -30,3 +30,6 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "test_split": "test",
     },
 }
+
+SIZES: dict[str, tuple[int, int]] = {"cifar100": (100, 50_000), "imagenet_r": (200, 30_000), "cub200": (200, 5_994)}
+"""Classes and images of a benchmark's training split as published, to plan a run without the data."""

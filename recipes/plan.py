@@ -1,0 +1,229 @@
+"""What a run would need: parameters, FLOPs, steps, memory and files (recipes/train.py RECIPE.yaml ... --plan).
+
+Models are built from the backbones' configs with fake tensors, which have shapes and no content: no weights are loaded
+and nothing is computed. FLOPs, and what is kept for the way back, are counted on one step of each role, at the
+recipe's batch size and in the last task, when prompts and heads are largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import initialization as init
+
+from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
+from hf_cdl.build import build_models, build_objective, build_processor
+from hf_cdl.config import CDLConfig
+from hf_cdl.distill import Objective
+from hf_cdl.models.backbone import load_config
+from hf_cdl.recipe import Recipe
+from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
+from hf_cdl.tasks.transforms import output_size
+
+aten: Any = torch.ops.aten
+# torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.
+FUSED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Classes and training images of every task, and where the numbers are from."""
+
+    classes: list[int]
+    images: list[int]
+    source: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training a role takes. FLOPs are per image, a multiply-add being one.
+
+    `kept`: bytes for the way back; `states`: bytes of gradients, Adam's states and the terms' own layers; `trained`:
+    parameters, with the terms' layers; `images`: in all epochs.
+    """
+
+    inference_flops: float
+    training_flops: float
+    kept: int
+    states: int
+    trained: int
+    steps: int
+    images: int
+
+    @property
+    def total_flops(self) -> float:
+        return self.training_flops * self.images
+
+
+HEADINGS = [
+    ["", "backbone", "trained", "stored", "GFLOPs per image", "", "total", "kept for", "peak", "check-"],
+    ["role", "params", "a task", "at the end", "inference / step", "steps", "PFLOPs", "way back", "memory", "point"],
+]
+NOTES = """\
+FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
+taught, its own forward and backward pass. Evaluation is left out.
+Peak memory is an estimate: the weights of all models, gradients and Adam's states of what is trained, and what a step
+keeps for the way back, with fused attention and without the largest passing tensors."""
+
+
+def plan(recipe: Recipe) -> str:
+    """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read."""
+    tasks = read_tasks(recipe)
+    models, costs = measure(recipe, tasks)
+    weights = sum(map(_bytes, models.values()))
+    lines = [*HEADINGS, *(_cells(role, models[role], cost, weights) for role, cost in costs.items())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = []
+    for first, *rest in lines:
+        table.append("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
+    total = sum(cost.total_flops for cost in costs.values())
+    return "\n".join(
+        [
+            f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
+            f"{sum(tasks.images):,} training images ({tasks.source})",
+            "",
+            *table,
+            "",
+            f"All training: {total / 1e15:,.1f} PFLOPs. All checkpoints (after every task, and the newest again): "
+            f"{_size(weights * (len(tasks.classes) + 1))}.",
+            NOTES,
+        ]
+    )
+
+
+def _cells(role: str, model: Any, cost: Cost, weights: int) -> list[str]:
+    """A role's line of the table; `weights`: bytes of all models of the run."""
+    backbones = [part for part in (model.backbone, model.query_backbone) if part is not None]
+    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in backbones]
+    stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
+    return [
+        role.replace("_", " "),
+        *(f"{number / 1e6:,.2f} M" for number in (sizes[0], cost.trained, stored)),
+        f"{cost.inference_flops / 1e9:.2f} / {cost.training_flops / 1e9:.2f}",
+        f"{cost.steps:,}" if cost.steps else "-",
+        f"{cost.total_flops / 1e15:,.1f}",
+        *map(_size, (cost.kept, weights + cost.states + cost.kept, _bytes(model))),
+    ]
+
+
+def read_tasks(recipe: Recipe) -> Tasks:
+    """The tasks' sizes: of a benchmark as published, so that nothing is downloaded; else counted in the data."""
+    data = recipe.data
+    if data.path not in SIZES:
+        stream = TaskStream(data, build_processor(recipe), seed=recipe.seed)
+        sizes = [len(task.class_names) for task in stream]
+        return Tasks(sizes, [len(task.train) for task in stream], "counted in the data")
+    classes, images = SIZES[data.path]
+    held_out = data.test_fraction or BENCHMARKS[data.path].get("test_fraction") or 0.0
+    per_class = min(images * (1 - held_out) / classes, data.max_train_per_class or math.inf)
+    if isinstance(data.classes_per_task, list):
+        sizes = [size if isinstance(size, int) else len(size) for size in data.classes_per_task]
+    else:
+        count, size = data.max_classes or classes, data.classes_per_task
+        sizes = [min(size, count - first) for first in range(0, count, size)]
+    return Tasks(
+        sizes, [round(size * per_class) for size in sizes], f"{data.path} as published; the data were not read"
+    )
+
+
+def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, CDLForImageClassification], dict[str, Cost]]:
+    """The models after the last task, as fake tensors, and what training each of them takes."""
+    size = output_size(build_processor(recipe))
+
+    def create(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
+        config = CDLConfig(
+            backbone_config=_config(name, revision),
+            query_config=None if query_name is None else _config(query_name, query_revision),
+            tasks=[[f"{task} {number}" for number in range(count)] for task, count in enumerate(tasks.classes)],
+            **fields,
+        )
+        with init.no_init_weights():
+            return CDLForImageClassification(config)
+
+    with FakeTensorMode():
+        models = build_models(recipe, create=create)
+        return models, {role: _cost(recipe, role, models, tasks, size) for role in models}
+
+
+def _config(name: str, revision: str | None) -> Any:
+    config = load_config(name, revision)
+    config.dtype = torch.float32  # what the weights are loaded as
+    return config
+
+
+def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, size: tuple[int, int]) -> Cost:
+    model, objective = models[role], build_objective(recipe, role, models)
+    teacher = models["teacher"] if objective.needs_teacher else None
+    arguments = CDLTrainingArguments(
+        output_dir="work", **recipe.training_args("teacher" if role == "teacher" else "student")
+    )
+    batch = arguments.per_device_train_batch_size
+    pixels = torch.zeros(batch, 3, *size)
+    trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
+    for part in (model, teacher):  # torch's counter cannot follow trainable parameters where no gradient is taken
+        if part is not None:
+            part.eval().requires_grad_(False)
+    inference, _ = _count(lambda: model(pixels), model)
+    if not trained:  # the head is fitted by one pass
+        return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
+    per_epoch = [
+        count // batch if arguments.dataloader_drop_last else math.ceil(count / batch) for count in tasks.images
+    ]
+    epochs, accumulated = arguments.num_train_epochs, arguments.gradient_accumulation_steps
+    steps = sum(math.ceil(batches / accumulated) * epochs for batches in per_epoch)
+    model.train().freeze()
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        flops, kept = _count(lambda: _step(model, teacher, objective, pixels, tasks.classes), model, objective)
+    count = sum(parameter.numel() for parameter in trained)
+    states = 12 * count + _bytes(objective)
+    return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
+
+
+def _step(model: Any, teacher: Any, objective: Objective, pixels: torch.Tensor, classes: list[int]) -> None:
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
+    with torch.no_grad():
+        query = answers = None
+        if teacher is not None:
+            shared = teacher.query_backbone is not None and not model.config.train_backbone
+            query = model.compute_query(pixels) if shared else None
+            answers = teacher(pixels, query=query, output_hidden_states=objective.hidden_states("teacher") or None)
+    task, last = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
+    student = model(pixels, query=query, task_id=task, output_hidden_states=objective.hidden_states("student") or None)
+    labels = torch.full(pixels.shape[:1], last.start)
+    objective(student, answers, labels, last)["loss"].backward()
+
+
+def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:
+    """(FLOPs, bytes kept for the way back) of a step: of tensors that are no weights of `parts`."""
+    own = {tensor.untyped_storage()._cdata for part in parts for tensor in part.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return counter.get_total_flops() / 2, sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
