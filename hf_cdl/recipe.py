@@ -416,7 +416,9 @@ def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> 
                 near = difflib.get_close_matches(key, fields, n=1)
                 problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             else:
-                values[key] = section["train"][key] = _value(hints[key], value, f"{path}.{key}", problems)
+                values[key] = _value(hints[key], value, f"{path}.{key}", problems)
+                if values[key] is not _WRONG:
+                    section["train"][key] = values[key]
     if len(problems) == before:
         try:
             CDLTrainingArguments(output_dir="work", **values)

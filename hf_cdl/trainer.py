@@ -334,7 +334,12 @@ class CDLTrainer(Trainer):
     # ---- what the user sees ----
 
     def _loader(self, split: Any) -> Any:
-        return self.get_test_dataloader(self._as_seen(split))
+        """Every image once: Trainer would drop the last incomplete batch here too."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self.get_test_dataloader(self._as_seen(split))
+        finally:
+            self.args.dataloader_drop_last = dropping
 
     def _as_seen(self, split: Any, *others: str) -> Any:
         """A split as this role's model sees it, and the `others` too; most users' own splits look the same to all."""

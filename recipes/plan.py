@@ -193,16 +193,19 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, size: tuple[int,
 
 def _step(model: Any, teacher: Any, objective: Objective, pixels: torch.Tensor, classes: list[int]) -> None:
     """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
+    task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
+    query = answers = None
+    shared = model.needs_query and teacher is not None and teacher.needs_query and teacher.query_backbone is not None
     with torch.no_grad():
-        query = answers = None
+        if shared or objective.needs_query:
+            query = model.compute_query(pixels)
         if teacher is not None:
-            shared = teacher.query_backbone is not None and not model.config.train_backbone
-            query = model.compute_query(pixels) if shared else None
-            answers = teacher(pixels, query=query, output_hidden_states=objective.hidden_states("teacher") or None)
-    task, last = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    student = model(pixels, query=query, task_id=task, output_hidden_states=objective.hidden_states("student") or None)
-    labels = torch.full(pixels.shape[:1], last.start)
-    objective(student, answers, labels, last)["loss"].backward()
+            hidden = objective.hidden_states("teacher") or None
+            answers = teacher(pixels, query=query if shared else None, task_id=task, output_hidden_states=hidden)
+    hidden = objective.hidden_states("student") or None
+    student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
+    labels = torch.full(pixels.shape[:1], current.start)
+    objective(student, answers, labels, current)["loss"].backward()
 
 
 def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:

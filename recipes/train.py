@@ -82,6 +82,12 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         objective = build_objective(recipe, role, models)
         section = recipe.training_args("teacher" if role == "teacher" else "student")
         arguments = CDLTrainingArguments(output_dir=str(run.folder / "work"), **section)
+        smallest, batch = min(len(task.train) for task in stream), arguments.per_device_train_batch_size
+        if arguments.dataloader_drop_last and smallest < batch:
+            raise ValueError(
+                f"A task has {smallest} training images, fewer than a batch of {batch}, and dataloader_drop_last leaves"
+                " incomplete batches out. Set train.per_device_train_batch_size or train.dataloader_drop_last."
+            )
         rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
         trainers.append(CDLTrainer(model, arguments, objective, models.get("teacher"), role=role, run=run, **rest))
     return stream, trainers

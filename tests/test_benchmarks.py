@@ -167,7 +167,7 @@ def test_a_combination_runs(
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
     monkeypatch.chdir(hub)
-    quick = ["--output_dir", str(tmp_path / "run"), "--baselines", "[]", "--train.save_strategy", "no"]
+    quick = ["--output_dir", str(tmp_path / "run"), "--baselines", "[]", "--train.save_strategy", "'no'"]
     assert script.main([*files(*combination), *SMALL.split(), "--train.disable_tqdm", "true", *quick]) == 0
     check_results(tmp_path / "run", combination[3])
 

@@ -195,6 +195,8 @@ def test_all_problems_in_one_message() -> None:
 
 def test_problems_of_the_shared_training_arguments_are_said_once() -> None:
     assert len(problems(changed(train={"learning_rat": 1}))) == 1
+    [line] = problems(changed(train={"save_strategy": False}))  # YAML's `no`
+    assert line == "'train.save_strategy' is False, but should be a valid string"
 
 
 # ---- what is taken ----

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -195,6 +196,27 @@ def test_the_same_command_again_returns_at_once(tiny: Path, finished: tuple[Path
     assert first == f"This run is finished. Its results are in {folder}/ (results.json, pictures, checkpoints)."
     assert rest[0] == "Use the student:" and len(rest) == 2
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+def test_a_run_by_the_cdl_protocol(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, output = run("--protocol", "cdl")
+    assert code == 0 and "authors'  standard" in output
+    for entry in results(tmp_path / "out")["roles"].values():
+        assert entry["counts"] == [6, 6, 6]  # full batches are for training only: every test image is counted
+        assert list(entry["metrics"])[:2] == ["average_accuracy", "official_forgetting"]
+    image = picture(1, 1)
+    raw = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    for role in ROLES:  # the pipeline sees what the models were trained on
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / role)
+        assert torch.allclose(processor(images=image, return_tensors="pt")["pixel_values"][0], raw, atol=1e-6)
+
+
+def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    code, output = run("--protocol", "cdl", "--train.per_device_train_batch_size", 17)
+    assert code == 2
+    assert "A task has 16 training images, fewer than a batch of 17" in output and "Traceback" not in output
 
 
 _FRESH = """
