@@ -85,8 +85,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         smallest, batch = min(len(task.train) for task in stream), arguments.per_device_train_batch_size
         if arguments.dataloader_drop_last and smallest < batch:
             raise ValueError(
-                f"A task has {smallest} training images, fewer than a batch of {batch}, and dataloader_drop_last leaves"
-                " incomplete batches out. Set train.per_device_train_batch_size or train.dataloader_drop_last."
+                f"A task has {smallest} training images, fewer than a batch of {batch}, but dataloader_drop_last "
+                "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
             )
         rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
         trainers.append(CDLTrainer(model, arguments, objective, models.get("teacher"), role=role, run=run, **rest))
