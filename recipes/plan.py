@@ -7,6 +7,7 @@ recipe's batch size and in the last task, when prompts and heads are largest.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processor
+from hf_cdl.build import build_models, build_objective, build_processors
 from hf_cdl.config import CDLConfig
 from hf_cdl.distill import Objective
 from hf_cdl.models.backbone import load_config
@@ -121,7 +122,7 @@ def read_tasks(recipe: Recipe) -> Tasks:
     """The tasks' sizes: of a benchmark as published, so that nothing is downloaded; else counted in the data."""
     data = recipe.data
     if data.path not in SIZES:
-        stream = TaskStream(data, build_processor(recipe), seed=recipe.seed)
+        stream = TaskStream(data, build_processors(recipe), seed=recipe.seed)
         sizes = [len(task.class_names) for task in stream]
         return Tasks(sizes, [len(task.train) for task in stream], "counted in the data")
     classes, images = SIZES[data.path]
@@ -139,7 +140,7 @@ def read_tasks(recipe: Recipe) -> Tasks:
 
 def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, CDLForImageClassification], dict[str, Cost]]:
     """The models after the last task, as fake tensors, and what training each of them takes."""
-    size = output_size(build_processor(recipe))
+    processors = build_processors(recipe)
 
     def create(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
         config = CDLConfig(
@@ -152,8 +153,8 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, CDLForImageClassifi
             return CDLForImageClassification(config)
 
     with FakeTensorMode():
-        models = build_models(recipe, create=create)
-        return models, {role: _cost(recipe, role, models, tasks, size) for role in models}
+        models = build_models(recipe, processors, create=create)
+        return models, {role: _cost(recipe, role, models, tasks, processors) for role in models}
 
 
 def _config(name: str, revision: str | None) -> Any:
@@ -162,14 +163,15 @@ def _config(name: str, revision: str | None) -> Any:
     return config
 
 
-def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, size: tuple[int, int]) -> Cost:
+def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
     teacher = models["teacher"] if objective.needs_teacher else None
     arguments = CDLTrainingArguments(
         output_dir="work", **recipe.training_args("teacher" if role == "teacher" else "student")
     )
     batch = arguments.per_device_train_batch_size
-    pixels = torch.zeros(batch, 3, *size)
+    views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
+    pixels = views[role]
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     for part in (model, teacher):  # torch's counter cannot follow trainable parameters where no gradient is taken
         if part is not None:
@@ -185,23 +187,25 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, size: tuple[int,
     model.train().freeze()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        flops, kept = _count(lambda: _step(model, teacher, objective, pixels, tasks.classes), model, objective)
+        taught = functools.partial(_step, model, objective, pixels, tasks.classes, teacher, views.get("teacher"))
+        flops, kept = _count(taught, model, objective)
     count = sum(parameter.numel() for parameter in trained)
     states = 12 * count + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
 
 
-def _step(model: Any, teacher: Any, objective: Objective, pixels: torch.Tensor, classes: list[int]) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
+def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; `theirs`: teacher's pixels."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
     query = answers = None
-    shared = model.needs_query and teacher is not None and teacher.needs_query and teacher.query_backbone is not None
+    shares = model.needs_query and teacher is not None and teacher.needs_query
+    shares = shares and teacher.query_backbone is not None and teacher.config.query_view is None
     with torch.no_grad():
-        if shared or objective.needs_query:
+        if shares or objective.needs_query:
             query = model.compute_query(pixels)
         if teacher is not None:
             hidden = objective.hidden_states("teacher") or None
-            answers = teacher(pixels, query=query if shared else None, task_id=task, output_hidden_states=hidden)
+            answers = teacher(theirs, query=query if shares else None, task_id=task, output_hidden_states=hidden)
     hidden = objective.hidden_states("student") or None
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
     labels = torch.full(pixels.shape[:1], current.start)

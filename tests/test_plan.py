@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTImageProcessor
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processor
+from hf_cdl.build import build_models, build_objective, build_processorss
 from hf_cdl.recipe import Recipe, build_recipe, load_recipe
 
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -73,7 +73,8 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: str) -> Non
     """FLOPs and the bytes kept for the way back: those of fake tensors are those of real ones."""
     recipe = build_recipe(make_recipe(tmp_path, distill=[{"type": term}]))
     _, costs = plan.measure(recipe, plan.read_tasks(recipe))
-    models, stream = build_models(recipe), TaskStream(recipe.data, build_processor(recipe))
+    processors = build_processors(recipe)
+    models, stream = build_models(recipe, processors), TaskStream(recipe.data, processors)
     for task in stream:
         for model in models.values():
             model.begin_task(task.class_names)
