@@ -195,11 +195,12 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
 
 
 def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; `theirs`: teacher's pixels."""
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; the teacher sees `theirs`."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
     query = answers = None
-    shares = model.needs_query and teacher is not None and teacher.needs_query
-    shares = shares and teacher.query_backbone is not None and teacher.config.query_view is None
+    shares = False
+    if teacher is not None and teacher.query_backbone is not None:
+        shares = model.needs_query and teacher.needs_query and teacher.config.query_view is None
     with torch.no_grad():
         if shares or objective.needs_query:
             query = model.compute_query(pixels)

@@ -7,7 +7,6 @@ smaller.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import json
 import math
@@ -19,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import train as script
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from helpers import ROOT, TRAIN, make_backbone, picture, png, train
+from helpers import ROOT, make_backbone, picture, png, train
 
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import load_recipe
@@ -167,10 +167,6 @@ def check_results(folder: Path, term: str) -> None:
 def test_a_combination_runs(
     combination: tuple[str, str, str, str], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    specification = importlib.util.spec_from_file_location("train_recipe", TRAIN)
-    assert specification is not None and specification.loader is not None
-    script = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(script)
     monkeypatch.chdir(hub)
     quick = ["--output_dir", str(tmp_path / "run"), "--baselines", "[]", "--train.save_strategy", "'no'"]
     assert script.main([*files(*combination), *SMALL.split(), "--train.disable_tqdm", "true", *quick]) == 0

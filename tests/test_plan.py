@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+import plan
 import pytest
 import torch
 from helpers import ROOT, make_recipe, train, write_recipe
@@ -13,11 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTImageProcessor
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processorss
+from hf_cdl.build import build_models, build_objective, build_processors
 from hf_cdl.recipe import Recipe, build_recipe, load_recipe
-
-sys.path.insert(0, str(ROOT / "recipes"))
-import plan  # noqa: E402
 
 SIZES = {"small": (384, 6), "base": (768, 12)}
 
