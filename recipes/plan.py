@@ -177,6 +177,8 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
+    if role == "teacher" and recipe.teacher_from is not None:
+        return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
     if not trained:  # the head is fitted by one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
     per_epoch = [

@@ -58,6 +58,9 @@ def test_full_size_vits(vits: Path) -> None:
     assert student.images == 20 * 50_000
     rows, layers = 10 * (8 * 384 + 2 * 384), 5
     assert student.trained == rows * layers + 10 * 384 + 10  # CODA's rows and the head of one task
+    _, costs = plan.measure(cifar(vits, "coda", "kd", "--teacher_from", "elsewhere"), plan.read_tasks(recipe))
+    assert (costs["teacher"].total_flops, costs["teacher"].steps) == (0, 0)
+    assert costs["student"] == student
     for query, flops in (("student", 35.1), ("one_pass", 17.6)):
         options = ("--student.backbone", str(vits / "base"), "--student.query", query)
         alone = cifar(vits, "coda", "none", *options)
