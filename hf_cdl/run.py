@@ -314,6 +314,7 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
     student = recipe["student"]
     return {
         **{key: recipe[key] for key in (role, "data", "train", "seed")},
+        "normalise": recipe.get("normalise", True),  # of older runs: always
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
 

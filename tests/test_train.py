@@ -211,6 +211,12 @@ def test_a_run_by_the_cdl_protocol(run: Callable[..., tuple[int, str]], tmp_path
         assert torch.allclose(processor(images=image, return_tensors="pt")["pixel_values"][0], raw, atol=1e-6)
 
 
+def test_a_teacher_of_other_pixels_is_not_taken_over(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    assert run("--baselines", "[]", out="first")[0] == 0
+    code, output = run("--baselines", "[]", "--normalise", "false", "--teacher_from", tmp_path / "first")
+    assert code == 2 and "normalise: True -> False" in output
+
+
 def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
     run: Callable[..., tuple[int, str]],
 ) -> None:
