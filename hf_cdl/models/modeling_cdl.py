@@ -2,113 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
 from hf_cdl.models import backbone as bb
 from hf_cdl.models.heads import Head, build_head
-from hf_cdl.models.one_pass import OnePass
-from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
-from hf_cdl.models.query_view import to_query_view
-from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
-from hf_cdl.types import KV, CDLOutput, ModelShape
+from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
+from hf_cdl.types import CDLOutput
 
 
-class CDLForImageClassification(PreTrainedModel):
+class CDLForImageClassification(PromptedBackbone):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
-    Sequence layout: [CLS, patches, KD token]; keys and values of a layer: [mapped prefix, pool's prefix, sequence, KD
-    prompt]. Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
+    A KD head, if there is one, reads the KD token, or CLS beside mapped prompts. Raises ValueError for an unsupported
+    backbone, prompt type, head or combination of them.
     """
 
-    config_class = CDLConfig
-    config: CDLConfig
-    base_model_prefix = "backbone"
-    main_input_name = "pixel_values"
-    input_modalities = ["image"]
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
-    _supports_sdpa = True
-    _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
         super().__init__(config)
-        self.backbone: Any = bb.build_backbone(config.backbone_config, frozen=not config.train_backbone)
-        self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
-        size, depth = self.backbone.config.hidden_size, len(bb.layers(self.backbone))
-        query_size = (self.query_backbone or self.backbone).config.hidden_size
-
-        self.pool = build_pool(config.prompt, size, query_size, depth)
-        if self.pool is not None:  # all fields, so that a later change of a default cannot change a checkpoint
-            config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
-        self.head = build_head(config.head, size)
-        self.kd_prompt: KDPrompt | None = None
-        if config.kd_prompt is not None:
-            bb.check_extra_token(self.backbone.config)
-            self.kd_prompt = KDPrompt(KDPromptConfig(**config.kd_prompt), size, depth)
-            config.kd_prompt = dataclasses.asdict(self.kd_prompt.config)
-            self.backbone.embeddings.register_forward_hook(self._add_kd_token)
-        self.mapping: PromptMapping | None = None
-        if config.mapping is not None:
-            self.mapping = PromptMapping(MappingConfig(**config.mapping), self._teacher_pool(query_size), size, depth)
-            config.mapping = dataclasses.asdict(self.mapping.config)
-        owners = [part for part in (self.kd_prompt, self.mapping) if part is not None]
-        if len(owners) > 1:
-            raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-        self.kd_head: Head | None = build_head(config.head, size) if owners else None
-        self.kd_alpha = owners[0].config.alpha if owners else 0.0
-        if config.query == "one_pass":
-            for number, layer in enumerate(bb.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        elif config.query != "two_pass":
-            raise ValueError(f"The query is '{config.query}'; allowed: two_pass, one_pass.")
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self.head = build_head(config.head, self.shape.hidden_size)
+        taught = self.kd_prompt or self.mapping
+        self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
+        self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
-        self._with_token = False
-
         for task in config.tasks:
             self._grow(len(task))
-        self.set_attn_implementation(config._attn_implementation or "sdpa")
         self.post_init()
         self.freeze()
 
     # ---- building, growing, freezing ----
-
-    def _teacher_pool(self, query_size: int) -> PromptPool:
-        if self.config.teacher_pool is None:
-            raise ValueError("A mapping needs the teacher's prompts: give teacher_pool=teacher.pool_config.")
-        fields = self.config.teacher_pool
-        pool = build_pool(fields["prompt"], fields["hidden_size"], query_size, fields["num_layers"])
-        if pool is None:
-            raise ValueError("The teacher has no prompts (type none), so there is nothing to map.")
-        return pool
-
-    @property
-    def pool_config(self) -> dict[str, Any]:
-        """What rebuilds this model's prompt pool in a student that maps its prompts (CDLConfig.teacher_pool)."""
-        return {"prompt": self.config.prompt, **self.shape._asdict()}
-
-    @property
-    def needs_query(self) -> bool:
-        """Whether a forward pass needs the query of an un-prompted pass."""
-        own = self.pool is not None and self.pool.needs_query and self.config.query == "two_pass"
-        return own or (self.mapping is not None and self.mapping.teacher_pool.needs_query)
-
-    @property
-    def shape(self) -> ModelShape:
-        """Width and number of layers of the backbone."""
-        return ModelShape(self.backbone.config.hidden_size, len(bb.layers(self.backbone)))
 
     @classmethod
     def from_backbone(
@@ -222,29 +153,6 @@ class CDLForImageClassification(PreTrainedModel):
         elif isinstance(module, KDPrompt):
             module.reset_parameters()
 
-    @torch.no_grad()
-    def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
-        """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
-        size = bb._pair(self.backbone.config.image_size)
-        image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
-        embedded = self.backbone.embeddings(image)
-        init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
-
-    # ---- attention ----
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
-        name = attn_implementation.get("", "sdpa") if isinstance(attn_implementation, dict) else attn_implementation
-        name = name.removeprefix("prefix_")
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
-            )
-        self.config._attn_implementation_internal = name
-        for backbone in (self.backbone, self.query_backbone):
-            if backbone is not None:
-                backbone.config._attn_implementation = f"prefix_{name}"
-
     # ---- forward ----
 
     @can_return_tuple
@@ -266,131 +174,27 @@ class CDLForImageClassification(PreTrainedModel):
         """
         if not self.config.tasks:
             raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
-        if query is None and self.needs_query:
-            query = self.compute_query(pixel_values)
-        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
-        prefix, prompt_loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
-        outputs = self._run(
-            self.backbone,
+        found = self._encode(
             pixel_values,
-            with_token=self.kd_prompt is not None,
-            prefix=prefix,
+            query,
+            task_id,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        hidden, token = self._take_token(outputs.last_hidden_state)
-        features = bb.pool(self.backbone, hidden)
-        logits = self.head(features)
+        logits = self.head(found.features)
         kd_logits: Any = None
         if self.kd_head is not None:
-            kd_logits = self.kd_head(features if self.kd_prompt is None else bb.final_norm(self.backbone, token))
+            kd_logits = self.kd_head(found.token)
             if not self.training:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
-        if one_pass.losses:
-            prompt_loss = torch.stack([*one_pass.losses.values()]).sum()
         return CDLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels),
             logits=logits,
             kd_logits=kd_logits,
-            prompt_loss=prompt_loss,
-            query=query,
-            features=features,
-            hidden_states=self._image_tokens(outputs.hidden_states),
-            attentions=outputs.attentions,
-            similarities=tuple(one_pass.similarities.values()) or None,
+            prompt_loss=found.prompt_loss,
+            query=found.query,
+            features=found.features,
+            hidden_states=found.hidden_states,
+            attentions=found.attentions,
+            similarities=found.similarities,
         )
-
-    @torch.no_grad()
-    def compute_query(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, D_q) query of the pools: the CLS feature of the frozen, un-prompted query backbone."""
-        backbone = self.backbone if self.query_backbone is None else self.query_backbone
-        if self.config.query_view is not None:
-            pixel_values = to_query_view(pixel_values, **self.config.query_view)
-        return bb.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
-
-    def _prefixes(
-        self, query: torch.Tensor | None, task_id: int | None
-    ) -> tuple[dict[int, list[KV]], torch.Tensor | None]:
-        """All layers' prefixes, and the sum of the pool's losses."""
-        found = [self._ask(query, query, task_id, layer) for layer in range(len(bb.layers(self.backbone)))]
-        losses = [loss for _, loss in found if loss is not None]
-        prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
-        return prefix, torch.stack(losses).sum() if losses else None
-
-    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[KV], torch.Tensor | None]:
-        """A layer's prefixes and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
-        prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
-        mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
-        kd = None if self.kd_prompt is None else self.kd_prompt(layer)
-        return [kv for kv in (prefix, mapped, kd) if kv is not None], loss
-
-    def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
-        """The same when the layer is entered; with a `query` also how the pool's keys match it and `own`."""
-        prefixes, loss = self._ask(own, query, task_id, layer)
-        pairs = () if query is None or self.pool is None else (own, query)
-        similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
-        return prefixes, loss, similarity if similarity and similarity[0] is not None else None
-
-    def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Forward pre-hook of a layer: in a one-pass run its prefixes are made now, from the tokens that enter it."""
-        prefix = kwargs.get("prefix")
-        if not isinstance(prefix, OnePass):  # the query pass
-            return None
-        tokens = args[0] if args else kwargs["hidden_states"]
-        own = tokens[:, 0] if bb.has_cls(self.backbone.config) else self._take_token(tokens)[0].mean(dim=1)
-        return args, {**kwargs, "prefix": prefix.enter(number, own)}
-
-    def _run(
-        self,
-        backbone: Any,
-        pixel_values: torch.Tensor,
-        with_token: bool = False,
-        prefix: dict[int, list[KV]] | OnePass | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
-        if prefix:
-            if not backbone.config._attn_implementation.startswith("prefix_"):
-                raise RuntimeError(
-                    f"The backbone's attention is '{backbone.config._attn_implementation}', which ignores prompts. "
-                    "Change it with model.set_attn_implementation('sdpa' or 'eager'), not on the backbone."
-                )
-            kwargs["prefix"] = prefix
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        self._with_token = with_token
-        try:
-            return backbone(pixel_values, **bb.extra_inputs(backbone.config, pixel_values), **kwargs)
-        finally:
-            self._with_token = False
-
-    def _add_kd_token(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the embeddings: the sequence (B, N, D) with the KD token in it."""
-        if not self._with_token or self.kd_prompt is None:
-            return output
-        sequence = output[0] if isinstance(output, tuple) else output
-        token = self.kd_prompt.token.to(sequence.dtype).expand(sequence.shape[0], 1, -1)
-        at = self._token_index(sequence.shape[1] + 1)
-        sequence = torch.cat([sequence[:, :at], token, sequence[:, at:]], dim=1)
-        return (sequence, *output[1:]) if isinstance(output, tuple) else sequence
-
-    def _take_token(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The final tokens without the KD token, and the KD token's own output (B, D); the sequence itself if none."""
-        if self.kd_prompt is None:
-            return sequence, sequence[:, 0]
-        at = self._token_index(sequence.shape[1])
-        return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
-
-    def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
-        """Hidden states of CLS and patches alone; None where a layer was not asked for."""
-        if hidden_states is None:
-            return None
-        skip = bb.num_extra_tokens(self.backbone.config)
-
-        def image_tokens(sequence: torch.Tensor) -> torch.Tensor:
-            sequence, _ = self._take_token(sequence)
-            return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
-
-        return tuple(None if sequence is None else image_tokens(sequence) for sequence in hidden_states)
-
-    def _token_index(self, length: int) -> int:
-        return bb.family(self.backbone.config).token_at % length
