@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.distill import Objective
+from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run, saving
+from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
@@ -67,7 +67,7 @@ class CDLTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._steps_summed = 0
         self._seconds_before = 0.0
-        self._phase = _PhaseCallback(self)
+        self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(self._phase)
@@ -257,6 +257,11 @@ class CDLTrainer(Trainer):
         self._sampler = ViewSampler(len(task.train), seed, shuffle)
         return self._sampler
 
+    def _set_epoch(self, epoch: int) -> None:
+        """Not left to Accelerate, which does not reach a sampler below the skipping and sharding of a resumed run."""
+        if self._sampler is not None:
+            self._sampler.epoch = epoch
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """HF's schedule, or with `epoch_cosine` the CDL authors': lr * cos(99 pi max(e - 1, 0) / (200 (K - 1))).
 
@@ -349,63 +354,10 @@ class CDLTrainer(Trainer):
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
 
     def _bar(self, title: str, **options: Any) -> Any:
-        """A progress bar on a terminal; in a log file a line a minute."""
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
-        return tqdm(desc=title, disable=hidden, leave=False, dynamic_ncols=True, **pace, **options)
+        return progress_bar(title, self.args.disable_tqdm or not self.is_world_process_zero(), **options)
 
-
-class ViewSampler(Sampler[tuple[int, int]]):
-    """Yields (sample, view): every sample once an epoch, view = epoch; a pure function of (seed, epoch)."""
-
-    def __init__(self, length: int, seed: int, shuffle: bool = True):
-        self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.arange(self.length)
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from ((index, self.epoch) for index in order.tolist())
-
-
-class _PhaseCallback(TrainerCallback):
-    """Tells the sampler the epoch, and the user where the phase stands."""
-
-    def __init__(self, trainer: CDLTrainer):
-        self.trainer = trainer
-        self.bar: Any = None
-        self.started = 0.0
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since this process began the phase."""
-        return time.perf_counter() - self.started
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
-        title = self.trainer._title(self.trainer.seen[-1])
-        self.bar = self.trainer._bar(title, total=state.max_steps, initial=state.global_step)
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer._sampler is not None:
-            self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        terms = {name[5:]: f"{value:.3f}" for name, value in (logs or {}).items() if name.startswith("loss/")}
-        if self.bar is not None and terms:
-            self.bar.set_postfix(terms, refresh=False)
-
-    def close(self) -> None:
-        """Take the bar off the screen, whatever ended the phase."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+    def _phase_bar(self, **options: Any) -> Any:
+        return self._bar(self._title(self.seen[-1]), **options)
 
 
 def _shares_query(student: Any, teacher: Any) -> bool:

@@ -26,7 +26,8 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"types", "metrics"},
     "hub": {"types", "metrics"},
     "run": {"types", "metrics", "report", "hub"},
-    "trainer": {"types", "training_args", "metrics", "tasks", "distill", "run"},
+    "progress": set(),
+    "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "run"},
     "recipe": {"types", "config", "models.heads", "training_args", "tasks", "prompts", "distill"},
     "build": {"types", "recipe", "models", "tasks", "prompts", "distill"},
 }

@@ -722,11 +722,11 @@ def test_a_mapped_student_keeps_its_teacher_s_pool_and_nothing_else_of_it(
     shutil.rmtree(folder / "teacher")
     classify = pipeline("image-classification", model=str(moved), device="cpu")
     table = load_dataset("parquet", data_files=str(tiny.parent / "data" / "test.parquet"), split="train")
-    answers = [classify(row["image"], top_k=1)[0]["label"] for row in table]
-    names = table.features["label"].int2str(table["label"])
+    answers = [answer[0]["label"] for answer in classify(list(table["image"]), top_k=1)]
+    names = table.features["label"].int2str(list(table["label"]))
     right = sum(answer == name for answer, name in zip(answers, names, strict=True))
     assert right == sum(results(folder)["roles"]["student"]["correct"][-1])
-    model = classify.model
+    model: Any = classify.model
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(pixels).logits

@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTImageProcessorPil, set_seed
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.tasks import StreamConfig, TaskStream
+from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.tasks.transforms import query_view
-from hf_cdl.trainer import ViewSampler
 from hf_cdl.types import Task
 
 TASK = next(stream())
