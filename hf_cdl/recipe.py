@@ -5,23 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-import functools
-import re
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
-
 from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
+from hf_cdl.recipe_files import RecipeError, merge, read_recipe
 from hf_cdl.tasks import StreamConfig
 from hf_cdl.training_args import CDLTrainingArguments
+from hf_cdl.typed import WRONG, build_typed, typed_fields, typed_value
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""
@@ -35,10 +31,6 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 _PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
 """Sections of the student that terms ask for."""
-
-
-class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, in one message."""
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -111,21 +103,10 @@ class Recipe:
 def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
     """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
 
-    Of several files a later one overrides an earlier one, and their names are joined. A file may name a `base` file
-    (relative to itself) that it overrides. Values are YAML: `--teacher null`, `--distill.0.weight 0.3`,
-    `--train.learning_rate=0.01`. Raises RecipeError with all problems at once.
+    Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with
+    all problems at once.
     """
-    arguments, files = list(arguments), []
-    while arguments and not arguments[0].startswith("--"):
-        files.append(arguments.pop(0))
-    parts = [_read(Path(file)) for file in files or [default]]
-    content = functools.reduce(merge, parts)
-    names = [str(part["name"]) for part in parts if part.get("name") is not None]
-    if len(names) > 1:
-        content["name"] = "-".join(names)
-    for name, value in _pairs(arguments):
-        _override(content, name.split("."), value, name)
-    return build_recipe(content)
+    return build_recipe(read_recipe(arguments, default))
 
 
 def build_recipe(content: dict[str, Any]) -> Recipe:
@@ -141,171 +122,18 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
         if isinstance(content.get(role), dict):
             _check_model(content, role, parts, problems)
             _check_training(content, role, problems)
-    recipe = _build(Recipe, content, "", problems)
+    recipe = build_typed(Recipe, content, "", problems)
     if problems:
         raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
     student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
     return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
 
 
-# ---- reading ----
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _parse(text: str) -> Any:
-    return _unshared(yaml.load(text, _Loader))  # a SafeLoader
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which what YAML aliases share is separate: an override of one section must not reach another."""
-    if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
-
-
-def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if file.resolve() in above:
-        raise RecipeError(f"{file} is its own base.")
-    try:
-        content = _parse(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise RecipeError(f"{file}: 'base' is {base!r}, but must be the path of another recipe, relative to this one.")
-    return merge(_read(file.parent / base, (*above, file.resolve())), content)
-
-
-def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `override`, section by section; a section of another `type` starts anew."""
-    merged = dict(base)
-    for key, value in override.items():
-        old: Any = merged.get(key)
-        same = (
-            isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
-        )
-        merged[key] = merge(old, value) if same else value
-    return merged
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
-    pairs = []
-    while arguments:
-        name = arguments.pop(0)
-        if not name.startswith("--"):
-            raise RecipeError(
-                f"Unexpected argument '{name}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."
-            )
-        name, equals, text = name[2:].partition("=")
-        if not equals:
-            if not arguments:
-                raise RecipeError(f"--{name} has no value; write --{name} VALUE.")
-            text = arguments.pop(0)
-        try:
-            pairs.append((name, _parse(text)))
-        except yaml.YAMLError as error:
-            raise RecipeError(f"The value of --{name}, '{text}', is not valid YAML.") from error
-    return pairs
-
-
-def _override(section: Any, path: list[str], value: Any, name: str) -> None:
-    """Set one field of a nested recipe. A new `type` drops the fields of the old one."""
-    content = section
-    for step, part in enumerate(path):
-        key: Any = part
-        if isinstance(content, list):
-            if not part.isdigit() or int(part) >= len(content):
-                raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' is a list of {len(content)}; count from 0.")
-            key = int(part)
-        elif not isinstance(content, dict):
-            raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' holds {content!r}, which has no fields.")
-        if step < len(path) - 1:
-            if isinstance(content, dict) and content.get(key) is None:
-                content[key] = {}
-            content = content[key]
-        else:
-            last: Any = content
-            if key == "type" and last.get("type") != value:
-                last.clear()
-            last[key] = value
-
-
 # ---- checking ----
-
-_WRONG: Any = object()  # stands for a value that was reported
-
-
-def _build(kind: type, content: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `kind` from a dict; _WRONG after adding to `problems` what is wrong with it."""
-    if not isinstance(content, dict):
-        problems.append(f"{path or 'the recipe'} must have fields, but is {content!r}")
-        return _WRONG
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    before, values, missing = len(problems), {}, False
-    for key, value in content.items():
-        name = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            problems.append(f"unknown field '{name}'" + (f"; did you mean '{near[0]}'?" if near else _allowed(fields)))
-            continue
-        nested = _dataclass_in(hints[key])
-        if nested is not None and value is not None:
-            values[key] = _build(nested, value, name, problems)
-        else:
-            values[key] = _value(hints[key], value, name, problems)
-    for key, f in fields.items():
-        if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            problems.append(f"'{path}.{key}' is missing" if path else f"'{key}' is missing")
-            missing = True
-    if any(value is _WRONG for value in values.values()) or missing:
-        return _WRONG
-    try:
-        built = kind(**values)  # even beside unknown fields: its own checks may find more
-    except (ValueError, TypeError) as error:
-        problems.append(f"{path}: {error}" if path else str(error))
-        return _WRONG
-    return _WRONG if len(problems) > before else built
-
-
-def _allowed(fields: Any) -> str:
-    return f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
-
-
-def _dataclass_in(hint: Any) -> type | None:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
-
-
-def _value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    try:
-        return TypeAdapter(hint).validate_python(value)
-    except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
-        return value
-    except ValidationError as error:
-        wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
-        problems.append(f"'{name}' is {value!r}, but {wanted}")
-        return _WRONG
 
 
 def _section(content: dict[str, Any], name: str, default: Any) -> Any:
-    """A section as far as it has the right kind; `_build` reports it otherwise."""
+    """A section as far as it has the right kind; `build_typed` reports it otherwise."""
     value = content.get(name)
     return value if isinstance(value, type(default)) else default
 
@@ -320,15 +148,9 @@ def _check_typed(registry: Any, content: Any, path: str, problems: list[str], ex
         problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join([*extra, *registry])}")
     elif hasattr(registry.get(kind), "config_class"):
         fields = {key: value for key, value in content.items() if key != "type"}
-        content.update(_checked(registry[kind].config_class, fields, path, problems))
+        content.update(typed_fields(registry[kind].config_class, fields, path, problems))
     else:
         problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in content if key != "type"]
-
-
-def _checked(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
-    built = _build(kind, fields, path, problems)
-    return {} if built is _WRONG else {key: getattr(built, key) for key in fields}
 
 
 def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -390,7 +212,7 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
                 + ", ".join(name for name, term in TERMS.items() if part in term.student_parts)
             )
         if isinstance(section[part], dict):
-            section[part].update(_checked(kind, section[part], f"{role}.{part}", problems))
+            section[part].update(typed_fields(kind, section[part], f"{role}.{part}", problems))
     if role == "teacher" and "mapping" in parts:
         known = _pool_class(section)
         if known is None:
@@ -416,8 +238,8 @@ def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> 
                 near = difflib.get_close_matches(key, fields, n=1)
                 problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             else:
-                values[key] = _value(hints[key], value, f"{path}.{key}", problems)
-                if values[key] is not _WRONG:
+                values[key] = typed_value(hints[key], value, f"{path}.{key}", problems)
+                if values[key] is not WRONG:
                     section["train"][key] = values[key]
     if len(problems) == before:
         try:

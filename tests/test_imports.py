@@ -28,7 +28,19 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"types", "metrics", "report", "hub"},
     "progress": set(),
     "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "run"},
-    "recipe": {"types", "config", "models.heads", "training_args", "tasks", "prompts", "distill"},
+    "recipe_files": set(),
+    "typed": set(),
+    "recipe": {
+        "recipe_files",
+        "typed",
+        "types",
+        "config",
+        "models.heads",
+        "training_args",
+        "tasks",
+        "prompts",
+        "distill",
+    },
     "build": {"types", "recipe", "models", "tasks", "prompts", "distill"},
 }
 # In these a method is one file: it imports the shared files, never another method. Its __init__ may import all.

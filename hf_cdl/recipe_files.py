@@ -1,0 +1,129 @@
+"""Recipe files and the command line as one plain dict: bases, several files, dotted overrides. Nothing is checked."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, in one message."""
+
+
+def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]:
+    """The content of `[RECIPE.yaml ...] [--any.field value ...]`; without a file that of `default`.
+
+    Of several files a later one overrides an earlier one, and their names are joined. A file may name a `base` file
+    (relative to itself) that it overrides. Values are YAML. Raises RecipeError for what cannot be read.
+    """
+    arguments, files = list(arguments), []
+    while arguments and not arguments[0].startswith("--"):
+        files.append(arguments.pop(0))
+    parts = [_read(Path(file)) for file in files or [default]]
+    content = functools.reduce(merge, parts)
+    names = [str(part["name"]) for part in parts if part.get("name") is not None]
+    if len(names) > 1:
+        content["name"] = "-".join(names)
+    for name, value in _pairs(arguments):
+        _override(content, name.split("."), value, name)
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    return _unshared(yaml.load(text, _Loader))  # a SafeLoader
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which what YAML aliases share is separate: an override of one section must not reach another."""
+    if isinstance(value, dict):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if file.resolve() in above:
+        raise RecipeError(f"{file} is its own base.")
+    try:
+        content = _parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"{file}: 'base' is {base!r}, but must be the path of another recipe, relative to this one.")
+    return merge(_read(file.parent / base, (*above, file.resolve())), content)
+
+
+def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `override`, section by section; a section of another `type` starts anew."""
+    merged = dict(base)
+    for key, value in override.items():
+        old: Any = merged.get(key)
+        same = (
+            isinstance(old, dict) and isinstance(value, dict) and value.get("type", old.get("type")) == old.get("type")
+        )
+        merged[key] = merge(old, value) if same else value
+    return merged
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    while arguments:
+        name = arguments.pop(0)
+        if not name.startswith("--"):
+            raise RecipeError(
+                f"Unexpected argument '{name}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."
+            )
+        name, equals, text = name[2:].partition("=")
+        if not equals:
+            if not arguments:
+                raise RecipeError(f"--{name} has no value; write --{name} VALUE.")
+            text = arguments.pop(0)
+        try:
+            pairs.append((name, _parse(text)))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"The value of --{name}, '{text}', is not valid YAML.") from error
+    return pairs
+
+
+def _override(section: Any, path: list[str], value: Any, name: str) -> None:
+    """Set one field of a nested recipe. A new `type` drops the fields of the old one."""
+    content = section
+    for step, part in enumerate(path):
+        key: Any = part
+        if isinstance(content, list):
+            if not part.isdigit() or int(part) >= len(content):
+                raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' is a list of {len(content)}; count from 0.")
+            key = int(part)
+        elif not isinstance(content, dict):
+            raise RecipeError(f"--{name}: '{'.'.join(path[:step])}' holds {content!r}, which has no fields.")
+        if step < len(path) - 1:
+            if isinstance(content, dict) and content.get(key) is None:
+                content[key] = {}
+            content = content[key]
+        else:
+            last: Any = content
+            if key == "type" and last.get("type") != value:
+                last.clear()
+            last[key] = value

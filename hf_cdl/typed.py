@@ -1,0 +1,72 @@
+"""Dataclasses from plain dicts, every problem with them named in words and none raised."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+WRONG: Any = object()  # stands for a value that was reported
+
+
+def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any:
+    """An instance of the dataclass `kind` from a dict; WRONG after adding to `problems` what is wrong with it."""
+    if not isinstance(content, dict):
+        problems.append(f"{path or 'the recipe'} must have fields, but is {content!r}")
+        return WRONG
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
+    before, values, missing = len(problems), {}, False
+    for key, value in content.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            problems.append(f"unknown field '{name}'" + (f"; did you mean '{near[0]}'?" if near else _allowed(fields)))
+            continue
+        nested = _dataclass_in(hints[key])
+        if nested is not None and value is not None:
+            values[key] = build_typed(nested, value, name, problems)
+        else:
+            values[key] = typed_value(hints[key], value, name, problems)
+    for key, f in fields.items():
+        if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            problems.append(f"'{path}.{key}' is missing" if path else f"'{key}' is missing")
+            missing = True
+    if any(value is WRONG for value in values.values()) or missing:
+        return WRONG
+    try:
+        built = kind(**values)  # even beside unknown fields: its own checks may find more
+    except (ValueError, TypeError) as error:
+        problems.append(f"{path}: {error}" if path else str(error))
+        return WRONG
+    return WRONG if len(problems) > before else built
+
+
+def _allowed(fields: Any) -> str:
+    return f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
+        return value
+    except ValidationError as error:
+        wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
+        problems.append(f"'{name}' is {value!r}, but {wanted}")
+        return WRONG
+
+
+def typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
+    built = build_typed(kind, fields, path, problems)
+    return {} if built is WRONG else {key: getattr(built, key) for key in fields}
