@@ -196,10 +196,12 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
         problems.append(
             f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
         )
-    if head.get("type") == "ncm" and (prompted or trains or (role == "student" and content.get("distill"))):
+    kind = head.get("type")
+    fitted = isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
+    if fitted and (prompted or trains or (role == "student" and content.get("distill"))):
         problems.append(
-            f"'{role}.head.type' ncm is fitted without training: it needs prompt.type none, train_backbone false and "
-            "no distillation terms"
+            f"'{role}.head.type' {kind} is fitted without training: it needs prompt.type none, train_backbone false "
+            "and no distillation terms"
         )
     for part, kind in _PARTS.items():
         if section.get(part) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +12,12 @@ from transformers import initialization as init
 
 
 class Head(nn.Module):
-    """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task."""
+    """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
+
+    A `fitted` head has no parameters: it accumulates statistics of fixed features instead of being trained.
+    """
+
+    fitted: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -96,6 +101,8 @@ class ClassMeans(nn.Module):
 
 class NearestMeanHead(Head):
     """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+
+    fitted: ClassVar[bool] = True
 
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(ClassMeans(self.hidden_size, num_classes))
