@@ -129,6 +129,11 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
 
 
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
+    return build_recipe(stored).as_dict()
+
+
 # ---- checking ----
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -37,13 +37,20 @@ class Run:
 
     Only the process with `writer` writes and locks; the others follow in memory. Raises RunError if the folder belongs
     to another recipe or to something else, or if another process is at work in it. As long as nothing was learnt in a
-    folder, it takes any recipe.
+    folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
+    that a new field with its default is no difference.
     """
 
-    def __init__(self, folder: str | Path, recipe: dict[str, Any], writer: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        recipe: dict[str, Any],
+        writer: bool = True,
+        complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe,
+    ):
         self.folder = Path(folder)
         self.recipe = json.loads(json.dumps(recipe))  # as it will read back
-        self.writer = writer
+        self.writer, self.complete = writer, complete
         self.ledger: dict[str, Any] = {
             "recipe": self.recipe,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -54,6 +61,10 @@ class Run:
         }
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one for this process
         self._open()
+        if self.recipe.get("teacher_from") is not None:
+            source, ledger = self._source("teacher")
+            ours, theirs = _makes(self.recipe, "teacher"), _makes(self._completed(ledger["recipe"]), "teacher")
+            self._refuse("teacher", source, _differences(theirs, ours))
         if writer and not self.finished:
             try:
                 with saving(f"open the run in {self.folder}"):
@@ -87,7 +98,7 @@ class Run:
                 f"{file} is not a readable ledger ({type(error).__name__}: {error}). Nothing in the folder was "
                 "touched; restore run.json or choose another folder with --output_dir FOLDER."
             ) from error
-        changes = list(_differences(known, self.recipe))
+        changes = list(_differences(self._completed(known), self.recipe))
         if changes and (entries or any(self.folder.glob("work/*/checkpoint-*"))):
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
@@ -97,6 +108,13 @@ class Run:
             )
         if not changes:
             self.ledger = ledger
+
+    def _completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """A stored recipe in today's terms; as it is if it cannot be read as one."""
+        try:
+            return json.loads(json.dumps(self.complete(recipe)))
+        except (ValueError, KeyError, TypeError):
+            return recipe
 
     @property
     def finished(self) -> bool:
@@ -173,23 +191,12 @@ class Run:
     def take_over(self, role: str, task: Task) -> Path | None:
         """Make a phase of the run that the recipe's `ROLE_from` names a phase of this one; its checkpoint, or None.
 
-        Raises RunError if that run has another model of this role, other data or another seed, or is not that far.
+        Raises RunError if that run has other data, or is not that far.
         """
-        name = self.recipe.get(f"{role}_from")
-        if name is None:
+        if self.recipe.get(f"{role}_from") is None:
             return None
-        source = Path(name)
-        try:
-            ledger = json.loads((source / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise RunError(f"'{role}_from' is {source}, which holds no readable run.json: {error}") from error
-        ours, theirs = _makes(self.recipe, role), _makes(ledger["recipe"], role)
-        differences = [*_differences(theirs, ours), *_differences(ledger["stream"], self.ledger["stream"], "stream")]
-        if differences:
-            raise RunError(
-                f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
-                + "\n".join(f"  {difference}" for difference in differences)
-            )
+        source, ledger = self._source(role)
+        self._refuse(role, source, _differences(ledger["stream"], self.ledger["stream"], "stream"))
         entries = ledger["entries"].get(role, [])
         if task.index >= len(entries):
             raise RunError(
@@ -201,6 +208,21 @@ class Run:
         result = TaskResult(**entries[task.index])
         self.save_task(result, task, lambda folder: _copy(checkpoint, folder), history)
         return checkpoint
+
+    def _source(self, role: str) -> tuple[Path, dict[str, Any]]:
+        """The run that a role is taken from: its folder and ledger."""
+        source = Path(self.recipe[f"{role}_from"])
+        try:
+            return source, json.loads((source / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise RunError(f"'{role}_from' is {source}, which holds no readable run.json: {error}") from error
+
+    def _refuse(self, role: str, source: Path, differences: Iterable[str]) -> None:
+        if differences := list(differences):
+            raise RunError(
+                f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
+                + "\n".join(f"  {difference}" for difference in differences)
+            )
 
     def save_result(self, result: TaskResult) -> None:
         """Add the measured accuracies to the ledger entry of a learnt task."""
@@ -313,8 +335,7 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
     """What a role's phases depend on in a recipe."""
     student = recipe["student"]
     return {
-        **{key: recipe[key] for key in (role, "data", "train", "seed")},
-        "normalise": recipe.get("normalise", True),  # of older runs: always
+        **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
 

@@ -52,12 +52,12 @@ def main() -> int:
     options = parser.parse_args()
     spec = yaml.safe_load(options.spec.read_text())
     root = Path("runs") / "sweeps" / options.spec.stem
-    jobs = [
+    runs = [
         (root / name / f"seed-{seed}", variant, seed)
-        for seed in spec["seeds"]
         for name, variant in spec["variants"].items()
+        for seed in spec["seeds"]
     ]
-    jobs.sort(key=lambda job: "teacher_from" in job[1])  # what trains a teacher comes before what waits for it
+    jobs = sorted(runs, key=lambda job: "teacher_from" in job[1])  # who trains a teacher, before who waits for it
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     failed, started = [], {}
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), desc=options.spec.stem, unit="run") as bar:
@@ -77,7 +77,7 @@ def main() -> int:
             future.result()
     rows: dict[str, list[dict[str, float]]] = {}
     cdl = False
-    for folder, variant, _ in jobs:
+    for folder, variant, _ in runs:
         file = folder / "results.json"
         results = json.loads(file.read_text()) if file.exists() else {"roles": {}}
         cdl = cdl or follows_cdl(results)

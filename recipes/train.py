@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
 from hf_cdl.build import build_models, build_objective, build_processors, labels  # noqa: E402
-from hf_cdl.recipe import Recipe, load_recipe  # noqa: E402
+from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
 from hf_cdl.tasks import ImageError  # noqa: E402
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
                 say(plan(recipe))
                 return 0
-            run = Run(recipe.folder, recipe.as_dict(), writer=PartialState().is_main_process)
+            run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed)
             prepared = None if run.finished else prepare(recipe, run)
         except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
             raise RunError(str(error)) from error

@@ -582,6 +582,25 @@ def test_a_folder_of_another_recipe(tiny: Path, finished: tuple[Path, str], capf
     assert "seed: 0 -> 1" in capfd.readouterr().err
 
 
+def test_a_run_of_an_older_version_goes_on(
+    tiny: Path, finished: tuple[Path, str], run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """Fields that a recipe did not have then are no difference, unless they are asked to be no default."""
+    folder = tmp_path / "older"
+    shutil.copytree(finished[0], folder)
+    ledger = json.loads((folder / "run.json").read_text())
+    for section, name in (("", "normalise"), ("", "protocol"), ("student", "mapping"), ("data", "split_seed")):
+        (ledger["recipe"][section] if section else ledger["recipe"]).pop(name)
+    (folder / "run.json").write_text(json.dumps(ledger))
+    command = ("--train.num_train_epochs", 8)
+    code, output = run(*command, out="older")
+    assert code == 0 and output.startswith("This run is finished."), output
+    code, output = run(*command, "--normalise", "false", out="older")
+    assert code == 2 and "normalise: True -> False" in output
+    code, output = run(*command, "--teacher_from", folder, out="taken")
+    assert code == 0, output
+
+
 def test_changed_data_of_a_run_that_goes_on(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     nan = ("--data.path", data, "--student.train.learning_rate", "1e38", "--student.train.num_train_epochs", 3)
