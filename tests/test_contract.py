@@ -318,7 +318,7 @@ def combinations() -> list[tuple[str, str, str]]:
 def test_a_pair_learns_two_tasks(method: str, term: str, query: str, tmp_path: Path) -> None:
     kind = TERMS[term]
     teacher_model, student_model = pair_of(method, term, query)
-    teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t"), role="teacher")
+    teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t", num_train_epochs=2), role="teacher")
     objective = Objective(0.5, [(term, kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path / "s"), objective=objective, teacher=teacher_model)
     for task in stream():
