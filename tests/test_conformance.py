@@ -643,10 +643,10 @@ def same_state(case: Case, model: Any, stage: str, role: str) -> None:
         elif part == "mapper":
             got, used = take_mapper(model.mapping, ".".join(rest), want)
         elif part in ("clf_norm", "kd_cls_norm"):
-            head = model.head if part == "clf_norm" else model.kd_head
-            got, used = getattr(head, f"norm_{rest[0]}"), len(want)
+            norm_of = model.head if part == "clf_norm" else model.kd_head
+            got, used = getattr(norm_of, f"norm_{rest[0]}"), len(want)
         else:
-            head = model.head if part == "last" else model.kd_head
+            head: Any = model.head if part == "last" else model.kd_head
             got, used = gather(head.blocks, rest[0], want), sum(model.config.num_classes_per_task)
         got = torch.cat([got[:used].detach(), want[used:]])
         case.same(name, got, "parameters")
