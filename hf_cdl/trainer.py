@@ -258,7 +258,7 @@ class CDLTrainer(Trainer):
 
     # ---- data order and schedule ----
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> Any:
         """As Trainer.create_optimizer, with groups of their own for what the terms want to train at other rates."""
         if self.optimizer is None:
             rates = self.objective.rates()

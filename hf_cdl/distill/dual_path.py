@@ -100,15 +100,15 @@ class DualPath(Term):
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         # No submodules, since they hold the teacher's weights: the prompt path, and what records A_1's output.
         self._path: list[Any] = []
-        self._records: list[Any] = []
+        self._records: list[_Record] = []
         self._image = (0, 0)
 
     # ---- building ----
 
     def attach(self, teacher: Any) -> None:
         """Find the teacher's stages and make the blocks between them. Raises ValueError if it has none that fit."""
-        self.found = find_stages(teacher, self.config.stages)
-        stages = self.found.stages
+        self.found = found = find_stages(teacher, self.config.stages)
+        stages = found.stages
         names = {number: stage.modules[-1] for number, stage in enumerate(stages[:-1], start=1)}
         chosen = self.config.insert_after or tuple(names)
         if any(number not in names for number in chosen):
@@ -117,12 +117,11 @@ class DualPath(Term):
                 + ", ".join(f"{number} (up to {name})" for number, name in names.items())
             )
         for number in sorted(chosen):
-            shape = stages[number - 1].shape
-            kind = "maps" if len(shape) == 4 else "tokens"
-            rate = self.config.reduction or {"maps": 4, "tokens": 8}[kind]
-            fields: Any = (rate, self.config.fraction, self.config.kernels)
-            extra = stages[number - 1].extra_tokens
-            block = MapBlock(shape[1], *fields) if kind == "maps" else TokenBlock(shape[2], *fields, extra)
+            stage = stages[number - 1]
+            is_map = len(stage.shape) == 4
+            rate = self.config.reduction or (4 if is_map else 8)
+            sizes = stage.shape[1 if is_map else 2], rate, self.config.fraction, self.config.kernels
+            block = MapBlock(*sizes) if is_map else TokenBlock(*sizes, extra=stage.extra_tokens)
             self.prompts[str(number)] = block
 
     def begin_task(self, teacher: Any) -> None:
@@ -137,18 +136,18 @@ class DualPath(Term):
         self.copied = nn.ModuleList([path.get_submodule(name) for name in copied])
         for name, parameter in self.copied.named_parameters():
             parameter.requires_grad_("mask_token" not in name)  # which no classifier uses
-        self.head = copy.deepcopy(teacher.get_submodule(found.head)).requires_grad_(True)
-        for earlier in [*getattr(self.head, "blocks", ())][:-1]:
+        self.head = head = copy.deepcopy(teacher.get_submodule(found.head)).requires_grad_(True)
+        for earlier in [*getattr(head, "blocks", ())][:-1]:  # of earlier tasks, whose classes are not compared
             earlier.requires_grad_(False)
         if self.config.head_init == "random":
-            for module in self.head.modules():
+            for module in head.modules():
                 if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()  # type: ignore[operator]
-        path.set_submodule(found.head, self.head)
+                    module.reset_parameters()
+        path.set_submodule(found.head, head)
         if self.config.copy_from != "all":  # what lies before the first block is computed once, by the teacher
             for name in (name for stage in found.stages[:first] for name in stage.modules):
-                self._records.append(_Recorded(teacher.get_submodule(name)))
-                path.set_submodule(name, self._records[-1])
+                self._records.append(_Record(teacher.get_submodule(name)))
+                path.get_submodule(name).forward = self._records[-1]
         for number, block in self.prompts.items():
             path.get_submodule(found.stages[int(number) - 1].modules[-1]).register_forward_hook(self._behind(block))
         self._path = [path]
@@ -223,18 +222,17 @@ class DualPath(Term):
         return beta_o + beta_p - grown, grown
 
 
-class _Recorded(nn.Module):
-    """In the prompt path the stand-in for a module of the teacher: gives again what that has just given."""
+class _Record:
+    """What a module has just given: the forward of its counterpart in the prompt path."""
 
-    def __init__(self, original: nn.Module):
-        super().__init__()
+    def __init__(self, module: nn.Module):
         self.output: Any = None
-        self.handle = original.register_forward_hook(self._record)
+        self.handle = module.register_forward_hook(self._keep)
 
-    def _record(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.output
 
 
