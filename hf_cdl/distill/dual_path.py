@@ -79,11 +79,14 @@ class DualPathConfig:
                 f"{self.weight}, {self.beta_o}, {self.beta_p}, {self.lambda_y}; {self.copy_rate}, "
                 f"{self.warmup_steps}; {self.rho}; {self.temperature}."
             )
-        if not 0 < self.fraction <= 1 or not self.kernels or any(kernel % 2 == 0 for kernel in self.kernels):
+        narrow = self.reduction is None or self.reduction > 0
+        if not narrow or not 0 < self.fraction <= 1 or any(size < 1 or size % 2 == 0 for size in self.kernels):
             raise ValueError(
-                "dual_path needs a fraction above 0 and up to 1 and odd kernel sizes; got "
-                f"{self.fraction} and {self.kernels}."
+                "dual_path needs a reduction above 0, a fraction above 0 and up to 1, and odd kernel sizes; got "
+                f"{self.reduction}, {self.fraction} and {self.kernels}."
             )
+        if self.insert_after == ():
+            raise ValueError("dual_path needs a prompt block: insert_after names stages, or is null for all but one.")
 
 
 class DualPath(Term):
