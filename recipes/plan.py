@@ -166,6 +166,9 @@ def _config(name: str, revision: str | None) -> Any:
 def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
     teacher = models["teacher"] if objective.needs_teacher else None
+    if teacher is not None:
+        objective.attach(teacher)
+        objective.begin_task(teacher)
     arguments = CDLTrainingArguments(
         output_dir="work", **recipe.training_args("teacher" if role == "teacher" else "student")
     )
@@ -190,7 +193,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         taught = functools.partial(_step, model, objective, pixels, tasks.classes, teacher, views.get("teacher"))
-        flops, kept = _count(taught, model, objective)
+        flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     states = 12 * count + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
@@ -199,7 +202,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
 def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
     """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; the teacher sees `theirs`."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    query = answers = None
+    query, answers, asked = None, None, {}
     shares = False
     if teacher is not None and teacher.query_backbone is not None:
         shares = model.needs_query and teacher.needs_query and teacher.config.query_view is None
@@ -208,7 +211,10 @@ def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], tea
             query = model.compute_query(pixels)
         if teacher is not None:
             hidden = objective.hidden_states("teacher") or None
-            answers = teacher(theirs, query=query if shares else None, task_id=task, output_hidden_states=hidden)
+            asked = {"pixel_values": theirs, "query": query if shares else None, "task_id": task}
+            answers = teacher(**asked, output_hidden_states=hidden)
+    if answers is not None:
+        answers = objective.consult(answers, asked)
     hidden = objective.hidden_states("student") or None
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
     labels = torch.full(pixels.shape[:1], current.start)

@@ -129,24 +129,25 @@ class DualPath(Term):
 
     def begin_task(self, teacher: Any) -> None:
         """Make the prompt path of a teacher that has learnt the newest task, with a new head and new copied stages."""
+        self.end_task()  # of a task that was cut off
         found = self._stages()
         first = min(int(number) for number in self.prompts)
         start = {None: len(found.stages), "first_prompt": first, "all": 0}[self.config.copy_from]
         copied = [name for stage in found.stages[start:] for name in stage.modules]
         if self.config.copy_from == "all" and found.stem is not None:
             copied.insert(0, found.stem)
-        path = _copy_with_shared_weights(teacher, copied).eval()
+        path = _copy(teacher, [*copied, found.head]).eval()
         self.copied = nn.ModuleList([path.get_submodule(name) for name in copied])
         for name, parameter in self.copied.named_parameters():
-            parameter.requires_grad_("mask_token" not in name)  # which no classifier uses
-        self.head = head = copy.deepcopy(teacher.get_submodule(found.head)).requires_grad_(True)
+            if "mask_token" in name:  # which no classifier uses
+                parameter.requires_grad_(False)
+        self.head = head = path.get_submodule(found.head)
         for earlier in [*getattr(head, "blocks", ())][:-1]:  # of earlier tasks, whose classes are not compared
             earlier.requires_grad_(False)
         if self.config.head_init == "random":
             for module in head.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        path.set_submodule(found.head, head)
         if self.config.copy_from != "all":  # what lies before the first block is computed once, by the teacher
             for name in (name for stage in found.stages[:first] for name in stage.modules):
                 self._records.append(_Record(teacher.get_submodule(name)))
@@ -239,15 +240,11 @@ class _Record:
         return self.output
 
 
-def _copy_with_shared_weights(model: Any, own: list[str]) -> Any:
-    """A copy of a model that shares its weights, frozen, and its buffers, but for those of the modules `own`."""
-    tensors = [
-        tensor
-        for name in own
-        for part in [model.get_submodule(name)]
-        for tensor in (*part.parameters(), *part.buffers())
-    ]
-    copied = {id(tensor) for tensor in tensors}
-    memo: dict[int, Any] = {id(b): b for b in model.buffers() if id(b) not in copied}
-    memo.update({id(p): nn.Parameter(p.detach(), False) for p in model.parameters() if id(p) not in copied})
+def _copy(model: Any, own: list[str]) -> Any:
+    """A copy of a model with trainable weights of its own in the modules `own`; it shares all others, frozen."""
+    parts = [model.get_submodule(name) for name in own]
+    fresh = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    memo: dict[int, Any] = {id(b): b.clone() if id(b) in fresh else b for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().clone()) if id(p) in fresh else nn.Parameter(p.detach(), False)
     return copy.deepcopy(model, memo)
