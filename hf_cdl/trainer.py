@@ -337,29 +337,31 @@ class CDLTrainer(Trainer):
         return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Within a phase only what may change is stored: all else is in the backbone or the last task's checkpoint."""
+        """Within a phase only what it changes is stored: all else is in the backbone or the last task's checkpoint."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._get_output_dir(None))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: value.contiguous() for name, value in self._changing().items()}, folder / "trained.safetensors"
-        )
+        changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
+        save_file(changed, folder / "changed.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put back what the phase had trained. Raises ValueError if it does not fit the model."""
-        file = Path(resume_from_checkpoint) / "trained.safetensors"
-        stored = load_file(file)
-        wanted = self._changing()
+        """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
+        file = Path(resume_from_checkpoint) / "changed.safetensors"
+        stored, wanted = load_file(file), self._changing()
         if stored.keys() != wanted.keys():
             raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
-        for name, value in wanted.items():
-            value.copy_(stored[name])
+        with torch.no_grad():
+            for name, value in wanted.items():
+                value.copy_(stored[name])
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        """What a phase changes in the model: trainable parameters and buffers (statistics of batch norms)."""
-        frozen = {name for name, parameter in self.model.named_parameters() if not parameter.requires_grad}
-        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
+
+        Not by a checkpoint's: of some families it has older names, which only from_pretrained knows.
+        """
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {**trained, **dict(self.model.named_buffers())}
 
     # ---- what the user sees ----
 

@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+STEMS = ("embeddings", "embedder", "conv_stem", "stem")  # what comes before the body, by name
 GROUPS = 4  # stages of a body whose resolution never changes
 
 
@@ -37,9 +39,10 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a classifier can be cut. `stem`: path of what comes before the body, if it is one module of a known name.
+    """Where a model can be cut; the paths of modules are those in the model that was given.
 
-    `head`: path of the module that makes logits. `patch_size`: (height, width) in pixels, for bodies of tokens.
+    `stem`: path of what comes before the body, if it is one module of a known name. `head`: path of the module that
+    makes logits. `patch_size`: (height, width) in pixels, for bodies of tokens.
     """
 
     stages: tuple[Stage, ...]
@@ -49,37 +52,44 @@ class Stages:
 
 
 def find_stages(model: Any, named: Sequence[str] | None = None) -> Stages:
-    """The stages of a Hugging Face image classifier or CDL model; with `named` those modules, each one stage.
+    """The stages of a Hugging Face model, or of one around it; with `named` those modules of it, each one stage.
 
     Raises ValueError, listing what was found, if there is no single body, a named module does not exist, there are
     fewer than two stages, or their outputs are neither maps nor tokens.
     """
-    base = model.base_model
-    prefix = next((f"{name}." for name, module in model.named_modules() if module is base and name), "")
-    found = _body(base, prefix)
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        raise ValueError(f"{type(model).__name__} is no Hugging Face model: its stages cannot be found.")
+    base: Any = inner.base_model
+    title, at, start = type(inner).__name__, _path(model, inner), _path(inner, base)
+    found = {name: [f"{start}{member}" for member in members] for name, members in _body(base).items()}
     if named is None and len(found) != 1:
-        raise ValueError(f"The stages of {type(model).__name__} are not plain. {_advice(found)}")
+        raise ValueError(f"The stages of {title} are not plain. {_advice(found)}")
     members = list(named) if named is not None else [*found.values()][0]
-    known = dict(model.named_modules())
-    unknown = [name for name in members if name not in known]
-    if unknown:
-        raise ValueError(f"{type(model).__name__} has no module {', '.join(map(repr, unknown))}. {_advice(found)}")
-    shapes = _probe(model, members)
+    known = dict(inner.named_modules())
+    if unknown := [name for name in members if name not in known]:
+        raise ValueError(f"{title} has no module {', '.join(map(repr, unknown))}. {_advice(found)}")
+    shapes = _probe(base, {name: known[name] for name in members})
+    if wrong := [f"{name}: {shapes.get(name)}" for name in members if len(shapes.get(name, ())) not in (3, 4)]:
+        raise ValueError(
+            f"Modules of {title} that give neither a map (1, C, H, W) nor tokens (1, N, D) for one image: "
+            f"{', '.join(wrong)}. {_advice(found)}"
+        )
     groups = [[name] for name in members] if named is not None else _group(members, shapes)
     if len(groups) < 2:
-        raise ValueError(f"{type(model).__name__} has one stage only ({members}); two are needed. {_advice(found)}")
+        raise ValueError(f"{title} has one stage only ({members}); two are needed. {_advice(found)}")
     patch: Any = getattr(base.config, "patch_size", None)
     if patch is None and any(len(shapes[group[-1]]) == 3 for group in groups):
-        raise ValueError(f"The stages of {type(model).__name__} give tokens, but its config has no patch_size.")
+        raise ValueError(f"The stages of {title} give tokens, but its config has no patch_size to lay them out.")
     size = _pair(patch) if patch is not None else None
 
     def stage(group: list[str]) -> Stage:
         shape = shapes[group[-1]]
         extra = len(shape) == 3 and size is not None and shape[1] > math.prod(token_grid(shape[1], _image(base), size))
-        return Stage(tuple(group), shape, extra)
+        return Stage(tuple(at + name for name in group), shape, extra)
 
-    stem = next((name for name in ("embeddings", "embedder", "conv_stem") if hasattr(base, name)), None)
-    return Stages(tuple(map(stage, groups)), None if stem is None else prefix + stem, _head(model), size)
+    stem = next((at + start + name for name in STEMS if hasattr(base, name)), None)
+    return Stages(tuple(map(stage, groups)), stem, at + _head(inner), size)
 
 
 def first_tensor(output: Any) -> Any:
@@ -98,13 +108,18 @@ def token_grid(count: int, image: tuple[int, int], patch: tuple[int, int]) -> tu
     return height, width
 
 
-def _body(base: nn.Module, prefix: str) -> dict[str, list[str]]:
+def _path(model: nn.Module, part: nn.Module) -> str:
+    """What comes before the names of a part's modules in the whole model: 'resnet.', or nothing if it is the whole."""
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
+
+
+def _body(base: nn.Module) -> dict[str, list[str]]:
     """The outermost ModuleLists of the base model (or its Sequentials, if it has none): paths of their members."""
     for kind in (nn.ModuleList, nn.Sequential):
         found: dict[str, list[str]] = {}
         for name, module in base.named_modules():
             if isinstance(module, kind) and len(module) > 1 and not any(name.startswith(f"{n}.") for n in found):
-                found[name] = [f"{prefix}{name}.{child}" for child, _ in module.named_children()]
+                found[name] = [f"{name}.{child}" for child, _ in module.named_children()]
         if found:
             return found
     return {}
@@ -115,14 +130,14 @@ def _advice(found: dict[str, list[str]]) -> str:
     return f"Name its stages as module paths, in order (stages: [...]). Lists of modules found: {lists or 'none'}."
 
 
-def _probe(model: Any, names: list[str]) -> dict[str, tuple[int, ...]]:
+def _probe(base: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """The shapes of these modules' outputs for one empty image; the model is left as it was."""
-    base, shapes = model.base_model, {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Any:
         return lambda module, args, output: shapes.__setitem__(name, _shape(output))
 
-    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in names]
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
     modes = [(module, module.training) for module in base.modules()]
     image = torch.zeros(1, getattr(base.config, "num_channels", 3), *_image(base)).to(next(base.parameters()))
     try:
@@ -134,11 +149,6 @@ def _probe(model: Any, names: list[str]) -> dict[str, tuple[int, ...]]:
             module.training = mode
         for handle in handles:
             handle.remove()
-    wrong = [f"{name}: {shapes.get(name)}" for name in names if len(shapes.get(name, ())) not in (3, 4)]
-    if wrong:
-        raise ValueError(
-            f"Not a map (1, C, H, W) or tokens (1, N, D) for one image: {', '.join(wrong)}. Name other modules."
-        )
     return shapes
 
 
