@@ -139,10 +139,7 @@ def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]
 
 
 def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
-    """What a role is trained with: the terms and `ce_weight` are the student's.
-
-    Raises ValueError if terms ask for hidden states of a model that shows none.
-    """
+    """What a role is trained with: the terms and `ce_weight` are the student's."""
     set_seed(recipe.seed)  # for the layers that terms own
     if role != "student":
         return Objective()
@@ -152,14 +149,7 @@ def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
         kind = TERMS[fields["type"]]
         config = kind.config_class(**{key: value for key, value in fields.items() if key != "type"})
         terms.append((fields["type"], kind(config, student, teacher)))
-    objective = Objective(recipe.ce_weight, terms)
-    for name, shape in (("student", student), ("teacher", teacher)):
-        if objective.hidden_states(name) and not shape.num_layers:
-            raise ValueError(
-                f"The terms {', '.join(objective.terms)} look at the {name}'s hidden states, but a model: classifier "
-                "shows its logits alone; use terms like kd, dkd or dist."
-            )
-    return objective
+    return Objective(recipe.ce_weight, terms)
 
 
 def labels(recipe: Recipe) -> dict[str, str]:

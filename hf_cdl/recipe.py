@@ -270,20 +270,24 @@ def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
         problems.append("'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them")
     if models["teacher"].get("pretrained") is False and models["teacher"].get("train", {}) is None:
         problems.append("'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance")
-    if "student" not in plain:
-        return
-    if content.setdefault("baselines", []):
-        problems.append("'baselines' are of a frozen backbone, which a student of model: classifier has not; set []")
     for number, term in enumerate(_section(content, "distill", [])):
-        known = TERMS.get(term["type"]) if isinstance(term, dict) and isinstance(term.get("type"), str) else None
-        if known and known.student_parts:
+        kind = term.get("type") if isinstance(term, dict) else None
+        known = TERMS.get(kind) if isinstance(kind, str) else None
+        if known and known.student_parts and "student" in plain:
+            problems.append(f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use kd")
+        if known and known.needs_hidden_states and plain:
             problems.append(
-                f"'distill.{number}' ({term['type']}) trains a KD head beside the student's own, which a model: "
-                "classifier has not; use a term like kd"
+                f"'distill.{number}' ({kind}) compares hidden states, but a model: classifier shows its logits alone; "
+                "use kd, dkd or dist"
             )
-    pool = _pool_class(models["teacher"])
-    if pool and pool.needs_query and models["teacher"].get("query", "student") == "student":
-        problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
+    if "student" in plain:
+        if content.setdefault("baselines", []):
+            problems.append(
+                "'baselines' are of a frozen backbone, which a student of model: classifier has not; set []"
+            )
+        pool = _pool_class(models["teacher"])
+        if pool and pool.needs_query and models["teacher"].get("query", "student") == "student":
+            problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -35,21 +35,13 @@ from transformers.utils.generic import can_return_tuple
 
 
 class CifarConfig(PreTrainedConfig):
-    """Configuration of `CifarForImageClassification`: see the table above. Raises ValueError for an unknown family."""
+    """Configuration of `CifarForImageClassification`: see the table above."""
 
     model_type = "cifar_cnn"
 
     family: str = "resnet"
     depths: list[int] = field(default_factory=lambda: [3, 3, 3])
     widths: list[int] = field(default_factory=lambda: [16, 16, 32, 64])
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        if self.family not in FAMILIES or len(self.widths) != len(self.depths) + 1:
-            raise ValueError(
-                f"family '{self.family}' with {len(self.depths)} depths and {len(self.widths)} widths; allowed: "
-                f"{', '.join(FAMILIES)}, and one width more than depths (the stem's)."
-            )
 
 
 def conv(inputs: int, outputs: int, size: int = 1, stride: int = 1, groups: int = 1) -> nn.Module:
@@ -147,7 +139,10 @@ FAMILIES: dict[str, tuple[Callable[[int, int, int], nn.Module], tuple[int, ...]]
 
 
 class CifarForImageClassification(PreTrainedModel):
-    """stem -> stages -> neck -> mean over all places -> classifier."""
+    """stem -> stages -> neck -> mean over all places -> classifier.
+
+    Raises ValueError for an unknown family, or widths and depths that do not fit its number of stages.
+    """
 
     config_class = CifarConfig
     config: CifarConfig
@@ -158,7 +153,13 @@ class CifarForImageClassification(PreTrainedModel):
     def __init__(self, config: CifarConfig):
         super().__init__(config)
         family, (stem, *widths) = config.family, config.widths
-        block, strides = FAMILIES[family]
+        block, strides = FAMILIES.get(family, (basic, ()))
+        if not len(widths) == len(config.depths) == len(strides):
+            raise ValueError(
+                f"Family '{family}' with depths {config.depths} and widths {config.widths}; allowed: "
+                + ", ".join(f"{name} of {len(steps)} stages" for name, (_, steps) in FAMILIES.items())
+                + "; one depth for each stage, one width more (the stem's)."
+            )
         self.stages = nn.ModuleList()
         inputs = 3 if family == "vgg" else stem
         for number, (width, depth, stride) in enumerate(zip(widths, config.depths, strides, strict=True)):
