@@ -154,7 +154,7 @@ class ImageClassifier(nn.Module):
 
 def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
     """Weights with an entry per class, and the dimension that counts the classes: what one class more would change."""
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     config.num_labels += 1
     with torch.device("meta"), init.no_init_weights():
         larger = type(model)(config).state_dict()
@@ -165,10 +165,9 @@ def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def labels_of(config: PreTrainedConfig) -> list[str]:
+def labels_of(config: Any) -> list[str]:
     """The names of a classifier's classes, in the order of its logits."""
-    names: Any = config.id2label
-    return [names[number] for number in range(config.num_labels)]
+    return [config.id2label[number] for number in range(config.num_labels)]
 
 
 def _name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:

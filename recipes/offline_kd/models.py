@@ -179,7 +179,7 @@ class CifarForImageClassification(PreTrainedModel):
         last = {"mobilenet_v2": 1280, "shufflenet_v2": 1024}.get(family)
         if last is not None:
             self.neck, inputs = nn.Sequential(*conv_bn_relu(inputs, last)), last
-        self.classifier = nn.Linear(inputs, config.num_labels)
+        self.classifier = nn.Linear(inputs, len(config.id2label or ()))
         self.post_init()
 
     @torch.no_grad()
