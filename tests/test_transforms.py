@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
+    ConvNextImageProcessorPil,
     ImageClassificationPipeline,
     ViTConfig,
     ViTForImageClassification,
@@ -238,6 +239,19 @@ def test_output_size():
     )
     with pytest.raises(ValueError, match="one fixed height and width"):
         output_size(CLIPImageProcessor(size={"shortest_edge": 30}, do_center_crop=False))
+
+
+@pytest.mark.parametrize("edge", [24, 384])
+def test_the_square_of_a_convnext_processor(edge):
+    """ResNet, RegNet and ConvNeXt have it: below 384 px it resizes by crop_pct and crops, else it squeezes."""
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": edge}, crop_pct=0.875)
+    preprocess = Preprocess(processor)
+    image = Image.fromarray(noise(50, 70))
+    assert preprocess.size == (edge, edge)
+    assert (
+        preprocess.evaluation([image]).shape == preprocess.training([image], [(0, 0, 0)]).shape == (1, 3, edge, edge)
+    )
+    assert not same_view(processor, ConvNextImageProcessorPil(size={"shortest_edge": edge}, crop_pct=0.9))
 
 
 # ---- padded crops ----

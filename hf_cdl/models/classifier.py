@@ -75,10 +75,6 @@ class ImageClassifier(nn.Module):
         """The plain model's."""
         return self.model.config
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As PreTrainedModel's."""
-        self.model.gradient_checkpointing_enable(*args, **kwargs)
-
     # ---- its one task ----
 
     def begin_task(self, class_names: Sequence[str]) -> None:

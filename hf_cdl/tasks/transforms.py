@@ -64,6 +64,8 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = crop or getattr(processor, "size", None) or {}
     height, width = size.get("height"), size.get("width")
+    if crop is None and getattr(processor, "crop_pct", None) is not None:  # ConvNeXt's: a square, cropped or squeezed
+        height = width = size.get("shortest_edge")
     if height is None or width is None:
         raise ValueError(
             f"The image processor's size is {dict(size)}, which does not give one fixed height and width. Set 'size' "
@@ -73,7 +75,8 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 _FIELDS = (
-    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
+    "do_resize size resample crop_pct do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean "
+    "image_std"
 )
 
 
