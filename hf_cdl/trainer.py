@@ -316,11 +316,11 @@ class CDLTrainer(Trainer):
         folder = Path(output_dir or self._get_output_dir(None))
         folder.mkdir(parents=True, exist_ok=True)
         changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
-        save_file(changed, folder / "changed.safetensors")
+        save_file(changed, folder / "trained.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
-        file = Path(resume_from_checkpoint) / "changed.safetensors"
+        file = Path(resume_from_checkpoint) / "trained.safetensors"
         stored, wanted = load_file(file), self._changing()
         if stored.keys() != wanted.keys():
             raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")

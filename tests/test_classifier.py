@@ -310,7 +310,7 @@ def test_a_phase_that_was_cut_off_goes_on_with_its_batch_norm_statistics(tmp_pat
         cut.learn(learnt)
     cut.run._lock.release(force=True)  # type: ignore[union-attr]  # as if the process had ended
     [state] = (tmp_path / "cut" / "work").glob("*/checkpoint-*")
-    assert any(name.endswith("running_var") for name in load_file(state / "changed.safetensors"))
+    assert any(name.endswith("running_var") for name in load_file(state / "trained.safetensors"))
     again = trainer("cut")
     again.learn(learnt)
     assert again.state.global_step == whole.state.global_step
