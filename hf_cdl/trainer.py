@@ -97,7 +97,7 @@ class CDLTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats()
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._train(task, result)
-        else:
+        elif self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
         self.objective.end_task()
@@ -141,7 +141,7 @@ class CDLTrainer(Trainer):
 
     def _begin(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
-        known = self.model.config.tasks
+        known = self.model.tasks
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
         if len(known) == task.index:
             self.model.begin_task(task.class_names)
@@ -283,21 +283,14 @@ class CDLTrainer(Trainer):
             self._sampler.epoch = epoch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """HF's schedule, or with `epoch_cosine` the CDL authors': lr * cos(99 pi max(e - 1, 0) / (200 (K - 1))).
-
-        e = 0 .. K - 1 counts epochs. The authors' scheduler starts one count late, so their second epoch still runs at
-        the full rate and the last one does not reach the formula's end; trained models depend on it.
-        """
-        if not self.args.epoch_cosine or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+        """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
         epochs = math.ceil(self.args.num_train_epochs)
+        rate = self.args.epoch_factor(epochs)
+        if rate is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
         per_epoch = math.ceil(num_training_steps / epochs)
-
-        def factor(step: int) -> float:
-            return math.cos(99 * math.pi * max(step // per_epoch - 1, 0) / (200 * max(epochs - 1, 1)))
-
         target: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, factor)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -343,11 +336,11 @@ class CDLTrainer(Trainer):
         folder = Path(output_dir or self._get_output_dir(None))
         folder.mkdir(parents=True, exist_ok=True)
         changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
-        save_file(changed, folder / "changed.safetensors")
+        save_file(changed, folder / "trained.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
-        file = Path(resume_from_checkpoint) / "changed.safetensors"
+        file = Path(resume_from_checkpoint) / "trained.safetensors"
         stored, wanted = load_file(file), self._changing()
         if stored.keys() != wanted.keys():
             raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")

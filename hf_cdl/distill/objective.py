@@ -31,12 +31,14 @@ class Term(nn.Module):
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
-    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher.
+    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher; one with
+    `needs_hidden_states` looks at some, so both models must have layers of tokens.
     """
 
     config_class: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
     needs_query: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
