@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
 from hf_cdl.distill import TERMS, Objective
-from hf_cdl.models.backbone import check_image_size, load_config
+from hf_cdl.models.backbone import check_image_size, load_config, read_config
+from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
 from hf_cdl.tasks.transforms import output_size, query_view
 
-Models = dict[str, CDLForImageClassification]
+Model = CDLForImageClassification | ImageClassifier
+Models = dict[str, Model]
+MODELS: dict[str, Any] = {"cdl": CDLForImageClassification, "classifier": ImageClassifier}
+CREATE: dict[str, Callable[..., Model]] = {kind: model.from_backbone for kind, model in MODELS.items()}
+
+
+def load_plugins(files: Sequence[str]) -> None:
+    """Run a recipe's plugins, once in a process. Raises ValueError for a file that is not there."""
+    for file in map(Path, files):
+        name = f"hf_cdl_plugins.{file.stem}"
+        if name in sys.modules and Path(str(sys.modules[name].__file__)) == file.resolve():
+            continue
+        spec = importlib.util.spec_from_file_location(name, file.resolve())
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise ValueError(f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}).")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
+        spec.loader.exec_module(module)
 
 
 def build_processors(recipe: Recipe) -> dict[str, Any]:
@@ -30,35 +50,42 @@ def build_processors(recipe: Recipe) -> dict[str, Any]:
         if section is None:
             continue
         with about(role, section):
-            config = load_config(section.backbone, section.revision)
+            reads = read_config if section.model == "classifier" else load_config
+            config = reads(section.backbone, section.revision)
             try:
                 found[role] = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision, **raw)
             except (OSError, ValueError) as error:
                 raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
-            check_image_size(config, output_size(found[role]))
+            size = output_size(found[role])
+            if section.model == "cdl":
+                check_image_size(config, size)
     return {**found, **dict.fromkeys(recipe.baselines, found["student"])}
 
 
 def build_models(
     recipe: Recipe,
     processors: dict[str, Any],
-    stored: Callable[[str], CDLForImageClassification | None] = lambda role: None,
-    create: Callable[..., CDLForImageClassification] = CDLForImageClassification.from_backbone,
+    stored: Callable[[str], Path | None] = lambda role: None,
+    create: Mapping[str, Callable[..., Any]] = CREATE,
 ) -> Models:
-    """The recipe's models by role: what `stored(role)` has, or a new one by `create`, without tasks.
+    """The recipe's models by role: that in the folder `stored(role)`, or a new one by `create`, without tasks.
 
     `processors` are those of build_processors: a teacher that shares the student's query makes its view of the pixels.
     Raises ValueError naming the role whose backbone is wrong.
     """
-    models: Models = {}
-    for role in ("teacher", "student"):
-        section = getattr(recipe, role)
-        if section is not None:
-            with about(role, section):
-                models[role] = stored(role) or _build(recipe, section, role, create, processors, models.get("teacher"))
+    student = recipe.student
+    sections = {"teacher": recipe.teacher, "student": student}
     for name in recipe.baselines:
-        bare = ModelRecipe(recipe.student.backbone, recipe.student.revision, head=BASELINES[name])
-        models[name] = stored(name) or _build(recipe, bare, name, create, processors)
+        sections[name] = ModelRecipe(student.backbone, student.revision, head=BASELINES[name])
+    models: Models = {}
+    for role, section in sections.items():
+        if section is not None:
+            folder = stored(role)
+            with about(role, section):
+                if folder is None:
+                    models[role] = _build(recipe, section, role, create[section.model], processors, models)
+                else:
+                    models[role] = MODELS[section.model].from_pretrained(folder)
     return models
 
 
@@ -66,11 +93,14 @@ def _build(
     recipe: Recipe,
     section: ModelRecipe,
     role: str,
-    create: Callable[..., CDLForImageClassification],
+    create: Callable[..., Model],
     processors: dict[str, Any],
-    teacher: CDLForImageClassification | None = None,
-) -> CDLForImageClassification:
+    models: Models,
+) -> Model:
     set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
+    if section.model == "classifier":
+        return create(section.backbone, section.revision, pretrained=section.pretrained)
+    teacher: Any = models.get("teacher")
     pool = PROMPTS.get(section.prompt["type"])
     shared = role == "teacher" and section.query == "student" and pool is not None and pool.needs_query
     return create(
@@ -87,6 +117,25 @@ def _build(
         teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
         train_backbone=section.train_backbone,
     )
+
+
+def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]) -> None:
+    """Classifiers learn one task; one that is used as it is must know its classes, and takes their order.
+
+    `tasks`: the class names of each. Raises ValueError for what does not fit.
+    """
+    for role, model in models.items():
+        if not isinstance(model, ImageClassifier):
+            continue
+        if len(tasks) > 1:
+            raise ValueError(
+                f"The {role} is a model: classifier, which learns one task, but the data are cut into {len(tasks)}. "
+                f"Set data.classes_per_task to {sum(map(len, tasks))}, the number of all classes."
+            )
+        section = getattr(recipe, role)
+        if section.train is None and not model.tasks:
+            with about(role, section):
+                model.use_as_is(tasks[0])
 
 
 def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
@@ -109,6 +158,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
     def describe(section: ModelRecipe | None) -> str:
         if section is None:
             return ""
+        if section.model == "classifier":
+            return Path(section.backbone).name + (", as it is" if section.train is None else "")
         prompt = str(section.prompt["type"])
         return "fine-tuned" if section.train_backbone else "linear head" if prompt == "none" else prompt
 

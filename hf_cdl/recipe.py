@@ -29,6 +29,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 """What a protocol sets where the recipe does not; cdl is the training of Continual Distillation Learning's authors."""
 
 
+_CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
+"""The fields of a model's section that a classifier has."""
+
 _PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
 """Sections of the student that terms ask for."""
 
@@ -41,8 +44,14 @@ def _help(text: str, **default: Any) -> Any:
 class ModelRecipe:
     """One model: the `teacher` or the `student` section."""
 
-    backbone: str = _help("Hub id or folder of the pre-trained backbone.")
+    backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.")
     revision: str | None = _help("Commit, tag or branch of the backbone.", default=None)
+    model: Literal["cdl", "classifier"] = _help(
+        "cdl: frozen backbone, prompts and heads; classifier: transformers' image classifier, trained whole on the "
+        "stream's only task.",
+        default="cdl",
+    )
+    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", default=True)
     prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
     kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
@@ -53,7 +62,11 @@ class ModelRecipe:
         default="student",
     )
     train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
-    train: dict[str, Any] = _help("Training arguments that differ for this model.", default_factory=dict)
+    train: dict[str, Any] | None = _help(
+        "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "
+        "is used as it is.",
+        default_factory=dict,
+    )
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,11 @@ class Recipe:
         "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
     )
     baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
-        "The student's bare backbone, measured beside the models.", default_factory=lambda: ["nearest_class_mean"]
+        "The student's bare backbone, measured beside the models (a classifier has none).",
+        default_factory=lambda: ["nearest_class_mean"],
+    )
+    plugins: list[str] = _help(
+        "Python files that register models of your own with transformers.", default_factory=list
     )
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
@@ -97,7 +114,8 @@ class Recipe:
     def training_args(self, role: Literal["teacher", "student"]) -> dict[str, Any]:
         """The keyword arguments of CDLTrainingArguments for a role."""
         section = self.teacher if role == "teacher" else self.student
-        return {"data_seed": self.seed, **self.train, **(section.train if section else {}), "seed": self.seed}
+        own = section.train if section and section.train else {}
+        return {"data_seed": self.seed, **self.train, **own, "seed": self.seed}
 
 
 def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
@@ -122,6 +140,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
         if isinstance(content.get(role), dict):
             _check_model(content, role, parts, problems)
             _check_training(content, role, problems)
+    _check_classifiers(content, problems)
     recipe = build_typed(Recipe, content, "", problems)
     if problems:
         raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
@@ -229,6 +248,50 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
                 f"'teacher.query' is {section['query']!r}, but a mapping asks the teacher's prompts with the "
                 "student's query; set it to student"
             )
+
+
+def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
+    """A classifier has none of the parts of a cdl model; a student's has no baselines and no KD head."""
+    models = {role: _section(content, role, {}) for role in ("teacher", "student")}
+    plain = {role for role, section in models.items() if section.get("model") == "classifier"}
+    for role, section in models.items():
+        if role in plain:
+            given = [
+                f.name
+                for f in dataclasses.fields(ModelRecipe)
+                if f.name not in _CLASSIFIER and section.get(f.name, _default(f)) != _default(f)
+            ]
+            problems += [f"'{role}.{name}': a model: classifier has none; leave it out" for name in given]
+        elif section.get("pretrained") is False:
+            problems.append(f"'{role}.pretrained' is false, but only a model: classifier starts from random weights")
+        if "train" in section and section["train"] is None and (role == "student" or role not in plain):
+            problems.append(f"'{role}.train' is null, but only a teacher that is a model: classifier is used as it is")
+    if "train" in models["teacher"] and models["teacher"]["train"] is None and content.get("teacher_from") is not None:
+        problems.append("'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them")
+    if models["teacher"].get("pretrained") is False and models["teacher"].get("train", {}) is None:
+        problems.append("'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance")
+    for number, term in enumerate(_section(content, "distill", [])):
+        kind = term.get("type") if isinstance(term, dict) else None
+        known = TERMS.get(kind) if isinstance(kind, str) else None
+        if known and known.student_parts and "student" in plain:
+            problems.append(f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use kd")
+        if known and known.needs_hidden_states and plain:
+            problems.append(
+                f"'distill.{number}' ({kind}) compares hidden states, but a model: classifier shows its logits alone; "
+                "use kd, dkd or dist"
+            )
+    if "student" in plain:
+        if content.setdefault("baselines", []):
+            problems.append(
+                "'baselines' are of a frozen backbone, which a student of model: classifier has not; set []"
+            )
+        pool = _pool_class(models["teacher"])
+        if pool and pool.needs_query and models["teacher"].get("query", "student") == "student":
+            problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:

@@ -55,6 +55,8 @@ class CDLTrainer(Trainer):
         self.objective = objective or Objective()
         if self.objective.needs_teacher and teacher is None:
             raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
+        if self.objective.needs_teacher:
+            self.objective.attach(teacher)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
@@ -95,9 +97,10 @@ class CDLTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats()
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._train(task, result)
-        else:
+        elif self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
+        self.objective.end_task()
         result.peak_memory_bytes = _peak_memory()
         if self.run is not None:
             self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
@@ -138,7 +141,7 @@ class CDLTrainer(Trainer):
 
     def _begin(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
-        known = self.model.config.tasks
+        known = self.model.tasks
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
         if len(known) == task.index:
             self.model.begin_task(task.class_names)
@@ -152,6 +155,7 @@ class CDLTrainer(Trainer):
             self.model.scaffold.load_state_dict(stored)
         if self.teacher is not None:
             self.model.follow(self.teacher)
+            self.objective.begin_task(self.teacher)
 
     def _train(self, task: Task, result: TaskResult) -> None:
         work = None if self.run is None else self.run.work_folder(self.role, task)
@@ -201,18 +205,22 @@ class CDLTrainer(Trainer):
         """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
         task, pixels = self.seen[-1], inputs["pixel_values"]
         theirs = inputs.get("teacher_pixel_values")  # there if the teacher sees another view of the same crop
-        query, teacher = None, None
+        query, teacher, asked = None, None, {}
         share = self.shares_query and theirs is None
         with torch.no_grad(), self.accelerator.autocast():
             if share or self.objective.needs_query:
                 query = self.model.compute_query(pixels)
             if self.teacher is not None:
-                teacher = self.teacher(
-                    pixel_values=pixels if theirs is None else theirs,
-                    query=query if share else None,
-                    task_id=task.index,
-                    output_hidden_states=self._layers("teacher"),
-                )
+                asked = {
+                    "pixel_values": pixels if theirs is None else theirs,
+                    "query": query if share else None,
+                    "task_id": task.index,
+                    "output_hidden_states": self._layers("teacher"),
+                }
+                teacher = self.teacher(**asked)
+        if teacher is not None:
+            with self.accelerator.autocast():  # with gradient: a term may tune a path of its own beside the teacher's
+                teacher = self.objective.consult(teacher, asked)
         student: CDLOutput = model(
             pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._layers("student")
         )
@@ -250,6 +258,18 @@ class CDLTrainer(Trainer):
 
     # ---- data order and schedule ----
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As Trainer.create_optimizer, with groups of their own for what the terms want to train at other rates."""
+        if self.optimizer is None:
+            rates = self.objective.rates()
+            optimizer = super().create_optimizer(model)
+            for group in [*optimizer.param_groups]:
+                for factor in sorted({rates[p] for p in group["params"] if p in rates}):
+                    moved = [p for p in group["params"] if rates.get(p) == factor]
+                    group["params"] = [p for p in group["params"] if rates.get(p) != factor]
+                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+        return self.optimizer
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task = self.seen[-1]
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -263,21 +283,14 @@ class CDLTrainer(Trainer):
             self._sampler.epoch = epoch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """HF's schedule, or with `epoch_cosine` the CDL authors': lr * cos(99 pi max(e - 1, 0) / (200 (K - 1))).
-
-        e = 0 .. K - 1 counts epochs. The authors' scheduler starts one count late, so their second epoch still runs at
-        the full rate and the last one does not reach the formula's end; trained models depend on it.
-        """
-        if not self.args.epoch_cosine or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
+        """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
         epochs = math.ceil(self.args.num_train_epochs)
+        rate = self.args.epoch_factor(epochs)
+        if rate is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
         per_epoch = math.ceil(num_training_steps / epochs)
-
-        def factor(step: int) -> float:
-            return math.cos(99 * math.pi * max(step // per_epoch - 1, 0) / (200 * max(epochs - 1, 1)))
-
         target: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, factor)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -289,7 +302,7 @@ class CDLTrainer(Trainer):
         if scaffold is not None and self.run is not None:  # not into the model's files, but needed to resume
             file = self.run.scaffold_file(self.role, self.seen[-1].index)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().contiguous() for name, p in scaffold.named_parameters()}, file)
+            save_file({name: value.contiguous() for name, value in scaffold.state_dict().items()}, file)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -317,24 +330,31 @@ class CDLTrainer(Trainer):
         return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Within a phase only what it trains is stored: all else is in the backbone or the last task's checkpoint."""
+        """Within a phase only what it changes is stored: all else is in the backbone or the last task's checkpoint."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._get_output_dir(None))
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, folder / "trained.safetensors")
+        changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
+        save_file(changed, folder / "trained.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put back what the phase had trained. Raises ValueError if it does not fit the model."""
+        """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
         file = Path(resume_from_checkpoint) / "trained.safetensors"
-        stored = load_file(file)
-        wanted = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        stored, wanted = load_file(file), self._changing()
         if stored.keys() != wanted.keys():
             raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
         with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(stored[name])
+            for name, value in wanted.items():
+                value.copy_(stored[name])
+
+    def _changing(self) -> dict[str, torch.Tensor]:
+        """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
+
+        Not by a checkpoint's: of some families it has older names, which only from_pretrained knows.
+        """
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {**trained, **dict(self.model.named_buffers())}
 
     # ---- what the user sees ----
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +31,11 @@ class CDLTrainingArguments(TrainingArguments):
             "help": "The CDL authors' schedule instead, constant within an epoch: a quarter cosine over the epochs."
         },
     )
+    lr_steps: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Numbers of epochs after which the rate is multiplied by lr_decay, instead of a schedule."},
+    )
+    lr_decay: float = field(default=0.1, metadata={"help": "Factor of the rate at each of lr_steps."})
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to store the state that a resume starts from."}
     )
@@ -40,9 +47,33 @@ class CDLTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False  # the stream's samples are exactly the models' inputs
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.max_steps > 0 and self.epoch_cosine:
-            raise ValueError("epoch_cosine counts epochs; set num_train_epochs instead of max_steps.")
+        own = [name for name in ("epoch_cosine", "lr_steps") if getattr(self, name)]
+        if self.max_steps > 0 and own:
+            raise ValueError(f"{own[0]} counts epochs; set num_train_epochs instead of max_steps.")
+        if len(own) + (self.lr_scheduler_type != "constant") > 1:
+            raise ValueError(
+                f"{' and '.join(own)} with lr_scheduler_type {self.lr_scheduler_type}: keep one schedule (and "
+                "lr_scheduler_type constant beside another)."
+            )
+        if self.lr_steps != sorted(set(self.lr_steps)) or min(self.lr_steps, default=1) < 1 or self.lr_decay <= 0:
+            raise ValueError(
+                f"lr_steps must be ascending numbers of epochs and lr_decay positive; got {self.lr_steps} and "
+                f"{self.lr_decay}."
+            )
         if self.gradient_accumulation_steps < 1:
             raise ValueError(
                 f"gradient_accumulation_steps must be at least 1; got {self.gradient_accumulation_steps}."
             )
+
+    def epoch_factor(self, epochs: int) -> Callable[[int], float] | None:
+        """Factor of the learning rate in epoch e = 0 .. epochs - 1, for schedules that go by epochs; else None.
+
+        `epoch_cosine`: cos(99 pi max(e - 1, 0) / (200 (K - 1))), K epochs. The CDL authors' scheduler starts one count
+        late, so their second epoch still runs at the full rate and the last one does not reach the formula's end;
+        trained models depend on it.
+        """
+        if self.epoch_cosine:
+            return lambda epoch: math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
+        if self.lr_steps:
+            return lambda epoch: self.lr_decay ** sum(epoch >= step for step in self.lr_steps)
+        return None

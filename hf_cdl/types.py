@@ -45,6 +45,7 @@ class CDLOutput(ModelOutput):
     norm, L + 1 entries, (B, N, D) each: CLS (if the family has one) and patches, without KD token, registers and the
     like; None for a layer that was not asked for. `similarities`: only of a one-pass model that is given a query; for
     every layer with keys the cosines (B, M) of its keys with the CLS token entering it, and with that query.
+    `path_logits`: (B, C) of a second path through a teacher, if a term has put one beside the teacher's own.
     """
 
     loss: torch.Tensor | None = None
@@ -56,6 +57,7 @@ class CDLOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    path_logits: torch.Tensor | None = None
 
 
 class TaskSplit(Protocol):

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForImageClassification
 from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processors
+from hf_cdl.build import build_models, build_objective, build_processors, load_plugins
 from hf_cdl.config import CDLConfig
 from hf_cdl.distill import Objective
-from hf_cdl.models.backbone import load_config
+from hf_cdl.models.backbone import load_config, read_config
+from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
 from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
 from hf_cdl.tasks.transforms import output_size
@@ -80,6 +82,7 @@ keeps for the way back, with fused attention and without the largest passing ten
 
 def plan(recipe: Recipe) -> str:
     """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read."""
+    load_plugins(recipe.plugins)
     tasks = read_tasks(recipe)
     models, costs = measure(recipe, tasks)
     weights = sum(map(_bytes, models.values()))
@@ -105,7 +108,8 @@ def plan(recipe: Recipe) -> str:
 
 def _cells(role: str, model: Any, cost: Cost, weights: int) -> list[str]:
     """A role's line of the table; `weights`: bytes of all models of the run."""
-    backbones = [part for part in (model.backbone, model.query_backbone) if part is not None]
+    parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
+    backbones = [part for part in parts if part is not None]
     sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in backbones]
     stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
     return [
@@ -138,22 +142,33 @@ def read_tasks(recipe: Recipe) -> Tasks:
     )
 
 
-def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, CDLForImageClassification], dict[str, Cost]]:
+def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:
     """The models after the last task, as fake tensors, and what training each of them takes."""
     processors = build_processors(recipe)
+    names = [[f"{task} {number}" for number in range(count)] for task, count in enumerate(tasks.classes)]
 
-    def create(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
+    def classifier(name: str, revision: Any = None, pretrained: bool = True) -> ImageClassifier:
+        config = read_config(name, revision)
+        config.num_labels = len(names[0])
+        with init.no_init_weights():
+            model = ImageClassifier(AutoModelForImageClassification.from_config(config, dtype=torch.float32))
+        model.tasks = names[:1]
+        for task in names[1:]:  # which it refuses
+            model.begin_task(task)
+        return model
+
+    def cdl(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
         config = CDLConfig(
             backbone_config=_config(name, revision),
             query_config=None if query_name is None else _config(query_name, query_revision),
-            tasks=[[f"{task} {number}" for number in range(count)] for task, count in enumerate(tasks.classes)],
+            tasks=names,
             **fields,
         )
         with init.no_init_weights():
             return CDLForImageClassification(config)
 
     with FakeTensorMode():
-        models = build_models(recipe, processors, create=create)
+        models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
         return models, {role: _cost(recipe, role, models, tasks, processors) for role in models}
 
 
@@ -166,6 +181,9 @@ def _config(name: str, revision: str | None) -> Any:
 def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
     teacher = models["teacher"] if objective.needs_teacher else None
+    if teacher is not None:
+        objective.attach(teacher)
+        objective.begin_task(teacher)
     arguments = CDLTrainingArguments(
         output_dir="work", **recipe.training_args("teacher" if role == "teacher" else "student")
     )
@@ -177,7 +195,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
-    if role == "teacher" and recipe.teacher_from is not None:
+    if role == "teacher" and (recipe.teacher_from is not None or (recipe.teacher and recipe.teacher.train is None)):
         return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
     if not trained:  # the head is fitted by one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
@@ -190,7 +208,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         taught = functools.partial(_step, model, objective, pixels, tasks.classes, teacher, views.get("teacher"))
-        flops, kept = _count(taught, model, objective)
+        flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     states = 12 * count + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
@@ -199,16 +217,19 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
 def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
     """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; the teacher sees `theirs`."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    query = answers = None
+    query, answers, asked = None, None, {}
     shares = False
-    if teacher is not None and teacher.query_backbone is not None:
-        shares = model.needs_query and teacher.needs_query and teacher.config.query_view is None
+    if teacher is not None and teacher.needs_query and teacher.query_backbone is not None:
+        shares = model.needs_query and teacher.config.query_view is None
     with torch.no_grad():
         if shares or objective.needs_query:
             query = model.compute_query(pixels)
         if teacher is not None:
             hidden = objective.hidden_states("teacher") or None
-            answers = teacher(theirs, query=query if shares else None, task_id=task, output_hidden_states=hidden)
+            asked = {"pixel_values": theirs, "query": query if shares else None, "task_id": task}
+            answers = teacher(**asked, output_hidden_states=hidden)
+    if answers is not None:
+        answers = objective.consult(answers, asked)
     hidden = objective.hidden_states("student") or None
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
     labels = torch.full(pixels.shape[:1], current.start)

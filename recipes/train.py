@@ -6,7 +6,6 @@ Running the same command again goes on where the run stopped. With --plan it onl
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import shlex
@@ -19,8 +18,15 @@ from accelerate import PartialState  # noqa: E402
 from datasets import disable_progress_bars  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
-from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
-from hf_cdl.build import build_models, build_objective, build_processors, labels  # noqa: E402
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
+from hf_cdl.build import (  # noqa: E402
+    build_models,
+    build_objective,
+    build_processors,
+    check_classes,
+    labels,
+    load_plugins,
+)
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
@@ -56,18 +62,20 @@ def main(arguments: list[str]) -> int:
         say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again(arguments)}")
         return 130
     say("Use the student:")
-    say(
-        '  python -c "from transformers import pipeline; import hf_cdl; '
-        f"print(pipeline('image-classification', model='{recipe.folder}/student')('IMAGE.png'))\""
-    )
+    needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
+    more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
+    call = f"pipeline('image-classification', model='{recipe.folder}/student'{more})('IMAGE.png')"
+    say(f'  python -c "from transformers import pipeline; {needed}print({call})"')
     return 0
 
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
+    load_plugins(recipe.plugins)
     processors = build_processors(recipe)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
-    models = build_models(recipe, processors, functools.partial(stored, run))
+    models = build_models(recipe, processors, run.checkpoint)
+    check_classes(recipe, models, [task.class_names for task in stream])
     if not run.started:
         stream.check_images()
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
@@ -101,11 +109,6 @@ def train(run: Run, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
         averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
     say(f"\n{run.finish()}")
-
-
-def stored(run: Run, role: str) -> CDLForImageClassification | None:
-    folder = run.checkpoint(role)
-    return None if folder is None else CDLForImageClassification.from_pretrained(folder)
 
 
 def again(arguments: list[str]) -> str:

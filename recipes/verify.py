@@ -13,13 +13,15 @@ from pathlib import Path
 from transformers import AutoImageProcessor
 from transformers.utils import logging as hf_logging
 
-from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.build import MODELS, load_plugins
 from hf_cdl.recipe import build_recipe
 
 
 def main(folder: Path) -> int:
     ledger = json.loads((folder / "run.json").read_text())
     recipe = build_recipe(ledger["recipe"])
+    load_plugins(recipe.plugins)
     different = 0
     for role, entries in ledger["entries"].items():
         for entry in entries:
@@ -29,9 +31,9 @@ def main(folder: Path) -> int:
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
-                trainer = CDLTrainer(
-                    CDLForImageClassification.from_pretrained(checkpoint), arguments, eval_split=recipe.data.eval_split
-                )
+                section = getattr(recipe, role, None)  # a baseline has none
+                model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
+                trainer = CDLTrainer(model, arguments, eval_split=recipe.data.eval_split)
                 correct, counts = trainer.count_correct([stream[i] for i in range(entry["task"] + 1)])
             same = (correct, counts) == (entry["correct"], entry["counts"])
             different += not same

@@ -348,7 +348,9 @@ def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None
     kind = TERMS[term]
     set_seed(3)
     instance = kind(kind.config_class(), ModelShape(8, 3), ModelShape(12, 5))
+    assert kind.needs_hidden_states == any(instance.needs.values())
     teacher = CDLOutput(logits=torch.randn(6, 4), hidden_states=tuple(torch.randn(6, 17, 12) for _ in range(6)))
+    teacher.path_logits = torch.randn(6, 4)
     labels = torch.randint(0, 4, (6,))
     leaves = [torch.randn(6, 4), *(torch.randn(6, 17, 8) for _ in range(4))]
     reference = torch.randn(6, 4)

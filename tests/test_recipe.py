@@ -75,6 +75,7 @@ def test_quickstart_is_the_default() -> None:
 # ---- what is refused ----
 
 MAPPING = {"type": "prompt_mapping"}
+PLAIN = {"model": "classifier", "backbone": "resnet"}
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,14 @@ def test_unknown_names_at_every_level(fields: dict[str, Any], said: str) -> None
         ({"train__learning_rate": "fast"}, "'train.learning_rate' is 'fast', but should be a valid number"),
         ({"train__lr_scheduler_type": "zigzag"}, "train ("),
         ({"train__max_steps": 3, "train__epoch_cosine": True}, "train (teacher): epoch_cosine counts epochs"),
+        ({"train__max_steps": 3, "train__lr_steps": [1]}, "train (teacher): lr_steps counts epochs"),
+        ({"train__lr_steps": [1], "train__epoch_cosine": True}, "train (teacher): epoch_cosine and lr_steps with"),
+        ({"train__lr_steps": [1], "train__lr_scheduler_type": "linear"}, "train (teacher): lr_steps with"),
+        ({"train__lr_steps": [3, 2]}, "train (teacher): lr_steps must be ascending"),
+        ({"train__lr_steps": [0]}, "train (teacher): lr_steps must be ascending"),
+        ({"train__lr_steps": [2], "train__lr_decay": 0}, "train (teacher): lr_steps must be ascending"),
+        ({"student__model": "resnet"}, "'student.model' is 'resnet', but should be 'cdl' or 'classifier'"),
+        ({"data__crop_padding": -1}, "data: "),
         ({"student__train": {"gradient_accumulation_steps": 0}}, "train (student): "),
         ({"train__seed": 3}, "'train.seed': set 'seed' at the top level of the recipe"),
         ({"student__train": {"output_dir": "x"}}, "'student.train.output_dir': set 'output_dir' at the top"),
@@ -154,6 +163,17 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
         ({"distill": [MAPPING, {"type": "kdp"}]}, "the terms want mapping and kd_prompt, which both train"),
         ({"distill": [{"type": "os_prompt"}]}, "'distill.0' (os_prompt) compares one-pass queries with keys"),
         ({"data__path": None}, "'data.path' is missing"),
+        ({"student": {**PLAIN, "prompt": {"type": "coda"}}}, "'student.prompt': a model: classifier has none"),
+        ({"teacher": {**PLAIN, "train_backbone": True}}, "'teacher.train_backbone': a model: classifier has none"),
+        ({"student__pretrained": False}, "'student.pretrained' is false, but only a model: classifier"),
+        ({"teacher__train": None}, "'teacher.train' is null, but only a teacher that is a model: classifier"),
+        ({"student": {**PLAIN, "train": None}}, "'student.train' is null, but only a teacher"),
+        ({"teacher": {**PLAIN, "train": None, "pretrained": False}}, "'teacher.train' is null, but 'teacher.pretr"),
+        ({"teacher": {**PLAIN, "train": None}, "teacher_from": "x"}, "'teacher_from' takes over a teacher, 'teacher."),
+        ({"student": PLAIN}, "'distill.0' (kdp) trains a KD head, which a model: classifier has not"),
+        ({"teacher": PLAIN, "distill": [{"type": "review_kd"}]}, "'distill.0' (review_kd) compares hidden states"),
+        ({"student": PLAIN, "baselines": ["linear_head"]}, "'baselines' are of a frozen backbone"),
+        ({"student": PLAIN}, "'teacher.query' is student, but a model: classifier answers no queries"),
         ({"data__classes_per_task": [["a", "b"], ["b"]]}, "data: "),
     ],
 )
@@ -210,6 +230,13 @@ def test_defaults() -> None:
     assert recipe.student.kd_prompt is None and not recipe.student.train_backbone
     assert recipe.baselines == ["nearest_class_mean"]
     assert recipe.folder == Path("runs/x")
+
+
+def test_a_classifier_has_no_baselines_by_default() -> None:
+    recipe = build_recipe(changed(student=PLAIN, teacher={**PLAIN, "train": None}, distill=[{"type": "kd"}]))
+    assert recipe.baselines == [] and recipe.student.pretrained
+    assert recipe.teacher is not None and recipe.teacher.train is None
+    assert recipe.training_args("teacher") == {"data_seed": 0, "seed": 0}
 
 
 def test_a_term_gives_the_student_the_parts_it_needs() -> None:

@@ -378,11 +378,11 @@ def test_a_kill_while_a_backbone_trains_does_not_change_a_run(tiny: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prompt mapping", "APT"])
+@pytest.mark.parametrize("name", ["prompt mapping", "APT", "DFPT-KD+", "DFPT-KD with KDP"])
 def test_a_kill_does_not_change_a_run_whose_models_keep_more_than_parameters(
     tiny: Path, tmp_path: Path, name: str
 ) -> None:
-    """The copy of the teacher's pool, and merged prompts, are no parameters that a phase's state holds."""
+    """The copy of the teacher's pool, merged prompts, the teacher's second path with copies of its layers."""
     command = (tiny, *VARIANTS[name][0], "--output_dir")
     assert train(*command, tmp_path / "whole")[0] == 0
     code, _ = interrupt_when(stored_epoch(tmp_path / "cut", "student", 2), *command, tmp_path / "cut")
@@ -677,6 +677,12 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
         {"student", "nearest_class_mean"},
         [6, 6, 6],
     ),
+    "DFPT-KD+": (["--distill", "[{type: dual_path, copy_from: all, head_init: teacher}]"], set(ROLES), [6, 6, 6]),
+    "DFPT-KD with KDP": (
+        ["--distill", "[{type: kdp, weight: 0.25}, {type: dual_path, beta_o: 0.0, beta_p: 0.25, warmup_steps: 3}]"],
+        set(ROLES),
+        [6, 6, 6],
+    ),
     "one class per task": (["--data.classes_per_task", "1"], set(ROLES), [3] * 6),
     "unequal tasks, no baseline": (
         ["--data.classes_per_task", "[4, 2]", "--baselines", "[]"],
@@ -849,7 +855,8 @@ def test_interruptions_do_not_change_a_run_of_two_views(
 def test_two_processes_learn_what_one_does(tiny: Path, tmp_path: Path) -> None:
     """With SGD: Adam divides by the gradient's size, so where that is 0 it makes a step of rounding noise."""
     common = ("--train.logging_steps", 1, "--train.num_train_epochs", 2, "--train.optim", "sgd")
-    common += ("--distill", "[{type: kdp}, {type: review_kd}]")  # a term with layers of its own too
+    terms = "[{type: kdp}, {type: review_kd}, {type: dual_path, copy_from: all}]"  # with layers of their own too
+    common += ("--distill", terms)
     one, two = tmp_path / "one", tmp_path / "two"
     code, output = train(tiny, "--output_dir", one, *common, "--train.per_device_train_batch_size", 8)
     assert code == 0, output

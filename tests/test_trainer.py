@@ -187,6 +187,14 @@ def test_accumulating_two_half_batches_is_one_whole_batch(tmp_path: Path) -> Non
         assert one == pytest.approx(two, rel=2e-4)
 
 
+def test_the_rate_falls_after_the_named_epochs(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"lr_steps": [2, 3], "lr_decay": 0.5, "learning_rate": 0.01}
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=5, **steps))
+    trainer.learn(TASK)
+    rates = [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line]
+    assert rates == pytest.approx([0.01] * 6 + [0.005] * 3 + [0.0025] * 6)  # three steps an epoch
+
+
 def test_the_epoch_wise_cosine_is_the_authors(tmp_path: Path) -> None:
     trainer = CDLTrainer(
         model_of("coda"), arguments(tmp_path, num_train_epochs=5, epoch_cosine=True, learning_rate=0.01)

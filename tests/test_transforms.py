@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import (
     CLIPImageProcessor,
+    ConvNextImageProcessorPil,
     ImageClassificationPipeline,
     ViTConfig,
     ViTForImageClassification,
@@ -238,3 +239,53 @@ def test_output_size():
     )
     with pytest.raises(ValueError, match="one fixed height and width"):
         output_size(CLIPImageProcessor(size={"shortest_edge": 30}, do_center_crop=False))
+
+
+@pytest.mark.parametrize("edge", [24, 384])
+def test_the_square_of_a_convnext_processor(edge):
+    """ResNet, RegNet and ConvNeXt have it: below 384 px it resizes by crop_pct and crops, else it squeezes."""
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": edge}, crop_pct=0.875)
+    preprocess = Preprocess(processor)
+    image = Image.fromarray(noise(50, 70))
+    assert preprocess.size == (edge, edge)
+    assert (
+        preprocess.evaluation([image]).shape == preprocess.training([image], [(0, 0, 0)]).shape == (1, 3, edge, edge)
+    )
+    assert not same_view(processor, ConvNextImageProcessorPil(size={"shortest_edge": edge}, crop_pct=0.9))
+
+
+# ---- padded crops ----
+
+
+def padded(size, padding, flip=0.0, image_size=20, resample=2):
+    """Views of one picture, and the picture with black around it."""
+    raw = {"do_rescale": False, "do_normalize": False, "resample": resample}
+    processor = ViTImageProcessor(size={"height": size, "width": size}, **raw)
+    image = noise(image_size, image_size)
+    image[image == 0] = 1  # black is what was added
+    preprocess = Preprocess(processor, seed=1, flip=flip, crop_padding=padding)
+    views = preprocess.training([Image.fromarray(image)] * 500, [(0, i, 0) for i in range(500)])
+    around = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    return views, torch.from_numpy(around).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_a_padded_crop_is_a_window_of_the_padded_image_and_every_window_comes(resample):
+    views, around = padded(20, 2, resample=resample)
+    windows = [around[:, top : top + 20, left : left + 20] for top in range(5) for left in range(5)]
+    found = [[torch.equal(view, window) for window in windows] for view in views]
+    assert all(sum(row) == 1 for row in found)
+    counts = np.sum(found, axis=0)
+    assert counts.min() > 5 and counts.max() < 45  # 20 on average
+
+
+def test_padded_crops_are_flipped_and_nothing_is_cut_without_padding():
+    views, around = padded(20, 0, flip=0.5)
+    straight = [torch.equal(view, around) for view in views]
+    flipped = [torch.equal(view, around.flip(2)) for view in views]
+    assert all(a != b for a, b in zip(straight, flipped, strict=True)) and 180 < sum(flipped) < 320
+
+
+def test_padded_crops_are_the_same_for_teacher_and_student_of_two_sizes():
+    small, large = padded(20, 4, flip=0.5)[0].float(), padded(40, 4, flip=0.5, resample=0)[0].float()
+    assert torch.equal(large[:, :, ::2, ::2], small)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_cdl.distill.dist import DIST
 from hf_cdl.distill.dkd import DKD
+from hf_cdl.distill.dual_path import DualPath
 from hf_cdl.distill.fitnets import FitNets
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.kd_token import KDToken
@@ -21,6 +22,7 @@ TERMS: dict[str, type[Term]] = {
     "kdp": KDP,
     "fitnets": FitNets,
     "review_kd": ReviewKD,
+    "dual_path": DualPath,
     "prompt_mapping": PromptMappingKD,
     "os_prompt": OSPrompt,
 }

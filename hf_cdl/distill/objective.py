@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,12 +31,14 @@ class Term(nn.Module):
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
-    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher.
+    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher; one with
+    `needs_hidden_states` looks at some, so both models must have layers of tokens.
     """
 
     config_class: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
     needs_query: ClassVar[bool] = False
+    needs_hidden_states: ClassVar[bool] = False
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
@@ -46,6 +48,25 @@ class Term(nn.Module):
 
     def forward(self, student: CDLOutput, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    # Only a term that stands between the trainer and the teacher needs what follows.
+
+    def attach(self, teacher: Any) -> None:
+        """Make the layers that depend on the teacher itself; called once, before training."""
+
+    def begin_task(self, teacher: Any) -> None:
+        """A task begins, which the teacher has learnt: make what lives for this task only."""
+
+    def end_task(self) -> None:
+        """The task is learnt: drop what was made for it. What is left is kept for the next task, and for resuming."""
+
+    def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
+        """The teacher's answer, without gradient, to the inputs `asked`, with what the term adds to it."""
+        return answer
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        """Factors of the learning rate, of parameters that do not train at the full one."""
+        return {}
 
 
 class Objective(nn.Module):
@@ -58,6 +79,9 @@ class Objective(nn.Module):
         for name, term in terms:
             count = sum(key == name or key.startswith(f"{name}_") for key in self.terms)
             self.terms[f"{name}_{count + 1}" if count else name] = term
+        consulted = [name for name, term in terms if type(term).consult is not Term.consult]
+        if len(consulted) > 1:
+            raise ValueError(f"The terms {', '.join(consulted)} each put a path beside the teacher's own; keep one.")
 
     @property
     def needs_teacher(self) -> bool:
@@ -68,6 +92,31 @@ class Objective(nn.Module):
     def needs_query(self) -> bool:
         """Whether any term compares the student's one-pass queries with the query of an un-prompted pass."""
         return any(term.needs_query for term in self._terms())
+
+    def attach(self, teacher: Any) -> None:
+        """Show the terms the teacher, before training."""
+        for term in self._terms():
+            term.attach(teacher)
+
+    def begin_task(self, teacher: Any) -> None:
+        """Tell the terms that a task begins, which the teacher has learnt."""
+        for term in self._terms():
+            term.begin_task(teacher)
+
+    def end_task(self) -> None:
+        """Tell the terms that the task is learnt."""
+        for term in self._terms():
+            term.end_task()
+
+    def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
+        """The teacher's answer to the inputs `asked`, with what the terms add to it."""
+        for term in self._terms():
+            answer = term.consult(answer, asked)
+        return answer
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        """Factors of the learning rate, of the terms' parameters that do not train at the full one."""
+        return {parameter: factor for term in self._terms() for parameter, factor in term.rates().items()}
 
     def _terms(self) -> Any:
         return self.terms.values()
@@ -101,8 +150,8 @@ def current_classes(output: CDLOutput, classes: slice) -> CDLOutput:
     """The output with its logits cut to a task's classes, in float32."""
     cut = {
         name: value[:, classes].float()
-        for name, value in (("logits", output.logits), ("kd_logits", output.kd_logits))
-        if value is not None
+        for name in ("logits", "kd_logits", "path_logits")
+        if (value := getattr(output, name)) is not None
     }
     return dataclasses.replace(output, **cut)
 

@@ -62,24 +62,53 @@ def family(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
+def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Config of the model at a Hub id or folder. Raises ValueError if there is none."""
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No usable model config at backbone '{name}' (revision {revision}): {_first_line(error)} Give a Hub id "
-            f"or a folder with config.json and model.safetensors of one of: {', '.join(sorted(FAMILIES))}."
+            "or a folder with config.json and model.safetensors. Prompts work on backbones of type "
+            f"{', '.join(sorted(FAMILIES))}."
         ) from error
+
+
+def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
+    config = read_config(name, revision)
     if config.model_type == "clip":
         config = config.vision_config
     family(config)
     return config
+
+
+def load_weights(
+    model_class: Any, name: str, revision: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, set[str]]:
+    """Pre-trained model in float32, and the names of the weights that its checkpoint lacks.
+
+    Raises ValueError if there are no weights that can be read.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a classifier's head is dropped, or made anew, on purpose
+    try:
+        model, report = model_class.from_pretrained(
+            name, revision=revision, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
+        raise ValueError(
+            f"The weights of backbone '{name}' (revision {revision}) cannot be loaded: {_first_line(error)} "
+            "Check that model.safetensors is there and whole; download it again if it was cut short."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return model, set(report["missing_keys"])
 
 
 def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
@@ -89,26 +118,8 @@ def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
     """
     config = load_config(name, revision)
     model_class = cast(Any, MODEL_MAPPING[type(config)])
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a classifier's head is dropped on purpose
-    try:
-        backbone, report = model_class.from_pretrained(
-            name,
-            revision=revision,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **family(config).init,
-        )
-    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
-        raise ValueError(
-            f"The weights of backbone '{name}' (revision {revision}) cannot be loaded: {_first_line(error)} "
-            "Check that model.safetensors is there and whole; download it again if it was cut short."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(key for key in report["missing_keys"] if "mask_token" not in key and "pooler" not in key)
-    if missing:
+    backbone, missing = load_weights(model_class, name, revision, config=config, **family(config).init)
+    if missing := sorted(key for key in missing if "mask_token" not in key and "pooler" not in key):
         raise ValueError(
             f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so "
             "they would be random. Give a complete checkpoint."

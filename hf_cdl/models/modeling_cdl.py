@@ -79,6 +79,16 @@ class CDLForImageClassification(PromptedBackbone):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
+    @property
+    def tasks(self) -> list[list[str]]:
+        """Class names of every task learnt or begun, in stream order."""
+        return self.config.tasks
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the model is fitted by one pass over a task's images instead of being trained."""
+        return self.head.fitted
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As PreTrainedModel.save_pretrained, without the scaffold of training."""
         scaffold, self.scaffold = self.scaffold, None

@@ -50,6 +50,9 @@ class StreamConfig:
     max_eval_per_class: int | None = _option(None, "the same for validation and test images")
     crop_scale: tuple[float, float] = _option((0.08, 1.0), "training view: range of the crop's area / image area")
     crop_ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "training view: range of the crop's width / height")
+    crop_padding: int | None = _option(
+        None, "training view: instead, black pixels added on every side, then a random crop of the image's own size"
+    )
     flip: float = _option(0.5, "training view: probability of a horizontal flip")
     eval_split: Literal["test", "validation"] = _option("test", "images on which accuracy is measured")
 
@@ -75,6 +78,8 @@ class StreamConfig:
             problems.append(f"crop_scale is {self.crop_scale}, but must be (low, high) with 0 < low <= high <= 1")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             problems.append(f"crop_ratio is {self.crop_ratio}, but must be (low, high) with 0 < low <= high")
+        if self.crop_padding is not None and self.crop_padding < 0:
+            problems.append(f"crop_padding is {self.crop_padding}, but must be a number of pixels, like 4")
         if not 0 <= self.flip <= 1:
             problems.append(f"flip is {self.flip}, but a probability lies between 0 and 1")
         if problems:
@@ -121,7 +126,8 @@ class TaskStream:
         number = {c: i for i, c in enumerate(order)}  # of a class in the data -> in the stream
         views: dict[str, Preprocess] = {}  # of a role; roles that see the same share one object
         for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
-            own = Preprocess(processor, seed, config.crop_scale, config.crop_ratio, config.flip)
+            crop = (config.crop_scale, config.crop_ratio, config.flip, config.crop_padding)
+            own = Preprocess(processor, seed, *crop)
             views[role] = next((view for view in views.values() if same_view(view.processor, processor)), own)
         images: dict[str, Dataset] = {}  # not decoded here but by TaskSplit, so that errors name the image
         for role, table in tables.items():

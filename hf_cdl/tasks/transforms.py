@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
@@ -64,6 +64,8 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = crop or getattr(processor, "size", None) or {}
     height, width = size.get("height"), size.get("width")
+    if crop is None and getattr(processor, "crop_pct", None) is not None:  # ConvNeXt's: a square, cropped or squeezed
+        height = width = size.get("shortest_edge")
     if height is None or width is None:
         raise ValueError(
             f"The image processor's size is {dict(size)}, which does not give one fixed height and width. Set 'size' "
@@ -73,7 +75,8 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 _FIELDS = (
-    "do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean image_std"
+    "do_resize size resample crop_pct do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean "
+    "image_std"
 )
 
 
@@ -107,7 +110,8 @@ class Preprocess:
     """Image -> pixel values, by an HF image processor; the training view adds RandomResizedCrop and a flip.
 
     `crop_scale`: range of the crop's area as a fraction of the image; `crop_ratio`: range of its aspect ratio
-    (width / height); `flip`: probability of a horizontal flip.
+    (width / height); `flip`: probability of a horizontal flip. `crop_padding`: instead, a crop of the image's own size
+    after that many black pixels were added on every side.
     """
 
     processor: Any  # a BaseImageProcessor, whose attributes and call differ from model to model
@@ -115,6 +119,7 @@ class Preprocess:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    crop_padding: int | None = None
 
     def __post_init__(self) -> None:
         self.size = output_size(self.processor)
@@ -132,7 +137,12 @@ class Preprocess:
 
     def _augment(self, image: Image.Image, task: int, sample: int, view: int) -> Image.Image:
         rng = stateless_rng(self.seed, task, sample, view)
-        box = crop_box(image.width, image.height, self.crop_scale, self.crop_ratio, rng)
+        if self.crop_padding is None:
+            box = crop_box(image.width, image.height, self.crop_scale, self.crop_ratio, rng)
+        else:
+            left, top = rng.integers(0, 2 * self.crop_padding + 1, 2).tolist()
+            box = (left, top, left + image.width, top + image.height)
+            image = ImageOps.expand(image, self.crop_padding)
         height, width = self.size
         image = image.resize((width, height), Image.Resampling(self.processor.resample), box=box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.flip else image

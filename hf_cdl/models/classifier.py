@@ -1,0 +1,171 @@
+"""ImageClassifier: an ordinary image classifier of transformers, trained whole, for offline distillation.
+
+Its checkpoint is the plain model's: `AutoModelForImageClassification` and `pipeline` load it without hf_cdl.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from hf_cdl.models.backbone import load_weights, read_config
+from hf_cdl.types import CDLOutput, ModelShape
+
+
+class ImageClassifier(nn.Module):
+    """What CDLTrainer asks of a model, around a plain classifier `model`; it learns one task, with all its weights.
+
+    `begin_task` gives it the task's classes; `use_as_is` takes a ready classifier of these classes instead, frozen.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
+    needs_query = False
+    fitted = False
+    shape = ModelShape(0, 0)  # it shows no hidden states to terms
+
+    def __init__(self, model: Any, pretrained: bool = True):
+        super().__init__()
+        self.model = model
+        self.pretrained = pretrained
+        self.tasks: list[list[str]] = []
+        self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
+
+    @classmethod
+    def from_backbone(cls, name: str, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
+        """The classifier at a Hub id or folder, without tasks; with `pretrained` false its config, random weights.
+
+        A backbone without a head will do, as `begin_task` makes a new one. Raises ValueError for a type without image
+        classifier, and for a checkpoint that lacks other weights.
+        """
+        config = read_config(name, revision)
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"A model of type '{config.model_type}' has no image classifier in transformers.")
+        if not pretrained:
+            return cls(AutoModelForImageClassification.from_config(config, dtype=torch.float32), pretrained=False)
+        model, missing = load_weights(AutoModelForImageClassification, name, revision)
+        if missing := sorted(set(missing) - class_dimensions(model).keys()):
+            raise ValueError(
+                f"The checkpoint of '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so they "
+                "would be random. Give a complete checkpoint, or set pretrained: false."
+            )
+        return cls(model)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageClassifier:
+        """A classifier that has learnt its task, from its plain checkpoint."""
+        loaded = cls(AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32))
+        loaded.tasks = [labels_of(loaded.config)]
+        return loaded
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The plain model alone."""
+        self.model.save_pretrained(folder)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The plain model's."""
+        return self.model.config
+
+    # ---- its one task ----
+
+    def begin_task(self, class_names: Sequence[str]) -> None:
+        """A new head for these classes and, unless pre-trained, new weights, from PyTorch's global generator.
+
+        Raises ValueError if it knows classes already.
+        """
+        if self.tasks:
+            raise ValueError(
+                f"An ordinary classifier learns one task, and this one knows {len(self.tasks[0])} classes already. "
+                "Give all classes in one task (data.classes_per_task), or learn them in turn with model: cdl."
+            )
+        old, config = self.model, copy.deepcopy(self.config)
+        _name_classes(config, class_names)
+        self.model = type(old)(config).to(next(old.parameters()).device)
+        if self.pretrained:
+            head = class_dimensions(old)
+            kept = {name: value for name, value in old.state_dict().items() if name not in head}
+            self.model.load_state_dict(kept, strict=False)
+        self.tasks = [list(class_names)]
+        self.freeze()
+
+    def use_as_is(self, class_names: Sequence[str]) -> None:
+        """Freeze a ready classifier whose classes are these, by name, and bring its logits into their order.
+
+        Raises ValueError if it knows other classes.
+        """
+        own = labels_of(self.config)
+        if sorted(own) != sorted(class_names):
+            lacking, more = sorted(set(class_names) - set(own)), sorted(set(own) - set(class_names))
+            raise ValueError(
+                f"It is used as it is, so its classes must be those of the data, by name. It has {len(own)}, the data "
+                f"{len(class_names)}; it lacks {lacking[:5]}, the data lack {more[:5]}. Rename the classes in the "
+                "id2label of its config.json, or let it train (leave out train: null)."
+            )
+        order = [own.index(name) for name in class_names]
+        state = self.model.state_dict()
+        for name, dimension in class_dimensions(self.model).items():
+            rows = torch.tensor(order, device=state[name].device)
+            state[name].copy_(state[name].index_select(dimension, rows))
+        _name_classes(self.config, class_names)
+        self.tasks = [list(class_names)]
+        self.requires_grad_(False)
+
+    def freeze(self) -> None:
+        """Leave everything trainable but parameters that never reach the output."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("mask_token" not in name)
+
+    def follow(self, teacher: Any) -> None:
+        """It keeps nothing of its teacher."""
+
+    def end_task(self) -> None:
+        """Nothing is left to do."""
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        query: torch.Tensor | None = None,
+        task_id: int | None = None,
+        output_hidden_states: Any = None,
+    ) -> CDLOutput:
+        """Logits of images (B, 3, H, W); with labels (B,) also their cross-entropy. Query and task do not matter.
+
+        Raises ValueError if hidden states are asked for.
+        """
+        if output_hidden_states:
+            raise ValueError("An ordinary classifier shows its logits alone; use terms that compare logits.")
+        logits = self.model(pixel_values=pixel_values).logits
+        return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+
+
+def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
+    """Weights with an entry per class, and the dimension that counts the classes: what one class more would change."""
+    config: Any = copy.deepcopy(model.config)
+    config.num_labels += 1
+    with torch.device("meta"), init.no_init_weights():
+        larger = type(model)(config).state_dict()
+    return {
+        name: [own == other for own, other in zip(value.shape, larger[name].shape, strict=True)].index(False)
+        for name, value in model.state_dict().items()
+        if value.shape != larger[name].shape
+    }
+
+
+def labels_of(config: Any) -> list[str]:
+    """The names of a classifier's classes, in the order of its logits."""
+    return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def _name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: number for number, name in config.id2label.items()}
