@@ -21,27 +21,20 @@ learns both KLs with it, and its z_s for L_\phi is the KD head's. KLs compare th
 stay warm over the tasks; H_\phi and copied stages start anew in every task. None of it gets into the student's
 files.
 
-The prompt path is a copy of the teacher's modules that shares its weights, with hooks between the stages, so that a
-teacher's prompts act on both paths and any Hugging Face classifier will do (stages.py). The teacher stays in
-evaluation mode and is never written to; of the copied stages only batch norms are in training mode.
+How the path is made: prompt_path.py.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_cdl.distill.objective import Term, kd_loss
-from hf_cdl.distill.prompt_blocks import MapBlock, TokenBlock
-from hf_cdl.distill.stages import Stages, find_stages, first_tensor
+from hf_cdl.distill.objective import kd_loss
+from hf_cdl.distill.prompt_path import PromptPath
 from hf_cdl.types import CDLOutput, ModelShape
 
 
@@ -89,118 +82,21 @@ class DualPathConfig:
             raise ValueError("dual_path needs a prompt block: insert_after names stages, or is null for all but one.")
 
 
-class DualPath(Term):
+class DualPath(PromptPath):
     config_class = DualPathConfig
     config: DualPathConfig
 
     def __init__(self, config: DualPathConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)
-        self.prompts = nn.ModuleDict()  # stage number -> P_i and F_i
-        self.copied = nn.ModuleList()  # theta', within a task
-        self.head: nn.Module | None = None  # H_phi, within a task
-        self.found: Stages | None = None
-        self.batches: torch.Tensor
+        self.batches: torch.Tensor  # of this task, for the warm-up
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-        # No submodules, since they hold the teacher's weights: the prompt path, and what records A_1's output.
-        self._path: list[Any] = []
-        self._records: list[_Record] = []
-        self._image = (0, 0)
-
-    # ---- building ----
-
-    def attach(self, teacher: Any) -> None:
-        """Find the teacher's stages and make the blocks between them. Raises ValueError if it has none that fit."""
-        self.found = found = find_stages(teacher, self.config.stages)
-        stages = found.stages
-        names = {number: stage.modules[-1] for number, stage in enumerate(stages[:-1], start=1)}
-        chosen = self.config.insert_after or tuple(names)
-        if any(number not in names for number in chosen):
-            raise ValueError(
-                f"dual_path: insert_after is {list(chosen)}, but the teacher's stages that another one follows are "
-                + ", ".join(f"{number} (up to {name})" for number, name in names.items())
-            )
-        for number in sorted(chosen):
-            stage = stages[number - 1]
-            is_map = len(stage.shape) == 4
-            rate = self.config.reduction or (4 if is_map else 8)
-            sizes = stage.shape[1 if is_map else 2], rate, self.config.fraction, self.config.kernels
-            block = MapBlock(*sizes) if is_map else TokenBlock(*sizes, extra=stage.extra_tokens)
-            self.prompts[str(number)] = block
 
     def begin_task(self, teacher: Any) -> None:
-        """Make the prompt path of a teacher that has learnt the newest task, with a new head and new copied stages."""
-        self.end_task()  # of a task that was cut off
-        found = self._stages()
-        first = min(int(number) for number in self.prompts)
-        start = {None: len(found.stages), "first_prompt": first, "all": 0}[self.config.copy_from]
-        copied = [name for stage in found.stages[start:] for name in stage.modules]
-        if self.config.copy_from == "all" and found.stem is not None:
-            copied.insert(0, found.stem)
-        path = _copy(teacher, [*copied, found.head]).eval()
-        self.copied = nn.ModuleList([path.get_submodule(name) for name in copied])
-        for name, parameter in self.copied.named_parameters():
-            if "mask_token" in name:  # which no classifier uses
-                parameter.requires_grad_(False)
-        self.head = head = path.get_submodule(found.head)
-        for earlier in [*getattr(head, "blocks", ())][:-1]:  # of earlier tasks, whose classes are not compared
-            earlier.requires_grad_(False)
-        if self.config.head_init == "random":
-            for module in head.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-        if self.config.copy_from != "all":  # what lies before the first block is computed once, by the teacher
-            for name in (name for stage in found.stages[:first] for name in stage.modules):
-                self._records.append(_Record(teacher.get_submodule(name)))
-                path.get_submodule(name).forward = self._records[-1]
-        for number, block in self.prompts.items():
-            path.get_submodule(found.stages[int(number) - 1].modules[-1]).register_forward_hook(self._behind(block))
-        self._path = [path]
+        super().begin_task(teacher)
         self.batches.zero_()
-        self.train(self.training)
-
-    def end_task(self) -> None:
-        """Let go of the teacher and of all that the next task begins anew; P_i and F_i stay."""
-        for record in self._records:
-            record.handle.remove()
-        self._path, self._records = [], []
-        self.head, self.copied = None, nn.ModuleList()
-
-    def train(self, mode: bool = True) -> DualPath:
-        """As of any module, but of the copied stages only batch norms are ever in training mode."""
-        super().train(mode)
-        for module in self.copied.modules():
-            module.training = mode and isinstance(module, _BatchNorm)
-        return self
 
     def rates(self) -> dict[nn.Parameter, float]:
         return dict.fromkeys(self.copied.parameters(), self.config.copy_rate)
-
-    def _stages(self) -> Stages:
-        if self.found is None:
-            raise ValueError("dual_path was given no teacher: call attach(teacher) first, as CDLTrainer does.")
-        return self.found
-
-    def _behind(self, block: nn.Module) -> Any:
-        """Forward hook of a module of the prompt path: its features g become F(g + P(g))."""
-
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            size = () if isinstance(block, MapBlock) else (self._image, self._stages().patch_size)
-            fused = block(first_tensor(output), *size)
-            return (fused, *output[1:]) if isinstance(output, tuple) else fused
-
-        return hook
-
-    # ---- one batch ----
-
-    def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
-        """The teacher's answer with the prompt path's logits (B, C) to the same images as `path_logits`."""
-        if not self._path:
-            raise ValueError("dual_path has no prompt path: call begin_task(teacher) first, as CDLTrainer does.")
-        self._image = asked["pixel_values"].shape[-2:]
-        inputs = {key: asked[key] for key in ("pixel_values", "task_id") if asked.get(key) is not None}
-        if answer.query is not None:  # asked once: by another pass the prompt blocks would change it
-            inputs["query"] = answer.query
-        return dataclasses.replace(answer, path_logits=self._path[0](**inputs).logits)
 
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
         if teacher.path_logits is None:
@@ -224,27 +120,3 @@ class DualPath(Term):
         if self.training:
             self.batches += 1
         return beta_o + beta_p - grown, grown
-
-
-class _Record:
-    """What a module has just given: the forward of its counterpart in the prompt path."""
-
-    def __init__(self, module: nn.Module):
-        self.output: Any = None
-        self.handle = module.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.output = output
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
-
-
-def _copy(model: Any, own: list[str]) -> Any:
-    """A copy of a model with trainable weights of its own in the modules `own`; it shares all others, frozen."""
-    parts = [model.get_submodule(name) for name in own]
-    fresh = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
-    memo: dict[int, Any] = {id(b): b.clone() if id(b) in fresh else b for b in model.buffers()}
-    for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().clone()) if id(p) in fresh else nn.Parameter(p.detach(), False)
-    return copy.deepcopy(model, memo)
