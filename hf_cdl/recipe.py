@@ -270,15 +270,23 @@ def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
         problems.append("'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them")
     if models["teacher"].get("pretrained") is False and models["teacher"].get("train", {}) is None:
         problems.append("'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance")
+    logits_alone = [
+        name
+        for name, term in TERMS.items()
+        if not (term.student_parts or term.needs_hidden_states or term.needs_query)
+    ]
     for number, term in enumerate(_section(content, "distill", [])):
         kind = term.get("type") if isinstance(term, dict) else None
         known = TERMS.get(kind) if isinstance(kind, str) else None
         if known and known.student_parts and "student" in plain:
-            problems.append(f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use kd")
+            problems.append(
+                f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use one of "
+                + ", ".join(logits_alone)
+            )
         if known and known.needs_hidden_states and plain:
             problems.append(
                 f"'distill.{number}' ({kind}) compares hidden states, but a model: classifier shows its logits alone; "
-                "use kd, dkd or dist"
+                f"use one of {', '.join(logits_alone)}"
             )
     if "student" in plain:
         if content.setdefault("baselines", []):
