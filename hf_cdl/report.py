@@ -1,4 +1,4 @@
-"""What a run looks like to a reader: console tables, a Markdown comparison of runs, plots of the accuracy matrix.
+"""What a run looks like to a reader: console tables, plots of the accuracy matrix. Several runs: compare.py.
 
 Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
 `{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,8 @@ _METRICS: dict[str, dict[str, str]] = {
 }
 _CDL_METRICS = {**_METRICS, "forgetting": dict(reversed(_METRICS["forgetting"].items()))}
 _TRAINING = ("seconds", "images/s", "memory")
-_COMPARED = ("average_accuracy", "forgetting", "average_incremental_accuracy")
-_CDL_COMPARED = ("average_accuracy", "official_forgetting", "forgetting", "average_incremental_accuracy")
 # Okabe & Ito's palette, told apart with any colour vision. Teacher, student, then the baselines.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
 def table(results: Results) -> str:
@@ -72,26 +70,6 @@ def table(results: Results) -> str:
 def follows_cdl(results: Results) -> bool:
     """Whether a run follows the protocol of CDL's authors, so that their forgetting comes first."""
     return results.get("recipe", {}).get("protocol") == "cdl"
-
-
-def compare_table(groups: Mapping[str, Sequence[Mapping[str, float]]], cdl: bool = False) -> str:
-    """A Markdown table of several runs: for each label its number of seeds and mean ± sample standard deviation.
-
-    `groups`: label -> one dict of metrics (as `continual_metrics` gives) per seed. One seed has the deviation `–`.
-    `cdl`: the CDL authors' forgetting too, first. Raises ValueError for a label without runs.
-    """
-    compared = _CDL_COMPARED if cdl else _COMPARED
-    heading = " | ".join(compared).replace("_", " ")
-    lines = [f"| run | seeds | {heading} |", "|---|" + "---:|" * (len(compared) + 1)]
-    for label, runs in groups.items():
-        if not runs:
-            raise ValueError(f"{label!r} has no runs; leave the label out or give one dict of metrics per seed")
-        cells = [label.replace("|", "\\|"), str(len(runs))]
-        for name in compared:
-            values = [run[name] for run in runs]
-            cells.append(f"{_number(fmean(values), 2)} ± {f'{stdev(values):.2f}' if len(values) > 1 else '–'}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def plotting_available() -> bool:
@@ -244,7 +222,7 @@ def _curve_figure(results: Results) -> Figure:
         matrix = roles[role]["accuracy_matrix"]
         curve = [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
         style = "-" if role in ("teacher", "student") else "--"
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         label = _label(role, roles[role], 32)
         panel.plot(range(1, len(curve) + 1), curve, style, color=colour, marker="o", markersize=4, label=label)
     sizes = [len(names) for names in results.get("class_names", ())]

@@ -60,7 +60,7 @@ class CDLTrainer(Trainer):
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
-        super().__init__(model=model, args=args, processing_class=processor)
+        super().__init__(model=model, args=args, processing_class=processor, eval_dataset={})  # for eval_strategy
         self.teacher = teacher if self.objective.needs_teacher else None
         self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
@@ -203,7 +203,17 @@ class CDLTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
-        task, pixels = self.seen[-1], inputs["pixel_values"]
+        task = self.seen[-1]
+        student, teacher = self._answers(model, inputs, task.index)
+        losses = self.objective(student, teacher, inputs["labels"], task.classes)
+        self._watch(losses)
+        return (losses["loss"], student) if return_outputs else losses["loss"]
+
+    def _answers(
+        self, model: nn.Module, inputs: dict[str, Any], task_id: int | None
+    ) -> tuple[CDLOutput, CDLOutput | None]:
+        """What the model and its teacher, if it has one, say to a batch."""
+        pixels = inputs["pixel_values"]
         theirs = inputs.get("teacher_pixel_values")  # there if the teacher sees another view of the same crop
         query, teacher, asked = None, None, {}
         share = self.shares_query and theirs is None
@@ -214,7 +224,7 @@ class CDLTrainer(Trainer):
                 asked = {
                     "pixel_values": pixels if theirs is None else theirs,
                     "query": query if share else None,
-                    "task_id": task.index,
+                    "task_id": task_id,
                     "output_hidden_states": self._layers("teacher"),
                 }
                 teacher = self.teacher(**asked)
@@ -222,11 +232,32 @@ class CDLTrainer(Trainer):
             with self.accelerator.autocast():  # with gradient: a term may tune a path of its own beside the teacher's
                 teacher = self.objective.consult(teacher, asked)
         student: CDLOutput = model(
-            pixel_values=pixels, query=query, task_id=task.index, output_hidden_states=self._layers("student")
+            pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=self._layers("student")
         )
-        losses = self.objective(student, teacher, inputs["labels"], task.classes)
-        self._watch(losses)
-        return (losses["loss"], student) if return_outputs else losses["loss"]
+        return student, teacher
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Accuracies in percent on the newest task's evaluation split, among its own classes: the model's, and those
+        of its teacher's path or paths. Runs during training at `eval_strategy`, and changes nothing of it."""
+        task, hits = self.seen[-1], {}
+        was_training = self.model.training
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed
+            for batch in self._loader(getattr(task, self.eval_split), "teacher"):
+                student, teacher = self._answers(self.model, batch, None)
+                said = {"": student.logits}
+                if teacher is not None:
+                    said |= {"teacher_": teacher.logits, "prompt_path_": teacher.path_logits}
+                for name, logits in said.items():
+                    if logits is not None:
+                        hit = logits[:, task.classes].argmax(dim=-1) == batch["labels"] - task.first_class
+                        hits.setdefault(name, []).append(self.accelerator.gather_for_metrics(hit))
+        self.model.train(was_training)
+        shares = {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
+        metrics = {f"eval_{name}accuracy": 100 * share for name, share in shares.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _layers(self, role: Any) -> list[int] | None:
         """The hidden states of a model that the objective asks for."""
@@ -358,11 +389,11 @@ class CDLTrainer(Trainer):
 
     # ---- what the user sees ----
 
-    def _loader(self, split: Any) -> Any:
-        """Every image once: Trainer would drop the last incomplete batch here too."""
+    def _loader(self, split: Any, *others: str) -> Any:
+        """Every image once, as the role (and the `others`) see it: Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self.get_test_dataloader(self._as_seen(split))
+            return self.get_test_dataloader(self._as_seen(split, *others))
         finally:
             self.args.dataloader_drop_last = dropping
 

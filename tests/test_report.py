@@ -129,34 +129,6 @@ def test_tables_are_at_most_119_wide_and_aligned(tasks):
     assert all(len(line[15:].split("class")[0].split()) == tasks for line in printed)
 
 
-def test_compare_table():
-    runs = [
-        {"average_accuracy": 70.0, "forgetting": 10.0, "average_incremental_accuracy": 80.0},
-        {"average_accuracy": 74.0, "forgetting": 13.0, "average_incremental_accuracy": 80.0},
-        {"average_accuracy": 78.0, "forgetting": 10.0, "average_incremental_accuracy": 83.0},
-    ]
-    assert report.compare_table({"kd|dist": runs, "one seed": runs[:1]}) == (
-        "| run | seeds | average accuracy | forgetting | average incremental accuracy |\n"
-        "|---|---:|---:|---:|---:|\n"
-        "| kd\\|dist | 3 | 74.00 ± 4.00 | 11.00 ± 1.73 | 81.00 ± 1.73 |\n"
-        "| one seed | 1 | 70.00 ± – | 10.00 ± – | 80.00 ± – |\n"
-    )
-
-
-def test_compare_table_of_the_cdl_protocol():
-    run = {"average_accuracy": 1.0, "official_forgetting": 2.0, "forgetting": 3.0, "average_incremental_accuracy": 4.0}
-    assert report.compare_table({"kd": [run]}, cdl=True) == (
-        "| run | seeds | average accuracy | official forgetting | forgetting | average incremental accuracy |\n"
-        "|---|---:|---:|---:|---:|---:|\n"
-        "| kd | 1 | 1.00 ± – | 2.00 ± – | 3.00 ± – | 4.00 ± – |\n"
-    )
-
-
-def test_a_label_without_runs_cannot_be_compared():
-    with pytest.raises(ValueError, match="'kd' has no runs"):
-        report.compare_table({"kd": []})
-
-
 def test_without_matplotlib_plots_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not report.plotting_available()

@@ -1,9 +1,11 @@
-"""Cuts the quickstart's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
+"""Cuts this repository's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
 
-The full folder holds stream-{train,validation,test}.parquet (100 classes) and LICENCES.tsv. Taken are the 50 classes
-with the most test images (ties: most training images, then by name), of each at most CAPS images per split, chosen
-with a fixed seed; all with their classes in alphabetical order. Images are compressed again without loss. Written to
-icons/ beside this file: the three parquet files, the licences of the icon sets that occur, the data card README.md.
+The full folder holds {stream,base}-{train,validation,test}.parquet and LICENCES.tsv. Of its stream classes the
+quickstart gets some (recipes/quickstart/icons), of its base classes, on which the quickstart's backbones were
+pre-trained, offline distillation (recipes/offline_kd/icons). Taken are the 50 classes with the most test images (ties:
+most training images, then by name), of each at most `caps` images per split, chosen with a fixed seed; all with their
+classes in alphabetical order. Images are compressed again without loss. Written are the three parquet files, the
+licences of the icon sets that occur, the data card README.md.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PIL
 
 CLASSES = 50
-CAPS = {"train": 32, "validation": 12, "test": 20}
 SEED = 20261122
-OUT = Path(__file__).parent / "icons"
+SPLITS = ("train", "validation", "test")
+HERE = Path(__file__).parent
 
 
 def smaller(png: bytes) -> bytes:
@@ -39,7 +41,7 @@ def choose(full: dict[str, Dataset]) -> list[str]:
     return sorted(names[c] for c in order[:CLASSES])
 
 
-def cut(rows: Dataset, classes: list[str], cap: int) -> Dataset:
+def cut(rows: Dataset, classes: list[str], cap: int | None) -> Dataset:
     """At most `cap` images of each class, sorted by class and source; a class's choice depends on no other class."""
     names, labels = rows.features["label"].names, np.array(rows["label"])
     columns: dict[str, list] = {"image": [], "label": [], "family": [], "source": []}
@@ -61,7 +63,7 @@ license_name: permissive-icon-sets
 license_link: LICENCES.tsv
 task_categories:
 - image-classification
-pretty_name: Icons-R quickstart
+pretty_name: Icons-R {title}
 size_categories:
 - 1K<n<10K
 configs:
@@ -74,9 +76,9 @@ configs:
   - split: test
     path: test.parquet
 ---
-# Icons-R quickstart: {classes} concepts drawn by {families} icon families
+# Icons-R {title}: {classes} concepts drawn by {families} icon families
 
-A small, real image data set for continual learning without a download. A class is a concept ("home", "heart", "bell"), an image is one icon
+A small, real image data set for {purpose} without a download. A class is a concept ("home", "heart", "bell"), an image is one icon
 family's rendition of it. Like ImageNet-R in kind: the test shows known concepts in styles never seen in training.
 
 | split | images | images per class | icon families | bytes |
@@ -89,17 +91,15 @@ sets of one maker or of one origin), `source` ("set:icon"). **No family is in tw
 ```python
 from datasets import load_dataset
 
-icons = load_dataset("recipes/quickstart/icons")  # splits train, validation, test
+icons = load_dataset("{folder}")  # splits train, validation, test
 ```
 Classes: {names}.
 
 ## How it was made
 The icons come from the npm package `@iconify/json` 2.2.535, rendered with PyPI `resvg-py` 0.5.0 and Pillow. Labels are the icons' own
 names and **some are wrong** (a few "link" images are paper clips). Forks of one set count as one family; near-duplicates of training
-images were dropped from test. Of the 100 stream classes of that full data set (which is not in this repository),
-[make_data.py](../make_data.py) took the {classes} with the most test images (ties: most training images, then by name), and of each at most
-{caps}, chosen with seed {seed}. PNGs were compressed again without loss. The two backbones beside this folder were
-pre-trained on other concepts; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
+images were dropped from test. Of the {total} {part} classes of that full data set (which is not in this repository),
+[make_data.py]({script}) took the {classes} with the most test images (ties: most training images, then by name), and of each {caps}. PNGs were compressed again without loss. {backbones}; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
 families in the same splits, so test families are new to the backbones as well.
 
 ## Licence and attribution
@@ -108,41 +108,73 @@ lists the {sets} sets that occur, with licence, author and number of images here
 """  # noqa: E501
 
 
-def main(folder: Path) -> None:
-    OUT.mkdir(exist_ok=True)
-    files = {split: str(folder / f"stream-{split}.parquet") for split in CAPS}
+# Part of the full data -> where its icons go, most images of a class per split, and what its card says.
+PARTS: dict[str, tuple[Path, dict[str, int], dict[str, str]]] = {
+    "stream": (
+        HERE / "icons",
+        {"train": 32, "validation": 12, "test": 20},
+        {
+            "title": "quickstart",
+            "purpose": "continual learning",
+            "folder": "recipes/quickstart/icons",
+            "script": "../make_data.py",
+            "backbones": "The two backbones beside this folder were\npre-trained on other concepts",
+        },
+    ),
+    "base": (
+        HERE.parent / "offline_kd" / "icons",
+        {},
+        {
+            "title": "base",
+            "purpose": "distillation",
+            "folder": "recipes/offline_kd/icons",
+            "script": "../../quickstart/make_data.py",
+            "backbones": "The two backbones of the quickstart were\npre-trained on these and the other base concepts",
+        },
+    ),
+}
+
+
+def make(folder: Path, part: str) -> None:
+    out, caps, words = PARTS[part]
+    out.mkdir(exist_ok=True)
+    files = {split: str(folder / f"{part}-{split}.parquet") for split in SPLITS}
     full = {split: load_dataset("parquet", data_files=file, split="train") for split, file in files.items()}
     full = {split: rows.cast_column("image", Image(decode=False)) for split, rows in full.items()}
     classes = choose(full)
 
     table, used, families = [], {}, set()
-    for split, cap in CAPS.items():
-        part = cut(full[split], classes, cap)
-        file = OUT / f"{split}.parquet"
-        pq.write_table(part.with_format("arrow")[:], file, compression="zstd", compression_level=19)
-        count, drawn_by = np.bincount(part["label"]), set(part["family"])
+    for split in SPLITS:
+        rows = cut(full[split], classes, caps.get(split))
+        file = out / f"{split}.parquet"
+        pq.write_table(rows.with_format("arrow")[:], file, compression="zstd", compression_level=19)
+        count, drawn_by = np.bincount(rows["label"]), set(rows["family"])
         each = f"{count.min()}–{count.max()}" if count.min() < count.max() else str(count.min())
-        table.append(f"| {split} | {len(part):,} | {each} | {len(drawn_by)} | {file.stat().st_size:,} |")
+        table.append(f"| {split} | {len(rows):,} | {each} | {len(drawn_by)} | {file.stat().st_size:,} |")
         families |= drawn_by
-        for source in part["source"]:
+        for source in rows["source"]:
             used[source.split(":")[0]] = used.get(source.split(":")[0], 0) + 1
 
     licences = [line.split("\t") for line in (folder / "LICENCES.tsv").read_text().splitlines()]
     lines = ["\t".join([*row[:-1], str(used[row[0]])]) for row in licences if row[0] in used]
     assert len(lines) == len(used), "a set without a licence"
-    (OUT / "LICENCES.tsv").write_text("\n".join(["set\tname\tlicence\tauthor\timages", *lines]) + "\n")
-    (OUT / "README.md").write_text(
+    (out / "LICENCES.tsv").write_text("\n".join(["set\tname\tlicence\tauthor\timages", *lines]) + "\n")
+    most = ", ".join(f"{cap} {split}" for split, cap in caps.items())
+    (out / "README.md").write_text(
         CARD.format(
+            **words,
+            part=part,
+            total=len(full["test"].features["label"].names),
             classes=len(classes),
             families=len(families),
             table="\n".join(table),
             names=", ".join(classes),
-            caps=", ".join(f"{cap} {split}" for split, cap in CAPS.items()) + " images",
-            seed=SEED,
+            caps=f"at most\n{most} images, chosen with seed {SEED}" if most else "all\nimages",
             sets=len(used),
         )
     )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    for name in PARTS:
+        make(Path(sys.argv[1]), name)
