@@ -253,8 +253,7 @@ class CDLTrainer(Trainer):
                         hit = logits[:, task.classes].argmax(dim=-1) == batch["labels"] - task.first_class
                         hits.setdefault(name, []).append(self.accelerator.gather_for_metrics(hit))
         self.model.train(was_training)
-        shares = {name: torch.cat(parts).float().mean().item() for name, parts in hits.items()}
-        metrics = {f"eval_{name}accuracy": 100 * share for name, share in shares.items()}
+        metrics = {f"eval_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -425,6 +424,10 @@ def _shares_query(student: Any, teacher: Any) -> bool:
         value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
         for name, value in ours.items()
     )
+
+
+def _percent(hits: torch.Tensor) -> float:
+    return 100 * int(hits.sum()) / len(hits)
 
 
 def _peak_memory() -> int:

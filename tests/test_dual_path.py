@@ -417,6 +417,7 @@ def trainer_of(
     student: Any = None,
     term: str = "dual_path",
     convolutional: bool = False,
+    train: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Any:
     """A student and a teacher that knows both tasks."""
@@ -428,7 +429,7 @@ def trainer_of(
             teacher.begin_task(task.class_names)
     kind = TERMS[term]
     objective = Objective(0.5, [(term, kind(kind.config_class(**fields), student.shape, teacher.shape))])
-    args = arguments(folder, num_train_epochs=2, save_strategy="epoch")
+    args = arguments(folder, num_train_epochs=2, save_strategy="epoch", **(train or {}))
     return CDLTrainer(student, args, objective=objective, teacher=teacher, run=run)
 
 
@@ -444,6 +445,29 @@ def test_kd_and_dual_path_without_the_prompt_path_train_the_same_student(tmp_pat
         trainer.learn(task)
     got = dual.model.state_dict()
     assert all(torch.equal(value, got[name]) for name, value in kd.model.state_dict().items())
+
+
+@pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])
+def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Of student, original path and prompt path, after every epoch; the weights come out the same."""
+    plain = trainer_of(tmp_path / "plain", **fields)
+    watched = trainer_of(tmp_path / "watched", train={"eval_strategy": "epoch"}, **fields)
+    task = next(stream())
+    for trainer in (plain, watched):
+        trainer.learn(task)
+    got = watched.model.state_dict()
+    assert all(torch.equal(value, got[name]) for name, value in plain.model.state_dict().items())
+    curve = [entry for entry in watched.state.log_history if "eval_accuracy" in entry]
+    assert [entry["epoch"] for entry in curve] == [1.0, 2.0]
+    assert curve[-1]["eval_accuracy"] == watched.evaluate_seen().row[0]
+    right = [0, 0]
+    for batch in watched.get_test_dataloader(task.test):
+        with torch.no_grad():
+            own = watched.teacher.eval()(pixel_values=batch["pixel_values"]).logits[:, task.classes]
+        right = [right[0] + int((own.argmax(-1) == batch["labels"]).sum()), right[1] + len(own)]
+    original = 100 * right[0] / right[1]
+    assert all(entry["eval_teacher_accuracy"] == pytest.approx(original) for entry in curve)
+    assert all(0 <= entry["eval_prompt_path_accuracy"] <= 100 for entry in curve)
 
 
 @pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])

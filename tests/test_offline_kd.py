@@ -76,8 +76,8 @@ def test_networks_have_the_sizes_of_the_papers(name: str) -> None:
     assert dict(processor.size) == {"height": 32, "width": 32}
 
 
-def test_every_network_is_tested() -> None:
-    assert {file.parent.name for file in FOLDER.glob("*/config.json")} == NETWORKS.keys()
+def test_every_network_of_the_cifar_pairs_is_tested() -> None:
+    assert {file.parent.name for file in FOLDER.glob("[!i]*/config.json")} == NETWORKS.keys()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
