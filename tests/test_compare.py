@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from helpers import ROOT, make_recipe, write_recipe
 from PIL import Image
 
 from hf_cdl.compare import CDL, ONE_TASK, compare_table, difference_table, save_curves
@@ -71,3 +77,45 @@ def test_curves_are_a_whole_image_with_a_line_for_every_path(tmp_path):
             assert colours <= {colour for _, colour in image.convert("RGB").getcolors(2**24)}
     with pytest.raises(ValueError, match="'KD' hold no accuracies; .*eval_strategy"):
         save_curves({"KD": [[{"loss": 1.0}]]}, tmp_path / "none.png", "curves")
+
+
+@pytest.mark.slow
+def test_a_sweep_shares_teachers_pairs_seeds_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, baselines=[])
+    recipe["student"]["train"] = {"eval_strategy": "epoch"}
+    alone = {"teacher": None, "distill": [], "ce_weight": 1.0}
+    spec = {
+        "recipe": str(write_recipe(tmp_path / "tiny.yaml", recipe)),
+        "seeds": [0, 1],
+        "variants": {
+            "alone": {"set": alone, "rows": {"student": "alone"}},
+            "dfpt": {"teacher_from": "kdp", "set": {"distill": [{"type": "dual_path"}]}, "rows": {"student": "DFPT"}},
+            "kdp": {"rows": {"teacher": "teacher", "student": "KDP"}},
+        },
+        "contrasts": [["KDP", "alone"], ["DFPT", "KDP"]],
+        "curves": {"kdp": "KDP", "dfpt": "DFPT"},
+    }
+    command = [sys.executable, str(ROOT / "recipes/sweep.py"), str(write_recipe(tmp_path / "spec.yaml", spec))]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    root = tmp_path / "runs/sweeps/spec"
+    table = (root / "table.md").read_text()
+    rows = [line.split(" | ")[:2] for line in table.splitlines() if line and "seeds" not in line and "--" not in line]
+    assert rows == [
+        ["| alone", "2"],
+        ["| DFPT", "2"],
+        ["| KDP", "2"],
+        ["| teacher", "2"],
+        ["| KDP − alone", "2"],
+        ["| DFPT − KDP", "2"],
+    ]
+    for seed in (0, 1):
+        theirs, ours = (root / name / f"seed-{seed}/teacher/model.safetensors" for name in ("kdp", "dfpt"))
+        assert theirs.read_bytes() == ours.read_bytes()
+    written = {file: file.stat().st_mtime_ns for file in root.glob("*/*/results.json")}
+    assert len(written) == 6
+    shutil.rmtree(root / "alone/seed-1")
+    (root / "curves.png").unlink()
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
+    again = {file: file.stat().st_mtime_ns for file in root.glob("*/*/results.json")}
+    assert (root / "table.md").read_text() == table and (root / "curves.png").exists()
+    assert [file for file in again if again[file] != written[file]] == [root / "alone/seed-1/results.json"]

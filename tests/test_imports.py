@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"types", "config", "prompts"},
     "distill": {"types", "prompts.mapping"},
     "report": {"types", "metrics"},
+    "compare": {"report"},
     "hub": {"types", "metrics"},
     "run": {"types", "metrics", "report", "hub"},
     "progress": set(),
