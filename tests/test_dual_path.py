@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from test_contract import CLASSES, METHODS, arguments, images, model_of, newcomer, pair_of, stream
+from test_contract import CLASSES, METHODS, arguments, images, model_of, newcomer, pair_of, stream, value
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -164,7 +164,7 @@ def test_the_prompt_path_begins_as_the_teacher_and_trains_without_touching_it(fa
     for step in range(2):
         answer = ask(term, teacher, step)
         optimizer.zero_grad()
-        term(CDLOutput(logits=student(pixels(step).mean(dim=(2, 3)))), answer, LABELS).backward()
+        value(term, CDLOutput(logits=student(pixels(step).mean(dim=(2, 3)))), answer, LABELS).backward()
         optimizer.step()
     for name, parameter in trained.items():
         assert parameter.grad is not None, f"{name}: an unused parameter stops distributed training"
@@ -250,9 +250,9 @@ def test_free_logits_of_the_prompt_path_become_the_mixture_of_teacher_and_studen
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = term(CDLOutput(logits=student), CDLOutput(logits=original, path_logits=free), LABELS)
-        value.backward()
-        return value
+        found = value(term, CDLOutput(logits=student), CDLOutput(logits=original, path_logits=free), LABELS)
+        found.backward()
+        return found
 
     optimizer.step(loss)  # type: ignore[arg-type]  # a tensor will do
     soft = [F.softmax(z / 3, dim=1) for z in (original, student, free.detach())]
@@ -266,22 +266,34 @@ def test_without_the_prompt_path_s_weight_the_student_learns_as_with_kd() -> Non
     found = []
     for term in (kd, term_of(beta_o=0.9, beta_p=0.0), term_of(beta_o=0.0, beta_p=0.0)):
         ours = logits(2, grad=True)
-        objective = Objective(0.1, [("it", term)])
-        losses = objective(CDLOutput(logits=ours), teacher, LABELS, slice(0, 5))
+        losses = Objective(0.1, [("it", term)])(CDLOutput(logits=ours), teacher, LABELS, slice(0, 5))
         losses["loss"].backward()
-        found.append((losses["loss"].detach(), ours.grad))
-    (kd_loss, kd_gradient), (both, gradient), (tuning, alone) = found
+        found.append((losses, ours.grad))
+    (as_kd, kd_gradient), (both, gradient), (tuning, alone) = found
     assert torch.equal(gradient, kd_gradient) and not torch.equal(alone, gradient)
-    cross_entropy = 0.1 * F.cross_entropy(logits(2), LABELS)
-    torch.testing.assert_close(both - (tuning - cross_entropy), kd_loss)  # without L_phi
+    assert torch.equal(both["it/student"], 0.9 * as_kd["it"]) and tuning["it/student"] == 0
+    assert torch.equal(both["it/prompt_path"], tuning["it/prompt_path"]) and both["it/prompt_path"] > 0
     assert path.grad is not None and path.grad.abs().sum() > 0
+
+
+def test_the_student_s_loss_and_the_prompt_path_s_are_named_and_add_up() -> None:
+    """Each of them tunes its own side alone, and the term's weight is that of both."""
+    ours, path = logits(2, grad=True), logits(4, grad=True)
+    objective = Objective(0.0, [("dual_path", term_of(weight=0.5, lambda_y=0.3))])
+    losses = objective(CDLOutput(logits=ours), CDLOutput(logits=logits(1), path_logits=path), LABELS, slice(0, 5))
+    assert [*losses] == ["loss", "ce", "dual_path/student", "dual_path/prompt_path", "dual_path"]
+    parts = losses["dual_path/student"], losses["dual_path/prompt_path"]
+    assert torch.equal(parts[0] + parts[1], losses["dual_path"]) and losses["loss"] == 0.5 * losses["dual_path"]
+    for part, (own, other) in zip(parts, [(ours, path), (path, ours)], strict=True):
+        gradients = torch.autograd.grad(part, [own, other], allow_unused=True, retain_graph=True)
+        assert gradients[0].abs().sum() > 0 and gradients[1] is None
 
 
 def test_a_student_with_a_kd_head_learns_both_paths_with_it() -> None:
     ours, kd, path = logits(1, grad=True), logits(2, grad=True), logits(3, grad=True)
     teacher = CDLOutput(logits=logits(4), path_logits=path)
-    plain = term_of()(CDLOutput(logits=kd), teacher, LABELS)
-    both = term_of()(CDLOutput(logits=ours, kd_logits=kd), teacher, LABELS)
+    plain = value(term_of(), CDLOutput(logits=kd), teacher, LABELS)
+    both = value(term_of(), CDLOutput(logits=ours, kd_logits=kd), teacher, LABELS)
     assert plain == both
     assert torch.autograd.grad(both, [ours, kd], allow_unused=True)[0] is None
 
@@ -444,7 +456,11 @@ def test_kd_and_dual_path_without_the_prompt_path_train_the_same_student(tmp_pat
     for trainer in (kd, dual):
         trainer.learn(task)
     got = dual.model.state_dict()
-    assert all(torch.equal(value, got[name]) for name, value in kd.model.state_dict().items())
+    assert all(torch.equal(tensor, got[name]) for name, tensor in kd.model.state_dict().items())
+    first = dual.state.log_history[0]
+    logged = {name.removeprefix("loss/"): value for name, value in first.items() if "dual_path" in name}
+    assert logged.keys() == {"dual_path", "dual_path/student", "dual_path/prompt_path"}
+    assert logged["dual_path"] == pytest.approx(logged["dual_path/student"] + logged["dual_path/prompt_path"])
 
 
 @pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])

@@ -12,7 +12,8 @@ z_p = H_\phi(g^N); z_o are the teacher's own logits, z_s the student's, sg stops
     L_\phi = (1 - \rho) K_\tau(sg z_o || z_p) + \rho K_\tau(sg z_s || z_p) + \lambda_y CE(z_p, y)
     L_\psi = \alpha CE(z_s, y) + \beta_o K_\tau(z_o || z_s) + \beta_p K_\tau(sg z_p || z_s)
 
-The term is L_\phi + L_\psi without \alpha CE, which is the recipe's `ce_weight`; one backward pass, one optimizer.
+The term is L_\phi + L_\psi without \alpha CE, which is the recipe's `ce_weight`; one backward pass, one optimizer. In
+logs L_\phi is `dual_path/prompt_path` and the rest `dual_path/student`.
 With \beta_p = 0 the student learns exactly as with KD of weight \beta_o. Over free logits the optimum of L_\phi
 (with \lambda_y = 0) is the mixture (1 - \rho) softmax(z_o / \tau) + \rho softmax(z_s / \tau). At first the prompt
 path's features are the teacher's own. The defaults are for distilling once, offline, with \alpha = 0.1; in a stream
@@ -98,7 +99,7 @@ class DualPath(PromptPath):
     def rates(self) -> dict[nn.Parameter, float]:
         return dict.fromkeys(self.copied.parameters(), self.config.copy_rate)
 
-    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         if teacher.path_logits is None:
             raise ValueError("dual_path needs the prompt path's logits: give the teacher's answer by consult().")
         config, tau = self.config, self.config.temperature
@@ -109,7 +110,7 @@ class DualPath(PromptPath):
         tune = (1 - config.rho) * kd_loss(path, original, tau) + config.rho * kd_loss(path, ours.detach(), tau)
         if config.lambda_y > 0:
             tune = tune + config.lambda_y * F.cross_entropy(path, labels)
-        return learn + tune
+        return {"student": learn, "prompt_path": tune}
 
     def _betas(self) -> tuple[Any, Any]:
         """Weights of the two paths for this batch."""

@@ -25,7 +25,8 @@ Role = Literal["student", "teacher"]
 class Term(nn.Module):
     r"""Base of the distillation terms: term(student, teacher, labels) -> scalar, before its weight.
 
-    Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
+    A loss of several parts may be given as a dict of scalars, of which it is the sum; each is logged beside the sum as
+    `term/part`. Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
     A method file defines a frozen dataclass `Config` with at least `weight`, and a subclass with `config_class` and
     `forward`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
@@ -46,7 +47,9 @@ class Term(nn.Module):
         self.config, self.student, self.teacher = config, student, teacher
         self.needs: dict[Role, tuple[int, ...]] = {}
 
-    def forward(self, student: CDLOutput, teacher: Any, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, student: CDLOutput, teacher: Any, labels: torch.Tensor
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
         raise NotImplementedError
 
     # Only a term that stands between the trainer and the teacher needs what follows.
@@ -141,8 +144,12 @@ class Objective(nn.Module):
             raise ValueError(f"The terms {', '.join(self.terms)} need a teacher, but the trainer was given none.")
         for name, module in self.terms.items():
             term: Any = module
-            losses[name] = term(student, teacher, labels)
-            total = total + term.config.weight * losses[name]
+            found = term(student, teacher, labels)
+            if isinstance(found, dict):
+                losses |= {f"{name}/{part}": value for part, value in found.items()}
+                found = torch.stack([*found.values()]).sum()
+            losses[name] = found
+            total = total + term.config.weight * found
         return {"loss": total, **losses}
 
 
