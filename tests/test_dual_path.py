@@ -192,6 +192,27 @@ def test_only_copied_batch_norms_are_in_training_mode_and_their_statistics_move(
     assert not any(module.training for module in swin.copied.modules()), "stochastic depth must stay off"
 
 
+def test_a_last_batch_of_one_image_with_maps_of_one_pixel_is_learnt_too() -> None:
+    """By running statistics, which it leaves alone; the next batch moves them again."""
+    teacher = classifier("mobilenet_v2")
+    term = term_of(teacher, copy_from="all").train()
+    norms = {name: module for name, module in term.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert {name.split(".")[0] for name in norms} == {"prompts", "copied"}
+    maps: set[tuple[int, ...]] = set()
+    for block in term.prompts.values():
+        block.register_forward_hook(lambda module, args, output: maps.add(tuple(output.shape[2:])))
+    for count in (1, 6):
+        before = state(term)
+        with torch.no_grad():
+            answer = teacher(pixel_values=pixels(count=count)[:, :, :16, :16])
+        answer = term.consult(CDLOutput(logits=answer.logits), {"pixel_values": pixels(count=count)[:, :, :16, :16]})
+        value(term, CDLOutput(logits=torch.zeros(count, 5)), answer, LABELS[:count]).backward()
+        moved = {name for name, tensor in term.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert moved == {f"{name}.{key}" for name in norms for key in norms[name]._buffers if count > 1}
+    assert (1, 1) in maps
+    assert all(p.grad is not None for p in term.parameters() if p.requires_grad)
+
+
 def test_what_lies_before_the_first_block_is_computed_once() -> None:
     teacher = classifier("vit")
     kind = type(teacher.vit.layers[0].attention)

@@ -118,10 +118,16 @@ class PromptPath(Term):
     # ---- one batch ----
 
     def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
-        """The teacher's answer with the prompt path's logits (B, C) to the same images as `path_logits`."""
+        """The teacher's answer with the prompt path's logits (B, C) to the same images as `path_logits`.
+
+        A batch of one image, whose 1x1 maps no batch norm could take, is normed by running statistics.
+        """
         if not self._path:
             raise ValueError("dual_path has no prompt path: call begin_task(teacher) first, as CDLTrainer does.")
         self._image = asked["pixel_values"].shape[-2:]
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.training = self.training and len(asked["pixel_values"]) > 1
         inputs = {key: asked[key] for key in ("pixel_values", "task_id") if asked.get(key) is not None}
         if answer.query is not None:  # asked once: by another pass the prompt blocks would change it
             inputs["query"] = answer.query
