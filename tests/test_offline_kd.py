@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,25 @@ import torch
 import verify
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from helpers import ROOT, picture, png, train
-from test_train import results
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
+from helpers import (
+    ROOT,
+    interrupt_when,
+    make_data,
+    picture,
+    png,
+    train,
+    write_recipe,
+)
+from test_train import assert_same_run, losses, results, stored_epoch, train_recipe
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    set_seed,
+)
 
 from hf_cdl import CDLTrainingArguments
 from hf_cdl.build import load_plugins
@@ -182,6 +199,36 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+SMALL = ["--train.per_device_train_batch_size", 16, "--data.max_eval_per_class", 2, "--data.max_train_per_class"]
+STREAM = ["recipes/quickstart.yaml", "--data.classes_per_task", 2, "--data.max_classes", 4, *SMALL, 16]
+OFFLINE = ["recipes/offline_kd/cifar100_resnet56_resnet20.yaml", "--data.classes_per_task", 4, *SMALL, 8]
+SWITCHED = {  # both paths' weights add up to the one of KD
+    "kd": "[{type: kd, weight: 0.5}]",
+    "dual_path": "[{type: dual_path, beta_o: 0.25, beta_p: 0.25}]",
+}
+
+
+@pytest.mark.parametrize("words", [STREAM, OFFLINE], ids=["stream", "offline"])
+def test_kd_and_dual_path_are_switched_by_distill_alone(
+    words: list[Any], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two real steps a task of each, and the teacher does not notice."""
+    monkeypatch.chdir(cifar)
+    common = [*words, "--train.num_train_epochs", 1, "--train.logging_steps", 1, "--train.use_cpu", "true"]
+    same = []
+    for kind, terms in SWITCHED.items():
+        folder = tmp_path / kind
+        said = [*map(str, common), "--baselines", "[]", "--distill", terms, "--output_dir", str(folder)]
+        assert train_recipe.main(said) == 0
+        found = results(folder)
+        for task in range(1, len(found["class_names"]) + 1):
+            steps = losses(folder, "student", task)
+            assert len(steps) == 2 and all(step[f"loss/{kind}"] > 0 for step in steps)
+        assert [term["type"] for term in found["recipe"].pop("distill")] == [kind]
+        same.append((found["recipe"], found["roles"]["teacher"]["correct"]))
+    assert same[0] == same[1]
+
+
 _REMOTE = """
 import json, sys
 import numpy, torch
@@ -224,3 +271,49 @@ def test_every_term_runs(term: Path, cifar: Path, tmp_path: Path) -> None:
     more = ["--data.classes_per_task", 4, "--train.num_train_epochs", 1, "--train.use_cpu", "true"]
     code, output = train(*words, *more, "--output_dir", tmp_path / "out", cwd=cifar)
     assert code == 0, output
+
+
+def resnet(width: int, depth: int) -> ResNetConfig:
+    sizes = [width, 2 * width, 3 * width]
+    return ResNetConfig(embedding_size=width, hidden_sizes=sizes, depths=[depth] * 3, layer_type="basic")
+
+
+def vit(width: int, depth: int) -> ViTConfig:
+    size: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": depth, "intermediate_size": 2 * width}
+    return ViTConfig(**size, num_attention_heads=4, image_size=16, patch_size=4, hidden_dropout_prob=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [resnet, vit], ids=["resnet", "vit"])
+def test_a_kill_does_not_change_an_offline_run_with_copied_stages(config: Any, tmp_path: Path) -> None:
+    """Batch norms of the student, the blocks and the copies; dropout; two groups with momentum and a step schedule."""
+    for role, sizes in (("teacher", (24, 2)), ("student", (12, 1))):
+        size = {"height": 16, "width": 16}
+        config(*sizes).save_pretrained(tmp_path / role)
+        ViTImageProcessor(size=size).save_pretrained(tmp_path / role)
+    models = {
+        role: {"model": "classifier", "pretrained": False, "backbone": str(tmp_path / role)}
+        for role in ("teacher", "student")
+    }
+    recipe = {
+        "name": "offline",
+        "data": {"path": str(make_data(tmp_path / "data", classes=4, train=16)), "classes_per_task": 4},
+        **models,
+        "distill": [{"type": "dual_path", "copy_from": "all", "warmup_steps": 24}],
+        "ce_weight": 0.1,
+        "train": {
+            **{"num_train_epochs": 6, "per_device_train_batch_size": 8, "use_cpu": True, "learning_rate": 0.02},
+            **{"optim": "sgd", "optim_args": "momentum=0.9", "weight_decay": 5e-4, "lr_steps": [4]},
+        },
+    }
+    command = (write_recipe(tmp_path / "recipe.yaml", recipe), "--output_dir")
+    code, output = train(*command, tmp_path / "whole")
+    assert code == 0, output
+    cut = tmp_path / "cut"
+    code, _ = interrupt_when(stored_epoch(cut, "student", 1), *command, cut)
+    assert code == -signal.SIGKILL and list(cut.glob("work/student-task-01/checkpoint-*"))
+    assert train(*command, cut)[0] == 0
+    assert_same_run(cut, tmp_path / "whole")
+    logged = losses(tmp_path / "whole", "student", 1)
+    assert all(line["loss/dual_path/prompt_path"] > 0 for line in logged), "the second path learnt something"
+    assert losses(cut, "student", 1)[-1] == logged[-1]
