@@ -52,8 +52,8 @@ class Tasks:
 class Cost:
     """What training a role takes. FLOPs are per image, a multiply-add being one.
 
-    `kept`: bytes for the way back; `states`: bytes of gradients, Adam's states and the terms' own layers; `trained`:
-    parameters, with the terms' layers; `images`: in all epochs.
+    `kept`: bytes for the way back; `states`: bytes of gradients, the optimizer's states and the terms' own layers;
+    `trained`: parameters, with the terms' layers; `images`: in all epochs.
     """
 
     inference_flops: float
@@ -76,8 +76,8 @@ HEADINGS = [
 NOTES = """\
 FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
 taught, its own forward and backward pass. Evaluation is left out.
-Peak memory is an estimate: the weights of all models, gradients and Adam's states of what is trained, and what a step
-keeps for the way back, with fused attention and without the largest passing tensors."""
+Peak memory is an estimate: the weights of all models, gradients and the optimizer's states of what is trained, and
+what a step keeps for the way back, with fused attention and without the largest passing tensors."""
 
 
 def plan(recipe: Recipe) -> str:
@@ -92,6 +92,8 @@ def plan(recipe: Recipe) -> str:
     for first, *rest in lines:
         table.append("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
     total = sum(cost.total_flops for cost in costs.values())
+    unknown = {args.optim.value for role in costs if optimizer_states(args := _arguments(recipe, role)) is None}
+    notes = [NOTES, *(f"Of {name} two states for each parameter are assumed, as of Adam." for name in sorted(unknown))]
     return "\n".join(
         [
             f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
@@ -101,7 +103,7 @@ def plan(recipe: Recipe) -> str:
             "",
             f"All training: {total / 1e15:,.1f} PFLOPs. All checkpoints (after every task, and the newest again): "
             f"{_size(weights * (len(tasks.classes) + 1))}.",
-            NOTES,
+            *notes,
         ]
     )
 
@@ -184,9 +186,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     if teacher is not None:
         objective.attach(teacher)
         objective.begin_task(teacher)
-    arguments = CDLTrainingArguments(
-        output_dir="work", **recipe.training_args("teacher" if role == "teacher" else "student")
-    )
+    arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
     views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
     pixels = views[role]
@@ -210,8 +210,22 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
         taught = functools.partial(_step, model, objective, pixels, tasks.classes, teacher, views.get("teacher"))
         flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
-    states = 12 * count + _bytes(objective)
+    kept_by_optimizer = optimizer_states(arguments)
+    states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
+
+
+def optimizer_states(arguments: CDLTrainingArguments) -> int | None:
+    """How many numbers the optimizer keeps of each parameter; None where that is not known here."""
+    if arguments.optim == "sgd":
+        options = dict(pair.split("=") for pair in (arguments.optim_args or "").replace(" ", "").split(",") if pair)
+        return int(float(options.get("momentum", 0)) > 0)
+    return 2 if arguments.optim in ("adamw_torch", "adamw_torch_fused") else None
+
+
+def _arguments(recipe: Recipe, role: str) -> Any:
+    section = recipe.training_args("teacher" if role == "teacher" else "student")
+    return CDLTrainingArguments(output_dir="work", **section)
 
 
 def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:

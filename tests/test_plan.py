@@ -110,6 +110,39 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
         assert costs[role].trained == sum(p.numel() for p in models[role].parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({}, 2),
+        ({"optim": "adamw_torch"}, 2),
+        ({"optim": "sgd"}, 0),
+        ({"optim": "sgd", "optim_args": "momentum=0.9"}, 1),
+        ({"optim": "sgd", "optim_args": "nesterov=False, momentum = 0.0"}, 0),
+        ({"optim": "rmsprop"}, None),
+    ],
+)
+def test_the_optimizer_s_states_are_counted(tmp_path: Path, options: dict[str, str], want: int | None) -> None:
+    """As many as are there after a real step; of optimizers that are not known it says what it assumes."""
+    recipe = make_recipe(tmp_path, teacher=None, distill=[], baselines=[])
+    recipe["train"] |= {**options, "max_steps": 1, "num_train_epochs": 1}
+    built = build_recipe(recipe)
+    tasks = plan.read_tasks(built)
+    student = plan.measure(built, tasks)[1]["student"]
+    assert student.states == 4 * student.trained * (1 + (2 if want is None else want))
+    note = "Of rmsprop two states for each parameter are assumed, as of Adam."
+    assert (note in plan.plan(built)) == (want is None)
+    if want is not None:
+        processors = build_processors(built)
+        model: Any = build_models(built, processors)["student"]
+        args = CDLTrainingArguments(str(tmp_path / "work"), **built.training_args("student"), disable_tqdm=True)
+        trainer: Any = CDLTrainer(model, args)
+        task = TaskStream(built.data, processors)[0]
+        trainer.learn(task)
+        states = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
+        found = sum(tensor.numel() for tensor in states if tensor is not None and tensor.ndim > 0)
+        assert found == want * sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
+
+
 def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -> None:
     counted = plan.read_tasks(build_recipe(make_recipe(tmp_path)))
     assert (counted.classes, counted.images, counted.source) == ([2] * 3, [16] * 3, "counted in the data")
