@@ -1,6 +1,6 @@
 """What DFPT-KD and DFPT-KD+ cost: time and memory of a student's training step, relative to KD.
 
-python benchmarks/dual_path_cost.py [--pairs PAIR ...] [--repeats 3] [--steps 8]     (from the root of the repository)
+python benchmarks/dual_path_cost.py [--pairs PAIR ...] [--repeats 3] [--steps 5]     (from the root of the repository)
 
 Every measurement is a process of its own, through recipe and CDLTrainer: it trains the student on the first task,
 beside a teacher that has learnt nothing, at a rate of 0, which costs the same. The terms take turns (KD, DFPT-KD,
@@ -53,7 +53,6 @@ TERMS = {
     "DFPT-KD": "[{type: dual_path}]",
     "DFPT-KD+": "[{type: dual_path, copy_from: all}]",
 }
-ON_GPU = torch.cuda.is_available()
 CLASSES, SIZE = 100, 32  # of the generated images
 
 
@@ -82,7 +81,7 @@ class Watch(TrainerCallback):
         self.seconds.append(_now() - self.started)
 
     def memory(self) -> int:
-        if ON_GPU:
+        if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
         if _peak() == self.earlier:
             raise RuntimeError("The process held more before training than in it: its peak says nothing.")
@@ -90,9 +89,10 @@ class Watch(TrainerCallback):
 
 
 def _now() -> float:
-    if ON_GPU:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() if ON_GPU else time.process_time()
+        return time.perf_counter()
+    return time.process_time()
 
 
 def _peak() -> int:
@@ -146,9 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=[*PAIRS], help="all, if none is named")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each pair and term")
-    parser.add_argument("--steps", type=int, default=8, help="steps in each, of which the median counts")
+    parser.add_argument("--steps", type=int, default=5, help="steps in each, of which the median counts")
     asked = parser.parse_args()
-    fresh = multiprocessing.get_context("spawn")
+    fresh = multiprocessing.get_context("forkserver")  # which has imported this file and done nothing else
     lines = []
     with tempfile.TemporaryDirectory() as data:
         make_data(Path(data))
@@ -161,9 +161,10 @@ def main() -> None:
                     with ProcessPoolExecutor(1, mp_context=fresh) as process:
                         cost = process.submit(measure, [*words, "--distill", section], asked.steps).result()
                     found[term].append(cost)
+                    print(pair, term, cost, file=sys.stderr, flush=True)
             lines += [row(pair, term, costs, found["KD"]) for term, costs in found.items()]
     print("| pair | term | ms a step | to KD | peak MiB | to KD |\n|---|---|---|---|---|---|", *lines, sep="\n")
-    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{asked.repeats} processes of {asked.steps} steps; torch {torch.__version__} on {device}; seed 0.")
 
 
