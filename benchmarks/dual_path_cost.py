@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps in each, of which the median counts")
     asked = parser.parse_args()
     fresh = multiprocessing.get_context("forkserver")  # which has imported this file and done nothing else
-    lines = []
+    print("| pair | term | ms a step | to KD | peak MiB | to KD |", "|---|---|---|---|---|---|", sep="\n")
     with tempfile.TemporaryDirectory() as data:
         make_data(Path(data))
         for pair in asked.pairs:
@@ -162,8 +162,7 @@ def main() -> None:
                         cost = process.submit(measure, [*words, "--distill", section], asked.steps).result()
                     found[term].append(cost)
                     print(pair, term, cost, file=sys.stderr, flush=True)
-            lines += [row(pair, term, costs, found["KD"]) for term, costs in found.items()]
-    print("| pair | term | ms a step | to KD | peak MiB | to KD |\n|---|---|---|---|---|---|", *lines, sep="\n")
+            print(*(row(pair, term, costs, found["KD"]) for term, costs in found.items()), sep="\n", flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{asked.repeats} processes of {asked.steps} steps; torch {torch.__version__} on {device}; seed 0.")
 
