@@ -88,8 +88,14 @@ PLAIN = {"model": "classifier", "backbone": "resnet"}
         ({"student__prompt": {"type": "coda", "lenght": 4}}, "unknown field 'student.prompt.lenght'"),
         ({"student__prompt": {"type": "codda"}}, "'student.prompt.type' is 'codda'; allowed: none, coda"),
         ({"student__prompt": {"length": 4}}, "'student.prompt.type' is None; allowed"),
-        ({"student__head": {"type": "mlp"}}, "'student.head.type' is 'mlp'; allowed: linear, weight_normalised, ncm"),
-        ({"student__head": {"typ": "ncm"}}, "'student.head.type' is None; allowed: linear, weight_normalised, ncm"),
+        (
+            {"student__head": {"type": "mlp"}},
+            "'student.head.type' is 'mlp'; allowed: linear, weight_normalised",
+        ),
+        (
+            {"student__head": {"typ": "ncm"}},
+            "'student.head.type' is None; allowed: linear, weight_normalised",
+        ),
         ({"student__head": {"type": "linear", "width": 3}}, "unknown field 'student.head.width'"),
         ({"student__prompt": {"type": "none", "length": 4}}, "unknown field 'student.prompt.length'"),
         ({"student__prompt": {"type": ["coda"]}}, "'student.prompt.type' is ['coda']; allowed: none, coda"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class CDLForImageClassification(PromptedBackbone):
     def __init__(self, config: CDLConfig):
         super().__init__(config)
         self.head = build_head(config.head, self.shape.hidden_size)
+        config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
@@ -115,10 +117,22 @@ class CDLForImageClassification(PromptedBackbone):
         if self.mapping is not None and teacher.pool is not None:
             self.mapping.teacher_pool.load_state_dict(teacher.pool.state_dict())
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether a head standardises its features, but has no statistics of them yet."""
+        return any(head.standard is not None and not head.standard.count for head in self._heads())
+
+    def measure(self, output: CDLOutput) -> None:
+        """Add the features of un-augmented images to the statistics that the heads standardise with."""
+        for head, features in zip(self._heads(), (output.features, output.kd_features), strict=False):
+            if head.standard is not None and features is not None:
+                head.standard.measure(features)
+
     def end_task(self) -> None:
-        """Tell the pool that the newest task is learnt."""
-        if self.pool is not None:
-            self.pool.end_task()
+        """Tell pool and heads that the newest task is learnt."""
+        for part in (self.pool, *self._heads()):
+            if part is not None:
+                part.end_task()
 
     def freeze(self) -> None:
         """Leave trainable: the newest blocks, what all tasks share (KD prompts, the scaffold), and no backbone.
@@ -140,13 +154,15 @@ class CDLForImageClassification(PromptedBackbone):
             if part is not None:
                 part.requires_grad_(True)
 
+    def _heads(self) -> list[Head]:
+        return [head for head in (self.head, self.kd_head) if head is not None]
+
     def _grow(self, num_classes: int) -> None:
         for part in (self.pool, self.mapping):
             if part is not None:
                 part.add_task()
-        for head in (self.head, self.kd_head):
-            if head is not None:
-                head.add_task(num_classes)
+        for head in self._heads():
+            head.add_task(num_classes)
 
     def _init_task(self, task: int) -> None:
         for part in (self.pool, self.mapping, self.head, self.kd_head):
@@ -192,9 +208,11 @@ class CDLForImageClassification(PromptedBackbone):
             output_attentions=output_attentions,
         )
         logits = self.head(found.features)
+        kd_features: Any = None
         kd_logits: Any = None
         if self.kd_head is not None:
-            kd_logits = self.kd_head(found.token)
+            kd_features = found.token
+            kd_logits = self.kd_head(kd_features)
             if not self.training:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
         return CDLOutput(
@@ -204,6 +222,7 @@ class CDLForImageClassification(PromptedBackbone):
             prompt_loss=found.prompt_loss,
             query=found.query,
             features=found.features,
+            kd_features=kd_features,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
             similarities=found.similarities,
