@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
         ({"type": "linear", "standardise": "always"}, "standardise is 'always'; allowed: null, first_task"),
         ({"type": "cosine", "scale": 0.0}, "needs scale > 0; got 0.0"),
         ({"type": "ridge", "strength": 0.0}, "needs strength > 0 and features >= 1 or null; got 0.0 and None"),
-        ({"type": "ridge", "features": 0}, "got 100.0 and 0"),
+        ({"type": "ridge", "features": 0}, "got 10.0 and 0"),
     ],
 )
 def test_impossible_options_are_refused(head: dict[str, Any], said: str) -> None:

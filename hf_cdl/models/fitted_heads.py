@@ -57,7 +57,7 @@ class NearestMeanHead(Head):
 
 @dataclass(frozen=True)
 class RidgeConfig(HeadConfig):
-    strength: float = field(default=100.0, metadata={"help": "Lambda, added to the diagonal of the Gram matrix."})
+    strength: float = field(default=10.0, metadata={"help": "Lambda, added to the diagonal of the Gram matrix."})
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
     )
