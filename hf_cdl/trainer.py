@@ -91,14 +91,16 @@ class CDLTrainer(Trainer):
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)
         if learnt is not None:
+            self.model.end_session()
             self.model.load_state_dict(type(self.model).from_pretrained(learnt).state_dict())
             return
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self.state.log_history = []
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._train(task, result)
-        elif self.model.fitted:
+        if self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
         self.objective.end_task()
@@ -196,14 +198,15 @@ class CDLTrainer(Trainer):
                 self.model.measure(output)
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """A model without trainable parameters is fitted by one pass over the task's un-augmented images."""
+        """Fit the head by one pass over the task's un-augmented images; what its features come from is fixed now."""
         start = time.perf_counter()
+        self.model.end_session()
         self._measure(task)
         for output, labels in self._answers(task):
             self.model.head.accumulate(output.features, labels - task.first_class)
-        self.state.log_history = []
-        result.train_seconds = time.perf_counter() - start
-        result.images_per_second = len(task.train) / result.train_seconds
+        seconds = time.perf_counter() - start
+        result.train_seconds += seconds
+        result.images_per_second = result.images_per_second or len(task.train) / seconds  # training's, if it trained
 
     def _answers(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor]]:
         """The model's outputs and the labels of the task's un-augmented images, of all processes, batch by batch."""

@@ -128,6 +128,9 @@ class ImageClassifier(nn.Module):
     def follow(self, teacher: Any) -> None:
         """It keeps nothing of its teacher."""
 
+    def end_session(self) -> None:
+        """It has no first session."""
+
     def end_task(self) -> None:
         """Nothing is left to do."""
 
