@@ -110,6 +110,18 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
         assert costs[role].trained == sum(p.numel() for p in models[role].parameters() if p.requires_grad)
 
 
+def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, distill=[{"type": "kd"}])
+    full = build_recipe(recipe)
+    recipe["student"] |= {"head": {"type": "ridge"}, "first_session": {"type": "linear"}}
+    session = build_recipe(recipe)
+    (_, every), (_, once) = (plan.measure(r, plan.read_tasks(r)) for r in (full, session))
+    assert once["teacher"] == every["teacher"]
+    assert (once["student"].steps, once["student"].images) == (4, 32)  # 2 epochs of 16 images
+    assert every["student"].steps == 3 * 4
+    assert once["student"].trained == every["student"].trained
+
+
 def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -> None:
     counted = plan.read_tasks(build_recipe(make_recipe(tmp_path)))
     assert (counted.classes, counted.images, counted.source) == ([2] * 3, [16] * 3, "counted in the data")

@@ -116,9 +116,7 @@ class CDLForImageClassification(PromptedBackbone):
         self._grow(task, len(class_names))
         self._init_task(task)
         if self.config.first_session is not None and task == 0:
-            self.session_head = build_head(self.config.first_session, self.shape.hidden_size)
-            self.session_head.add_task(len(class_names))
-            self._init_weights(self.session_head)
+            self.begin_session()
         self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
 
@@ -137,6 +135,13 @@ class CDLForImageClassification(PromptedBackbone):
         for head, features in zip(self._heads(), (output.features, output.kd_features), strict=False):
             if head.standard is not None and features is not None:
                 head.standard.measure(features)
+
+    def begin_session(self) -> None:
+        """Make the head of the first session, with which prompts or backbone train once frozen anew (`freeze`)."""
+        first: Any = self.config.first_session
+        self.session_head = build_head(first, self.shape.hidden_size)
+        self.session_head.add_task(len(self.config.tasks[0]))
+        self._init_weights(self.session_head)
 
     def end_session(self) -> None:
         """End the first session, if it lasts: what it trained stays as it is, and `head` can be fitted."""
