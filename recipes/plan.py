@@ -75,7 +75,8 @@ HEADINGS = [
 ]
 NOTES = """\
 FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
-taught, its own forward and backward pass. Evaluation, and the pass that fits a head after a first session, are left out.
+taught, its own forward and backward pass. Evaluation and the pass that fits a head after a
+first session are left out.
 Peak memory is an estimate: the weights of all models, gradients and Adam's states of what is trained, and what a step
 keeps for the way back, with fused attention and without the largest passing tensors."""
 
