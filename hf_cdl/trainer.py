@@ -194,7 +194,7 @@ class CDLTrainer(Trainer):
     def _measure(self, task: Task) -> None:
         """Fix the statistics of the first task's features, for heads that standardise with them."""
         if self.model.unmeasured:
-            for output, _ in self._answers(task):
+            for output, _ in self._features(task):
                 self.model.measure(output)
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
@@ -202,13 +202,13 @@ class CDLTrainer(Trainer):
         start = time.perf_counter()
         self.model.end_session()
         self._measure(task)
-        for output, labels in self._answers(task):
+        for output, labels in self._features(task):
             self.model.head.accumulate(output.features, labels - task.first_class)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
         result.images_per_second = result.images_per_second or len(task.train) / seconds  # training's, if it trained
 
-    def _answers(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor]]:
+    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor]]:
         """The model's outputs and the labels of the task's un-augmented images, of all processes, batch by batch."""
         self.model.eval()
         for batch in self._bar(self._title(task), iterable=self._loader(task.train)):
