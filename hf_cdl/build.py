@@ -111,6 +111,7 @@ def _build(
         query_view=query_view(processors[role], processors["student"]) if shared else None,
         prompt=section.prompt,
         head=section.head,
+        first_session=section.first_session,
         query="one_pass" if section.query == "one_pass" else "two_pass",
         kd_prompt=section.kd_prompt,
         mapping=section.mapping,
@@ -160,8 +161,9 @@ def labels(recipe: Recipe) -> dict[str, str]:
             return ""
         if section.model == "classifier":
             return Path(section.backbone).name + (", as it is" if section.train is None else "")
-        prompt = str(section.prompt["type"])
-        return "fine-tuned" if section.train_backbone else "linear head" if prompt == "none" else prompt
+        prompt, head = str(section.prompt["type"]), f"{section.head['type']} head"
+        name = "fine-tuned" if section.train_backbone else head if prompt == "none" else prompt
+        return name if section.first_session is None else f"{name} on the first task, {head}"
 
     terms = "".join(f" + {fields['type']}" for fields in recipe.distill)
     return {

@@ -58,6 +58,11 @@ class CDLConfig(PreTrainedConfig):
     head: dict[str, Any] = field(
         default_factory=lambda: {"type": "linear"}, metadata={"help": "Classification head: its type and fields."}
     )
+    first_session: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "A trained head: with it prompts or backbone learn on the first task alone, then `head` is "
+                  "fitted to what they have become (None: they learn in every task)."},
+    )  # fmt: skip
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone too (the sequential fine-tuning baseline)."}
     )

@@ -54,6 +54,10 @@ class ModelRecipe:
     pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", default=True)
     prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
+    first_session: dict[str, Any] | None = _help(
+        "Trained head with which prompts or backbone learn on the first task alone; then `head` is fitted.",
+        default=None,
+    )
     kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
     mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)
     query: Literal["student", "self", "one_pass"] = _help(
@@ -220,13 +224,7 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
         problems.append(
             f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
         )
-    kind = head.get("type")
-    fitted = isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
-    if fitted and (prompted or trains or (role == "student" and content.get("distill"))):
-        problems.append(
-            f"'{role}.head.type' {kind} is fitted without training: it needs prompt.type none, train_backbone false "
-            "and no distillation terms"
-        )
+    _check_session(content, role, prompted or trains, problems)
     for part, kind in _PARTS.items():
         if section.get(part) is None:
             continue
@@ -247,6 +245,44 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
             problems.append(
                 f"'teacher.query' is {section['query']!r}, but a mapping asks the teacher's prompts with the "
                 "student's query; set it to student"
+            )
+
+
+def _fitted(head: Any) -> bool:
+    kind = head.get("type") if isinstance(head, dict) else None
+    return isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
+
+
+def _check_session(content: dict[str, Any], role: str, learns: bool, problems: list[str]) -> None:
+    """Beside a fitted head nothing learns, but in a first session; `learns`: prompts or backbone would."""
+    section = content[role]
+    head, first = _section(section, "head", {"type": "linear"}), section.get("first_session")
+    terms = _section(content, "distill", []) if role == "student" else []
+    if first is None:
+        if _fitted(head) and (learns or terms):
+            problems.append(
+                f"'{role}.head.type' {head['type']} is fitted without training: prompts, backbone and terms can learn "
+                f"on the first task alone. Set '{role}.first_session' to a trained head, as {{type: linear}}; or "
+                "prompt.type none, train_backbone false and distill []"
+            )
+        return
+    _check_typed(HEADS, first, f"{role}.first_session", problems)
+    fitted, trained = ([name for name in HEADS if HEADS[name].fitted == wanted] for wanted in (True, False))
+    if _fitted(first):
+        problems.append(f"'{role}.first_session.type' {first['type']} is not trained; use one of {', '.join(trained)}")
+    if not _fitted(head):
+        problems.append(
+            f"'{role}.first_session' is set, but '{role}.head.type' {head.get('type')} is not fitted after it; use "
+            f"one of {', '.join(fitted)}, or leave first_session out"
+        )
+    if not learns:
+        problems.append(f"'{role}.first_session' has nothing to train; give '{role}' prompts or train_backbone")
+    for number, term in enumerate(terms):
+        kind = term.get("type") if isinstance(term, dict) else None
+        if isinstance(kind, str) and kind in TERMS and TERMS[kind].student_parts:
+            problems.append(
+                f"'distill.{number}' ({kind}) trains a KD head, which is not fitted after a first session; use a term "
+                "on the student's own head, as kd"
             )
 
 

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,16 @@ class CDLTrainer(Trainer):
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)
         if learnt is not None:
+            self.model.end_session()
             self.model.load_state_dict(type(self.model).from_pretrained(learnt).state_dict())
             return
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self.state.log_history = []
         if any(parameter.requires_grad for parameter in self.model.parameters()):
             self._train(task, result)
-        elif self.model.fitted:
+        if self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
         self.objective.end_task()
@@ -160,6 +163,8 @@ class CDLTrainer(Trainer):
     def _train(self, task: Task, result: TaskResult) -> None:
         work = None if self.run is None else self.run.work_folder(self.role, task)
         last = get_last_checkpoint(work) if work is not None and work.is_dir() else None
+        if last is None:
+            self._measure(task)
         self.train_dataset = self._as_seen(task.train, *(() if self.teacher is None else ("teacher",)))
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
@@ -186,18 +191,33 @@ class CDLTrainer(Trainer):
         model._is_accelerate_prepared = False
         return model
 
+    def _measure(self, task: Task) -> None:
+        """Fix the statistics of the first task's features, for heads that standardise with them."""
+        if self.model.unmeasured:
+            for output, _ in self._features(task):
+                self.model.measure(output)
+
     def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """A model without trainable parameters is fitted by one pass over the task's un-augmented images."""
+        """Fit the head by one pass over the task's un-augmented images; what its features come from is fixed now."""
         start = time.perf_counter()
+        self.model.end_session()
+        self._measure(task)
+        for output, labels in self._features(task):
+            self.model.head.accumulate(output.features, labels - task.first_class)
+        seconds = time.perf_counter() - start
+        result.train_seconds += seconds
+        result.images_per_second = result.images_per_second or len(task.train) / seconds  # training's, if it trained
+
+    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor]]:
+        """The model's outputs and the labels of the task's un-augmented images, of all processes, batch by batch."""
         self.model.eval()
         for batch in self._bar(self._title(task), iterable=self._loader(task.train)):
             with torch.no_grad():
-                features = self.model(pixel_values=batch["pixel_values"]).features
-            features, labels = self.accelerator.gather_for_metrics((features, batch["labels"]))
-            self.model.head.accumulate(features, labels - task.first_class)
-        self.state.log_history = []
-        result.train_seconds = time.perf_counter() - start
-        result.images_per_second = len(task.train) / result.train_seconds
+                output = self.model(pixel_values=batch["pixel_values"])
+            found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
+            found = self.accelerator.gather_for_metrics({key: v for key, v in found.items() if v is not None})
+            labels = found.pop("labels")
+            yield CDLOutput(**found), labels
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

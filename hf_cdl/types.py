@@ -41,9 +41,10 @@ class CDLOutput(ModelOutput):
     `loss`: scalar cross-entropy, only if labels were given. `logits`: (B, C) over all classes seen so far, in stream
     order; in evaluation the blend of both heads if the model has a KD head. `kd_logits`: (B, C) of the KD head.
     `prompt_loss`: scalar, the pool's own loss (CODA's orthogonality penalty, a match loss). `query`: (B, D_q).
-    `features`: (B, D) what the CLS head reads. `hidden_states`: embeddings and every layer's output before the final
-    norm, L + 1 entries, (B, N, D) each: CLS (if the family has one) and patches, without KD token, registers and the
-    like; None for a layer that was not asked for. `similarities`: only of a one-pass model that is given a query; for
+    `features`, `kd_features`: (B, D) what the CLS head and the KD head read.
+    `hidden_states`: embeddings and every layer's output before the final norm, L + 1 entries, (B, N, D) each: CLS (if
+    the family has one) and patches, without KD token, registers and the like; None for a layer that was not asked for.
+    `similarities`: only of a one-pass model that is given a query; for
     every layer with keys the cosines (B, M) of its keys with the CLS token entering it, and with that query.
     `path_logits`: (B, C) of a second path through a teacher, if a term has put one beside the teacher's own.
     """
@@ -54,6 +55,7 @@ class CDLOutput(ModelOutput):
     prompt_loss: torch.Tensor | None = None
     query: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    kd_features: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None

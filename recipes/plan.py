@@ -75,7 +75,7 @@ HEADINGS = [
 ]
 NOTES = """\
 FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
-taught, its own forward and backward pass. Evaluation is left out.
+taught, its own forward and backward pass. Evaluation and the pass that fits a head after a first session are left out.
 Peak memory is an estimate: the weights of all models, gradients and the optimizer's states of what is trained, and
 what a step keeps for the way back, with fused attention and without the largest passing tensors."""
 
@@ -190,29 +190,33 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     batch = arguments.per_device_train_batch_size
     views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
     pixels = views[role]
-    trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     for part in (model, teacher):  # torch's counter cannot follow trainable parameters where no gradient is taken
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
     if role == "teacher" and (recipe.teacher_from is not None or (recipe.teacher and recipe.teacher.train is None)):
         return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
+    classes, images = tasks.classes, tasks.images
+    section = getattr(recipe, "teacher" if role == "teacher" else "student")
+    if role in ("teacher", "student") and section.first_session is not None:
+        classes, images = classes[:1], images[:1]
+        model.begin_session()
+    model.freeze()
+    trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted by one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
-    per_epoch = [
-        count // batch if arguments.dataloader_drop_last else math.ceil(count / batch) for count in tasks.images
-    ]
+    per_epoch = [count // batch if arguments.dataloader_drop_last else math.ceil(count / batch) for count in images]
     epochs, accumulated = arguments.num_train_epochs, arguments.gradient_accumulation_steps
     steps = sum(math.ceil(batches / accumulated) * epochs for batches in per_epoch)
-    model.train().freeze()
+    model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        taught = functools.partial(_step, model, objective, pixels, tasks.classes, teacher, views.get("teacher"))
+        taught = functools.partial(_step, model, objective, pixels, classes, teacher, views.get("teacher"))
         flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
-    return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(tasks.images) * epochs))
+    return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(images) * epochs))
 
 
 def optimizer_states(arguments: CDLTrainingArguments) -> int | None:

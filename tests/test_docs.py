@@ -14,6 +14,8 @@ from test_imports import ALLOWED
 
 from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.distill import TERMS
+from hf_cdl.models.head import HeadConfig
+from hf_cdl.models.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe import ModelRecipe, Recipe, build_recipe, load_recipe
 
@@ -67,6 +69,9 @@ OPTIONS: dict[str, Any] = {
     "`kd_prompt`": KDPromptConfig,
     "`mapping`": MappingConfig,
     "`train`": CDLTrainingArguments,
+    "`head: {type: linear}`, `{type: weight_normalised}`, `{type: ncm}`": HeadConfig,
+    "`head: {type: cosine}`": HEADS["cosine"].config_class,
+    "`head: {type: ridge}`": HEADS["ridge"].config_class,
     **{f"`prompt: {{type: {name}}}`": pool.config_class for name, pool in PROMPTS.items()},
     **{f"`distill: {{type: {name}}}`": term.config_class for name, term in TERMS.items()},
 }
@@ -119,7 +124,7 @@ def test_the_import_table_for_people_is_the_one_for_machines():
 def test_every_method_has_its_row_in_papers_and_every_reference_its_method():
     rows = table_rows((ROOT / "docs" / "papers.md").read_text())
     recipes = " ".join(row[3] + row[4] for row in rows)
-    for name in [*PROMPTS, *TERMS]:
+    for name in [*PROMPTS, *TERMS, *HEADS.keys() - {"linear"}]:
         assert f"{{type: {name}}}" in recipes
     references = {file.stem for file in (ROOT / "tests" / "references").glob("*.json")}
     named: set[str] = set()

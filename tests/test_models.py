@@ -394,7 +394,7 @@ def test_wrong_sections_are_refused_with_what_is_allowed(vit: Path) -> None:
         student(vit, prompt={"type": "coda", "lenght": 3})
     with pytest.raises(ValueError, match="different numbers from 0 to 2"):
         student(vit, prompt={"type": "coda", "layers": (0, 3)})
-    with pytest.raises(ValueError, match="Unknown head type 'foo'; allowed: linear, weight_normalised, ncm"):
+    with pytest.raises(ValueError, match="Unknown head type 'foo'; allowed: linear, weight_normalised"):
         student(vit, head={"type": "foo"})
     with pytest.raises(ValueError, match="has only 3 layers"):
         student(vit, kd_prompt={"layers": 4})

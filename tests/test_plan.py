@@ -143,6 +143,18 @@ def test_the_optimizer_s_states_are_counted(tmp_path: Path, options: dict[str, s
         assert found == want * sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"])
 
 
+def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, distill=[{"type": "kd"}])
+    full = build_recipe(recipe)
+    recipe["student"] |= {"head": {"type": "ridge"}, "first_session": {"type": "linear"}}
+    session = build_recipe(recipe)
+    (_, every), (_, once) = (plan.measure(r, plan.read_tasks(r)) for r in (full, session))
+    assert once["teacher"] == every["teacher"]
+    assert (once["student"].steps, once["student"].images) == (4, 32)  # 2 epochs of 16 images
+    assert every["student"].steps == 3 * 4
+    assert once["student"].trained == every["student"].trained
+
+
 def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -> None:
     counted = plan.read_tasks(build_recipe(make_recipe(tmp_path)))
     assert (counted.classes, counted.images, counted.source) == ([2] * 3, [16] * 3, "counted in the data")

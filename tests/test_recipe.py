@@ -75,6 +75,7 @@ def test_quickstart_is_the_default() -> None:
 # ---- what is refused ----
 
 MAPPING = {"type": "prompt_mapping"}
+LINEAR, RIDGE = {"type": "linear"}, {"type": "ridge"}
 PLAIN = {"model": "classifier", "backbone": "resnet"}
 
 
@@ -88,8 +89,14 @@ PLAIN = {"model": "classifier", "backbone": "resnet"}
         ({"student__prompt": {"type": "coda", "lenght": 4}}, "unknown field 'student.prompt.lenght'"),
         ({"student__prompt": {"type": "codda"}}, "'student.prompt.type' is 'codda'; allowed: none, coda"),
         ({"student__prompt": {"length": 4}}, "'student.prompt.type' is None; allowed"),
-        ({"student__head": {"type": "mlp"}}, "'student.head.type' is 'mlp'; allowed: linear, weight_normalised, ncm"),
-        ({"student__head": {"typ": "ncm"}}, "'student.head.type' is None; allowed: linear, weight_normalised, ncm"),
+        (
+            {"student__head": {"type": "mlp"}},
+            "'student.head.type' is 'mlp'; allowed: linear, weight_normalised",
+        ),
+        (
+            {"student__head": {"typ": "ncm"}},
+            "'student.head.type' is None; allowed: linear, weight_normalised",
+        ),
         ({"student__head": {"type": "linear", "width": 3}}, "unknown field 'student.head.width'"),
         ({"student__prompt": {"type": "none", "length": 4}}, "unknown field 'student.prompt.length'"),
         ({"student__prompt": {"type": ["coda"]}}, "'student.prompt.type' is ['coda']; allowed: none, coda"),
@@ -158,6 +165,17 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
         ({"distill": [{"type": "kd"}], "student__kd_prompt": {}}, "'student.kd_prompt' is set, but no term"),
         ({"student__head": {"type": "ncm"}}, "'student.head.type' ncm is fitted without training"),
         ({"teacher__head": {"type": "ncm"}}, "'teacher.head.type' ncm is fitted without training"),
+        ({"student__first_session": LINEAR}, "'student.first_session' is set, but 'student.head.type' linear"),
+        ({"student__first_session": RIDGE}, "'student.first_session.type' ridge is not trained; use one of linear"),
+        ({"student__first_session": {"type": "mlp"}}, "'student.first_session.type' is 'mlp'; allowed: linear"),
+        (
+            {"student": {"backbone": "x", "head": RIDGE, "first_session": LINEAR}},
+            "'student.first_session' has nothing",
+        ),
+        ({"student__head": RIDGE, "student__first_session": LINEAR}, "'distill.0' (kdp) trains a KD head, which"),
+        ({"teacher__head": {**RIDGE, "lambda": 1}}, "unknown field 'teacher.head.lambda'"),
+        ({"teacher__head": {**RIDGE, "strength": -1}}, "teacher.head: A ridge head needs strength > 0"),
+        ({"teacher": {**PLAIN, "first_session": LINEAR}}, "'teacher.first_session': a model: classifier has none"),
         ({"distill": [MAPPING], "teacher__query": "self"}, "'teacher.query' is 'self', but a mapping"),
         ({"distill": [MAPPING], "teacher__prompt": {"type": "none"}}, "'teacher.prompt.type' is none, but a mapping"),
         ({"distill": [MAPPING, {"type": "kdp"}]}, "the terms want mapping and kd_prompt, which both train"),

@@ -48,6 +48,17 @@ def test_terms_of_logits_are_zero_for_equal_logits_and_ignore_a_shift_of_a_row(n
     torch.testing.assert_close(value(term, ours + shift, theirs - shift), value(term, ours, theirs))
 
 
+def test_label_smoothing_is_cross_entropy_to_labels_mixed_with_all_classes() -> None:
+    """In the objective its share adds up: w CE(smoothed by epsilon) + (1 - w) CE smooths by w epsilon."""
+    z = logits(1, classes=9)
+    cut = z[:, 3:7]
+    mixed = 0.7 * F.one_hot(LABELS, 4) + 0.3 / 4
+    term = term_of("label_smoothing", weight=0.4, epsilon=0.3)
+    torch.testing.assert_close(value(term, cut, cut), -(mixed * cut.log_softmax(1)).sum(1).mean())
+    losses = Objective(0.6, [("label_smoothing", term)])(CDLOutput(logits=z), None, LABELS + 3, slice(3, 7))
+    torch.testing.assert_close(losses["loss"], F.cross_entropy(cut, LABELS, label_smoothing=0.4 * 0.3))
+
+
 def test_standardised_kd_ignores_the_scale_of_a_row_and_plain_kd_does_not() -> None:
     ours, theirs, scale = logits(1), logits(2), torch.arange(1.0, 7.0)[:, None]
     for standardise in (True, False):

@@ -704,6 +704,15 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
         set(ROLES),
         [6] * 3,
     ),
+    "fitted heads": (
+        [
+            *("--teacher.prompt", "{type: none}", "--teacher.head", "{type: ridge, features: 40}"),
+            *("--student.head", "{type: ridge}", "--student.first_session", "{type: cosine}"),
+            *("--distill", "[{type: kd, temperature: 0.1}, {type: label_smoothing}]"),
+        ],
+        set(ROLES),
+        [6] * 3,
+    ),
     "OS-Prompt++ alone": (
         ["--teacher", "null", "--student.query", "one_pass", "--distill", "[{type: os_prompt}]"],
         {"student", "nearest_class_mean"},

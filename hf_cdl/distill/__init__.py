@@ -9,6 +9,7 @@ from hf_cdl.distill.fitnets import FitNets
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.kd_token import KDToken
 from hf_cdl.distill.kdp import KDP
+from hf_cdl.distill.label_smoothing import LabelSmoothing
 from hf_cdl.distill.objective import Objective, Term
 from hf_cdl.distill.os_prompt import OSPrompt
 from hf_cdl.distill.prompt_mapping import PromptMappingKD
@@ -23,6 +24,7 @@ TERMS: dict[str, type[Term]] = {
     "fitnets": FitNets,
     "review_kd": ReviewKD,
     "dual_path": DualPath,
+    "label_smoothing": LabelSmoothing,
     "prompt_mapping": PromptMappingKD,
     "os_prompt": OSPrompt,
 }

@@ -30,6 +30,7 @@ class ImageClassifier(nn.Module):
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
     needs_query = False
     fitted = False
+    unmeasured = False
     shape = ModelShape(0, 0)  # it shows no hidden states to terms
 
     def __init__(self, model: Any, pretrained: bool = True):
@@ -126,6 +127,9 @@ class ImageClassifier(nn.Module):
 
     def follow(self, teacher: Any) -> None:
         """It keeps nothing of its teacher."""
+
+    def end_session(self) -> None:
+        """It has no first session."""
 
     def end_task(self) -> None:
         """Nothing is left to do."""

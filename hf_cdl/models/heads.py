@@ -1,8 +1,10 @@
-"""Classification heads that grow by one block per task and score all classes seen so far."""
+"""Classification heads that are trained, and the dict of all heads."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -10,33 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-
-class Head(nn.Module):
-    """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
-
-    A `fitted` head has no parameters: it accumulates statistics of fixed features instead of being trained.
-    """
-
-    fitted: ClassVar[bool] = False
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.hidden_size = hidden_size
-        self.blocks = nn.ModuleList()
-
-    def init_shared(self) -> None:
-        """Initialise what all tasks share (outside `blocks`)."""
-
-    def add_task(self, num_classes: int) -> None:
-        """Append the block of the next task."""
-        raise NotImplementedError
-
-    def init_task(self, task: int) -> None:
-        """Initialise block `task` in place."""
-        raise NotImplementedError
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return torch.cat([block(features) for block in self.blocks], dim=-1)
+from hf_cdl.models.fitted_heads import NearestMeanHead, RidgeHead
+from hf_cdl.models.head import Head, HeadConfig
 
 
 class LinearHead(Head):
@@ -50,7 +27,8 @@ class LinearHead(Head):
         linear: Any = self.blocks[task]
         bound = 1 / math.sqrt(self.hidden_size)
         init.uniform_(linear.weight, -bound, bound)
-        init.uniform_(linear.bias, -bound, bound)
+        if linear.bias is not None:
+            init.uniform_(linear.bias, -bound, bound)
 
 
 class NormalisedLinear(nn.Linear):
@@ -67,70 +45,82 @@ class WeightNormalisedHead(LinearHead):
     its initial weight and bias.
     """
 
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size)
+    def __init__(self, config: HeadConfig, hidden_size: int):
+        super().__init__(config, hidden_size)
         self.norm_weight: torch.Tensor
         self.norm_bias: torch.Tensor
         self.register_buffer("norm_weight", torch.empty(hidden_size))
         self.register_buffer("norm_bias", torch.empty(hidden_size))
 
     def init_shared(self) -> None:
+        super().init_shared()
         init.ones_(self.norm_weight)
         init.zeros_(self.norm_bias)
 
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(NormalisedLinear(self.hidden_size, num_classes))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return super().forward(F.layer_norm(features, (self.hidden_size,), self.norm_weight, self.norm_bias))
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(super().prepare(features), (self.hidden_size,), self.norm_weight, self.norm_bias)
 
 
-class ClassMeans(nn.Module):
-    """Sum and number of the unit-length features of each class of a task; logits are cosines to the class means."""
+@dataclass(frozen=True)
+class CosineConfig(HeadConfig):
+    scale: float = field(default=10.0, metadata={"help": "Factor eta of the cosines (where it starts, if learnt)."})
+    learn_scale: bool = field(default=True, metadata={"help": "Train the scale, in every task, as in the paper."})
 
-    def __init__(self, hidden_size: int, num_classes: int):
-        super().__init__()
-        self.total: torch.Tensor
-        self.count: torch.Tensor
-        self.register_buffer("total", torch.zeros(num_classes, hidden_size))
-        self.register_buffer("count", torch.zeros(num_classes))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(features, dim=-1) @ F.normalize(self.total, dim=-1).T
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"A cosine head needs scale > 0; got {self.scale}.")
 
 
-class NearestMeanHead(Head):
-    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+class CosineHead(LinearHead):
+    r"""Cosines of features and weight rows, times a scale (LUCIR, Hou et al. 2019, Sec. 3.1): \eta <\bar w_i, \bar f>.
 
-    fitted: ClassVar[bool] = True
+    No class wins by a longer weight row, and none has a bias. One \eta serves all tasks, so that their logits stay
+    comparable; [ours] it starts at 10, since logits within -1 and 1 train slowly.
+    """
+
+    config_class: ClassVar[type] = CosineConfig
+    config: CosineConfig
+
+    def __init__(self, config: CosineConfig, hidden_size: int):
+        super().__init__(config, hidden_size)
+        self.scale: torch.Tensor
+        if config.learn_scale:
+            self.scale = nn.Parameter(torch.empty(1))
+        else:
+            self.register_buffer("scale", torch.empty(1))
+
+    def init_shared(self) -> None:
+        super().init_shared()
+        init.constant_(self.scale, self.config.scale)
 
     def add_task(self, num_classes: int) -> None:
-        self.blocks.append(ClassMeans(self.hidden_size, num_classes))
+        self.blocks.append(NormalisedLinear(self.hidden_size, num_classes, bias=False))
 
-    @torch.no_grad()
-    def init_task(self, task: int) -> None:
-        block: Any = self.blocks[task]
-        init.zeros_(block.total)
-        init.zeros_(block.count)
-
-    @torch.no_grad()
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add features (B, D) of the newest task; `labels` (B,) count from its first class."""
-        block: Any = self.blocks[-1]
-        block.total.index_add_(0, labels, F.normalize(features.float(), dim=-1))
-        block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scale * F.normalize(super().prepare(features), dim=-1)
 
 
 HEADS: dict[str, type[Head]] = {
     "linear": LinearHead,
     "weight_normalised": WeightNormalisedHead,
+    "cosine": CosineHead,
     "ncm": NearestMeanHead,
+    "ridge": RidgeHead,
 }
 
 
 def build_head(head: dict[str, Any], hidden_size: int) -> Head:
-    """The head of a config's `head` section. Raises ValueError for an unknown type."""
-    kind = head["type"]
+    """The head of a config's `head` section. Raises ValueError for an unknown type or field."""
+    fields = dict(head)
+    kind = fields.pop("type")
     if kind not in HEADS:
         raise ValueError(f"Unknown head type '{kind}'; allowed: {', '.join(HEADS)}.")
-    return HEADS[kind](hidden_size)
+    config = HEADS[kind].config_class
+    known = [f.name for f in dataclasses.fields(config)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise ValueError(f"Head type '{kind}' has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+    return HEADS[kind](config(**fields), hidden_size)

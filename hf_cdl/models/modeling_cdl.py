@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
 from hf_cdl.models import backbone as bb
-from hf_cdl.models.heads import Head, build_head
+from hf_cdl.models.head import Head
+from hf_cdl.models.heads import HEADS, build_head
 from hf_cdl.models.prompted import PromptedBackbone
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
@@ -21,8 +23,9 @@ class CDLForImageClassification(PromptedBackbone):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
-    A KD head, if there is one, reads the KD token, or CLS beside mapped prompts. Raises ValueError for an unsupported
-    backbone, prompt type, head or combination of them.
+    A KD head, if there is one, reads the KD token, or CLS beside mapped prompts. With a fitted head all else is fixed,
+    but in a first session: on the first task it trains with a head of its own, until `end_session()`. Raises
+    ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
@@ -30,12 +33,15 @@ class CDLForImageClassification(PromptedBackbone):
     def __init__(self, config: CDLConfig):
         super().__init__(config)
         self.head = build_head(config.head, self.shape.hidden_size)
+        config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
-        for task in config.tasks:
-            self._grow(len(task))
+        self.session_head: Head | None = None  # that of the first session while it lasts; never saved
+        self._check_session()
+        for number, task in enumerate(config.tasks):
+            self._grow(number, len(task))
         self.post_init()
         self.freeze()
 
@@ -86,16 +92,17 @@ class CDLForImageClassification(PromptedBackbone):
 
     @property
     def fitted(self) -> bool:
-        """Whether the model is fitted by one pass over a task's images instead of being trained."""
+        """Whether the head is fitted by one pass over a task's images instead of being trained."""
         return self.head.fitted
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.save_pretrained, without the scaffold of training."""
+        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session."""
         scaffold, self.scaffold = self.scaffold, None
+        session_head, self.session_head = self.session_head, None
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.scaffold = scaffold
+            self.scaffold, self.session_head = scaffold, session_head
 
     def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
         """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
@@ -105,8 +112,11 @@ class CDLForImageClassification(PromptedBackbone):
         device, dtype = self.device, self.dtype
         self.config.set_tasks([*self.config.tasks, list(class_names)])
         self.num_labels = sum(self.config.num_classes_per_task)
-        self._grow(len(class_names))
-        self._init_task(len(self.config.tasks) - 1)
+        task = len(self.config.tasks) - 1
+        self._grow(task, len(class_names))
+        self._init_task(task)
+        if self.config.first_session is not None and task == 0:
+            self.begin_session()
         self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
 
@@ -115,21 +125,51 @@ class CDLForImageClassification(PromptedBackbone):
         if self.mapping is not None and teacher.pool is not None:
             self.mapping.teacher_pool.load_state_dict(teacher.pool.state_dict())
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether a head standardises its features, but has no statistics of them yet."""
+        return any(head.standard is not None and not head.standard.count for head in self._heads())
+
+    def measure(self, output: CDLOutput) -> None:
+        """Add the features of un-augmented images to the statistics that the heads standardise with."""
+        for head, features in zip(self._heads(), (output.features, output.kd_features), strict=False):
+            if head.standard is not None and features is not None:
+                head.standard.measure(features)
+
+    def begin_session(self) -> None:
+        """Make the head of the first session, with which prompts or backbone train once frozen anew (`freeze`)."""
+        first: Any = self.config.first_session
+        self.session_head = build_head(first, self.shape.hidden_size)
+        self.session_head.add_task(len(self.config.tasks[0]))
+        self._init_weights(self.session_head)
+
+    def end_session(self) -> None:
+        """End the first session, if it lasts: what it trained stays as it is, and `head` can be fitted."""
+        if self.session_head is not None:
+            self.session_head = None
+            if self.pool is not None:
+                self.pool.end_task()
+            self.freeze()
+
     def end_task(self) -> None:
-        """Tell the pool that the newest task is learnt."""
-        if self.pool is not None:
-            self.pool.end_task()
+        """Tell pool and heads that the newest task is learnt."""
+        for part in (None if self.config.first_session else self.pool, *self._heads()):
+            if part is not None:
+                part.end_task()
 
     def freeze(self) -> None:
         """Leave trainable: the newest blocks, what all tasks share (KD prompts, the scaffold), and no backbone.
 
-        With `train_backbone` the backbone trains too, but for its parameters that never reach the output.
+        With `train_backbone` the backbone trains too, but for its parameters that never reach the output. Beside a
+        fitted head nothing trains, except in the first session.
         """
         self.requires_grad_(False)
+        if self.fitted and self.session_head is None:
+            return
         if self.config.train_backbone:
             for name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_("mask_token" not in name)
-        for part in (self.pool, self.mapping, self.head, self.kd_head):
+        for part in (self.pool, self.mapping, *self._heads()):
             if part is not None:
                 part.requires_grad_(True)
                 for block in part.blocks[:-1]:
@@ -140,18 +180,42 @@ class CDLForImageClassification(PromptedBackbone):
             if part is not None:
                 part.requires_grad_(True)
 
-    def _grow(self, num_classes: int) -> None:
-        for part in (self.pool, self.mapping):
-            if part is not None:
-                part.add_task()
+    def _heads(self) -> list[Head]:
+        """The heads that answer now."""
+        head = self.head if self.session_head is None else self.session_head
+        return [head] if self.kd_head is None else [head, self.kd_head]
+
+    def _prompts(self, task: int) -> list[PromptPool | PromptMapping]:
+        """The prompts that get a block for a task: none after a first session."""
+        parts = [] if task and self.config.first_session is not None else [self.pool, self.mapping]
+        return [part for part in parts if part is not None]
+
+    def _grow(self, task: int, num_classes: int) -> None:
+        for part in self._prompts(task):
+            part.add_task()
         for head in (self.head, self.kd_head):
             if head is not None:
                 head.add_task(num_classes)
 
     def _init_task(self, task: int) -> None:
-        for part in (self.pool, self.mapping, self.head, self.kd_head):
+        for part in (*self._prompts(task), self.head, self.kd_head):
             if part is not None:
                 part.init_task(task)
+
+    def _check_session(self) -> None:
+        first, kind = self.config.first_session, self.config.head["type"]
+        learns = self.pool is not None or self.config.train_backbone
+        if first is not None:
+            if not self.fitted or HEADS[first["type"]].fitted or not learns or self.kd_head is not None:
+                raise ValueError(
+                    f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts or "
+                    "train_backbone, and no KD head."
+                )
+        elif self.fitted and (learns or self.kd_head is not None):
+            raise ValueError(
+                f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
+                "task. Give first_session a trained head, as {'type': 'linear'}: they learn on the first task alone."
+            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -187,14 +251,16 @@ class CDLForImageClassification(PromptedBackbone):
         found = self._encode(
             pixel_values,
             query,
-            task_id,
+            None if self.fitted and self.session_head is None else task_id,  # its prompts are of no task any more
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
-        logits = self.head(found.features)
+        logits = self._heads()[0](found.features)
+        kd_features: Any = None
         kd_logits: Any = None
         if self.kd_head is not None:
-            kd_logits = self.kd_head(found.token)
+            kd_features = found.token
+            kd_logits = self.kd_head(kd_features)
             if not self.training:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
         return CDLOutput(
@@ -204,6 +270,7 @@ class CDLForImageClassification(PromptedBackbone):
             prompt_loss=found.prompt_loss,
             query=found.query,
             features=found.features,
+            kd_features=kd_features,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
             similarities=found.similarities,

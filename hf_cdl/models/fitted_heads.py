@@ -1,0 +1,166 @@
+r"""Heads that are fitted to fixed features by one pass instead of being trained: class means, and ridge regression.
+
+Both keep sums over the images, never an image, so their size does not depend on how many there were, and the result
+not on the tasks or the order in which they came.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_cdl.models.head import Head, HeadConfig
+
+
+class ClassMeans(nn.Module):
+    """Sum and number of the unit-length features of each class of a task; logits are cosines to the class means."""
+
+    def __init__(self, hidden_size: int, num_classes: int):
+        super().__init__()
+        self.total: torch.Tensor
+        self.count: torch.Tensor
+        self.register_buffer("total", torch.zeros(num_classes, hidden_size))
+        self.register_buffer("count", torch.zeros(num_classes))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ F.normalize(self.total, dim=-1).T
+
+
+class NearestMeanHead(Head):
+    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+
+    fitted: ClassVar[bool] = True
+
+    def add_task(self, num_classes: int) -> None:
+        self.blocks.append(ClassMeans(self.hidden_size, num_classes))
+
+    @torch.no_grad()
+    def init_task(self, task: int) -> None:
+        block: Any = self.blocks[task]
+        init.zeros_(block.total)
+        init.zeros_(block.count)
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(super().prepare(features), dim=-1)
+
+    @torch.no_grad()
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        block: Any = self.blocks[-1]
+        block.total.index_add_(0, labels, self.prepare(features.float()))
+        block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
+
+
+@dataclass(frozen=True)
+class RidgeConfig(HeadConfig):
+    strength: float = field(default=10.0, metadata={"help": "Lambda, added to the diagonal of the Gram matrix."})
+    features: int | None = field(
+        default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.strength <= 0 or (self.features is not None and self.features < 1):
+            raise ValueError(
+                f"A ridge head needs strength > 0 and features >= 1 or null; got {self.strength} and {self.features}."
+            )
+
+
+class RidgeBlock(nn.Module):
+    """Of a task: the sums (C_t, M) of its classes' features, as bits of float64, and the solution's weight rows."""
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        self.total: torch.Tensor
+        self.weight: torch.Tensor
+        self.register_buffer("total", torch.zeros(num_classes, width, dtype=torch.int64))
+        self.register_buffer("weight", torch.zeros(num_classes, width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.linear(features, self.weight)
+
+
+class RidgeHead(Head):
+    r"""Ridge regression from features to one-hot labels, of all images seen so far (RanPAC, arXiv 2307.02251, Sec. 4).
+
+        G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    logits = W^T h
+
+    h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M) drawn once and kept. Ours:
+    P ~ N(0, 1 / D), so that h has the scale of x; the paper's N(0, 1) is the same with \lambda D times larger, and it
+    chooses \lambda task by task. `gram` (M, M) and the class sums are accumulated in float64 and W is solved anew for
+    all classes at each task's end, so it is the joint solution whatever the tasks. (The condition of G is far beyond
+    float32.) They are stored as the bits of float64 in integers, which no change of a model's dtype rounds.
+    """
+
+    fitted: ClassVar[bool] = True
+    config_class: ClassVar[type] = RidgeConfig
+    config: RidgeConfig
+
+    def __init__(self, config: RidgeConfig, hidden_size: int):
+        super().__init__(config, hidden_size)
+        self.width = config.features or hidden_size
+        self.gram: torch.Tensor
+        self.projection: torch.Tensor | None
+        self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.int64))
+        self.register_buffer("projection", torch.empty(hidden_size, self.width) if config.features else None)
+
+    def init_shared(self) -> None:
+        super().init_shared()
+        init.zeros_(self.gram)
+        if self.projection is not None:
+            init.normal_(self.projection, std=self.hidden_size**-0.5)
+
+    def add_task(self, num_classes: int) -> None:
+        self.blocks.append(RidgeBlock(self.width, num_classes))
+
+    @torch.no_grad()
+    def init_task(self, task: int) -> None:
+        block: Any = self.blocks[task]
+        init.zeros_(block.total)
+        init.zeros_(block.weight)
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        features = super().prepare(features)
+        return features if self.projection is None else torch.relu(features @ self.projection)
+
+    @torch.no_grad()
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        block: Any = self.blocks[-1]
+        mapped = _movable(self.prepare(features.float())).double()
+        targets = F.one_hot(labels, len(block.total)).to(mapped)
+        _add(self.gram, mapped.T @ mapped)
+        _add(block.total, targets.T @ mapped)
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """Solve for all classes. Raises ValueError if the Gram matrix is singular in spite of lambda."""
+        gram = _read(self.gram).clone()
+        gram.diagonal().add_(self.config.strength)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise ValueError(
+                f"The ridge head's strength {self.config.strength} is too small for features of this size (diagonal "
+                f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
+            )
+        for module in self.blocks:
+            block: Any = module
+            block.weight.copy_(torch.cholesky_solve(_read(block.total).T, factor).T)
+
+
+def _movable(tensor: torch.Tensor) -> torch.Tensor:
+    """On its device, or on the CPU for one without float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def _read(bits: torch.Tensor) -> torch.Tensor:
+    """The float64 numbers of a buffer of bits."""
+    return _movable(bits).view(torch.float64)
+
+
+def _add(bits: torch.Tensor, value: torch.Tensor) -> None:
+    """Add float64 numbers to a buffer of bits."""
+    bits.copy_((_read(bits) + value).view(torch.int64))

@@ -1,0 +1,107 @@
+"""What every classification head is: a block per task, and features that may be standardised before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    standardise: Literal["first_task"] | None = field(
+        default=None,
+        metadata={"help": "first_task: each dimension of the features gets the mean 0 and the deviation 1 that it has "
+                  "on the first task's un-augmented images, measured once, before the head learns."},
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.standardise not in (None, "first_task"):
+            raise ValueError(f"A head's standardise is {self.standardise!r}; allowed: null, first_task.")
+
+
+class Standardise(nn.Module):
+    """Features (B, D) -> (x - mean) / std, by statistics of `count` features that stay once a head uses them.
+
+    Without statistics (`count` 0) the features stay as they are. A dimension that hardly varies is divided by a
+    hundredth of the mean deviation, so that later tasks do not find it blown up.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        self.count: torch.Tensor
+        self.register_buffer("mean", torch.zeros(hidden_size))
+        self.register_buffer("std", torch.ones(hidden_size))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Forget the statistics, by transformers' functions that leave loaded ones alone."""
+        init.zeros_(self.mean)
+        init.ones_(self.std)
+        init.zeros_(self.count)
+
+    @torch.no_grad()
+    def measure(self, features: torch.Tensor) -> None:
+        """Add features (B, D) to the statistics (Chan's update of mean and squared deviations)."""
+        features, before, new = features.float(), int(self.count), len(features)
+        mean, shift = features.mean(dim=0), features.mean(dim=0) - self.mean.float()
+        squares = (features - mean).square().sum(dim=0)
+        if before:
+            squares += self.std.float().square() * before + shift.square() * before * new / (before + new)
+        self.mean.add_(shift * new / (before + new))
+        self.std.copy_((squares / (before + new)).sqrt())
+        self.count.add_(new)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return (features - self.mean) / torch.maximum(self.std, 0.01 * self.std.mean() + 1e-6)
+
+
+class Head(nn.Module):
+    """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
+
+    A `fitted` head has no parameters: it accumulates statistics of fixed features (`accumulate`) instead of being
+    trained. A subclass with more options than HeadConfig's names its dataclass in `config_class`.
+    """
+
+    fitted: ClassVar[bool] = False
+    config_class: ClassVar[type] = HeadConfig
+
+    def __init__(self, config: Any, hidden_size: int):
+        super().__init__()
+        self.config = config
+        self.hidden_size = hidden_size
+        self.standard = Standardise(hidden_size) if config.standardise else None
+        self.blocks = nn.ModuleList()
+
+    def init_shared(self) -> None:
+        """Initialise what all tasks share (outside `blocks`)."""
+        if self.standard is not None:
+            self.standard.reset()
+
+    def add_task(self, num_classes: int) -> None:
+        """Append the block of the next task."""
+        raise NotImplementedError
+
+    def init_task(self, task: int) -> None:
+        """Initialise block `task` in place."""
+        raise NotImplementedError
+
+    def end_task(self) -> None:
+        """What the head does when a task is learnt (ridge solves here); nothing by default."""
+
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add features (B, D) of the newest task; `labels` (B,) count from its first class. Of fitted heads only."""
+        raise NotImplementedError
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) as the blocks read them."""
+        return features if self.standard is None else self.standard(features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.prepare(features)
+        return torch.cat([block(features) for block in self.blocks], dim=-1)
