@@ -99,6 +99,10 @@ class Recipe:
     plugins: list[str] = _help(
         "Python files that register models of your own with transformers.", default_factory=list
     )
+    save_backbone: bool = _help(
+        "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
+        default=True,
+    )
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
 
@@ -220,6 +224,8 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
         problems.append(
             f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
         )
+    if trains and content.get("save_backbone") is False:
+        problems.append(f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost")
     kind = head.get("type")
     fitted = isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
     if fitted and (prompted or trains or (role == "student" and content.get("distill"))):
