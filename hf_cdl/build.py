@@ -117,6 +117,7 @@ def _build(
         teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
         train_backbone=section.train_backbone,
         save_backbone=recipe.save_backbone,
+        save_code=recipe.save_code,
     )
 
 

@@ -72,6 +72,10 @@ class CDLConfig(PreTrainedConfig):
         metadata={"help": "Checkpoints hold the frozen backbones too; false: prompts and heads alone, and "
                   "from_pretrained fetches the backbones from where they came."},
     )  # fmt: skip
+    save_code: bool = field(
+        default=False,
+        metadata={"help": "Checkpoints hold the model's code too, for trust_remote_code without hf_cdl."},
+    )
     tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
 
     def __post_init__(self, **kwargs: Any):

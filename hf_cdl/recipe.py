@@ -103,6 +103,9 @@ class Recipe:
         "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
         default=True,
     )
+    save_code: bool = _help(
+        "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
+    )
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
 from hf_cdl.models.backbone import commit_of, digest, load_backbone
+from hf_cdl.models.code import put_code
 from hf_cdl.models.heads import Head, build_head
 from hf_cdl.models.prompted import PromptedBackbone
 from hf_cdl.models.small import PARTS, fetch_backbones, left_out
@@ -91,7 +93,8 @@ class CDLForImageClassification(PromptedBackbone):
         kwargs.setdefault("use_safetensors", True)
         with_info = kwargs.pop("output_loading_info", False)
         with torch.random.fork_rng(devices=[]):  # what a small checkpoint lacks is drawn at random first
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if not model.config.save_backbone or any(map(left_out, info["missing_keys"])):
             fetch_backbones(model, **kwargs)
         model.freeze()
@@ -108,8 +111,13 @@ class CDLForImageClassification(PromptedBackbone):
         return self.head.fitted
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.save_pretrained, without the scaffold of training, and small if the config says so."""
+        """As PreTrainedModel.save_pretrained, without the scaffold of training.
+
+        The config says what a checkpoint holds: `save_backbone`, `save_code`.
+        """
         self.config.check_small()
+        if not self.is_remote_code():  # transformers takes remote code along by itself
+            put_code(self.config, Path(save_directory))
         scaffold, self.scaffold = self.scaffold, None
         self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
         try:
