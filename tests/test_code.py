@@ -15,7 +15,7 @@ from test_small import as_cached, logits, student, teacher
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_cdl.models.code import ENTRY, FOLDER
+from hf_cdl.models.code import ENTRY
 
 # -I -S: no PYTHONPATH, no .pth files (editable installs); the None keeps an ordinary install from being found too.
 WITHOUT_HF_CDL = """
@@ -76,14 +76,14 @@ def test_a_process_without_hf_cdl_loads_the_same_model(tmp_path: Path) -> None:
 def test_the_code_is_a_copy_that_transformers_finds_and_goes_when_it_is_not_wanted(tmp_path: Path) -> None:
     model = student(make_backbone(tmp_path / "backbone"), save_code=True)
     model.save_pretrained(tmp_path / "s")
-    files = set((tmp_path / "s" / FOLDER).iterdir())
-    entry = tmp_path / "s" / FOLDER / f"{ENTRY.replace('.', '_')}.py"
+    files = set((tmp_path / "s").glob("*.py"))
+    entry = tmp_path / "s" / f"hf_cdl_{ENTRY.replace('.', '_')}.py"
     assert files == {entry, *map(Path, get_relative_import_files(entry))}, "what is there is what is needed"
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "s")
     assert type(loaded) is type(model), "with hf_cdl installed its own classes are used"
     loaded.save_pretrained(tmp_path / "again")
-    assert {file.name for file in files} == {file.name for file in (tmp_path / "again" / FOLDER).iterdir()}
+    assert {file.name for file in files} == {file.name for file in (tmp_path / "again").glob("*.py")}
     loaded.config.save_code = False
     loaded.save_pretrained(tmp_path / "without")
-    assert not (tmp_path / "without" / FOLDER).exists()
+    assert not [*(tmp_path / "without").glob("*.py")]
     assert "auto_map" not in json.loads((tmp_path / "without" / "config.json").read_text())

@@ -202,6 +202,6 @@ def test_a_run_with_small_checkpoints_learns_the_same_also_when_it_is_killed(tmp
     for role, entry in one.items():
         assert entry["accuracy_matrix"] == two[role]["accuracy_matrix"]
         assert not any("backbone" in name for name in stored_names(small / role))
-        assert (small / role / "hf_cdl_code" / "models_modeling_cdl.py").is_file()
+        assert (small / role / "hf_cdl_models_modeling_cdl.py").is_file()
         models = [CDLForImageClassification.from_pretrained(folder / role / "task-03") for folder in (whole, small)]
         assert torch.equal(logits(models[0]), logits(models[1])), role

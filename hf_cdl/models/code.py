@@ -1,8 +1,8 @@
 """The model's code beside a checkpoint, so that `trust_remote_code` loads it where hf_cdl is not installed.
 
 transformers takes along what a module imports relatively from its own folder. So the modules that the model needs are
-copied into one folder: hf_cdl/prompts/coda.py becomes prompts_coda.py, and in every copy `from hf_cdl.prompts.coda
-import Coda` becomes `from .prompts_coda import Coda`; nothing else changes.
+copied beside the weights: hf_cdl/prompts/coda.py becomes hf_cdl_prompts_coda.py, and in every copy `from
+hf_cdl.prompts.coda import Coda` becomes `from .hf_cdl_prompts_coda import Coda`; nothing else changes.
 """
 
 from __future__ import annotations
@@ -12,26 +12,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-FOLDER = "hf_cdl_code"
 ENTRY = "models.modeling_cdl"
 _IMPORT = re.compile(r"^( *)from hf_cdl\.([\w.]+) import (\w+|\()( as \w+)?", re.MULTILINE)
 _PACKAGE = Path(__file__).parent.parent
 
 
 def put_code(config: Any, folder: Path) -> None:
-    """If the config says so (`save_code`), write the code into FOLDER below a checkpoint's, and name it in the config.
+    """If the config says so (`save_code`), write the code into a checkpoint's folder and name it in the config.
 
     To be called before the config is saved.
     """
     if not config.save_code:
         vars(config).pop("auto_map", None)  # of a checkpoint with code that this model was loaded from
         return
-    entry = f"{FOLDER}/{_flat(ENTRY)}"
+    entry = _flat(ENTRY)
     config.auto_map = {
         "AutoConfig": f"{entry}.CDLConfig",
         "AutoModelForImageClassification": f"{entry}.CDLForImageClassification",
     }
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     todo, written = {ENTRY}, set[str]()
     while todo:
         module = todo.pop()
@@ -39,7 +38,7 @@ def put_code(config: Any, folder: Path) -> None:
         head = (
             f"# hf_cdl/{_file(module).relative_to(_PACKAGE).as_posix()} of hf_cdl {version('hf-cdl')}, Apache-2.0.\n"
         )
-        copy = folder / FOLDER / f"{_flat(module)}.py"
+        copy = folder / f"{_flat(module)}.py"
         copy.write_text(head + _IMPORT.sub(_relative, source), encoding="utf-8")
         written.add(module)
         todo |= {_imported(found) for found in _IMPORT.finditer(source)} - written
@@ -51,7 +50,7 @@ def _file(module: str) -> Path:
 
 
 def _flat(module: str) -> str:
-    return module.replace(".", "_")
+    return f"hf_cdl_{module.replace('.', '_')}"
 
 
 def _imported(found: re.Match[str]) -> str:
