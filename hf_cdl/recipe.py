@@ -70,6 +70,16 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class CardRecipe:
+    """The `card` section: what a model card says that no run can know. It may change at any time."""
+
+    license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
+    data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
+    data_license: str | None = _help("Licence of the data, as its owners state it.", default=None)
+    pretraining: str | None = _help("What the backbones' pre-training saw of these classes.", default=None)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
 
@@ -106,6 +116,7 @@ class Recipe:
     save_code: bool = _help(
         "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
     )
+    card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
 

@@ -15,7 +15,7 @@ from test_imports import ALLOWED
 from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.distill import TERMS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
-from hf_cdl.recipe import ModelRecipe, Recipe, build_recipe, load_recipe
+from hf_cdl.recipe import CardRecipe, ModelRecipe, Recipe, build_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -67,6 +67,7 @@ OPTIONS: dict[str, Any] = {
     "`kd_prompt`": KDPromptConfig,
     "`mapping`": MappingConfig,
     "`train`": CDLTrainingArguments,
+    "`card`": CardRecipe,
     **{f"`prompt: {{type: {name}}}`": pool.config_class for name, pool in PROMPTS.items()},
     **{f"`distill: {{type: {name}}}`": term.config_class for name, term in TERMS.items()},
 }
