@@ -25,7 +25,7 @@ Results = Mapping[str, Any]
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _METRICS = {
-    "average_accuracy": "average accuracy",
+    "average_accuracy": "average accuracy (%)",
     "forgetting": "forgetting",
     "average_incremental_accuracy": "incremental",
 }
@@ -249,7 +249,10 @@ def _model_facts(recipe: Mapping[str, Any], role: str, other_id: str | None) -> 
         link = f"[{other_id}](https://huggingface.co/{other_id}), " if other_id else ""
         facts.append(f"Its {other}: {link}on the backbone {_backbone(recipe[other])}")
     if role == "student" and recipe["distill"]:
-        facts.append(f"Distillation: {yaml.safe_dump(recipe['distill'], default_flow_style=True, width=1000).strip()}")
+        terms = [
+            f"`{t['type']}` ({', '.join(f'{k} {v}' for k, v in t.items() if k != 'type')})" for t in recipe["distill"]
+        ]
+        facts.append(f"Distillation: {' + '.join(terms)}, cross-entropy with weight {recipe['ce_weight']}")
     licence = _stated(recipe, "license")
     return [*facts, f"Licence: {licence or 'not stated by the author'}"]
 
