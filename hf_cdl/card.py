@@ -182,6 +182,7 @@ def _usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
     options = ", trust_remote_code=True" if recipe["plugins"] or _code(recipe, role) else ""
     lines = [
         "from transformers import pipeline",
+        "",
         f'print(pipeline("image-classification", model="{repo_id or "FOLDER"}"{options})("IMAGE.png"))',
     ]
     own = recipe[role]["model"] == "cdl" and not options
