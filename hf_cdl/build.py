@@ -117,6 +117,8 @@ def _build(
         mapping=section.mapping,
         teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
         train_backbone=section.train_backbone,
+        save_backbone=recipe.save_backbone,
+        save_code=recipe.save_code,
     )
 
 

@@ -13,7 +13,8 @@ class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
     `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Raises ValueError for a class name that occurs twice.
+    sizes that grow: prompts, heads, id2label. Raises ValueError for a class name that occurs twice, and for a small
+    checkpoint (`save_backbone` false) that could not be loaded again.
     """
 
     model_type = "cdl"
@@ -25,12 +26,17 @@ class CDLConfig(PreTrainedConfig):
     backbone_config: Any = field(default=None, metadata={"help": "Config of the backbone (any allow-listed family)."})
     backbone_name: str | None = field(default=None, metadata={"help": "Hub id or folder the backbone came from."})
     backbone_revision: str | None = field(default=None, metadata={"help": "Commit hash of that backbone."})
+    backbone_digest: str | None = field(
+        default=None, metadata={"help": "Fingerprint of its weights, checked when a small checkpoint fetches them."}
+    )
     query_config: Any = field(
         default=None,
         metadata={"help": "Config of a separate frozen query backbone (the student's, for a teacher that shares its "
                   "query); None: the model's own un-prompted backbone answers."},
     )  # fmt: skip
     query_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the query backbone."})
+    query_revision: str | None = field(default=None, metadata={"help": "Commit hash of the query backbone."})
+    query_digest: str | None = field(default=None, metadata={"help": "Fingerprint of its weights."})
     query: str = field(
         default="two_pass",
         metadata={"help": "Query of the prompts: two_pass (the CLS feature of an un-prompted pass) or one_pass (the "
@@ -66,10 +72,20 @@ class CDLConfig(PreTrainedConfig):
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone too (the sequential fine-tuning baseline)."}
     )
+    save_backbone: bool = field(
+        default=True,
+        metadata={"help": "Checkpoints hold the frozen backbones too; false: prompts and heads alone, and "
+                  "from_pretrained fetches the backbones from where they came."},
+    )  # fmt: skip
+    save_code: bool = field(
+        default=False,
+        metadata={"help": "Checkpoints hold the model's code too, for trust_remote_code without hf_cdl."},
+    )
     tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
 
     def __post_init__(self, **kwargs: Any):
         self.set_tasks(self.tasks)
+        self.check_small()
         super().__post_init__(**kwargs)
 
     def set_tasks(self, tasks: list[list[str]]) -> None:
@@ -86,6 +102,19 @@ class CDLConfig(PreTrainedConfig):
         self.tasks = [list(task) for task in tasks]
         self.id2label = dict(enumerate(names))
         self.label2id = {name: number for number, name in self.id2label.items()}
+
+    def check_small(self) -> None:
+        """Raise ValueError if small checkpoints are wanted, but could not be loaded again."""
+        if self.save_backbone:
+            return
+        if self.train_backbone:
+            raise ValueError("save_backbone is false, but train_backbone is true: what it learns would be lost.")
+        for part in ("backbone", "query"):
+            if getattr(self, f"{part}_config") is not None and getattr(self, f"{part}_name") is None:
+                raise ValueError(
+                    f"save_backbone is false, but {part}_name does not say where its weights are. Build the model by "
+                    "from_backbone, or save the backbone too."
+                )
 
     @property
     def num_classes_per_task(self) -> list[int]:

@@ -74,6 +74,16 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
+class CardRecipe:
+    """The `card` section: what a model card says that no run can know. It may change at any time."""
+
+    license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
+    data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
+    data_license: str | None = _help("Licence of the data, as its owners state it.", default=None)
+    pretraining: str | None = _help("What the backbones' pre-training saw of these classes.", default=None)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
 
@@ -103,6 +113,14 @@ class Recipe:
     plugins: list[str] = _help(
         "Python files that register models of your own with transformers.", default_factory=list
     )
+    save_backbone: bool = _help(
+        "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
+        default=True,
+    )
+    save_code: bool = _help(
+        "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
+    )
+    card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
 
@@ -225,6 +243,8 @@ def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], prob
             f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
         )
     _check_session(content, role, prompted or trains, problems)
+    if trains and content.get("save_backbone") is False:
+        problems.append(f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost")
     for part, kind in _PARTS.items():
         if section.get(part) is None:
             continue

@@ -98,7 +98,8 @@ class Run:
                 f"{file} is not a readable ledger ({type(error).__name__}: {error}). Nothing in the folder was "
                 "touched; restore run.json or choose another folder with --output_dir FOLDER."
             ) from error
-        changes = list(_differences(self._completed(known), self.recipe))
+        old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
+        changes = list(_differences(old, new))
         if changes and (entries or any(self.folder.glob("work/*/checkpoint-*"))):
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
@@ -107,7 +108,7 @@ class Run:
                 + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
             )
         if not changes:
-            self.ledger = ledger
+            self.ledger = {**ledger, "recipe": {**known, "card": self.recipe.get("card")}}
 
     def _completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """A stored recipe in today's terms; as it is if it cannot be read as one."""
@@ -252,6 +253,8 @@ class Run:
                     for key in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
                 },
             }
+            if role in self.ledger.get("costs", {}):
+                roles[role]["cost"] = self.ledger["costs"][role]
         return {
             "name": self.recipe.get("name", self.folder.name),
             "seed": self.recipe.get("seed"),
@@ -266,6 +269,12 @@ class Run:
     def set_labels(self, labels: dict[str, str]) -> None:
         """Readable names of the roles, for tables and pictures."""
         self.ledger["labels"] = labels
+
+    def set_costs(self, costs: dict[str, dict[str, Any]]) -> None:
+        """What each role's model costs in use; the bytes of its weights are added here."""
+        for role, cost in costs.items():
+            files = [*(self.checkpoint(role) or self.folder).glob("*.safetensors")]
+            self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
 
     def finish(self) -> str:
         """Write results.json and the pictures, mark the run as finished and return the table for the console."""

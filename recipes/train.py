@@ -27,10 +27,12 @@ from hf_cdl.build import (  # noqa: E402
     labels,
     load_plugins,
 )
+from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
 from hf_cdl.tasks import ImageError  # noqa: E402
+from hf_cdl.tasks.transforms import output_size  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -108,6 +110,8 @@ def train(run: Run, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+    sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
+    run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
     say(f"\n{run.finish()}")
 
 

@@ -17,7 +17,7 @@ from hf_cdl.distill import TERMS
 from hf_cdl.models.head import HeadConfig
 from hf_cdl.models.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
-from hf_cdl.recipe import ModelRecipe, Recipe, build_recipe, load_recipe
+from hf_cdl.recipe import CardRecipe, ModelRecipe, Recipe, build_recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -72,6 +72,7 @@ OPTIONS: dict[str, Any] = {
     "`head: {type: linear}`, `{type: weight_normalised}`, `{type: ncm}`": HeadConfig,
     "`head: {type: cosine}`": HEADS["cosine"].config_class,
     "`head: {type: ridge}`": HEADS["ridge"].config_class,
+    "`card`": CardRecipe,
     **{f"`prompt: {{type: {name}}}`": pool.config_class for name, pool in PROMPTS.items()},
     **{f"`distill: {{type: {name}}}`": term.config_class for name, term in TERMS.items()},
 }

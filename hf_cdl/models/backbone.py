@@ -9,6 +9,7 @@ the prompts and are refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,25 @@ def family(config: PreTrainedConfig) -> Family:
     return FAMILIES[config.model_type]
 
 
-def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
-    """Config of the model at a Hub id or folder. Raises ValueError if there is none."""
+def commit_of(name: str, revision: str | None = None) -> str | None:
+    """Commit that a revision of a Hub id stands for now; for a folder, or if it cannot be found out, `revision`."""
+    if Path(name).is_dir():
+        return revision
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
+    except OSError:  # loading it will say what is wrong
+        return revision
+
+
+def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
+    """Config of the model at a Hub id or folder; `hub`: cache_dir, token ... Raises ValueError if there is none."""
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, **hub)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No usable model config at backbone '{name}' (revision {revision}): {_first_line(error)} Give a Hub id "
@@ -79,9 +91,9 @@ def read_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         ) from error
 
 
-def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
+def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
     """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
-    config = read_config(name, revision)
+    config = read_config(name, revision, **hub)
     if config.model_type == "clip":
         config = config.vision_config
     family(config)
@@ -91,7 +103,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
 def load_weights(
     model_class: Any, name: str, revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Pre-trained model in float32, and the names of the weights that its checkpoint lacks.
+    """Pre-trained model in float32, from safetensors alone, and the names of the weights that its checkpoint lacks.
 
     Raises ValueError if there are no weights that can be read.
     """
@@ -99,7 +111,7 @@ def load_weights(
     logging.set_verbosity_error()  # a classifier's head is dropped, or made anew, on purpose
     try:
         model, report = model_class.from_pretrained(
-            name, revision=revision, dtype=torch.float32, output_loading_info=True, **options
+            name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
         )
     except Exception as error:  # transformers, safetensors and the Hub raise many kinds
         raise ValueError(
@@ -111,20 +123,30 @@ def load_weights(
     return model, set(report["missing_keys"])
 
 
-def load_backbone(name: str, revision: str | None = None) -> PreTrainedModel:
+def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrainedModel:
     """Pre-trained backbone in float32, without any head, from a Hub id or folder (a classifier's checkpoint will do).
 
     Raises ValueError if it has no weights, or lacks some.
     """
-    config = load_config(name, revision)
+    config = load_config(name, revision, **hub)
     model_class = cast(Any, MODEL_MAPPING[type(config)])
-    backbone, missing = load_weights(model_class, name, revision, config=config, **family(config).init)
+    backbone, missing = load_weights(model_class, name, revision, config=config, **family(config).init, **hub)
     if missing := sorted(key for key in missing if "mask_token" not in key and "pooler" not in key):
         raise ValueError(
             f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so "
             "they would be random. Give a complete checkpoint."
         )
     return backbone
+
+
+def digest(backbone: nn.Module) -> str:
+    """Fingerprint of the weights that reach the output, 16 hex digits; the names of the parts do not matter."""
+    parts = [
+        sha256(value.detach().contiguous().numpy().reshape(-1)).digest()
+        for name, value in backbone.state_dict().items()
+        if "mask_token" not in name
+    ]
+    return sha256(b"".join(sorted(parts))).hexdigest()[:16]
 
 
 def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedModel:

@@ -63,7 +63,9 @@ class ImageClassifier(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageClassifier:
         """A classifier that has learnt its task, from its plain checkpoint."""
-        loaded = cls(AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32))
+        loaded = cls(
+            AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        )
         loaded.tasks = [labels_of(loaded.config)]
         return loaded
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
-from hf_cdl.models import backbone as bb
+from hf_cdl.models.backbone import commit_of, digest, load_backbone
+from hf_cdl.models.code import put_code
 from hf_cdl.models.head import Head
 from hf_cdl.models.heads import HEADS, build_head
 from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.small import PARTS, fetch_backbones, left_out
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
@@ -42,6 +45,8 @@ class CDLForImageClassification(PromptedBackbone):
         self._check_session()
         for number, task in enumerate(config.tasks):
             self._grow(number, len(task))
+        if not config.save_backbone:
+            self._keys_to_ignore_on_load_missing = {rf"^{part}\." for part in PARTS}
         self.post_init()
         self.freeze()
 
@@ -60,14 +65,21 @@ class CDLForImageClassification(PromptedBackbone):
 
         With `query_name` a second frozen backbone answers the queries: the student's, for a teacher that shares them.
         """
-        backbone = bb.load_backbone(name, revision)
-        query = None if query_name is None else bb.load_backbone(query_name, query_revision)
+        revision = commit_of(name, revision)
+        backbone = load_backbone(name, revision)
+        query = None
+        if query_name is not None:
+            query_revision = commit_of(query_name, query_revision)
+            query = load_backbone(query_name, query_revision)
         config = CDLConfig(
             backbone_config=backbone.config,
             backbone_name=str(name),
-            backbone_revision=getattr(backbone.config, "_commit_hash", None) or revision,
+            backbone_revision=revision,
+            backbone_digest=digest(backbone),
             query_config=None if query is None else query.config,
             query_name=query_name,
+            query_revision=query_revision,
+            query_digest=None if query is None else digest(query),
             **fields,
         )
         model = cls(config)
@@ -80,10 +92,19 @@ class CDLForImageClassification(PromptedBackbone):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.from_pretrained, which forgets what was frozen: the backbone is frozen again."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
-        return loaded
+        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
+
+        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a backbone is gone.
+        """
+        kwargs.setdefault("use_safetensors", True)
+        with_info = kwargs.pop("output_loading_info", False)
+        with torch.random.fork_rng(devices=[]):  # what a small checkpoint lacks is drawn at random first
+            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if not model.config.save_backbone or any(map(left_out, info["missing_keys"])):
+            fetch_backbones(model, **kwargs)
+        model.freeze()
+        return (model, info) if with_info else model
 
     @property
     def tasks(self) -> list[list[str]]:
@@ -96,9 +117,16 @@ class CDLForImageClassification(PromptedBackbone):
         return self.head.fitted
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session."""
+        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
+
+        The config says what a checkpoint holds: `save_backbone`, `save_code`.
+        """
+        self.config.check_small()
+        if not self.is_remote_code():  # transformers takes remote code along by itself
+            put_code(self.config, Path(save_directory))
         scaffold, self.scaffold = self.scaffold, None
         session_head, self.session_head = self.session_head, None
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:

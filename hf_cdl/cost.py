@@ -1,0 +1,38 @@
+"""What a model costs in use: its parameters, and the time that one image takes."""
+
+from __future__ import annotations
+
+import platform
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+_WARM_UP, _PASSES = 5, 30
+
+
+def cost_in_use(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
+    """`parameters`; `latency_ms`, the median over some passes of one image of `size` (height, width); `device`."""
+    device = next(model.parameters()).device
+    image = torch.zeros(1, 3, *size, device=device)
+    seconds = []
+    model.eval()
+    with torch.inference_mode():
+        for _ in range(_WARM_UP + _PASSES):
+            start = time.perf_counter()
+            model(pixel_values=image).logits.argmax().item()  # waits for a GPU too
+            seconds.append(time.perf_counter() - start)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "latency_ms": 1000 * median(seconds[_WARM_UP:]),
+        "device": _name(device),
+    }
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {platform.machine()}, {threads} thread{'s' * (threads != 1)}"
