@@ -267,6 +267,10 @@ class Run:
         """Readable names of the roles, for tables and pictures."""
         self.ledger["labels"] = labels
 
+    def set_hub(self, fields: dict[str, Any]) -> None:
+        """Where the run is pushed to, for a push at another time."""
+        self.ledger["hub"] = fields
+
     def finish(self) -> str:
         """Write results.json and the pictures, mark the run as finished and return the table for the console."""
         results = {**self.results(), "finished": True}

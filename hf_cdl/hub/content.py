@@ -1,0 +1,62 @@
+"""What is pushed beside a checkpoint: the model card, the results up to its task, the commit's message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from textwrap import shorten
+from typing import Any
+
+from hf_cdl.metrics import continual_metrics
+
+Results = Mapping[str, Any]
+
+DOCUMENTS = ("README.md", "results.json", ".gitattributes")
+"""Files of a repository that do not say whose its checkpoint is: those of `documents`, and the Hub's own."""
+
+
+def results_after(results: Results, count: int) -> dict[str, Any]:
+    """The results of a run as they were when `count` tasks were finished."""
+    roles = {}
+    for role, entry in results["roles"].items():
+        cut = {key: value[:count] if isinstance(value, list) else value for key, value in entry.items()}
+        metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
+        roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
+    return {**results, "roles": roles, "finished": count == len(results["class_names"])}
+
+
+def documents(results: Results, role: str, repo_id: str) -> dict[str, bytes]:
+    """The files that are pushed beside a checkpoint: the model card and the results. `results`: up to its task."""
+    card = f"""---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [hf_cdl, continual-learning]
+---
+# {results["name"]}: {role}
+
+```python
+import hf_cdl  # tells transformers about the model type
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{repo_id}")
+```
+"""
+    return {"README.md": card.encode(), "results.json": json.dumps(results, indent=1).encode()}
+
+
+def finished_tasks(results: Results, role: str) -> int:
+    """How many tasks a role has learnt and was measured on."""
+    return len(results["roles"].get(role, {}).get("accuracy_matrix", ()))
+
+
+def commit_message(results: Results, role: str, number: int) -> tuple[str, str]:
+    """Title and text of a task's commit."""
+    names, row = results["class_names"][number - 1], results["roles"][role]["accuracy_matrix"][number - 1]
+    shown = shorten(", ".join(names), 80, placeholder=" ...")
+    title = f"Task {number} of {len(results['class_names'])}: classes {shown}"
+    lines = [
+        f"Classes: {', '.join(names)}",
+        f"Accuracy (%) on the tasks so far: {', '.join(f'{value:.1f}' for value in row)}",
+        f"{results['name']}, seed {results['seed']}, stream {results['stream']}",
+    ]
+    return f"{title}; average accuracy {sum(row) / len(row):.1f} %", "\n".join(lines)
