@@ -37,7 +37,8 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".zip")
 LFS_SIZE = 10_000_000
 KINDS = ("401", "403", "409", "429", "500", "503", "507", "cut", "lost", "stall")
 """Faults: a status; `cut`: the connection ends in the middle of the request; `lost`: the work is done, but the answer
-never arrives; `stall`: nothing happens for a while. With a status, a cut or a stall nothing was done."""
+never arrives; `stall`: nothing happens for a while. With a status, a cut or a stall nothing was done.
+Only by script: `echo`, a 403 that repeats the token."""
 
 
 class Failure(Exception):
@@ -259,6 +260,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "stall":
                 time.sleep(self.server.stall_seconds)
                 raise Cut
+            if fault == "echo":
+                raise Failure(403, str(self.headers["Authorization"]))
             if fault is not None and fault.isdigit():
                 wait = {"Retry-After": str(self.server.retry_after)} if fault == "429" else {}
                 raise Failure(int(fault), f"injected {fault}", **wait)

@@ -20,6 +20,7 @@ from helpers import make_backbone
 from hub_server import HubServer, Repository
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from safetensors.torch import load_file, save_file
 
 REPO = "me/model"
@@ -75,7 +76,7 @@ def test_a_folder_is_uploaded_tagged_changed_and_read_back_by_tag(api: HfApi, hu
         )
         assert torch.equal(load_file(local / "model.safetensors")["w"], torch.full((1000,), float(tag[-1])))
         assert (local / "config.json").read_text() == f'{{"value": {tag[-1]}}}'
-    large = {entry.path: entry.lfs for entry in api.list_repo_tree(REPO) if hasattr(entry, "lfs")}
+    large = {entry.path: entry.lfs for entry in api.list_repo_tree(REPO) if isinstance(entry, RepoFile)}
     assert large["config.json"] is None and large["model.safetensors"] is not None
 
 

@@ -51,7 +51,8 @@ class Pusher:
             disable_progress_bars()
             logging.set_verbosity_error()
         self.repositories = [Repository(api, name, role, self.folder, private) for role, name in repositories.items()]
-        self._problems: dict[str, str] = {}  # role -> why its push failed
+        self.problems: dict[str, str] = {}
+        """Role -> why its last push failed."""
         self._told: dict[str, str] = {}
         self._token = api.token if isinstance(api.token, str) else get_token()
         self._results: Results | None = None
@@ -82,7 +83,7 @@ class Pusher:
     def push(self, results: Results) -> None:
         """After a task: push it, and what could not be pushed before. Returns at once."""
         if self.repositories and self.every_task:
-            problems = dict(self._problems)
+            problems = dict(self.problems)
             for role, problem in problems.items():
                 if self._told.get(role) != problem:
                     self.say(f"The {role} could not be pushed so far: {problem} It is tried again now.")
@@ -101,13 +102,13 @@ class Pusher:
         for repository in self.repositories:
             count = finished_tasks(results, repository.role)
             address = f"{repository.api.endpoint}/{repository.id}"
-            if repository.role not in self._problems:
+            if repository.role not in self.problems:
                 self.say(f"Pushed the {repository.role}: {address} ({count} tasks, task-01 to task-{count:02d})")
-        for role, problem in dict(self._problems).items():
+        for role, problem in dict(self.problems).items():
             self.say(f"NOT PUSHED: the {role}. {problem}")
-        if self._problems:
+        if self.problems:
             self.say(f"The run itself is whole in {self.folder}/. Push it later with:\n  {push_command(self.folder)}")
-        return not self._problems
+        return not self.problems
 
     def _wait(self, results: Results) -> None:
         self._thread.join(1.0)
@@ -122,7 +123,7 @@ class Pusher:
     def _give_up(self, results: Results, reason: str) -> None:
         for repository in self.repositories:
             if repository.pushed < finished_tasks(results, repository.role):
-                self._problems.setdefault(repository.role, reason)
+                self.problems.setdefault(repository.role, reason)
 
     def _pushed(self) -> int:
         return sum(repository.pushed for repository in self.repositories)
@@ -146,9 +147,9 @@ class Pusher:
             for repository in self.repositories:
                 problem = self._attempt(repository, results)
                 if problem is None:
-                    self._problems.pop(repository.role, None)
+                    self.problems.pop(repository.role, None)
                 else:
-                    self._problems[repository.role] = problem
+                    self.problems[repository.role] = problem
 
     def _attempt(self, repository: Repository, results: Results) -> str | None:
         """Push, again and again while that makes sense; why it did not succeed."""
