@@ -43,7 +43,7 @@ def environment(hub: HubServer, home: Path, **given: str) -> dict[str, str]:
 
 def script(name: str, *arguments: Any, env: dict[str, str]) -> tuple[int, str]:
     command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -73,7 +73,7 @@ def saved_run(folder: Path, count: int = 3, of: int = 3) -> dict[str, Any]:
     return results
 
 
-def wait_until(arrived: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(arrived: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not arrived():
         assert time.monotonic() < deadline

@@ -1,8 +1,7 @@
-"""What is pushed beside a checkpoint: the model card, the results up to its task, the commit's message."""
+"""What goes with a checkpoint: the model card, the results up to its task, the commit's message."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
@@ -11,8 +10,8 @@ from hf_cdl.metrics import continual_metrics
 
 Results = Mapping[str, Any]
 
-DOCUMENTS = ("README.md", "results.json", ".gitattributes")
-"""Files of a repository that do not say whose its checkpoint is: those of `documents`, and the Hub's own."""
+DOCUMENTS = ("README.md", "accuracy_matrix.png", "results.json", ".gitattributes")
+"""Files of a repository that do not say whose its checkpoint is: the card, the results and the Hub's own."""
 
 
 def results_after(results: Results, count: int) -> dict[str, Any]:
@@ -26,7 +25,7 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
 
 
 def documents(results: Results, role: str, repo_id: str) -> dict[str, bytes]:
-    """The files that are pushed beside a checkpoint: the model card and the results. `results`: up to its task."""
+    """The card that goes with a checkpoint: README.md and its pictures. `results`: up to the checkpoint's task."""
     card = f"""---
 library_name: transformers
 pipeline_tag: image-classification
@@ -41,7 +40,7 @@ from transformers import pipeline
 classify = pipeline("image-classification", model="{repo_id}")
 ```
 """
-    return {"README.md": card.encode(), "results.json": json.dumps(results, indent=1).encode()}
+    return {"README.md": card.encode()}
 
 
 def finished_tasks(results: Results, role: str) -> int:

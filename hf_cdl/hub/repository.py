@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any
 
@@ -99,11 +101,15 @@ class Repository:
     def _commit(self, results: Results, number: int, head: str, there: Mapping[str, str]) -> str:
         """A task's state as the commit after `head`, whose files are `there`."""
         files: dict[str, Any] = {path.name: path for path in self._checkpoint(number)}
-        written = documents(results_after(results, number), self.role, self.id)
+        after = results_after(results, number)
+        written = documents(after, self.role, self.id)
+        card = _git_oid(written["README.md"])
         if "README.md" in there:
-            last = documents(results_after(results, number - 1), self.role, self.id)["README.md"]
-            if there["README.md"] != _git_oid(last):
-                del written["README.md"]  # edited on the Hub: it stays
+            last = self._card_written(head) if "results.json" in there else None
+            if there["README.md"] != last:  # edited on the Hub: it stays
+                card = last
+                del written["README.md"]
+        written["results.json"] = json.dumps({**after, "card": card}, indent=1).encode()
         gone = [path for path in there if path not in files and path not in DOCUMENTS]
         operations = [CommitOperationAdd(path, source) for path, source in {**files, **written}.items()]
         title, text = commit_message(results, self.role, number)
@@ -114,6 +120,12 @@ class Repository:
             commit_description=text,
             parent_commit=head,
         ).oid
+
+    def _card_written(self, commit: str) -> str | None:
+        """git's sha1 of the last card that this run wrote, as a commit's results.json has it."""
+        with TemporaryDirectory() as folder:
+            file = self.api.hf_hub_download(self.id, "results.json", revision=commit, local_dir=folder)
+            return json.loads(Path(file).read_text()).get("card")
 
     def _files(self, commit: str) -> dict[str, str]:
         """Path -> sha256 of an LFS file, git's sha1 of another."""
