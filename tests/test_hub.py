@@ -423,6 +423,7 @@ def test_the_token_is_nowhere(pushed: tuple[Path, HubServer, str]) -> None:
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow
 def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     pushed: tuple[Path, HubServer, str], tiny: Path, hub: HubServer, tmp_path: Path
 ) -> None:
@@ -450,10 +451,8 @@ def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     assert_whole(hub, folder, 3, TEACHER, "teacher")
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("operation", [pytest.param("upload", marks=SLOW), "commit", pytest.param("tag", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["upload", "commit", "tag"])
 def test_a_push_that_is_killed_goes_on(
     pushed: tuple[Path, HubServer, str], hub: HubServer, tmp_path: Path, operation: str
 ) -> None:
@@ -475,9 +474,9 @@ def test_a_push_that_is_killed_goes_on(
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        pytest.param("hf_wrong", "error: me/tiny: the Hub answers 401", marks=SLOW),
+        pytest.param("hf_wrong", "error: me/tiny: the Hub answers 401", marks=pytest.mark.slow),
         ("", "error: There is no token to push to me/tiny with. Log in with `hf auth login`, or set HF_TOKEN."),
-        ("hf_read", "error: me/tiny: the Hub answers 403"),
+        pytest.param("hf_read", "error: me/tiny: the Hub answers 403", marks=pytest.mark.slow),
     ],
 )
 def test_push_refuses_a_token_without_the_right(
