@@ -592,11 +592,11 @@ def watched(hub: HubServer) -> Iterator[None]:
             with contextlib.suppress(Failure):  # not there yet
                 repository = hub.repository(STUDENT)
                 for revision in ("main", *repository.refs("tags")):
-                    files = repository.files(revision)
-                    if set(files) != {".gitattributes"}:
-                        number = json.loads(repository.read(revision, "config.json"))["tasks"]
-                        weights = load(repository.read(revision, "model.safetensors"))["w"]
-                        rows = json.loads(repository.read(revision, "results.json"))["roles"]["student"]
+                    commit = repository.commit(revision)["id"]  # main may move on while it is read
+                    if set(repository.files(commit)) != {".gitattributes"}:
+                        number = json.loads(repository.read(commit, "config.json"))["tasks"]
+                        weights = load(repository.read(commit, "model.safetensors"))["w"]
+                        rows = json.loads(repository.read(commit, "results.json"))["roles"]["student"]
                         if not (weights[0] == number == len(rows["accuracy_matrix"])):
                             wrong.append((revision, number))
                         seen += 1
