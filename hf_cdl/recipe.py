@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
@@ -31,6 +34,9 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 _CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
 """The fields of a model's section that a classifier has."""
+
+_PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
+"""The fields of a recipe that do not define the run's numbers."""
 
 _PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
 """Sections of the student that terms ask for."""
@@ -123,6 +129,13 @@ class Recipe:
     card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
+    push_to_hub: bool = _help("Push the student to the Hugging Face Hub, a commit and a tag per task.", default=False)
+    push_teacher: bool = _help("Push the teacher too, to the repository hub_model_id with -teacher.", default=False)
+    hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; default the run's name.", default=None)
+    hub_private_repo: bool = _help("Whether repositories that are made are private.", default=True)
+    hub_strategy: Literal["every_task", "end"] = _help(
+        "When to push: after every task, or at the end.", default="every_task"
+    )
 
     @property
     def folder(self) -> Path:
@@ -130,8 +143,15 @@ class Recipe:
         return Path(self.output_dir or Path("runs") / self.name)
 
     def as_dict(self) -> dict[str, Any]:
-        """What defines the run, for its ledger: all but where it is stored."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "output_dir"}
+        """What defines the run, for its ledger: all but where it is stored and pushed."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _PLACES}
+
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Role -> repository on the Hub that it is pushed to."""
+        name = self.hub_model_id or self.name
+        roles = {"student": name, **({"teacher": f"{name}-teacher"} if self.push_teacher else {})}
+        return roles if self.push_to_hub else {}
 
     def training_args(self, role: Literal["teacher", "student"]) -> dict[str, Any]:
         """The keyword arguments of CDLTrainingArguments for a role."""
@@ -163,6 +183,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
             _check_model(content, role, parts, problems)
             _check_training(content, role, problems)
     _check_classifiers(content, problems)
+    _check_hub(content, problems)
     recipe = build_typed(Recipe, content, "", problems)
     if problems:
         raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
@@ -354,6 +375,19 @@ def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
             problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
 
 
+def _check_hub(content: dict[str, Any], problems: list[str]) -> None:
+    """Where to push: a name that the Hub takes, and a teacher if it is to be pushed."""
+    if content.get("push_to_hub") is not True:
+        return
+    if content.get("push_teacher") is True and content.get("teacher") is None:
+        problems.append("'push_teacher' is true, but there is no teacher; leave it out")
+    source = "name" if content.get("hub_model_id") is None else "hub_model_id"
+    try:
+        validate_repo_id(f"{content.get(source)}{'-teacher' if content.get('push_teacher') else ''}")
+    except HFValidationError as error:
+        problems.append(f"'{source}' cannot name a repository on the Hub: {error} Set hub_model_id OWNER/NAME.")
+
+
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
@@ -366,8 +400,12 @@ def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> 
     values: dict[str, Any] = {}
     for path, section in (("train", content), (f"{role}.train", content[role])):
         for key, value in _section(section, "train", {}).items():
-            if key in ("output_dir", "seed"):
+            if key in ("seed", *_PLACES):
                 problems.append(f"'{path}.{key}': set '{key}' at the top level of the recipe")
+            elif key.startswith("hub_"):
+                problems.append(
+                    f"'{path}.{key}' has no place in a recipe; log in with `hf auth login` or set HF_TOKEN"
+                )
             elif key not in fields:
                 near = difflib.get_close_matches(key, fields, n=1)
                 problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))

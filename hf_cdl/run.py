@@ -276,6 +276,10 @@ class Run:
             files = [*(self.checkpoint(role) or self.folder).glob("*.safetensors")]
             self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
 
+    def set_hub(self, fields: dict[str, Any]) -> None:
+        """Where the run is pushed to, for a push at another time."""
+        self.ledger["hub"] = fields
+
     def finish(self) -> str:
         """Write results.json and the pictures, mark the run as finished and return the table for the console."""
         results = {**self.results(), "finished": True}

@@ -28,6 +28,7 @@ from hf_cdl.build import (  # noqa: E402
     load_plugins,
 )
 from hf_cdl.cost import cost_in_use  # noqa: E402
+from hf_cdl.hub import HubError, Pusher  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run, RunError  # noqa: E402
@@ -48,13 +49,15 @@ def main(arguments: list[str]) -> int:
                 return 0
             run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed)
             prepared = None if run.finished else prepare(recipe, run)
+            pusher = push_from(run, recipe)
         except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
             raise RunError(str(error)) from error
         if prepared is None:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
-            train(run, *prepared)
-    except (RunError, ImageError) as error:
+            train(run, pusher, *prepared)
+        pushed = pusher.finish(run.results())
+    except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
@@ -68,7 +71,7 @@ def main(arguments: list[str]) -> int:
     more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
     call = f"pipeline('image-classification', model='{recipe.folder}/student'{more})('IMAGE.png')"
     say(f'  python -c "from transformers import pipeline; {needed}print({call})"')
-    return 0
+    return 0 if pushed else 4
 
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
@@ -103,13 +106,25 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     return stream, trainers
 
 
-def train(run: Run, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
+def push_from(run: Run, recipe: Recipe) -> Pusher:
+    """What pushes the run, beside its training. Raises HubError if that will not do."""
+    if recipe.push_to_hub:
+        run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
+    repositories = recipe.repositories if PartialState().is_main_process else {}
+    every_task = recipe.hub_strategy == "every_task"
+    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say)
+    pusher.check(run.results())
+    return pusher
+
+
+def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
     for task in stream:
         for trainer in trainers:
             trainer.learn(task)
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+        pusher.push(run.results())
     sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
     run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
     say(f"\n{run.finish()}")

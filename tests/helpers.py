@@ -97,8 +97,9 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
 
 
 def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """recipes/train.py in a process of its own, without a network."""
+    """recipes/train.py in a process of its own, without a network; `env` adds to its environment."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment.update(options.pop("env", {}))
     return subprocess.Popen(
         [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
@@ -119,10 +120,10 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
 
 
 def interrupt_when(
-    arrived: Callable[[], bool], *arguments: Any, kill: int = signal.SIGKILL, timeout: float = 120
+    arrived: Callable[[], bool], *arguments: Any, kill: int = signal.SIGKILL, timeout: float = 120, **options: Any
 ) -> tuple[int, str]:
     """Start recipes/train.py and send it a signal as soon as `arrived()`: its exit code, and all that it said."""
-    process = start(*arguments)
+    process = start(*arguments, **options)
     deadline = time.monotonic() + timeout
     while not arrived():
         if process.poll() is not None or time.monotonic() > deadline:

@@ -50,7 +50,9 @@ def test_the_command_lines_of_the_readme_are_accepted(tmp_path: Path, monkeypatc
     (tmp_path / "flowers.yaml").write_text(code_blocks(README, "yaml")[0])
     lines = [line for block in code_blocks(README, "bash") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("accelerate launch recipes/train.py")]
-    recipes = [load_recipe(shlex.split(line)[3:], default="missing.yaml") for line in commands]
+    default = ROOT / "recipes" / "quickstart.yaml"
+    pushed, *recipes = [load_recipe(shlex.split(line)[3:], default) for line in commands]
+    assert pushed.repositories == {"student": "quickstart", "teacher": "quickstart-teacher"}
     assert [recipe.name for recipe in recipes] == ["flowers"] * 3
     assert recipes[0].folder == Path("runs/flowers")
     assert recipes[1].student.prompt["length"] == 4

@@ -1,0 +1,224 @@
+"""Pushing beside training: a thread, attempts, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import is_offline_mode
+from huggingface_hub.utils import disable_progress_bars, get_session, logging
+
+from hf_cdl.hub.content import Results, finished_tasks
+from hf_cdl.hub.repository import HubError, Repository
+
+_PERMANENT = {400, 401, 402, 403, 404, 413, 422}
+_ATTEMPTS, _LONGEST_WAIT, _SILENCE = 5, 300.0, 60.0
+"""Attempts without progress; seconds: the longest wait between two, and for an answer before it counts as lost."""
+
+
+class Pusher:
+    """Pushes the tasks of the run in `folder` beside training, by one thread; no error of it reaches the training.
+
+    `repositories`: role -> name of its repository; none: nothing is pushed. `private`: of new repositories.
+    `every_task`: after every task, or all at the end. `say` prints. `delay`: seconds before a second attempt, doubled
+    before each further one; by default the environment's HF_CDL_PUSH_DELAY, or 2. `patience`: seconds that the end
+    waits for the next task to arrive on the Hub; None: as long as attempts go on.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        repositories: Mapping[str, str],
+        private: bool = True,
+        every_task: bool = True,
+        say: Callable[[str], Any] = print,
+        api: HfApi | None = None,
+        delay: float | None = None,
+        patience: float | None = 1800.0,
+    ):
+        self.folder, self.every_task, self.say, self.patience = Path(folder), every_task, say, patience
+        self.delay = float(os.environ.get("HF_CDL_PUSH_DELAY", 2)) if delay is None else delay
+        api = api or HfApi()
+        if repositories:  # beside training: no bars, and no addresses (they may be signed) of attempts that fail
+            disable_progress_bars()
+            logging.set_verbosity_error()
+        self.repositories = [Repository(api, name, role, self.folder, private) for role, name in repositories.items()]
+        for first, second in permutations(self.repositories, 2):
+            first.other = second
+        self.problems: dict[str, str] = {}
+        """Role -> why its last push failed."""
+        self._told: dict[str, str] = {}
+        self._token = api.token if isinstance(api.token, str) else get_token()
+        self._results: Results | None = None
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
+
+    def check(self, results: Results) -> None:
+        """Before training: may we push, and is nothing in the way? Says so if the Hub cannot be reached now.
+
+        Raises HubError for a wrong token, a missing permission or a repository that holds something else.
+        """
+        for repository in self.repositories:
+            try:
+                _limit_silence()
+                repository.open()
+                repository.verify(finished_tasks(results, repository.role))
+            except HubError:
+                raise
+            except Exception as error:
+                if _status(error) in _PERMANENT:
+                    raise HubError(self._reason(error, repository)) from None
+                self.say(
+                    f"The Hub cannot be reached now ({self._reason(error, repository)}). The run goes on; what is "
+                    "finished is pushed as soon as the Hub answers."
+                )
+
+    def push(self, results: Results) -> None:
+        """After a task: push it, and what could not be pushed before. Returns at once."""
+        if self.repositories and self.every_task:
+            problems = dict(self.problems)
+            for role, problem in problems.items():
+                if self._told.get(role) != problem:
+                    self.say(f"The {role} could not be pushed so far: {problem} It is tried again now.")
+            self._told = problems
+            self._submit(results)
+
+    def finish(self, results: Results) -> bool:
+        """Push what is left, wait for it and say what came of it; whether everything is on the Hub."""
+        if not self.repositories:
+            return True
+        self._submit(results, closing=True)
+        try:
+            self._wait(results)
+        except KeyboardInterrupt:
+            self._give_up(results, "the waiting was stopped.")
+        for repository in self.repositories:
+            count = finished_tasks(results, repository.role)
+            address = f"{repository.api.endpoint}/{repository.id}"
+            if repository.role not in self.problems:
+                self.say(f"Pushed the {repository.role}: {address} ({count} tasks, task-01 to task-{count:02d})")
+        for role, problem in dict(self.problems).items():
+            self.say(f"NOT PUSHED: the {role}. {problem}")
+        if self.problems:
+            self.say(f"The run itself is whole in {self.folder}/. Push it later with:\n  {push_command(self.folder)}")
+        return not self.problems
+
+    def _wait(self, results: Results) -> None:
+        self._thread.join(1.0)
+        if self._thread.is_alive():
+            self.say(f"Waiting for the Hub. Ctrl-C ends the waiting; later: {push_command(self.folder)}")
+        while self._thread.is_alive():
+            before = self._pushed()
+            self._thread.join(self.patience)
+            if self._thread.is_alive() and self._pushed() == before:
+                return self._give_up(results, f"The Hub took nothing for {self.patience} s.")
+
+    def _give_up(self, results: Results, reason: str) -> None:
+        for repository in self.repositories:
+            if repository.pushed < finished_tasks(results, repository.role):
+                self.problems.setdefault(repository.role, reason)
+
+    def _pushed(self) -> int:
+        return sum(repository.pushed for repository in self.repositories)
+
+    # ---- the thread ----
+
+    def _submit(self, results: Results, closing: bool = False) -> None:
+        with self._changed:
+            self._results, self._closing = json.loads(json.dumps(results)), closing
+            self._changed.notify()
+        if not self._thread.is_alive():
+            self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._results is not None or self._closing)
+                results, self._results = self._results, None
+            if results is None:
+                return
+            for repository in self.repositories:
+                problem = self._attempt(repository, results)
+                if problem is None:
+                    self.problems.pop(repository.role, None)
+                else:
+                    self.problems[repository.role] = problem
+
+    def _attempt(self, repository: Repository, results: Results) -> str | None:
+        """Push, again and again while that makes sense; why it did not succeed."""
+        failures = 0
+        while True:
+            try:
+                _limit_silence()
+                for _ in repository.push(results):
+                    failures = 0
+                return None
+            except Exception as error:  # whatever it is: the training goes on
+                failures += 1
+                wait = max(_retry_after(error), self.delay * 2 ** (failures - 1) * random.uniform(1, 1.5))
+                permanent = isinstance(error, HubError) or _status(error) in _PERMANENT or is_offline_mode()
+                if permanent or failures == _ATTEMPTS or wait > _LONGEST_WAIT:
+                    return self._reason(error, repository)
+            time.sleep(wait)
+
+    def _reason(self, error: Exception, repository: Repository) -> str:
+        """What went wrong, in one line, without addresses (they may be signed) and without the token."""
+        response, advice = _response(error), ""
+        if isinstance(error, HubError):
+            text = str(error)
+        elif is_offline_mode():
+            text = "HF_HUB_OFFLINE is set."
+        elif response is not None:
+            said = response.headers.get("X-Error-Message") or response.reason_phrase
+            text = f"{repository.id}: the Hub answers {response.status_code} ({said})."
+            if response.status_code == 401:
+                advice = " Log in with `hf auth login`, or set HF_TOKEN to a valid token."
+            elif response.status_code in (403, 404):
+                advice = f" The token must be allowed to write to {repository.id}."
+        else:
+            text = re.sub(r"https?://\S+", "the Hub", f"{type(error).__name__}: {error}".strip().split("\n")[0] + ".")
+        return (text + advice).replace(self._token or "\0", "***")
+
+
+def push_command(folder: Path) -> str:
+    """What pushes a run later."""
+    return f"python recipes/push.py {folder}"
+
+
+def _limit_silence() -> None:
+    """huggingface_hub would wait for an answer for ever."""
+    session = get_session()
+    if session.timeout.read is None:
+        session.timeout = _SILENCE
+
+
+def _response(error: BaseException | None) -> Any:
+    """The answer behind an error; None if there was none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if response is not None:
+            return response
+        error = error.__cause__
+    return None
+
+
+def _status(error: Exception) -> int | None:
+    response = _response(error)
+    return None if response is None else response.status_code
+
+
+def _retry_after(error: Exception) -> float:
+    """Seconds that the Hub asks to wait."""
+    response = _response(error)
+    text = "" if response is None else response.headers.get("Retry-After", "")
+    return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0

@@ -1,0 +1,163 @@
+"""The repository of one model of a run: what it holds, and how it gets the next task."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.hf_api import RepoFile
+
+from hf_cdl.card import card_files
+from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_tasks, results_after
+
+_SAFE = (".json", ".safetensors", ".py", ".md", ".txt", ".png")
+
+
+class HubError(RuntimeError):
+    """What the Hub refuses, and another attempt would not change; the message says what is there and what to do."""
+
+
+class Repository:
+    """The repository of one role of the run in `folder`. `name` may lack the owner: then it is the token's."""
+
+    def __init__(self, api: HfApi, name: str, role: str, folder: Path, private: bool):
+        self.api, self.id, self.role, self.folder, self.private = api, name, role, folder / role, private
+        self.other: Repository | None = None
+        """That of the run's other model, for the cards' links."""
+        self.pushed = 0
+        """Tasks known to be on the Hub."""
+        self._open = False
+        self._verified: set[str] = set()  # commits of tags
+        self._digests: dict[Path, tuple[str, str]] = {}
+
+    def open(self) -> None:
+        """Make the repository unless it is there. Raises HubError if it may not be written."""
+        if self._open:
+            return
+        if self.api.token is None and get_token() is None:
+            raise HubError(
+                f"There is no token to push to {self.id} with. Log in with `hf auth login`, or set HF_TOKEN."
+            )
+        owner = self.api.whoami()["name"]
+        if "/" not in self.id:
+            self.id = f"{owner}/{self.id}"
+        self.api.create_repo(self.id, private=self.private, exist_ok=True)
+        self.api.auth_check(self.id, write=True)
+        self._open = True
+
+    def push(self, results: Results) -> Iterator[int]:
+        """Commit and tag all finished tasks that are not there yet, in order; yields after each how many there are.
+
+        Raises HubError if the repository holds something else.
+        """
+        self.open()
+        learnt = finished_tasks(results, self.role)
+        head, there = self.verify(learnt)
+        while self.pushed < learnt:
+            number = self.pushed + 1
+            if not self._is_task(there, number):
+                head = self._commit(results, number, head, there)
+                there = self._files(head)
+            self.api.create_tag(self.id, tag=f"task-{number:02d}", revision=head)
+            self._verified.add(head)
+            self.pushed = number
+            yield number
+
+    def verify(self, learnt: int) -> tuple[str, dict[str, str]]:
+        """Count the tasks that are on the Hub; the commit of main, and its files.
+
+        Raises HubError unless everything there is of this run, of which `learnt` tasks are finished.
+        """
+        refs = self.api.list_repo_refs(self.id)
+        head = next(branch.target_commit for branch in refs.branches if branch.name == "main")
+        tags = {tag.name: tag.target_commit for tag in refs.tags if re.fullmatch(r"task-\d+", tag.name)}
+        self.pushed = 0
+        for number, tag in enumerate(sorted(tags, key=lambda name: int(name[5:])), 1):
+            commit = tags[tag]
+            if tag != f"task-{number:02d}" or number > learnt:
+                raise self._foreign(f"the tag {tag}, which this run has not come to", [*tags])
+            if commit not in self._verified and not self._is_task(self._files(commit), number):
+                raise self._foreign(f"the tag {tag} with another model", [*tags])
+            self._verified.add(commit)
+            self.pushed = number
+        there = self._files(head)
+        ours = self.pushed == 0 and not set(there) - {".gitattributes"}
+        if not ours and not any(self._is_task(there, n) for n in (self.pushed, self.pushed + 1) if 0 < n <= learnt):
+            raise self._foreign(f"{len(there)} files in main that are not this run's", sorted(there))
+        return head, there
+
+    def _foreign(self, what: str, listed: list[str]) -> HubError:
+        shown = shorten(", ".join(listed), 100, placeholder=" ...")
+        return HubError(
+            f"{self.id} on the Hub holds {what} ({shown}). Nothing there was touched. Choose another repository with "
+            f"--hub_model_id NAME, or delete this one if you do not need it; if it is of this run, keep its folder "
+            f"{self.folder.parent}."
+        )
+
+    def _commit(self, results: Results, number: int, head: str, there: Mapping[str, str]) -> str:
+        """A task's state as the commit after `head`, whose files are `there`."""
+        files: dict[str, Any] = {path.name: path for path in self._checkpoint(number)}
+        after = results_after(results, number)
+        written = card_files(after, self.role, self.id, None if self.other is None else self.other.id)
+        card = _git_oid(written["README.md"])
+        if "README.md" in there:
+            last = self._card_written(head) if "results.json" in there else None
+            if there["README.md"] != last:  # edited on the Hub: it stays
+                card = last
+                del written["README.md"]
+        written["results.json"] = json.dumps({**after, "card": card}, indent=1).encode()
+        gone = [path for path in there if path not in files and path not in DOCUMENTS]
+        operations = [CommitOperationAdd(path, source) for path, source in {**files, **written}.items()]
+        title, text = commit_message(results, self.role, number)
+        return self.api.create_commit(
+            self.id,
+            [*operations, *(CommitOperationDelete(path, is_folder=False) for path in gone)],
+            commit_message=title,
+            commit_description=text,
+            parent_commit=head,
+        ).oid
+
+    def _card_written(self, commit: str) -> str | None:
+        """git's sha1 of the last card that this run wrote, as a commit's results.json has it."""
+        with TemporaryDirectory() as folder:
+            file = self.api.hf_hub_download(self.id, "results.json", revision=commit, local_dir=folder)
+            return json.loads(Path(file).read_text()).get("card")
+
+    def _files(self, commit: str) -> dict[str, str]:
+        """Path -> sha256 of an LFS file, git's sha1 of another."""
+        entries = self.api.list_repo_tree(self.id, recursive=True, revision=commit)
+        files = [entry for entry in entries if isinstance(entry, RepoFile)]
+        return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in files}
+
+    def _is_task(self, there: Mapping[str, str], number: int) -> bool:
+        """Whether files on the Hub are the checkpoint of a task."""
+        ours = {path.name: self._digest(path) for path in self._checkpoint(number)}
+        theirs = {path: oid for path, oid in there.items() if path not in DOCUMENTS}
+        return theirs.keys() == ours.keys() and all(oid in ours[path] for path, oid in theirs.items())
+
+    def _checkpoint(self, number: int) -> list[Path]:
+        """The files of a task's checkpoint. Raises HubError for one that could hold pickled code."""
+        files = sorted((self.folder / f"task-{number:02d}").iterdir())
+        for file in files:
+            if not file.is_file() or file.suffix not in _SAFE:
+                raise HubError(
+                    f"{file} is not pushed: a checkpoint has files of {', '.join(_SAFE)} only. Move it away."
+                )
+        return [file for file in files if file.name not in DOCUMENTS]
+
+    def _digest(self, file: Path) -> tuple[str, str]:
+        if file not in self._digests:
+            content = file.read_bytes()
+            self._digests[file] = hashlib.sha256(content).hexdigest(), _git_oid(content)
+        return self._digests[file]
+
+
+def _git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
