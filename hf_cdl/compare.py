@@ -97,6 +97,7 @@ def save_curves(panels: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], fil
             axis.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.set_title(label, fontsize=10, parse_math=False)
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy (%)")
     axes[-1].legend(loc="lower right", fontsize=9)
