@@ -312,7 +312,8 @@ def _recipe(recipe: Mapping[str, Any]) -> str:
 def _citations(recipe: Mapping[str, Any], role: str) -> str:
     """The BibTeX entries of papers.bib whose keywords name a method that this model uses."""
     section = recipe[role]
-    used = {"cdl", section["prompt"]["type"], section["query"]} if section["model"] == "cdl" else set[str]()
+    parts = {section[part]["type"] for part in ("prompt", "head")}
+    used = {"cdl", section["query"], *parts} if section["model"] == "cdl" else set[str]()
     if role == "student":
         used |= {term["type"] for term in recipe["distill"]}
         used |= {"lskd" for term in recipe["distill"] if term.get("standardise")}
