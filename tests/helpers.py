@@ -98,6 +98,12 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
 
 def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
     """recipes/train.py in a process of its own, without a network; `env` adds to its environment."""
+    prepare = options.pop("preexec_fn", lambda: None)
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, as the tests may be, ignores Ctrl-C
+        prepare()
+
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
@@ -108,6 +114,7 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=begin,
         **options,
     )
 
