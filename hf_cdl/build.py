@@ -38,8 +38,9 @@ def load_plugins(files: Sequence[str]) -> None:
         spec.loader.exec_module(module)
 
 
-def build_processors(recipe: Recipe) -> dict[str, Any]:
-    """The image processor of each role; the baselines have the student's.
+def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lambda role: None) -> dict[str, Any]:
+    """The image processor of each role: that in the folder `stored(role)`, or its backbone's; the baselines have the
+    student's.
 
     Raises ValueError naming the role whose processor is missing or does not fit its backbone.
     """
@@ -50,6 +51,9 @@ def build_processors(recipe: Recipe) -> dict[str, Any]:
         if section is None:
             continue
         with about(role, section):
+            if (folder := stored(role)) is not None:
+                found[role] = AutoImageProcessor.from_pretrained(folder)
+                continue
             reads = read_config if section.model == "classifier" else load_config
             config = reads(section.backbone, section.revision)
             try:

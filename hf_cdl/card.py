@@ -105,7 +105,8 @@ def eval_results(results: Results, role: str) -> list[EvalResult]:
     metrics = continual_metrics(matrix)
     found += [("accuracy", metrics["average_accuracy"], f"average accuracy {after} (%)")]
     found += [(name, metrics[name], f"{name.replace('_', ' ')} {after}") for name in [*_METRICS][1:]]
-    return [EvalResult(**source, metric_type=t, metric_value=round(v, 4), metric_name=n) for t, v, n in found]
+    known = [(t, round(v, 4), n) for t, v, n in found if v is not None]
+    return [EvalResult(**source, metric_type=t, metric_value=v, metric_name=n) for t, v, n in known]
 
 
 # ---- metadata ----
@@ -214,7 +215,7 @@ def _task_table(results: Results, role: str) -> str:
     rows = [["task", "classes", "images", "just learnt", f"after task {len(matrix)}"]]
     for i, now in enumerate(matrix[-1]):
         names = ", ".join(name.replace("|", "\\|") for name in results["class_names"][i])
-        rows.append([str(i + 1), names, str(counts[i]), f"{matrix[i][i]:.1f}", f"{now:.1f}"])
+        rows.append([str(i + 1), names, str(counts[i]), report.number(matrix[i][i]), report.number(now)])
     return _table(rows, "rlrrr")
 
 
@@ -234,7 +235,7 @@ def _role_table(results: Results, learnt: int) -> str:
     for role, entry in results["roles"].items():
         metrics = continual_metrics(entry["accuracy_matrix"][:learnt])
         label = entry.get("label", role).replace("|", "\\|")
-        rows.append([label, *(f"{metrics[name] + 0.0:.1f}" for name in _METRICS)])
+        rows.append([label, *(report.number(metrics[name]) for name in _METRICS)])
     return _table(rows, "l" + "r" * len(_METRICS))
 
 

@@ -3,11 +3,12 @@
 The accuracy matrix R: `R[t][i]` is the accuracy in percent on the test images of task i after learning task t, counted
 from 0. Row t has t + 1 entries; what stands right of the diagonal is ignored. T is the number of rows: a stream that
 is still running is measured as if it ended with its last row. Every function raises ValueError if there are no rows, a
-row is too short or a used entry is not a number in 0..100.
+row is too short or a used entry is not a number in 0..100. None was not measured: what depends on it is NaN.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
@@ -16,7 +17,7 @@ import evaluate
 from datasets import Features, Value
 from datasets import Sequence as ListOf
 
-AccuracyMatrix = Iterable[Iterable[float]]
+AccuracyMatrix = Iterable[Iterable[float | None]]
 
 
 def average_accuracy(R: AccuracyMatrix) -> float:
@@ -34,6 +35,8 @@ def sample_average_accuracy(R: AccuracyMatrix, counts: Sequence[int]) -> float:
     count for each of the T tasks.
     """
     last = _lower_triangle(R)[-1]
+    if any(map(math.isnan, last)):
+        return math.nan
     if len(counts) != len(last) or not all(count > 0 for count in counts):
         raise ValueError(f"got counts {list(counts)} for {len(last)} learned tasks; give one positive count for each")
     return sum(a * n for a, n in zip(last, counts, strict=True)) / sum(counts)
@@ -56,7 +59,7 @@ def forgetting(R: AccuracyMatrix) -> float:
     """
     rows = _lower_triangle(R)
     old = range(len(rows) - 1)
-    return fmean(max(row[i] for row in rows[i:-1]) - rows[-1][i] for i in old) if old else 0.0
+    return fmean(_best([row[i] for row in rows[i:-1]]) - rows[-1][i] for i in old) if old else 0.0
 
 
 def official_forgetting(R: AccuracyMatrix) -> float:
@@ -101,19 +104,22 @@ METRICS: dict[str, Callable[[AccuracyMatrix], float]] = {
 """Every metric that needs the accuracy matrix alone; `sample_average_accuracy` needs the counts too."""
 
 
-def continual_metrics(R: AccuracyMatrix, counts: Sequence[int] | None = None) -> dict[str, float]:
-    """All metrics of METRICS by name, and `sample_average_accuracy` if `counts` (test images per task) are given."""
-    rows = _lower_triangle(R)
+def continual_metrics(R: AccuracyMatrix, counts: Sequence[int] | None = None) -> dict[str, Any]:
+    """All metrics of METRICS by name, and `sample_average_accuracy` if `counts` (test images per task) are given.
+
+    None, which JSON has, for what depends on an entry that was not measured.
+    """
+    rows = [list(row) for row in R]
     values = {name: metric(rows) for name, metric in METRICS.items()}
     if counts is not None:
         values["sample_average_accuracy"] = sample_average_accuracy(rows, counts)
-    return values
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
     """Checks R and cuts row t to its t + 1 entries."""
     try:
-        rows = [[float(value) for value in row] for row in R]
+        rows = [[None if value is None else float(value) for value in row] for row in R]
     except (TypeError, ValueError) as error:
         raise ValueError(f"an accuracy matrix is a list of rows of numbers, R[t][i] in percent: {error}") from error
     if not rows:
@@ -122,9 +128,14 @@ def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
         if len(row) <= t:
             raise ValueError(f"row {t} of the accuracy matrix has {len(row)} entries; row t (from 0) needs t + 1")
         for i, value in enumerate(row[: t + 1]):
-            if not 0.0 <= value <= 100.0:
+            if value is not None and not 0.0 <= value <= 100.0:
                 raise ValueError(f"R[{t}][{i}] is {value}; accuracies are percentages from 0 to 100")
-    return [row[: t + 1] for t, row in enumerate(rows)]
+    return [[math.nan if value is None else value for value in row[: t + 1]] for t, row in enumerate(rows)]
+
+
+def _best(values: list[float]) -> float:
+    """The largest value; NaN if one is, which max() would tell by its place alone."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 _CITATION = """\
@@ -154,6 +165,6 @@ class ContinualMetric(evaluate.Metric):
             features=Features({"accuracies": ListOf(Value("float64"))}),
         )
 
-    def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, float]:
+    def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, Any]:
         values = continual_metrics(accuracies, **options)
         return {name: value for name, value in values.items() if self.config_name in (None, "default", name)}

@@ -3,17 +3,17 @@
 Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
 `{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
 "train_seconds", "images_per_second", "peak_memory_bytes" (lists, one entry per learned task), "label"}}}`. Of a role
-only the accuracy matrix is required. The metrics are computed from it, not read. With `protocol: cdl` in the recipe
-the CDL authors' forgetting comes first. Plots need the extra `report`.
+only the accuracy matrix is required; None in it was not measured. The metrics are computed from it, not read. With
+`protocol: cdl` in the recipe the CDL authors' forgetting comes first. Plots need the extra `report`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +125,10 @@ def _shorten(text: str, width: int) -> str:
     return shorten(text, width, placeholder=" ...") if " " in text[:width] else text[:width]
 
 
-def _number(value: float, digits: int = 1) -> str:
+def number(value: float | None, digits: int = 1) -> str:
+    """A value as text; `-` for what was not measured."""
+    if value is None or math.isnan(value):
+        return "-"
     return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
 
 
@@ -148,14 +151,14 @@ def _cells(entry: Mapping[str, Any], columns: Mapping[str, Mapping[str, str]]) -
     images = sum(duration * speed for duration, speed in zip(durations, speeds, strict=False))
     memory = max(entry.get("peak_memory_bytes") or [0])
     return [
-        *(_number(values[name]) if name in values else "-" for name in shown),
-        _number(seconds, digits=0 if seconds >= 100 else 1) if seconds else "-",
-        _number(images / seconds, digits=0 if images >= 100 * seconds else 1) if images else "-",
+        *(number(values[name]) if name in values else "-" for name in shown),
+        number(seconds, digits=0 if seconds >= 100 else 1) if seconds else "-",
+        number(images / seconds, digits=0 if images >= 100 * seconds else 1) if images else "-",
         (f"{memory / 2**30:.1f} GiB" if memory >= 2**30 else f"{memory / 2**20:.0f} MiB") if memory else "-",
     ]
 
 
-def _matrix_lines(label: str, matrix: Sequence[Sequence[float]], results: Results) -> list[str]:
+def _matrix_lines(label: str, matrix: Sequence[Sequence[float | None]], results: Results) -> list[str]:
     """The accuracy matrix as text; whole percents if the columns would not fit otherwise."""
     planned = _planned(results)
     left, right = "after    mean", "  classes of the task"
@@ -168,8 +171,8 @@ def _matrix_lines(label: str, matrix: Sequence[Sequence[float]], results: Result
         left + "".join(f"{i + 1:{width}d}" for i in range(planned)) + right,
     ]
     for t, row in enumerate(matrix):
-        cells = "".join(f"{_number(value, digits):>{width}}" for value in row[: t + 1]).ljust(width * planned)
-        line = f"{t + 1:5d}  {_number(fmean(row[: t + 1])):>6}{cells}  "
+        cells = "".join(f"{number(value, digits):>{width}}" for value in row[: t + 1]).ljust(width * planned)
+        line = f"{t + 1:5d}  {number(average_accuracy(matrix[: t + 1])):>6}{cells}  "
         lines.append(line + _classes(results, t, WIDTH - len(line)))
     return lines
 
@@ -187,9 +190,11 @@ def _matrix_figure(results: Results) -> Figure:
     for panel, role in zip(panels, shown, strict=True):
         cells = [[float("nan")] * planned for _ in range(planned)]
         for t, row in enumerate(roles[role]["accuracy_matrix"]):
-            cells[t][: t + 1] = row[: t + 1]
-            for i, value in enumerate(row[: t + 1] if planned <= 30 else ()):
-                text = _number(value, 1 if planned <= 10 else 0)
+            for i, value in enumerate(row[: t + 1]):
+                if value is None:
+                    continue
+                cells[t][i] = value
+                text = number(value, 1 if planned <= 10 else 0) if planned <= 30 else ""
                 panel.text(i, t, text, ha="center", va="center", color="white" if value < 42 else "black", fontsize=8)
         panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
         panel.set_title(_label(role, roles[role], int(14 * side)), fontsize=9, parse_math=False)
@@ -218,11 +223,11 @@ def _curve_figure(results: Results) -> Figure:
     panel.set_title(_title(results), parse_math=False)
     roles = _measured(results)
     order = sorted(roles, key=lambda role: {"teacher": 0, "student": 1}.get(role, 2))
-    for number, role in enumerate(order):
+    for place, role in enumerate(order):
         matrix = roles[role]["accuracy_matrix"]
         curve = [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
         style = "-" if role in ("teacher", "student") else "--"
-        colour = COLOURS[number % len(COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         label = _label(role, roles[role], 32)
         panel.plot(range(1, len(curve) + 1), curve, style, color=colour, marker="o", markersize=4, label=label)
     sizes = [len(names) for names in results.get("class_names", ())]

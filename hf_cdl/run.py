@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -39,6 +39,8 @@ class Run:
     to another recipe or to something else, or if another process is at work in it. As long as nothing was learnt in a
     folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
     that a new field with its default is no difference.
+
+    A run may go on from models that learnt their first tasks elsewhere: see `adopt`.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Run:
         self.writer, self.complete = writer, complete
         self.ledger: dict[str, Any] = {
             "recipe": self.recipe,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": _versions(),
             "stream": None,
             "class_names": [],
             "entries": {},
@@ -100,7 +102,8 @@ class Run:
             ) from error
         old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
         changes = list(_differences(old, new))
-        if changes and (entries or any(self.folder.glob("work/*/checkpoint-*"))):
+        learnt = any(len(of_role) > ledger.get("origin", {}).get("tasks", 0) for of_role in entries.values())
+        if changes and (learnt or any(self.folder.glob("work/*/checkpoint-*"))):
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
@@ -109,6 +112,8 @@ class Run:
             )
         if not changes:
             self.ledger = {**ledger, "recipe": {**known, "card": self.recipe.get("card")}}
+        elif "origin" in ledger:
+            self.ledger = {**ledger, "recipe": self.recipe, "stream": None}
 
     def _completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """A stored recipe in today's terms; as it is if it cannot be read as one."""
@@ -136,6 +141,60 @@ class Run:
             )
         self.ledger.update(stream=fingerprint, class_names=class_names)
         self._write_ledger()
+
+    # ---- tasks that were learnt elsewhere ----
+
+    @staticmethod
+    def adopt(
+        folder: Path,
+        recipe: dict[str, Any],
+        origin: dict[str, Any],
+        results: Mapping[str, dict[str, Any]],
+        put: Callable[[str, Path], Any],
+        recipe_file: str,
+    ) -> None:
+        """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
+
+        `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
+        results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
+        text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
+        there is something in its place.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
+        count = origin["tasks"]
+        partial = folder.with_name(f".{folder.name}.partial")
+        with saving(f"start the run in {folder}"):
+            shutil.rmtree(partial, ignore_errors=True)
+            for role in origin["roles"]:
+                put(role, partial / role / f"task-{count:02d}")
+            student = results["student"]
+            _write_json(
+                partial / "run.json",
+                {
+                    "recipe": recipe,
+                    "versions": _versions(),
+                    "stream": None,
+                    "class_names": student["class_names"][:count],
+                    "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
+                    "finished": False,
+                    "origin": origin,
+                },
+            )
+            (partial / "recipe.yaml").write_text(recipe_file)
+            _sync(partial)
+            if folder.exists():
+                folder.rmdir()
+            os.replace(partial, folder)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where tasks are from that were learnt elsewhere; empty if there are none."""
+        return self.ledger.get("origin", {})
+
+    def to_learn(self, tasks: Iterable[Task]) -> list[Task]:
+        """Those of the stream's tasks that are learnt in this run."""
+        return [task for task in tasks if task.index >= self.origin.get("tasks", 0)]
 
     # ---- phases ----
 
@@ -239,7 +298,8 @@ class Run:
             done = [entry for entry in entries if entry["row"]]
             if not done:
                 continue
-            matrix, counts = [entry["row"] for entry in done], done[-1]["counts"]
+            matrix = [entry["row"] for entry in done]
+            counts = [_latest(entry["counts"][i] for entry in done[i:]) for i in range(len(done))]
             metrics = continual_metrics(matrix, counts)
             leading = ("average_accuracy", "official_forgetting") if report.follows_cdl(self.ledger) else ()
             roles[role] = {
@@ -263,6 +323,7 @@ class Run:
             "versions": self.ledger["versions"],
             "stream": self.ledger["stream"],
             "class_names": self.ledger["class_names"],
+            **({"origin": self.origin} if self.origin else {}),
             "roles": roles,
         }
 
@@ -338,6 +399,33 @@ def _write_json(file: Path, content: Any) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The ledger's entries behind a role's results."""
+    of_role = results["roles"][role]
+    lists = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes", "correct")
+    return [
+        dataclasses.asdict(
+            TaskResult(
+                role,
+                task,
+                row=of_role["accuracy_matrix"][task],
+                counts=of_role["counts"][: task + 1],
+                **{name: of_role[name][task] for name in lists},
+            )
+        )
+        for task in range(count)
+    ]
+
+
+def _latest(counts: Iterable[int]) -> int:
+    """How many test images a task had when it was last measured."""
+    return next((count for count in reversed([*counts]) if count), 0)
 
 
 def _copy(source: Path, target: Path) -> None:

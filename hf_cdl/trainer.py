@@ -118,7 +118,8 @@ class CDLTrainer(Trainer):
         result = stored or TaskResult(self.role, task.index)
         start = time.perf_counter()
         result.correct, result.counts = self.count_correct(self.seen)
-        result.row = [100 * right / count for right, count in zip(result.correct, result.counts, strict=True)]
+        scores = zip(result.correct, result.counts, strict=True)
+        result.row = [100 * right / count if count else None for right, count in scores]
         result.eval_seconds = time.perf_counter() - start
         if self.run is not None:
             self.run.save_result(result)
@@ -129,8 +130,8 @@ class CDLTrainer(Trainer):
         self.model.eval()
         correct, counts = [], []
         for task in tasks:
-            right, count = 0, 0
-            loader = self._loader(getattr(task, self.eval_split))
+            right, count, split = 0, 0, getattr(task, self.eval_split)
+            loader = self._loader(split) if len(split) else ()
             for batch in self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}", iterable=loader):
                 with torch.no_grad():
                     predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
@@ -153,7 +154,7 @@ class CDLTrainer(Trainer):
                 f"The model knows {len(known)} tasks {[len(names) for names in known]}, which does not fit task "
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
-        if self.model.scaffold is not None and self.run is not None and task.index > 0:
+        if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
             stored = load_file(self.run.scaffold_file(self.role, task.index - 1))  # the terms' own layers go on
             self.model.scaffold.load_state_dict(stored)
         if self.teacher is not None:

@@ -75,7 +75,10 @@ class TaskSplit(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order."""
+    """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order.
+
+    A task that was learnt elsewhere has no training images, and test images only if they are given.
+    """
 
     index: int
     class_names: tuple[str, ...]
@@ -97,11 +100,14 @@ class Task:
 
 @dataclass
 class TaskResult:
-    """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes."""
+    """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes.
+
+    `row`: floats, or None for a task without test images.
+    """
 
     role: str
     task: int
-    row: list[float] = field(default_factory=list)
+    row: list[Any] = field(default_factory=list)
     correct: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     train_seconds: float = 0.0

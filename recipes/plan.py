@@ -137,7 +137,8 @@ def read_tasks(recipe: Recipe) -> Tasks:
     if isinstance(data.classes_per_task, list):
         sizes = [size if isinstance(size, int) else len(size) for size in data.classes_per_task]
     else:
-        count, size = data.max_classes or classes, data.classes_per_task
+        count = data.max_classes or classes
+        size = data.classes_per_task or count
         sizes = [min(size, count - first) for first in range(0, count, size)]
     return Tasks(
         sizes, [round(size * per_class) for size in sizes], f"{data.path} as published; the data were not read"

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again(arguments)}")
+        say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again()}")
         return 130
     say("Use the student:")
     needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
     load_plugins(recipe.plugins)
-    processors = build_processors(recipe)
+    processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     models = build_models(recipe, processors, run.checkpoint)
     check_classes(recipe, models, [task.class_names for task in stream])
@@ -95,7 +95,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         objective = build_objective(recipe, role, models)
         section = recipe.training_args("teacher" if role == "teacher" else "student")
         arguments = CDLTrainingArguments(output_dir=str(run.folder / "work"), **section)
-        smallest, batch = min(len(task.train) for task in stream), arguments.per_device_train_batch_size
+        smallest, batch = min(len(task.train) for task in run.to_learn(stream)), arguments.per_device_train_batch_size
         if arguments.dataloader_drop_last and smallest < batch:
             raise ValueError(
                 f"A task has {smallest} training images, fewer than a batch of {batch}, but dataloader_drop_last "
@@ -112,7 +112,7 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
-    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say)
+    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin)
     pusher.check(run.results())
     return pusher
 
@@ -121,8 +121,10 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
     for task in stream:
         for trainer in trainers:
             trainer.learn(task)
+        if task not in run.to_learn(stream):
+            continue
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
-        averages = ", ".join(f"{role.replace('_', ' ')} {sum(r.row) / len(r.row):.1f} %" for role, r in rows.items())
+        averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
         pusher.push(run.results())
     sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
@@ -130,9 +132,16 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
     say(f"\n{run.finish()}")
 
 
-def again(arguments: list[str]) -> str:
+def said(row: list[float | None]) -> str:
+    """The mean of the accuracies that were measured."""
+    measured = [value for value in row if value is not None]
+    rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {len(row)} tasks)"
+    return f"{sum(measured) / len(measured):.1f} %{rest}"
+
+
+def again() -> str:
     launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [sys.executable]
-    return shlex.join([*launcher, sys.argv[0], *arguments])
+    return shlex.join([*launcher, *sys.argv])
 
 
 def say(*lines: str, **options) -> None:

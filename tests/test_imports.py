@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "compare": {"report"},
     "card": {"types", "metrics", "report", "tasks.benchmarks"},
     "cost": set(),
-    "hub": {"types", "metrics", "card"},
+    "hub": {"types", "metrics", "report", "card"},
     "run": {"types", "metrics", "report", "hub"},
     "progress": set(),
     "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "run"},

@@ -5,7 +5,8 @@ byte, so a push that was cut off goes on where it stopped, and nobody else's fil
 that hold no code to unpickle are pushed.
 """
 
+from hf_cdl.hub.origin import Origin, read_origin
 from hf_cdl.hub.pusher import Pusher, push_command
 from hf_cdl.hub.repository import HubError, Repository
 
-__all__ = ["HubError", "Pusher", "Repository", "push_command"]
+__all__ = ["HubError", "Origin", "Pusher", "Repository", "push_command", "read_origin"]

@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import Any
 
 from hf_cdl.metrics import continual_metrics
+from hf_cdl.report import number
 
 Results = Mapping[str, Any]
 
@@ -29,14 +30,16 @@ def finished_tasks(results: Results, role: str) -> int:
     return len(results["roles"].get(role, {}).get("accuracy_matrix", ()))
 
 
-def commit_message(results: Results, role: str, number: int) -> tuple[str, str]:
-    """Title and text of a task's commit."""
-    names, row = results["class_names"][number - 1], results["roles"][role]["accuracy_matrix"][number - 1]
+def commit_message(results: Results, role: str, count: int) -> tuple[str, str]:
+    """Title and text of the commit after `count` tasks."""
+    names, matrix = results["class_names"][count - 1], results["roles"][role]["accuracy_matrix"][:count]
+    row = matrix[-1]
     shown = shorten(", ".join(names), 80, placeholder=" ...")
-    title = f"Task {number} of {len(results['class_names'])}: classes {shown}"
+    title = f"Task {count} of {len(results['class_names'])}: classes {shown}"
     lines = [
         f"Classes: {', '.join(names)}",
-        f"Accuracy (%) on the tasks so far: {', '.join(f'{value:.1f}' for value in row)}",
+        f"Accuracy (%) on the tasks so far: {', '.join(map(number, row))}",
         f"{results['name']}, seed {results['seed']}, stream {results['stream']}",
     ]
-    return f"{title}; average accuracy {sum(row) / len(row):.1f} %", "\n".join(lines)
+    average = continual_metrics(matrix)["average_accuracy"]
+    return title + ("" if average is None else f"; average accuracy {average:.1f} %"), "\n".join(lines)

@@ -31,7 +31,7 @@ class Pusher:
     `repositories`: role -> name of its repository; none: nothing is pushed. `private`: of new repositories.
     `every_task`: after every task, or all at the end. `say` prints. `delay`: seconds before a second attempt, doubled
     before each further one; by default the environment's HF_CDL_PUSH_DELAY, or 2. `patience`: seconds that the end
-    waits for the next task to arrive on the Hub; None: as long as attempts go on.
+    waits for the next task to arrive on the Hub; None: as long as attempts go on. `origin`: `Run.origin`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Pusher:
         api: HfApi | None = None,
         delay: float | None = None,
         patience: float | None = 1800.0,
+        origin: Mapping[str, Any] | None = None,
     ):
         self.folder, self.every_task, self.say, self.patience = Path(folder), every_task, say, patience
         self.delay = float(os.environ.get("HF_CDL_PUSH_DELAY", 2)) if delay is None else delay
@@ -51,7 +52,9 @@ class Pusher:
         if repositories:  # beside training: no bars, and no addresses (they may be signed) of attempts that fail
             disable_progress_bars()
             logging.set_verbosity_error()
-        self.repositories = [Repository(api, name, role, self.folder, private) for role, name in repositories.items()]
+        self.repositories = [
+            Repository(api, name, role, self.folder, private, origin) for role, name in repositories.items()
+        ]
         for first, second in permutations(self.repositories, 2):
             first.other = second
         self.problems: dict[str, str] = {}
@@ -106,7 +109,7 @@ class Pusher:
             count = finished_tasks(results, repository.role)
             address = f"{repository.api.endpoint}/{repository.id}"
             if repository.role not in self.problems:
-                self.say(f"Pushed the {repository.role}: {address} ({count} tasks, task-01 to task-{count:02d})")
+                self.say(f"Pushed the {repository.role}: {address} ({count} tasks, the newest task-{count:02d})")
         for role, problem in dict(self.problems).items():
             self.say(f"NOT PUSHED: the {role}. {problem}")
         if self.problems:

@@ -25,10 +25,18 @@ class HubError(RuntimeError):
 
 
 class Repository:
-    """The repository of one role of the run in `folder`. `name` may lack the owner: then it is the token's."""
+    """The repository of one role of the run in `folder`. `name` may lack the owner: then it is the token's.
 
-    def __init__(self, api: HfApi, name: str, role: str, folder: Path, private: bool):
+    `origin`: where the first tasks were learnt, if elsewhere (`Run.origin`). The last of them is the first that can be
+    pushed; the tags of those before are known by their commits.
+    """
+
+    def __init__(
+        self, api: HfApi, name: str, role: str, folder: Path, private: bool, origin: Mapping[str, Any] | None = None
+    ):
         self.api, self.id, self.role, self.folder, self.private = api, name, role, folder / role, private
+        self.start = max(0, (origin or {}).get("tasks", 0) - 1)
+        self.known: Mapping[str, str] = origin["roles"][role]["tags"] if origin else {}
         self.other: Repository | None = None
         """That of the run's other model, for the cards' links."""
         self.pushed = 0
@@ -78,18 +86,20 @@ class Repository:
         refs = self.api.list_repo_refs(self.id)
         head = next(branch.target_commit for branch in refs.branches if branch.name == "main")
         tags = {tag.name: tag.target_commit for tag in refs.tags if re.fullmatch(r"task-\d+", tag.name)}
-        self.pushed = 0
-        for number, tag in enumerate(sorted(tags, key=lambda name: int(name[5:])), 1):
-            commit = tags[tag]
+        self.pushed = self.start
+        for tag in sorted(tags, key=lambda name: int(name[5:])):
+            commit, before = tags[tag], int(tag[5:]) <= self.start
+            number = int(tag[5:]) if before else self.pushed + 1
             if tag != f"task-{number:02d}" or number > learnt:
                 raise self._foreign(f"the tag {tag}, which this run has not come to", [*tags])
-            if commit not in self._verified and not self._is_task(self._files(commit), number):
+            known = self.known.get(tag) == commit if before else commit in self._verified
+            if not known and (before or not self._is_task(self._files(commit), number)):
                 raise self._foreign(f"the tag {tag} with another model", [*tags])
             self._verified.add(commit)
-            self.pushed = number
-        there = self._files(head)
-        ours = self.pushed == 0 and not set(there) - {".gitattributes"}
-        if not ours and not any(self._is_task(there, n) for n in (self.pushed, self.pushed + 1) if 0 < n <= learnt):
+            self.pushed = max(number, self.start)
+        there, near = self._files(head), range(max(self.pushed, self.start + 1), min(self.pushed + 1, learnt) + 1)
+        ours = self.pushed == self.start and not set(there) - {".gitattributes"}
+        if not ours and not any(self._is_task(there, number) for number in near):
             raise self._foreign(f"{len(there)} files in main that are not this run's", sorted(there))
         return head, there
 

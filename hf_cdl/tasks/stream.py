@@ -41,11 +41,19 @@ class StreamConfig:
     test_split: str | None = _option(None, "none: test, if there is one")
     test_fraction: float | None = _option(None, "without a test split: fraction of each class held out for testing")
     split_seed: int = _option(0, "seed of test_fraction and of the max_*_per_class subsets")
-    classes_per_task: int | list[int] | list[list[str]] = _option(
-        10, "classes in every task (the last task takes the rest), or a list: sizes, or class names, task by task"
+    classes_per_task: int | list[int] | list[list[str]] | None = _option(
+        10,
+        "classes in every task (the last task takes the rest), or a list: sizes, or class names, task by task; "
+        "none: one task",
     )
     class_order_seed: int | None = _option(None, "shuffles the classes; none: natural order 0, 1, 2 ...")
     max_classes: int | None = _option(None, "keep only the first classes of the order")
+    known_classes: list[list[str]] | None = _option(
+        None, "class names, task by task, that the models learnt elsewhere: tasks before the first one of these data"
+    )
+    known_train: Literal["refuse", "ignore"] = _option(
+        "refuse", "training images of known classes: an error, or left out (test images of theirs are always used)"
+    )
     max_train_per_class: int | None = _option(None, "keep a random subset of each class's training images")
     max_eval_per_class: int | None = _option(None, "the same for validation and test images")
     crop_scale: tuple[float, float] = _option((0.08, 1.0), "training view: range of the crop's area / image area")
@@ -59,9 +67,14 @@ class StreamConfig:
     def __post_init__(self) -> None:
         problems: list[str] = []
         sizes = self.classes_per_task if isinstance(self.classes_per_task, list) else [self.classes_per_task]
-        if not sizes or not all(size if isinstance(size, list) else size > 0 for size in sizes):
+        if not sizes or not all(size if isinstance(size, list) else size is None or size > 0 for size in sizes):
             problems.append(f"classes_per_task is {sizes}, but every task needs at least one class")
+        known = [name for task in self.known_classes or () for name in task]
+        if not all(self.known_classes or ()) or len({*known}) < len(known):
+            problems.append(f"known_classes is {some(known)}, but tasks are not empty and a class belongs to one task")
         if names := [name for size in sizes if isinstance(size, list) for name in size]:
+            if both := sorted({*names} & {*known}):
+                problems.append(f"classes_per_task names {some(both)}, which known_classes has too")
             if repeated := sorted({name for name in names if names.count(name) > 1}):
                 problems.append(f"classes_per_task repeats {some(repeated)}, but a class belongs to one task")
             if self.class_order_seed is not None or self.max_classes is not None:
@@ -112,18 +125,22 @@ class TaskStream:
         tables = {role: found[name] for role, name in splits.items()}
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
         names, labels = read_labels(tables, label_column)
-        plan = _plan(names, config)
+        known = config.known_classes or []
+        learnt = {name: index for index, task in enumerate(known) for name in task}
+        if config.known_train == "refuse":
+            _refuse_known(names, labels["train"], learnt)
+        plan = _plan(names, [c for c, name in enumerate(names) if name not in learnt], config)
         limit = config.max_eval_per_class
         limits = {"train": config.max_train_per_class, "validation": limit, "test": limit}
-        order = [c for classes in plan for c in classes]
-        rows = draw_rows(names, labels, order, config.split_seed, config.test_fraction, limits)
+        rows = draw_rows(names, labels, range(len(names)), config.split_seed, config.test_fraction, limits)
         for role in ("train", "test", config.eval_split):
-            if empty := [names[c] for c in order if not len(rows[role][c])]:
+            if empty := [names[c] for classes in plan for c in classes if not len(rows[role][c])]:
                 raise ValueError(
                     f"Classes without {role} images: {some(empty)}. Every class needs some (two for test_fraction): "
                     "remove the names from the ClassLabel, or name the classes to learn in classes_per_task."
                 )
-        number = {c: i for i, c in enumerate(order)}  # of a class in the data -> in the stream
+        tasks = [*known, *([names[c] for c in classes] for classes in plan)]
+        number = {name: i for i, name in enumerate(name for task in tasks for name in task)}
         views: dict[str, Preprocess] = {}  # of a role; roles that see the same share one object
         for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
             crop = (config.crop_scale, config.crop_ratio, config.flip, config.crop_padding)
@@ -134,16 +151,18 @@ class TaskStream:
             column = table.with_format(None).select_columns([image_column])
             images[role] = column.cast_column(image_column, ImageFeature(decode=False))
         self._tasks: list[Task] = []
-        for index, classes in enumerate(plan):
+        for index, class_names in enumerate(tasks):
+            classes, old = [c for c, name in enumerate(names) if name in class_names], index < len(known)
             parts: dict[str, TaskSplit] = {}
             for role, own in rows.items():
                 source = role if role in tables else "train"  # a held-out test set is a part of train
-                where = np.sort(np.concatenate([own[c] for c in classes]))
-                targets = [number[c] for c in labels[source][where].tolist()]
-                if targets:  # a task may have no validation images
+                used = () if old and source == "train" else (own[c] for c in classes)  # they were learnt from such
+                where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
+                targets = [number[names[c]] for c in labels[source][where].tolist()]
+                if targets or role in ("train", "test", config.eval_split):  # a task may have no validation images
                     parts[role] = TaskSplit(images[source], splits[source], index, where, targets, views)
-            class_names, first = tuple(names[c] for c in classes), number[classes[0]]
-            self._tasks.append(Task(index, class_names, first, parts["train"], parts.get("validation"), parts["test"]))
+            splits_of = (parts["train"], parts.get("validation"), parts["test"])
+            self._tasks.append(Task(index, tuple(class_names), number[class_names[0]], *splits_of))
 
     def __getitem__(self, index: int) -> Task:
         return self._tasks[index]
@@ -263,8 +282,23 @@ def _parts(task: Task) -> list[tuple[str, TaskSplit]]:
     return [(role, split) for role, split in parts.items() if isinstance(split, TaskSplit)]
 
 
-def _plan(names: list[str], config: StreamConfig) -> list[list[int]]:
-    """The class numbers of each task."""
+def _refuse_known(names: list[str], labels: np.ndarray, learnt: Mapping[str, int]) -> None:
+    """Raises ValueError if there are training images of classes that were learnt in earlier tasks."""
+    present = [names[c] for c in np.unique(labels) if names[c] in learnt]
+    if present:
+        shown = some([f"{name} (task {learnt[name] + 1})" for name in present])
+        raise ValueError(
+            f"There are training images of classes that the models know already: {shown}. What earlier tasks "
+            "learnt is frozen, so more images of their classes cannot improve it; under a second name they would "
+            "compete with it. Take them out of the training images (test images of theirs measure what was "
+            "forgotten), or leave them out with --data.known_train ignore."
+        )
+
+
+def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list[int]]:
+    """The class numbers of each task, of those in `order`."""
+    if not order and names:
+        raise ValueError("The data have no class that is not among the known ones.")
     sizes = config.classes_per_task
     if isinstance(sizes, list) and isinstance(sizes[0], list):
         groups = [group for group in sizes if isinstance(group, list)]
@@ -272,12 +306,13 @@ def _plan(names: list[str], config: StreamConfig) -> list[list[int]]:
             close = difflib.get_close_matches(name, names) or names
             raise ValueError(f"classes_per_task names {name!r}, which is no class; close are {some(close, 3)}.")
         return [[names.index(name) for name in group] for group in groups]
-    order = np.arange(len(names))
     if config.class_order_seed is not None:
-        order = np.random.default_rng(config.class_order_seed).permutation(order)
-    if (config.max_classes or 0) > len(names):
-        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(names)} classes.")
-    order = order[: config.max_classes].tolist()
+        order = np.random.default_rng(config.class_order_seed).permutation(order).tolist()
+    if (config.max_classes or 0) > len(order):
+        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(order)} classes.")
+    order = order[: config.max_classes]
+    if sizes is None:
+        return [order]
     if isinstance(sizes, int):
         if sizes > len(order):
             raise ValueError(f"classes_per_task is {sizes}, but there are only {len(order)} classes.")

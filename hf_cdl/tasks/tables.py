@@ -195,7 +195,7 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
 def draw_rows(
     names: list[str],
     labels: Mapping[str, np.ndarray],
-    classes: list[int],
+    classes: Iterable[int],
     seed: int,
     test_fraction: float | None,
     limits: Mapping[str, int | None],
