@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
+from hf_cdl.config import CDLConfig
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.backbone import check_image_size, load_config, read_config
 from hf_cdl.models.classifier import ImageClassifier
@@ -89,8 +90,18 @@ def build_models(
                 if folder is None:
                     models[role] = _build(recipe, section, role, create[section.model], processors, models)
                 else:
-                    models[role] = MODELS[section.model].from_pretrained(folder)
+                    models[role] = load_model(recipe, section, folder)
     return models
+
+
+def load_model(recipe: Recipe, section: ModelRecipe, folder: Path) -> Model:
+    """A model from a checkpoint of a run; the backbones of a small one from where the recipe has them now."""
+    places: dict[str, str | None] = {}
+    if section.model == "cdl" and not recipe.save_backbone:
+        places = {"backbone_name": section.backbone, "backbone_revision": section.revision}
+        if CDLConfig.from_pretrained(folder).query_name is not None:
+            places |= {"query_name": recipe.student.backbone, "query_revision": recipe.student.revision}
+    return MODELS[section.model].from_pretrained(folder, **places)
 
 
 def _build(

@@ -64,6 +64,7 @@ def model_card(
         picture=picture,
         model_facts=_lines(_model_facts(recipe, role, other_id)),
         data_facts=_lines(_data_facts(results)),
+        origin=_origin(results, role),
         overlap=_stated(recipe, "pretraining") or _UNKNOWN_OVERLAP,
         cost_facts=_lines(_cost_facts(results["roles"][role])),
         versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
@@ -283,6 +284,18 @@ def _data_facts(results: Results) -> list[str]:
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
     return [*facts, f"Licence of the data: {_stated(recipe, 'data_license') or 'not stated by the author'}"]
+
+
+def _origin(results: Results, role: str) -> str | None:
+    """Where the first tasks are from, if they were learnt elsewhere."""
+    if "origin" not in results:
+        return None
+    count, source = results["origin"]["tasks"], results["origin"]["roles"][role]
+    link = f"[{source['repository']}](https://huggingface.co/{source['repository']}/tree/{source['commit']})"
+    return (
+        f"Tasks 1 to {count} were learnt in an earlier run: {link}, whose card tells of their data. What is shown "
+        "here of them as just learnt was measured there; what was not measured again later is shown as -."
+    )
 
 
 def _cost_facts(entry: Mapping[str, Any]) -> list[str]:

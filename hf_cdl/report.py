@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,21 @@ def _matrix_lines(label: str, matrix: Sequence[Sequence[float | None]], results:
         cells = "".join(f"{number(value, digits):>{width}}" for value in row[: t + 1]).ljust(width * planned)
         line = f"{t + 1:5d}  {number(average_accuracy(matrix[: t + 1])):>6}{cells}  "
         lines.append(line + _classes(results, t, WIDTH - len(line)))
+    return lines
+
+
+def difference_lines(rows: Sequence[tuple[int, Sequence[str], int, float, float]]) -> list[str]:
+    """A text table of (task, classes, images, accuracy before, accuracy after), with the difference and the means."""
+    numbers = [
+        [str(task), str(images), number(was), number(now), number(now - was)] for task, _, images, was, now in rows
+    ]
+    means = [fmean(column) for column in zip(*((was, now, now - was) for *_, was, now in rows), strict=True)]
+    numbers.append(["mean", "", *map(number, means)])
+    heading = f"{'task':>4}  {'images':>6}  {'before':>6}  {'after':>6}  {'difference':>10}  "
+    lines = [heading + "classes of the task"]
+    for (task, images, was, now, change), names in zip(numbers, [*(names for _, names, *_ in rows), ()], strict=True):
+        line = f"{task:>4}  {images:>6}  {was:>6}  {now:>6}  {change:>10}  "
+        lines.append((line + _shorten(", ".join(names), WIDTH - len(line))).rstrip())
     return lines
 
 

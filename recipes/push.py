@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
         recipe = build_recipe({**ledger["recipe"], **asked, "push_to_hub": True})
-        run = Run(folder, ledger["recipe"], writer=False, complete=completed)
+        run = Run(folder, completed(ledger["recipe"]), writer=False, complete=completed)
         pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=run.origin)
         pusher.check(run.results())
         return 0 if pusher.finish(run.results()) else 4

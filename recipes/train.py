@@ -109,6 +109,14 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
 def push_from(run: Run, recipe: Recipe) -> Pusher:
     """What pushes the run, beside its training. Raises HubError if that will not do."""
     if recipe.push_to_hub:
+        for role in recipe.repositories:
+            backbone = getattr(recipe, role).backbone
+            if not recipe.save_backbone and Path(backbone).exists():
+                say(
+                    f"The {role}'s backbone '{backbone}' is a folder of this machine, and small checkpoints only name "
+                    "it: who loads them elsewhere needs it too. Push the backbone and name it by its Hub id, or leave "
+                    "out save_backbone: false."
+                )
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
@@ -149,10 +157,15 @@ def say(*lines: str, **options) -> None:
         print(*lines, flush=True, **options)
 
 
-if __name__ == "__main__":
+def quiet() -> None:
+    """Leave the console to what is said here."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if not sys.stderr.isatty():
         disable_progress_bars()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    quiet()
     sys.exit(main(sys.argv[1:]))

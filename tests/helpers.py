@@ -126,6 +126,14 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
+def script(name: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
+    """Another command of recipes/, to its end; no warning of ours may show."""
+    command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "timeout": 300, **options}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
+    return done.returncode, done.stdout + done.stderr
+
+
 def interrupt_when(
     arrived: Callable[[], bool], *arguments: Any, kill: int = signal.SIGKILL, timeout: float = 120, **options: Any
 ) -> tuple[int, str]:

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import TRAIN, interrupt_when, make_recipe, train, write_recipe
-from hub_server import Failure, HubServer
+from helpers import TRAIN, interrupt_when, make_recipe, script, train, write_recipe
+from hub_server import TOKEN, Failure, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save_file
 
@@ -30,24 +30,12 @@ from hf_cdl.recipe import RecipeError, build_recipe
 from hf_cdl.report import plotting_available
 
 STUDENT, TEACHER = "me/tiny", "me/tiny-teacher"
-TOKEN = "hf_write"
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[HubServer]:
     with HubServer(tmp_path / "hub", stall_seconds=0.3) as server:
         yield server
-
-
-def environment(hub: HubServer, home: Path, **given: str) -> dict[str, str]:
-    address = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    return {**address, "HF_HOME": str(home), "HF_CDL_PUSH_DELAY": "0.01", **given}
-
-
-def script(name: str, *arguments: Any, env: dict[str, str]) -> tuple[int, str]:
-    command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout + done.stderr
 
 
 # ---- a run's folder, without training ----
@@ -141,7 +129,7 @@ def test_every_task_is_pushed_with_its_own_state(hub: HubServer, tmp_path: Path)
         assert there["roles"]["student"]["accuracy_matrix"] == results["roles"]["student"]["accuracy_matrix"][:number]
         assert there["finished"] == (number == 3) and there["roles"]["student"]["counts"] == [10] * number
         assert there["roles"]["student"]["metrics"] == {"forgetting": 0.0 if number == 1 else -1.0}
-    told = f"Pushed the student: {hub.url}/{STUDENT} (3 tasks, task-01 to task-03)"
+    told = f"Pushed the student: {hub.url}/{STUDENT} (3 tasks, the newest task-03)"
     assert [text for text in said if not text.startswith("Waiting for the Hub")] == [told]  # it may be a slow machine
 
 
@@ -409,7 +397,7 @@ def test_a_run_is_pushed_while_it_goes_on(pushed: tuple[Path, HubServer, str]) -
     assert_whole(hub, folder, 3)
     assert_whole(hub, folder, 3, TEACHER, "teacher")
     for role, repo in (("student", STUDENT), ("teacher", TEACHER)):
-        assert f"Pushed the {role}: {hub.url}/{repo} (3 tasks, task-01 to task-03)\n" in output
+        assert f"Pushed the {role}: {hub.url}/{repo} (3 tasks, the newest task-03)\n" in output
     assert "Traceback" not in output and "Warning" not in output and "HTTP" not in output
     matrix = json.loads((folder / "results.json").read_text())["roles"]["student"]["accuracy_matrix"]
     expected = f"Task 2 of 3: classes class c, class d; average accuracy {sum(matrix[1]) / 2:.1f} %"
@@ -580,7 +568,7 @@ def test_the_commands_of_the_readme(hub: HubServer, tmp_path: Path) -> None:
         command: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, **given}, "capture_output": True}
         done = subprocess.run(shlex.split(line), text=True, **command)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"Pushed the student: {hub.url}/me/quickstart (5 tasks, task-01 to task-05)" in done.stdout
+        assert f"Pushed the student: {hub.url}/me/quickstart (5 tasks, the newest task-05)" in done.stdout
     folder = tmp_path / "runs" / "quickstart"
     repositories = {"student": "me/quickstart", "teacher": "me/quickstart-teacher"}
     for role, repo in repositories.items():

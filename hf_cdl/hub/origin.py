@@ -66,7 +66,7 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
     except (HfHubHTTPError, OSError) as error:
         raise HubError(f"{repository} cannot be read now ({type(error).__name__}). Try again.") from error
     tasks = int(tag[5:])
-    if finished_tasks(results, role) < tasks or len(results["class_names"]) < tasks:
-        raise HubError(f"{repository} at {tag} is not a {role} of {tasks} tasks by its results.json.")
+    if results.get("role", role) != role or finished_tasks(results, role) < tasks:
+        raise HubError(f"{repository} at {tag} is no {role} of {tasks} tasks, by its results.json.")
     known = {name: commit for name, commit in commits.items() if int(name[5:]) <= tasks}
     return Origin(api, repository, role, tasks, commits[tag], known, results)

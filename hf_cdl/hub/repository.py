@@ -122,7 +122,7 @@ class Repository:
             if there["README.md"] != last:  # edited on the Hub: it stays
                 card = last
                 del written["README.md"]
-        written["results.json"] = json.dumps({**after, "card": card}, indent=1).encode()
+        written["results.json"] = json.dumps({**after, "role": self.role, "card": card}, indent=1).encode()
         gone = [path for path in there if path not in files and path not in DOCUMENTS]
         operations = [CommitOperationAdd(path, source) for path, source in {**files, **written}.items()]
         title, text = commit_message(results, self.role, number)

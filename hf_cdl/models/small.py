@@ -37,6 +37,7 @@ def fetch_backbones(model: nn.Module, **options: Any) -> None:
             raise ValueError(
                 f"This checkpoint holds prompts and heads alone. Its {part} is '{name}' (revision {revision}), which "
                 f"does not serve: {error} Get it back, or say where the same weights are: "
-                f"from_pretrained(..., {prefix}_name='HUB ID OR FOLDER', {prefix}_revision=None)."
+                f"from_pretrained(..., {prefix}_name='HUB ID OR FOLDER', {prefix}_revision=None) "
+                "(in a recipe: the section's backbone)."
             ) from error
         getattr(model, part).load_state_dict(backbone.state_dict())
