@@ -124,6 +124,33 @@ class Repository:
         return name
 
 
+def card_errors(metadata: dict[str, Any]) -> list[str]:
+    """What the Hub would not take in a card's metadata: a wrong kind of value, or a model-index that is not whole."""
+    texts = ("license", "pipeline_tag", "library_name", "base_model_relation")
+    errors = [f'"{name}" must be a string' for name in texts if not isinstance(metadata.get(name, ""), str)]
+    for name in ("tags", "datasets", "metrics"):
+        value = metadata.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            errors.append(f'"{name}" must be an array of strings')
+    if metadata.get("base_model_relation", "adapter") not in ("adapter", "finetune", "merge", "quantized"):
+        errors.append('"base_model_relation" must be one of [adapter, merge, quantized, finetune]')
+    wanted = {"task": ("type",), "dataset": ("name", "type")}
+    for number, model in enumerate(metadata.get("model-index", [])):
+        where = f'"model-index[{number}]'
+        if not isinstance(model.get("name"), str) or not model.get("results"):
+            errors.append(f'{where}" needs a name and results')
+        for place, result in enumerate(model.get("results") or []):
+            for part, fields in wanted.items():
+                for field in fields:
+                    if not isinstance(result.get(part, {}).get(field), str):
+                        errors.append(f'{where}.results[{place}].{part}.{field}" must be a string')
+            for metric in result.get("metrics") or [{}]:
+                value = metric.get("value")
+                if not isinstance(metric.get("type"), str) or not isinstance(value, int | float) or value != value:
+                    errors.append(f'{where}.results[{place}].metrics" need a type and a number')
+    return errors
+
+
 def write(file: Path, content: bytes) -> None:
     """The file is there whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -338,6 +365,8 @@ class Handler(BaseHTTPRequestHandler):
             metadata = yaml.safe_load(match.group(1)) if match else None
         except yaml.YAMLError as error:
             raise Failure(400, f"the metadata of README.md are no YAML: {error.__class__.__name__}") from error
+        if errors := card_errors(metadata or {}):
+            raise Failure(400, "; ".join(errors))
         return {"errors": [], "warnings": [] if metadata else [{"message": "empty or missing yaml metadata"}]}
 
     def create(self) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, interrupt_when, make_backbone, make_recipe, train, write_recipe
+from hub_server import HubServer, environment
 from huggingface_hub import ModelCard
 from transformers import ViTForImageClassification
 
@@ -53,6 +55,34 @@ def cut(results: dict[str, Any], count: int) -> dict[str, Any]:
         entry.pop("cost", None)
         entry.update({key: value[:count] for key, value in entry.items() if isinstance(value, list)})
     return early
+
+
+_VALIDATE = """import sys
+from huggingface_hub import ModelCard
+card = ModelCard.load(sys.argv[1])
+card.validate()
+for change in ({"datasets": 7}, {"license": 3}, {"base_model_relation": "child"}):
+    broken = ModelCard(str(card))
+    for name, value in change.items():
+        setattr(broken.data, name, value)
+    broken.content = f"---\\n{broken.data.to_yaml()}\\n---\\n{broken.text}"
+    try:
+        broken.validate()
+    except ValueError as error:
+        print(*change, "must be" in str(error))
+"""
+
+
+def test_the_hub_takes_the_examples(tmp_path: Path) -> None:
+    """By Hugging Face's own validation, which asks the Hub; broken metadata are refused."""
+    with HubServer(tmp_path) as hub:
+        env = {**os.environ, **environment(hub, tmp_path / "home")}
+        for role in NAMES:
+            command = [sys.executable, "-c", _VALIDATE, str(EXAMPLE / role / "README.md")]
+            done = subprocess.run(command, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            said = ["datasets True", "license True", "base_model_relation True"]
+            assert done.stdout.splitlines() == said, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("role", NAMES)
