@@ -377,7 +377,9 @@ print(json.dumps(rows))
 """
 
 
-def assert_reproduced(folder: Path, hub: HubServer, repositories: dict[str, str], home: Path) -> None:
+def assert_reproduced(
+    folder: Path, hub: HubServer, repositories: dict[str, str], home: Path, cwd: Path | None = None
+) -> None:
     """A fresh process with an empty cache loads every tag and repeats its accuracies."""
     results = json.loads((folder / "results.json").read_text())
     stored = {
@@ -387,7 +389,8 @@ def assert_reproduced(folder: Path, hub: HubServer, repositories: dict[str, str]
     }
     data = json.dumps(results["recipe"]["data"])
     command = [sys.executable, "-c", _FRESH, data, *stored]
-    done = subprocess.run(command, env={**os.environ, **environment(hub, home)}, capture_output=True, text=True)
+    env = {**os.environ, **environment(hub, home)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == stored
 
@@ -574,6 +577,14 @@ def test_the_commands_of_the_readme(hub: HubServer, tmp_path: Path) -> None:
     for role, repo in repositories.items():
         assert_whole(hub, folder, 5, repo, role)
     assert_reproduced(folder, hub, repositories, tmp_path / "fresh")
+
+    before = hub.received
+    small = "--save_backbone false --push_teacher false --hub_model_id small --output_dir runs/small --baselines []"
+    words = f"{train_line} --train.num_train_epochs 2 --teacher_from runs/quickstart {small}"
+    done = subprocess.run(shlex.split(words), text=True, **command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (hub.received - before) / 5 < 1e6, "bytes a task, of checkpoint, card and picture"
+    assert_reproduced(tmp_path / "runs" / "small", hub, {"student": "me/small"}, tmp_path / "fresh-small", tmp_path)
 
 
 @contextmanager

@@ -31,11 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"types", "metrics", "report", "hub"},
     "progress": set(),
     "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "run"},
-    "recipe_files": set(),
-    "typed": set(),
     "recipe": {
-        "recipe_files",
-        "typed",
         "types",
         "config",
         "models.heads",

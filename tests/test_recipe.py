@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hf_cdl.recipe import Recipe, build_recipe, load_recipe
-from hf_cdl.recipe_files import RecipeError, merge
+from hf_cdl.recipe.files import RecipeError, merge
 from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"

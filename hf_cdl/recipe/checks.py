@@ -1,15 +1,15 @@
-"""A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded."""
+"""What makes a recipe impossible, by the rules between its fields; every problem in words, none raised.
+
+Each check looks at a section only as far as it has the right kind: `build_typed` reports it otherwise. The checks put
+values of the right type into the content: 8 for 8.0.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,186 +17,15 @@ from huggingface_hub.utils import validate_repo_id
 from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
-from hf_cdl.recipe_files import RecipeError, merge, read_recipe
-from hf_cdl.tasks import StreamConfig
+from hf_cdl.recipe.fields import PLACES, ModelRecipe
+from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
 from hf_cdl.training_args import CDLTrainingArguments
-from hf_cdl.typed import WRONG, build_typed, typed_fields, typed_value
-
-BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
-"""The heads of the baselines: without any training, and trained alone on the frozen features."""
-
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "cdl": {"normalise": False, "train": {"epoch_cosine": True, "dataloader_drop_last": True}},
-}
-"""What a protocol sets where the recipe does not; cdl is the training of Continual Distillation Learning's authors."""
-
 
 _CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
 """The fields of a model's section that a classifier has."""
 
-_PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
-"""The fields of a recipe that do not define the run's numbers."""
-
 _PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
 """Sections of the student that terms ask for."""
-
-
-def _help(text: str, **default: Any) -> Any:
-    return field(**default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class ModelRecipe:
-    """One model: the `teacher` or the `student` section."""
-
-    backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.")
-    revision: str | None = _help("Commit, tag or branch of the backbone.", default=None)
-    model: Literal["cdl", "classifier"] = _help(
-        "cdl: frozen backbone, prompts and heads; classifier: transformers' image classifier, trained whole on the "
-        "stream's only task.",
-        default="cdl",
-    )
-    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", default=True)
-    prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
-    head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
-    first_session: dict[str, Any] | None = _help(
-        "Trained head with which prompts or backbone learn on the first task alone; then `head` is fitted.",
-        default=None,
-    )
-    kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
-    mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)
-    query: Literal["student", "self", "one_pass"] = _help(
-        "What selects prompts: the CLS feature of the student's frozen backbone (shared by both models), of the "
-        "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
-        default="student",
-    )
-    train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
-    train: dict[str, Any] | None = _help(
-        "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "
-        "is used as it is.",
-        default_factory=dict,
-    )
-
-
-@dataclass(frozen=True)
-class CardRecipe:
-    """The `card` section: what a model card says that no run can know. It may change at any time."""
-
-    license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
-    data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
-    data_license: str | None = _help("Licence of the data, as its owners state it.", default=None)
-    pretraining: str | None = _help("What the backbones' pre-training saw of these classes.", default=None)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
-
-    name: str = _help("Name of the run, for titles.")
-    data: StreamConfig = _help("The stream of tasks.")
-    student: ModelRecipe = _help("The small model that is deployed.")
-    teacher: ModelRecipe | None = _help("The large model that teaches; null: the student learns alone.", default=None)
-    teacher_from: str | None = _help(
-        "Folder of a run with the same teacher, data and seed: its teacher is taken over instead of trained again.",
-        default=None,
-    )
-    distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
-    ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
-    train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
-    protocol: Literal["default", "cdl"] = _help(
-        "cdl: the CDL authors' choices (raw pixels, their schedule, full batches only) where the recipe has none, and "
-        "their forgetting first in tables.",
-        default="default",
-    )
-    normalise: bool = _help(
-        "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
-    )
-    baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
-        "The student's bare backbone, measured beside the models (a classifier has none).",
-        default_factory=lambda: ["nearest_class_mean"],
-    )
-    plugins: list[str] = _help(
-        "Python files that register models of your own with transformers.", default_factory=list
-    )
-    save_backbone: bool = _help(
-        "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
-        default=True,
-    )
-    save_code: bool = _help(
-        "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
-    )
-    card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
-    seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
-    output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
-    push_to_hub: bool = _help("Push the student to the Hugging Face Hub, a commit and a tag per task.", default=False)
-    push_teacher: bool = _help("Push the teacher too, to the repository hub_model_id with -teacher.", default=False)
-    hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; default the run's name.", default=None)
-    hub_private_repo: bool = _help("Whether repositories that are made are private.", default=True)
-    hub_strategy: Literal["every_task", "end"] = _help(
-        "When to push: after every task, or at the end.", default="every_task"
-    )
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the run."""
-        return Path(self.output_dir or Path("runs") / self.name)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What defines the run, for its ledger: all but where it is stored and pushed."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in _PLACES}
-
-    @property
-    def repositories(self) -> dict[str, str]:
-        """Role -> repository on the Hub that it is pushed to."""
-        name = self.hub_model_id or self.name
-        roles = {"student": name, **({"teacher": f"{name}-teacher"} if self.push_teacher else {})}
-        return roles if self.push_to_hub else {}
-
-    def training_args(self, role: Literal["teacher", "student"]) -> dict[str, Any]:
-        """The keyword arguments of CDLTrainingArguments for a role."""
-        section = self.teacher if role == "teacher" else self.student
-        own = section.train if section and section.train else {}
-        return {"data_seed": self.seed, **self.train, **own, "seed": self.seed}
-
-
-def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
-    """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
-
-    Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with
-    all problems at once.
-    """
-    return build_recipe(read_recipe(arguments, default))
-
-
-def build_recipe(content: dict[str, Any]) -> Recipe:
-    """Recipe from a plain dict. Raises RecipeError with all problems at once."""
-    problems: list[str] = []
-    protocol = content.get("protocol")
-    preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
-    content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
-    parts = _check_terms(content, problems)
-    if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
-        problems.append("'data.path' is missing")
-    for role in ("teacher", "student"):
-        if isinstance(content.get(role), dict):
-            _check_model(content, role, parts, problems)
-            _check_training(content, role, problems)
-    _check_classifiers(content, problems)
-    _check_hub(content, problems)
-    recipe = build_typed(Recipe, content, "", problems)
-    if problems:
-        raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
-    student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
-    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
-
-
-def completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
-    return build_recipe(stored).as_dict()
-
-
-# ---- checking ----
 
 
 def _section(content: dict[str, Any], name: str, default: Any) -> Any:
@@ -220,7 +49,7 @@ def _check_typed(registry: Any, content: Any, path: str, problems: list[str], ex
         problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in content if key != "type"]
 
 
-def _check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
+def check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
     """Check the distillation terms; the parts that they ask of the student, with defaults."""
     parts: dict[str, dict[str, Any]] = {}
     terms = _section(content, "distill", [])
@@ -253,7 +82,7 @@ def _pool_class(section: dict[str, Any]) -> type[PromptPool] | None:
     return PROMPTS.get(kind) if isinstance(kind, str) else None
 
 
-def _check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
+def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
     section = content[role]
     prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
     _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
@@ -327,7 +156,7 @@ def _check_session(content: dict[str, Any], role: str, learns: bool, problems: l
             )
 
 
-def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
+def check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
     """A classifier has none of the parts of a cdl model; a student's has no baselines and no KD head."""
     models = {role: _section(content, role, {}) for role in ("teacher", "student")}
     plain = {role for role, section in models.items() if section.get("model") == "classifier"}
@@ -375,7 +204,7 @@ def _check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
             problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
 
 
-def _check_hub(content: dict[str, Any], problems: list[str]) -> None:
+def check_hub(content: dict[str, Any], problems: list[str]) -> None:
     """Where to push: a name that the Hub takes, and a teacher if it is to be pushed."""
     if content.get("push_to_hub") is not True:
         return
@@ -392,7 +221,7 @@ def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
+def check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
     """Names and types of the training arguments, then their own checks on the whole."""
     before = len(problems)
     hints = typing.get_type_hints(CDLTrainingArguments)
@@ -400,7 +229,7 @@ def _check_training(content: dict[str, Any], role: str, problems: list[str]) -> 
     values: dict[str, Any] = {}
     for path, section in (("train", content), (f"{role}.train", content[role])):
         for key, value in _section(section, "train", {}).items():
-            if key in ("seed", *_PLACES):
+            if key in ("seed", *PLACES):
                 problems.append(f"'{path}.{key}': set '{key}' at the top level of the recipe")
             elif key.startswith("hub_"):
                 problems.append(

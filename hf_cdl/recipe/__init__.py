@@ -1,0 +1,70 @@
+"""A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded.
+
+files.py reads, fields.py says what there is, typed.py and checks.py say what is wrong; all together, in one message.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.recipe.checks import check_classifiers, check_hub, check_model, check_terms, check_training
+from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
+from hf_cdl.recipe.files import RecipeError, merge, read_recipe
+from hf_cdl.recipe.typed import build_typed
+
+__all__ = [
+    "BASELINES",
+    "CardRecipe",
+    "ModelRecipe",
+    "Recipe",
+    "RecipeError",
+    "build_recipe",
+    "completed",
+    "load_recipe",
+]
+
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "cdl": {"normalise": False, "train": {"epoch_cosine": True, "dataloader_drop_last": True}},
+}
+"""What a protocol sets where the recipe does not; cdl is the training of Continual Distillation Learning's authors."""
+
+
+def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
+    """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
+
+    Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with
+    all problems at once.
+    """
+    return build_recipe(read_recipe(arguments, default))
+
+
+def build_recipe(content: dict[str, Any]) -> Recipe:
+    """Recipe from a plain dict. Raises RecipeError with all problems at once."""
+    problems: list[str] = []
+    protocol = content.get("protocol")
+    preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
+    content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
+    parts = check_terms(content, problems)
+    if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
+        problems.append("'data.path' is missing")
+    for role in ("teacher", "student"):
+        if isinstance(content.get(role), dict):
+            check_model(content, role, parts, problems)
+            check_training(content, role, problems)
+    check_classifiers(content, problems)
+    check_hub(content, problems)
+    recipe = build_typed(Recipe, content, "", problems)
+    if problems:
+        raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
+    student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
+    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
+
+
+def completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
+    return build_recipe(stored).as_dict()

@@ -1,0 +1,134 @@
+"""The fields of a recipe: everything that defines a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_cdl.tasks import StreamConfig
+
+BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
+"""The heads of the baselines: without any training, and trained alone on the frozen features."""
+
+PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
+"""The fields of a recipe that do not define the run's numbers."""
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(**default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """One model: the `teacher` or the `student` section."""
+
+    backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.")
+    revision: str | None = _help("Commit, tag or branch of the backbone.", default=None)
+    model: Literal["cdl", "classifier"] = _help(
+        "cdl: frozen backbone, prompts and heads; classifier: transformers' image classifier, trained whole on the "
+        "stream's only task.",
+        default="cdl",
+    )
+    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", default=True)
+    prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
+    head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
+    first_session: dict[str, Any] | None = _help(
+        "Trained head with which prompts or backbone learn on the first task alone; then `head` is fitted.",
+        default=None,
+    )
+    kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
+    mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)
+    query: Literal["student", "self", "one_pass"] = _help(
+        "What selects prompts: the CLS feature of the student's frozen backbone (shared by both models), of the "
+        "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
+        default="student",
+    )
+    train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
+    train: dict[str, Any] | None = _help(
+        "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "
+        "is used as it is.",
+        default_factory=dict,
+    )
+
+
+@dataclass(frozen=True)
+class CardRecipe:
+    """The `card` section: what a model card says that no run can know. It may change at any time."""
+
+    license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
+    data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
+    data_license: str | None = _help("Licence of the data, as its owners state it.", default=None)
+    pretraining: str | None = _help("What the backbones' pre-training saw of these classes.", default=None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
+
+    name: str = _help("Name of the run, for titles.")
+    data: StreamConfig = _help("The stream of tasks.")
+    student: ModelRecipe = _help("The small model that is deployed.")
+    teacher: ModelRecipe | None = _help("The large model that teaches; null: the student learns alone.", default=None)
+    teacher_from: str | None = _help(
+        "Folder of a run with the same teacher, data and seed: its teacher is taken over instead of trained again.",
+        default=None,
+    )
+    distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
+    ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
+    train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
+    protocol: Literal["default", "cdl"] = _help(
+        "cdl: the CDL authors' choices (raw pixels, their schedule, full batches only) where the recipe has none, and "
+        "their forgetting first in tables.",
+        default="default",
+    )
+    normalise: bool = _help(
+        "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
+    )
+    baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
+        "The student's bare backbone, measured beside the models (a classifier has none).",
+        default_factory=lambda: ["nearest_class_mean"],
+    )
+    plugins: list[str] = _help(
+        "Python files that register models of your own with transformers.", default_factory=list
+    )
+    save_backbone: bool = _help(
+        "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
+        default=True,
+    )
+    save_code: bool = _help(
+        "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
+    )
+    card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
+    seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
+    output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
+    push_to_hub: bool = _help("Push the student to the Hugging Face Hub, a commit and a tag per task.", default=False)
+    push_teacher: bool = _help("Push the teacher too, to the repository hub_model_id with -teacher.", default=False)
+    hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; default the run's name.", default=None)
+    hub_private_repo: bool = _help("Whether repositories that are made are private.", default=True)
+    hub_strategy: Literal["every_task", "end"] = _help(
+        "When to push: after every task, or at the end.", default="every_task"
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(self.output_dir or Path("runs") / self.name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What defines the run, for its ledger: all but where it is stored and pushed."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in PLACES}
+
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Role -> repository on the Hub that it is pushed to."""
+        name = self.hub_model_id or self.name
+        roles = {"student": name, **({"teacher": f"{name}-teacher"} if self.push_teacher else {})}
+        return roles if self.push_to_hub else {}
+
+    def training_args(self, role: Literal["teacher", "student"]) -> dict[str, Any]:
+        """The keyword arguments of CDLTrainingArguments for a role."""
+        section = self.teacher if role == "teacher" else self.student
+        own = section.train if section and section.train else {}
+        return {"data_seed": self.seed, **self.train, **own, "seed": self.seed}
