@@ -1,0 +1,72 @@
+"""Model cards: what a run's results say about its student or its teacher, by Hugging Face's own card machinery.
+
+Everything comes from `results`, the content of a run's results.json, also of one that is still going on. What only
+the author knows (licences, the data's page, what the backbones saw in pre-training) is the recipe's `card` section;
+what is not stated there is called not stated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import ModelCard
+
+from hf_cdl import report
+from hf_cdl.card import text
+from hf_cdl.card.metadata import Results, eval_results, metadata, stated
+
+__all__ = ["card_files", "eval_results", "model_card"]
+
+
+def model_card(
+    results: Results, role: str, repo_id: str | None = None, other_id: str | None = None, picture: bool = True
+) -> str:
+    """The card of the `student` or `teacher` of a run, Markdown with metadata.
+
+    `repo_id`: its repository; `other_id`: that of the run's other model; `picture`: accuracy_matrix.png lies beside
+    the card. Raises ValueError for a role without results.
+    """
+    if role not in ("student", "teacher") or not results["roles"].get(role, {}).get("accuracy_matrix"):
+        raise ValueError(f"There is no card for '{role}': cards are for a student or teacher that has learnt a task.")
+    recipe, matrix = results["recipe"], results["roles"][role]["accuracy_matrix"]
+    card = ModelCard.from_template(
+        metadata(results, role, repo_id),
+        template_path=str(Path(__file__).with_name("template.md.jinja")),
+        title=f"{results['name']}: {role}" if repo_id is None else repo_id,
+        summary=text.summary(results, role),
+        finished=len(matrix) == len(results["class_names"]),
+        learnt=len(matrix),
+        planned=len(results["class_names"]),
+        usage=text.usage(recipe, role, repo_id),
+        usage_notes=text.usage_notes(results, role, repo_id),
+        split=recipe["data"]["eval_split"],
+        seed=results["seed"],
+        task_table=text.task_table(results, role),
+        role_table=text.role_table(results, len(matrix)),
+        better=text.better(results, role),
+        picture=picture,
+        model_facts=text.lines(text.model_facts(recipe, role, other_id)),
+        data_facts=text.lines(text.data_facts(results)),
+        origin=text.origin(results, role),
+        overlap=stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP,
+        cost_facts=text.lines(text.cost_facts(results["roles"][role])),
+        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        stream=results["stream"],
+        recipe=text.recipe_text(recipe),
+        citations=text.citations(recipe, role),
+    )
+    return f"{str(card).strip()}\n"
+
+
+def card_files(
+    results: Results, role: str, repo_id: str | None = None, other_id: str | None = None
+) -> dict[str, bytes]:
+    """The files of a card, by name: README.md and, where matplotlib is installed, accuracy_matrix.png."""
+    picture = report.plotting_available()
+    files = {"README.md": model_card(results, role, repo_id, other_id, picture).encode()}
+    if picture:
+        with TemporaryDirectory() as folder:
+            report.save_plots(results, folder)
+            files["accuracy_matrix.png"] = Path(folder, "accuracy_matrix.png").read_bytes()
+    return files
