@@ -11,11 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +20,8 @@ from filelock import FileLock, Timeout
 
 from hf_cdl import report
 from hf_cdl.metrics import continual_metrics
+from hf_cdl.storing import RunError, saving, sync, versions, write_json
 from hf_cdl.types import Task, TaskResult
-
-PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface-hub")
-
-
-class RunError(RuntimeError):
-    """A run's folder cannot be used as asked; the message says why and what to do."""
 
 
 class Run:
@@ -40,7 +32,7 @@ class Run:
     folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
     that a new field with its default is no difference.
 
-    A run may go on from models that learnt their first tasks elsewhere: see `adopt`.
+    A run may go on from models that learnt their first tasks elsewhere: see adopt.py.
     """
 
     def __init__(
@@ -55,7 +47,7 @@ class Run:
         self.writer, self.complete = writer, complete
         self.ledger: dict[str, Any] = {
             "recipe": self.recipe,
-            "versions": _versions(),
+            "versions": versions(),
             "stream": None,
             "class_names": [],
             "entries": {},
@@ -144,48 +136,6 @@ class Run:
 
     # ---- tasks that were learnt elsewhere ----
 
-    @staticmethod
-    def adopt(
-        folder: Path,
-        origin: dict[str, Any],
-        results: Mapping[str, dict[str, Any]],
-        put: Callable[[str, Path], Any],
-        recipe_file: str,
-    ) -> None:
-        """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
-
-        `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
-        results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
-        text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
-        there is something in its place.
-        """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
-        count = origin["tasks"]
-        partial = folder.with_name(f".{folder.name}.partial")
-        with saving(f"start the run in {folder}"):
-            shutil.rmtree(partial, ignore_errors=True)
-            for role in origin["roles"]:
-                put(role, partial / role / f"task-{count:02d}")
-            student = results["student"]
-            _write_json(
-                partial / "run.json",
-                {
-                    "recipe": {},  # as long as nothing was learnt here, any that fits may come
-                    "versions": _versions(),
-                    "stream": None,
-                    "class_names": student["class_names"][:count],
-                    "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
-                    "finished": False,
-                    "origin": origin,
-                },
-            )
-            (partial / "recipe.yaml").write_text(recipe_file)
-            _sync(partial)
-            if folder.exists():
-                folder.rmdir()
-            os.replace(partial, folder)
-
     @property
     def origin(self) -> dict[str, Any]:
         """Where tasks are from that were learnt elsewhere; empty if there are none."""
@@ -233,10 +183,10 @@ class Run:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
                 write(partial)
-                _sync(partial)
+                sync(partial)
                 shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
                 os.replace(partial, target)
-                _write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
+                write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
                 self._write_ledger()
                 self._publish(result.role)
         except RunError:
@@ -344,7 +294,7 @@ class Run:
         """Write results.json and the pictures, mark the run as finished and return the table for the console."""
         results = {**self.results(), "finished": True}
         if self.writer:
-            _write_json(self.folder / "results.json", results)
+            write_json(self.folder / "results.json", results)
             if report.plotting_available():
                 with saving(f"draw the pictures in {self.folder}"):
                     report.save_plots(results, self.folder)
@@ -370,56 +320,7 @@ class Run:
 
     def _write_ledger(self) -> None:
         if self.writer:
-            _write_json(self.folder / "run.json", self.ledger)
-
-
-@contextmanager
-def saving(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while writing (a full disk, say) into a RunError that says what to do."""
-    try:
-        yield
-    except (RunError, Timeout):
-        raise
-    except Exception as error:  # torch, safetensors and transformers raise many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise RunError(
-            f"Could not {what}: {reason}. Everything stored before is whole. Make room or fix the folder, then run "
-            "the same command again."
-        ) from error
-
-
-def _write_json(file: Path, content: Any) -> None:
-    """Write so that the file is either the old one or the new one, whole."""
-    with saving(f"write {file}"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial")
-        with open(partial, "w") as stream:
-            json.dump(content, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The ledger's entries behind a role's results."""
-    of_role = results["roles"][role]
-    lists = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes", "correct")
-    return [
-        dataclasses.asdict(
-            TaskResult(
-                role,
-                task,
-                row=of_role["accuracy_matrix"][task],
-                counts=of_role["counts"][: task + 1],
-                **{name: of_role[name][task] for name in lists},
-            )
-        )
-        for task in range(count)
-    ]
+            write_json(self.folder / "run.json", self.ledger)
 
 
 def _latest(counts: Iterable[int]) -> int:
@@ -438,14 +339,6 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
         **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
-
-
-def _sync(folder: Path) -> None:
-    """Have the files of a folder on the disk before its name says that they are."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Any:

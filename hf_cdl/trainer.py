@@ -23,7 +23,8 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.distill import Objective
 from hf_cdl.progress import PhaseProgress, progress_bar
-from hf_cdl.run import Run, saving
+from hf_cdl.run import Run
+from hf_cdl.storing import saving
 from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult

@@ -23,11 +23,13 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.adopt import adopt
 from hf_cdl.build import build_processors, load_model
 from hf_cdl.hub import HubError, Origin, read_origin
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe
 from hf_cdl.report import difference_lines
-from hf_cdl.run import Run, RunError
+from hf_cdl.run import Run
+from hf_cdl.storing import RunError
 
 KEPT = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")
 """What the new task's data have in common with those of the tasks before."""
@@ -86,7 +88,7 @@ def begin(folder: Path, student: str, teacher: str | None, tag: str | None) -> N
     content = continued(stored, first)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     training.say(f"{student} knows {first.tasks} tasks (commit {first.commit[:8]}). Taking it over into {folder}/")
-    Run.adopt(
+    adopt(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
         {role: origin.results for role, origin in origins.items()},

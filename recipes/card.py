@@ -14,7 +14,8 @@ from pathlib import Path
 
 from hf_cdl.card import card_files
 from hf_cdl.recipe import completed
-from hf_cdl.run import Run, RunError
+from hf_cdl.run import Run
+from hf_cdl.storing import RunError
 
 
 def main(arguments: list[str]) -> int:

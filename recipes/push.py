@@ -13,7 +13,8 @@ from pathlib import Path
 
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import RecipeError, build_recipe, completed
-from hf_cdl.run import Run, RunError
+from hf_cdl.run import Run
+from hf_cdl.storing import RunError
 
 
 def main(arguments: list[str]) -> int:

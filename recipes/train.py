@@ -31,7 +31,8 @@ from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
-from hf_cdl.run import Run, RunError  # noqa: E402
+from hf_cdl.run import Run  # noqa: E402
+from hf_cdl.storing import RunError  # noqa: E402
 from hf_cdl.tasks import ImageError  # noqa: E402
 from hf_cdl.tasks.transforms import output_size  # noqa: E402
 

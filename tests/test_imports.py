@@ -28,9 +28,11 @@ ALLOWED: dict[str, set[str]] = {
     "card": {"types", "metrics", "report", "tasks.benchmarks"},
     "cost": set(),
     "hub": {"types", "metrics", "report", "card"},
-    "run": {"types", "metrics", "report", "hub"},
+    "storing": set(),
+    "adopt": {"types", "storing"},
+    "run": {"types", "metrics", "report", "storing"},
     "progress": set(),
-    "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "run"},
+    "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "storing", "run"},
     "recipe": {
         "types",
         "config",

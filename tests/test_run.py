@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_cdl.metrics import continual_metrics
-from hf_cdl.run import Run, RunError
+from hf_cdl.run import Run
+from hf_cdl.storing import RunError
 from hf_cdl.types import Task, TaskResult
 
 RECIPE = {"name": "x", "seed": 3, "train": {"learning_rate": 0.1}, "layers": (0, 1)}

@@ -1,0 +1,73 @@
+"""A run that goes on from models which learnt their first tasks elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.storing import RunError, saving, sync, versions, write_json
+from hf_cdl.types import TaskResult
+
+
+def adopt(
+    folder: Path,
+    origin: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    put: Callable[[str, Path], Any],
+    recipe_file: str,
+) -> None:
+    """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
+
+    `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
+    results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
+    text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
+    there is something in its place.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
+    count = origin["tasks"]
+    partial = folder.with_name(f".{folder.name}.partial")
+    with saving(f"start the run in {folder}"):
+        shutil.rmtree(partial, ignore_errors=True)
+        for role in origin["roles"]:
+            put(role, partial / role / f"task-{count:02d}")
+        student = results["student"]
+        write_json(
+            partial / "run.json",
+            {
+                "recipe": {},  # as long as nothing was learnt here, any that fits may come
+                "versions": versions(),
+                "stream": None,
+                "class_names": student["class_names"][:count],
+                "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
+                "finished": False,
+                "origin": origin,
+            },
+        )
+        (partial / "recipe.yaml").write_text(recipe_file)
+        sync(partial)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+
+
+def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The ledger's entries behind a role's results."""
+    of_role = results["roles"][role]
+    lists = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes", "correct")
+    return [
+        dataclasses.asdict(
+            TaskResult(
+                role,
+                task,
+                row=of_role["accuracy_matrix"][task],
+                counts=of_role["counts"][: task + 1],
+                **{name: of_role[name][task] for name in lists},
+            )
+        )
+        for task in range(count)
+    ]
