@@ -7,11 +7,12 @@ CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 INSTALLED := $(firstword $(wildcard .venv/dev.stamp) .venv/report.stamp)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-slow lint
+.PHONY: help quickstart demo test test-slow lint
 .NOTPARALLEL:
 
 help:
 	@echo "make quickstart   teacher and student learn 50 classes in 5 tasks, on the data in this folder"
+	@echo "make demo         a page with the quickstart's student as it was after each task"
 	@echo "make test         the fast tests"
 	@echo "make test-slow    the slow ones: kill and resume, two processes, whole runs"
 	@echo "make lint         ruff and pyright"
@@ -20,6 +21,9 @@ help:
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(CORES)} $(BIN)/accelerate launch \
 	  --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train.py
+
+demo: quickstart $(firstword $(wildcard .venv/dev.stamp) .venv/demo.stamp)
+	HF_HUB_OFFLINE=1 $(BIN)/python recipes/space/app.py runs/quickstart/student
 
 # One thread a process: two workers with one thread each are faster than one with two.
 test: .venv/dev.stamp
@@ -41,7 +45,7 @@ lint: .venv/dev.stamp
 	@echo "Making the virtual environment .venv"
 	@$(PYTHON) -m venv .venv
 
-# The stamp's name is the extra that is installed: report or dev.
+# The stamp's name is the extra that is installed: report, demo or dev.
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing torch into .venv"; \

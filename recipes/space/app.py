@@ -1,0 +1,94 @@
+"""A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
+
+python recipes/space/app.py WHERE [--trust_remote_code]
+WHERE is a repository on the Hub that a run was pushed to, OWNER/NAME, or a model's folder in a run, such as
+runs/quickstart/student; --trust_remote_code runs the code that lies in it, where hf_cdl is not installed. In a Space
+the variables HF_CDL_REPO and HF_CDL_TRUST_REMOTE_CODE (1) say the same. GRADIO_SERVER_PORT chooses the port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from states import States, StatesError
+from tables import CSS, answers_html, state_html
+
+
+def build(states: States, gr: Any) -> Any:
+    """The page; `gr` is gradio."""
+    first, last = states.tasks[0], states.tasks[-1]
+    newest = states.results(last)
+    title = f"{escape(newest.name)}, task after task"
+    about = f"{escape(states.where)}: {sum(map(len, newest.class_names))} classes learnt in {last} tasks"
+
+    def classify(image: Any, task: int) -> str:
+        if image is None:
+            return "Upload an image, or choose an example."
+        with _told(gr):
+            return answers_html(states.classifier(task)(image), states.results(task).class_names)
+
+    def describe(task: int) -> str:
+        with _told(gr):
+            return state_html(states.results(task))
+
+    with gr.Blocks(title=title) as page:
+        gr.HTML(f"<h1>{title}</h1><p>{about}. The slider goes back to the model as it was after an earlier task.</p>")
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(type="pil", label="Image", height=240)
+                if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
+                    gr.Examples(examples, image)
+                task = gr.Slider(first, last, last, step=1, label="The model after task")
+                answers = gr.HTML(classify(None, last))
+            with gr.Column():
+                state = gr.HTML(describe(last))
+        gr.on([image.change, task.change], classify, [image, task], answers, trigger_mode="always_last")
+        task.change(describe, task, state, trigger_mode="always_last")
+    return page
+
+
+@contextmanager
+def _told(gr: Any) -> Iterator[None]:
+    """Says on the page what went wrong."""
+    try:
+        yield
+    except StatesError as error:
+        raise gr.Error(str(error)) from error
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    given = os.environ.get("HF_CDL_REPO")
+    parser.add_argument("where", nargs="?" if given else None, default=given)
+    trusted = os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1"
+    parser.add_argument("--trust_remote_code", action="store_true", default=trusted)
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        states = States(options.where, options.trust_remote_code)
+        states.classifier(states.tasks[-1])  # what cannot be loaded is said here, not on the page
+        import gradio as gr  # pyright: ignore[reportMissingImports]
+
+        page = build(states, gr)
+    except ModuleNotFoundError as error:
+        print(f'error: {error}; the demo needs gradio: pip install "hf_cdl[demo]"', file=sys.stderr)
+        return 2
+    except StatesError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # nothing to fetch
+    page.launch(css=CSS, theme=theme, footer_links=["gradio", "settings"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

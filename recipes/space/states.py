@@ -1,0 +1,99 @@
+"""Where the states of a model are: revisions task-01, task-02, ... of a repository on the Hub, or folders of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from transformers import pipeline
+
+if find_spec("hf_cdl") is not None:
+    import hf_cdl  # noqa: F401  # tells transformers about the model type
+
+
+class StatesError(RuntimeError):
+    """Why there is nothing to show, and what to do."""
+
+
+class Results(NamedTuple):
+    """What is known of a model after some tasks; `accuracy_matrix` in percent, None where it was not measured."""
+
+    name: str
+    class_names: list[list[str]]
+    accuracy_matrix: list[list[float | None]]
+
+
+class States:
+    """The states of a model: `tasks`, and by task its classifier and its results. A few classifiers are kept loaded.
+
+    `where`: OWNER/NAME on the Hub, or a model's folder in a run. With `trust_remote_code` the code that lies in it is
+    run. Raises StatesError if it has no states or cannot be read.
+    """
+
+    def __init__(self, where: str, trust_remote_code: bool = False):
+        self.where, self.trust_remote_code = where.rstrip("/"), trust_remote_code
+        self.folder = Path(where).resolve() if Path(where).is_dir() else None
+        names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.iterdir()]
+        self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d+", name)}
+        self.tasks = sorted(self._names)
+        if not self.tasks:
+            raise StatesError(
+                f"{where} has no {'tags' if self.folder is None else 'folders'} task-01, task-02, ... Name a "
+                "repository that a run was pushed to (push_to_hub: true), or a folder such as runs/quickstart/student."
+            )
+        self.classifier = lru_cache(maxsize=4)(self._classifier)
+        self.results = lru_cache(maxsize=100)(self._results)
+
+    def _classifier(self, task: int) -> Any:
+        """The model after a task, as a pipeline that answers with its five likeliest classes."""
+        name = self._names[task]
+        place, revision = (self.where, name) if self.folder is None else (str(self.folder / name), None)
+        trust = self.trust_remote_code
+        try:
+            return pipeline("image-classification", model=place, revision=revision, top_k=5, trust_remote_code=trust)
+        except (ImportError, OSError, ValueError, HTTPError) as error:
+            advice = ""
+            if find_spec("hf_cdl") is None and not trust:
+                advice = (
+                    "\nhf_cdl is not installed here. Install it; or, if the model's code lies beside its weights "
+                    "(save_code: true) and you trust it, use --trust_remote_code."
+                )
+            raise StatesError(f"{self.where} after task {task} cannot be loaded: {error}{advice}") from error
+
+    def _results(self, task: int) -> Results:
+        try:
+            if self.folder is None:
+                file = Path(hf_hub_download(self.where, "results.json", revision=self._names[task]))
+            else:
+                file = self.folder.parent / "results.json"
+            found = json.loads(file.read_text(encoding="utf-8"))
+            place = self.folder.name if self.folder else self.where  # a role's folder, NAME or NAME-teacher
+            role = next((role for role in found["roles"] if place.endswith(role)), "student")
+            matrix = found["roles"][role]["accuracy_matrix"]
+            return Results(found["name"], found["class_names"][:task], matrix[:task])
+        except (OSError, HTTPError, KeyError) as error:
+            raise StatesError(
+                f"The results.json of {self.where} after task {task} cannot be read ({type(error).__name__}: {error})."
+                " A run of hf_cdl keeps it beside its models, and pushes it with each state."
+            ) from error
+
+
+def _tags(repository: str) -> list[str]:
+    try:
+        return [tag.name for tag in HfApi().list_repo_refs(repository).tags]
+    except HFValidationError as error:
+        raise StatesError(f"{repository} is neither a folder here nor a repository's name, OWNER/NAME.") from error
+    except RepositoryNotFoundError as error:
+        raise StatesError(
+            f"{repository} is no folder here, and on the Hub it does not exist or is private. For a private "
+            "repository log in with `hf auth login`, or set HF_TOKEN (in a Space: a secret of that name) to a token "
+            "that may read it."
+        ) from error
+    except (OSError, HTTPError) as error:
+        raise StatesError(f"The Hub cannot be asked for {repository} ({type(error).__name__}: {error}).") from error

@@ -1,0 +1,86 @@
+"""What the page shows, as HTML: the likeliest classes, a state's tasks and its accuracy matrix."""
+
+from __future__ import annotations
+
+from html import escape
+from statistics import fmean
+from typing import Any
+
+from states import Results
+
+CSS = """
+.html-container {padding: 0 !important}
+.cdl.cdl h3:first-child {margin-top: 0}
+.cdl.cdl p {margin: .5em 0}
+.cdl.cdl table {border-collapse: collapse; width: 100%; border: 0; margin: .5em 0}
+.cdl.cdl tr, .cdl.cdl th, .cdl.cdl td {border: 0}
+.cdl.cdl th, .cdl.cdl td {padding: .35em 0 .35em 1em; text-align: left; vertical-align: top}
+.cdl.cdl th:first-child, .cdl.cdl td:first-child {padding-left: 0; width: 100%}
+.cdl.cdl th {font-weight: 600; white-space: nowrap}
+.cdl.cdl tbody tr {border-top: 1px solid var(--border-color-primary)}
+.cdl.cdl .number {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap}
+.cdl .bar {height: .35em; margin-top: .3em; border-radius: .2em; background: #0072B2}
+.cdl .classes {max-height: 7.5em; overflow: auto; opacity: .75}
+.cdl .wide {overflow-x: auto}
+.cdl.cdl table.matrix {width: auto}
+.cdl.cdl .matrix tbody tr {border: 0}
+.cdl.cdl .matrix th, .cdl.cdl .matrix td {padding: .35em .5em; text-align: center; font-weight: 400; width: auto}
+.cdl.cdl .matrix td {min-width: 3.2em; font-variant-numeric: tabular-nums}
+.cdl.cdl .matrix th:first-child {padding-left: 0; text-align: left}
+.cdl.cdl .matrix tbody tr:last-child th {font-weight: 600}
+"""
+
+
+def answers_html(answers: list[dict[str, Any]], class_names: list[list[str]]) -> str:
+    """The likeliest classes with their scores, and the task each was learnt in."""
+    learnt_in = {name: number for number, names in enumerate(class_names, 1) for name in names}
+    rows = ""
+    for answer in answers:
+        score = f"{100 * answer['score']:.1f}"
+        rows += (
+            f"<tr><td>{escape(answer['label'])}<div class=bar style='width: {score}%'></div></td>"
+            f"<td class=number>{learnt_in[answer['label']]}</td><td class=number>{score}&nbsp;%</td></tr>"
+        )
+    heads = "<th>Class</th><th class=number>Learnt in task</th><th class=number>Score</th>"
+    return f"<div class=cdl><table class=answers><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def state_html(results: Results) -> str:
+    """What the model knows after its tasks: their classes, accuracies when learnt and now, the accuracy matrix."""
+    matrix, names = results.accuracy_matrix, results.class_names
+    rows = ""
+    for task, classes in enumerate(names):
+        rows += (
+            f"<tr><td>Task {task + 1}<div class=classes>{escape(', '.join(classes))}</div></td>"
+            f"<td class=number>{_percent(matrix[task][task])}</td>"
+            f"<td class=number>{_percent(matrix[-1][task])}</td></tr>"
+        )
+    measured = [value for value in matrix[-1] if value is not None]
+    mean = f", average accuracy {fmean(measured):.1f}&nbsp;%" if len(measured) == len(names) else ""
+    heads = "<th>Accuracy (%)</th><th class=number>when learnt</th><th class=number>now</th>"
+    return (
+        f"<div class=cdl><h3>After task {len(names)}: {sum(map(len, names))} classes{mean}</h3>"
+        f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<h3>Accuracy matrix</h3>{_matrix_html(matrix)}<p>Row t, column i: accuracy in percent on the test images of "
+        "task i after learning task t, always among all classes learnt so far.</p></div>"
+    )
+
+
+def _matrix_html(matrix: list[list[float | None]]) -> str:
+    heads = "".join(f"<th>{task + 1}</th>" for task in range(len(matrix)))
+    rows = ""
+    for task, row in enumerate(matrix):
+        cells = "".join(f"<td style='{_colour(value)}'>{_percent(value)}</td>" for value in row[: task + 1])
+        rows += f"<tr><th>after task {task + 1}</th>{cells}</tr>"
+    heads = f"<thead><tr><th>on task</th>{heads}</tr></thead>"
+    return f"<div class=wide><table class=matrix>{heads}<tbody>{rows}</tbody></table></div>"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _colour(value: float | None) -> str:
+    """From white to blue, whatever the page's own colours are."""
+    shade, text = value or 0.0, "white" if (value or 0.0) > 90 else "#111"
+    return f"background: color-mix(in srgb, #0072B2 {shade:.0f}%, white); color: {text}"

@@ -1,0 +1,218 @@
+"""The demo in recipes/space: a real process, a Hub on this machine, and a browser that a person could sit at."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, picture, png
+from hub_server import HubServer
+from huggingface_hub import HfApi
+from PIL import Image
+from states import Results, States, StatesError
+from tables import answers_html, state_html
+from test_hub import STUDENT, TEACHER, TOKEN, Said, environment, hub, pushed, pusher, saved_run, tiny  # noqa: F401
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+SPACE = ROOT / "recipes" / "space"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_the_states_of_a_runs_folder(tmp_path: Path) -> None:
+    results = saved_run(tmp_path, 3)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    states = States(str(tmp_path / "student"))
+    assert states.tasks == [1, 2, 3]
+    names = [["class 0a", "class 0b"], ["class 1a", "class 1b"]]
+    assert states.results(2) == Results("tiny", names, [[51.0], [52.0, 53.0]])
+    with pytest.raises(StatesError, match=re.escape("has no folders task-01, task-02, ... Name a repository")):
+        States(str(tmp_path))
+    (tmp_path / "results.json").unlink()
+    with pytest.raises(StatesError, match=r"after task 1 cannot be read \(FileNotFoundError"):
+        States(str(tmp_path / "student")).results(1)
+
+
+_ASK = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from states import States, StatesError
+def ask(where):
+    try:
+        states = States(where)
+        return {task: states.results(task) for task in states.tasks}
+    except StatesError as error:
+        return str(error)
+print(json.dumps({where: ask(where) for where in sys.argv[2:]}))
+"""
+
+
+def ask(*repositories: str, env: dict[str, str]) -> dict[str, Any]:
+    """What a fresh process finds out of repositories: their results by task, or the error."""
+    command = [sys.executable, "-c", _ASK, str(SPACE), *repositories]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_states_of_a_repository_and_what_is_said_where_there_are_none(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
+    results = saved_run(tmp_path / "run", 2, 3)
+    assert pusher(hub, tmp_path / "run", Said()).finish(results)
+    HfApi(hub.url, token=TOKEN).create_repo("me/empty", private=False)
+    said = ask(STUDENT, "me/empty", "me/nothing", "not/a/name", env=environment(hub, tmp_path / "home"))
+    matrix = results["roles"]["student"]["accuracy_matrix"]
+    assert said[STUDENT] == {str(task): ["tiny", results["class_names"][:task], matrix[:task]] for task in (1, 2)}
+    assert said["me/empty"].startswith("me/empty has no tags task-01, task-02, ... Name a repository that a run was")
+    assert said["me/nothing"].startswith("me/nothing is no folder here, and on the Hub it does not exist or is priv")
+    assert said["not/a/name"] == "not/a/name is neither a folder here nor a repository's name, OWNER/NAME."
+    without = {**environment(hub, tmp_path / "other"), "HF_TOKEN": ""}
+    assert "log in with `hf auth login`, or set HF_TOKEN" in ask(STUDENT, env=without)[STUDENT]
+
+
+def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(SPACE / "app.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no folders task-01"), done.stderr
+
+
+def test_names_are_text_not_markup_and_what_was_not_measured_is_a_dash() -> None:
+    names = [["<b>", "b"], ["c"]]
+    answers = [{"label": "c", "score": 0.9}, {"label": "<b>", "score": 0.0999}]
+    cells = re.findall(r"<td[^>]*>([^<]*)", answers_html(answers, names))
+    assert cells == ["c", "2", "90.0&nbsp;%", "&lt;b&gt;", "1", "10.0&nbsp;%"]
+    page = state_html(Results("run", names, [[None], [40.0, 60.0]]))
+    assert "After task 2: 3 classes, average accuracy 50.0&nbsp;%" in page
+    assert "<b>" not in page and "&lt;b&gt;, b" in page
+    assert re.findall(r"<td[^>]*>([\d.–]+)", page) == ["–", "40.0", "60.0", "60.0", "–", "40.0", "60.0"]
+    assert "average" not in state_html(Results("run", names, [[50.0], [None, 60.0]]))
+
+
+def test_the_files_of_the_space_fit_the_package() -> None:
+    about = yaml.safe_load((SPACE / "README.md").read_text().split("---\n")[1])
+    assert (SPACE / about["app_file"]).is_file() and about["sdk"] == "gradio"
+    assert f"gradio=={about['sdk_version']}" in (ROOT / "constraints.txt").read_text().splitlines()
+    needed = [line for line in (SPACE / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert needed and all(f'    "{line}",\n' in project for line in needed)
+
+
+# ---- the page ----
+
+
+@contextlib.contextmanager
+def demo(*arguments: str, env: dict[str, str]) -> Iterator[str]:
+    """The app as a process of its own: its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, str(SPACE / "app.py"), *arguments],
+        env={**os.environ, **env, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        said = ""
+        while f"http://127.0.0.1:{port}" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def assert_soon(found: Callable[[], Any], expected: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while found() != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found() == expected
+
+
+def prediction(folder: Path, task: int, image: Image.Image) -> list[list[str]]:
+    """The five likeliest classes of a run's student after a task, by the model itself: class, task, score."""
+    checkpoint = folder / "student" / f"task-{task:02d}"
+    model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
+    processor: Any = AutoImageProcessor.from_pretrained(checkpoint)
+    with torch.no_grad():
+        scores = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    learnt_in = {name: str(task) for task, names in enumerate(model.config.tasks, 1) for name in names}
+    best = scores.topk(min(5, len(scores)))
+    found = [(model.config.id2label[int(i)], 100 * float(score)) for score, i in zip(*best, strict=True)]
+    return [[name, learnt_in[name], f"{score:.1f}\u00a0%"] for name, score in found]
+
+
+@pytest.mark.slow
+def test_a_browser_goes_through_the_states_of_a_pushed_run(
+    pushed: tuple[Path, HubServer, str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    folder, server, _ = pushed
+    matrix = json.loads((folder / "results.json").read_text())["roles"]["student"]["accuracy_matrix"]
+    image = picture(4, 1, 64)
+    (tmp_path / "image.png").write_bytes(png(image))
+    expected = {task: prediction(folder, task, image) for task in (1, 2, 3)}
+    assert [len(rows) for rows in expected.values()] == [2, 4, 5]
+
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(demo(STUDENT, env=environment(server, tmp_path / "home")))
+        chromium = stack.enter_context(playwright.sync_playwright()).chromium
+        browser = chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        stack.callback(browser.close)
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        problems, outside = [], []
+        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("request", lambda asked: None if asked.url.startswith((url, "data:", "blob:")) else outside.append(1))
+        page.goto(url)
+
+        def texts(selector: str) -> list[str]:
+            return page.locator(selector).all_inner_texts()
+
+        def answers() -> list[list[str]]:
+            return [re.split(r"\s*\t", row.strip()) for row in texts(".answers tbody tr")]
+
+        def assert_state(task: int) -> None:
+            assert_soon(answers, expected[task])
+            mean = sum(matrix[task - 1]) / task
+            title = f"After task {task}: {2 * task} classes, average accuracy {mean:.1f}\u00a0%"
+            assert_soon(lambda: texts(".cdl h3")[0], title)
+            assert texts(".matrix td") == [f"{value:.1f}" for row in matrix[:task] for value in row]
+            assert len(texts(".tasks tbody tr")) == task
+
+        page.wait_for_selector(".matrix")
+        page.set_input_files("input[type=file]", tmp_path / "image.png")
+        assert_state(3)
+        page.screenshot(path=tmp_path / "space.png", full_page=True)
+        page.locator("input[type=number]").fill("1")
+        page.locator("input[type=number]").press("Enter")
+        assert_state(1)
+        server.faults = [("resolve", "403")] * 20
+        page.locator("input[type=range]").press("ArrowRight")
+        page.wait_for_selector("text=after task 2 cannot be")
+        server.faults = []
+        page.locator("input[type=range]").press("ArrowLeft")
+        assert_state(1)
+        page.locator("input[type=range]").press("ArrowRight")
+        assert_state(2)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out on a phone
+        assert (problems, outside) == ([], [])
