@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def main(arguments: list[str]) -> int:
     try:
         states = States(options.where, options.trust_remote_code)
         states.classifier(states.tasks[-1])  # what cannot be loaded is said here, not on the page
-        import gradio as gr  # pyright: ignore[reportMissingImports]
-
+        gr: Any = import_module("gradio")
         page = build(states, gr)
     except ModuleNotFoundError as error:
         print(f'error: {error}; the demo needs gradio: pip install "hf_cdl[demo]"', file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import pipeline
 
 if find_spec("hf_cdl") is not None:
@@ -57,14 +57,15 @@ class States:
         trust = self.trust_remote_code
         try:
             return pipeline("image-classification", model=place, revision=revision, top_k=5, trust_remote_code=trust)
-        except (ImportError, OSError, ValueError, HTTPError) as error:
+        except Exception as error:  # whatever the reason, it has to be told
             advice = ""
             if find_spec("hf_cdl") is None and not trust:
                 advice = (
-                    "\nhf_cdl is not installed here. Install it; or, if the model's code lies beside its weights "
-                    "(save_code: true) and you trust it, use --trust_remote_code."
+                    "hf_cdl is not installed here; install it or, if the model's code lies beside its weights "
+                    "(save_code: true) and you trust it, use --trust_remote_code (in a Space "
+                    "HF_CDL_TRUST_REMOTE_CODE=1). "
                 )
-            raise StatesError(f"{self.where} after task {task} cannot be loaded: {error}{advice}") from error
+            raise StatesError(f"{self.where} after task {task} cannot be loaded. {advice}{error}") from error
 
     def _results(self, task: int) -> Results:
         try:
@@ -77,7 +78,7 @@ class States:
             role = next((role for role in found["roles"] if place.endswith(role)), "student")
             matrix = found["roles"][role]["accuracy_matrix"]
             return Results(found["name"], found["class_names"][:task], matrix[:task])
-        except (OSError, HTTPError, KeyError) as error:
+        except Exception as error:
             raise StatesError(
                 f"The results.json of {self.where} after task {task} cannot be read ({type(error).__name__}: {error})."
                 " A run of hf_cdl keeps it beside its models, and pushes it with each state."
@@ -95,5 +96,5 @@ def _tags(repository: str) -> list[str]:
             "repository log in with `hf auth login`, or set HF_TOKEN (in a Space: a secret of that name) to a token "
             "that may read it."
         ) from error
-    except (OSError, HTTPError) as error:
+    except Exception as error:  # no network has many names
         raise StatesError(f"The Hub cannot be asked for {repository} ({type(error).__name__}: {error}).") from error

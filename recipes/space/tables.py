@@ -20,12 +20,12 @@ CSS = """
 .cdl.cdl tbody tr {border-top: 1px solid var(--border-color-primary)}
 .cdl.cdl .number {text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap}
 .cdl .bar {height: .35em; margin-top: .3em; border-radius: .2em; background: #0072B2}
-.cdl .classes {max-height: 7.5em; overflow: auto; opacity: .75}
+.cdl .classes {line-height: 1.4; opacity: .75}
 .cdl .wide {overflow-x: auto}
 .cdl.cdl table.matrix {width: auto}
 .cdl.cdl .matrix tbody tr {border: 0}
-.cdl.cdl .matrix th, .cdl.cdl .matrix td {padding: .35em .5em; text-align: center; font-weight: 400; width: auto}
-.cdl.cdl .matrix td {min-width: 3.2em; font-variant-numeric: tabular-nums}
+.cdl.cdl .matrix th, .cdl.cdl .matrix td {padding: .35em .4em; text-align: center; font-weight: 400; width: auto}
+.cdl.cdl .matrix td {font-variant-numeric: tabular-nums}
 .cdl.cdl .matrix th:first-child {padding-left: 0; text-align: left}
 .cdl.cdl .matrix tbody tr:last-child th {font-weight: 600}
 """
@@ -60,24 +60,24 @@ def state_html(results: Results) -> str:
     heads = "<th>Accuracy (%)</th><th class=number>when learnt</th><th class=number>now</th>"
     return (
         f"<div class=cdl><h3>After task {len(names)}: {sum(map(len, names))} classes{mean}</h3>"
-        f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-        f"<h3>Accuracy matrix</h3>{_matrix_html(matrix)}<p>Row t, column i: accuracy in percent on the test images of "
-        "task i after learning task t, always among all classes learnt so far.</p></div>"
+        f"{_matrix_html(matrix)}<p>Accuracy matrix. Row t, column i: accuracy in percent on the test images of task i "
+        "after learning task t, always among all classes learnt so far.</p>"
+        f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
 def _matrix_html(matrix: list[list[float | None]]) -> str:
-    heads = "".join(f"<th>{task + 1}</th>" for task in range(len(matrix)))
+    heads, digits = "".join(f"<th>{task + 1}</th>" for task in range(len(matrix))), int(len(matrix) <= 10)
     rows = ""
     for task, row in enumerate(matrix):
-        cells = "".join(f"<td style='{_colour(value)}'>{_percent(value)}</td>" for value in row[: task + 1])
+        cells = "".join(f"<td style='{_colour(value)}'>{_percent(value, digits)}</td>" for value in row[: task + 1])
         rows += f"<tr><th>after task {task + 1}</th>{cells}</tr>"
     heads = f"<thead><tr><th>on task</th>{heads}</tr></thead>"
     return f"<div class=wide><table class=matrix>{heads}<tbody>{rows}</tbody></table></div>"
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def _colour(value: float | None) -> str:
