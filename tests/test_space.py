@@ -21,9 +21,9 @@ import yaml
 from helpers import ROOT, picture, png
 from hub_server import HubServer
 from huggingface_hub import HfApi
+from markup import answers_html, state_html
 from PIL import Image
 from states import Results, States, StatesError
-from tables import answers_html, state_html
 from test_hub import STUDENT, TEACHER, TOKEN, Said, environment, hub, pushed, pusher, saved_run, tiny  # noqa: F401
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 

@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from markup import CSS, answers_html, state_html
 from states import States, StatesError
-from tables import CSS, answers_html, state_html
 
 
 def build(states: States, gr: Any) -> Any:
