@@ -176,9 +176,10 @@ def test_a_browser_goes_through_the_states_of_a_pushed_run(
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(demo(STUDENT, env=environment(server, tmp_path / "home")))
         chromium = stack.enter_context(playwright.sync_playwright()).chromium
-        browser = chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
         stack.callback(browser.close)
         page = browser.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(120_000)
         problems, outside = [], []
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -195,13 +196,14 @@ def test_a_browser_goes_through_the_states_of_a_pushed_run(
             assert_soon(answers, expected[task])
             mean = sum(matrix[task - 1]) / task
             title = f"After task {task}: {2 * task} classes, average accuracy {mean:.1f}\u00a0%"
-            assert_soon(lambda: texts(".cdl h3")[0], title)
+            assert_soon(lambda: texts(".cdl h3"), [title])
             assert texts(".matrix td") == [f"{value:.1f}" for row in matrix[:task] for value in row]
             assert len(texts(".tasks tbody tr")) == task
 
         page.wait_for_selector(".matrix")
         page.set_input_files("input[type=file]", tmp_path / "image.png")
         assert_state(3)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out on a phone
         page.screenshot(path=tmp_path / "space.png", full_page=True)
         page.locator("input[type=number]").fill("1")
         page.locator("input[type=number]").press("Enter")
@@ -214,5 +216,4 @@ def test_a_browser_goes_through_the_states_of_a_pushed_run(
         assert_state(1)
         page.locator("input[type=range]").press("ArrowRight")
         assert_state(2)
-        assert page.evaluate("document.documentElement.scrollWidth") == 390  # nothing sticks out on a phone
         assert (problems, outside) == ([], [])
