@@ -63,7 +63,10 @@ class CDLTrainer(Trainer):
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
         super().__init__(model=model, args=args, processing_class=processor, eval_dataset={})  # for eval_strategy
+        if model.fitted and model.head.needs_teacher and teacher is None:
+            raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self.teacher = teacher if self.objective.needs_teacher else None
+        self.head_teacher = teacher if model.fitted and model.head.needs_teacher else None
         self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
         self.seen: list[Task] = []
@@ -77,8 +80,9 @@ class CDLTrainer(Trainer):
         self.add_callback(self._phase)
         if run is None:
             self.args.save_strategy = SaveStrategy.NO
-        if self.teacher is not None:
-            self.teacher.to(self.args.device)
+        for found in (self.teacher, self.head_teacher):
+            if found is not None:
+                found.to(self.args.device)
 
     # ---- the two verbs ----
 
@@ -196,7 +200,7 @@ class CDLTrainer(Trainer):
     def _measure(self, task: Task) -> None:
         """Fix the statistics of the first task's features, for heads that standardise with them."""
         if self.model.unmeasured:
-            for output, _ in self._features(task):
+            for output, *_ in self._features(task):
                 self.model.measure(output)
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
@@ -204,22 +208,33 @@ class CDLTrainer(Trainer):
         start = time.perf_counter()
         self.model.end_session()
         self._measure(task)
-        for output, labels in self._features(task):
-            self.model.head.accumulate(output.features, labels - task.first_class)
+        for output, labels, taught in self._features(task):
+            self.model.head.accumulate(output.features, labels - task.first_class, taught)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
         result.images_per_second = result.images_per_second or len(task.train) / seconds  # training's, if it trained
 
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor]]:
-        """The model's outputs and the labels of the task's un-augmented images, of all processes, batch by batch."""
+    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
+        """Of the task's un-augmented images, of all processes, batch by batch: the model's outputs, the labels, and
+        what the head's teacher, if it has one, says over the task's classes: probabilities, or a fitted head's scores.
+        """
         self.model.eval()
-        for batch in self._bar(self._title(task), iterable=self._loader(task.train)):
+        teacher = None if self.head_teacher is None else self.head_teacher.eval()
+        others = () if teacher is None else ("teacher",)
+        for batch in self._bar(self._title(task), iterable=self._loader(task.train, *others)):
+            taught = None
             with torch.no_grad():
                 output = self.model(pixel_values=batch["pixel_values"])
+                if teacher is not None:
+                    seen = batch.get("teacher_pixel_values", batch["pixel_values"])
+                    taught = teacher(pixel_values=seen).logits[:, task.classes].float()
+                    if not teacher.fitted:
+                        taught = (taught / self.model.head.config.temperature).softmax(dim=-1)
             found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
-            found = self.accelerator.gather_for_metrics({key: v for key, v in found.items() if v is not None})
-            labels = found.pop("labels")
-            yield CDLOutput(**found), labels
+            found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
+            found = self.accelerator.gather_for_metrics(found)
+            labels, taught = found.pop("labels"), found.pop("taught", None)
+            yield CDLOutput(**found), labels, taught
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

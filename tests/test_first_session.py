@@ -72,6 +72,37 @@ def test_prompts_learn_on_the_first_task_alone_and_ridge_is_the_joint_solution(m
     torch.testing.assert_close(torch.cat(logits).double(), x @ weight, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_teacher_s_answers_are_a_share_of_ridge_s_targets(fitted: bool, tmp_path: Path) -> None:
+    """Its probabilities at the temperature, or the scores of a fitted head as they are; and no step of training."""
+    parts: dict[str, Any] = {"head": {"type": "ridge", "soft_targets": 0.4, "temperature": 2.0}}
+    student = CDLForImageClassification(CDLConfig(backbone_config=vit(32), **parts))
+    head: dict[str, Any] = {"head": {"type": "ridge"}} if fitted else {}
+    teacher = CDLForImageClassification(CDLConfig(backbone_config=vit(48), **head))
+    learner = CDLTrainer(teacher, arguments(tmp_path / "t"), role="teacher")
+    trainer = CDLTrainer(student, arguments(tmp_path), teacher=teacher)
+    tasks, targets, features = list(stream()), [], []
+    for task in tasks:
+        learner.learn(task)
+        trainer.learn(task)
+        pixels, labels = pixels_and_labels(task)
+        with torch.no_grad():
+            said = teacher.eval()(pixels).logits[:, task.classes]
+            features.append(student.eval()(pixels).features.double())
+        soft = said if fitted else (said / 2).softmax(dim=-1)
+        hard = F.one_hot(labels - task.first_class, len(task.class_names))
+        rows = torch.zeros(len(labels), sum(len(task.class_names) for task in tasks), dtype=torch.float64)
+        rows[:, task.classes] = 0.6 * hard.double() + 0.4 * soft.double()
+        targets.append(rows)
+    x, y = torch.cat(features), torch.cat(targets)
+    weight = torch.linalg.solve(x.T @ x + 10 * torch.eye(x.shape[1]), x.T @ y)
+    with torch.no_grad():
+        logits = torch.cat([student(pixels_and_labels(task)[0]).logits for task in tasks])
+    torch.testing.assert_close(logits.double(), x @ weight, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="soft_targets need a teacher"):
+        CDLTrainer(student, arguments(tmp_path))
+
+
 def test_a_backbone_can_learn_on_the_first_task_alone(tmp_path: Path) -> None:
     set_seed(1)
     config = CDLConfig(backbone_config=vit(32), train_backbone=True, **SESSION)

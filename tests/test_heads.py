@@ -132,7 +132,8 @@ def test_a_loaded_head_answers_and_grows_in_a_fresh_process_as_if_never_saved(tm
 
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
-    assert config.head == {"type": "ridge", "strength": 7.0, "features": None, "standardise": None}
+    fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
+    assert config.head == {"type": "ridge", **fields}
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, strength"):
         build_head({"type": "ridge", "lambda": 1}, 8)
 
@@ -206,6 +207,29 @@ def test_the_tasks_and_their_order_do_not_matter(head: dict[str, Any], count: in
         want = built.prepare(features).double() @ joint(built).T[:, order]
         error = (built(features) - want).abs().max() / want.abs().max()
         assert error < 1e-5, f"order {order}: {error}"
+
+
+def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
+    """Within each task the teacher's answers take the place of a share of the labels; nothing beyond the task."""
+    features, labels = data()
+    answers = torch.randn(300, 10, generator=torch.Generator().manual_seed(5)).softmax(dim=-1)
+    head = build_head({"type": "ridge", "soft_targets": 0.3}, 24)
+    targets = torch.zeros(300, 10, dtype=torch.float64)
+    for number, task in enumerate(([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])):
+        head.add_task(len(task))
+        head.init_task(number)
+        own = torch.cat([(labels == c).nonzero()[:, 0] for c in task])
+        local = labels[own] - task[0]
+        head.accumulate(features[own], local, answers[own][:, task])
+        head.end_task()
+        targets[own, task[0] : task[-1] + 1] = (
+            0.7 * F.one_hot(local, len(task)).double() + 0.3 * answers[own][:, task].double()
+        )
+    root = torch.cat([features.double(), 10**0.5 * torch.eye(24, dtype=torch.float64)])
+    want = torch.linalg.lstsq(root, torch.cat([targets, torch.zeros(24, 10)]), driver="gelsd").solution
+    torch.testing.assert_close(head(features).double(), features.double() @ want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"soft_targets is 0\.3, but there are no answers of a teacher"):
+        head.accumulate(features, labels % 6)
 
 
 def test_float32_sums_would_not_do() -> None:

@@ -48,6 +48,16 @@ def test_terms_of_logits_are_zero_for_equal_logits_and_ignore_a_shift_of_a_row(n
     torch.testing.assert_close(value(term, ours + shift, theirs - shift), value(term, ours, theirs))
 
 
+def test_kdp_labels_teaches_the_kd_head_the_labels() -> None:
+    z = torch.randn(len(LABELS), 9)
+    kd = torch.randn(len(LABELS), 9, requires_grad=True)
+    term = term_of("kdp_labels", weight=0.25)
+    output = CDLOutput(logits=z, kd_logits=kd)
+    loss = Objective(0.75, [("kdp_labels", term)])(output, None, LABELS + 3, slice(3, 7))["loss"]
+    expected = 0.75 * F.cross_entropy(z[:, 3:7], LABELS) + 0.25 * F.cross_entropy(kd[:, 3:7], LABELS)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_label_smoothing_is_cross_entropy_to_labels_mixed_with_all_classes() -> None:
     """In the objective its share adds up: w CE(smoothed by epsilon) + (1 - w) CE smooths by w epsilon."""
     z = logits(1, classes=9)

@@ -9,6 +9,7 @@ from hf_cdl.distill.fitnets import FitNets
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.kd_token import KDToken
 from hf_cdl.distill.kdp import KDP
+from hf_cdl.distill.kdp_labels import KDPLabels
 from hf_cdl.distill.label_smoothing import LabelSmoothing
 from hf_cdl.distill.objective import Objective, Term
 from hf_cdl.distill.os_prompt import OSPrompt
@@ -21,6 +22,7 @@ TERMS: dict[str, type[Term]] = {
     "dist": DIST,
     "kd_token": KDToken,
     "kdp": KDP,
+    "kdp_labels": KDPLabels,
     "fitnets": FitNets,
     "review_kd": ReviewKD,
     "dual_path": DualPath,

@@ -49,7 +49,7 @@ class NearestMeanHead(Head):
         return F.normalize(super().prepare(features), dim=-1)
 
     @torch.no_grad()
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         block: Any = self.blocks[-1]
         block.total.index_add_(0, labels, self.prepare(features.float()))
         block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
@@ -61,9 +61,21 @@ class RidgeConfig(HeadConfig):
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
     )
+    soft_targets: float = field(
+        default=0.0, metadata={"help": "Share rho of the teacher's answers in the targets, the labels have the rest."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature tau of the teacher's softmax; a fitted teacher's scores have none."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if not 0 <= self.soft_targets <= 1 or self.temperature <= 0:
+            raise ValueError(
+                f"A ridge head needs soft_targets from 0 to 1 and temperature > 0; got {self.soft_targets} and "
+                f"{self.temperature}."
+            )
         if self.strength <= 0 or (self.features is not None and self.features < 1):
             raise ValueError(
                 f"A ridge head needs strength > 0 and features >= 1 or null; got {self.strength} and {self.features}."
@@ -89,16 +101,22 @@ class RidgeHead(Head):
 
         G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    logits = W^T h
 
-    h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M) drawn once and kept. Ours:
-    P ~ N(0, 1 / D), so that h has the scale of x; the paper's N(0, 1) is the same with \lambda D times larger, and it
-    chooses \lambda task by task. `gram` (M, M) and the class sums are accumulated in float64 and W is solved anew for
-    all classes at each task's end, so it is the joint solution whatever the tasks. (The condition of G is far beyond
-    float32.) They are stored as the bits of float64 in integers, which no change of a model's dtype rounds.
+    y is one-hot, or with `soft_targets` \rho it is (1 - \rho) one-hot + \rho times the teacher's answer over the
+    task's classes (ours). h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M)
+    drawn once and kept. Ours: P ~ N(0, 1 / D), so that h has the scale of x; the paper's N(0, 1) is the same with
+    \lambda D times larger, and it chooses \lambda task by task. `gram` (M, M) and the class sums are accumulated in
+    float64 and W is solved anew for all classes at each task's end, so it is the joint solution whatever the tasks.
+    (The condition of G is far beyond float32.) They are stored as the bits of float64 in integers, which no change of
+    a model's dtype rounds.
     """
 
     fitted: ClassVar[bool] = True
     config_class: ClassVar[type] = RidgeConfig
     config: RidgeConfig
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        return self.config.soft_targets > 0
 
     def __init__(self, config: RidgeConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -128,10 +146,14 @@ class RidgeHead(Head):
         return features if self.projection is None else torch.relu(features @ self.projection)
 
     @torch.no_grad()
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         block: Any = self.blocks[-1]
         mapped = _movable(self.prepare(features.float())).double()
         targets = F.one_hot(labels, len(block.total)).to(mapped)
+        if self.needs_teacher:
+            if taught is None:
+                raise ValueError(f"soft_targets is {self.config.soft_targets}, but there are no answers of a teacher.")
+            targets = torch.lerp(targets, taught.to(mapped), self.config.soft_targets)
         _add(self.gram, mapped.T @ mapped)
         _add(block.total, targets.T @ mapped)
 

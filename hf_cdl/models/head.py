@@ -70,6 +70,8 @@ class Head(nn.Module):
 
     fitted: ClassVar[bool] = False
     config_class: ClassVar[type] = HeadConfig
+    needs_teacher = False
+    """Whether `accumulate` asks for a teacher's answers."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()
@@ -94,8 +96,11 @@ class Head(nn.Module):
     def end_task(self) -> None:
         """What the head does when a task is learnt (ridge solves here); nothing by default."""
 
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add features (B, D) of the newest task; `labels` (B,) count from its first class. Of fitted heads only."""
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        """Add features (B, D) of the newest task; `labels` (B,) count from its first class. Of fitted heads only.
+
+        `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
+        """
         raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:

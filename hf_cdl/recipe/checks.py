@@ -87,6 +87,8 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
     prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
     _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
     _check_typed(HEADS, head, f"{role}.head", problems)
+    if head.get("soft_targets") and (role == "teacher" or content.get("teacher") is None):
+        problems.append(f"'{role}.head.soft_targets' are a teacher's answers, but the {role} has none; set it to 0")
     trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
     if trains and prompted:
         problems.append(
