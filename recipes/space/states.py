@@ -75,7 +75,7 @@ class States:
                 file = self.folder.parent / "results.json"
             found = json.loads(file.read_text(encoding="utf-8"))
             place = self.folder.name if self.folder else self.where  # a role's folder, NAME or NAME-teacher
-            role = next((role for role in found["roles"] if place.endswith(role)), "student")
+            role = found.get("role") or next((role for role in found["roles"] if place.endswith(role)), "student")
             matrix = found["roles"][role]["accuracy_matrix"]
             return Results(found["name"], found["class_names"][:task], matrix[:task])
         except Exception as error:
