@@ -127,17 +127,19 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
 
 
 def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
+    to_learn = run.to_learn(stream)
     for task in stream:
         for trainer in trainers:
             trainer.learn(task)
-        if task not in run.to_learn(stream):
+        if task not in to_learn:
             continue
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+        if task is to_learn[-1]:  # before its push, whose card tells it
+            sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
+            run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
         pusher.push(run.results())
-    sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
-    run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
     say(f"\n{run.finish()}")
 
 

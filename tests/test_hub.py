@@ -403,6 +403,8 @@ def test_a_run_is_pushed_while_it_goes_on(pushed: tuple[Path, HubServer, str]) -
         assert f"Pushed the {role}: {hub.url}/{repo} (3 tasks, the newest task-03)\n" in output
     assert "Traceback" not in output and "Warning" not in output and "HTTP" not in output
     matrix = json.loads((folder / "results.json").read_text())["roles"]["student"]["accuracy_matrix"]
+    for number, cost in enumerate(("In use: measured at the end", "In use: measured at the end", "Latency: "), 1):
+        assert cost in hub.repository(STUDENT).read(f"task-{number:02d}", "README.md").decode()
     expected = f"Task 2 of 3: classes class c, class d; average accuracy {sum(matrix[1]) / 2:.1f} %"
     assert titles(hub)[2] == expected
 

@@ -20,6 +20,8 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
     roles = {}
     for role, entry in results["roles"].items():
         cut = {key: value[:count] if isinstance(value, list) else value for key, value in entry.items()}
+        if count < len(entry["accuracy_matrix"]):
+            cut.pop("cost", None)  # that of the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
     return {**results, "roles": roles, "finished": count == len(results["class_names"])}
