@@ -23,6 +23,10 @@ from hf_cdl.metrics import continual_metrics
 from hf_cdl.storing import RunError, saving, sync, versions, write_json
 from hf_cdl.types import Task, TaskResult
 
+_LISTED = ("within_task", "task_identification", "confidence", "calibration_error")
+_LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+"""What results.json lists for each task beside the accuracies."""
+
 
 class Run:
     """Ledger of the run in `folder`, for the recipe given as a plain dict; opens a run that exists, or starts one.
@@ -257,10 +261,7 @@ class Run:
                 "correct": [entry["correct"] for entry in done],
                 "counts": counts,
                 "metrics": {**{name: metrics[name] for name in leading}, **metrics},
-                **{
-                    key: [entry[key] for entry in done]
-                    for key in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
-                },
+                **{key: [entry.get(key) for entry in done] for key in _LISTED},
             }
             if role in self.ledger.get("costs", {}):
                 roles[role]["cost"] = self.ledger["costs"][role]

@@ -21,6 +21,7 @@ from transformers import Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
+from hf_cdl.answers import calibration_error, judge
 from hf_cdl.distill import Objective
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
@@ -122,29 +123,33 @@ class CDLTrainer(Trainer):
             return stored
         result = stored or TaskResult(self.role, task.index)
         start = time.perf_counter()
-        result.correct, result.counts = self.count_correct(self.seen)
-        scores = zip(result.correct, result.counts, strict=True)
-        result.row = [100 * right / count if count else None for right, count in scores]
+        self.answer(self.seen, result)
         result.eval_seconds = time.perf_counter() - start
         if self.run is not None:
             self.run.save_result(result)
         return result
 
-    def count_correct(self, tasks: list[Task]) -> tuple[list[int], list[int]]:
-        """Number of right answers and of images of each task's evaluation split; full precision, no task id."""
+    def answer(self, tasks: list[Task], result: TaskResult) -> None:
+        """Put into `result` how the model answers the images of each task's evaluation split; no task id is given."""
         self.model.eval()
-        correct, counts = [], []
+        parts = []
         for task in tasks:
-            right, count, split = 0, 0, getattr(task, self.eval_split)
+            split, found = getattr(task, self.eval_split), []
             loader = self._loader(split) if len(split) else ()
             for batch in self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}", iterable=loader):
                 with torch.no_grad():
-                    predicted = self.model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1)
-                hit: Any = self.accelerator.gather_for_metrics(predicted == batch["labels"])
-                right, count = right + int(hit.sum()), count + len(hit)
-            correct.append(right)
-            counts.append(count)
-        return correct, counts
+                    logits = self.model(pixel_values=batch["pixel_values"]).logits
+                found.append(self.accelerator.gather_for_metrics(judge(logits, batch["labels"], task.classes)))
+            parts.append({name: torch.cat([answers[name] for answers in found]) for name in found[0]} if found else {})
+        result.correct = [int(part["correct"].sum()) if part else 0 for part in parts]
+        result.counts = [len(part["correct"]) if part else 0 for part in parts]
+        rows = {"row": "correct", "within_task": "within_task", "task_identification": "task_identification"}
+        for name, key in rows.items():
+            setattr(result, name, [_percent(part[key]) if part else None for part in parts])
+        if asked := [part for part in parts if part]:
+            confidence, correct = (torch.cat([part[key].cpu() for part in asked]) for key in ("confidence", "correct"))
+            result.confidence = 100 * confidence.double().mean().item()
+            result.calibration_error = calibration_error(confidence, correct)
 
     # ---- one phase ----
 

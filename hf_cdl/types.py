@@ -102,7 +102,8 @@ class Task:
 class TaskResult:
     """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes.
 
-    `row`: floats, or None for a task without test images.
+    `row`: floats, or None for a task without test images. `within_task`, `task_identification`: the same for other
+    questions, `confidence` and `calibration_error` over all images, all in percent: see hf_cdl.answers.
     """
 
     role: str
@@ -110,6 +111,10 @@ class TaskResult:
     row: list[Any] = field(default_factory=list)
     correct: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    within_task: list[Any] = field(default_factory=list)
+    task_identification: list[Any] = field(default_factory=list)
+    confidence: float | None = None
+    calibration_error: float | None = None
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0
