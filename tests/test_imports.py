@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"types", "config", "prompts"},
     "distill": {"types", "prompts.mapping"},
     "report": {"types", "metrics"},
-    "compare": {"report"},
+    "answers": set(),
+    "compare": {"metrics", "report", "recipe", "storing"},
     "card": {"types", "metrics", "report", "tasks.benchmarks"},
     "cost": set(),
     "hub": {"types", "metrics", "report", "card"},
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "adopt": {"types", "storing"},
     "run": {"types", "metrics", "report", "storing"},
     "progress": set(),
-    "trainer": {"types", "training_args", "progress", "metrics", "tasks", "distill", "storing", "run"},
+    "trainer": {"types", "answers", "training_args", "progress", "metrics", "tasks", "distill", "storing", "run"},
     "recipe": {
         "types",
         "config",

@@ -24,7 +24,7 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     arguments, files = list(arguments), []
     while arguments and not arguments[0].startswith("--"):
         files.append(arguments.pop(0))
-    parts = [_read(Path(file)) for file in files or [default]]
+    parts = [read_yaml(Path(file)) for file in files or [default]]
     content = functools.reduce(merge, parts)
     names = [str(part["name"]) for part in parts if part.get("name") is not None]
     if len(names) > 1:
@@ -54,7 +54,8 @@ def _unshared(value: Any) -> Any:
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
-def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The fields of a YAML file, on top of those of its `base`. Raises RecipeError for what cannot be read."""
     if file.resolve() in above:
         raise RecipeError(f"{file} is its own base.")
     try:
@@ -72,7 +73,7 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return content
     if not isinstance(base, str):
         raise RecipeError(f"{file}: 'base' is {base!r}, but must be the path of another recipe, relative to this one.")
-    return merge(_read(file.parent / base, (*above, file.resolve())), content)
+    return merge(read_yaml(file.parent / base, (*above, file.resolve())), content)
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""The A/A check: how often the machine finds a difference where there is none, on a comparison's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_cdl.compare.statistics import LEVEL, Values, sign_flip, smallest_p
+
+DRAWS = 1000
+
+
+@dataclass(frozen=True)
+class Check:
+    """`wins` false wins in `draws` comparisons of equals; `low` to `high`: 95 % interval of their share.
+
+    `smallest`: the smallest p that so many `pairs` can give. Above LEVEL nothing can win, and the check says nothing.
+    """
+
+    what: str
+    pairs: int
+    draws: int
+    wins: int
+    low: float
+    high: float
+    smallest: float
+
+    @property
+    def rate(self) -> float:
+        return self.wins / self.draws
+
+    @property
+    def passed(self) -> bool:
+        """Whether a share of LEVEL or less is possible by the interval."""
+        return self.low <= LEVEL
+
+
+def relabelled(values: Values, pairs: Sequence[tuple[str, str]]) -> Check | None:
+    """The whole procedure on runs whose labels were drawn anew within every unit; a win of any contrast is false.
+
+    Every row's mean is taken off first: what is left is the noise of the runs. Two units at least, or None.
+    """
+    pairs = [pair for pair in pairs if pair[0] in values and pair[1] in values]
+    labels = list(dict.fromkeys(label for pair in pairs for label in pair))
+    units = [unit for unit in values[labels[0]] if all(unit in values[x] for x in labels)] if labels else []
+    if len(units) < 2:
+        return None
+    noise = np.array([[values[label][unit] for unit in units] for label in labels])
+    noise -= noise.mean(axis=1, keepdims=True)
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.permuted(noise, axis=0) for _ in range(DRAWS)], axis=-1)  # rows, units, draws
+    where = [(labels.index(first), labels.index(second)) for first, second in pairs]
+    p_values = np.stack([sign_flip(drawn[first] - drawn[second]) for first, second in where])
+    wins = int((p_values.min(axis=0) * len(pairs) <= LEVEL).sum())  # Holm's first step: is there any win at all?
+    what = f"{len(labels)} rows relabelled within units, {len(pairs)} contrast{'s' * (len(pairs) > 1)} with Holm"
+    return _check(what, len(units), wins, 1, smallest_p(len(units), len(pairs)))
+
+
+def halves(values: Values) -> list[Check]:
+    """Every row against itself: its units drawn into two halves and paired at random, one test a draw.
+
+    Rows with as many pairs are one check; a row needs four units.
+    """
+    rng, wins = np.random.default_rng(0), {}
+    for runs in values.values():
+        pairs = len(runs) // 2
+        if pairs >= 2:
+            drawn = rng.permuted(np.tile([*runs.values()], (DRAWS, 1)), axis=1).T
+            won = sign_flip(drawn[:pairs] - drawn[pairs : 2 * pairs]) <= LEVEL
+            wins.setdefault(pairs, []).append(int(won.sum()))
+    return [
+        _check(f"{len(found)} rows, one half of the units against the other", n, sum(found), len(found), smallest_p(n))
+        for n, found in wins.items()
+    ]
+
+
+def _check(what: str, pairs: int, wins: int, rows: int, smallest: float) -> Check:
+    from scipy import stats
+
+    interval = stats.binomtest(wins, rows * DRAWS).proportion_ci()
+    return Check(what, pairs, rows * DRAWS, wins, float(interval.low), float(interval.high), smallest)

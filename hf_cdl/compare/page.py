@@ -1,0 +1,163 @@
+"""The report of a comparison: table.parquet, table.csv, table.md, pictures, and all of it in one HTML file.
+
+The HTML file needs nothing beside it, no network either. Needs the extra `report`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+
+from hf_cdl.compare import figures
+from hf_cdl.compare.aa import halves, relabelled
+from hf_cdl.compare.spec import Comparison, PlannedRun
+from hf_cdl.compare.statistics import LEVEL, Contrast, contrasts_of, pairs_needed, smallest_p
+from hf_cdl.compare.table import Measured, save_table, values, write_whole
+from hf_cdl.compare.tables import (
+    CDL,
+    DECOMPOSITION,
+    DEFAULT,
+    ONE_TASK,
+    Table,
+    checks_table,
+    contrasts_table,
+    cost_table,
+    metrics_table,
+    p_text,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+def save_report(comparison: Comparison, measured: Sequence[Measured], folder: Path, reads: Sequence[str] = ()) -> str:
+    """Write everything into `folder` and return the tables as Markdown.
+
+    `measured`: what the finished runs gave, one at least; `reads`: when the test split of these data was read.
+    """
+    spec, split = comparison.spec, measured[0].split
+    one_task = all(len(run.entry["accuracy_matrix"]) == 1 for run in measured)
+    cdl = all(run.recipe.protocol == "cdl" for run in comparison.runs)
+    metrics = ONE_TASK if one_task else CDL if cdl else DEFAULT
+    if spec.metric not in metrics:
+        metrics = (spec.metric, *metrics)
+    found = values(measured, spec.metric)
+    contrasts = contrasts_of(found, spec.contrasts)
+    tables = {"results": metrics_table(measured, metrics, spec.metric)}
+    if contrasts:
+        tables["contrasts"] = contrasts_table(contrasts, spec.metric)
+    if any(run.metric("within_task_accuracy") is not None for run in measured):
+        tables["decomposition"] = metrics_table(measured, DECOMPOSITION)
+    tables["cost"] = cost_table(measured)
+    checks = [check for check in (relabelled(found, spec.contrasts), *halves(found)) if check is not None]
+    if checks:
+        tables["checks"] = checks_table(checks)
+    pictures = _pictures(comparison, measured, contrasts, "decomposition" in tables, one_task)
+    notes = _notes(comparison, measured, contrasts)
+    save_table(measured, folder)
+    for name, figure in pictures.items():
+        write_whole(folder / "plots" / f"{name}.png", lambda file, figure=figure: figure.savefig(file, format="png"))
+    text = "\n".join([f"Measured on {split} images.\n", *(table.markdown() for table in tables.values())])
+    write_whole(folder / "table.md", lambda file: file.write_text(text))
+    page = _page(comparison, measured, folder, tables, [*pictures], notes, split, reads)
+    write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    return text
+
+
+def _pictures(
+    comparison: Comparison,
+    measured: Sequence[Measured],
+    contrasts: Sequence[Contrast],
+    decomposed: bool,
+    one_task: bool,
+) -> dict[str, Figure]:
+    spec = comparison.spec
+    pictures = {}
+    if contrasts:
+        pictures["contrasts"] = figures.contrasts_figure(contrasts, spec.metric)
+    if not one_task:
+        pictures["curves"] = figures.curves_figure(measured)
+    if decomposed:
+        pictures["decomposition"] = figures.decomposition_figure(measured)
+    if not one_task:
+        pictures["matrices"] = figures.matrices_figure(measured)
+    pictures["cost"] = figures.cost_figure(measured, ["average_accuracy", *([] if one_task else ["forgetting"])])
+    panels = {
+        title: [log for run in comparison.runs if run.variant == name and (log := _log(run))]
+        for name, title in spec.curves.items()
+    }
+    if panels and all(panels.values()):
+        pictures["training"] = figures.training_figure(panels)
+    return pictures
+
+
+def _log(run: PlannedRun) -> list[dict[str, Any]]:
+    """What the student's phases logged, one task after the other; nothing of a run that is not finished."""
+    files = sorted(run.folder.glob("logs/student-task-*.json")) if run.results() else []
+    return [entry for file in files for entry in json.loads(file.read_text())]
+
+
+def _notes(comparison: Comparison, measured: Sequence[Measured], contrasts: Sequence[Contrast]) -> list[str]:
+    """What a reader must know before believing a number."""
+    notes, rows = [], {label for label, _, _ in comparison.rows}
+    planned = len(comparison.rows) * _units(comparison)
+    if len(measured) < planned:
+        missing = sorted(rows - {run.label for run in measured})
+        notes.append(
+            f"Not finished: {len(measured)} of {planned} results are there"
+            + (f"; nothing yet of {', '.join(missing)}." if missing else ".")
+        )
+    pairs = min((contrast.mean.n for contrast in contrasts), default=0)
+    if contrasts and (smallest := smallest_p(pairs, len(contrasts))) > LEVEL:
+        notes.append(
+            f"{pairs} pairs are too few to prove anything: with {len(contrasts)} contrast(s) the smallest p (Holm) "
+            f"that they can give is {p_text(smallest)}. It takes {pairs_needed(len(contrasts))} pairs."
+        )
+    return notes
+
+
+def _units(comparison: Comparison) -> int:
+    return len({(run.seed, run.class_order) for run in comparison.runs})
+
+
+def _page(
+    comparison: Comparison,
+    measured: Sequence[Measured],
+    folder: Path,
+    tables: dict[str, Table],
+    pictures: Sequence[str],
+    notes: Sequence[str],
+    split: str,
+    reads: Sequence[str],
+) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    images = {name: base64.b64encode((folder / f"plots/{name}.png").read_bytes()).decode() for name in pictures}
+    shown = comparison.spec.metric.replace("_", " ")
+    runs = Table(["row", "seed", "class order", "recipe hash", "stream", shown], [])
+    for run in measured:
+        seed, order = run.unit
+        value = run.metric(comparison.spec.metric)
+        numbers = [str(seed), "–" if order is None else str(order)]
+        runs.rows.append([run.label, *numbers, run.recipe_hash, run.stream, "–" if value is None else f"{value:.2f}"])
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=comparison.name,
+        split=split,
+        chosen_by_spec=comparison.spec.split == split,
+        reads=reads,
+        notes=notes,
+        tables=tables,
+        images=images,
+        metric=shown,
+        seeds=len(comparison.spec.seeds),
+        units=_units(comparison),
+        crossed=comparison.spec.class_orders is not None,
+        contrasts=len(tables["contrasts"].rows) if "contrasts" in tables else 0,
+        runs=runs,
+    )

@@ -1,0 +1,262 @@
+"""A comparison: variants of a recipe x seeds (x class orders), paired, as one YAML file; checked before anything runs.
+
+A *unit* is one (seed, class order): all variants have a run of every unit, and are compared within it. A *row* is one
+role of a variant's runs under a label: what tables have lines for and contrasts name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_cdl.compare.table import METRIC_COLUMNS
+from hf_cdl.recipe import Recipe, completed, load_recipe
+from hf_cdl.recipe_files import RecipeError, read_yaml
+from hf_cdl.typed import WRONG, build_typed
+
+ORDER = "data.class_order_seed"
+_OWN = ("output_dir", "teacher_from", "data.eval_split")
+_TAKEN = ("logs", "plots", "test")
+"""Names of folders beside those of the variants."""
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(**default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are compared: fields of the recipe that differ, and the rows that it fills."""
+
+    rows: dict[str, str] = _help("Role (student, teacher, a baseline) -> label of its row.")
+    set: dict[str, Any] = _help("Dotted fields of the recipe and their values.", default_factory=dict)
+    recipe: str | list[str] | None = _help("Recipe file or files instead of the comparison's.", default=None)
+    teacher_from: str | None = _help("Variant whose teachers are taken over, unit by unit.", default=None)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A comparison as its file describes it."""
+
+    recipe: str | list[str] = _help("Recipe file, or files that are merged, seen from recipes/.")
+    seeds: list[int] = _help("Seeds: each variant has a run with each.")
+    variants: dict[str, Variant] = _help("Name -> rows, set, recipe, teacher_from.")
+    class_orders: list[int] | None = _help(
+        "Class orders, crossed with the seeds; by default the order changes together with the seed.", default=None
+    )
+    seed_fields: list[str] | None = _help(
+        f"Fields that get the seed; default seed and {ORDER}, and seed alone beside class_orders.", default=None
+    )
+    split: Literal["validation", "test"] = _help("Images on which accuracy is measured.", default="validation")
+    metric: str = _help("Metric that the contrasts are about.", default="average_accuracy")
+    contrasts: list[tuple[str, str]] = _help("Pairs of labels: first - second, unit by unit.", default_factory=list)
+    curves: dict[str, str] = _help(
+        "Variant -> title of its panel with accuracies over training (train.eval_strategy).", default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run: where it is, how it is started (`arguments` of train.py), and the hash of what defines its numbers."""
+
+    variant: str
+    seed: int
+    folder: Path
+    arguments: list[str]
+    recipe: Recipe
+    recipe_hash: str
+    teacher_from: Path | None
+
+    @property
+    def class_order(self) -> int | None:
+        """The seed of the classes' order; None for the data's own order."""
+        return self.recipe.data.class_order_seed
+
+    def read(self, file: Path) -> dict[str, Any] | None:
+        """A stored results file of this run; None if there is none, or if it is not finished or of another recipe."""
+        if not file.exists():
+            return None
+        results = json.loads(file.read_text())
+        try:
+            stored = completed(results["recipe"])
+        except ValueError:
+            return None
+        same = _defining(stored) == _defining(self.recipe.as_dict())
+        return results if results["finished"] and same else None
+
+    def results(self) -> dict[str, Any] | None:
+        """What the run measured; None as long as it is not finished."""
+        return self.read(self.folder / "results.json")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checked spec: its name (the file's), its folder and all its runs, who trains a teacher before who takes it."""
+
+    name: str
+    root: Path
+    spec: Spec
+    runs: list[PlannedRun]
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(label, variant, role) of every row, in the spec's order."""
+        return [(label, name, role) for name, v in self.spec.variants.items() for role, label in v.rows.items()]
+
+
+def read_comparison(file: Path, recipes: Path, root: Path) -> Comparison:
+    """The comparison in a spec file, with its runs below `root`/NAME; recipe files are looked for in `recipes`.
+
+    Raises RecipeError with everything that is wrong, each run's recipe included.
+    """
+    content, problems = read_yaml(file), []
+    variants = content.get("variants")
+    if isinstance(variants, dict):
+        built = {name: build_typed(Variant, v, f"variants.{name}", problems) for name, v in variants.items()}
+        content = {**content, "variants": {}}
+    else:
+        built = {}
+    spec = build_typed(Spec, content, "", problems)
+    if not problems and not built:
+        problems.append("'variants' names none; give each a name and its rows: {alone: {rows: {student: alone}}}")
+    comparison = None
+    if spec is not WRONG and WRONG not in built.values() and not problems:
+        spec = dataclasses.replace(spec, variants=built)
+        problems += _wrong_names(spec)
+        if not problems:
+            comparison = Comparison(file.stem, root / file.stem, spec, [])
+            comparison.runs.extend(_runs(comparison, recipes, problems))
+    if problems or comparison is None:
+        raise RecipeError(
+            f"The comparison {file} cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems))
+        )
+    return comparison
+
+
+def _wrong_names(spec: Spec) -> Iterable[str]:
+    """Names in a spec that name nothing, or two things."""
+    labels = [label for variant in spec.variants.values() for label in variant.rows.values()]
+    for name, values in {"seeds": spec.seeds, "class_orders": spec.class_orders or [0], "rows": labels}.items():
+        twice = sorted({value for value in values if values.count(value) > 1}, key=str)
+        if twice or not values:
+            yield f"'{name}' " + (f"has {_some(twice)} twice" if twice else "is empty")
+    for name, variant in spec.variants.items():
+        if not re.fullmatch(r"\w[\w.+-]*", name) or name in _TAKEN:
+            yield f"'variants.{name}' becomes a folder; use letters, digits and . _ + -, and none of {_some(_TAKEN)}"
+        if not variant.rows:
+            yield f"'variants.{name}.rows' is empty; give a role and its label, like {{student: {name}}}"
+        for key in variant.set:
+            if key in (*_OWN, *_seed_fields(spec), *([ORDER] if spec.class_orders else [])):
+                yield f"'variants.{name}.set' has '{key}', which the comparison sets; leave it out"
+        source = variant.teacher_from
+        if source is not None and (source not in spec.variants or spec.variants[source].teacher_from is not None):
+            able = [key for key, other in spec.variants.items() if other.teacher_from is None and key != name]
+            yield f"'variants.{name}.teacher_from' is {source!r}; allowed are variants without one: {_some(able)}"
+    for number, pair in enumerate(spec.contrasts):
+        for label in pair:
+            if label not in labels:
+                yield f"'contrasts.{number}' names {label!r}, which is no row{_near(label, labels)}"
+        if pair[0] == pair[1]:
+            yield f"'contrasts.{number}' compares {pair[0]!r} with itself"
+    for name in spec.curves:
+        if name not in spec.variants:
+            yield f"'curves' names {name!r}, which is no variant{_near(name, list(spec.variants))}"
+    if spec.metric not in METRIC_COLUMNS:
+        yield f"'metric' is {spec.metric!r}; allowed: {', '.join(METRIC_COLUMNS)}"
+    if spec.class_orders and ORDER in _seed_fields(spec):
+        yield f"'seed_fields' has {ORDER}, but 'class_orders' sets it; keep one of them"
+    if "seed" not in _seed_fields(spec):
+        yield "'seed_fields' must have 'seed', or all runs of a variant would be the same"
+
+
+def _seed_fields(spec: Spec) -> list[str]:
+    return ["seed"] + ([] if spec.class_orders else [ORDER]) if spec.seed_fields is None else spec.seed_fields
+
+
+def _runs(comparison: Comparison, recipes: Path, problems: list[str]) -> Iterable[PlannedRun]:
+    """All runs, with their recipes built and checked; of a variant with problems none."""
+    spec, made = comparison.spec, {}
+    for name, variant in sorted(spec.variants.items(), key=lambda item: item[1].teacher_from is not None):
+        for seed, order in itertools.product(spec.seeds, spec.class_orders or [None]):
+            unit = f"seed-{seed}" + ("" if order is None else f"-order-{order}")
+            folder = comparison.root / name / unit
+            source = made.get((variant.teacher_from, unit))
+            arguments = _arguments(spec, variant, seed, order, folder, source, recipes)
+            try:
+                recipe = load_recipe(arguments, "")
+            except RecipeError as error:
+                problems += [f"variant '{name}': {line.removeprefix('- ')}" for line in str(error).splitlines()]
+                break
+            problems += [f"variant '{name}': {line}" for line in _wrong_roles(spec, name, recipe)]
+            defining = {**_defining(recipe.as_dict()), "teacher_from": source and source.recipe_hash}
+            digest = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:16]
+            run = PlannedRun(name, seed, folder, arguments, recipe, digest, source and source.folder)
+            made[name, unit] = run
+            yield run
+
+
+def _arguments(
+    spec: Spec,
+    variant: Variant,
+    seed: int,
+    order: int | None,
+    folder: Path,
+    source: PlannedRun | None,
+    recipes: Path,
+) -> list[str]:
+    files = spec.recipe if variant.recipe is None else variant.recipe
+    fields = {**variant.set, **dict.fromkeys(_seed_fields(spec), seed), "data.eval_split": spec.split}
+    if order is not None:
+        fields[ORDER] = order
+    if source is not None:
+        fields["teacher_from"] = str(source.folder)
+    fields["output_dir"] = str(folder)
+    return [
+        *(str(recipes / name) for name in ([files] if isinstance(files, str) else files)),
+        *itertools.chain.from_iterable((f"--{name}", _as_yaml(value)) for name, value in fields.items()),
+    ]
+
+
+def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
+    """What a variant's recipe cannot give."""
+    variant = spec.variants[name]
+    roles = [*(["teacher"] if recipe.teacher else []), "student", *recipe.baselines]
+    for role in variant.rows:
+        if role not in roles:
+            yield f"'rows' names the role {role!r}, but its runs have {', '.join(roles)}"
+    if recipe.teacher is None and (
+        variant.teacher_from is not None or any(other.teacher_from == name for other in spec.variants.values())
+    ):
+        yield "'teacher_from' asks for its teacher, but its recipe has none"
+    if name in spec.curves and recipe.training_args("student").get("eval_strategy", "no") == "no":
+        yield "'curves' shows its accuracies over training; set student.train: {eval_strategy: epoch}"
+    if recipe.push_to_hub:
+        yield "'push_to_hub' is true, but its runs would overwrite each other; push one of them with recipes/push.py"
+
+
+def _defining(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored recipe that its numbers depend on, as JSON gives them back."""
+    return json.loads(json.dumps({key: value for key, value in recipe.items() if key not in ("name", "card")}))
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("\n...")
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; there are: {_some(names)}"
+
+
+def _some(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names))

@@ -1,0 +1,96 @@
+"""What the runs of a comparison gave: one line for each row of the comparison and unit, as parquet and CSV."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hf_cdl.metrics import METRICS
+
+Unit = tuple[int, int | None]
+"""(seed, class order): what is paired."""
+
+_ANSWERS = ("within_task_accuracy", "task_identification", "calibration_error", "confidence")
+METRIC_COLUMNS = (*METRICS, "sample_average_accuracy", *_ANSWERS)
+"""Columns that a contrast can be about: see hf_cdl.metrics and hf_cdl.answers; after the last task, in percent."""
+
+CHANGING = ("train_seconds", "eval_seconds", "latency_ms", "peak_memory_bytes")
+"""Columns that differ when the same run is made again."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row's run of one unit. `entry`: the role's part of results.json; `flops`: its multiply-adds, by column."""
+
+    label: str
+    variant: str
+    role: str
+    unit: Unit
+    recipe_hash: str
+    split: str
+    stream: str
+    entry: Mapping[str, Any]
+    flops: Mapping[str, float]
+
+    def record(self) -> dict[str, Any]:
+        """Its line of the table. Percent, seconds, milliseconds, bytes; None for what was not measured."""
+        entry, cost = self.entry, self.entry.get("cost", {})
+        return {
+            "row": self.label,
+            "variant": self.variant,
+            "role": self.role,
+            "seed": self.unit[0],
+            "class_order": self.unit[1],
+            "recipe_hash": self.recipe_hash,
+            "split": self.split,
+            "stream": self.stream,
+            **{name: self.metric(name) for name in METRIC_COLUMNS},
+            **{name: self.flops.get(name) for name in ("training_flops", "inference_flops")},
+            "train_seconds": sum(entry["train_seconds"]),
+            "eval_seconds": sum(entry["eval_seconds"]),
+            "peak_memory_bytes": max(entry["peak_memory_bytes"]),
+            **{name: cost.get(name) for name in ("parameters", "bytes", "latency_ms", "device")},
+        }
+
+    def metric(self, name: str) -> float | None:
+        """A metric after the last task; None if it was not measured."""
+        if name not in _ANSWERS:
+            return self.entry["metrics"].get(name)
+        if name in ("calibration_error", "confidence"):
+            return self.entry.get(name, [None])[-1]
+        last = self.entry.get("within_task" if name == "within_task_accuracy" else name, [[]])[-1]
+        return fmean(last) if last and None not in last else None
+
+
+def values(measured: Iterable[Measured], name: str) -> dict[str, dict[Unit, float]]:
+    """Label -> unit -> a metric, in the order they come; what was not measured is left out."""
+    found: dict[str, dict[Unit, float]] = {}
+    for run in measured:
+        value = run.metric(name)
+        if value is not None:
+            found.setdefault(run.label, {})[run.unit] = value
+    return found
+
+
+def save_table(measured: Iterable[Measured], folder: Path) -> None:
+    """table.parquet and table.csv, each whole or not there at all. `class_order` is empty for the data's own order."""
+    import pandas
+
+    frame = pandas.DataFrame([run.record() for run in measured])
+    frame["class_order"] = frame["class_order"].astype("Int64")
+    for column in frame.columns[frame.isna().all()]:
+        frame[column] = frame[column].astype("Float64")  # else a column of nothing has no type
+    write_whole(folder / "table.parquet", lambda file: frame.to_parquet(file, index=False))
+    write_whole(folder / "table.csv", lambda file: frame.to_csv(file, index=False))
+
+
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(path)` make a file that appears under its name only when it is whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    write(partial)
+    os.replace(partial, file)

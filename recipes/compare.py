@@ -1,0 +1,209 @@
+"""Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
+
+python recipes/compare.py SPEC.yaml [SPEC.yaml ...] [--jobs 2]
+python recipes/compare.py SPEC.yaml [SPEC.yaml ...] --test      (once, at the very end)
+
+SPEC (recipes/comparisons/, fields in recipes/README.md) names a recipe, seeds, and variants: fields that differ, and
+which roles of a run fill which rows. Every run is a `recipes/train.py` of its own below runs/comparisons/NAME/, so the
+same command goes on where it stopped, also after a kill. There it writes table.parquet and table.csv (every run with
+its recipe's hash), table.md, report.html and the report's pictures in plots/.
+
+Accuracy is measured on validation images. `--test` measures the stored checkpoints of the finished runs on the test
+images, writes the same files to runs/comparisons/NAME/test/, and records in runs/comparisons/test_split.json that they
+were read; it does so once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from final_test import reading, test_results
+from plan import measure, read_tasks
+from tqdm.auto import tqdm
+from transformers.utils import logging as hf_logging
+
+from hf_cdl.build import load_plugins
+from hf_cdl.compare.page import save_report
+from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
+from hf_cdl.compare.table import Measured, write_whole
+from hf_cdl.recipe import RecipeError
+
+HERE = Path(__file__).parent
+ROOT = Path("runs", "comparisons")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("specs", type=Path, nargs="+", metavar="SPEC")
+    parser.add_argument("--jobs", type=int, help="runs at the same time; default: GPUs, or cores where there are none")
+    parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
+    options = parser.parse_args()
+    try:
+        if missing := [name for name in ("matplotlib", "scipy", "statsmodels") if not find_spec(name)]:
+            raise RecipeError(f"It needs {', '.join(missing)}; install the extra: pip install 'hf-cdl[report]'")
+        comparisons = [read_comparison(file, HERE, ROOT) for file in options.specs]
+        with contextlib.ExitStack() as locks:
+            for comparison in comparisons:
+                locks.enter_context(alone(comparison))
+            return test(comparisons) if options.test else compare(comparisons, options.jobs)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. Nothing finished is lost; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+@contextlib.contextmanager
+def alone(comparison: Comparison) -> Iterator[None]:
+    """Raises RecipeError if another process is at work on the comparison."""
+    comparison.root.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(comparison.root / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RecipeError(
+            f"Another process is comparing in {comparison.root}; wait for it or stop it first."
+        ) from None
+
+
+def compare(comparisons: list[Comparison], jobs: int | None) -> int:
+    """Make the runs that are missing, then write what all have given; 1 if some failed."""
+    runs = [run for comparison in comparisons for run in comparison.runs]
+    failed = make(runs, jobs)
+    for comparison in comparisons:
+        measured = collect(comparison, PlannedRun.results, comparison.spec.split)
+        if measured:
+            print(f"\n{comparison.name}\n\n{save_report(comparison, measured, comparison.root)}", flush=True)
+    if failed:
+        print(f"{len(failed)} of {len(runs)} runs failed:")
+        print("\n".join(f"  {run.folder}: {why}" for run, why in failed))
+    return 1 if failed else 0
+
+
+def test(comparisons: list[Comparison]) -> int:
+    """Measure finished comparisons on the test images, each once."""
+    for comparison in comparisons:
+        with reading(comparison, ROOT / "test_split.json") as reads:
+            measured = collect(comparison, lambda run, comparison=comparison: test_results(comparison, run), "test")
+            text = save_report(comparison, measured, comparison.root / "test", reads)
+            print(f"\n{comparison.name}: these test images were read\n" + "\n".join(f"- {read}" for read in reads))
+            print(f"\n{text}", flush=True)
+    return 0
+
+
+def make(runs: list[PlannedRun], jobs: int | None) -> list[tuple[PlannedRun, str]]:
+    """Make all runs, as many at a time as there are workers; those that failed, and why."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",") if torch.cuda.device_count() else []
+    jobs = jobs or len(gpus) or os.cpu_count() or 1
+    free, threads = list(range(jobs)), max(1, (os.cpu_count() or 1) // jobs)
+    done = {run.folder for run in runs if run.results() is not None}
+    waiting = [run for run in runs if run.folder not in done]
+    working: list[tuple[PlannedRun, subprocess.Popen[bytes], int]] = []
+    failed: list[tuple[PlannedRun, str]] = []
+    with tqdm(total=len(runs), initial=len(done), unit="run", disable=None) as bar:
+        while waiting or working:
+            for run in [run for run in waiting if run.teacher_from in [other.folder for other, _ in failed]]:
+                waiting.remove(run)
+                failed.append((run, "the run that trains its teacher failed"))
+            ready = [r for r in waiting if (r.teacher_from is None or r.teacher_from in done) and not in_use(r.folder)]
+            for run in ready[: len(free)]:
+                slot = free.pop(0)
+                gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+                working.append((run, start(run, {"OMP_NUM_THREADS": str(threads), **gpu}), slot))
+                waiting.remove(run)
+            time.sleep(0.1)
+            for entry in [entry for entry in working if entry[1].poll() is not None]:
+                run, process, slot = entry
+                working.remove(entry)
+                free.append(slot)
+                if process.returncode == 0 and run.results() is not None:
+                    done.add(run.folder)
+                    bar.update()
+                else:
+                    failed.append((run, f"exit code {process.returncode}, see {log_of(run)}"))
+    return failed
+
+
+def start(run: PlannedRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """The run as a process of its own, which ends with this one."""
+    log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "watched.py"), str(HERE / "train.py"), *run.arguments]
+    with open(log_of(run), "a") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
+        )
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process is at work in a run's folder: one that was started by hand, or is just ending."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def log_of(run: PlannedRun) -> Path:
+    return run.folder.parent.parent / "logs" / f"{run.folder.parent.name}-{run.folder.name}.log"
+
+
+def collect(
+    comparison: Comparison, results_of: Callable[[PlannedRun], dict[str, Any] | None], split: str
+) -> list[Measured]:
+    """What the finished runs gave: row by row as in the spec, unit by unit."""
+    measured = []
+    flops = count_flops(comparison)
+    for label, variant, role in comparison.rows:
+        for run in comparison.runs:
+            results = results_of(run) if run.variant == variant else None
+            if results is not None:
+                entry = results["roles"][role]
+                unit = (run.seed, run.class_order)
+                fields = (label, variant, role, unit, run.recipe_hash, split, results["stream"])
+                measured.append(Measured(*fields, entry, flops[variant].get(role, {})))
+    return measured
+
+
+def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]]:
+    """Variant -> role -> multiply-adds, as `--plan` counts those of its first run; kept in flops.json."""
+    file = comparison.root / "flops.json"
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    found = {}
+    for name in comparison.spec.variants:
+        first = next(run for run in comparison.runs if run.variant == name)
+        if first.recipe_hash not in known and first.results() is not None:
+            load_plugins(first.recipe.plugins)
+            try:
+                _, costs = measure(first.recipe, read_tasks(first.recipe))
+            except (ValueError, NotImplementedError) as error:
+                print(f"No FLOPs of {name}, which cannot be counted: {error}")
+                costs = {}
+            known[first.recipe_hash] = {
+                role: {"training_flops": cost.total_flops, "inference_flops": cost.inference_flops}
+                for role, cost in costs.items()
+            }
+            write_whole(file, lambda path: path.write_text(json.dumps(known, indent=1)))
+        found[name] = known.get(first.recipe_hash, {})
+    return found
+
+
+if __name__ == "__main__":
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    sys.exit(main())

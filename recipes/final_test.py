@@ -1,0 +1,132 @@
+"""recipes/compare.py --test: a finished comparison's stored checkpoints on the test images, once.
+
+What was compared was chosen by validation images; who looks at test images again chooses by them. So it is recorded
+in a ledger that they are read, before they are: when, by whom, for which comparison and recipes. A comparison that has
+been read is refused, also if runs were added to it; one that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import platform
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from verify import measure_again
+
+from hf_cdl.build import build_processors, load_plugins
+from hf_cdl.compare.spec import Comparison, PlannedRun
+from hf_cdl.compare.table import write_whole
+from hf_cdl.metrics import continual_metrics
+from hf_cdl.recipe import RecipeError
+from hf_cdl.tasks import TaskStream
+from hf_cdl.tasks.tables import file_sizes
+
+
+@contextlib.contextmanager
+def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
+    """Record in the ledger that the test images are read, and afterwards that it is done; all that was read of them.
+
+    Raises RecipeError if runs are missing, if they measured on test images themselves, or if those were read before.
+    """
+    missing = [run.folder for run in comparison.runs if run.results() is None]
+    if comparison.spec.split == "test":
+        raise RecipeError(f"{comparison.name} has split: test: its own report is on test images. Leave out --test.")
+    if missing:
+        raise RecipeError(
+            f"{len(missing)} of {len(comparison.runs)} runs of {comparison.name} are not finished, as {missing[0]}. "
+            "Run the comparison without --test first; the test images were not touched."
+        )
+    with FileLock(ledger.with_name(f".{ledger.name}.lock")):
+        entries = json.loads(ledger.read_text()) if ledger.exists() else []
+        images, recipes = _fingerprints(comparison), sorted({run.recipe_hash for run in comparison.runs})
+        ours = [entry for entry in entries if entry["comparison"] == comparison.name]
+        if ours and (ours[0]["finished"] or ours[0]["recipes"] != recipes):
+            new = len({*recipes} - {*ours[0]["recipes"]})
+            added = f" {new} of its {len(recipes)} recipes were not among them." if new else ""
+            raise RecipeError(
+                f"The test images were read for {comparison.name} before: {_told(ours[0])}.{added} They are read "
+                f"once; what they gave is in {comparison.root / 'test'}. Nothing was read or written now."
+            )
+        if not ours:
+            who = {"user": _user(), "host": platform.node()}
+            entry = {"comparison": comparison.name, **who, "started": _now(), "finished": None}
+            ours = [{**entry, "test_images": images, "recipes": recipes}]
+            entries += ours
+            _save(ledger, entries)
+        others = [entry for entry in entries if entry not in ours and {*entry["test_images"]} & {*images}]
+        yield [
+            *map(_told, others),
+            f"{ours[0]['started']}, by {ours[0]['user']} on {ours[0]['host']}, for this report",
+        ]
+        ours[0]["finished"] = _now()
+        _save(ledger, entries)
+
+
+def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
+    """A run's results with everything that was measured on images measured again, on the test images."""
+    file = comparison.root / "test" / run.variant / f"{run.folder.name}.json"
+    known = run.read(file)
+    if known is not None:  # the command was cut off after it
+        return known
+    roles: dict[str, list[Any]] = {}
+    for _, _, result in measure_again(run.folder, "test", *comparison.spec.variants[run.variant].rows):
+        roles.setdefault(result.role, []).append(result)
+    results: Any = run.results()
+    for role, found in roles.items():
+        matrix, counts = [result.row for result in found], found[-1].counts
+        lists = ("within_task", "task_identification", "confidence", "calibration_error")
+        results["roles"][role] |= {
+            "accuracy_matrix": matrix,
+            "correct": [result.correct for result in found],
+            "counts": counts,
+            "metrics": continual_metrics(matrix, counts),
+            **{name: [getattr(result, name) for result in found] for name in lists},
+        }
+    write_whole(file, lambda path: path.write_text(json.dumps(results, indent=1)))
+    return results
+
+
+def _fingerprints(comparison: Comparison) -> list[str]:
+    """16 hex digits of the test images: of their classes and sizes, not of their order or folder.
+
+    More than one if the runs have different classes.
+    """
+    found = set()
+    for recipe in {repr(run.recipe.data): run.recipe for run in comparison.runs}.values():
+        load_plugins(recipe.plugins)
+        images = []
+        for task in TaskStream(recipe.data, build_processors(recipe)):
+            split: Any = task.test
+            sizes = file_sizes(split.data)[split.rows].tolist()
+            images += [
+                f"{task.class_names[x - task.first_class]} {s}" for x, s in zip(split.labels, sizes, strict=True)
+            ]
+        found.add(hashlib.sha256("\n".join(sorted(images)).encode()).hexdigest()[:16])
+    return sorted(found)
+
+
+def _told(entry: dict[str, Any]) -> str:
+    end = f"to {entry['finished']}" if entry["finished"] else "not finished"
+    return f"{entry['started']} {end}, by {entry['user']} on {entry['host']}, for the comparison {entry['comparison']}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _save(ledger: Path, entries: list[dict[str, Any]]) -> None:
+    write_whole(ledger, lambda path: path.write_text(json.dumps(entries, indent=1)))
