@@ -14,9 +14,7 @@ from hf_cdl.recipe.files import RecipeError, merge
 from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-FILES = sorted(
-    RECIPES.glob("*.yaml")
-)  # whole recipes; deeper are parts (test_benchmarks.py) and comparisons
+FILES = sorted(RECIPES.glob("*.yaml"))  # whole recipes; deeper are parts (test_benchmarks.py) and comparisons
 MINIMAL: dict[str, Any] = {
     "name": "x",
     "data": {"path": "somewhere"},
