@@ -125,7 +125,9 @@ def matrices_figure(measured: Sequence[Measured]) -> Figure:
         panel.set_visible(False)
     figure.supxlabel("accuracy on task", fontsize=9)
     figure.supylabel("after learning task", fontsize=9)
-    figure.colorbar(panels[0].images[0], ax=panels, label="accuracy (%)", shrink=0.8)
+    figure.colorbar(
+        panels[0].images[0], ax=panels, label="accuracy (%)", shrink=0.8 / down, anchor=(0, 1), fraction=0.05
+    )
     return figure
 
 
