@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -35,16 +35,20 @@ def saving(what: str) -> Iterator[None]:
         ) from error
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write so that the file is either the old one or the new one, whole."""
+def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(path)` make a file that appears under its name only when it is whole."""
     with saving(f"write {file}"):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        with open(partial, "w") as stream:
-            json.dump(content, stream, indent=1)
-            stream.flush()
+        write(partial)
+        with open(partial, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write so that the file is either the old one or the new one, whole."""
+    write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
 
 
 def sync(folder: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,16 +122,15 @@ class CDLTrainer(Trainer):
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
             return stored
-        result = stored or TaskResult(self.role, task.index)
         start = time.perf_counter()
-        self.answer(self.seen, result)
+        result = replace(stored or TaskResult(self.role, task.index), **self.answer(self.seen))
         result.eval_seconds = time.perf_counter() - start
         if self.run is not None:
             self.run.save_result(result)
         return result
 
-    def answer(self, tasks: list[Task], result: TaskResult) -> None:
-        """Put into `result` how the model answers the images of each task's evaluation split; no task id is given."""
+    def answer(self, tasks: list[Task]) -> dict[str, Any]:
+        """How the model answers the images of each task's evaluation split, no task id given: fields of TaskResult."""
         self.model.eval()
         parts = []
         for task in tasks:
@@ -140,16 +140,17 @@ class CDLTrainer(Trainer):
                 with torch.no_grad():
                     logits = self.model(pixel_values=batch["pixel_values"]).logits
                 found.append(self.accelerator.gather_for_metrics(judge(logits, batch["labels"], task.classes)))
-            parts.append({name: torch.cat([answers[name] for answers in found]) for name in found[0]} if found else {})
-        result.correct = [int(part["correct"].sum()) if part else 0 for part in parts]
-        result.counts = [len(part["correct"]) if part else 0 for part in parts]
+            names = found[0] if found else ()
+            parts.append({name: torch.cat([batch[name] for batch in found]).cpu() for name in names})
+        correct, confidence = (torch.cat([p[key] for p in parts if p]) for key in ("correct", "confidence"))
         rows = {"row": "correct", "within_task": "within_task", "task_identification": "task_identification"}
-        for name, key in rows.items():
-            setattr(result, name, [_percent(part[key]) if part else None for part in parts])
-        if asked := [part for part in parts if part]:
-            confidence, correct = (torch.cat([part[key].cpu() for part in asked]) for key in ("confidence", "correct"))
-            result.confidence = 100 * confidence.double().mean().item()
-            result.calibration_error = calibration_error(confidence, correct)
+        return {
+            "correct": [int(part["correct"].sum()) if part else 0 for part in parts],
+            "counts": [len(part["correct"]) if part else 0 for part in parts],
+            **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
+            "confidence": 100 * confidence.double().mean().item(),
+            "calibration_error": calibration_error(confidence, correct),
+        }
 
     # ---- one phase ----
 

@@ -151,9 +151,9 @@ def differences(recipe: Recipe) -> str:
     model = load_model(recipe, recipe.student, recipe.folder / "student" / f"task-{count:02d}")
     arguments = CDLTrainingArguments(**{**recipe.training_args("student"), "output_dir": str(recipe.folder)})
     before = CDLTrainer(model, arguments, eval_split=split, num_tasks=len(stream))
-    correct, counts = before.count_correct(old)
+    answers = before.answer(old)
     row = run.results()["roles"]["student"]["accuracy_matrix"][-1]
-    shown = zip(old, counts, (100 * right / n for right, n in zip(correct, counts, strict=True)), strict=True)
+    shown = zip(old, answers["counts"], answers["row"], strict=True)
     lines = difference_lines([(task.index + 1, task.class_names, n, was, row[task.index]) for task, n, was in shown])
     return "\n".join([f"\nstudent: accuracy (%) on earlier tasks, before and after task {count + 1}", *lines])
 

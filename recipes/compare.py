@@ -37,8 +37,9 @@ from transformers.utils import logging as hf_logging
 from hf_cdl.build import load_plugins
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
-from hf_cdl.compare.table import Measured, write_whole
+from hf_cdl.compare.table import Measured
 from hf_cdl.recipe import RecipeError
+from hf_cdl.storing import RunError, write_json
 
 HERE = Path(__file__).parent
 ROOT = Path("runs", "comparisons")
@@ -58,7 +59,7 @@ def main() -> int:
             for comparison in comparisons:
                 locks.enter_context(alone(comparison))
             return test(comparisons) if options.test else compare(comparisons, options.jobs)
-    except RecipeError as error:
+    except (RecipeError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -198,7 +199,7 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
                 role: {"training_flops": cost.total_flops, "inference_flops": cost.inference_flops}
                 for role, cost in costs.items()
             }
-            write_whole(file, lambda path: path.write_text(json.dumps(known, indent=1)))
+            write_json(file, known)
         found[name] = known.get(first.recipe_hash, {})
     return found
 

@@ -22,9 +22,9 @@ from verify import measure_again
 
 from hf_cdl.build import build_processors, load_plugins
 from hf_cdl.compare.spec import Comparison, PlannedRun
-from hf_cdl.compare.table import write_whole
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
+from hf_cdl.storing import write_json
 from hf_cdl.tasks import TaskStream
 from hf_cdl.tasks.tables import file_sizes
 
@@ -59,14 +59,14 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
             entry = {"comparison": comparison.name, **who, "started": _now(), "finished": None}
             ours = [{**entry, "test_images": images, "recipes": recipes}]
             entries += ours
-            _save(ledger, entries)
+            write_json(ledger, entries)
         others = [entry for entry in entries if entry not in ours and {*entry["test_images"]} & {*images}]
         yield [
             *map(_told, others),
             f"{ours[0]['started']}, by {ours[0]['user']} on {ours[0]['host']}, for this report",
         ]
         ours[0]["finished"] = _now()
-        _save(ledger, entries)
+        write_json(ledger, entries)
 
 
 def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
             "metrics": continual_metrics(matrix, counts),
             **{name: [getattr(result, name) for result in found] for name in lists},
         }
-    write_whole(file, lambda path: path.write_text(json.dumps(results, indent=1)))
+    write_json(file, results)
     return results
 
 
@@ -126,7 +126,3 @@ def _user() -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _save(ledger: Path, entries: list[dict[str, Any]]) -> None:
-    write_whole(ledger, lambda path: path.write_text(json.dumps(entries, indent=1)))

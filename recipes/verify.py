@@ -49,9 +49,9 @@ def measure_again(folder: Path, split: str, *only: str) -> Iterator[tuple[Path, 
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
                 section = getattr(recipe, role, None)  # a baseline has none
                 model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
-                trainer, result = CDLTrainer(model, arguments, eval_split=split), TaskResult(role, entry["task"])
-                trainer.answer([stream[i] for i in range(entry["task"] + 1)], result)
-            yield checkpoint, entry, result
+                trainer = CDLTrainer(model, arguments, eval_split=split)
+                answers = trainer.answer([stream[i] for i in range(entry["task"] + 1)])
+            yield checkpoint, entry, TaskResult(role, entry["task"], **answers)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
     while True:
         process = start(tmp_path, spec, "--jobs", 1)
         try:
-            output, _ = process.communicate(timeout=chance.uniform(0, 0.75 * whole) if kills < KILLS else 300)
+            output, _ = process.communicate(timeout=chance.uniform(0, 0.6 * whole) if kills < KILLS else 300)
         except subprocess.TimeoutExpired:
             found.add(_state(root))
             if kills % 2:

@@ -17,7 +17,7 @@ from hf_cdl.compare import figures
 from hf_cdl.compare.aa import halves, relabelled
 from hf_cdl.compare.spec import Comparison, PlannedRun
 from hf_cdl.compare.statistics import LEVEL, Contrast, contrasts_of, pairs_needed, smallest_p
-from hf_cdl.compare.table import Measured, save_table, values, write_whole
+from hf_cdl.compare.table import Measured, save_table, values
 from hf_cdl.compare.tables import (
     CDL,
     DECOMPOSITION,
@@ -30,6 +30,7 @@ from hf_cdl.compare.tables import (
     metrics_table,
     p_text,
 )
+from hf_cdl.storing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

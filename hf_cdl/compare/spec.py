@@ -21,8 +21,8 @@ import yaml
 
 from hf_cdl.compare.table import METRIC_COLUMNS
 from hf_cdl.recipe import Recipe, completed, load_recipe
-from hf_cdl.recipe_files import RecipeError, read_yaml
-from hf_cdl.typed import WRONG, build_typed
+from hf_cdl.recipe.files import RecipeError, read_yaml
+from hf_cdl.recipe.typed import WRONG, build_typed
 
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")

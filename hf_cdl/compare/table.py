@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hf_cdl.metrics import METRICS
+from hf_cdl.storing import write_whole
 
 Unit = tuple[int, int | None]
 """(seed, class order): what is paired."""
@@ -86,11 +86,3 @@ def save_table(measured: Iterable[Measured], folder: Path) -> None:
         frame[column] = frame[column].astype("Float64")  # else a column of nothing has no type
     write_whole(folder / "table.parquet", lambda file: frame.to_parquet(file, index=False))
     write_whole(folder / "table.csv", lambda file: frame.to_csv(file, index=False))
-
-
-def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write(path)` make a file that appears under its name only when it is whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    write(partial)
-    os.replace(partial, file)
