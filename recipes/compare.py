@@ -51,6 +51,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, help="runs at the same time; default: GPUs, or cores where there are none")
     parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
     options = parser.parse_args()
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs is {options.jobs}, but it takes one run at a time at least")
     try:
         if missing := [name for name in ("matplotlib", "scipy", "statsmodels") if not find_spec(name)]:
             raise RecipeError(f"It needs {', '.join(missing)}; install the extra: pip install 'hf-cdl[report]'")
@@ -108,12 +110,10 @@ def test(comparisons: list[Comparison]) -> int:
 def make(runs: list[PlannedRun], jobs: int | None) -> list[tuple[PlannedRun, str]]:
     """Make all runs, as many at a time as there are workers; those that failed, and why."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",") if torch.cuda.device_count() else []
-    jobs = jobs or len(gpus) or os.cpu_count() or 1
-    free, threads = list(range(jobs)), max(1, (os.cpu_count() or 1) // jobs)
+    free = workers(jobs, visible.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
     done = {run.folder for run in runs if run.results() is not None}
     waiting = [run for run in runs if run.folder not in done]
-    working: list[tuple[PlannedRun, subprocess.Popen[bytes], int]] = []
+    working: list[tuple[PlannedRun, subprocess.Popen[bytes], dict[str, str]]] = []
     failed: list[tuple[PlannedRun, str]] = []
     with tqdm(total=len(runs), initial=len(done), unit="run", disable=None) as bar:
         while waiting or working:
@@ -122,21 +122,27 @@ def make(runs: list[PlannedRun], jobs: int | None) -> list[tuple[PlannedRun, str
                 failed.append((run, "the run that trains its teacher failed"))
             ready = [r for r in waiting if (r.teacher_from is None or r.teacher_from in done) and not in_use(r.folder)]
             for run in ready[: len(free)]:
-                slot = free.pop(0)
-                gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
-                working.append((run, start(run, {"OMP_NUM_THREADS": str(threads), **gpu}), slot))
+                worker = free.pop(0)
+                working.append((run, start(run, worker), worker))
                 waiting.remove(run)
             time.sleep(0.1)
             for entry in [entry for entry in working if entry[1].poll() is not None]:
-                run, process, slot = entry
+                run, process, worker = entry
                 working.remove(entry)
-                free.append(slot)
+                free.append(worker)
                 if process.returncode == 0 and run.results() is not None:
                     done.add(run.folder)
                     bar.update()
                 else:
                     failed.append((run, f"exit code {process.returncode}, see {log_of(run)}"))
     return failed
+
+
+def workers(jobs: int | None, gpus: list[str], cores: int) -> list[dict[str, str]]:
+    """The environment of each worker: its GPU, if there are some, and its share of the cores."""
+    count = jobs or len(gpus) or cores
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
+    return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
 
 
 def start(run: PlannedRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -107,6 +107,15 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path: Path):
         assert not in_use(tmp_path)
 
 
+def test_there_are_as_many_workers_as_gpus_or_cores():
+    from compare import workers
+
+    assert workers(None, [], 2) == [{"OMP_NUM_THREADS": "1"}] * 2
+    assert workers(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert workers(None, ["0", "3"], 8) == [{"OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": gpu} for gpu in "03"]
+    assert [worker["CUDA_VISIBLE_DEVICES"] for worker in workers(3, ["5", "7"], 2)] == ["5", "7", "5"]
+
+
 @pytest.mark.slow
 def test_teachers_are_shared_finished_runs_stay_and_test_images_are_read_once(tmp_path: Path):
     spec = tiny_spec(
@@ -256,4 +265,6 @@ def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
 
 def _state(root: Path) -> tuple[int, bool]:
     """How far a comparison was: finished runs and stored checkpoints, and whether a run was at work."""
-    return len([*root.glob("*/*/results.json"), *root.glob("*/*/*/task-0*")]), any(root.glob("*/*/work/*"))
+    return len([*root.glob("*/*/results.json"), *root.glob("*/*/*/task-0*")]), any(
+        (run / "work").exists() for run in root.glob("*/*")
+    )
