@@ -25,7 +25,7 @@ CURVES = {
 """What `eval_strategy` writes into the log of a phase."""
 
 COSTS = {
-    "training_flops": ("TFLOPs to train", 1e12),
+    "training_flops": ("GFLOPs to train", 1e9),
     "train_seconds": ("seconds to train", 1),
     "inference_flops": ("MFLOPs an image in use", 1e6),
 }

@@ -65,7 +65,7 @@ def contrasts_table(contrasts: Sequence[Contrast], metric: str) -> Table:
 def cost_table(measured: Sequence[Measured]) -> Table:
     """For each row what it costs to train and in use, on average over its units."""
     columns = {
-        "training TFLOPs": ("training_flops", lambda x: f"{x / 1e12:,.2f}"),
+        "training GFLOPs": ("training_flops", lambda x: f"{x / 1e9:,.1f}"),
         "training seconds": ("train_seconds", lambda x: f"{x:,.1f}"),
         "MFLOPs an image": ("inference_flops", lambda x: f"{x / 1e6:,.1f}"),
         "ms an image": ("latency_ms", lambda x: f"{x:,.1f}"),
