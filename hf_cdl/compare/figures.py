@@ -52,7 +52,7 @@ def curves_figure(measured: Sequence[Measured]) -> Figure:
     tasks = max(len(run.entry["accuracy_matrix"]) for run in measured)
     panel.set_xticks(range(1, tasks + 1, 1 + (tasks - 1) // 20))
     panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, min(panel.get_ylim()[1], 102))  # the interval of two units knows no bounds
     panel.grid(alpha=0.3)
     _legend(figure)
     return figure
@@ -61,6 +61,7 @@ def curves_figure(measured: Sequence[Measured]) -> Figure:
 def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
     """Each metric against what training and use cost: a point with its interval for every row."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = _by_row(measured)
     costs = {}
@@ -83,6 +84,9 @@ def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
             xs = [fmean(x) for x in by_row.values() if x]
             if min(xs) > 0 and max(xs) > 20 * min(xs):
                 panel.set_xscale("log")
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+                panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_formatter(NullFormatter())
             else:
                 panel.set_xlim(0, 1.1 * max(xs) or 1)
             panel.grid(alpha=0.3)
