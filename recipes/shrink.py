@@ -47,8 +47,6 @@ def shrink(options: argparse.Namespace) -> None:
         raise ValueError(f"--layers is {count}, but {options.backbone} has {depth}.")
     source, revision = (options.processor, None) if options.processor else (options.backbone, options.revision)
     found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
-        options.processor or options.backbone, revision=options.revision
-    )
     processor = found
     if options.size is not None:
         look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
