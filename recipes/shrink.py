@@ -1,0 +1,68 @@
+"""A smaller backbone from a pre-trained one: its first layers and its final norm, at an image size of one's own.
+
+python recipes/shrink.py BACKBONE FOLDER [--layers 8] [--size 56] [--revision main] [--processor ID]
+BACKBONE is a Hub id or folder. The first layers of a larger model are a student that needs no pre-training; --layers
+left out keeps all, so that only the image size changes. A smaller size is fewer patches: the position embeddings of
+DINOv2 and of most other families are interpolated. --processor: where the image processor is from, if BACKBONE has
+none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import transformers  # names from it say things when they are first used, so not before they may
+from transformers.utils import logging
+
+from hf_cdl.models.backbone import check_image_size, layers, load_backbone
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("backbone")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--revision")
+    parser.add_argument("--processor")
+    options = parser.parse_args(arguments)
+    try:
+        shrink(options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shrink(options: argparse.Namespace) -> None:
+    """Write the smaller backbone. Raises ValueError if there is something in its place or it cannot be made."""
+    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+        raise ValueError(f"{options.folder} is not empty; choose another folder.")
+    backbone = load_backbone(options.backbone, options.revision)
+    depth = len(layers(backbone))
+    count = depth if options.layers is None else options.layers
+    if not 1 <= count <= depth:
+        raise ValueError(f"--layers is {count}, but {options.backbone} has {depth}.")
+    source, revision = (options.processor, None) if options.processor else (options.backbone, options.revision)
+    found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
+    processor = found
+    if options.size is not None:
+        look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
+        processor = transformers.ViTImageProcessor(size={"height": options.size, "width": options.size}, **look)
+        check_image_size(backbone.config, (options.size, options.size))
+    del layers(backbone)[count:]
+    fields = {**backbone.config.to_dict(), "num_hidden_layers": count}
+    stages = ("stage_names", "out_features", "out_indices")  # of the whole depth
+    backbone.config = type(backbone.config).from_dict({key: v for key, v in fields.items() if key not in stages})
+    backbone.save_pretrained(options.folder)
+    processor.save_pretrained(options.folder)
+    millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
+    print(f"{options.folder}: the first {count} of {depth} layers of {options.backbone}, {millions:.1f} M parameters")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    sys.exit(main(sys.argv[1:]))

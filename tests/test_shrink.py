@@ -1,0 +1,59 @@
+"""recipes/shrink.py: the first layers of a real backbone file, with its final norm, at another size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import script
+from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
+
+from hf_cdl.models.backbone import load_backbone
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 7,
+    }
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(folder)
+    return folder
+
+
+def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path) -> None:
+    code, output = script("shrink.py", large, tmp_path / "small", "--layers", 2, "--size", 21, env={})
+    assert code == 0, output
+    assert f"{tmp_path / 'small'}: the first 2 of 4 layers of {large}, 0.0 M parameters\n" == output
+    whole, small = AutoModel.from_pretrained(large).eval(), load_backbone(str(tmp_path / "small")).eval()
+    pixels = torch.randn(2, 3, 21, 21)
+    with torch.no_grad():
+        between = whole(pixels, output_hidden_states=True).hidden_states[2]
+        found = small(pixels)
+    torch.testing.assert_close(found.last_hidden_state, whole.layernorm(between))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "small")
+    assert dict(processor.size) == {"height": 21, "width": 21} and list(processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--layers", 5), "--layers is 5, but"),
+        (("--size", 20), "20"),
+        (("--processor", "nowhere/at/all"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(large: Path, tmp_path: Path, words: tuple, said: str) -> None:
+    code, output = script("shrink.py", large, tmp_path / "small", *words, env={"HF_HUB_OFFLINE": "1"})
+    assert code == 2 and output.startswith("error: ") and said in output, output
+    assert not (tmp_path / "small").exists()
+    code, output = script("shrink.py", large, large, env={})
+    assert code == 2 and f"{large} is not empty; choose another folder." in output, output
