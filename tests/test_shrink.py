@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import script
+from helpers import TRAIN
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from hf_cdl.models.backbone import load_backbone
+
+shrink = runpy.run_path(str(TRAIN.with_name("shrink.py")))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +32,10 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path) -> None:
-    code, output = script("shrink.py", large, tmp_path / "small", "--layers", 2, "--size", 21, env={})
-    assert code == 0, output
-    assert f"{tmp_path / 'small'}: the first 2 of 4 layers of {large}, 0.0 M parameters\n" == output
+def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shrink([str(large), str(tmp_path / "small"), "--layers", "2", "--size", "21"]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{tmp_path / 'small'}: the first 2 of 4 layers of {large}, 0.0 M parameters\n"
     whole, small = AutoModel.from_pretrained(large).eval(), load_backbone(str(tmp_path / "small")).eval()
     pixels = torch.randn(2, 3, 21, 21)
     with torch.no_grad():
@@ -46,14 +49,22 @@ def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--layers", 5), "--layers is 5, but"),
-        (("--size", 20), "20"),
+        (("--layers", "5"), "--layers is 5, but"),
+        (("--size", "20"), "20"),
         (("--processor", "nowhere/at/all"), "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(large: Path, tmp_path: Path, words: tuple, said: str) -> None:
-    code, output = script("shrink.py", large, tmp_path / "small", *words, env={"HF_HUB_OFFLINE": "1"})
-    assert code == 2 and output.startswith("error: ") and said in output, output
+def test_what_cannot_be_is_refused_and_nothing_written(
+    large: Path, tmp_path: Path, words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shrink([str(large), str(tmp_path / "small"), *words]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and said in error
     assert not (tmp_path / "small").exists()
-    code, output = script("shrink.py", large, large, env={})
-    assert code == 2 and f"{large} is not empty; choose another folder." in output, output
+
+
+def test_a_folder_with_something_in_it_is_left_alone(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.read_bytes() for file in large.iterdir()}
+    assert shrink([str(large), str(large), "--layers", "1"]) == 2
+    assert f"{large} is not empty; choose another folder." in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in large.iterdir()} == before
