@@ -123,7 +123,7 @@ def continued(stored: Recipe, origin: Origin) -> dict[str, Any]:
 
 
 def checked(recipe: Recipe, folder: Path) -> Recipe:
-    """Raises RecipeError if models or seed are not what was taken over: they are as they were learnt."""
+    """The recipe itself. Raises RecipeError if its models are not those that were taken over."""
     taken = load_recipe([str(folder / "recipe.yaml"), "--data.path", "."], folder / "recipe.yaml")
     changed = []
     for role in ("student", "teacher"):
