@@ -248,6 +248,8 @@ def test_autocast_and_hidden_states_agree_with_the_plain_forward(vit: Path) -> N
         hidden = model(images(), output_hidden_states=True).hidden_states
         with torch.autocast("cpu", torch.bfloat16):
             half = model(images()).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(images()).logits, half, atol=0.05, rtol=0.02)  # on the way to a backward pass
     assert len(hidden) == 4 and hidden[0].shape == (4, 17, 32)  # CLS, 16 patches, no KD token
     torch.testing.assert_close(half.float(), plain.logits, atol=0.15, rtol=0.05)
 

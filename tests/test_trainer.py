@@ -223,6 +223,33 @@ def test_every_task_starts_with_a_new_optimizer(tmp_path: Path) -> None:
     assert not seen[0] & seen[1]
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0])
+def test_the_kd_prompts_train_at_their_own_rate_after_the_first_task(tmp_path: Path, factor: float) -> None:
+    teacher, _ = pair(tmp_path)
+    student_model = model_of("coda", width=32, kd_prompt={"later_rate": factor})
+    kind: Any = TERMS["kdp"]
+    objective = Objective(0.5, [("kdp", kind(kind.config_class(), student_model.shape, teacher.model.shape))])
+    student = CDLTrainer(
+        student_model, arguments(tmp_path / "s", num_train_epochs=1), objective=objective, teacher=teacher.model
+    )
+    moved = []
+    for task in stream():
+        prompts: Any = student_model.kd_prompt
+        before = [p.detach().clone() for p in prompts.parameters()]
+        teacher.learn(task)
+        student.learn(task)
+        after = [p.detach() for p in prompts.parameters()]
+        moved.append(max(float((a - b).abs().max()) for a, b in zip(after, before, strict=True)))
+        optimizer: Any = student.optimizer
+        rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+        wanted = student.args.learning_rate * (1.0 if task.index == 0 else factor)
+        assert [rates[id(p)] for p in prompts.parameters()] == pytest.approx([wanted] * len(after))
+    assert moved[0] > 0
+    assert (moved[1] > 0) == (factor > 0)
+    if factor == 0.1:
+        assert moved[1] < moved[0] / 5  # Adam's steps are as long as the rate
+
+
 def test_the_sampler_is_a_function_of_seed_and_epoch() -> None:
     sampler = ViewSampler(50, seed=3)
     first = list(sampler)

@@ -130,6 +130,10 @@ class ImageClassifier(nn.Module):
     def follow(self, teacher: Any) -> None:
         """It keeps nothing of its teacher."""
 
+    def rates(self) -> dict[nn.Parameter, float]:
+        """All of it trains at the full learning rate."""
+        return {}
+
     def end_session(self) -> None:
         """It has no first session."""
 

@@ -208,6 +208,12 @@ class CDLForImageClassification(PromptedBackbone):
             if part is not None:
                 part.requires_grad_(True)
 
+    def rates(self) -> dict[nn.Parameter, float]:
+        """Factors of the learning rate, of parameters that do not train at the full one in the newest task."""
+        if self.kd_prompt is None or len(self.tasks) == 1 or self.kd_prompt.config.later_rate == 1:
+            return {}
+        return dict.fromkeys(self.kd_prompt.parameters(), self.kd_prompt.config.later_rate)
+
     def _heads(self) -> list[Head]:
         """The heads that answer now."""
         head = self.head if self.session_head is None else self.session_head

@@ -6,7 +6,8 @@ keys and values:
 
     MSA(h_Q, [P^{cl}_K; h_K; P^{kd}_K], [P^{cl}_V; h_V; P^{kd}_V])
 
-It carries the teacher's knowledge from task to task, so it keeps training through all of them. Notation: `token` is
+It carries the teacher's knowledge from task to task, so it keeps training through all of them (ours: `later_rate`
+slows it down after the first). Notation: `token` is
 the
 KD token (D), `prompt` the P^{kd} of the layers 1 .. L-1 (L-1, length, D): first half keys, second half values. With
 length 0 only the token is left: the distillation token of DeiT (arXiv 2012.12877).
@@ -43,11 +44,17 @@ class KDPromptConfig:
         default="uniform", metadata={"help": "KD prompts start in U(0, 1) as published, or in N(0, 0.02)."}
     )
 
+    later_rate: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the learning rate of KD token and KD prompts after the first task; 0 keeps them."},
+    )
+
     def __post_init__(self):
-        if self.length < 0 or self.length % 2 or not 0 <= self.alpha <= 1 or (self.layers or 1) < 1:
+        fits = self.length >= 0 and self.length % 2 == 0 and (self.layers or 1) >= 1
+        if not fits or not 0 <= self.alpha <= 1 or self.later_rate < 0:
             raise ValueError(
-                "KD prompts need an even length >= 0, alpha from 0 to 1 and layers >= 1; got "
-                f"length={self.length}, alpha={self.alpha}, layers={self.layers}."
+                "KD prompts need an even length >= 0, alpha from 0 to 1, layers >= 1 and later_rate >= 0; got "
+                f"length={self.length}, alpha={self.alpha}, layers={self.layers}, later_rate={self.later_rate}."
             )
 
 
