@@ -332,7 +332,7 @@ class CDLTrainer(Trainer):
     # ---- data order and schedule ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As Trainer.create_optimizer, with groups of their own for what model and terms want to train at other rates."""
+        """As Trainer.create_optimizer, with groups for what model and terms want to train at other rates."""
         if self.optimizer is None:
             rates = {**self.model.rates(), **self.objective.rates()}
             optimizer = super().create_optimizer(model)

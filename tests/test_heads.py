@@ -299,6 +299,33 @@ def test_given_statistics_are_kept(tmp_path: Path) -> None:
     assert standard.count == 50
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_statistics_of_a_file_are_taken_once_and_belong_to_the_checkpoint(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    given = {"mean": torch.randn(32), "std": torch.rand(32) + 0.5}
+    save_file(given, file)
+    model = model_with({"type": kind, "standardise": str(file)})
+    CDLTrainer(model, arguments(tmp_path, num_train_epochs=1)).learn(next(stream()))
+    standard: Any = model.head.standard
+    torch.testing.assert_close(standard.mean, given["mean"])
+    torch.testing.assert_close(standard.std, given["std"])
+    model.save_pretrained(tmp_path / "model")
+    file.unlink()
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "model")
+    pixels = torch.stack([next(stream()).train[i]["pixel_values"] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize("wrong", [None, {"mean": torch.zeros(8), "std": torch.ones(8)}, {"mean": torch.zeros(32)}])
+def test_a_file_of_statistics_that_does_not_fit_is_said_when_the_model_is_made(wrong: Any, tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    if wrong is not None:
+        save_file(wrong, file)
+    with pytest.raises(ValueError, match="needs mean and std of shape .32,.* or first_task"):
+        model_with({"type": "linear", "standardise": str(file)})
+
+
 def test_statistics_do_not_depend_on_the_batches_and_a_constant_dimension_is_no_danger() -> None:
     features = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)) * 2 + 100
     features[:, 3] = 7.0

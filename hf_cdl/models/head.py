@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import initialization as init
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    standardise: Literal["first_task"] | None = field(
+    standardise: str | None = field(
         default=None,
-        metadata={"help": "first_task: each dimension of the features gets the mean 0 and the deviation 1 that it has "
-                  "on the first task's un-augmented images, measured once, before the head learns."},
+        metadata={"help": "Each dimension of the features gets mean 0 and deviation 1, by statistics that stay: "
+                  "first_task, those of the first task's un-augmented images, measured before the head learns; or a "
+                  "safetensors file with `mean` and `std` (D,), read when the model is made."},
     )  # fmt: skip
 
     def __post_init__(self):
-        if self.standardise not in (None, "first_task"):
-            raise ValueError(f"A head's standardise is {self.standardise!r}; allowed: null, first_task.")
+        if self.standardise not in (None, "first_task") and self.given_statistics is None:
+            raise ValueError(
+                f"A head's standardise is {self.standardise!r}; allowed: null, first_task, a .safetensors file."
+            )
+
+    @property
+    def given_statistics(self) -> Path | None:
+        """The file of statistics that are given instead of being measured."""
+        return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
 
 
 class Standardise(nn.Module):
     """Features (B, D) -> (x - mean) / std, by statistics of `count` features that stay once a head uses them.
 
-    Without statistics (`count` 0) the features stay as they are. A dimension that hardly varies is divided by a
-    hundredth of the mean deviation, so that later tasks do not find it blown up.
+    `given`: a file of such statistics. Without any (`count` 0) the features stay as they are. A dimension that hardly
+    varies is divided by a hundredth of the mean deviation, so that later tasks do not find it blown up.
     """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, given: Path | None = None):
         super().__init__()
+        self.given = given
         self.mean: torch.Tensor
         self.std: torch.Tensor
         self.count: torch.Tensor
@@ -40,10 +51,25 @@ class Standardise(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Forget the statistics, by transformers' functions that leave loaded ones alone."""
-        init.zeros_(self.mean)
-        init.ones_(self.std)
-        init.zeros_(self.count)
+        """To the given statistics or to none, by transformers' functions that leave loaded ones alone.
+
+        Raises ValueError if the file is not there or does not fit.
+        """
+        if self.given is None:
+            init.zeros_(self.mean)
+            init.ones_(self.std)
+            init.zeros_(self.count)
+            return
+        found = load_file(self.given) if self.given.is_file() else {}
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        if any(shapes.get(name) != self.mean.shape for name in ("mean", "std")):
+            raise ValueError(
+                f"The file of statistics '{self.given}' has {shapes or 'no tensors, or is not there'}, but a head on "
+                f"this backbone needs mean and std of shape {tuple(self.mean.shape)}. Give such a file, or first_task."
+            )
+        init.copy_(self.mean, found["mean"])
+        init.copy_(self.std, found["std"])
+        init.ones_(self.count)
 
     @torch.no_grad()
     def measure(self, features: torch.Tensor) -> None:
@@ -77,7 +103,7 @@ class Head(nn.Module):
         super().__init__()
         self.config = config
         self.hidden_size = hidden_size
-        self.standard = Standardise(hidden_size) if config.standardise else None
+        self.standard = Standardise(hidden_size, config.given_statistics) if config.standardise else None
         self.blocks = nn.ModuleList()
 
     def init_shared(self) -> None:

@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 from hf_cdl.config import CDLConfig
 from hf_cdl.models.backbone import commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
-from hf_cdl.models.head import Head
+from hf_cdl.models.head import Head, Standardise
 from hf_cdl.models.heads import HEADS, build_head
 from hf_cdl.models.prompted import PromptedBackbone
 from hf_cdl.models.small import PARTS, fetch_backbones, left_out
@@ -260,6 +260,8 @@ class CDLForImageClassification(PromptedBackbone):
                 module.init_task(task)
         elif isinstance(module, KDPrompt):
             module.reset_parameters()
+        elif isinstance(module, Standardise):
+            module.reset()
 
     # ---- forward ----
 

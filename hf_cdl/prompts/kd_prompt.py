@@ -46,7 +46,9 @@ class KDPromptConfig:
 
     later_rate: float = field(
         default=1.0,
-        metadata={"help": "Factor of the learning rate of KD token and KD prompts after the first task; 0 keeps them."},
+        metadata={
+            "help": "Factor of the KD token's and KD prompts' learning rate after the first task; 0 keeps them."
+        },
     )
 
     def __post_init__(self):
