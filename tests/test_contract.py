@@ -356,13 +356,16 @@ def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None
     assert kind.needs_hidden_states == any(instance.needs.values())
     teacher = CDLOutput(logits=torch.randn(6, 4), hidden_states=tuple(torch.randn(6, 17, 12) for _ in range(6)))
     teacher.path_logits = torch.randn(6, 4)
+    teacher.features = torch.randn(6, 12)
     labels = torch.randint(0, 4, (6,))
     leaves = [torch.randn(6, 4), *(torch.randn(6, 17, 8) for _ in range(4))]
     reference = torch.randn(6, 4)
 
     def student(values: list[torch.Tensor]) -> CDLOutput:
         matched: Any = {"similarities": ((values[0], reference),)}
-        return CDLOutput(logits=values[0], kd_logits=values[0], hidden_states=tuple(values[1:]), **matched)
+        return CDLOutput(
+            logits=values[0], kd_logits=values[0], features=values[0], hidden_states=tuple(values[1:]), **matched
+        )
 
     for leaf in leaves:
         leaf.requires_grad_()

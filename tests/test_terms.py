@@ -125,6 +125,33 @@ def test_impossible_fields_are_refused_by_the_term_s_name(name: str) -> None:
         term_of(name, weight=-1.0)
 
 
+# ---- terms of features ----
+
+
+def test_similarity_is_the_mean_squared_difference_of_all_cosines() -> None:
+    ours, theirs = torch.randn(5, 8) * 3 + 1, torch.randn(5, 12) - 2
+    cosines = []
+    for features in (ours, theirs):
+        standard = (features - features.mean(0)) / features.std(0, correction=0)
+        cosines.append([[F.cosine_similarity(a, b, dim=0) for b in standard] for a in standard])
+    wanted = sum((cosines[0][i][j] - cosines[1][i][j]) ** 2 for i in range(5) for j in range(5)) / 25
+    term = term_of("similarity", ModelShape(8, 3), ModelShape(12, 5))
+    got = term(CDLOutput(features=ours), CDLOutput(features=theirs), LABELS)
+    torch.testing.assert_close(got, torch.as_tensor(wanted))
+    bent = theirs * torch.rand(12).add(0.1) + torch.randn(12)  # another scale and mean of each dimension
+    torch.testing.assert_close(term(CDLOutput(features=ours), CDLOutput(features=bent), LABELS), got)
+    turned = bent[:, torch.randperm(12)].repeat(1, 2)  # other coordinates, twice as wide
+    assert term(CDLOutput(features=turned), CDLOutput(features=theirs), LABELS) < 1e-9
+
+
+def test_similarity_has_a_finite_gradient_for_one_image_and_for_a_dimension_that_does_not_vary() -> None:
+    term = term_of("similarity")
+    for ours in (torch.randn(1, 8), torch.cat([torch.randn(6, 7), torch.ones(6, 1)], dim=1), torch.ones(6, 8)):
+        ours.requires_grad_()
+        term(CDLOutput(features=ours), CDLOutput(features=torch.randn(len(ours), 8)), LABELS).backward()
+        assert ours.grad is not None and torch.isfinite(ours.grad).all()
+
+
 # ---- terms of hidden states ----
 
 

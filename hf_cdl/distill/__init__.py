@@ -15,6 +15,7 @@ from hf_cdl.distill.objective import Objective, Term
 from hf_cdl.distill.os_prompt import OSPrompt
 from hf_cdl.distill.prompt_mapping import PromptMappingKD
 from hf_cdl.distill.review_kd import ReviewKD
+from hf_cdl.distill.similarity import Similarity
 
 TERMS: dict[str, type[Term]] = {
     "kd": KD,
@@ -25,6 +26,7 @@ TERMS: dict[str, type[Term]] = {
     "kdp_labels": KDPLabels,
     "fitnets": FitNets,
     "review_kd": ReviewKD,
+    "similarity": Similarity,
     "dual_path": DualPath,
     "label_smoothing": LabelSmoothing,
     "prompt_mapping": PromptMappingKD,

@@ -33,13 +33,15 @@ class Term(nn.Module):
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
     `similarities` to a query; one without `needs_teacher` is given None where there is no teacher; one with
-    `needs_hidden_states` looks at some, so both models must have layers of tokens.
+    `needs_hidden_states` looks at some, so both models must have layers of tokens; one with `needs_features` looks at
+    the CLS features, which ordinary classifiers do not show.
     """
 
     config_class: ClassVar[type]
     needs_teacher: ClassVar[bool] = True
     needs_query: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
+    needs_features: ClassVar[bool] = False
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):

@@ -181,7 +181,7 @@ def check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
     logits_alone = [
         name
         for name, term in TERMS.items()
-        if not (term.student_parts or term.needs_hidden_states or term.needs_query)
+        if not (term.student_parts or term.needs_hidden_states or term.needs_features or term.needs_query)
     ]
     for number, term in enumerate(_section(content, "distill", [])):
         kind = term.get("type") if isinstance(term, dict) else None
@@ -191,9 +191,10 @@ def check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
                 f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use one of "
                 + ", ".join(logits_alone)
             )
-        if known and known.needs_hidden_states and plain:
+        if known and (known.needs_hidden_states or known.needs_features) and plain:
+            compared = "hidden states" if known.needs_hidden_states else "features"
             problems.append(
-                f"'distill.{number}' ({kind}) compares hidden states, but a model: classifier shows its logits alone; "
+                f"'distill.{number}' ({kind}) compares {compared}, but a model: classifier shows its logits alone; "
                 f"use one of {', '.join(logits_alone)}"
             )
     if "student" in plain:

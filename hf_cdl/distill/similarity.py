@@ -1,0 +1,51 @@
+r"""Similarity: images that are alike to the teacher become alike to the student (ours, after Tung & Mori 2019, arXiv
+1907.09682, and Park et al. 2019, arXiv 1904.05068).
+
+    S_{ij} = <u_i, u_j>    u_i = v_i / |v_i|    v_i = (f_i - mean f) / std f
+    L = 1/B^2 \sum_{ij} (S^s_{ij} - S^t_{ij})^2
+
+f (B, D) are the CLS features, mean and std those of each dimension over the batch, S (B, B) the cosines of all pairs;
+the teacher's width need not be the student's, and no labels and no trained teacher are needed. Tung & Mori compare
+S = f f^T with rows of unit length. It is made for the first session before a `ridge` head: that head knows its
+features by their inner products alone, so a student with the teacher's S answers as the teacher would. The batch is a
+process's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional as F
+
+from hf_cdl.distill.objective import Term
+from hf_cdl.types import CDLOutput
+
+
+@dataclass(frozen=True)
+class SimilarityConfig:
+    weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"similarity needs weight >= 0; got {self.weight}.")
+
+
+class Similarity(Term):
+    config_class = SimilarityConfig
+    needs_features = True
+
+    def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(similarities(student.features), similarities(teacher.features))
+
+
+def similarities(features: torch.Tensor) -> torch.Tensor:
+    """Cosines (B, B) of features (B, D), each dimension standardised over the batch.
+
+    A dimension that hardly varies is divided by a hundredth of the mean deviation.
+    """
+    features = features.float()
+    std = features.std(dim=0, correction=0)
+    scale = torch.maximum(std, 0.01 * std.mean() + 1e-6)
+    features = F.normalize((features - features.mean(dim=0)) / scale, dim=-1)
+    return features @ features.T
