@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import sys
 import time
 import zlib
@@ -17,22 +15,21 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import Trainer, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.answers import calibration_error, judge
 from hf_cdl.distill import Objective
+from hf_cdl.phase import PhaseTrainer
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
-from hf_cdl.storing import saving
 from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
-class CDLTrainer(Trainer):
+class CDLTrainer(PhaseTrainer):
     """Trains one continual model; distils from `teacher` what the objective's terms ask for.
 
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
@@ -41,8 +38,6 @@ class CDLTrainer(Trainer):
     `eval_split` is the split it reads. Without a `run` nothing is stored. Raises FloatingPointError when a loss is no
     longer a number.
     """
-
-    args: CDLTrainingArguments
 
     def __init__(
         self,
@@ -329,45 +324,7 @@ class CDLTrainer(Trainer):
             self._sums, self._steps_summed = {}, 0
         super().log(logs, start_time)
 
-    # ---- data order and schedule ----
-
-    def create_optimizer(self, model: Any = None) -> Any:
-        """As Trainer.create_optimizer, with groups for what model and terms want to train at other rates."""
-        if self.optimizer is None:
-            rates = {**self.model.rates(), **self.objective.rates()}
-            optimizer = super().create_optimizer(model)
-            for group in [*optimizer.param_groups]:
-                for factor in sorted({rates[p] for p in group["params"] if p in rates}):
-                    moved = [p for p in group["params"] if rates.get(p) == factor]
-                    group["params"] = [p for p in group["params"] if rates.get(p) != factor]
-                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        task = self.seen[-1]
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
-        self._sampler = ViewSampler(len(task.train), seed, shuffle)
-        return self._sampler
-
-    def _set_epoch(self, epoch: int) -> None:
-        """Not left to Accelerate, which does not reach a sampler below the skipping and sharding of a resumed run."""
-        if self._sampler is not None:
-            self._sampler.epoch = epoch
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
-        epochs = math.ceil(self.args.num_train_epochs)
-        rate = self.args.epoch_factor(epochs)
-        if rate is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        per_epoch = math.ceil(num_training_steps / epochs)
-        target: Any = optimizer or self.optimizer
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    # ---- files ----
+    # ---- files, and what the user sees ----
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -378,58 +335,6 @@ class CDLTrainer(Trainer):
             save_file({name: value.contiguous() for name, value in scaffold.state_dict().items()}, file)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Store the phase's state under its name only when it is whole; then drop the one before."""
-        partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        with saving(f"store the state of {self._title(self.seen[-1])} in {partial}"):
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seconds = self._seconds_before + self._phase.seconds
-                (partial / "phase.json").write_text(json.dumps({"seconds": seconds}))
-                work = partial.parent.parent
-                for old in work.glob(partial.name):
-                    shutil.rmtree(old)
-                os.replace(partial, work / partial.name)
-                for old in work.glob("checkpoint-*"):
-                    if old.name != partial.name:
-                        shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        if self.run is None:
-            return str(self.args.output_dir)
-        return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Within a phase only what it changes is stored: all else is in the backbone or the last task's checkpoint."""
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self._get_output_dir(None))
-        folder.mkdir(parents=True, exist_ok=True)
-        changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
-        save_file(changed, folder / "trained.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
-        file = Path(resume_from_checkpoint) / "trained.safetensors"
-        stored, wanted = load_file(file), self._changing()
-        if stored.keys() != wanted.keys():
-            raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
-        with torch.no_grad():
-            for name, value in wanted.items():
-                value.copy_(stored[name])
-
-    def _changing(self) -> dict[str, torch.Tensor]:
-        """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
-
-        Not by a checkpoint's: of some families it has older names, which only from_pretrained knows.
-        """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        return {**trained, **dict(self.model.named_buffers())}
-
-    # ---- what the user sees ----
 
     def _loader(self, split: Any, *others: str) -> Any:
         """Every image once, as the role (and the `others`) see it: Trainer would drop the last incomplete batch."""
@@ -442,9 +347,6 @@ class CDLTrainer(Trainer):
     def _as_seen(self, split: Any, *others: str) -> Any:
         """A split as this role's model sees it, and the `others` too; most users' own splits look the same to all."""
         return split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
-
-    def _title(self, task: Task) -> str:
-        return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
 
     def _bar(self, title: str, **options: Any) -> Any:
         return progress_bar(title, self.args.disable_tqdm or not self.is_world_process_zero(), **options)

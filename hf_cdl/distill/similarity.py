@@ -14,6 +14,7 @@ process's own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -39,7 +40,7 @@ class Similarity(Term):
         return F.mse_loss(similarities(student.features), similarities(teacher.features))
 
 
-def similarities(features: torch.Tensor) -> torch.Tensor:
+def similarities(features: Any) -> torch.Tensor:
     """Cosines (B, B) of features (B, D), each dimension standardised over the batch.
 
     A dimension that hardly varies is divided by a hundredth of the mean deviation.
