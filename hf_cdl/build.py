@@ -131,6 +131,7 @@ def _build(
         kd_prompt=section.kd_prompt,
         mapping=section.mapping,
         teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
+        lora=section.lora,
         train_backbone=section.train_backbone,
         save_backbone=recipe.save_backbone,
         save_code=recipe.save_code,
@@ -180,6 +181,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
             return Path(section.backbone).name + (", as it is" if section.train is None else "")
         prompt, head = str(section.prompt["type"]), f"{section.head['type']} head"
         name = "fine-tuned" if section.train_backbone else head if prompt == "none" else prompt
+        name = name if section.lora is None else "LoRA"
         return name if section.first_session is None else f"{name} on the first task, {head}"
 
     terms = "".join(f" + {fields['type']}" for fields in recipe.distill)

@@ -69,6 +69,12 @@ class CDLConfig(PreTrainedConfig):
         metadata={"help": "A trained head: with it prompts or backbone learn on the first task alone, then `head` is "
                   "fitted to what they have become (None: they learn in every task)."},
     )  # fmt: skip
+    lora: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Low-rank adapters on the backbone, which learn in the first session (None: there are none)."
+        },
+    )
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone too (the sequential fine-tuning baseline)."}
     )

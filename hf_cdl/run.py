@@ -312,8 +312,10 @@ class Run:
         newest = self.checkpoint(role)
         if newest is None:
             return
-        for source in sorted(newest.iterdir(), key=lambda path: path.suffix == ".safetensors"):
-            target = newest.parent / source.name
+        files = [path for path in newest.rglob("*") if path.is_file()]
+        for source in sorted(files, key=lambda path: path.suffix == ".safetensors"):
+            target = newest.parent / source.relative_to(newest)
+            target.parent.mkdir(exist_ok=True)
             if not target.exists() or target.read_bytes() != source.read_bytes():
                 partial = target.with_name(f".{target.name}.partial")
                 shutil.copyfile(source, partial)

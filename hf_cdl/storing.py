@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import Timeout
 
-PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "datasets", "evaluate", "huggingface-hub")
+PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
 class RunError(RuntimeError):

@@ -50,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "types",
         "config",
         "models.heads",
+        "models.lora",
         "training_args",
         "tasks",
         "prompts",

@@ -113,7 +113,7 @@ class Repository:
 
     def _commit(self, results: Results, number: int, head: str, there: Mapping[str, str]) -> str:
         """A task's state as the commit after `head`, whose files are `there`."""
-        files: dict[str, Any] = {path.name: path for path in self._checkpoint(number)}
+        files: dict[str, Any] = dict(self._checkpoint(number))
         after = results_after(results, number)
         written = card_files(after, self.role, self.id, None if self.other is None else self.other.id)
         card = _git_oid(written["README.md"])
@@ -148,19 +148,21 @@ class Repository:
 
     def _is_task(self, there: Mapping[str, str], number: int) -> bool:
         """Whether files on the Hub are the checkpoint of a task."""
-        ours = {path.name: self._digest(path) for path in self._checkpoint(number)}
+        ours = {name: self._digest(path) for name, path in self._checkpoint(number).items()}
         theirs = {path: oid for path, oid in there.items() if path not in DOCUMENTS}
         return theirs.keys() == ours.keys() and all(oid in ours[path] for path, oid in theirs.items())
 
-    def _checkpoint(self, number: int) -> list[Path]:
-        """The files of a task's checkpoint. Raises HubError for one that could hold pickled code."""
-        files = sorted((self.folder / f"task-{number:02d}").iterdir())
+    def _checkpoint(self, number: int) -> dict[str, Path]:
+        """Path in the repository -> file of a task's checkpoint. Raises HubError for one that could hold pickled code."""
+        folder = self.folder / f"task-{number:02d}"
+        files = sorted(path for path in folder.rglob("*") if not path.is_dir())
         for file in files:
             if not file.is_file() or file.suffix not in _SAFE:
                 raise HubError(
                     f"{file} is not pushed: a checkpoint has files of {', '.join(_SAFE)} only. Move it away."
                 )
-        return [file for file in files if file.name not in DOCUMENTS]
+        names = {file.relative_to(folder).as_posix(): file for file in files}
+        return {name: file for name, file in names.items() if name not in DOCUMENTS}
 
     def _digest(self, file: Path) -> tuple[str, str]:
         if file not in self._digests:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.config import CDLConfig
+from hf_cdl.models import lora
 from hf_cdl.models.backbone import commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
 from hf_cdl.models.head import Head, Standardise
@@ -43,11 +44,15 @@ class CDLForImageClassification(PromptedBackbone):
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.session_head: Head | None = None  # that of the first session while it lasts; never saved
         self._check_session()
+        if config.lora is not None:
+            config.lora = dataclasses.asdict(lora.add_adapters(self.backbone, lora.LoraOptions(**config.lora)))
         for number, task in enumerate(config.tasks):
             self._grow(number, len(task))
         if not config.save_backbone:
-            self._keys_to_ignore_on_load_missing = {rf"^{part}\." for part in PARTS}
+            self._keys_to_ignore_on_load_missing = {rf"^{part}\.(?!.*\.lora_)" for part in PARTS}
         self.post_init()
+        if config.lora is not None:
+            lora.reset_adapters(self.backbone)  # post_init drew them as if they were the backbone's own layers
         self.freeze()
 
     # ---- building, growing, freezing ----
@@ -83,7 +88,7 @@ class CDLForImageClassification(PromptedBackbone):
             **fields,
         )
         model = cls(config)
-        model.backbone.load_state_dict(backbone.state_dict())
+        lora.load_frozen(model.backbone, backbone.state_dict())
         if model.query_backbone is not None and query is not None:
             model.query_backbone.load_state_dict(query.state_dict())
         if model.kd_prompt is not None and model.kd_prompt.config.token_init == "cls":
@@ -124,6 +129,9 @@ class CDLForImageClassification(PromptedBackbone):
         self.config.check_small()
         if not self.is_remote_code():  # transformers takes remote code along by itself
             put_code(self.config, Path(save_directory))
+        if self.config.lora is not None:
+            place = Path(save_directory) / lora.FOLDER
+            lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
         scaffold, self.scaffold = self.scaffold, None
         session_head, self.session_head = self.session_head, None
         self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
@@ -165,11 +173,13 @@ class CDLForImageClassification(PromptedBackbone):
                 head.standard.measure(features)
 
     def begin_session(self) -> None:
-        """Make the head of the first session, with which prompts or backbone train once frozen anew (`freeze`)."""
+        """Make what the first session begins with: its head, and new adapters; they train once frozen anew (`freeze`)."""
         first: Any = self.config.first_session
         self.session_head = build_head(first, self.shape.hidden_size)
         self.session_head.add_task(len(self.config.tasks[0]))
         self._init_weights(self.session_head)
+        if self.config.lora is not None:
+            lora.reset_adapters(self.backbone)
 
     def end_session(self) -> None:
         """End the first session, if it lasts: what it trained stays as it is, and `head` can be fitted."""
@@ -197,6 +207,9 @@ class CDLForImageClassification(PromptedBackbone):
         if self.config.train_backbone:
             for name, parameter in self.backbone.named_parameters():
                 parameter.requires_grad_("mask_token" not in name)
+        for name, parameter in self.backbone.named_parameters():
+            if lora.is_adapter(name):
+                parameter.requires_grad_(True)
         for part in (self.pool, self.mapping, *self._heads()):
             if part is not None:
                 part.requires_grad_(True)
@@ -238,7 +251,18 @@ class CDLForImageClassification(PromptedBackbone):
 
     def _check_session(self) -> None:
         first, kind = self.config.first_session, self.config.head["type"]
-        learns = self.pool is not None or self.config.train_backbone
+        learns = self.pool is not None or self.config.train_backbone or self.config.lora is not None
+        if self.config.lora is not None:
+            parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
+            others = [name for name, part in parts.items() if part is not None]
+            others += ["train_backbone"] * self.config.train_backbone
+            if others:
+                raise ValueError(f"lora adapts the backbone alone, but the model has {', '.join(others)} too.")
+            if first is None:
+                raise ValueError(
+                    "lora learns in a first session: give first_session a trained head, as {'type': 'linear'}, and "
+                    "`head` a fitted one, as {'type': 'ridge'}."
+                )
         if first is not None:
             if not self.fitted or HEADS[first["type"]].fitted or not learns or self.kd_head is not None:
                 raise ValueError(

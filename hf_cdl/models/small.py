@@ -1,4 +1,4 @@
-"""Small checkpoints: prompts and heads alone. The frozen backbones are named in the config and fetched on loading."""
+"""Small checkpoints: prompts, adapters and heads alone. The frozen backbones are named in the config and fetched on loading."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from hf_cdl.models import backbone as bb
+from hf_cdl.models.lora import is_adapter, load_frozen
 
 PARTS = {"backbone": "backbone", "query_backbone": "query"}
 """A model's frozen parts, and how the config's fields about each begin (query_name: where query_backbone is from)."""
@@ -15,7 +16,7 @@ _HUB = ("cache_dir", "token", "local_files_only")
 
 def left_out(name: str) -> bool:
     """Whether a weight is of a frozen backbone, so that a small checkpoint goes without it."""
-    return name.startswith(tuple(f"{part}." for part in PARTS))
+    return name.startswith(tuple(f"{part}." for part in PARTS)) and not is_adapter(name)
 
 
 def fetch_backbones(model: nn.Module, **options: Any) -> None:
@@ -40,4 +41,4 @@ def fetch_backbones(model: nn.Module, **options: Any) -> None:
                 f"from_pretrained(..., {prefix}_name='HUB ID OR FOLDER', {prefix}_revision=None) "
                 "(in a recipe: the section's backbone)."
             ) from error
-        getattr(model, part).load_state_dict(backbone.state_dict())
+        load_frozen(getattr(model, part), backbone.state_dict())

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
+from hf_cdl.models.lora import LoraOptions
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
 from hf_cdl.recipe.fields import PLACES, ModelRecipe
 from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
@@ -94,7 +95,10 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
         problems.append(
             f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
         )
-    _check_session(content, role, prompted or trains, problems)
+    adapts = section.get("lora") is not None
+    if adapts:
+        _check_lora(section, role, prompted, problems)
+    _check_session(content, role, prompted or trains or adapts, problems)
     if trains and content.get("save_backbone") is False:
         problems.append(f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost")
     for part, kind in _PARTS.items():
@@ -125,8 +129,23 @@ def _fitted(head: Any) -> bool:
     return isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
 
 
+def _check_lora(section: dict[str, Any], role: str, prompted: bool, problems: list[str]) -> None:
+    """Adapters learn in a first session, and nothing but they; a KD head is refused there anyway."""
+    if isinstance(section["lora"], dict):
+        section["lora"].update(typed_fields(LoraOptions, section["lora"], f"{role}.lora", problems))
+    if prompted:
+        problems.append(f"'{role}.lora' with prompts: it adapts the backbone in their place; set prompt.type none")
+    if section.get("train_backbone") is True:
+        problems.append(f"'{role}.lora' with train_backbone, which trains what it would adapt; keep one of them")
+    if section.get("first_session") is None:
+        problems.append(
+            f"'{role}.lora' learns on the first task alone; set '{role}.first_session' to a trained head, as "
+            "{type: linear}, and head to a fitted one, as {type: ridge}"
+        )
+
+
 def _check_session(content: dict[str, Any], role: str, learns: bool, problems: list[str]) -> None:
-    """Beside a fitted head nothing learns, but in a first session; `learns`: prompts or backbone would."""
+    """Beside a fitted head nothing learns, but in a first session; `learns`: prompts, adapters or backbone would."""
     section = content[role]
     head, first = _section(section, "head", {"type": "linear"}), section.get("first_session")
     terms = _section(content, "distill", []) if role == "student" else []
@@ -148,7 +167,7 @@ def _check_session(content: dict[str, Any], role: str, learns: bool, problems: l
             f"one of {', '.join(fitted)}, or leave first_session out"
         )
     if not learns:
-        problems.append(f"'{role}.first_session' has nothing to train; give '{role}' prompts or train_backbone")
+        problems.append(f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone")
     for number, term in enumerate(terms):
         kind = term.get("type") if isinstance(term, dict) else None
         if isinstance(kind, str) and kind in TERMS and TERMS[kind].student_parts:

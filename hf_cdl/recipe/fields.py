@@ -35,8 +35,11 @@ class ModelRecipe:
     prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
     first_session: dict[str, Any] | None = _help(
-        "Trained head with which prompts or backbone learn on the first task alone; then `head` is fitted.",
+        "Trained head with which prompts, adapters or backbone learn on the first task alone; then `head` is fitted.",
         default=None,
+    )
+    lora: dict[str, Any] | None = _help(
+        "Low-rank adapters (LoRA) on the backbone: fields of it; they learn on the first task alone.", default=None
     )
     kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
     mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)

@@ -1,0 +1,119 @@
+r"""Low-rank adapters on a frozen backbone (LoRA, Hu et al. 2021, arXiv 2106.09685), by the library peft.
+
+    h = W_0 x + \frac{\alpha}{r} B A x        (Eq. 3, and the scale of Sec. 4.1)
+
+W_0 (d, k) is a frozen projection; A (r, k) starts at random and B (d, r) at zero, so that a new model gives the bare
+backbone's features to the bit. They learn in the first session alone, as RanPAC's adapters do (arXiv 2307.02251).
+
+peft puts a layer of its own in a projection's place: `q_proj.weight` becomes `q_proj.base_layer.weight`, beside
+`q_proj.lora_A.default.weight` and `q_proj.lora_B.default.weight`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_cdl.models import backbone as bb
+
+FOLDER = "adapter"
+"""Where a checkpoint has them in peft's format. Not at its top: transformers would take them for its own there."""
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    r: int = field(default=8, metadata={"help": "Rank of an update."})
+    alpha: int = field(default=8, metadata={"help": "The update's scale is alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on an adapter's input, in training."})
+    targets: tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": "Names of the linear layers that are adapted in every layer; null: the attention's "
+                  "projections to queries and values."},
+    )  # fmt: skip
+
+    def __post_init__(self):
+        if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or self.targets == ():
+            raise ValueError(
+                "lora needs r >= 1, alpha > 0, dropout from 0 to below 1 and some targets (or null); got "
+                f"r {self.r}, alpha {self.alpha}, dropout {self.dropout}, targets {self.targets}."
+            )
+
+
+def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions:
+    """Put adapters into all layers; the options with the targets that were found.
+
+    Raises ValueError for a target that is no linear layer of the backbone's layers, and ImportError without peft.
+    """
+    path, attention = bb.family(backbone.config).layers, bb.family(backbone.config).attention
+    linear = [n for n, module in bb.layers(backbone)[0].named_modules() if isinstance(module, nn.Linear)]
+    names = {name: name.rpartition(".")[2] for name in linear}
+    found = tuple(leaf for name, leaf in names.items() if name.startswith(f"{attention}.") and leaf[0] in "qv")
+    targets = tuple(sorted(found if options.targets is None else options.targets))
+    if unknown := sorted({*targets} - {*names.values()}):
+        raise ValueError(
+            f"lora.targets names {', '.join(unknown)}, but the linear layers in each layer of a "
+            f"{backbone.config.model_type} backbone are {', '.join(names.values())}."
+        )
+    peft = _peft()
+    adapters = peft.LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=rf"{re.escape(path)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, targets))})",
+    )
+    peft.inject_adapter_in_model(adapters, backbone)
+    return replace(options, targets=targets)
+
+
+def reset_adapters(backbone: nn.Module) -> None:
+    """Draw A from PyTorch's global generator and set B to zero, as peft does for new adapters."""
+    layer = _peft().tuners.lora.LoraLayer
+    for module in backbone.modules():
+        if isinstance(module, layer):
+            module.reset_lora_parameters("default", init_lora_weights=True)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight is an adapter's, by its name in the model."""
+    return ".lora_" in name
+
+
+def load_frozen(backbone: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load the weights of a bare backbone into one that may have adapters, which stay as they are."""
+    state = backbone.state_dict()
+    own = {name.replace(".base_layer.", "."): name for name in state if not is_adapter(name)}
+    adapters = {name: value for name, value in state.items() if is_adapter(name)}
+    backbone.load_state_dict({**adapters, **{own.get(name, name): value for name, value in weights.items()}})
+
+
+def save_adapters(backbone: Any, folder: Path, name: str | None, revision: str | None) -> None:
+    """Write the adapters in peft's format; `name`, `revision`: where the bare backbone is.
+
+    `PeftModel.from_pretrained(AutoModel.from_pretrained(name, revision=revision), folder)` is the adapted backbone.
+    """
+    adapters = backbone.peft_config["default"]
+    adapters.base_model_name_or_path, adapters.revision, adapters.inference_mode = name, revision, True
+    adapters.save_pretrained(str(folder))
+    weights = {
+        f"base_model.model.{key.replace('.default.', '.')}": value.contiguous()
+        for key, value in backbone.state_dict().items()
+        if is_adapter(key)
+    }
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _peft() -> Any:
+    """The library, which takes a second to load and which models without adapters do without."""
+    try:  # within it transformers allows that remote code's imports are missing (save_code)
+        import peft
+    except ImportError as error:
+        raise ImportError("A model with lora needs the package peft: pip install peft.") from error
+    return peft
