@@ -180,8 +180,8 @@ def labels(recipe: Recipe) -> dict[str, str]:
         if section.model == "classifier":
             return Path(section.backbone).name + (", as it is" if section.train is None else "")
         prompt, head = str(section.prompt["type"]), f"{section.head['type']} head"
-        name = "fine-tuned" if section.train_backbone else head if prompt == "none" else prompt
-        name = name if section.lora is None else "LoRA"
+        learns = "LoRA" if section.lora is not None else head if prompt == "none" else prompt
+        name = "fine-tuned" if section.train_backbone else learns
         return name if section.first_session is None else f"{name} on the first task, {head}"
 
     terms = "".join(f" + {fields['type']}" for fields in recipe.distill)

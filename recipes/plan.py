@@ -25,6 +25,7 @@ from hf_cdl.config import CDLConfig
 from hf_cdl.distill import Objective
 from hf_cdl.models.backbone import load_config, read_config
 from hf_cdl.models.classifier import ImageClassifier
+from hf_cdl.models.lora import is_adapter
 from hf_cdl.recipe import Recipe
 from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
 from hf_cdl.tasks.transforms import output_size
@@ -112,7 +113,7 @@ def _cells(role: str, model: Any, cost: Cost, weights: int) -> list[str]:
     """A role's line of the table; `weights`: bytes of all models of the run."""
     parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
     backbones = [part for part in parts if part is not None]
-    sizes = [sum(parameter.numel() for parameter in part.parameters()) for part in backbones]
+    sizes = [sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name)) for part in backbones]
     stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
     return [
         role.replace("_", " "),

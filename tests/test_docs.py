@@ -16,6 +16,7 @@ from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.distill import TERMS
 from hf_cdl.models.head import HeadConfig
 from hf_cdl.models.heads import HEADS
+from hf_cdl.models.lora import LoraOptions
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe import CardRecipe, ModelRecipe, Recipe, build_recipe, load_recipe
 
@@ -68,6 +69,7 @@ def test_the_python_of_the_docs_compiles():
 
 OPTIONS: dict[str, Any] = {
     "`teacher`, `student`": ModelRecipe,
+    "`lora`": LoraOptions,
     "`kd_prompt`": KDPromptConfig,
     "`mapping`": MappingConfig,
     "`train`": CDLTrainingArguments,

@@ -32,6 +32,8 @@ def summary(results: Results, role: str) -> str:
     else:
         kind = section["prompt"]["type"]
         learns = "a head" if kind == "none" else f"prompts (`{kind}`) and a head"
+        if section.get("lora"):  # older results have no such field
+            learns = "low-rank adapters (LoRA, on the first task) and a head"
         text += f" Its pre-trained backbone is frozen; {learns} learnt."
     terms = ", ".join(f"`{term['type']}`" for term in recipe["distill"])
     if recipe["teacher"] is None:

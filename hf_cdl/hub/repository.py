@@ -153,7 +153,7 @@ class Repository:
         return theirs.keys() == ours.keys() and all(oid in ours[path] for path, oid in theirs.items())
 
     def _checkpoint(self, number: int) -> dict[str, Path]:
-        """Path in the repository -> file of a task's checkpoint. Raises HubError for one that could hold pickled code."""
+        """Path in the repository -> file, of a task's checkpoint. Raises HubError for one that could be pickled."""
         folder = self.folder / f"task-{number:02d}"
         files = sorted(path for path in folder.rglob("*") if not path.is_dir())
         for file in files:

@@ -173,7 +173,7 @@ class CDLForImageClassification(PromptedBackbone):
                 head.standard.measure(features)
 
     def begin_session(self) -> None:
-        """Make what the first session begins with: its head, and new adapters; they train once frozen anew (`freeze`)."""
+        """Make the head of the first session, and new adapters if there are any; what trains says `freeze`, run anew."""
         first: Any = self.config.first_session
         self.session_head = build_head(first, self.shape.hidden_size)
         self.session_head.add_task(len(self.config.tasks[0]))

@@ -1,4 +1,4 @@
-"""Small checkpoints: prompts, adapters and heads alone. The frozen backbones are named in the config and fetched on loading."""
+"""Small checkpoints: what was learnt alone. The frozen backbones are named in the config and fetched on loading."""
 
 from __future__ import annotations
 
