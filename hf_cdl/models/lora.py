@@ -74,11 +74,16 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
 
 
 def reset_adapters(backbone: nn.Module) -> None:
-    """Draw A from PyTorch's global generator and set B to zero, as peft does for new adapters."""
+    """Draw A from PyTorch's global generator and set B to zero, as peft does for new adapters.
+
+    On the CPU, so that they do not depend on the device. Those on the meta device are left for from_pretrained.
+    """
     layer = _peft().tuners.lora.LoraLayer
     for module in backbone.modules():
-        if isinstance(module, layer):
+        if isinstance(module, layer) and (device := module.lora_A["default"].weight.device).type != "meta":
+            module.lora_A.cpu()
             module.reset_lora_parameters("default", init_lora_weights=True)
+            module.lora_A.to(device)
 
 
 def is_adapter(name: str) -> bool:

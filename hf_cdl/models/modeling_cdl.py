@@ -173,7 +173,7 @@ class CDLForImageClassification(PromptedBackbone):
                 head.standard.measure(features)
 
     def begin_session(self) -> None:
-        """Make the head of the first session, and new adapters if there are any; what trains says `freeze`, run anew."""
+        """Make the head of the first session, and new adapters if it has any; `freeze` lets them train."""
         first: Any = self.config.first_session
         self.session_head = build_head(first, self.shape.hidden_size)
         self.session_head.add_task(len(self.config.tasks[0]))
