@@ -172,7 +172,7 @@ def test_the_picture_lies_beside_the_card(results: dict[str, Any]) -> None:
 def test_every_method_has_a_citation_and_every_citation_a_row_in_papers() -> None:
     bib = (ROOT / "hf_cdl" / "card" / "papers.bib").read_text()
     keywords = set(re.findall(r"\w+", " ".join(re.findall(r"keywords = {(.*?)}", bib))))
-    assert keywords >= {*PROMPTS, *TERMS, "cdl", "one_pass", "lskd", "ridge"}
+    assert keywords >= {*PROMPTS, *TERMS, "cdl", "one_pass", "lskd", "ridge", "lora"}
     papers = (ROOT / "docs" / "papers.md").read_text()
     eprints = re.findall(r"eprint = {(.*?)}", bib)
     assert len(eprints) == bib.count("@") and all(f"arxiv.org/abs/{eprint}" in papers for eprint in eprints)

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import plan
 import pytest
 import torch
-from helpers import interrupt_when, make_backbone, make_recipe, picture, train, write_recipe
+from helpers import ROOT, interrupt_when, make_backbone, make_recipe, picture, train, write_recipe
 from hub_server import HubServer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -18,11 +19,13 @@ from test_hub import STUDENT, Said, pusher, saved_run
 from test_models import images as larger_images
 from test_models import stored_backbone
 from torch.nn import functional as F
-from transformers import AutoModel, ViTImageProcessorPil, pipeline, set_seed
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel, pipeline, set_seed
 from transformers.dynamic_module_utils import get_imports
 
-from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
-from hf_cdl.build import labels
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.build import build_models, build_objective, build_processors, labels
+from hf_cdl.card import model_card
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.hub import HubError
 from hf_cdl.models import backbone as bb
@@ -235,6 +238,11 @@ def test_impossible_models_are_refused(fields: dict[str, Any], said: str) -> Non
         adapted(**fields)
 
 
+def saved_results() -> dict[str, Any]:
+    results = json.loads((ROOT / "model_cards" / "quickstart" / "results.json").read_text())
+    return {**results, "recipe": build_recipe({**RECIPE, "name": results["name"]}).as_dict()}
+
+
 RECIPE: dict[str, Any] = {
     "name": "x",
     "data": {"path": "images"},
@@ -268,6 +276,55 @@ def test_impossible_recipes_are_refused(fields: dict[str, Any], said: str) -> No
 def test_terms_with_a_kd_head_are_refused_beside_them(term: str) -> None:
     with pytest.raises(RecipeError, match=rf"'distill.0' \({term}\) trains a KD head"):
         build_recipe({**RECIPE, "distill": [{"type": term}]})
+
+
+def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, distill=[{"type": "fitnets"}])
+    for role in ("teacher", "student"):
+        recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}
+    built = build_recipe(recipe)
+    fakes, costs = plan.measure(built, plan.read_tasks(built))
+    teacher, student = 2 * 3 * 2 * 4 * 48, 2 * 2 * 2 * 4 * 32  # A and B of two projections, by layer, rank and width
+    assert costs["teacher"].trained == teacher + 48 * 2 + 2
+    assert (costs["student"].steps, costs["student"].images) == (2 * 2, 2 * 16)
+    sizes = {"teacher": (48, 3, teacher), "student": (32, 2, student)}
+    for role, (width, depth, own) in sizes.items():
+        bare = ViTModel(ViTConfig.from_pretrained(recipe[role]["backbone"]), add_pooling_layer=False)
+        assert (len(bare.layers), bare.config.hidden_size) == (depth, width)
+        count = sum(parameter.numel() for parameter in bare.parameters())
+        stored = sum(value.numel() for value in fakes[role].state_dict().values())
+        cells = plan._cells(role, fakes[role], costs[role], 0)
+        assert cells[1] == f"{count / 1e6:,.2f} M" and cells[3] == f"{(stored - count) / 1e6:,.2f} M"
+        assert stored - count > own
+    processors = build_processors(built)
+    models, (task, *_) = build_models(built, processors), TaskStream(built.data, processors)
+    for model in models.values():
+        model.begin_task(task.class_names)
+    options = CDLTrainingArguments(str(tmp_path / "work"), **built.training_args("student"))
+    objective = build_objective(built, "student", models)
+    trainer = CDLTrainer(models["student"], options, objective, models["teacher"])
+    trainer.seen = [task]
+    views = [task.train[(number, 0)] for number in range(8)]
+    batch = {
+        "pixel_values": torch.stack([view["pixel_values"] for view in views]),
+        "labels": torch.tensor([view["labels"] for view in views]),
+    }
+    models["teacher"].eval()
+    models["student"].train()
+    with FlopCounterMode(display=False, custom_mapping=plan.FUSED) as counter:
+        trainer.compute_loss(models["student"], batch).backward()
+    assert costs["student"].training_flops == counter.get_total_flops() / 2 / 8
+
+
+def test_the_card_says_so_and_cites_them() -> None:
+    results = saved_results()
+    text = model_card(results, "student")
+    assert "backbone is frozen; low-rank adapters (LoRA, on the first task) and a head learnt" in " ".join(
+        text.split()
+    )
+    assert "hu2022lora" in text and "mcdonnell2023ranpac" in text
+    del results["recipe"]["student"]["lora"]  # as of a run from before
+    assert "hu2022lora" not in model_card(results, "student")
 
 
 def test_the_recipe_s_readable_name() -> None:

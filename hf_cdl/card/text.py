@@ -32,7 +32,7 @@ def summary(results: Results, role: str) -> str:
     else:
         kind = section["prompt"]["type"]
         learns = "a head" if kind == "none" else f"prompts (`{kind}`) and a head"
-        if section.get("lora"):  # older results have no such field
+        if section.get("lora") is not None:  # which older results lack
             learns = "low-rank adapters (LoRA, on the first task) and a head"
         text += f" Its pre-trained backbone is frozen; {learns} learnt."
     terms = ", ".join(f"`{term['type']}`" for term in recipe["distill"])
@@ -200,6 +200,7 @@ def citations(recipe: Mapping[str, Any], role: str) -> str:
     section = recipe[role]
     parts = {section[part]["type"] for part in ("prompt", "head")}
     used = {"cdl", section["query"], *parts} if section["model"] == "cdl" else set[str]()
+    used |= {"lora"} if section.get("lora") is not None else set()
     if role == "student":
         used |= {term["type"] for term in recipe["distill"]}
         used |= {"lskd" for term in recipe["distill"] if term.get("standardise")}

@@ -48,7 +48,7 @@ class LoraOptions:
 
 
 def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions:
-    """Put adapters into all layers; the options with the targets that were found.
+    """Put adapters into all layers, still without values; the options with the targets that were found.
 
     Raises ValueError for a target that is no linear layer of the backbone's layers, and ImportError without peft.
     """
@@ -69,7 +69,12 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
         lora_dropout=options.dropout,
         target_modules=rf"{re.escape(path)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, targets))})",
     )
-    peft.inject_adapter_in_model(adapters, backbone)
+    with torch.device("meta"):  # and then by ourselves to the backbone's: fake tensors (--plan) cannot go peft's way
+        peft.inject_adapter_in_model(adapters, backbone)
+    for module in _adapted(backbone):
+        weight = module.get_base_layer().weight
+        for part in (module.lora_A["default"], module.lora_B["default"]):
+            part.weight = nn.Parameter(torch.empty_like(part.weight, device=weight.device, dtype=weight.dtype))
     return replace(options, targets=targets)
 
 
@@ -78,12 +83,12 @@ def reset_adapters(backbone: nn.Module) -> None:
 
     On the CPU, so that they do not depend on the device. Those on the meta device are left for from_pretrained.
     """
-    layer = _peft().tuners.lora.LoraLayer
-    for module in backbone.modules():
-        if isinstance(module, layer) and (device := module.lora_A["default"].weight.device).type != "meta":
-            module.lora_A.cpu()
+    for module in _adapted(backbone):
+        drawn = module.lora_A["default"].weight
+        if (device := drawn.device).type != "meta":
+            drawn.data = drawn.data.cpu()
             module.reset_lora_parameters("default", init_lora_weights=True)
-            module.lora_A.to(device)
+            drawn.data = drawn.data.to(device)
 
 
 def is_adapter(name: str) -> bool:
@@ -113,6 +118,12 @@ def save_adapters(backbone: Any, folder: Path, name: str | None, revision: str |
         if is_adapter(key)
     }
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _adapted(backbone: nn.Module) -> list[Any]:
+    """The layers that peft has put in the projections' place."""
+    layer = _peft().tuners.lora.LoraLayer
+    return [module for module in backbone.modules() if isinstance(module, layer)]
 
 
 def _peft() -> Any:
