@@ -66,8 +66,8 @@ class CDLConfig(PreTrainedConfig):
     )
     first_session: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "A trained head: with it prompts or backbone learn on the first task alone, then `head` is "
-                  "fitted to what they have become (None: they learn in every task)."},
+        metadata={"help": "A trained head: with it prompts, adapters or backbone learn on the first task alone, then "
+                  "`head` is fitted to what they have become (None: they learn in every task)."},
     )  # fmt: skip
     lora: dict[str, Any] | None = field(
         default=None,

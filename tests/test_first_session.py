@@ -189,7 +189,7 @@ def test_its_head_is_never_saved_and_comes_back_after_saving(tmp_path: Path) -> 
         ({"head": {"type": "linear"}}, "needs a trained head, a fitted `head` .got linear."),
         ({"first_session": {"type": "ncm"}}, r"first_session \(ncm\) needs a trained head"),
         ({"kd_prompt": {}}, "and no KD head"),
-        ({"prompt": {"type": "none"}}, "prompts or train_backbone"),
+        ({"prompt": {"type": "none"}}, "prompts, lora or train_backbone"),
         ({"first_session": None}, "head of type ridge is fitted to fixed features"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -333,13 +334,18 @@ def test_the_recipe_s_readable_name() -> None:
     assert labels(none)["student"] == "student (linear head + kd)"
 
 
-def test_code_beside_a_checkpoint_asks_for_peft_only_when_it_is_needed(tmp_path: Path) -> None:
+def test_code_beside_a_checkpoint_asks_for_peft_only_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers refuses remote code whose imports are missing, and most models have no adapters."""
     model = learnt(make_backbone(tmp_path / "backbone"), save_code=True)
     model.save_pretrained(tmp_path / "model")
     files = [*(tmp_path / "model").glob("hf_cdl_*.py")]
     assert tmp_path / "model" / "hf_cdl_models_lora.py" in files
     assert not any("peft" in get_imports(file) for file in files)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="needs the package peft: pip install peft"):
+        CDLForImageClassification.from_pretrained(tmp_path / "model")
 
 
 def test_a_checkpoint_s_sub_folder_is_pushed_and_nothing_pickled_in_it(tmp_path: Path) -> None:

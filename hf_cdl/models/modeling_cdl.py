@@ -266,8 +266,8 @@ class CDLForImageClassification(PromptedBackbone):
         if first is not None:
             if not self.fitted or HEADS[first["type"]].fitted or not learns or self.kd_head is not None:
                 raise ValueError(
-                    f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts or "
-                    "train_backbone, and no KD head."
+                    f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts, "
+                    "lora or train_backbone, and no KD head."
                 )
         elif self.fitted and (learns or self.kd_head is not None):
             raise ValueError(
