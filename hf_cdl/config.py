@@ -80,7 +80,7 @@ class CDLConfig(PreTrainedConfig):
     )
     save_backbone: bool = field(
         default=True,
-        metadata={"help": "Checkpoints hold the frozen backbones too; false: prompts and heads alone, and "
+        metadata={"help": "Checkpoints hold the frozen backbones too; false: what was learnt alone, and "
                   "from_pretrained fetches the backbones from where they came."},
     )  # fmt: skip
     save_code: bool = field(

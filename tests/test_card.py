@@ -141,7 +141,7 @@ def test_how_to_use_it_depends_on_what_the_repository_holds(results: dict[str, A
     assert "import hf_cdl" in plain and "heads alone" not in plain
     small = model_card(on_the_hub(results, save_backbone=False, save_code=True), "student", "me/s")
     assert 'model="me/s", trust_remote_code=True)' in small and "import hf_cdl" not in small
-    assert "prompts and heads alone" in small
+    assert "what was learnt alone" in small
     fields: dict[str, Any] = {"teacher": None, "distill": [], "ce_weight": 1.0, "baselines": []}
     student = {"backbone": "org/resnet", "model": "classifier"}
     classifier = ModelCard(model_card(on_the_hub(results, student=student, **fields), "student", "me/s"))

@@ -64,7 +64,7 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
         notes.append(f'The state after each task is a revision, `revision="task-01"` to `"task-{learnt:02d}"`.')
     if recipe[role]["model"] == "cdl":
         if not recipe.get("save_backbone", True):
-            notes.append("The files hold prompts and heads alone; loading fetches the frozen backbone named below.")
+            notes.append("The files hold what was learnt alone; loading fetches the frozen backbone named below.")
         if _code(recipe, role):
             notes.append("Its code lies beside its weights: read it before you trust it, or install hf_cdl instead.")
         notes.append("`CDLForImageClassification.from_pretrained(...).begin_task(class_names)` adds a task to learn.")

@@ -246,7 +246,8 @@ def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
 
 def _defining(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a stored recipe that its numbers depend on, as JSON gives them back."""
-    return json.loads(json.dumps({key: value for key, value in recipe.items() if key not in ("name", "card")}))
+    others = ("name", "card", "save_backbone", "save_code")
+    return json.loads(json.dumps({key: value for key, value in recipe.items() if key not in others}))
 
 
 def _as_yaml(value: Any) -> str:

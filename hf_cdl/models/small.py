@@ -36,7 +36,7 @@ def fetch_backbones(model: nn.Module, **options: Any) -> None:
                 raise ValueError(f"Its weights are others now: fingerprint {found}, not {digest}.")
         except ValueError as error:
             raise ValueError(
-                f"This checkpoint holds prompts and heads alone. Its {part} is '{name}' (revision {revision}), which "
+                f"This checkpoint holds what was learnt alone. Its {part} is '{name}' (revision {revision}), which "
                 f"does not serve: {error} Get it back, or say where the same weights are: "
                 f"from_pretrained(..., {prefix}_name='HUB ID OR FOLDER', {prefix}_revision=None) "
                 "(in a recipe: the section's backbone)."

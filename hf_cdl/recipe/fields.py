@@ -97,7 +97,7 @@ class Recipe:
         "Python files that register models of your own with transformers.", default_factory=list
     )
     save_backbone: bool = _help(
-        "Checkpoints hold the frozen backbones; false: prompts and heads alone, and loading fetches the backbones.",
+        "Checkpoints hold the frozen backbones; false: what was learnt alone, and loading fetches the backbones.",
         default=True,
     )
     save_code: bool = _help(
