@@ -1,17 +1,19 @@
 """Cuts this repository's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
 
 The full folder holds {stream,base}-{train,validation,test}.parquet and LICENCES.tsv. Of its stream classes the
-quickstart gets some (recipes/quickstart/icons), of its base classes, on which the quickstart's backbones were
-pre-trained, offline distillation (recipes/offline_kd/icons). Taken are the 50 classes with the most test images (ties:
-most training images, then by name), of each at most `caps` images per split, chosen with a fixed seed; all with their
-classes in alphabetical order. Images are compressed again without loss. Written are the three parquet files, the
-licences of the icon sets that occur, the data card README.md.
+quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100 with fewer images each (recipes/icons100). Of
+its base classes, on which the quickstart's backbones were pre-trained, offline distillation gets 50
+(recipes/offline_kd/icons). Taken are the classes with the most test images (ties: most training images, then by name),
+of each at most `caps` images per split, chosen with a fixed seed; all with their classes in alphabetical order. Images
+are compressed again without loss. Written are the three parquet files, the licences of the icon sets that occur, the
+data card README.md.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,6 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PIL
 
-CLASSES = 50
 SEED = 20261122
 SPLITS = ("train", "validation", "test")
 HERE = Path(__file__).parent
@@ -34,11 +35,11 @@ def smaller(png: bytes) -> bytes:
     return min(png, out.getvalue(), key=len)
 
 
-def choose(full: dict[str, Dataset]) -> list[str]:
+def choose(full: dict[str, Dataset], classes: int) -> list[str]:
     names = full["test"].features["label"].names
     count = {split: np.bincount(rows["label"], minlength=len(names)) for split, rows in full.items()}
     order = sorted(range(len(names)), key=lambda c: (-count["test"][c], -count["train"][c], names[c]))
-    return sorted(names[c] for c in order[:CLASSES])
+    return sorted(names[c] for c in order[:classes])
 
 
 def cut(rows: Dataset, classes: list[str], cap: int | None) -> Dataset:
@@ -93,13 +94,13 @@ from datasets import load_dataset
 
 icons = load_dataset("{folder}")  # splits train, validation, test
 ```
-Classes: {names}.
+Classes: {names}.{also}
 
 ## How it was made
 The icons come from the npm package `@iconify/json` 2.2.535, rendered with PyPI `resvg-py` 0.5.0 and Pillow. Labels are the icons' own
 names and **some are wrong** (a few "link" images are paper clips). Forks of one set count as one family; near-duplicates of training
 images were dropped from test. Of the {total} {part} classes of that full data set (which is not in this repository),
-[make_data.py]({script}) took the {classes} with the most test images (ties: most training images, then by name), and of each {caps}. PNGs were compressed again without loss. {backbones}; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
+[make_data.py]({script}) took {chosen}, and of each {caps}. PNGs were compressed again without loss. {backbones}; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
 families in the same splits, so test families are new to the backbones as well.
 
 ## Licence and attribution
@@ -107,41 +108,79 @@ Every icon belongs to its makers and is under its set's own licence (MIT, Apache
 lists the {sets} sets that occur, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
 """  # noqa: E501
 
+# True because a class's images are drawn with the same seed for every folder: fewer of them are the first of more.
+ALSO = """
 
-# Part of the full data -> where its icons go, most images of a class per split, and what its card says.
-PARTS: dict[str, tuple[Path, dict[str, int], dict[str, str]]] = {
-    "stream": (
-        HERE / "icons",
-        {"train": 32, "validation": 12, "test": 20},
-        {
-            "title": "quickstart",
-            "purpose": "continual learning",
-            "folder": "recipes/quickstart/icons",
-            "script": "../make_data.py",
-            "backbones": "The two backbones beside this folder were\npre-trained on other concepts",
-        },
-    ),
-    "base": (
-        HERE.parent / "offline_kd" / "icons",
-        {},
-        {
-            "title": "base",
-            "purpose": "distillation",
-            "folder": "recipes/offline_kd/icons",
-            "script": "../../quickstart/make_data.py",
-            "backbones": "The two backbones of the quickstart were\npre-trained on these and the other base concepts",
-        },
-    ),
-}
+{classes} of these classes are also in [the quickstart](../quickstart/icons/README.md), which has these images of them and more, in
+the same splits: {names}. What was tuned on the quickstart's stream was therefore tuned on half of this one's classes."""  # noqa: E501
 
 
-def make(folder: Path, part: str) -> None:
-    out, caps, words = PARTS[part]
-    out.mkdir(exist_ok=True)
+@dataclass(frozen=True)
+class Subset:
+    """What goes into one folder: so many classes of a `part` of the full data, and what the card says of them."""
+
+    out: Path
+    part: str
+    classes: int
+    caps: dict[str, int]
+    words: dict[str, str]
+
+
+MOST = "with the most test images (ties: most training images, then by name)"
+QUICKSTART = Subset(
+    HERE / "icons",
+    "stream",
+    50,
+    {"train": 32, "validation": 12, "test": 20},
+    {
+        "title": "quickstart",
+        "purpose": "continual learning",
+        "folder": "recipes/quickstart/icons",
+        "script": "../make_data.py",
+        "chosen": f"the 50 {MOST}",
+        "backbones": "The two backbones beside this folder were\npre-trained on other concepts",
+    },
+)
+LONGER = Subset(
+    HERE.parent / "icons100",
+    "stream",
+    100,
+    {"train": 16, "validation": 6, "test": 10},
+    {
+        "title": "100",
+        "purpose": "continual learning over 10 tasks of 10",
+        "folder": "recipes/icons100",
+        "script": "../quickstart/make_data.py",
+        "chosen": "all",
+        "backbones": "The two backbones of the quickstart were\npre-trained on other concepts",
+    },
+)
+BASE = Subset(
+    HERE.parent / "offline_kd" / "icons",
+    "base",
+    50,
+    {},
+    {
+        "title": "base",
+        "purpose": "distillation",
+        "folder": "recipes/offline_kd/icons",
+        "script": "../../quickstart/make_data.py",
+        "chosen": f"the 50 {MOST}",
+        "backbones": "The two backbones of the quickstart were\npre-trained on these and the other base concepts",
+    },
+)
+
+
+def read(folder: Path, part: str) -> dict[str, Dataset]:
     files = {split: str(folder / f"{part}-{split}.parquet") for split in SPLITS}
     full = {split: load_dataset("parquet", data_files=file, split="train") for split, file in files.items()}
-    full = {split: rows.cast_column("image", Image(decode=False)) for split, rows in full.items()}
-    classes = choose(full)
+    return {split: rows.cast_column("image", Image(decode=False)) for split, rows in full.items()}
+
+
+def make(folder: Path, subset: Subset) -> None:
+    full, out, caps = read(folder, subset.part), subset.out, subset.caps
+    classes = choose(full, subset.classes)
+    out.mkdir(exist_ok=True)
 
     table, used, families = [], {}, set()
     for split in SPLITS:
@@ -159,16 +198,18 @@ def make(folder: Path, part: str) -> None:
     lines = ["\t".join([*row[:-1], str(used[row[0]])]) for row in licences if row[0] in used]
     assert len(lines) == len(used), "a set without a licence"
     (out / "LICENCES.tsv").write_text("\n".join(["set\tname\tlicence\tauthor\timages", *lines]) + "\n")
+    known = choose(full, QUICKSTART.classes) if subset is LONGER else []
     most = ", ".join(f"{cap} {split}" for split, cap in caps.items())
     (out / "README.md").write_text(
         CARD.format(
-            **words,
-            part=part,
+            **subset.words,
+            part=subset.part,
             total=len(full["test"].features["label"].names),
             classes=len(classes),
             families=len(families),
             table="\n".join(table),
             names=", ".join(classes),
+            also=ALSO.format(classes=len(known), names=", ".join(known)) if known else "",
             caps=f"at most\n{most} images, chosen with seed {SEED}" if most else "all\nimages",
             sets=len(used),
         )
@@ -176,5 +217,5 @@ def make(folder: Path, part: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in PARTS:
-        make(Path(sys.argv[1]), name)
+    for each in (QUICKSTART, LONGER, BASE):
+        make(Path(sys.argv[1]), each)
