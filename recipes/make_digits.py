@@ -1,0 +1,72 @@
+"""The handwritten digits that come with scikit-learn, as a folder that `data.path` reads: nothing is downloaded.
+
+python recipes/make_digits.py data/digits
+Its 1,797 grey images of 8x8 pixels show the 10 digits (classes zero .. nine). They are written dark on white, each of
+the 17 levels of ink as its own grey. Of each digit a fifth goes to validation.parquet, a fifth to test.parquet and the
+rest to train.parquet, drawn with a fixed seed. It needs scikit-learn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PIL
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+SEED = 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args(arguments).folder
+    try:
+        make(folder)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def make(folder: Path) -> None:
+    """Write the three splits. Raises ValueError if there is something in their place, ImportError without sklearn."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is not empty; choose another folder.")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError("It needs scikit-learn; install it: pip install scikit-learn") from None
+    ink, labels = load_digits(return_X_y=True)  # 0 ... 16 for each pixel
+    grey = np.round(255 * (1 - ink.reshape(-1, 8, 8) / 16)).astype(np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
+    for split, rows in draw(labels).items():
+        columns = {"image": [{"bytes": png(grey[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
+        Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}.parquet"))
+        print(f"{folder / split}.parquet: {len(rows):,} images")
+
+
+def draw(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Split -> its rows in ascending order: of each class a fifth, a fifth and the rest."""
+    drawn: dict[str, list[int]] = {"validation": [], "test": [], "train": []}
+    for label in range(len(NAMES)):
+        rows = np.random.default_rng([SEED, label]).permutation(np.flatnonzero(labels == label))
+        fifth = round(len(rows) / 5)
+        for split, part in zip(drawn, np.split(rows, [fifth, 2 * fifth]), strict=True):
+            drawn[split].extend(part)
+    return {split: np.sort(rows) for split, rows in drawn.items()}
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    PIL.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
