@@ -41,7 +41,7 @@ def make(folder: Path) -> None:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("It needs scikit-learn; install it: pip install scikit-learn") from None
-    ink, labels = load_digits(return_X_y=True)  # 0 ... 16 for each pixel
+    ink, labels = map(np.asarray, load_digits(return_X_y=True))  # 0 ... 16 for each pixel
     grey = np.round(255 * (1 - ink.reshape(-1, 8, 8) / 16)).astype(np.uint8)
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})

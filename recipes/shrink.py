@@ -2,9 +2,9 @@
 
 python recipes/shrink.py BACKBONE FOLDER [--layers 8] [--size 56] [--revision main] [--processor ID]
 BACKBONE is a Hub id or folder. The first layers of a larger model are a student that needs no pre-training; --layers
-left out keeps all, so that only the image size changes. A smaller size is fewer patches: the position embeddings of
-DINOv2 and of most other families are interpolated. --processor: where the image processor is from, if BACKBONE has
-none.
+left out keeps all, so that only the image size changes. A smaller size is fewer patches: position embeddings are
+interpolated, a ViT's here and once, those of DINOv2 and of most other families in every forward pass. --processor:
+where the image processor is from, if BACKBONE has none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers  # names from it say things when they are first used, so not before they may
 from transformers.utils import logging
 
@@ -51,6 +53,8 @@ def shrink(options: argparse.Namespace) -> None:
     if options.size is not None:
         look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
         processor = transformers.ViTImageProcessor(size={"height": options.size, "width": options.size}, **look)
+        if backbone.config.model_type == "vit":
+            resize(backbone, options.size)
         check_image_size(backbone.config, (options.size, options.size))
     del layers(backbone)[count:]
     fields = {**backbone.config.to_dict(), "num_hidden_layers": count}
@@ -60,6 +64,18 @@ def shrink(options: argparse.Namespace) -> None:
     processor.save_pretrained(options.folder)
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     print(f"{options.folder}: the first {count} of {depth} layers of {options.backbone}, {millions:.1f} M parameters")
+
+
+def resize(vit: Any, size: int) -> None:
+    """Make it a ViT for images of `size` pixels a side. Raises ValueError if these are no whole patches."""
+    patch = vit.config.patch_size
+    if size % patch:
+        raise ValueError(f"--size is {size}, which is not a multiple of the backbone's patch size {patch}.")
+    tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)
+    with torch.no_grad():
+        positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)
+    vit.embeddings.position_embeddings = torch.nn.Parameter(positions)
+    vit.config.image_size = size
 
 
 if __name__ == "__main__":

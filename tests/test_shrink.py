@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAIN
+from helpers import TRAIN, make_backbone
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from hf_cdl.models.backbone import load_backbone
@@ -44,6 +44,22 @@ def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path, capsys
     torch.testing.assert_close(found.last_hidden_state, whole.layernorm(between))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "small")
     assert dict(processor.size) == {"height": 21, "width": 21} and list(processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_a_vit_at_another_size_has_its_position_embeddings_interpolated(tmp_path: Path) -> None:
+    """It answers as transformers does when it is asked to interpolate, at a smaller size and at a larger one."""
+    large = make_backbone(tmp_path / "large", size=32)
+    whole = AutoModel.from_pretrained(large, add_pooling_layer=False).eval()
+    for size in (16, 32, 48):
+        assert shrink([str(large), str(tmp_path / str(size)), "--size", str(size)]) == 0
+        other = load_backbone(str(tmp_path / str(size))).eval()
+        pixels = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            expected = whole(pixels, interpolate_pos_encoding=True).last_hidden_state
+            torch.testing.assert_close(other(pixels).last_hidden_state, expected)
+        assert AutoImageProcessor.from_pretrained(tmp_path / str(size)).size["height"] == size
+    assert shrink([str(large), str(tmp_path / "20"), "--size", "20"]) == 2
+    assert not (tmp_path / "20").exists()
 
 
 @pytest.mark.parametrize(
