@@ -376,7 +376,7 @@ def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> N
     recipe = make_recipe(tmp_path, distill=[{"type": "fitnets", "weight": 0.5}], save_backbone=False)
     for role in ("teacher", "student"):
         recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}
-    recipe["train"]["num_train_epochs"] = 6
+    recipe["train"]["num_train_epochs"] = 40  # long enough to be interrupted, also on a busy machine
     file = write_recipe(tmp_path / "recipe.yaml", recipe)
     whole, killed, taken = (tmp_path / name for name in ("whole", "killed", "taken"))
     code, output = train(file, "--output_dir", whole)
