@@ -292,14 +292,14 @@ class Run:
         self.ledger["hub"] = fields
 
     def finish(self) -> str:
-        """Write results.json and the pictures, mark the run as finished and return the table for the console."""
+        """Draw the pictures, write results.json, mark the run as finished and return the table for the console."""
         results = {**self.results(), "finished": True}
         if self.writer:
-            write_json(self.folder / "results.json", results)
             if report.plotting_available():
                 with saving(f"draw the pictures in {self.folder}"):
                     report.save_plots(results, self.folder)
             shutil.rmtree(self.folder / "work", ignore_errors=True)
+            write_json(self.folder / "results.json", results)  # last: who finds it finished need not ask the ledger
         self.ledger["finished"] = True
         self._write_ledger()
         self._lock.release(force=True)

@@ -271,11 +271,12 @@ def test_a_full_disk_at_the_very_end(tmp_path: Path) -> None:
     learn(run, 0)
     with full_disk(10_000), pytest.raises(RunError, match="Could not draw the pictures"):
         run.finish()
-    assert not run.finished
+    assert not run.finished and not (tmp_path / "results.json").exists()
     again = open_run(tmp_path)
     assert not again.finished
     again.finish()
-    assert Run(tmp_path, RECIPE).finished
+    assert Run(tmp_path, RECIPE).finished and json.loads((tmp_path / "results.json").read_text())["finished"]
+    assert not list(tmp_path.rglob(".*.partial"))
 
 
 def test_a_half_published_checkpoint_is_repaired_when_the_run_is_opened(tmp_path: Path) -> None:
