@@ -1,4 +1,4 @@
-"""A Trainer for phases: data order, optimizer and schedule of one role on one task, and the state it resumes from."""
+"""A Trainer for phases: data order, optimizer, schedule and losses of one role on one task, and the stored state."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ class PhaseTrainer(Trainer):
     seen: list[Task]
     """The tasks so far; the last one is the phase's."""
     num_tasks: int | None
+    _sums: dict[str, torch.Tensor]
+    """Of the losses by name, over the `_steps_summed` steps since the last log line."""
+    _steps_summed: int
     _phase: PhaseProgress
     _sampler: ViewSampler | None
     _seconds_before: float
@@ -80,6 +83,32 @@ class PhaseTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    # ---- losses ----
+
+    def _watch(self, losses: dict[str, torch.Tensor]) -> None:
+        """Stop at a loss that is no number, naming the term; sum the others for the next log line."""
+        names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
+        if not bool(torch.isfinite(values).all()):
+            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            terms = [name for name in bad if name != "loss"] or bad
+            raise FloatingPointError(
+                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step "
+                f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
+                "step. Lower the learning rate or the term's weight, or check the images of this task."
+            )
+        for name, value in zip(names, values, strict=True):
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._steps_summed += 1
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line."""
+        if "loss" in logs and self._steps_summed:
+            for name, total in self._sums.items():
+                mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
+                logs[f"loss/{name}"] = mean.item()
+            self._sums, self._steps_summed = {}, 0
+        super().log(logs, start_time)
 
     # ---- files ----
 

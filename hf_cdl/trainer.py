@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 import zlib
@@ -299,30 +298,6 @@ class CDLTrainer(PhaseTrainer):
     def _layers(self, role: Any) -> list[int] | None:
         """The hidden states of a model that the objective asks for."""
         return self.objective.hidden_states(role) or None
-
-    def _watch(self, losses: dict[str, torch.Tensor]) -> None:
-        """Stop at a loss that is no number, naming the term; sum the others for the next log line."""
-        names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
-        if not bool(torch.isfinite(values).all()):
-            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
-            terms = [name for name in bad if name != "loss"] or bad
-            raise FloatingPointError(
-                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step "
-                f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
-                "step. Lower the learning rate or the term's weight, or check the images of this task."
-            )
-        for name, value in zip(names, values, strict=True):
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._steps_summed += 1
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line."""
-        if "loss" in logs and self._steps_summed:
-            for name, total in self._sums.items():
-                mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
-                logs[f"loss/{name}"] = mean.item()
-            self._sums, self._steps_summed = {}, 0
-        super().log(logs, start_time)
 
     # ---- files, and what the user sees ----
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +148,20 @@ def interrupt_when(
     process.send_signal(kill)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[Path]:
+    """Train a recipe into `whole`, and say `said` there; then the folders of two more runs when they are done: one
+    that was killed in the phase `work` and went on, and one that takes over the teacher of `whole`.
+    """
+    code, output = train(file, "--output_dir", whole)
+    assert code == 0 and said in output, output
+    killed, taken = (whole.with_name(name) for name in ("killed", "taken"))
+    state = killed / "work" / work
+    interrupt_when(lambda: any(state.glob("checkpoint-*")), file, "--output_dir", killed)
+    role, _, task = work.partition("-")
+    assert not (killed / role / task).exists(), "it came too late"
+    for folder, more in ((killed, ()), (taken, ("--teacher_from", whole))):
+        code, output = train(file, "--output_dir", folder, *more)
+        assert code == 0, output
+        yield folder

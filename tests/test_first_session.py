@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import interrupt_when, make_recipe, train, write_recipe
+from helpers import killed_and_taken, make_recipe, train, write_recipe
 from safetensors.torch import load_file
 from test_contract import SMALL, arguments, images, model_of, stream, vit
 from torch.nn import functional as F
@@ -207,15 +207,9 @@ def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> N
         recipe[role].update(SESSION)
     recipe["train"]["num_train_epochs"] = 6
     file = write_recipe(tmp_path / "recipe.yaml", recipe)
-    whole, killed, taken = (tmp_path / name for name in ("whole", "killed", "taken"))
-    code, output = train(file, "--output_dir", whole)
-    assert code == 0 and "student (coda on the first task, ridge head + fitnets)" in output, output
-    work = killed / "work" / "student-task-01"
-    interrupt_when(lambda: any(work.glob("checkpoint-*")), file, "--output_dir", killed)
-    assert not (killed / "student" / "task-01").exists(), "it came too late"
-    for folder, more in ((killed, ()), (taken, ("--teacher_from", whole))):
-        code, output = train(file, "--output_dir", folder, *more)
-        assert code == 0, output
+    whole = tmp_path / "whole"
+    said = "student (coda on the first task, ridge head + fitnets)"
+    for folder in killed_and_taken(file, whole, "student-task-01", said):
         for part in ("teacher/task-01", "student/task-01", "student/task-03"):
             ours, theirs = (load_file(place / part / "model.safetensors") for place in (folder, whole))
             assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), (folder.name, part)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
+from hf_cdl.models.fitted_heads import FittedHead
 from hf_cdl.models.head import Head
 from hf_cdl.models.heads import HEADS, build_head
 
@@ -164,11 +165,19 @@ def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return (centres[labels] + torch.randn(300, 24, generator=generator)) @ mix + 30, labels
 
 
-def fit(head: dict[str, Any], tasks: Iterator[list[int]] | list[list[int]], batch: int = 32) -> tuple[Head, list[int]]:
+def build_fitted(head: dict[str, Any]) -> FittedHead:
+    built = build_head(head, 24)
+    assert isinstance(built, FittedHead)
+    return built
+
+
+def fit(
+    head: dict[str, Any], tasks: Iterator[list[int]] | list[list[int]], batch: int = 32
+) -> tuple[FittedHead, list[int]]:
     """A head fitted to the data, task by task; and its classes in the order of its logits."""
     features, labels = data()
     set_seed(3)
-    built = build_head(head, 24)
+    built = build_fitted(head)
     built.init_shared()
     if built.standard is not None:
         built.standard.measure(features[:100])
@@ -213,7 +222,7 @@ def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
     """Within each task the teacher's answers take the place of a share of the labels; nothing beyond the task."""
     features, labels = data()
     answers = torch.randn(300, 10, generator=torch.Generator().manual_seed(5)).softmax(dim=-1)
-    head = build_head({"type": "ridge", "soft_targets": 0.3}, 24)
+    head = build_fitted({"type": "ridge", "soft_targets": 0.3})
     targets = torch.zeros(300, 10, dtype=torch.float64)
     for number, task in enumerate(([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])):
         head.add_task(len(task))
@@ -262,7 +271,7 @@ def test_a_change_of_dtype_does_not_round_what_ridge_has_summed() -> None:
 
 
 def test_a_strength_that_is_too_small_for_the_features_is_refused() -> None:
-    head = build_head({"type": "ridge", "strength": 1e-12}, 24)
+    head = build_fitted({"type": "ridge", "strength": 1e-12})
     head.add_task(2)
     head.accumulate(torch.full((4, 24), 1e4), torch.tensor([0, 1, 0, 1]))
     with pytest.raises(ValueError, match="strength 1e-12 is too small .* raise head.strength"):

@@ -10,7 +10,7 @@ from typing import Any
 import plan
 import pytest
 import torch
-from helpers import ROOT, interrupt_when, make_backbone, make_recipe, picture, train, write_recipe
+from helpers import ROOT, killed_and_taken, make_backbone, make_recipe, picture, write_recipe
 from hub_server import HubServer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -378,15 +378,9 @@ def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> N
         recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}
     recipe["train"]["num_train_epochs"] = 40  # long enough to be interrupted, also on a busy machine
     file = write_recipe(tmp_path / "recipe.yaml", recipe)
-    whole, killed, taken = (tmp_path / name for name in ("whole", "killed", "taken"))
-    code, output = train(file, "--output_dir", whole)
-    assert code == 0 and "student (LoRA on the first task, ridge head + fitnets)" in output, output
-    work = killed / "work" / "student-task-01"
-    interrupt_when(lambda: any(work.glob("checkpoint-*")), file, "--output_dir", killed)
-    assert not (killed / "student" / "task-01").exists(), "it came too late"
-    for folder, more in ((killed, ()), (taken, ("--teacher_from", whole))):
-        code, output = train(file, "--output_dir", folder, *more)
-        assert code == 0, output
+    whole = tmp_path / "whole"
+    said = "student (LoRA on the first task, ridge head + fitnets)"
+    for folder in killed_and_taken(file, whole, "student-task-01", said):
         for part in ("teacher/task-01", "student/task-01", "student/task-03", "student"):
             for name in ("model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
                 ours, theirs = (place / part / name for place in (folder, whole))

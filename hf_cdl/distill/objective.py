@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,7 @@ from hf_cdl.types import CDLOutput, ModelShape
 Role = Literal["student", "teacher"]
 
 
-class Term(nn.Module):
+class Term(nn.Module, ABC):
     r"""Base of the distillation terms: term(student, teacher, labels) -> scalar, before its weight.
 
     A loss of several parts may be given as a dict of scalars, of which it is the sum; each is logged beside the sum as
@@ -49,10 +50,10 @@ class Term(nn.Module):
         self.config, self.student, self.teacher = config, student, teacher
         self.needs: dict[Role, tuple[int, ...]] = {}
 
+    @abstractmethod
     def forward(
         self, student: CDLOutput, teacher: Any, labels: torch.Tensor
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
-        raise NotImplementedError
+    ) -> torch.Tensor | dict[str, torch.Tensor]: ...
 
     # Only a term that stands between the trainer and the teacher needs what follows.
 

@@ -6,6 +6,7 @@ not on the tasks or the order in which they came.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,10 +32,23 @@ class ClassMeans(nn.Module):
         return features @ F.normalize(self.total, dim=-1).T
 
 
-class NearestMeanHead(Head):
-    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+class FittedHead(Head):
+    """A head without parameters, which accumulates statistics of fixed features instead of being trained."""
 
     fitted: ClassVar[bool] = True
+    needs_teacher = False
+    """Whether `accumulate` asks for a teacher's answers."""
+
+    @abstractmethod
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
+
+        `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
+        """
+
+
+class NearestMeanHead(FittedHead):
+    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
 
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(ClassMeans(self.hidden_size, num_classes))
@@ -96,7 +110,7 @@ class RidgeBlock(nn.Module):
         return F.linear(features, self.weight)
 
 
-class RidgeHead(Head):
+class RidgeHead(FittedHead):
     r"""Ridge regression from features to one-hot labels, of all images seen so far (RanPAC, arXiv 2307.02251, Sec. 4).
 
         G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    logits = W^T h
@@ -110,7 +124,6 @@ class RidgeHead(Head):
     a model's dtype rounds.
     """
 
-    fitted: ClassVar[bool] = True
     config_class: ClassVar[type] = RidgeConfig
     config: RidgeConfig
 

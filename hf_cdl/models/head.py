@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,17 +88,15 @@ class Standardise(nn.Module):
         return (features - self.mean) / torch.maximum(self.std, 0.01 * self.std.mean() + 1e-6)
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
 
-    A `fitted` head has no parameters: it accumulates statistics of fixed features (`accumulate`) instead of being
-    trained. A subclass with more options than HeadConfig's names its dataclass in `config_class`.
+    A `fitted` head is no trained one, see FittedHead. A subclass with more options than HeadConfig's names its
+    dataclass in `config_class`.
     """
 
     fitted: ClassVar[bool] = False
     config_class: ClassVar[type] = HeadConfig
-    needs_teacher = False
-    """Whether `accumulate` asks for a teacher's answers."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()
@@ -111,23 +110,16 @@ class Head(nn.Module):
         if self.standard is not None:
             self.standard.reset()
 
+    @abstractmethod
     def add_task(self, num_classes: int) -> None:
         """Append the block of the next task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_task(self, task: int) -> None:
         """Initialise block `task` in place."""
-        raise NotImplementedError
 
     def end_task(self) -> None:
         """What the head does when a task is learnt (ridge solves here); nothing by default."""
-
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
-        """Add features (B, D) of the newest task; `labels` (B,) count from its first class. Of fitted heads only.
-
-        `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
-        """
-        raise NotImplementedError
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
         """Features (B, D) as the blocks read them."""

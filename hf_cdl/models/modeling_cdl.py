@@ -16,8 +16,9 @@ from hf_cdl.models import lora
 from hf_cdl.models.backbone import commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
 from hf_cdl.models.head import Head, Standardise
-from hf_cdl.models.heads import HEADS, build_head
+from hf_cdl.models.heads import build_head
 from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.session import check_session
 from hf_cdl.models.small import PARTS, fetch_backbones, left_out
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
@@ -43,7 +44,8 @@ class CDLForImageClassification(PromptedBackbone):
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.session_head: Head | None = None  # that of the first session while it lasts; never saved
-        self._check_session()
+        parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
+        check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
             config.lora = dataclasses.asdict(lora.add_adapters(self.backbone, lora.LoraOptions(**config.lora)))
         for number, task in enumerate(config.tasks):
@@ -248,32 +250,6 @@ class CDLForImageClassification(PromptedBackbone):
         for part in (*self._prompts(task), self.head, self.kd_head):
             if part is not None:
                 part.init_task(task)
-
-    def _check_session(self) -> None:
-        first, kind = self.config.first_session, self.config.head["type"]
-        learns = self.pool is not None or self.config.train_backbone or self.config.lora is not None
-        if self.config.lora is not None:
-            parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
-            others = [name for name, part in parts.items() if part is not None]
-            others += ["train_backbone"] * self.config.train_backbone
-            if others:
-                raise ValueError(f"lora adapts the backbone alone, but the model has {', '.join(others)} too.")
-            if first is None:
-                raise ValueError(
-                    "lora learns in a first session: give first_session a trained head, as {'type': 'linear'}, and "
-                    "`head` a fitted one, as {'type': 'ridge'}."
-                )
-        if first is not None:
-            if not self.fitted or HEADS[first["type"]].fitted or not learns or self.kd_head is not None:
-                raise ValueError(
-                    f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts, "
-                    "lora or train_backbone, and no KD head."
-                )
-        elif self.fitted and (learns or self.kd_head is not None):
-            raise ValueError(
-                f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
-                "task. Give first_session a trained head, as {'type': 'linear'}: they learn on the first task alone."
-            )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from torch import nn
 from hf_cdl.types import KV
 
 
-class PromptPool(nn.Module):
+class PromptPool(nn.Module, ABC):
     """Base of the prompt pools.
 
     A method file defines a frozen dataclass `Config` (its fields are the recipe's) and a subclass with `config_class`,
@@ -36,17 +37,18 @@ class PromptPool(nn.Module):
     def init_shared(self) -> None:
         """Initialise what all tasks share (outside `blocks`), by the same functions as in `init_task`."""
 
+    @abstractmethod
     def add_task(self) -> None:
         """Append the next task's block, its parameters not yet initialised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_task(self, task: int) -> None:
         """Initialise block `task`, given the earlier ones. In place, by transformers' `initialization` functions."""
-        raise NotImplementedError
 
     def end_task(self) -> None:
         """What the method does when a task is learnt (APT merges here); nothing by default."""
 
+    @abstractmethod
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None
     ) -> tuple[KV | None, torch.Tensor | None]:
@@ -55,7 +57,6 @@ class PromptPool(nn.Module):
         `task_id` is the current task, in training; given to a pool in evaluation mode, it says that the model teaches
         that task to a student. Evaluation never knows the task.
         """
-        raise NotImplementedError
 
     def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
         """(B, M) cosines of queries (B, D_q) with the pool's keys in `layer`; None where nothing is matched."""
