@@ -59,8 +59,6 @@ class CDLTrainer(PhaseTrainer):
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
         super().__init__(model=model, args=args, processing_class=processor, eval_dataset={})  # for eval_strategy
-        if model.fitted and model.head.needs_teacher and teacher is None:
-            raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self.teacher = teacher if self.objective.needs_teacher else None
         self.head_teacher = teacher if model.fitted and model.head.needs_teacher else None
         self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)
@@ -86,6 +84,8 @@ class CDLTrainer(PhaseTrainer):
         """Train on a task, unless the ledger says that it is done."""
         if task.index != len(self.seen):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
+        if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
+            raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self.seen.append(task)
         if self.run is not None and self.run.result(self.role, task) is not None:
             return
@@ -228,7 +228,9 @@ class CDLTrainer(PhaseTrainer):
                 if teacher is not None:
                     seen = batch.get("teacher_pixel_values", batch["pixel_values"])
                     taught = teacher(pixel_values=seen).logits[:, task.classes].float()
-                    if not teacher.fitted:
+                    if teacher.fitted:
+                        taught = taught / teacher.head.config.scale
+                    else:
                         taught = (taught / self.model.head.config.temperature).softmax(dim=-1)
             found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
             found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}

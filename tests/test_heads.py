@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.models.fitted_heads import FittedHead
-from hf_cdl.models.head import Head
 from hf_cdl.models.heads import HEADS, build_head
 
 # Fields that a head is tested with besides its defaults.
@@ -134,8 +133,8 @@ def test_a_loaded_head_answers_and_grows_in_a_fresh_process_as_if_never_saved(tm
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    assert config.head == {"type": "ridge", **fields}
-    with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, strength"):
+    assert config.head == {"type": "ridge", "scale": 10.0, **fields}
+    with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, strength"):
         build_head({"type": "ridge", "lambda": 1}, 8)
 
 
@@ -144,6 +143,7 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     [
         ({"type": "linear", "standardise": "always"}, "standardise is 'always'; allowed: null, first_task"),
         ({"type": "cosine", "scale": 0.0}, "needs scale > 0; got 0.0"),
+        ({"type": "ncm", "scale": 0.0}, "needs scale > 0; got 0.0"),
         ({"type": "ridge", "strength": 0.0}, "needs strength > 0 and features >= 1 or null; got 0.0 and None"),
         ({"type": "ridge", "features": 0}, "got 10.0 and 0"),
     ],
@@ -194,8 +194,8 @@ def fit(
     return built, order
 
 
-def joint(head: Head) -> torch.Tensor:
-    """(10, M) weights of the solution on all data at once, by least squares and not by the head's own sums."""
+def joint(head: FittedHead) -> torch.Tensor:
+    """(10, M) weights of the scores of all data at once, by least squares and not by the head's own sums."""
     features, labels = data()
     mapped = head.prepare(features).double()
     if "strength" not in vars(head.config):
@@ -214,7 +214,7 @@ def test_the_tasks_and_their_order_do_not_matter(head: dict[str, Any], count: in
         classes = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
         built, order = fit(head, [classes[i::count] for i in range(count)])
         want = built.prepare(features).double() @ joint(built).T[:, order]
-        error = (built(features) - want).abs().max() / want.abs().max()
+        error = (built(features) / built.config.scale - want).abs().max() / want.abs().max()
         assert error < 1e-5, f"order {order}: {error}"
 
 
@@ -236,7 +236,7 @@ def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
         )
     root = torch.cat([features.double(), 10**0.5 * torch.eye(24, dtype=torch.float64)])
     want = torch.linalg.lstsq(root, torch.cat([targets, torch.zeros(24, 10)]), driver="gelsd").solution
-    torch.testing.assert_close(head(features).double(), features.double() @ want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head(features).double() / 10, features.double() @ want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"soft_targets is 0\.3, but there are no answers of a teacher"):
         head.accumulate(features, labels % 6)
 
@@ -249,6 +249,18 @@ def test_float32_sums_would_not_do() -> None:
     weight = torch.linalg.solve(gram, features.T @ F.one_hot(labels, 10).float())
     want = features.double() @ joint(head).T
     assert (features @ weight - want).abs().max() / want.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_the_scale_makes_the_scores_logits_and_moves_no_answer(head: dict[str, Any]) -> None:
+    features, labels = data()
+    plain, _ = fit({**head, "scale": 1.0}, [list(range(10))])
+    scaled, _ = fit({**head, "scale": 4.0}, [list(range(10))])
+    assert torch.equal(4 * plain(features), scaled(features))
+    usual, order = fit(head, [list(range(10))])
+    right = (usual(features).argmax(dim=-1) == labels).float().mean()
+    off = [(model(features).softmax(dim=-1).amax(dim=-1).mean() - right).abs() for model in (plain, usual)]
+    assert off[1] < off[0] / 2, "the confidence is nearer to the accuracy"
 
 
 @pytest.mark.parametrize("head", FITTED, ids=name_of)

@@ -19,7 +19,7 @@ from hf_cdl.models.head import Head, HeadConfig
 
 
 class ClassMeans(nn.Module):
-    """Sum and number of the unit-length features of each class of a task; logits are cosines to the class means."""
+    """Sum and number of the unit-length features of each class of a task; scores are cosines to the class means."""
 
     def __init__(self, hidden_size: int, num_classes: int):
         super().__init__()
@@ -32,10 +32,28 @@ class ClassMeans(nn.Module):
         return features @ F.normalize(self.total, dim=-1).T
 
 
+@dataclass(frozen=True)
+class FittedConfig(HeadConfig):
+    scale: float = field(
+        default=10.0,
+        metadata={"help": "Factor of the scores, which are about 0 to 1, as logits: for confidence, not accuracy."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"A fitted head needs scale > 0; got {self.scale}.")
+
+
 class FittedHead(Head):
-    """A head without parameters, which accumulates statistics of fixed features instead of being trained."""
+    """A head without parameters, which accumulates statistics of fixed features instead of being trained.
+
+    Its scores, cosines or a regression's answers, become logits by a factor `scale` (ours): as they are, the softmax
+    over them is nearly uniform.
+    """
 
     fitted: ClassVar[bool] = True
+    config_class: ClassVar[type] = FittedConfig
     needs_teacher = False
     """Whether `accumulate` asks for a teacher's answers."""
 
@@ -45,6 +63,9 @@ class FittedHead(Head):
 
         `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
         """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.config.scale * super().forward(features)
 
 
 class NearestMeanHead(FittedHead):
@@ -70,7 +91,7 @@ class NearestMeanHead(FittedHead):
 
 
 @dataclass(frozen=True)
-class RidgeConfig(HeadConfig):
+class RidgeConfig(FittedConfig):
     strength: float = field(default=10.0, metadata={"help": "Lambda, added to the diagonal of the Gram matrix."})
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
@@ -113,7 +134,7 @@ class RidgeBlock(nn.Module):
 class RidgeHead(FittedHead):
     r"""Ridge regression from features to one-hot labels, of all images seen so far (RanPAC, arXiv 2307.02251, Sec. 4).
 
-        G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    logits = W^T h
+        G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    scores = W^T h
 
     y is one-hot, or with `soft_targets` \rho it is (1 - \rho) one-hot + \rho times the teacher's answer over the
     task's classes (ours). h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M)
