@@ -10,13 +10,15 @@ Confidence is the largest softmax probability over all classes seen. For heads w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 BINS = 15
 
 
 def judge(logits: torch.Tensor, labels: torch.Tensor, classes: slice) -> dict[str, torch.Tensor]:
-    """`correct`, `within_task`, `task_identification`: (B,) bool; `confidence`: (B,) in 0..1.
+    """`correct`, `within_task`, `task_identification`: (B,) bool; `confidence`: (B,) in 0..1; `label` as given.
 
     `logits`: (B, C) over all classes seen; `labels`: (B,) of one task, whose classes are `classes`.
     """
@@ -26,7 +28,14 @@ def judge(logits: torch.Tensor, labels: torch.Tensor, classes: slice) -> dict[st
         "within_task": logits[:, classes].argmax(dim=-1) == labels - classes.start,
         "task_identification": (classes.start <= predicted) & (predicted < classes.stop),
         "confidence": logits.float().softmax(dim=-1).amax(dim=-1),
+        "label": labels,
     }
+
+
+def class_accuracy(correct: torch.Tensor, label: torch.Tensor, names: Sequence[str], first: int) -> dict[str, float]:
+    """Accuracy in percent on the images (N,) of each class that has some; `first` is the label of `names[0]`."""
+    own = {name: correct[label == first + number] for number, name in enumerate(names)}
+    return {name: 100 * hits.double().mean().item() for name, hits in own.items() if len(hits)}
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:

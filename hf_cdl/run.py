@@ -23,7 +23,7 @@ from hf_cdl.metrics import continual_metrics
 from hf_cdl.storing import RunError, saving, sync, versions, write_json
 from hf_cdl.types import Task, TaskResult
 
-_LISTED = ("within_task", "task_identification", "confidence", "calibration_error")
+_LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
 _LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
 """What results.json lists for each task beside the accuracies."""
 

@@ -18,7 +18,7 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
-from hf_cdl.answers import calibration_error, judge
+from hf_cdl.answers import calibration_error, class_accuracy, judge
 from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer
 from hf_cdl.progress import PhaseProgress, progress_bar
@@ -144,6 +144,14 @@ class CDLTrainer(PhaseTrainer):
             **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
             "confidence": 100 * confidence.double().mean().item(),
             "calibration_error": calibration_error(confidence, correct),
+            "class_accuracy": {
+                name: value
+                for task, part in zip(tasks, parts, strict=True)
+                if part
+                for name, value in class_accuracy(
+                    part["correct"], part["label"], task.class_names, task.first_class
+                ).items()
+            },
         }
 
     # ---- one phase ----

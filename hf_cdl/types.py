@@ -103,7 +103,8 @@ class TaskResult:
     """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes.
 
     `row`: floats, or None for a task without test images. `within_task`, `task_identification`: the same for other
-    questions, `confidence` and `calibration_error` over all images, all in percent: see hf_cdl.answers.
+    questions, `confidence` and `calibration_error` over all images, `class_accuracy` by the class's name; all in
+    percent, see hf_cdl.answers.
     """
 
     role: str
@@ -115,6 +116,7 @@ class TaskResult:
     task_identification: list[Any] = field(default_factory=list)
     confidence: float | None = None
     calibration_error: float | None = None
+    class_accuracy: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

@@ -81,7 +81,7 @@ def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
     results: Any = run.results()
     for role, found in roles.items():
         matrix, counts = [result.row for result in found], found[-1].counts
-        lists = ("within_task", "task_identification", "confidence", "calibration_error")
+        lists = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
         results["roles"][role] |= {
             "accuracy_matrix": matrix,
             "correct": [result.correct for result in found],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import make_recipe, train, write_recipe
 
-from hf_cdl.answers import calibration_error, judge
+from hf_cdl.answers import calibration_error, class_accuracy, judge
 
 
 def test_an_answer_is_right_exactly_if_the_task_is_identified_and_it_is_right_within_it():
@@ -44,11 +44,18 @@ def test_the_calibration_error_of_numbers_worked_by_hand():
     assert calibration_error(torch.tensor([0.6, 1.0]), torch.tensor([True, False])) == pytest.approx(70, abs=1e-4)
 
 
+def test_the_accuracy_of_each_class_that_has_images():
+    correct, label = torch.tensor([True, False, True, True]), torch.tensor([4, 4, 6, 4])
+    found = class_accuracy(correct, label, ("book", "bus", "car"), 4)
+    assert found == {"book": pytest.approx(200 / 3), "car": 100.0}
+
+
 @pytest.mark.slow
 def test_a_run_lists_them_after_every_task(tmp_path: Path):
     code, output = train(write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path)), "--output_dir", tmp_path / "run")
     assert code == 0, output
-    roles = json.loads((tmp_path / "run/results.json").read_text())["roles"]
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    roles, names = results["roles"], results["class_names"]
     assert set(roles) == {"teacher", "student", "nearest_class_mean"}
     for entry in roles.values():
         for t in range(3):
@@ -60,5 +67,8 @@ def test_a_run_lists_them_after_every_task(tmp_path: Path):
             assert (
                 0 <= entry["calibration_error"][t] <= 100 and 100 / (2 * t + 2) - 1e-4 <= entry["confidence"][t] <= 100
             )
+            for own, right in zip(names, entry["accuracy_matrix"][t], strict=False):  # as many images of each class
+                assert sum(entry["class_accuracy"][t][name] for name in own) / len(own) == pytest.approx(right)
+            assert list(entry["class_accuracy"][t]) == [name for own in names[: t + 1] for name in own]
         assert entry["task_identification"][0] == [100.0]  # there is but one task
         assert entry["within_task"][0] == entry["accuracy_matrix"][0]

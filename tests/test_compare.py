@@ -16,7 +16,7 @@ from PIL import Image
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.spec import Comparison, read_comparison
 from hf_cdl.compare.statistics import contrasts_of
-from hf_cdl.compare.table import Measured, values
+from hf_cdl.compare.table import Measured, class_values, values
 from hf_cdl.compare.tables import CDL, contrasts_table, metrics_table
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
@@ -213,6 +213,20 @@ def test_the_table_of_contrasts():
         "|---|---:|---:|---:|---:|---:|---:|",
         "| kd − alone | 3 | +2.00 ± 1.00 | -0.48 to +4.48 | 0.250 | 0.250 | 3 of 3 |",
     ]
+
+
+def test_the_interval_over_the_classes_stands_beside_that_over_the_units():
+    """Rows that did not measure their classes, as of older runs, have none."""
+    values_of = {"kd": [{"x": 60.0, "y": 44.0}, {"x": 66.0, "y": 40.0}], "alone": [{"x": 50.0, "y": 50.0}] * 2}
+    runs = [one("old", seed, [[51.0]]) for seed in range(2)]
+    for label, units in values_of.items():
+        for seed, by_class in enumerate(units):
+            runs.append(one(label, seed, [[sum(by_class.values()) / 2]], class_accuracy=[{}, by_class]))
+    pairs = [("kd", "alone"), ("kd", "old")]
+    found = contrasts_of(values(runs, "average_accuracy"), pairs, class_values(runs))
+    table = contrasts_table(found, "average_accuracy")
+    assert table.headings[4] == "over classes"
+    assert [row[4] for row in table.rows] == ["-130.92 to +135.92", "–"]  # 13 and -8; t(1) = 12.71
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path):

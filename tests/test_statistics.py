@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +73,42 @@ def test_differences_are_paired_by_unit():
     assert dict(first.differences) == {(0, None): 1.0, (1, None): 2.0, (2, None): 3.0}
     assert (first.p, first.p_holm, first.above, first.proven) == (0.25, 0.5, 3, False)
     assert (second.mean.mean, second.above) == (-2.0, 0)
+
+
+def test_over_classes_is_the_interval_that_holds_for_other_images():
+    """Two equals, each better at some classes, which ten units that share them agree on: only the classes tell it."""
+    rng, pair, wins = np.random.default_rng(6), [("a", "b")], {"units": 0, "classes": 0}
+    for _ in range(300):
+        better = rng.normal(0, 8, 50)
+        drawn: dict[str, Any] = {
+            label: {unit: dict(enumerate(50 + share * better + rng.normal(0, 2, 50))) for unit in range(10)}
+            for label, share in (("a", 0.5), ("b", -0.5))
+        }
+        values = {
+            label: {unit: float(np.mean([*by.values()])) for unit, by in runs.items()} for label, runs in drawn.items()
+        }
+        [contrast] = contrasts_of(values, pair, drawn)
+        assert contrast.over_classes is not None
+        assert contrast.over_classes.mean == pytest.approx(contrast.mean.mean) and contrast.over_classes.n == 50
+        for name, mean in (("units", contrast.mean), ("classes", contrast.over_classes)):
+            wins[name] += not mean.low <= 0 <= mean.high
+    assert wins["units"] > 150 and wins["classes"] <= 0.05 * 300 + 3 * math.sqrt(300 * 0.05 * 0.95)
+
+
+def test_over_classes_asks_for_the_same_classes_of_all_units():
+    values = {"a": {0: 60.0, 1: 50.0}, "b": {0: 40.0, 1: 50.0}}
+    whole = {"a": {0: {"x": 70.0, "y": 50.0}, 1: {"x": 50.0, "y": 50.0}}}
+    whole["b"] = {0: {"x": 40.0, "y": 40.0}, 1: {"x": 60.0, "y": 40.0}}
+    [found] = contrasts_of(values, [("a", "b")], whole)
+    assert found.over_classes == mean_of([10.0, 10.0])
+    for other in (
+        {},
+        {"a": whole["a"]},
+        {**whole, "b": {0: whole["b"][0]}},
+        {**whole, "b": {0: {"x": 1.0}, 1: {"x": 1.0}}},
+    ):
+        [found] = contrasts_of(values, [("a", "b")], other)
+        assert found.over_classes is None
 
 
 def invented(rng: np.random.Generator, rows: int, units: int, effect: float = 0.0) -> dict[str, dict[int, float]]:

@@ -178,12 +178,18 @@ def decomposition_figure(measured: Sequence[Measured]) -> Figure:
 
 
 def contrasts_figure(contrasts: Sequence[Contrast], metric: str) -> Figure:
-    """Every contrast: the difference of each unit, their mean with its interval, filled if it survives Holm."""
+    """Every contrast: the difference of each unit, their mean with its interval, filled if it survives Holm.
+
+    Pale and wide behind it is the interval over the classes.
+    """
     figure, panel = _figure(9.0, 1.0 + 0.42 * len(contrasts))
     for row, contrast in enumerate(contrasts):
         mean, colour = contrast.mean, COLOURS[0] if contrast.proven else "0.35"
         differences = [*contrast.differences.values()]
         panel.scatter(differences, [row] * len(differences), color="0.65", s=12, zorder=2)
+        if contrast.over_classes is not None:
+            limits = [contrast.over_classes.low, contrast.over_classes.high]
+            panel.plot(limits, [row, row], color=colour, alpha=0.25, linewidth=6, solid_capstyle="butt", zorder=1)
         error = None if math.isnan(mean.low) else mean.high - mean.mean
         face = colour if contrast.proven else "white"
         panel.errorbar(mean.mean, row, xerr=error, fmt="o", color=colour, mfc=face, capsize=3, markersize=7, zorder=3)

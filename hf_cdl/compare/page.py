@@ -17,7 +17,7 @@ from hf_cdl.compare import figures
 from hf_cdl.compare.aa import halves, relabelled
 from hf_cdl.compare.spec import Comparison, PlannedRun
 from hf_cdl.compare.statistics import LEVEL, Contrast, contrasts_of, pairs_needed, smallest_p
-from hf_cdl.compare.table import Measured, save_table, values
+from hf_cdl.compare.table import Measured, class_values, save_table, values
 from hf_cdl.compare.tables import (
     CDL,
     DECOMPOSITION,
@@ -50,7 +50,8 @@ def save_report(comparison: Comparison, measured: Sequence[Measured], folder: Pa
     if spec.metric not in metrics:
         metrics = (spec.metric, *metrics)
     found = values(measured, spec.metric)
-    contrasts = contrasts_of(found, spec.contrasts)
+    by_class = class_values(measured) if spec.metric == "average_accuracy" else {}
+    contrasts = contrasts_of(found, spec.contrasts, by_class)
     tables = {"results": metrics_table(measured, metrics, spec.metric)}
     if contrasts:
         tables["contrasts"] = contrasts_table(contrasts, spec.metric)
@@ -160,5 +161,6 @@ def _page(
         units=_units(comparison),
         crossed=comparison.spec.class_orders is not None,
         contrasts=len(tables["contrasts"].rows) if "contrasts" in tables else 0,
+        over_classes="contrasts" in tables and "over classes" in tables["contrasts"].headings,
         runs=runs,
     )

@@ -37,7 +37,12 @@ class Mean:
 
 @dataclass(frozen=True)
 class Contrast:
-    """first - second over the units of both. `p`: two-sided, of this contrast; `p_holm`: beside all others."""
+    """first - second over the units of both. `p`: two-sided, of this contrast; `p_holm`: beside all others.
+
+    `over_classes`: the mean over the classes of each one's mean difference; None if it was not measured. The units
+    share their test images, so their interval says nothing of other images or classes. This one does, as if the
+    classes were drawn at random.
+    """
 
     first: str
     second: str
@@ -45,6 +50,7 @@ class Contrast:
     mean: Mean
     p: float
     p_holm: float
+    over_classes: Mean | None = None
 
     @property
     def above(self) -> int:
@@ -103,18 +109,45 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     return np.asarray(multipletests(p_values, alpha=LEVEL, method="holm")[1]) if len(p_values) else np.empty(0)
 
 
-def contrasts_of(values: Values, pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
-    """All contrasts [A, B], corrected as one family; a pair that has no unit in common yet is left out."""
-    found = []
+def contrasts_of(
+    values: Values,
+    pairs: Sequence[tuple[str, str]],
+    by_class: Mapping[str, Mapping[Any, Mapping[str, float]]] | None = None,
+) -> list[Contrast]:
+    """All contrasts [A, B], corrected as one family; a pair that has no unit in common yet is left out.
+
+    `by_class`: row -> unit -> class -> the same metric of this class alone.
+    """
+    found, by_class = [], by_class or {}
     for first, second in pairs:
         ours, theirs = values.get(first, {}), values.get(second, {})
         if common := [unit for unit in ours if unit in theirs]:
             found.append((first, second, {unit: ours[unit] - theirs[unit] for unit in common}))
     raw = [float(sign_flip(list(differences.values()))) for _, _, differences in found]
     return [
-        Contrast(first, second, differences, mean_of([*differences.values()]), p, float(corrected))
+        Contrast(
+            first,
+            second,
+            differences,
+            mean_of([*differences.values()]),
+            p,
+            float(corrected),
+            _over_classes(by_class.get(first, {}), by_class.get(second, {}), [*differences]),
+        )
         for (first, second, differences), p, corrected in zip(found, raw, holm(raw), strict=True)
     ]
+
+
+def _over_classes(
+    first: Mapping[Any, Mapping[str, float]], second: Mapping[Any, Mapping[str, float]], units: Sequence[Any]
+) -> Mean | None:
+    """Of each class the mean difference over the units; None unless all units know the same classes, two at least."""
+    if not all(unit in first and unit in second for unit in units):
+        return None
+    names = {frozenset(run[unit]) for run in (first, second) for unit in units}
+    if len(names) != 1 or len(classes := sorted(*names)) < 2:
+        return None
+    return mean_of([float(np.mean([first[unit][c] - second[unit][c] for unit in units])) for c in classes])
 
 
 def smallest_p(pairs: int, contrasts: int = 1) -> float:

@@ -76,6 +76,15 @@ def values(measured: Iterable[Measured], name: str) -> dict[str, dict[Unit, floa
     return found
 
 
+def class_values(measured: Iterable[Measured]) -> dict[str, dict[Unit, Mapping[str, float]]]:
+    """Label -> unit -> class -> accuracy in percent after the last task, of the runs that measured it."""
+    found: dict[str, dict[Unit, Mapping[str, float]]] = {}
+    for run in measured:
+        if by_class := (run.entry.get("class_accuracy") or [None])[-1]:
+            found.setdefault(run.label, {})[run.unit] = by_class
+    return found
+
+
 def save_table(measured: Iterable[Measured], folder: Path) -> None:
     """table.parquet and table.csv, each whole or not there at all. `class_order` is empty for the data's own order."""
     import pandas

@@ -50,12 +50,19 @@ def metrics_table(measured: Sequence[Measured], metrics: Sequence[str], interval
 
 
 def contrasts_table(contrasts: Sequence[Contrast], metric: str) -> Table:
-    """For each contrast its pairs, mean ± standard deviation, 95 % interval, p values, and how many are above 0."""
-    headings = ["paired difference", "n", metric.replace("_", " "), "95 % interval", "p", "p (Holm)", "above 0"]
+    """For each contrast its pairs, mean ± standard deviation, 95 % interval, p values, and how many are above 0.
+
+    Behind its interval over the units stands that over the classes, where it was measured.
+    """
+    classes = any(contrast.over_classes for contrast in contrasts)
+    headings = ["paired difference", "n", metric.replace("_", " "), "95 % interval", *["over classes"] * classes]
+    headings += ["p", "p (Holm)", "above 0"]
     rows = []
     for contrast in contrasts:
         mean, name = contrast.mean, f"{contrast.first} − {contrast.second}"
         numbers = [str(mean.n), spread(mean, "+"), interval(mean, "+")]
+        if classes:
+            numbers.append(interval(contrast.over_classes, "+") if contrast.over_classes else "–")
         star = " *" if contrast.proven else ""
         p_values = [p_text(contrast.p), p_text(contrast.p_holm) + star]
         rows.append([name, *numbers, *p_values, f"{contrast.above} of {mean.n}"])
