@@ -79,8 +79,9 @@ class Run:
         """Take over the ledger in the folder, if there is one."""
         file = self.folder / "run.json"
         if not file.exists():
+            ours = {".lock", ".run.json.partial"}  # of a kill before the ledger was there
             used = self.folder.exists() and (
-                not self.folder.is_dir() or any(path.name != ".lock" for path in self.folder.iterdir())
+                not self.folder.is_dir() or any(path.name not in ours for path in self.folder.iterdir())
             )
             if used and self.writer:
                 raise RunError(

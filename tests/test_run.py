@@ -233,6 +233,13 @@ def ctrl_c(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_run_that_was_killed_while_its_first_ledger_was_written_starts(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".run.json.partial").write_text('{"recipe": {')
+    learn(open_run(tmp_path), 0)
+    assert Run(tmp_path, RECIPE).started and not list(tmp_path.rglob(".*.partial"))
+
+
 @pytest.mark.parametrize(("write", "raised"), [(cut_off, RunError), (ctrl_c, KeyboardInterrupt)])
 def test_an_interrupted_save_loses_nothing(tmp_path: Path, write: Any, raised: type[BaseException]) -> None:
     run = open_run(tmp_path)
