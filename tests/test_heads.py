@@ -130,10 +130,33 @@ def test_a_loaded_head_answers_and_grows_in_a_fresh_process_as_if_never_saved(tm
         assert torch.equal(found["after"], logits["after"]), name
 
 
+def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_path: Path) -> None:
+    model = learnt({"type": "ridge", "features": 200, "standardise": "first_task"}, tmp_path / "work").model
+    for name in ("whole", "small"):
+        model.save_pretrained(tmp_path / name)
+        model.drop_sums()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
+    assert sizes[0] - sizes[1] > 8 * 200 * 200
+    small = CDLForImageClassification.from_pretrained(tmp_path / "small").eval()
+    whole = CDLForImageClassification.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        assert torch.equal(small(images()).logits, whole(images()).logits)
+    for one in (model, small):
+        with pytest.raises(
+            ValueError, match="can answer, but learn no further task. Load the checkpoint that still has"
+        ):
+            one.begin_task(["fox"])
+    small.save_pretrained(tmp_path / "again")  # it stays one without them
+    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.can_grow
+    assert new_task(whole).shape[-1] == len(small.config.id2label) + 2
+    with pytest.raises(ValueError, match="Only a ridge head keeps such sums; this one is ncm"):
+        model_with({"type": "ncm"}).drop_sums()
+
+
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    assert config.head == {"type": "ridge", "scale": 10.0, **fields}
+    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, **fields}
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, strength"):
         build_head({"type": "ridge", "lambda": 1}, 8)
 

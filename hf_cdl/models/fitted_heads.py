@@ -7,7 +7,7 @@ not on the tasks or the order in which they came.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -103,6 +103,10 @@ class RidgeConfig(FittedConfig):
         default=1.0,
         metadata={"help": "Temperature tau of the teacher's softmax; a fitted teacher's scores have none."},
     )
+    sums: bool = field(
+        default=True,
+        metadata={"help": "Keep the Gram matrix and the class sums; false: a smaller head that can only answer."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,11 +124,11 @@ class RidgeConfig(FittedConfig):
 class RidgeBlock(nn.Module):
     """Of a task: the sums (C_t, M) of its classes' features, as bits of float64, and the solution's weight rows."""
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int, sums: bool):
         super().__init__()
         self.total: torch.Tensor
         self.weight: torch.Tensor
-        self.register_buffer("total", torch.zeros(num_classes, width, dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(num_classes, width, dtype=torch.int64) if sums else None)
         self.register_buffer("weight", torch.zeros(num_classes, width))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -152,27 +156,40 @@ class RidgeHead(FittedHead):
     def needs_teacher(self) -> bool:  # type: ignore[override]
         return self.config.soft_targets > 0
 
+    @property
+    def can_grow(self) -> bool:  # type: ignore[override]
+        return self.config.sums
+
+    def drop_sums(self) -> None:
+        """Keep what answers need: weight rows and random map."""
+        self.config = replace(self.config, sums=False)
+        for module in (self, *self.blocks):
+            for name in {"gram", "total"} & module._buffers.keys():
+                module.register_buffer(name, None)
+
     def __init__(self, config: RidgeConfig, hidden_size: int):
         super().__init__(config, hidden_size)
         self.width = config.features or hidden_size
         self.gram: torch.Tensor
         self.projection: torch.Tensor | None
-        self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.int64))
+        self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.int64) if config.sums else None)
         self.register_buffer("projection", torch.empty(hidden_size, self.width) if config.features else None)
 
     def init_shared(self) -> None:
         super().init_shared()
-        init.zeros_(self.gram)
+        if self.can_grow:
+            init.zeros_(self.gram)
         if self.projection is not None:
             init.normal_(self.projection, std=self.hidden_size**-0.5)
 
     def add_task(self, num_classes: int) -> None:
-        self.blocks.append(RidgeBlock(self.width, num_classes))
+        self.blocks.append(RidgeBlock(self.width, num_classes, self.can_grow))
 
     @torch.no_grad()
     def init_task(self, task: int) -> None:
         block: Any = self.blocks[task]
-        init.zeros_(block.total)
+        if self.can_grow:
+            init.zeros_(block.total)
         init.zeros_(block.weight)
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,8 @@ class Head(nn.Module, ABC):
 
     fitted: ClassVar[bool] = False
     config_class: ClassVar[type] = HeadConfig
+    can_grow = True
+    """Whether it can learn another task."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()

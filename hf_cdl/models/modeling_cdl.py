@@ -15,6 +15,7 @@ from hf_cdl.config import CDLConfig
 from hf_cdl.models import lora
 from hf_cdl.models.backbone import commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
+from hf_cdl.models.fitted_heads import RidgeHead
 from hf_cdl.models.head import Head, Standardise
 from hf_cdl.models.heads import build_head
 from hf_cdl.models.prompted import PromptedBackbone
@@ -145,8 +146,14 @@ class CDLForImageClassification(PromptedBackbone):
     def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
         """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
 
-        New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already.
+        New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already,
+        or if the sums of a ridge head were dropped.
         """
+        if not self.head.can_grow:
+            raise ValueError(
+                "This model's ridge head has no sums (head.sums is false): it can answer, but learn no further task. "
+                "Load the checkpoint that still has them, such as task-05 of its run."
+            )
         device, dtype = self.device, self.dtype
         self.config.set_tasks([*self.config.tasks, list(class_names)])
         self.num_labels = sum(self.config.num_classes_per_task)
@@ -157,6 +164,16 @@ class CDLForImageClassification(PromptedBackbone):
             self.begin_session()
         self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
+
+    def drop_sums(self) -> None:
+        """Drop what a ridge head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
+
+        Raises ValueError for another head.
+        """
+        if not isinstance(self.head, RidgeHead):
+            raise ValueError(f"Only a ridge head keeps such sums; this one is {self.config.head['type']}.")
+        self.head.drop_sums()
+        self.config.head = {**self.config.head, "sums": False}
 
     def follow(self, teacher: CDLForImageClassification) -> None:
         """Take over what this model keeps of its teacher, which has learnt the newest task: a copy of its pool."""

@@ -90,6 +90,8 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
     _check_typed(HEADS, head, f"{role}.head", problems)
     if head.get("soft_targets") and (role == "teacher" or content.get("teacher") is None):
         problems.append(f"'{role}.head.soft_targets' are a teacher's answers, but the {role} has none; set it to 0")
+    if head.get("sums") is False:
+        problems.append(f"'{role}.head.sums' is false, but to learn it needs them; drop them from what was learnt")
     trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
     if trains and prompted:
         problems.append(
