@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ class PhaseTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _unprepare(self, model: Any) -> Any:
+        """The bare model. A mark of Accelerate's left on it would keep it from being wrapped for the next task."""
+        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False
+        return model
 
     # ---- losses ----
 
@@ -164,3 +171,16 @@ class PhaseTrainer(Trainer):
 
     def _title(self, task: Task) -> str:
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
+
+
+def peak_memory() -> int:
+    """Bytes: the most this phase held on the GPU, or on a CPU the most that the process held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

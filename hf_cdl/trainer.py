@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
 from hf_cdl.distill import Objective
-from hf_cdl.phase import PhaseTrainer
+from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
 from hf_cdl.tasks.sampler import ViewSampler
@@ -105,7 +104,7 @@ class CDLTrainer(PhaseTrainer):
             self._fit_head(task, result)
         self.model.end_task()
         self.objective.end_task()
-        result.peak_memory_bytes = _peak_memory()
+        result.peak_memory_bytes = peak_memory()
         if self.run is not None:
             self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
             self.accelerator.wait_for_everyone()
@@ -198,12 +197,6 @@ class CDLTrainer(PhaseTrainer):
             self.model = self._unprepare(self.model_wrapped)
             if teacher is not None:
                 self.teacher = self._unprepare(self.teacher)
-
-    def _unprepare(self, model: Any) -> Any:
-        """The bare model. A mark of Accelerate's left on it would keep it from being wrapped for the next task."""
-        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        model._is_accelerate_prepared = False
-        return model
 
     def _measure(self, task: Task) -> None:
         """Fix the statistics of the first task's features, for heads that standardise with them."""
@@ -358,16 +351,3 @@ def _shares_query(student: Any, teacher: Any) -> bool:
 
 def _percent(hits: torch.Tensor) -> float:
     return 100 * int(hits.sum()) / len(hits)
-
-
-def _peak_memory() -> int:
-    """Bytes: the most this phase held on the GPU, or on a CPU the most that the process held so far."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
