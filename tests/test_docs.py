@@ -14,6 +14,7 @@ from test_imports import ALLOWED
 
 from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.distill import TERMS
+from hf_cdl.models.fitted_heads import FittedConfig
 from hf_cdl.models.head import HeadConfig
 from hf_cdl.models.heads import HEADS
 from hf_cdl.models.lora import LoraOptions
@@ -74,7 +75,8 @@ OPTIONS: dict[str, Any] = {
     "`kd_prompt`": KDPromptConfig,
     "`mapping`": MappingConfig,
     "`train`": CDLTrainingArguments,
-    "`head: {type: linear}`, `{type: weight_normalised}`, `{type: ncm}`": HeadConfig,
+    "`head: {type: linear}`, `{type: weight_normalised}`": HeadConfig,
+    "`head: {type: ncm}`": FittedConfig,
     "`head: {type: cosine}`": HEADS["cosine"].config_class,
     "`head: {type: ridge}`": HEADS["ridge"].config_class,
     "`card`": CardRecipe,

@@ -210,6 +210,21 @@ def test_the_pipeline_answers_and_a_loaded_model_learns_its_next_task(tmp_path: 
     assert {line["label"] for line in classify(picture(0, 0))} == {"cat", "dog", "owl"}
 
 
+@peft_is_late
+def test_merged_by_peft_they_are_a_backbone_and_unmerged_they_are_refused(tmp_path: Path) -> None:
+    source, x = stored_backbone(tmp_path / "backbone"), larger_images()
+    model = learnt(source)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="has low-rank adapters. Merge them first: load the bare backbone"):
+        CDLForImageClassification.from_backbone(str(tmp_path / "model"))
+    bare = AutoModel.from_pretrained(source, add_pooling_layer=False)
+    PeftModel.from_pretrained(bare, tmp_path / "model/adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = CDLForImageClassification.from_backbone(str(tmp_path / "merged"))
+    merged.begin_task(["cat"])
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(x).features, model(x).features)
+
+
 def test_other_layers_can_be_adapted() -> None:
     model = adapted(lora={"r": 2, "alpha": 4, "targets": ["fc1", "o_proj"]})
     assert {name.split(".")[-4] for name in adapters(model)} == {"fc1", "o_proj"}

@@ -16,10 +16,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import logging
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+OURS = "cdl"
+"""Model type of CDLForImageClassification."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,15 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
 
 
 def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
-    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type."""
+    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type.
+
+    Of a checkpoint of ours it is that of its own backbone.
+    """
     config = read_config(name, revision, **hub)
     if config.model_type == "clip":
         config = config.vision_config
+    elif config.model_type == OURS:
+        config = config.backbone_config
     family(config)
     return config
 
@@ -126,9 +134,12 @@ def load_weights(
 def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrainedModel:
     """Pre-trained backbone in float32, without any head, from a Hub id or folder (a classifier's checkpoint will do).
 
-    Raises ValueError if it has no weights, or lacks some.
+    From a checkpoint of ours it is what its backbone has become. Raises ValueError if it has no weights, or lacks
+    some, or if it has adapters.
     """
     config = load_config(name, revision, **hub)
+    if read_config(name, revision, **hub).model_type == OURS:
+        return _learnt_backbone(config, name, revision, **hub)
     model_class = cast(Any, MODEL_MAPPING[type(config)])
     backbone, missing = load_weights(model_class, name, revision, config=config, **family(config).init, **hub)
     if missing := sorted(key for key in missing if "mask_token" not in key and "pooler" not in key):
@@ -137,6 +148,21 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
             "they would be random. Give a complete checkpoint."
         )
     return backbone
+
+
+def _learnt_backbone(config: PreTrainedConfig, name: str, revision: str | None, **hub: Any) -> PreTrainedModel:
+    """A plain copy of the backbone of a checkpoint of ours."""
+    model: Any
+    model, _ = load_weights(AutoModelForImageClassification, name, revision, **hub)
+    if model.config.lora is not None:
+        raise ValueError(
+            f"The backbone of '{name}' has low-rank adapters. Merge them first: load the bare backbone "
+            f"('{model.config.backbone_name}') and the checkpoint's folder adapter by peft's PeftModel, save what "
+            "merge_and_unload() gives, and take that folder."
+        )
+    backbone = cast(Any, MODEL_MAPPING[type(config)])(config, **family(config).init)
+    backbone.load_state_dict(model.backbone.state_dict())
+    return backbone.eval()
 
 
 def digest(backbone: nn.Module) -> str:

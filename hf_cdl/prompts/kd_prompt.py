@@ -7,10 +7,9 @@ keys and values:
     MSA(h_Q, [P^{cl}_K; h_K; P^{kd}_K], [P^{cl}_V; h_V; P^{kd}_V])
 
 It carries the teacher's knowledge from task to task, so it keeps training through all of them (ours: `later_rate`
-slows it down after the first). Notation: `token` is
-the
-KD token (D), `prompt` the P^{kd} of the layers 1 .. L-1 (L-1, length, D): first half keys, second half values. With
-length 0 only the token is left: the distillation token of DeiT (arXiv 2012.12877).
+slows it down after the first). Notation: `token` is the KD token (D), `prompt` the P^{kd} of the layers 1 .. L-1
+(L-1, length, D): first half keys, second half values. With length 0 only the token is left: the distillation token of
+DeiT (arXiv 2012.12877).
 """
 
 from __future__ import annotations
