@@ -194,7 +194,7 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
     found = {}
     for name in comparison.spec.variants:
         first = next(run for run in comparison.runs if run.variant == name)
-        if first.recipe_hash not in known and first.results() is not None:
+        if not known.get(first.recipe_hash) and first.results() is not None:
             load_plugins(first.recipe.plugins)
             try:
                 _, costs = measure(first.recipe, read_tasks(first.recipe))

@@ -87,7 +87,8 @@ def plan(recipe: Recipe) -> str:
     tasks = read_tasks(recipe)
     models, costs = measure(recipe, tasks)
     weights = sum(map(_bytes, models.values()))
-    lines = [*HEADINGS, *(_cells(role, models[role], cost, weights) for role, cost in costs.items())]
+    files = {role: _stored_bytes(recipe, model) for role, model in models.items()}
+    lines = [*HEADINGS, *(_cells(role, models[role], cost, weights, files[role]) for role, cost in costs.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = []
     for first, *rest in lines:
@@ -103,17 +104,15 @@ def plan(recipe: Recipe) -> str:
             *table,
             "",
             f"All training: {total / 1e15:,.1f} PFLOPs. All checkpoints (after every task, and the newest again): "
-            f"{_size(weights * (len(tasks.classes) + 1))}.",
+            f"{_size(sum(files.values()) * (len(tasks.classes) + 1))}.",
             *notes,
         ]
     )
 
 
-def _cells(role: str, model: Any, cost: Cost, weights: int) -> list[str]:
-    """A role's line of the table; `weights`: bytes of all models of the run."""
-    parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
-    backbones = [part for part in parts if part is not None]
-    sizes = [sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name)) for part in backbones]
+def _cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:
+    """A role's line of the table; `weights`: bytes of all models of the run, `file`: of its checkpoint."""
+    sizes = _backbone_sizes(model)
     stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
     return [
         role.replace("_", " "),
@@ -121,8 +120,21 @@ def _cells(role: str, model: Any, cost: Cost, weights: int) -> list[str]:
         f"{cost.inference_flops / 1e9:.2f} / {cost.training_flops / 1e9:.2f}",
         f"{cost.steps:,}" if cost.steps else "-",
         f"{cost.total_flops / 1e15:,.1f}",
-        *map(_size, (cost.kept, weights + cost.states + cost.kept, _bytes(model))),
+        *map(_size, (cost.kept, weights + cost.states + cost.kept, file)),
     ]
+
+
+def _backbone_sizes(model: Any) -> list[int]:
+    """Parameters of the backbone and of the query's, without adapters."""
+    parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
+    backbones = [part for part in parts if part is not None]
+    return [sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name)) for part in backbones]
+
+
+def _stored_bytes(recipe: Recipe, model: Any) -> int:
+    """What a checkpoint of the model takes: a small one leaves the backbones out."""
+    small = not recipe.save_backbone and not isinstance(model, ImageClassifier)
+    return _bytes(model) - 4 * small * sum(_backbone_sizes(model))
 
 
 def read_tasks(recipe: Recipe) -> Tasks:
@@ -163,7 +175,9 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
 
     def cdl(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
         config = CDLConfig(
+            backbone_name=name,
             backbone_config=_config(name, revision),
+            query_name=query_name,
             query_config=None if query_name is None else _config(query_name, query_revision),
             tasks=names,
             **fields,

@@ -25,14 +25,17 @@ from hf_cdl.distill import TERMS
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import build_recipe
 
-EXAMPLE = ROOT / "model_cards" / "quickstart"
-NAMES = {"student": "your-name/quickstart", "teacher": "your-name/quickstart-teacher"}
-PAIR = {"student": "teacher", "teacher": "student"}
+EXAMPLES = ROOT / "model_cards"
+CARDS = [("quickstart", "student"), ("quickstart", "teacher"), ("quickstart_ridge", "student")]
+
+
+def example(name: str) -> dict[str, Any]:
+    return json.loads((EXAMPLES / name / "results.json").read_text())
 
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    return json.loads((EXAMPLE / "results.json").read_text())
+    return example("quickstart")
 
 
 def on_the_hub(results: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -77,21 +80,24 @@ def test_the_hub_takes_the_examples(tmp_path: Path) -> None:
     """By Hugging Face's own validation, which asks the Hub; broken metadata are refused."""
     with HubServer(tmp_path) as hub:
         env = {**os.environ, **environment(hub, tmp_path / "home")}
-        for role in NAMES:
-            command = [sys.executable, "-c", _VALIDATE, str(EXAMPLE / role / "README.md")]
+        for name, role in CARDS:
+            command = [sys.executable, "-c", _VALIDATE, str(EXAMPLES / name / role / "README.md")]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             said = ["datasets True", "license True", "base_model_relation True"]
             assert done.stdout.splitlines() == said, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("role", NAMES)
-def test_the_example_is_what_is_rendered_and_its_metadata_read_back(role: str, results: dict[str, Any]) -> None:
-    text = (EXAMPLE / role / "README.md").read_text()
-    assert model_card(results, role, NAMES[role], NAMES[PAIR[role]]) == text, "see model_cards/README.md"
-    data: Any = ModelCard.load(EXAMPLE / role / "README.md").data
+@pytest.mark.parametrize(("name", "role"), CARDS)
+def test_the_examples_are_what_is_rendered_and_their_metadata_read_back(name: str, role: str) -> None:
+    results, file = example(name), EXAMPLES / name / role / "README.md"
+    ids = {"student": f"your-name/{name.replace('_', '-')}", "teacher": f"your-name/{name}-teacher"}
+    other = ids["teacher" if role == "student" else "student"]
+    text = file.read_text()
+    assert model_card(results, role, ids[role], other) == text, "see model_cards/README.md"
+    data: Any = ModelCard.load(file).data
     assert data.eval_results == eval_results(results, role)
-    assert data.model_name == NAMES[role].split("/")[1]
+    assert data.model_name == ids[role].split("/")[1]
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     row = results["roles"][role]["accuracy_matrix"][-1]
     assert [*values.values()][:5] == row
@@ -151,6 +157,31 @@ def test_how_to_use_it_depends_on_what_the_repository_holds(results: dict[str, A
     assert "base_model" not in ModelCard(model_card(random, "student")).data.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"prompt": {"type": "l2p"}},
+            "Its pre-trained backbone is frozen; prompts (`l2p`) and a head learnt. A",
+        ),
+        (
+            {"train_backbone": True},
+            "Its pre-trained backbone and a head learnt. A teacher learnt every task first",
+        ),
+        ({"head": {"type": "cosine"}}, "Its pre-trained backbone is frozen; a `cosine` head learnt."),
+        (
+            {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "train_backbone": True},
+            "Its pre-trained backbone learnt on the first task alone, a `ridge` head on all tasks. A teacher learnt "
+            "every task first and helped it on the first (`kd`).",
+        ),
+    ],
+)
+def test_what_learnt_and_when(results: dict[str, Any], fields: dict[str, Any], said: str) -> None:
+    student = {"backbone": "org/small", **fields}
+    text = model_card(on_the_hub(results, student=student, distill=[{"type": "kd"}]), "student")
+    assert said in text and ("drop_sums()" in text) == ("first_session" in fields)
+
+
 def test_the_card_of_a_run_that_goes_on(results: dict[str, Any]) -> None:
     text = model_card(cut(results, 3), "student", "me/s")
     assert "The run is still going on: 3 of 5 tasks are learnt" in text
@@ -198,7 +229,7 @@ def test_a_run_s_cards_at_any_stage_by_the_command(tmp_path: Path) -> None:
     code, output = train(*arguments, "--card.license", "mit")  # a card's texts may change on the way
     assert code == 0, output
     subprocess.run([*command, "--repo_id", "me/tiny"], check=True)
-    for role in PAIR:
+    for role in ("student", "teacher"):
         card = ModelCard.load(out / role / "README.md")
         assert card.data.to_dict()["license"] == "mit" and "ms for one image" in card.text
         assert (out / role / "accuracy_matrix.png").is_file()

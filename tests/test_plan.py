@@ -155,6 +155,16 @@ def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
     assert once["student"].trained == every["student"].trained
 
 
+def test_small_checkpoints_are_planned_small(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0, save_backbone=False)
+    recipe["student"]["prompt"] = {"type": "coda", "components": 60, "length": 200, "layers": [0, 1]}
+    planned = float(plan.plan(build_recipe(recipe)).splitlines()[5].split()[-2])  # MiB
+    code, output = train(write_recipe(tmp_path / "recipe.yaml", recipe), "--output_dir", tmp_path / "run")
+    assert code == 0, output
+    size = (tmp_path / "run" / "student" / "model.safetensors").stat().st_size
+    assert planned == pytest.approx(size / 2**20, abs=0.06)
+
+
 def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -> None:
     counted = plan.read_tasks(build_recipe(make_recipe(tmp_path)))
     assert (counted.classes, counted.images, counted.source) == ([2] * 3, [16] * 3, "counted in the data")

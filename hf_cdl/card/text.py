@@ -27,20 +27,30 @@ def summary(results: Results, role: str) -> str:
     text = f"An image classifier that learnt {sum(map(len, learnt))} classes in {tasks}."
     if section["model"] == "classifier":
         text += " All its weights were trained." if section["train"] is not None else " It is used as it was found."
-    elif section["train_backbone"]:
-        text += " Its pre-trained backbone was trained too."
     else:
-        kind = section["prompt"]["type"]
-        learns = "a head" if kind == "none" else f"prompts (`{kind}`) and a head"
-        if section.get("lora") is not None:  # which older results lack
-            learns = "low-rank adapters (LoRA, on the first task) and a head"
-        text += f" Its pre-trained backbone is frozen; {learns} learnt."
+        text += f" {_learnt_parts(section)}"
     terms = ", ".join(f"`{term['type']}`" for term in recipe["distill"])
     if recipe["teacher"] is None:
         return text
     if role == "teacher":
         return f"{text} It is the teacher of a student, which is the model that is meant for use."
-    return f"{text} A teacher learnt every task first and helped it{f' ({terms})' if terms else ''}."
+    when = " on the first" if section.get("first_session") is not None else ""
+    return f"{text} A teacher learnt every task first and helped it{when}{f' ({terms})' if terms else ''}."
+
+
+def _learnt_parts(section: Mapping[str, Any]) -> str:
+    """A sentence: which parts of the model learnt, and on which tasks."""
+    prompt, head = section["prompt"]["type"], section["head"]["type"]
+    head = "a head" if head == "linear" else f"a `{head}` head"
+    parts = [] if prompt == "none" else [f"prompts (`{prompt}`)"]
+    parts += ["low-rank adapters (LoRA)"] if section.get("lora") is not None else []  # which older results lack
+    if section["train_backbone"]:
+        parts.insert(0, "its pre-trained backbone")
+    if section.get("first_session") is not None:
+        text = f"{' and '.join(parts)} learnt on the first task alone, {head} on all tasks."
+    else:
+        text = f"{' and '.join([*parts, head])} learnt."
+    return text[0].upper() + text[1:] if section["train_backbone"] else f"Its pre-trained backbone is frozen; {text}"
 
 
 def usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
@@ -68,6 +78,8 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
         if _code(recipe, role):
             notes.append("Its code lies beside its weights: read it before you trust it, or install hf_cdl instead.")
         notes.append("`CDLForImageClassification.from_pretrained(...).begin_task(class_names)` adds a task to learn.")
+        if recipe[role]["head"]["type"] == "ridge":
+            notes.append("`drop_sums()` leaves out what only further tasks need: the same answers, a smaller file.")
     return "\n".join(notes)
 
 
