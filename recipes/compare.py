@@ -1,7 +1,7 @@
 """Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
 
 python recipes/compare.py SPEC.yaml [SPEC.yaml ...] [--jobs 2]
-python recipes/compare.py SPEC.yaml [SPEC.yaml ...] --test      (once, at the very end)
+python recipes/compare.py SPEC.yaml [SPEC.yaml ...] --test [--jobs 2]      (once, at the very end)
 
 SPEC (recipes/comparisons/, fields in recipes/README.md) names a recipe, seeds, and variants: fields that differ, and
 which roles of a run fill which rows. Every run is a `recipes/train.py` of its own below runs/comparisons/NAME/, so the
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -29,7 +31,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from final_test import reading, test_results
+from final_test import measured_on_test, reading
 from plan import measure, read_tasks
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
@@ -60,7 +62,9 @@ def main() -> int:
         with contextlib.ExitStack() as locks:
             for comparison in comparisons:
                 locks.enter_context(alone(comparison))
-            return test(comparisons) if options.test else compare(comparisons, options.jobs)
+            if options.test:
+                return test(dict(zip(options.specs, comparisons, strict=True)), options.jobs)
+            return compare(comparisons, options.jobs)
     except (RecipeError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +89,7 @@ def alone(comparison: Comparison) -> Iterator[None]:
 def compare(comparisons: list[Comparison], jobs: int | None) -> int:
     """Make the runs that are missing, then write what all have given; 1 if some failed."""
     runs = [run for comparison in comparisons for run in comparison.runs]
-    failed = make(runs, jobs)
+    failed = make(runs, jobs, lambda run: ["train.py", *run.arguments], PlannedRun.results)
     for comparison in comparisons:
         measured = collect(comparison, PlannedRun.results, comparison.spec.split)
         if measured:
@@ -96,22 +100,42 @@ def compare(comparisons: list[Comparison], jobs: int | None) -> int:
     return 1 if failed else 0
 
 
-def test(comparisons: list[Comparison]) -> int:
-    """Measure finished comparisons on the test images, each once."""
-    for comparison in comparisons:
+def test(comparisons: dict[Path, Comparison], jobs: int | None) -> int:
+    """Measure finished comparisons, by spec file, on the test images, each once. Raises RunError if that fails."""
+    for file, comparison in comparisons.items():
+        results_of = functools.partial(measured_on_test, comparison)
         with reading(comparison, ROOT / "test_split.json") as reads:
-            measured = collect(comparison, lambda run, comparison=comparison: test_results(comparison, run), "test")
+            runs = [dataclasses.replace(run, teacher_from=None) for run in comparison.runs]  # any order is fine
+            failed = make(runs, jobs, functools.partial(test_command, file), results_of)
+            if failed:
+                raise RunError(
+                    f"{len(failed)} of {len(runs)} runs of {comparison.name} could not be measured, as "
+                    f"{failed[0][0].folder}: {failed[0][1]}. The same command goes on with those that are missing."
+                )
+            measured = collect(comparison, results_of, "test")
             text = save_report(comparison, measured, comparison.root / "test", reads)
             print(f"\n{comparison.name}: these test images were read\n" + "\n".join(f"- {read}" for read in reads))
             print(f"\n{text}", flush=True)
     return 0
 
 
-def make(runs: list[PlannedRun], jobs: int | None) -> list[tuple[PlannedRun, str]]:
-    """Make all runs, as many at a time as there are workers; those that failed, and why."""
+def test_command(file: Path, run: PlannedRun) -> list[str]:
+    return ["final_test.py", str(file), run.variant, run.folder.name]
+
+
+def make(
+    runs: list[PlannedRun],
+    jobs: int | None,
+    command: Callable[[PlannedRun], list[str]],
+    results_of: Callable[[PlannedRun], dict[str, Any] | None],
+) -> list[tuple[PlannedRun, str]]:
+    """Make what `results_of` lacks, as many runs at a time as there are workers; those that failed, and why.
+
+    `command`: a run's script, beside this one, and its arguments.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     free = workers(jobs, visible.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
-    done = {run.folder for run in runs if run.results() is not None}
+    done = {run.folder for run in runs if results_of(run) is not None}
     waiting = [run for run in runs if run.folder not in done]
     working: list[tuple[PlannedRun, subprocess.Popen[bytes], dict[str, str]]] = []
     failed: list[tuple[PlannedRun, str]] = []
@@ -123,14 +147,14 @@ def make(runs: list[PlannedRun], jobs: int | None) -> list[tuple[PlannedRun, str
             ready = [r for r in waiting if (r.teacher_from is None or r.teacher_from in done) and not in_use(r.folder)]
             for run in ready[: len(free)]:
                 worker = free.pop(0)
-                working.append((run, start(run, worker), worker))
+                working.append((run, start(command(run), log_of(run), worker), worker))
                 waiting.remove(run)
             time.sleep(0.1)
             for entry in [entry for entry in working if entry[1].poll() is not None]:
                 run, process, worker = entry
                 working.remove(entry)
                 free.append(worker)
-                if process.returncode == 0 and run.results() is not None:
+                if process.returncode == 0 and results_of(run) is not None:
                     done.add(run.folder)
                     bar.update()
                 else:
@@ -145,14 +169,14 @@ def workers(jobs: int | None, gpus: list[str], cores: int) -> list[dict[str, str
     return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
 
 
-def start(run: PlannedRun, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """The run as a process of its own, which ends with this one."""
-    log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "watched.py"), str(HERE / "train.py"), *run.arguments]
-    with open(log_of(run), "a") as log:
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}
-        )
+def start(command: list[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A script beside this one as a process of its own, which ends with this one."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    script, *arguments = command
+    whole = [sys.executable, str(HERE / "watched.py"), str(HERE / script), *arguments]
+    env = {**os.environ, **environment}
+    with open(log, "a") as output:
+        return subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=env)
 
 
 def in_use(folder: Path) -> bool:

@@ -1,5 +1,7 @@
 """recipes/compare.py --test: a finished comparison's stored checkpoints on the test images, once.
 
+As a script, python recipes/final_test.py SPEC VARIANT UNIT, it measures one run: compare.py starts it for each.
+
 What was compared was chosen by validation images; who looks at test images again chooses by them. So it is recorded
 in a ledger that they are read, before they are: when, by whom, for which comparison and recipes. A comparison that has
 been read is refused, also if runs were added to it; one that was cut off goes on.
@@ -12,16 +14,18 @@ import getpass
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from transformers.utils import logging as hf_logging
 from verify import measure_again
 
 from hf_cdl.build import build_processors, load_plugins
-from hf_cdl.compare.spec import Comparison, PlannedRun
+from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
 from hf_cdl.storing import write_json
@@ -69,12 +73,17 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
         write_json(ledger, entries)
 
 
-def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
-    """A run's results with everything that was measured on images measured again, on the test images."""
-    file = comparison.root / "test" / run.variant / f"{run.folder.name}.json"
-    known = run.read(file)
-    if known is not None:  # the command was cut off after it
-        return known
+def measured_on_test(comparison: Comparison, run: PlannedRun) -> dict[str, Any] | None:
+    """A run's results with everything that was measured on images measured again, on the test images, or None."""
+    return run.read(_file(comparison, run))
+
+
+def _file(comparison: Comparison, run: PlannedRun) -> Path:
+    return comparison.root / "test" / run.variant / f"{run.folder.name}.json"
+
+
+def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
+    """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
     for _, _, result in measure_again(run.folder, "test", *comparison.spec.variants[run.variant].rows):
         roles.setdefault(result.role, []).append(result)
@@ -89,8 +98,7 @@ def test_results(comparison: Comparison, run: PlannedRun) -> dict[str, Any]:
             "metrics": continual_metrics(matrix, counts),
             **{name: [getattr(result, name) for result in found] for name in lists},
         }
-    write_json(file, results)
-    return results
+    write_json(_file(comparison, run), results)
 
 
 def _fingerprints(comparison: Comparison) -> list[str]:
@@ -126,3 +134,12 @@ def _user() -> str:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    spec, variant, unit = sys.argv[1:]
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    whole = read_comparison(Path(spec), Path(__file__).parent, Path("runs", "comparisons"))
+    [chosen] = [run for run in whole.runs if (run.variant, run.folder.name) == (variant, unit)]
+    measure_on_test(whole, chosen)

@@ -164,6 +164,11 @@ def test_teachers_are_shared_finished_runs_stay_and_test_images_are_read_once(tm
     assert entry["comparison"] == "spec" and entry["started"] and entry["finished"] is None
     assert entry["recipes"] == sorted(set(table["recipe_hash"]))
     first = {file: file.read_bytes() for file in root.glob("test/*/*.json")}
+    shutil.move(root / "kd/seed-1/student/task-02", tmp_path / "lost")
+    code, output = compare(tmp_path, spec, "--test", "--jobs", 1)
+    assert code == 2 and "1 of 4 runs of spec could not be measured, as" in output and "kd/seed-1: exit code" in output
+    assert json.loads(ledger.read_text()) == [entry] and not (root / "test/report.html").exists()
+    shutil.move(tmp_path / "lost", root / "kd/seed-1/student/task-02")
     code, output = compare(tmp_path, spec, "--test")
     assert code == 0, output
     assert all(file.read_bytes() == content for file, content in first.items())
