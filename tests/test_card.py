@@ -19,6 +19,7 @@ from hub_server import HubServer, environment
 from huggingface_hub import ModelCard
 from transformers import ViTForImageClassification
 
+from hf_cdl import CDLForImageClassification
 from hf_cdl.card import card_files, eval_results, model_card
 from hf_cdl.cost import cost_in_use
 from hf_cdl.distill import TERMS
@@ -216,6 +217,18 @@ def test_the_cost_of_a_model_is_measured(tmp_path: Path) -> None:
     assert cost["parameters"] == sum(value.numel() for value in before.values())
     assert 0 < cost["latency_ms"] < 10_000 and cost["device"].startswith("cpu")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_a_fitted_head_computes_with_counts_and_its_sums_do_not(tmp_path: Path) -> None:
+    head = {"type": "ridge", "features": 7, "standardise": "first_task"}
+    model = CDLForImageClassification.from_backbone(str(make_backbone(tmp_path)), head=head)
+    model.begin_task(["a", "b", "c"])
+    width = model.config.backbone_config.hidden_size
+    used = 7 * width + 3 * 7 + 2 * width  # random map, weight rows, means and deviations
+    whole = cost_in_use(model, (16, 16))["parameters"]
+    assert whole == sum(parameter.numel() for parameter in model.backbone.parameters()) + used
+    model.drop_sums()
+    assert cost_in_use(model, (16, 16))["parameters"] == whole
 
 
 @pytest.mark.slow
