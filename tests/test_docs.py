@@ -51,15 +51,16 @@ def test_the_command_lines_of_the_readme_are_accepted(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flowers.yaml").write_text(code_blocks(README, "yaml")[0])
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    lines = [line for block in code_blocks(README, "bash") for line in block.splitlines()]
+    lines = [line for block in code_blocks(README, "bash") for line in block.replace("\\\n", "").splitlines()]
     commands = [line for line in lines if line.startswith("accelerate launch recipes/train.py")]
     default = ROOT / "recipes" / "quickstart.yaml"
     pushed, *recipes = [load_recipe(shlex.split(line)[3:], default) for line in commands]
     assert pushed.repositories == {"student": "quickstart", "teacher": "quickstart-teacher"}
-    assert [recipe.name for recipe in recipes] == [*["flowers"] * 3, "quickstart_ridge"]
+    assert [recipe.name for recipe in recipes] == [*["flowers"] * 3, "quickstart_ridge", "distil_icons", "quickstart_ridge"]
     assert recipes[0].folder == Path("runs/flowers")
     assert recipes[1].student.prompt["length"] == 4
     assert recipes[2].teacher is None and recipes[3].student.head["type"] == "ridge"
+    assert recipes[5].student.backbone == str(recipes[4].folder / "student")
 
 
 def test_the_python_of_the_docs_compiles():
