@@ -56,7 +56,8 @@ def test_the_command_lines_of_the_readme_are_accepted(tmp_path: Path, monkeypatc
     default = ROOT / "recipes" / "quickstart.yaml"
     pushed, *recipes = [load_recipe(shlex.split(line)[3:], default) for line in commands]
     assert pushed.repositories == {"student": "quickstart", "teacher": "quickstart-teacher"}
-    assert [recipe.name for recipe in recipes] == [*["flowers"] * 3, "quickstart_ridge", "distil_icons", "quickstart_ridge"]
+    names = [*["flowers"] * 3, "quickstart_ridge", "distil_icons", "quickstart_ridge"]
+    assert [recipe.name for recipe in recipes] == names
     assert recipes[0].folder == Path("runs/flowers")
     assert recipes[1].student.prompt["length"] == 4
     assert recipes[2].teacher is None and recipes[3].student.head["type"] == "ridge"
