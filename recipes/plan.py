@@ -88,7 +88,7 @@ def plan(recipe: Recipe) -> str:
     models, costs = measure(recipe, tasks)
     weights = sum(map(_bytes, models.values()))
     files = {role: _stored_bytes(recipe, model) for role, model in models.items()}
-    lines = [*HEADINGS, *(_cells(role, models[role], cost, weights, files[role]) for role, cost in costs.items())]
+    lines = [*HEADINGS, *(cells(role, models[role], cost, weights, files[role]) for role, cost in costs.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = []
     for first, *rest in lines:
@@ -103,14 +103,14 @@ def plan(recipe: Recipe) -> str:
             "",
             *table,
             "",
-            f"All training: {total / 1e15:,.1f} PFLOPs. All checkpoints (after every task, and the newest again): "
+            f"All training: {_peta(total)} PFLOPs. All checkpoints (after every task, and the newest again): "
             f"{_size(sum(files.values()) * (len(tasks.classes) + 1))}.",
             *notes,
         ]
     )
 
 
-def _cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:
+def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:
     """A role's line of the table; `weights`: bytes of all models of the run, `file`: of its checkpoint."""
     sizes = _backbone_sizes(model)
     stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
@@ -119,9 +119,14 @@ def _cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[s
         *(f"{number / 1e6:,.2f} M" for number in (sizes[0], cost.trained, stored)),
         f"{cost.inference_flops / 1e9:.2f} / {cost.training_flops / 1e9:.2f}",
         f"{cost.steps:,}" if cost.steps else "-",
-        f"{cost.total_flops / 1e15:,.1f}",
+        _peta(cost.total_flops),
         *map(_size, (cost.kept, weights + cost.states + cost.kept, file)),
     ]
+
+
+def _peta(flops: float) -> str:
+    """In units of 1e15, one decimal or, of less than a tenth, two digits."""
+    return f"{flops / 1e15:,.1f}" if flops >= 1e14 else f"{flops / 1e15:.2g}"
 
 
 def _backbone_sizes(model: Any) -> list[int]:

@@ -309,7 +309,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
         assert (len(bare.layers), bare.config.hidden_size) == (depth, width)
         count = sum(parameter.numel() for parameter in bare.parameters())
         stored = sum(value.numel() for value in fakes[role].state_dict().values())
-        cells = plan._cells(role, fakes[role], costs[role], 0, 0)
+        cells = plan.cells(role, fakes[role], costs[role], 0, 0)
         assert cells[1] == f"{count / 1e6:,.2f} M" and cells[3] == f"{(stored - count) / 1e6:,.2f} M"
         assert stored - count > own
     processors = build_processors(built)
