@@ -8,18 +8,20 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file, save_file
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
 from hf_cdl.progress import PhaseProgress
 from hf_cdl.run import Run
 from hf_cdl.storing import saving
-from hf_cdl.tasks.sampler import ViewSampler
+from hf_cdl.tasks.sampler import Rounds, ViewSampler, count_rounds
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import Task
 
@@ -27,7 +29,8 @@ from hf_cdl.types import Task
 class PhaseTrainer(Trainer):
     """What transformers' Trainer does otherwise where training comes in phases.
 
-    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; only what the
+    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient of
+    a step is the mean over its images, however they are split into micro-batches and over processes; only what the
     phase changes is stored, and never half. A subclass sets the attributes below.
     """
 
@@ -40,10 +43,13 @@ class PhaseTrainer(Trainer):
     """The tasks so far; the last one is the phase's."""
     num_tasks: int | None
     _sums: dict[str, torch.Tensor]
-    """Of the losses by name, over the `_steps_summed` steps since the last log line."""
+    """Of the losses by name, over the `_steps_summed` steps since the last log line; of each step the images' mean."""
     _steps_summed: int
+    _images: int
+    """Those that this process and the others learnt from in this phase, since it began or went on."""
     _phase: PhaseProgress
     _sampler: ViewSampler | None
+    _rounds: Rounds
     _seconds_before: float
     """Those of the phase before it was cut off."""
 
@@ -61,12 +67,47 @@ class PhaseTrainer(Trainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
         return self.optimizer
 
+    def check(self, task: Task) -> None:
+        """Raise ValueError if this role could not learn the task as it is asked to; nothing is changed."""
+        check_task(self.role, self.model, self.objective, self.args, task)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task = self.seen[-1]
         shuffle = self.args.train_sampling_strategy != "sequential"
         seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
         self._sampler = ViewSampler(len(task.train), seed, shuffle)
         return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, but where Accelerate would show several processes some images twice to make them even."""
+        loader = super().get_train_dataloader()
+        assert self._sampler is not None
+        drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
+        self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
+        shard: Any = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):  # without a batch_size it deals out batches of any, as they come
+            shard.batch_sampler, shard.batch_size, shard.drop_last = self._rounds, None, False
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, each with the `weight` of its loss: n_i k P / N.
+
+        n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k, and
+        gradients are averaged over the processes, so the mean losses of micro-batches add up to that of all N images.
+        """
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        per_epoch = -(-self._rounds.count // self.args.gradient_accumulation_steps)
+        first = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
+        sizes = [self._rounds.sizes(first + number) for number in range(len(batches))]
+        images = sum(map(sum, sizes))
+        for batch, of_all in zip(batches, sizes, strict=True):
+            own = of_all[self.accelerator.process_index]
+            batch["weight"] = own * len(batches) * len(of_all) / images
+        self._micro_batches = len(batches)
+        self._steps_summed += 1
+        self._images += images
+        self.objective.begin_step()
+        return batches, counted
 
     def _set_epoch(self, epoch: int) -> None:
         """Not left to Accelerate, which does not reach a sampler below the skipping and sharding of a resumed run."""
@@ -93,8 +134,8 @@ class PhaseTrainer(Trainer):
 
     # ---- losses ----
 
-    def _watch(self, losses: dict[str, torch.Tensor]) -> None:
-        """Stop at a loss that is no number, naming the term; sum the others for the next log line."""
+    def _watch(self, losses: dict[str, torch.Tensor], weight: float) -> None:
+        """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         if not bool(torch.isfinite(values).all()):
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -104,17 +145,21 @@ class PhaseTrainer(Trainer):
                 f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
                 "step. Lower the learning rate or the term's weight, or check the images of this task."
             )
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(names, values * (weight / self._micro_batches), strict=True):
             self._sums[name] = self._sums.get(name, 0) + value
-        self._steps_summed += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line."""
+        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line.
+
+        The phase's images a second are of those that it learnt from; Trainer counts incomplete batches as whole ones.
+        """
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
                 logs[f"loss/{name}"] = mean.item()
             self._sums, self._steps_summed = {}, 0
+        if "train_samples_per_second" in logs:
+            logs["train_samples_per_second"] = round(self._images / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
     # ---- files ----
@@ -171,6 +216,54 @@ class PhaseTrainer(Trainer):
 
     def _title(self, task: Task) -> str:
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
+
+
+def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
+    """Raise ValueError if a role could not learn a task with that model, objective and those arguments."""
+    images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
+    if not images:
+        raise ValueError(f"{title}: it has no training images.")
+    if model.unmeasured and images < 2:
+        raise ValueError(
+            f"{title}: its head's standardise is first_task, but the deviation of one image is 0. Give the first task "
+            "more training images, or standardise the file of statistics."
+        )
+    if not model.trains(task.index):
+        return
+    check_classes(role, model, objective, task.index, task.class_names)
+    processes, batch = args.world_size, args.per_device_train_batch_size
+    objective.check(len(task.class_names), min(batch, -(-images // processes)))
+    if args.dataloader_drop_last and not count_rounds(images, batch, True, processes):
+        on_each = f" on each of {processes} processes" if processes > 1 else ""
+        raise ValueError(
+            f"A task has {images} training images, fewer than a batch of {batch}{on_each}, but dataloader_drop_last "
+            "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
+        )
+    loading: Any = args.accelerator_config
+    if loading.split_batches or loading.dispatch_batches or not loading.even_batches:
+        raise ValueError(
+            "accelerator_config sets split_batches, dispatch_batches or even_batches, which say how images are dealt "
+            "out to processes; here each process gets batches of its own, and every image counts once. Leave it out."
+        )
+
+
+def check_classes(role: str, model: Any, objective: Any, index: int, class_names: Sequence[str]) -> None:
+    """Raise ValueError if a role learns by comparing a task's classes, and the task has only one.
+
+    Every loss would be 0. Against earlier classes alone, with no image of theirs, the new one would win everywhere.
+    """
+    trained = model.trains(index) and (not model.fitted or objective.compares_classes)
+    if len(class_names) > 1 or not trained:
+        return
+    ways = {"linear_head": "or leave linear_head out of baselines"}
+    way = "or learn classes one at a time with a head that is fitted (head: {type: ridge}, prompt none, distill [])"
+    if model.fitted:
+        way = "or leave out first_session and what learns in it (prompts, lora, train_backbone, distill)"
+    raise ValueError(
+        f"The {role.replace('_', ' ')} cannot learn task {index + 1}, which has one class ({class_names[0]!r}): it is "
+        "trained by comparing the classes of a task, so every loss would be 0.\nGive each task at least two classes "
+        f"(data.classes_per_task, a number or a list of sizes), {ways.get(role, way)}."
+    )
 
 
 def peak_memory() -> int:

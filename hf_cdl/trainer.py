@@ -31,7 +31,8 @@ class CDLTrainer(PhaseTrainer):
     """Trains one continual model; distils from `teacher` what the objective's terms ask for.
 
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
-    that is finished it returns at once, for one that was cut off it goes on from its last stored step.
+    that is finished it returns at once, for one that was cut off it goes on from its last stored step. What it would
+    refuse `check(task)` refuses, before anything is learnt.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
     `eval_split` is the split it reads. Without a `run` nothing is stored. Raises FloatingPointError when a loss is no
     longer a number.
@@ -65,7 +66,8 @@ class CDLTrainer(PhaseTrainer):
         self.seen: list[Task] = []
         self._sampler: ViewSampler | None = None
         self._sums: dict[str, torch.Tensor] = {}
-        self._steps_summed = 0
+        self._steps_summed = self._images = 0
+        self._micro_batches = 1
         self._seconds_before = 0.0
         self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
         self.remove_callback(PrinterCallback)
@@ -85,8 +87,11 @@ class CDLTrainer(PhaseTrainer):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
         if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
+        done = self.run is not None and self.run.result(self.role, task) is not None
+        if not done:
+            self.check(task)
         self.seen.append(task)
-        if self.run is not None and self.run.result(self.role, task) is not None:
+        if done:
             return
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)
@@ -181,7 +186,7 @@ class CDLTrainer(PhaseTrainer):
         self.train_dataset = self._as_seen(task.train, *(() if self.teacher is None else ("teacher",)))
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
-        self._sums, self._steps_summed, self._seconds_before = {}, 0, 0.0
+        self._sums, self._steps_summed, self._images, self._seconds_before = {}, 0, 0, 0.0
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
         teacher = self.teacher
@@ -242,12 +247,16 @@ class CDLTrainer(PhaseTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective on a batch: one query pass, one teacher pass without gradient, one student pass."""
-        task = self.seen[-1]
+        """The objective on a batch: one query pass, one teacher pass without gradient, one student pass.
+
+        A micro-batch's `weight` makes the gradient of its step the mean over the images of all of them.
+        """
+        task, weight = self.seen[-1], inputs.get("weight", 1.0)
         student, teacher = self._answers(model, inputs, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
-        self._watch(losses)
-        return (losses["loss"], student) if return_outputs else losses["loss"]
+        self._watch(losses, weight)
+        loss = weight * losses["loss"]
+        return (loss, student) if return_outputs else loss
 
     def _answers(
         self, model: nn.Module, inputs: dict[str, Any], task_id: int | None

@@ -10,6 +10,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +21,7 @@ from transformers.utils import logging as hf_logging  # noqa: E402
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
 from hf_cdl.build import (  # noqa: E402
+    Models,
     build_models,
     build_objective,
     build_processors,
@@ -28,7 +30,9 @@ from hf_cdl.build import (  # noqa: E402
     load_plugins,
 )
 from hf_cdl.cost import cost_in_use  # noqa: E402
+from hf_cdl.distill import Objective  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
+from hf_cdl.phase import check_task  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run  # noqa: E402
@@ -82,6 +86,10 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     models = build_models(recipe, processors, run.checkpoint)
     check_classes(recipe, models, [task.class_names for task in stream])
+    for role, objective, arguments in roles(recipe, models, run.folder):
+        for task in run.to_learn(stream):
+            if run.result(role, task) is None:
+                check_task(role, models[role], objective, arguments, task)
     if not run.started:
         stream.check_images()
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
@@ -92,19 +100,18 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
 
     trainers = []
-    for role, model in models.items():
-        objective = build_objective(recipe, role, models)
-        section = recipe.training_args("teacher" if role == "teacher" else "student")
-        arguments = CDLTrainingArguments(output_dir=str(run.folder / "work"), **section)
-        smallest, batch = min(len(task.train) for task in run.to_learn(stream)), arguments.per_device_train_batch_size
-        if arguments.dataloader_drop_last and smallest < batch:
-            raise ValueError(
-                f"A task has {smallest} training images, fewer than a batch of {batch}, but dataloader_drop_last "
-                "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
-            )
+    for role, objective, arguments in roles(recipe, models, run.folder):
         rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
-        trainers.append(CDLTrainer(model, arguments, objective, models.get("teacher"), role=role, run=run, **rest))
+        model, teacher = models[role], models.get("teacher")
+        trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
     return stream, trainers
+
+
+def roles(recipe: Recipe, models: Models, folder: Path) -> Iterator[tuple[str, Objective, CDLTrainingArguments]]:
+    """What each role is trained with, in the order of the phases of a task."""
+    for role in models:
+        section = recipe.training_args("teacher" if role == "teacher" else "student")
+        yield role, build_objective(recipe, role, models), CDLTrainingArguments(str(folder / "work"), **section)
 
 
 def push_from(run: Run, recipe: Recipe) -> Pusher:

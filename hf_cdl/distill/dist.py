@@ -7,7 +7,9 @@ and shift. Rows: how a sample ranks the classes (inter-class); columns: how a cl
                 + \gamma / C_t \sum_j (1 - \rho(Y^s_{:,j}, Y^t_{:,j})) )
 
 `beta`, `gamma`, `temperature` are the paper's \beta, \gamma, \tau. Defaults \beta = \gamma = 2 as in the paper; the
-authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so they count 0.
+authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so they count 0. Of two
+numbers \rho is 1 or -1, so rows teach nothing in a task of two classes, and columns nothing in a batch of two samples.
+Columns are those of a micro-batch on its process.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_cdl.distill.objective import Term, check_two_classes
+from hf_cdl.distill.objective import Term, check_classes, check_images
 from hf_cdl.types import CDLOutput
 
 
@@ -40,8 +42,15 @@ class DIST(Term):
 
     config_class = DISTConfig
 
+    def check(self, classes: int, images: int) -> None:
+        check_classes("dist", classes)
+        if self.config.gamma == 0:
+            check_classes("dist with gamma 0", classes, least=3)
+        elif classes < 3 or self.config.beta == 0:  # the columns alone teach
+            check_images(f"dist with {classes} classes and beta {self.config.beta}", images, least=3)
+
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
-        check_two_classes("dist", student.logits)
+        check_classes("dist", student.logits.shape[-1])
         ours = torch.softmax(student.logits / self.config.temperature, dim=1)
         theirs = torch.softmax(teacher.logits / self.config.temperature, dim=1)
         loss = self.config.beta * pearson_distance(ours, theirs)

@@ -7,7 +7,8 @@ b = (p_y, 1 - p_y) "is it y?", \hat p = p without y, renormalised, "which of the
     L = \tau^2 (\alpha TCKD + \beta NCKD),  mean over the batch
 
 so \beta frees the knowledge about the other classes from the factor 1 - p_y. `alpha`, `beta`, `temperature` are the
-paper's \alpha, \beta, T (CIFAR-100). Logits (B, C_t) of the current task, C_t >= 2. Ours: its warm-up over the first
+paper's \alpha, \beta, T (CIFAR-100). Logits (B, C_t) of the current task, C_t >= 2; of two classes one is left without
+y, so that NCKD is 0 and TCKD is KD. Ours: its warm-up over the first
 20 epochs is left out, as in the CDL authors' code (arXiv 2407.13911), whose values are the defaults here.
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.distill.objective import Term, check_two_classes
+from hf_cdl.distill.objective import Term, check_classes
 from hf_cdl.types import CDLOutput
 
 
@@ -42,8 +43,11 @@ class DKD(Term):
 
     config_class = DKDConfig
 
+    def check(self, classes: int, images: int) -> None:
+        check_classes("dkd", classes)
+
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
-        check_two_classes("dkd", student.logits)
+        check_classes("dkd", student.logits.shape[-1])
         binary_s, others_s = decouple(student.logits / self.config.temperature, labels)
         binary_t, others_t = decouple(teacher.logits / self.config.temperature, labels)
         target = F.kl_div(binary_s, binary_t, reduction="batchmean", log_target=True)

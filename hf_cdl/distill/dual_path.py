@@ -51,7 +51,7 @@ class DualPathConfig:
     rho: float = _help(0.5, "Share of the student in what the prompt path learns from; the rest is the teacher's.")
     lambda_y: float = _help(0.0, "Weight of the labels for the prompt path.")
     temperature: float = _help(4.0, "Temperature tau of all softmaxes.")
-    warmup_steps: int = _help(0, "Batches of each task over which beta_p grows from 0, beta_o being what it lacks.")
+    warmup_steps: int = _help(0, "Steps of each task over which beta_p grows from 0, beta_o being what it lacks.")
     head_init: Literal["random", "teacher"] = _help("random", "How the prompt path's head begins.")
     copy_from: Literal["all", "first_prompt"] | None = _help(
         None, "DFPT-KD+: which stages the prompt path has as trainable copies; null: none, DFPT-KD."
@@ -89,12 +89,15 @@ class DualPath(PromptPath):
 
     def __init__(self, config: DualPathConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)
-        self.batches: torch.Tensor  # of this task, for the warm-up
+        self.batches: torch.Tensor  # the optimizer's steps in this task so far, for the warm-up
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def begin_task(self, teacher: Any) -> None:
         super().begin_task(teacher)
         self.batches.zero_()
+
+    def begin_step(self) -> None:
+        self.batches += 1
 
     def rates(self) -> dict[nn.Parameter, float]:
         return dict.fromkeys(self.copied.parameters(), self.config.copy_rate)
@@ -113,11 +116,9 @@ class DualPath(PromptPath):
         return {"student": learn, "prompt_path": tune}
 
     def _betas(self) -> tuple[Any, Any]:
-        """Weights of the two paths for this batch."""
+        """Weights of the two paths in this step."""
         beta_o, beta_p, steps = self.config.beta_o, self.config.beta_p, self.config.warmup_steps
         if steps == 0:
             return beta_o, beta_p
-        grown = beta_p * (self.batches / steps).clamp(max=1)
-        if self.training:
-            self.batches += 1
+        grown = beta_p * ((self.batches - 1) / steps).clamp(0, 1)
         return beta_o + beta_p - grown, grown

@@ -34,6 +34,7 @@ class FitNetsConfig:
 class FitNets(Term):
     config_class = FitNetsConfig
     needs_hidden_states = True
+    compares_classes = False
 
     def __init__(self, config: FitNetsConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)

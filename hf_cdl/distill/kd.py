@@ -3,7 +3,8 @@ r"""KD: the student's head follows the teacher's softened logits (Hinton et al. 
 In the stream only the current task's classes are compared (Continual Distillation Learning, arXiv 2407.13911).
 `standardise` is logit standardisation (LSKD, Sun et al. 2024, arXiv 2403.01427): z <- (z - mean(z)) / std(z) over
 those classes, for teacher and student alike, so that their scales need not agree. std is the sample's (C_t - 1) and
-1e-7 is added to it, as in the authors' code. It needs two classes in a task.
+1e-7 is added to it, as in the authors' code. It needs three classes in a task: of two, the standardised logits are
+always +-0.7, whatever the student says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hf_cdl.distill.objective import Term, check_two_classes, kd_loss
+from hf_cdl.distill.objective import Term, check_classes, kd_loss
 from hf_cdl.types import CDLOutput
 
 
@@ -30,10 +31,14 @@ class KDConfig:
 class KD(Term):
     config_class = KDConfig
 
+    def check(self, classes: int, images: int) -> None:
+        if self.config.standardise:
+            check_classes("kd with standardise", classes, least=3)
+
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
         ours, theirs = student.logits, teacher.logits
         if self.config.standardise:
-            check_two_classes("kd with standardise", ours)
+            check_classes("kd with standardise", ours.shape[-1], least=3)
             ours, theirs = standardised(ours), standardised(theirs)
         return kd_loss(ours, theirs, self.config.temperature)
 

@@ -4,6 +4,11 @@ r"""The objective: masked cross-entropy, the pool's loss, and a sum of distillat
 
 All of it sees the current task's classes only: the slice of the logits is made once, here. CE over that slice is the
 reference's masked cross-entropy (earlier classes set to -inf, later ones cut).
+
+Every loss is a mean over the images of a batch: of a step's micro-batches, on all processes, the trainer makes the mean
+over all images of the step. Where a term is no mean of single images' losses, because it compares the images of a batch
+with each other or norms them together, its micro-batch on its process is all that it sees: `similarity`, the columns of
+`dist`, batch norms in `dual_path` and in classifiers, and match losses with `reduction: sum`.
 """
 
 from __future__ import annotations
@@ -35,7 +40,8 @@ class Term(nn.Module, ABC):
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
     `similarities` to a query; one without `needs_teacher` is given None where there is no teacher; one with
     `needs_hidden_states` looks at some, so both models must have layers of tokens; one with `needs_features` looks at
-    the CLS features, which ordinary classifiers do not show.
+    the CLS features, which ordinary classifiers do not show. A term that does not compare classes (`compares_classes`
+    false) learns from a task of one class too.
     """
 
     config_class: ClassVar[type]
@@ -43,6 +49,7 @@ class Term(nn.Module, ABC):
     needs_query: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
+    compares_classes: ClassVar[bool] = True
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
@@ -54,6 +61,12 @@ class Term(nn.Module, ABC):
     def forward(
         self, student: CDLOutput, teacher: Any, labels: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]: ...
+
+    def check(self, classes: int, images: int) -> None:
+        """Raise ValueError if nothing can be learnt from a task of so many classes in batches of so many images."""
+
+    def begin_step(self) -> None:
+        """A step of the optimizer begins, of one micro-batch or more."""
 
     # Only a term that stands between the trainer and the teacher needs what follows.
 
@@ -98,6 +111,22 @@ class Objective(nn.Module):
     def needs_query(self) -> bool:
         """Whether any term compares the student's one-pass queries with the query of an un-prompted pass."""
         return any(term.needs_query for term in self._terms())
+
+    @property
+    def compares_classes(self) -> bool:
+        """Whether anything in it compares the classes of a task with each other."""
+        terms = (term for term in self._terms() if term.config.weight > 0)
+        return self.ce_weight > 0 or any(term.compares_classes for term in terms)
+
+    def check(self, classes: int, images: int) -> None:
+        """Raise ValueError if a term learns nothing from so many classes in batches of so many images."""
+        for term in self._terms():
+            term.check(classes, images)
+
+    def begin_step(self) -> None:
+        """Tell the terms that a step of the optimizer begins."""
+        for term in self._terms():
+            term.begin_step()
 
     def attach(self, teacher: Any) -> None:
         """Show the terms the teacher, before training."""
@@ -176,12 +205,21 @@ def kd_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) ->
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
 
 
-def check_two_classes(term: str, logits: torch.Tensor) -> None:
-    """Raise ValueError if the task has fewer than two classes, for terms that compare classes with each other."""
-    if logits.shape[-1] < 2:
+def check_classes(term: str, count: int, least: int = 2) -> None:
+    """Raise ValueError if a task has fewer classes than a term that compares them with each other can learn from."""
+    if count < least:
         raise ValueError(
-            f"The term {term} compares the classes of a task with each other, but this task has {logits.shape[-1]}. "
-            "Use larger tasks (data.classes_per_task >= 2) or another term."
+            f"The term {term} compares the classes of a task with each other, but this task has {count}. Use larger "
+            f"tasks (data.classes_per_task >= {least}) or another term."
+        )
+
+
+def check_images(term: str, count: int, least: int) -> None:
+    """Raise ValueError if a batch has fewer images than a term that compares them with each other can learn from."""
+    if count < least:
+        raise ValueError(
+            f"The term {term} compares the images of a batch with each other, but a batch of this task has {count}. "
+            f"Set train.per_device_train_batch_size to {least} or more (and have as many images), or use another term."
         )
 
 

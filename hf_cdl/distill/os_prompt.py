@@ -32,6 +32,7 @@ class OSPrompt(Term):
     config_class = OSPromptConfig
     needs_teacher: ClassVar = False
     needs_query: ClassVar = True
+    compares_classes: ClassVar = False
 
     def forward(self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor) -> torch.Tensor:
         if student.similarities is None:

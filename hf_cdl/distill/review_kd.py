@@ -59,6 +59,7 @@ class ABF(nn.Module):
 class ReviewKD(Term):
     config_class = ReviewKDConfig
     needs_hidden_states = True
+    compares_classes = False
 
     def __init__(self, config: ReviewKDConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)

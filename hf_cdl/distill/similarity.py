@@ -8,7 +8,8 @@ f (B, D) are the CLS features, mean and std those of each dimension over the bat
 the teacher's width need not be the student's, and no labels and no trained teacher are needed. Tung & Mori compare
 S = f f^T with rows of unit length. It is made for the first session before a `ridge` head: that head knows its
 features by their inner products alone, so a student with the teacher's S answers as the teacher would. The batch is a
-process's own.
+micro-batch on its process: more images at a time are other, and more, pairs. Fewer than three teach nothing: two
+standardised images are always each other's opposite.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.distill.objective import Term
+from hf_cdl.distill.objective import Term, check_images
 from hf_cdl.types import CDLOutput
 
 
@@ -35,6 +36,10 @@ class SimilarityConfig:
 class Similarity(Term):
     config_class = SimilarityConfig
     needs_features = True
+    compares_classes = False
+
+    def check(self, classes: int, images: int) -> None:
+        check_images("similarity", images, least=3)
 
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
         return F.mse_loss(similarities(student.features), similarities(teacher.features))

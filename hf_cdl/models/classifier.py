@@ -78,6 +78,10 @@ class ImageClassifier(nn.Module):
         """The plain model's."""
         return self.model.config
 
+    def trains(self, task: int) -> bool:
+        """Whether a loss trains it: unless it is used as it is."""
+        return not self.tasks or any(parameter.requires_grad for parameter in self.parameters())
+
     # ---- its one task ----
 
     def begin_task(self, class_names: Sequence[str]) -> None:

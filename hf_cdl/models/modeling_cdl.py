@@ -124,6 +124,10 @@ class CDLForImageClassification(PromptedBackbone):
         """Whether the head is fitted by one pass over a task's images instead of being trained."""
         return self.head.fitted
 
+    def trains(self, task: int) -> bool:
+        """Whether a loss trains anything in that task, numbered from 0: always, but beside a fitted head."""
+        return not self.fitted or (self.config.first_session is not None and task == 0)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
 

@@ -14,7 +14,7 @@ Distillation Learning (CDL, arXiv 2407.13911) do, the first half of each picked 
 self-attention and the second half its values, in falling similarity, and the pool starts in U(0, 1). The paper's
 \lambda (0.5) is 1 as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version: it pairs
 every query with the keys that every sample of the batch picked, \sum_b \sum_{b'} \sum_{K_{x_{b'}}} (1 - \gamma(q_b,
-k_m)), so its size grows with B^2.
+k_m)), so its size grows with B^2; with gradient accumulation or several processes B is a micro-batch's.
 """
 
 from __future__ import annotations
