@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
+from hf_cdl.checking import check_task
 from hf_cdl.progress import PhaseProgress
 from hf_cdl.run import Run
 from hf_cdl.storing import saving
-from hf_cdl.tasks.sampler import Rounds, ViewSampler, count_rounds
+from hf_cdl.tasks.sampler import Rounds, ViewSampler
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import Task
 
@@ -29,8 +29,8 @@ from hf_cdl.types import Task
 class PhaseTrainer(Trainer):
     """What transformers' Trainer does otherwise where training comes in phases.
 
-    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient of
-    a step is the mean over its images, however they are split into micro-batches and over processes; only what the
+    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient
+    of a step is the mean over its images, however they are split into micro-batches and over processes; only what the
     phase changes is stored, and never half. A subclass sets the attributes below.
     """
 
@@ -216,54 +216,6 @@ class PhaseTrainer(Trainer):
 
     def _title(self, task: Task) -> str:
         return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
-
-
-def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
-    """Raise ValueError if a role could not learn a task with that model, objective and those arguments."""
-    images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
-    if not images:
-        raise ValueError(f"{title}: it has no training images.")
-    if model.unmeasured and images < 2:
-        raise ValueError(
-            f"{title}: its head's standardise is first_task, but the deviation of one image is 0. Give the first task "
-            "more training images, or standardise the file of statistics."
-        )
-    if not model.trains(task.index):
-        return
-    check_classes(role, model, objective, task.index, task.class_names)
-    processes, batch = args.world_size, args.per_device_train_batch_size
-    objective.check(len(task.class_names), min(batch, -(-images // processes)))
-    if args.dataloader_drop_last and not count_rounds(images, batch, True, processes):
-        on_each = f" on each of {processes} processes" if processes > 1 else ""
-        raise ValueError(
-            f"A task has {images} training images, fewer than a batch of {batch}{on_each}, but dataloader_drop_last "
-            "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
-        )
-    loading: Any = args.accelerator_config
-    if loading.split_batches or loading.dispatch_batches or not loading.even_batches:
-        raise ValueError(
-            "accelerator_config sets split_batches, dispatch_batches or even_batches, which say how images are dealt "
-            "out to processes; here each process gets batches of its own, and every image counts once. Leave it out."
-        )
-
-
-def check_classes(role: str, model: Any, objective: Any, index: int, class_names: Sequence[str]) -> None:
-    """Raise ValueError if a role learns by comparing a task's classes, and the task has only one.
-
-    Every loss would be 0. Against earlier classes alone, with no image of theirs, the new one would win everywhere.
-    """
-    trained = model.trains(index) and (not model.fitted or objective.compares_classes)
-    if len(class_names) > 1 or not trained:
-        return
-    ways = {"linear_head": "or leave linear_head out of baselines"}
-    way = "or learn classes one at a time with a head that is fitted (head: {type: ridge}, prompt none, distill [])"
-    if model.fitted:
-        way = "or leave out first_session and what learns in it (prompts, lora, train_backbone, distill)"
-    raise ValueError(
-        f"The {role.replace('_', ' ')} cannot learn task {index + 1}, which has one class ({class_names[0]!r}): it is "
-        "trained by comparing the classes of a task, so every loss would be 0.\nGive each task at least two classes "
-        f"(data.classes_per_task, a number or a list of sizes), {ways.get(role, way)}."
-    )
 
 
 def peak_memory() -> int:

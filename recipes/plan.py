@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
 from hf_cdl.build import build_models, build_objective, build_processors, load_plugins
+from hf_cdl.checking import check_training
 from hf_cdl.config import CDLConfig
 from hf_cdl.distill import Objective
 from hf_cdl.models.backbone import load_config, read_config
@@ -28,6 +29,7 @@ from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.lora import is_adapter
 from hf_cdl.recipe import Recipe
 from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
+from hf_cdl.tasks.sampler import count_rounds
 from hf_cdl.tasks.transforms import output_size
 
 aten: Any = torch.ops.aten
@@ -42,11 +44,16 @@ FUSED: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """Classes and training images of every task, and where the numbers are from."""
+    """Class names and number of training images of every task, and where they are from."""
 
-    classes: list[int]
+    names: list[list[str]]
     images: list[int]
     source: str
+
+    @property
+    def classes(self) -> list[int]:
+        """How many each task has."""
+        return [len(task) for task in self.names]
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,8 @@ what a step keeps for the way back, with fused attention and without the largest
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read."""
+    """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read, and for a
+    task that a role could not learn."""
     load_plugins(recipe.plugins)
     tasks = read_tasks(recipe)
     models, costs = measure(recipe, tasks)
@@ -147,8 +155,8 @@ def read_tasks(recipe: Recipe) -> Tasks:
     data = recipe.data
     if data.path not in SIZES:
         stream = TaskStream(data, build_processors(recipe), seed=recipe.seed)
-        sizes = [len(task.class_names) for task in stream]
-        return Tasks(sizes, [len(task.train) for task in stream], "counted in the data")
+        names = [list(task.class_names) for task in stream]
+        return Tasks(names, [len(task.train) for task in stream], "counted in the data")
     classes, images = SIZES[data.path]
     held_out = data.test_fraction or BENCHMARKS[data.path].get("test_fraction") or 0.0
     per_class = min(images * (1 - held_out) / classes, data.max_train_per_class or math.inf)
@@ -158,15 +166,14 @@ def read_tasks(recipe: Recipe) -> Tasks:
         count = data.max_classes or classes
         size = data.classes_per_task or count
         sizes = [min(size, count - first) for first in range(0, count, size)]
-    return Tasks(
-        sizes, [round(size * per_class) for size in sizes], f"{data.path} as published; the data were not read"
-    )
+    names = [[f"class {number + 1} of task {task + 1}" for number in range(size)] for task, size in enumerate(sizes)]
+    counts = [round(size * per_class) for size in sizes]
+    return Tasks(names, counts, f"{data.path} as published; the data were not read")
 
 
 def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:
     """The models after the last task, as fake tensors, and what training each of them takes."""
-    processors = build_processors(recipe)
-    names = [[f"{task} {number}" for number in range(count)] for task, count in enumerate(tasks.classes)]
+    processors, names = build_processors(recipe), tasks.names
 
     def classifier(name: str, revision: Any = None, pretrained: bool = True) -> ImageClassifier:
         config = read_config(name, revision)
@@ -217,6 +224,9 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     inference, _ = _count(lambda: model(pixels), model)
     if role == "teacher" and (recipe.teacher_from is not None or (recipe.teacher and recipe.teacher.train is None)):
         return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
+    for index, (names, count) in enumerate(zip(tasks.names, tasks.images, strict=True)):
+        if count and model.trains(index):  # a task without images was learnt elsewhere
+            check_training(role, model, objective, arguments, index, names, count)
     classes, images = tasks.classes, tasks.images
     section = getattr(recipe, "teacher" if role == "teacher" else "student")
     if role in ("teacher", "student") and section.first_session is not None:
@@ -226,9 +236,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted by one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
-    per_epoch = [count // batch if arguments.dataloader_drop_last else math.ceil(count / batch) for count in images]
-    epochs, accumulated = arguments.num_train_epochs, arguments.gradient_accumulation_steps
-    steps = sum(math.ceil(batches / accumulated) * epochs for batches in per_epoch)
+    steps, seen = map(sum, zip(*(_phase(arguments, count) for count in images), strict=True))
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
@@ -237,7 +245,21 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
-    return Cost(inference / batch, flops / batch, kept, states, count, round(steps), round(sum(images) * epochs))
+    return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+
+
+def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
+    """The steps of a phase with so many training images, and the images it learns from, counted in every epoch."""
+    batch, processes = arguments.per_device_train_batch_size, arguments.world_size
+    rounds = count_rounds(images, batch, arguments.dataloader_drop_last, processes)
+    per_epoch = math.ceil(rounds / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    if not per_epoch:
+        return 0, 0
+    epochs, rest = divmod(steps, per_epoch)
+    whole = arguments.gradient_accumulation_steps * batch * processes
+    in_epoch = min(images, rounds * batch * processes)
+    return steps, epochs * in_epoch + min(rest * whole, in_epoch)
 
 
 def optimizer_states(arguments: CDLTrainingArguments) -> int | None:

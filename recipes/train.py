@@ -29,10 +29,10 @@ from hf_cdl.build import (  # noqa: E402
     labels,
     load_plugins,
 )
+from hf_cdl.checking import check_task  # noqa: E402
 from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.distill import Objective  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
-from hf_cdl.phase import check_task  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run  # noqa: E402

@@ -332,8 +332,12 @@ def test_only_the_current_task_s_classes_are_compared() -> None:
 
 
 def test_the_prompt_path_s_weight_grows_and_the_teacher_s_gives_way() -> None:
-    term = term_of(beta_o=0.2, beta_p=0.4, warmup_steps=4)
-    found = [tuple(map(float, term._betas())) for _ in range(6)]
+    """With the steps of the optimizer: all micro-batches of a step have the same weights."""
+    term, found = term_of(beta_o=0.2, beta_p=0.4, warmup_steps=4), []
+    for _ in range(6):
+        term.begin_step()
+        found.append(tuple(map(float, term._betas())))
+        assert tuple(map(float, term._betas())) == found[-1]
     want = [0.0, 0.1, 0.2, 0.3, 0.4, 0.4]
     assert [beta_p for _, beta_p in found] == pytest.approx(want)
     assert [sum(pair) for pair in found] == pytest.approx([0.6] * 6)

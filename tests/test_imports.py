@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "adopt": {"types", "storing"},
     "run": {"types", "metrics", "report", "storing"},
     "progress": set(),
-    "phase": {"types", "training_args", "progress", "tasks", "storing", "run"},
+    "checking": {"types", "training_args", "tasks"},
+    "phase": {"types", "training_args", "checking", "progress", "tasks", "storing", "run"},
     "trainer": {
         "types",
         "answers",

@@ -5,10 +5,10 @@ r"""The objective: masked cross-entropy, the pool's loss, and a sum of distillat
 All of it sees the current task's classes only: the slice of the logits is made once, here. CE over that slice is the
 reference's masked cross-entropy (earlier classes set to -inf, later ones cut).
 
-Every loss is a mean over the images of a batch: of a step's micro-batches, on all processes, the trainer makes the mean
-over all images of the step. Where a term is no mean of single images' losses, because it compares the images of a batch
-with each other or norms them together, its micro-batch on its process is all that it sees: `similarity`, the columns of
-`dist`, batch norms in `dual_path` and in classifiers, and match losses with `reduction: sum`.
+Every loss is a mean over the images of a batch: of a step's micro-batches, on all processes, the trainer makes the
+mean over all images of the step. Where a loss is no mean of single images' losses, because it compares the images of a
+batch with each other or norms them together, a micro-batch on its process is all that it sees: `similarity`, the
+columns of `dist`, batch norms in `dual_path` and in classifiers, and match losses with `reduction: sum`.
 """
 
 from __future__ import annotations

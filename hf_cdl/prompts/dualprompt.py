@@ -12,10 +12,10 @@ Notation: `general` holds the paper's g (l_g, D) of each layer, a block's `promp
 
 As in the code of Continual Distillation Learning (CDL, arXiv 2407.13911) every expert layer has keys of its own and so
 picks for itself, and all starts in U(0, 1). `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first
-version: B times as large, of a micro-batch on its process. Where we differ: there, evaluation chooses among the keys of all tasks, also of tasks still
-to come, which are untrained; here among the tasks seen. With `reserved_tasks: N` (theirs: the number of tasks) the
-first N keys and experts exist from the start; those whose task has not come yet compete in evaluation as they are, and
-a task takes over its own when it comes. More than N tasks are fine.
+version: B times as large, B being a micro-batch's on its process. Where we differ: there, evaluation chooses among the
+keys of all tasks, also of tasks still to come, which are untrained; here among the tasks seen. With `reserved_tasks:
+N` (theirs: the number of tasks) the first N keys and experts exist from the start; those whose task has not come yet
+compete in evaluation as they are, and a task takes over its own when it comes. More than N tasks are fine.
 """
 
 from __future__ import annotations
