@@ -36,7 +36,10 @@ def check_training(
     """Raise ValueError if a loss could not train a role on the task `index` with these classes and so many images."""
     _refuse_one_class(role, model, objective, index, class_names)
     processes, batch = args.world_size, args.per_device_train_batch_size
-    objective.check(len(class_names), min(batch, -(-images // processes)))
+    try:
+        objective.check(len(class_names), min(batch, -(-images // processes)))
+    except ValueError as error:
+        raise ValueError(f"The {role.replace('_', ' ')} cannot learn task {index + 1}. {error}") from error
     if args.dataloader_drop_last and not count_rounds(images, batch, True, processes):
         on_each = f" on each of {processes} processes" if processes > 1 else ""
         raise ValueError(
@@ -59,7 +62,7 @@ def _refuse_one_class(role: str, model: Any, objective: Any, index: int, class_n
     if len(class_names) > 1 or (model.fitted and not objective.compares_classes):
         return
     ways = {"linear_head": "or leave linear_head out of baselines"}
-    way = "or learn classes one at a time with a head that is fitted (head: {type: ridge}, prompt none, distill [])"
+    way = "or learn classes one at a time with a fitted head (model: cdl, head: {type: ridge}, prompt none, distill [])"
     if model.fitted:
         way = "or leave out first_session and what learns in it (prompts, lora, train_backbone, distill)"
     raise ValueError(

@@ -225,6 +225,44 @@ def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
     assert "A task has 16 training images, fewer than a batch of 17" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.classes_per_task", 1], "teacher cannot learn task 1, which has one class ('class a')"),
+        (["--data.classes_per_task", "[2, 3, 1]"], "teacher cannot learn task 3, which has one class ('class f')"),
+        (["--data.classes_per_task", "[1, 5]", "--teacher", "null", "--distill", "[]"], "student cannot learn task 1"),
+        (
+            [
+                *("--data.classes_per_task", 5, "--teacher", "null", "--distill", "[]", "--student.head.type", "ncm"),
+                *("--student.prompt", "{type: none}", "--baselines", "[linear_head]"),
+            ],
+            "linear head cannot learn task 2, which has one class ('class f')",
+        ),
+        (
+            [
+                *("--data.classes_per_task", "[1, 3, 2]", "--teacher", "null", "--distill", "[]"),
+                *("--student.head.type", "ridge", "--student.first_session", "{type: cosine}"),
+            ],
+            "student cannot learn task 1, which has one class ('class a')",
+        ),
+    ],
+)
+def test_a_task_of_one_class_is_refused_before_anything_is_learnt(
+    words: list[Any], said: str, run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is an image decoded, or anything left that would keep a mended recipe out; a plan refuses it too."""
+    with monkeypatch.context() as context:
+        context.setattr(train_recipe.TaskStream, "check_images", lambda stream: pytest.fail("images were decoded"))
+        for more in ((), ("--plan",)):
+            code, output = run(*words, *more)
+            assert code == 2 and said in output and "Traceback" not in output, output
+            error = output[output.index("error: ") :]
+            assert "at least two classes" in error and len(error.splitlines()) <= 6
+    if len(words) == 2:
+        code, output = run("--data.classes_per_task", "[3, 3]", "--baselines", "[]")
+        assert code == 0, output
+
+
 _FRESH = """
 import json, sys
 from pathlib import Path
@@ -683,7 +721,15 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
         set(ROLES),
         [6, 6, 6],
     ),
-    "one class per task": (["--data.classes_per_task", "1"], set(ROLES), [3] * 6),
+    "one class per task": (
+        [
+            *("--data.classes_per_task", "1", "--teacher.prompt", "{type: none}", "--student.prompt", "{type: none}"),
+            *("--teacher.head", "{type: ridge}", "--student.head", "{type: ridge, soft_targets: 0.5}"),
+            *("--student.head.standardise", "first_task", "--distill", "[]", "--ce_weight", "1.0"),
+        ],
+        set(ROLES),
+        [3] * 6,
+    ),
     "unequal tasks, no baseline": (
         ["--data.classes_per_task", "[4, 2]", "--baselines", "[]"],
         {"teacher", "student"},
