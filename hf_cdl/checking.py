@@ -62,7 +62,7 @@ def _refuse_one_class(role: str, model: Any, objective: Any, index: int, class_n
     if len(class_names) > 1 or (model.fitted and not objective.compares_classes):
         return
     ways = {"linear_head": "or leave linear_head out of baselines"}
-    way = "or learn classes one at a time with a fitted head (model: cdl, head: {type: ridge}, prompt none, distill [])"
+    way = "or learn classes one by one with a fitted head (model: cdl, head: {type: ridge}, prompt none, distill [])"
     if model.fitted:
         way = "or leave out first_session and what learns in it (prompts, lora, train_backbone, distill)"
     raise ValueError(

@@ -86,7 +86,8 @@ class PhaseTrainer(Trainer):
         self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
         shard: Any = loader.batch_sampler
         if isinstance(shard, BatchSamplerShard):  # without a batch_size it deals out batches of any, as they come
-            shard.batch_sampler, shard.batch_size, shard.drop_last = self._rounds, None, False
+            shard.batch_sampler, shard.batch_size = self._rounds, None  # type: ignore[assignment]
+            shard.drop_last = False
         return loader
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:

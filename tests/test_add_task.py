@@ -183,6 +183,21 @@ def test_refused_before_training(source: Path, hub: HubServer, empty: Path, tmp_
     assert code == 2 and "holds the tag task-02, which this run has not come to" in output, output
 
 
+def test_one_new_class_is_refused_and_the_same_command_learns_two(hub: HubServer, empty: Path, tmp_path: Path) -> None:
+    data = class_folders(tmp_path / "photos", {"ant": 20}, {"ant": 20})
+    words = ("--train.num_train_epochs", 1)
+    for more in ((), PUSH):
+        code, output = add_task(hub, empty, data, *words, *more)
+        assert code == 2 and "teacher cannot learn task 3, which has one class ('ant')" in output, output
+        assert "Traceback" not in output and "Checking images" not in output
+    assert hub.repository(STUDENT).refs("tags").keys() == {"task-01", "task-02"}
+    class_folders(data, {"bee": 21}, {"bee": 21})
+    code, output = add_task(hub, empty, data, *words)
+    assert code == 0, output
+    results = json.loads((empty / "runs" / "tiny-photos" / "results.json").read_text())
+    assert results["class_names"][2] == ["ant", "bee"]
+
+
 def test_into_repositories_of_ones_own(source: Path, hub: HubServer, empty: Path) -> None:
     """What was taken over is pushed first, so that the new repository is whole by itself; the old ones stay."""
     before = {repo: hub.repository(repo).history() for repo in (STUDENT, TEACHER)}

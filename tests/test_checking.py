@@ -97,16 +97,14 @@ def test_a_classifier_that_is_used_as_it_is_learns_nothing_and_is_asked_nothing(
     assert trainer.evaluate_seen().row == [100.0]
 
 
-@pytest.mark.parametrize("taught", [0.0, 0.3])
-@pytest.mark.parametrize("head", [{"type": "ncm"}, {"type": "ridge"}, {"type": "ridge", "features": 40}])
+@pytest.mark.parametrize(
+    "head", [{"type": "ncm"}, {"type": "ridge", "features": 40}, {"type": "ridge", "soft_targets": 0.3}]
+)
 @pytest.mark.parametrize("standardise", [None, "first_task"])
 def test_fitted_heads_learn_classes_one_at_a_time(
-    standardise: str | None, head: dict[str, Any], taught: float, tmp_path: Path
+    standardise: str | None, head: dict[str, Any], tmp_path: Path
 ) -> None:
-    if taught and head["type"] == "ncm":
-        pytest.skip("class means have no soft targets")
-    soft = {"soft_targets": taught} if taught else {}
-    model, teacher = bare({**head, "standardise": standardise, **soft}), bare({"type": "ridge"})
+    model, teacher = bare({**head, "standardise": standardise}), bare({"type": "ridge"})
     teach, trainer = CDLTrainer(teacher, arguments(tmp_path)), CDLTrainer(model, arguments(tmp_path), teacher=teacher)
     for index in range(4):
         task = task_of(1, index=index, first=index)
@@ -114,9 +112,9 @@ def test_fitted_heads_learn_classes_one_at_a_time(
             each.learn(task)
         result = trainer.evaluate_seen()
         assert result.counts == [8] * (index + 1)
+        assert sum(result.row) / len(result.row) > 60, result.row
         if index == 0:
             assert result.row == result.within_task == [100.0] and result.confidence == 100.0
-    assert sum(result.row) / 4 > 60, result.row
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
 
@@ -188,7 +186,7 @@ def test_terms_that_would_be_constant_are_refused(
     loss = objective(model(pixels, **hidden), theirs, labels, task.classes)["loss"]
     gradients = torch.autograd.grad(loss, trained, allow_unused=True)
     size = max(float(gradient.abs().max()) for gradient in gradients if gradient is not None)
-    assert (size < 1e-4) == (said is not None), size
+    assert (size < 1e-3) == (said is not None), size
 
 
 @pytest.mark.parametrize(

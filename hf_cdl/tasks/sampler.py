@@ -24,7 +24,7 @@ class ViewSampler(Sampler[tuple[int, int]]):
         yield from ((index, self.epoch) for index in order.tolist())
 
 
-class Rounds:
+class Rounds(Sampler[list[tuple[int, int]]]):
     """The order of an epoch cut into rounds: in each, every process learns from one batch of its own.
 
     Iterating yields the batches of all processes in turn, as Accelerate deals them out: `batch_size` images for each;
