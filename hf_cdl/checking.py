@@ -46,12 +46,6 @@ def check_training(
             f"A task has {images} training images, fewer than a batch of {batch}{on_each}, but dataloader_drop_last "
             "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
         )
-    loading: Any = args.accelerator_config
-    if loading.split_batches or loading.dispatch_batches or not loading.even_batches:
-        raise ValueError(
-            "accelerator_config sets split_batches, dispatch_batches or even_batches, which say how images are dealt "
-            "out to processes; here each process gets batches of its own, and every image counts once. Leave it out."
-        )
 
 
 def _refuse_one_class(role: str, model: Any, objective: Any, index: int, class_names: Sequence[str]) -> None:

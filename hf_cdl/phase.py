@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
-from hf_cdl.checking import check_task
 from hf_cdl.progress import PhaseProgress
 from hf_cdl.run import Run
 from hf_cdl.storing import saving
@@ -66,10 +65,6 @@ class PhaseTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if rates.get(p) != factor]
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
         return self.optimizer
-
-    def check(self, task: Task) -> None:
-        """Raise ValueError if this role could not learn the task as it is asked to; nothing is changed."""
-        check_task(self.role, self.model, self.objective, self.args, task)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task = self.seen[-1]

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
+from hf_cdl.checking import check_task
 from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
@@ -31,8 +32,8 @@ class CDLTrainer(PhaseTrainer):
     """Trains one continual model; distils from `teacher` what the objective's terms ask for.
 
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
-    that is finished it returns at once, for one that was cut off it goes on from its last stored step. What it would
-    refuse `check(task)` refuses, before anything is learnt.
+    that is finished it returns at once, for one that was cut off it goes on from its last stored step. A task that
+    it could not learn raises ValueError before anything is changed.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
     `eval_split` is the split it reads. Without a `run` nothing is stored. Raises FloatingPointError when a loss is no
     longer a number.
@@ -89,7 +90,7 @@ class CDLTrainer(PhaseTrainer):
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         done = self.run is not None and self.run.result(self.role, task) is not None
         if not done:
-            self.check(task)
+            check_task(self.role, self.model, self.objective, self.args, task)
         self.seen.append(task)
         if done:
             return

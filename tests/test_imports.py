@@ -34,11 +34,12 @@ ALLOWED: dict[str, set[str]] = {
     "run": {"types", "metrics", "report", "storing"},
     "progress": set(),
     "checking": {"types", "training_args", "tasks"},
-    "phase": {"types", "training_args", "checking", "progress", "tasks", "storing", "run"},
+    "phase": {"types", "training_args", "progress", "tasks", "storing", "run"},
     "trainer": {
         "types",
         "answers",
         "training_args",
+        "checking",
         "progress",
         "metrics",
         "tasks",

@@ -76,7 +76,8 @@ def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) ->
         kind = TERMS[fields["type"]]
         config = kind.config_class(**{key: value for key, value in fields.items() if key != "type"})
         terms.append((fields["type"], kind(config, student.shape, teacher.shape)))
-    args = arguments(folder, **{"num_train_epochs": 3, "optim": "sgd", "learning_rate": 0.05, **train})
+    epochs = {} if "max_steps" in train else {"num_train_epochs": 3}
+    args = arguments(folder, **{**epochs, "optim": "sgd", "learning_rate": 0.05, **train})
     return CDLTrainer(student, args, Objective(0.5, terms), teacher, run=run)
 
 
@@ -228,8 +229,7 @@ def test_a_phase_that_was_cut_off_between_steps_goes_on_with_the_same_weights(wo
     ],
 )
 def test_steps_and_images_a_second_are_counted(train: dict[str, Any], steps: int, images: int, tmp_path: Path) -> None:
-    defaults = {**split(8, 2), "num_train_epochs": 3}
-    trainer = trainer_of("labels", tmp_path, **{**defaults, **train})
+    trainer = trainer_of("labels", tmp_path, **{**split(8, 2), **train})
     trainer.learn(task_of(22))
     last = trainer.state.log_history[-1]
     assert (trainer.state.global_step, trainer._images) == (steps, images)
