@@ -1,9 +1,9 @@
 """From an image file to RGB: the one rule for training, the commands, the demo and the served model.
 
 The first frame, or page, of a file counts, turned as its orientation tag says. Grey becomes three equal channels,
-palettes become their colours, CMYK, YCbCr and HSV are converted as Pillow does it, and transparency is left out: the
+palettes become their colours, CMYK, YCbCr and LAB are converted as Pillow does it, and transparency is left out: the
 colours below it count. Of 16 bits the upper eight are kept. 32-bit whole numbers and floating-point numbers have no
-defined black and white and are refused, as are colour modes that Pillow does not convert (LAB).
+defined black and white and are refused, as are colour modes that Pillow does not convert.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_cdl.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, readable
@@ -45,7 +45,7 @@ class Cells:
     def decode(self, cell: Mapping[str, Any] | None) -> Decoded:
         """The image in RGB. Raises ImageError for a bad one."""
         file = None if cell is None else self.file(cell)
-        return decode_fully(cell if file is None else file, cell and cell["path"], self.max_pixels)
+        return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
 
     def sizes(self, data: Dataset) -> np.ndarray:
         """Bytes of every image (N,); -1 where there is no file of its own kind and place."""
@@ -69,6 +69,6 @@ def cells_of(path: str | None, max_pixels: int) -> Cells:
     if path is None:
         return Cells(max_pixels)
     root = Path(path).expanduser()
-    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE)
+    caches = (HF_CACHE_HOME, HF_DATASETS_CACHE, HF_HUB_CACHE)
     places = (root,) if root.is_dir() else caches
     return Cells(max_pixels, tuple(f(place) for place in places for f in (os.path.abspath, os.path.realpath)))

@@ -81,7 +81,7 @@ def saved_table(root: Path) -> Dataset | None:
 def _inside(file: Path, name: Any) -> str:
     """The name of a file or folder beside `file`. Raises ValueError if it leads elsewhere."""
     if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-        raise ValueError(f"{file} names {readable(repr(name))}, which does not lie in its folder. Save the data again.")
+        raise ValueError(f"{file} names {readable(repr(name))}, which is not in its folder. Save the data again.")
     return name
 
 
@@ -89,7 +89,7 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
     """The table that `datasets` makes of a metadata file beside images; None if there is none.
 
     `class_folders`: whether a folder has folders that could be classes. They count, and the answer is None, if the
-    file says nothing of classes or the same. Raises ValueError if it says something else and no `label_column` decides.
+    file says nothing of classes or the same. Raises ValueError if they disagree and no `label_column` decides.
     """
     files = [root / name for name in METADATA if (root / name).is_file()]
     if not files:

@@ -33,9 +33,9 @@ from hf_cdl.tasks.words import nfc, role_like, role_of, some
 # What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
 _NO_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and Synology put beside the real ones
-_LAYOUTS = (
-    "class folders of images inside split folders (train/CLASS/x.png, test/CLASS/y.png), class folders alone with "
-    "test_fraction, parquet files called after their split (train.parquet, test.parquet), save_to_disk, or images "
+LAYOUTS = (
+    "parquet files called after their split (train.parquet, test.parquet), class folders of images inside split "
+    "folders (train/CLASS/x.png, test/CLASS/y.png) or alone with test_fraction, what save_to_disk writes, or images "
     "with a metadata.csv"
 )
 
@@ -57,7 +57,14 @@ def read_folder(root: Path, named: Iterable[str], label_column: str | None) -> T
     found, folders = _recognised(root, named, label_column), _folders(root)
     if found is None and len(folders) == 1 and role_of(folders[0].name) is None and not _pictures(folders[0]):
         found = _recognised(folders[0], named, label_column)
-    return _class_folders(root) if found is None else found
+    found = _class_folders(root) if found is None else found
+    if not any(map(len, found.values())):
+        lying = sorted(f.name + "/" * f.is_dir() for f in root.iterdir() if not f.name.startswith("."))
+        raise ValueError(
+            f"The folder {readable(str(root))} cannot be read as a data set; in it lie {some(lying)}. Allowed are "
+            f"{LAYOUTS}. Unpack archives; give other data to TaskStream(dataset=...), as `load_dataset` reads them."
+        )
+    return found
 
 
 def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables | None:
@@ -125,10 +132,12 @@ def _class_tables(root: Path, splits: dict[str, Path]) -> ClassFolders:
         _refuse_two_levels(folder)
     left = [folder.name for folder in _folders(root) if folder not in splits.values() and folder.name not in splits]
     notes = [f"{root}: not read are the folders {some(left)}, which are no splits with class folders."] if left else []
-    for name, folder in splits.items():
+    for folder in splits.values():
         if loose := _pictures(folder):
             notes.append(f"{folder}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
-    return ClassFolders(_tables({n: [(f.name, f) for f in _folders(split)] for n, split in splits.items()}, root), notes)
+    return ClassFolders(
+        _tables({n: [(f.name, f) for f in _folders(split)] for n, split in splits.items()}, root), notes
+    )
 
 
 def _splits_in_classes(root: Path) -> ClassFolders | None:
@@ -164,14 +173,7 @@ def _class_folders(root: Path) -> ClassFolders:
             "be trained on. Use train/CLASS/ and test/CLASS/, or such folders in every class folder."
         )
     _refuse_two_levels(root)
-    found = ClassFolders(_tables({"train": [(folder.name, folder) for folder in classes]}, root))
-    if not len(found["train"]):
-        lying = sorted(f.name + "/" * f.is_dir() for f in root.iterdir() if not f.name.startswith("."))
-        raise ValueError(
-            f"The folder {readable(str(root))} cannot be read as a data set; in it lie {some(lying)}. Allowed are "
-            f"{_LAYOUTS}. Unpack archives; give other data to TaskStream(dataset=...), as `load_dataset` reads them."
-        )
-    return found
+    return ClassFolders(_tables({"train": [(folder.name, folder) for folder in classes]}, root))
 
 
 def _refuse_two_levels(root: Path) -> None:
@@ -205,7 +207,9 @@ def _utf8(root: Path, name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{root}: the name {readable(name)} is no UTF-8; rename it (convmv can rename many).") from None
+        raise ValueError(
+            f"{root}: the name {readable(name)} is no UTF-8; rename it (convmv can rename many)."
+        ) from None
     return name
 
 

@@ -92,7 +92,9 @@ class StreamConfig:
         splits = [s for s in (self.train_split, self.validation_split, self.test_split) if s is not None]
         problems = []
         if not all(isinstance(name, str) and name.strip() for name in splits):
-            problems.append(f"train_split, validation_split and test_split are names, but are {some(map(repr, splits))}")
+            problems.append(
+                f"train_split, validation_split and test_split are names, but are {some(map(repr, splits))}"
+            )
         if len(set(splits)) < len(splits):
             problems.append(f"train_split, validation_split and test_split must differ, but are {some(splits)}")
         if self.eval_split not in ("test", "validation"):

@@ -20,6 +20,7 @@ from hf_cdl.tasks.benchmarks import BENCHMARKS
 from hf_cdl.tasks.folders import read_folder
 from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, role_like, some
 
+
 def load_splits(
     path: str | None,
     name: str | None,
@@ -27,7 +28,7 @@ def load_splits(
     named: Collection[str | None],
     label_column: str | None = None,
 ) -> Mapping[str, Dataset]:
-    """Split name -> data, from a local folder (see `read_folder`) or the Hub. `named`: names of splits besides the usual.
+    """Split name -> data, from a local folder (see `read_folder`) or the Hub; `named`: splits besides the usual ones.
 
     Raises ValueError if there is nothing to read, it could be two things, or the Hub cannot be reached.
     """
@@ -54,31 +55,27 @@ def load_splits(
         ) from error
 
 
-def check_tables(dataset: Any) -> Mapping[str, Dataset]:
+def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Dataset]:
     """Split name -> data, of what was given as a data set; one Dataset is the split "train".
 
     Raises ValueError, naming the kind, for what is no Dataset or dict of them.
     """
-    found = {"train": dataset} if isinstance(dataset, Dataset) else dataset
-    streamed = (datasets.IterableDataset, datasets.IterableDatasetDict)
-    if not isinstance(found, Mapping) or isinstance(found, streamed):
-        wrong, where = dataset, "dataset"
-    else:
-        wrong, where = next(
-            ((table, f"dataset[{str(split)!r}]") for split, table in found.items() if not isinstance(table, Dataset)),
-            (None, None),
-        )
-        if where is None and not found:
-            wrong, where = found, "dataset (empty)"
-    if where is not None:
-        way = "load it without streaming, or make a Dataset of it: Dataset.from_generator(...)"
-        if not isinstance(wrong, streamed):
-            way = 'make one: Dataset.from_dict({"image": images, "label": labels}).cast_column("image", Image())'
-        raise ValueError(
-            f"{where} is of the type {type(wrong).__module__.split('.')[0]}.{type(wrong).__name__}, but a datasets.Dataset "
-            f"(with test_fraction) or a DatasetDict of them is needed; {way}."
-        )
-    return {str(split): table for split, table in found.items()}
+    needed = "a Dataset (with test_fraction) or a DatasetDict"
+    if isinstance(dataset, Dataset):
+        if test_fraction is None:
+            raise ValueError("dataset is one Dataset, without test images. Set test_fraction, or give a DatasetDict.")
+        return {"train": dataset}
+    tables = dataset if isinstance(dataset, Mapping) else {}
+    wrong = {f"dataset[{split!r}]": table for split, table in tables.items() if not isinstance(table, Dataset)}
+    if not tables or wrong:
+        where, given = next(iter(wrong.items()), ("dataset", dataset))
+        kind = f"{type(given).__module__.split('.')[0]}.{type(given).__name__}".removeprefix("builtins.")
+        way = 'Make one by Dataset.from_dict({"image": images, "label": labels}).cast_column("image", Image())'
+        if isinstance(given, datasets.IterableDataset | datasets.IterableDatasetDict):
+            way = "Load it without streaming=True, or make one by Dataset.from_generator"
+        empty = "empty and " if given is tables else ""
+        raise ValueError(f"{where} is {empty}of the type {kind}, but must be {needed}. {way}.")
+    return {str(split): table for split, table in tables.items()}
 
 
 def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
@@ -197,7 +194,7 @@ def _kind(feature: Any) -> Any:
 def _check_names(names: list[str], column: str) -> None:
     if empty := [number for number, name in enumerate(names) if not name.strip()]:
         raise ValueError(
-            f"The names of the classes {some(empty)} in the column {column!r} are empty. Name them, or remove their rows."
+            f"The classes {some(empty)} of the column {column!r} have empty names. Name them, or remove the rows."
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"The column {column!r} has several classes called {some(twice)}. Rename or unite them.")
