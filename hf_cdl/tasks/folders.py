@@ -9,7 +9,6 @@ called like a split is a class only inside a split folder.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -85,13 +84,23 @@ def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables
     return _splits_in_classes(root)
 
 
-def _split_folders(root: Path, named: set[str]) -> list[Path]:
-    """The folders called after a split that hold folders or tables; else those with a split's word in their name."""
+def _split_folders(root: Path, named: set[str]) -> dict[str, Path]:
+    """Split name -> folder, of those called after a split that hold folders or tables.
+
+    If there are none, those with a split's word in their name, such as training_set, by the usual name; their folders
+    have to be called alike.
+    """
     filled = [folder for folder in _folders(root) if _folders(folder) or _has_table(folder)]
-    exact = [folder for folder in filled if folder.name in named or role_of(folder.name)]
-    like = [folder for folder in filled if role_like(folder.name)]
-    roles = Counter(role_like(folder.name) for folder in like)
-    return exact or (like if len(roles) > 1 and roles["train"] else [])
+    exact = {folder.name: folder for folder in filled if folder.name in named or role_of(folder.name)}
+    like = {role: folder for folder in filled if (role := role_like(folder.name))}
+    if exact or len(like) < 2 or "train" not in like:
+        return exact
+    if len(like) < sum(role_like(folder.name) is not None for folder in filled):
+        names = some(folder.name for folder in filled if role_like(folder.name))
+        raise ValueError(
+            f"{root}: which of the folders {names} are train and test? Say so by train_split, test_split."
+        )
+    return like
 
 
 def _has_table(folder: Path) -> bool:
@@ -99,19 +108,19 @@ def _has_table(folder: Path) -> bool:
     return any((folder / name).is_file() for name in names) or any(folder.glob("*.parquet"))
 
 
-def _of_split_folders(root: Path, splits: list[Path], label_column: str | None) -> Tables:
+def _of_split_folders(root: Path, splits: dict[str, Path], label_column: str | None) -> Tables:
     tables: dict[str, Dataset | None] = {}
-    for folder in splits:
+    for name, folder in splits.items():
         table = saved_table(folder)
         table = parquet_table(folder) if table is None else table
-        tables[folder.name] = metadata_table(folder, label_column, _has_pictures) if table is None else table
+        tables[name] = metadata_table(folder, label_column, _has_pictures) if table is None else table
     others = {name: table for name, table in tables.items() if table is not None}
     if others and len(others) < len(tables):
         raise ValueError(
             f"{root}: the split folders {some(others)} hold tables, but {some(tables.keys() - others.keys())} class "
             "folders. Give all of them the same layout."
         )
-    return others or _class_tables(root, {folder.name: _inner(folder) for folder in splits})
+    return others or _class_tables(root, splits)
 
 
 def _inner(split: Path) -> Path:
@@ -128,9 +137,10 @@ def _inner(split: Path) -> Path:
 
 
 def _class_tables(root: Path, splits: dict[str, Path]) -> ClassFolders:
+    left = [folder.name for folder in _folders(root) if folder not in splits.values()]
+    splits = {name: _inner(folder) for name, folder in splits.items()}
     for folder in splits.values():
         _refuse_two_levels(folder)
-    left = [folder.name for folder in _folders(root) if folder not in splits.values() and folder.name not in splits]
     notes = [f"{root}: not read are the folders {some(left)}, which are no splits with class folders."] if left else []
     for folder in splits.values():
         if loose := _pictures(folder):
@@ -157,7 +167,8 @@ def _class_folders(root: Path) -> ClassFolders:
     """The tables of class folders without splits. Raises ValueError if they could be something else."""
     classes = _folders(root)
     splits = [folder.name for folder in classes if role_of(folder.name)]
-    if len(classes) > 1 and all(role_like(folder.name) for folder in classes):
+    like = [role_like(folder.name) for folder in classes]
+    if None not in like and len(set(like)) == len(like) > 1:  # training_set, test_set
         splits = [folder.name for folder in classes]
     if splits:
         raise ValueError(

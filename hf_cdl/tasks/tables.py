@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from hf_cdl.images import readable
 from hf_cdl.tasks.benchmarks import BENCHMARKS
 from hf_cdl.tasks.folders import read_folder
-from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, role_like, some
+from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, some
 
 
 def load_splits(
@@ -81,8 +81,8 @@ def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Data
 def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
     """Role (train, validation, test) -> split name; a role without a split is left out.
 
-    The usual names count in whatever case, the most usual first; for a needed role without one, such as training_set.
-    Raises ValueError if a `named` split does not exist, or a `needed` role has none or could have several.
+    The usual names count in whatever case, the most usual first. Raises ValueError if a `named` split does not exist,
+    a `needed` role has none, or two differ in their case alone.
     """
     chosen = {role: name for role, name in named.items() if name is not None}
     for role, name in chosen.items():
@@ -94,8 +94,6 @@ def choose_splits(found: Collection[str], named: Mapping[str, str | None], neede
         free = [name for name in found if name not in chosen.values()]
         order = [[name for name in free if name.casefold() == word] for word in usual]
         alike = next(filter(None, order), [])
-        if role in needed:
-            alike = alike or [name for name in free if role_like(name) == role]
         if len(alike) > 1:
             raise ValueError(f"Several splits could be {role}: {some(alike)}. Name one with {role}_split.")
         if alike:
