@@ -93,13 +93,14 @@ def _split_folders(root: Path, named: set[str]) -> dict[str, Path]:
     filled = [folder for folder in _folders(root) if _folders(folder) or _has_table(folder)]
     exact = {folder.name: folder for folder in filled if folder.name in named or role_of(folder.name)}
     like = {role: folder for folder in filled if (role := role_like(folder.name))}
-    if exact or len(like) < 2 or "train" not in like:
+    if exact:
         return exact
-    if len(like) < sum(role_like(folder.name) is not None for folder in filled):
-        names = some(folder.name for folder in filled if role_like(folder.name))
-        raise ValueError(
-            f"{root}: which of the folders {names} are train and test? Say so by train_split, test_split."
-        )
+    inner = {role: {f.name for f in _folders(_inner(folder))} for role, folder in like.items()}
+    if len(like) < 2 or not all(names <= inner.get("train", set()) for names in inner.values()):
+        return {}
+    names = [folder.name for folder in filled if role_like(folder.name)]
+    if len(like) < len(names):
+        raise ValueError(f"{root}: which of {some(names)} are train and test? Say so by train_split and test_split.")
     return like
 
 

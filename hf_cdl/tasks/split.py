@@ -103,7 +103,5 @@ class TaskSplit:
         if all(low == high for low, high in ranges):  # type: ignore[misc]
             return Finding(None, f"is of one colour, {image.getpixel((0, 0))}")
         if wide and max(high for _, high in ranges) < 16:  # type: ignore[misc]
-            return Finding(
-                None, "is almost black: its 16 bits hold values below 4096 (12-bit data?); times 16 they do"
-            )
+            return Finding(None, "is almost black: its 16 bits hold values below 4096 (12-bit data?); multiply by 16")
         return Finding(None)

@@ -171,7 +171,9 @@ class TaskStream:
                 "in 16 bits: times 16), or remove these classes."
             )
         seen = [image for found in flat.values() for image in found.images]
-        return [f"{len(seen)} training images show nothing once they are decoded:\n- {_first(seen)}"] if seen else []
+        return (
+            [f"training images that show nothing once they are decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
+        )
 
 
 @dataclass
@@ -230,10 +232,10 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
         return [order]
     if isinstance(sizes, int):
         if sizes > len(order):
+            layout = f"; if these are not the classes, lay the data out as {LAYOUTS}" if config.path else ""
             raise ValueError(
                 f"classes_per_task is {sizes}, but there are only {len(order)} classes: "
-                f"{some(names[c] for c in order)}. Lower it (null: one task); if these are not the classes, lay the "
-                f"data out as {LAYOUTS}."
+                f"{some(names[c] for c in order)}. Lower it (null: one task){layout}."
             )
         return [order[i : i + sizes] for i in range(0, len(order), sizes)]
     numbers = [size for size in sizes if isinstance(size, int)]
