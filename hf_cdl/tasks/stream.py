@@ -171,9 +171,7 @@ class TaskStream:
                 "in 16 bits: times 16), or remove these classes."
             )
         seen = [image for found in flat.values() for image in found.images]
-        return (
-            [f"training images that show nothing once they are decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
-        )
+        return [f"training images that show nothing once decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
 
 
 @dataclass
