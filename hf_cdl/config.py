@@ -90,6 +90,9 @@ class CDLConfig(PreTrainedConfig):
     tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
 
     def __post_init__(self, **kwargs: Any):
+        from hf_cdl.serving import serve  # not when hf_cdl is imported: the pipelines load tokenizers
+
+        serve()  # a config comes before every model, and before `pipeline` chooses its class
         self.set_tasks(self.tasks)
         self.check_small()
         super().__post_init__(**kwargs)

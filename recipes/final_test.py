@@ -30,7 +30,6 @@ from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
 from hf_cdl.storing import write_json
 from hf_cdl.tasks import TaskStream
-from hf_cdl.tasks.tables import file_sizes
 
 
 @contextlib.contextmanager
@@ -112,7 +111,7 @@ def _fingerprints(comparison: Comparison) -> list[str]:
         images = []
         for task in TaskStream(recipe.data, build_processors(recipe)):
             split: Any = task.test
-            sizes = file_sizes(split.data)[split.rows].tolist()
+            sizes = split.cells.sizes(split.data)[split.rows].tolist()
             images += [
                 f"{task.class_names[x - task.first_class]} {s}" for x, s in zip(split.labels, sizes, strict=True)
             ]

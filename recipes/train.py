@@ -91,7 +91,9 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
             if run.result(role, task) is None:
                 check_task(role, models[role], objective, arguments, task)
     if not run.started:
-        stream.check_images()
+        plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+        for note in (*stream.notes, *stream.check_images(plain)):
+            say(f"note: {note}")
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
     run.set_labels(labels(recipe))
     if not plotting_available():

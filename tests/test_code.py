@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from helpers import make_backbone, picture
 from PIL import Image
@@ -39,7 +40,7 @@ for name in sys.argv[3:]:
     model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
     answers.append(model(images).logits)
 classify = pipeline("image-classification", model=sys.argv[3], trust_remote_code=True, device="cpu")
-scores = classify(Image.open(sys.argv[2] + "/picture.png"))
+scores = [classify(sys.argv[2] + f"/{name}.png") for name in ("picture", "deep")]
 torch.manual_seed(9)
 model.begin_task(["bee"])  # it goes on learning, and is saved with its code
 model.save_pretrained(sys.argv[2] + "/grown")
@@ -55,6 +56,8 @@ def test_a_process_without_hf_cdl_loads_the_same_model(tmp_path: Path) -> None:
     ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "student")
     as_cached(tmp_path / "student", cache, name="org/student")
     picture(0, 0).save(tmp_path / "picture.png")
+    deep = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")  # which transformers' own pipeline clips
     names = [str(tmp_path / "student"), str(tmp_path / "teacher"), "org/student"]
     site = [path for path in sys.path if path.endswith("-packages")]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
@@ -66,7 +69,8 @@ def test_a_process_without_hf_cdl_loads_the_same_model(tmp_path: Path) -> None:
     for answer, model in zip(found["answers"], [*models, models[0]], strict=True):
         assert torch.equal(answer, logits(model))
     classify = pipeline("image-classification", model=str(tmp_path / "student"), device="cpu")
-    assert found["scores"] == classify(Image.open(tmp_path / "picture.png"))
+    assert found["scores"] == [classify(str(tmp_path / f"{name}.png")) for name in ("picture", "deep")]
+    assert found["scores"][1] == classify(Image.fromarray((deep >> 8).astype(np.uint8)))
     torch.manual_seed(9)
     models[0].begin_task(["bee"])
     assert torch.equal(found["grown"], logits(models[0]))

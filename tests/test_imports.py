@@ -16,10 +16,12 @@ PACKAGE = Path(__file__).parent.parent / "hf_cdl"
 # Part of the package -> the parts it may import, besides its own (within prompts and distill see below).
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
-    "config": {"types"},
+    "images": set(),
+    "serving": {"images"},
+    "config": {"types", "serving"},
     "training_args": {"types"},
     "metrics": {"types"},
-    "tasks": {"types"},
+    "tasks": {"types", "images"},
     "prompts": {"types"},
     "models": {"types", "config", "prompts"},
     "distill": {"types", "prompts.mapping"},

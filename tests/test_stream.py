@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import re
+import time
 from typing import Any, ClassVar
 
 import datasets
@@ -359,10 +360,10 @@ def test_a_file_of_an_unknown_kind_is_an_image_or_named(tmp_path):
 
 
 def test_class_folders_without_split_folders(tmp_path):
-    write_folder(tmp_path, {"test": 4, "cat": 4, "dog/young": 2, "dog/old": 2})
+    write_folder(tmp_path, {"emu": 4, "cat": 4, "dog/young": 2, "dog/old": 2})
     stream = make(path=str(tmp_path), test_fraction=0.5, classes_per_task=3)
-    assert stream.class_names == ["cat", "dog", "test"]
-    assert {name: len(r) for name, r in rows(stream, "test").items()} == {"cat": 2, "dog": 2, "test": 2}
+    assert stream.class_names == ["cat", "dog", "emu"]
+    assert {name: len(r) for name, r in rows(stream, "test").items()} == {"cat": 2, "dog": 2, "emu": 2}
 
 
 def test_parquet_folder(tmp_path):
@@ -462,6 +463,51 @@ def test_check_images_covers_only_the_stream():
     bad = [{"bytes": b"", "path": None} if label == 2 else {"bytes": png(0), "path": None} for label in [0, 1, 2] * 4]
     source["train"] = Dataset.from_dict({"image": bad, "label": [0, 1, 2] * 4}, features=source["train"].features)
     make(source, max_classes=2).check_images()
+
+
+def of_pixels(*classes: list[np.ndarray]) -> DatasetDict:
+    """A table of images with these pixels, class by class, for training and testing."""
+    cells = [array for images in classes for array in images]
+    labels = [number for number, images in enumerate(classes) for _ in images]
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=list("abcde"[: len(classes)]))})
+    rows = Dataset.from_dict({"image": cells, "label": labels}, features=features)
+    return DatasetDict({"train": rows, "test": rows})
+
+
+def noise(high: int, kind: Any = np.uint8) -> np.ndarray:
+    return np.random.default_rng(high).integers(0, high, (9, 9), kind)
+
+
+FLAT = {
+    "black": (np.zeros((9, 9, 3), np.uint8), r"is of one colour, \(0, 0, 0\)"),
+    "one colour": (np.full((9, 9, 3), [9, 8, 7], np.uint8), r"is of one colour, \(9, 8, 7\)"),
+    "16 bits that hold 8": (noise(256, np.uint16), r"is of one colour, \(0, 0, 0\)"),
+    "16 bits that hold 12": (
+        noise(4096, np.uint16),
+        r"is almost black: .*below 4096 .*; multiply by 16",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FLAT)
+def test_training_images_that_show_nothing_are_reported(kind: str) -> None:
+    flat, message = FLAT[kind]
+    assert make(of_pixels([noise(256), noise(255)], [noise(200)])).check_images() == []
+    (note,) = make(of_pixels([noise(256), flat], [noise(200)])).check_images()
+    assert re.search(
+        rf"^training images that show nothing .*: 1\n- split 'train', row 1: in the table: {message}$", note
+    )
+    with pytest.raises(ImageError, match=rf"(?s)images of the classes b are of one colour.*row 2: .*{message}"):
+        make(of_pixels([noise(256), flat], [flat, flat])).check_images()
+    (note,) = make(of_pixels([noise(256)] + [flat] * 12), classes_per_task=1).check_images()
+    assert ": 12\n" in note and note.count("\n") == 11 and note.endswith("and 2 more")
+    only_tested = DatasetDict(train=of_pixels([noise(256)])["train"], test=of_pixels([flat])["test"])
+    assert make(only_tested, classes_per_task=1).check_images() == []
+
+
+def test_dark_images_of_eight_bits_and_narrow_ones_of_sixteen_are_images() -> None:
+    narrow = noise(60, np.uint16) * 64 + 5000
+    assert make(of_pixels([noise(14)], [narrow])).check_images() == []
 
 
 # ---- errors
@@ -611,11 +657,115 @@ def test_errors_teach(case):
         ({"crop_scale": (0.5, 0.2)}, "crop_scale is"),
         ({"crop_ratio": (0.0, 1.0)}, "crop_ratio is"),
         ({"flip": 2.0, "max_classes": 0}, r"(?s)max_classes is 0.*flip is 2.0"),
+        ({"classes_per_task": True}, "classes_per_task is True"),
+        ({"classes_per_task": 2.5}, "classes_per_task is 2.5"),
+        ({"classes_per_task": [2, True]}, "classes_per_task is 2, True"),
+        ({"classes_per_task": ["a", "b"]}, "classes_per_task is a, b, but"),
+        ({"classes_per_task": [["a"], 2]}, "mixes sizes, names and null"),
+        ({"classes_per_task": [2, None]}, "mixes sizes, names and null"),
+        ({"classes_per_task": [["a", ""]]}, "classes_per_task has '', but a class name is a text"),
+        ({"classes_per_task": [["a", " \n"]]}, r"classes_per_task has ' \\n', but"),
+        ({"classes_per_task": [["a", 3]]}, "classes_per_task has 3, but"),
+        ({"classes_per_task": [["caf\u00e9"], ["cafe\u0301"]]}, "repeats caf\u00e9"),
+        ({"known_classes": ["zebra"]}, "known_classes is zebra, but must be a list of tasks"),
+        ({"known_classes": [["a"], []]}, "tasks are not empty"),
+        ({"known_classes": [["a"], ["a"]]}, "a class belongs to one task"),
+        ({"known_classes": [["a", None]]}, "known_classes has None"),
+        ({"known_classes": [["caf\u00e9"]], "classes_per_task": [["cafe\u0301"]]}, "which known_classes has too"),
+        ({"test_split": ""}, "names, but are ''"),
+        ({"eval_split": "train"}, "eval_split is 'train'"),
+        ({"known_train": "keep"}, "known_train is 'keep'"),
+        ({"max_classes": True}, "max_classes is True"),
+        ({"max_train_per_class": 2.0}, "max_train_per_class is 2.0"),
+        ({"max_eval_per_class": float("nan")}, "max_eval_per_class is nan"),
+        ({"max_pixels": 0}, "max_pixels is 0"),
+        ({"max_pixels": None}, "max_pixels is None"),
+        ({"max_pixels": float("inf")}, "max_pixels is inf"),
+        ({"split_seed": -1}, "split_seed is -1"),
+        ({"split_seed": None}, "split_seed is None"),
+        ({"class_order_seed": -1}, "class_order_seed is -1"),
+        ({"class_order_seed": 2**80}, "class_order_seed is .*below 2"),
+        ({"class_order_seed": 1.0}, "class_order_seed is 1.0"),
+        ({"test_fraction": float("nan")}, "test_fraction is nan"),
+        ({"test_fraction": True}, "test_fraction is True"),
+        ({"crop_scale": (float("nan"), 1.0)}, "crop_scale is"),
+        ({"crop_scale": (0.5,)}, "crop_scale is"),
+        ({"crop_scale": 0.5}, "crop_scale is"),
+        ({"crop_ratio": (1.0, float("inf"))}, "crop_ratio is"),
+        ({"crop_ratio": (float("nan"), float("nan"))}, "crop_ratio is"),
+        ({"crop_ratio": (0.5, 1.0, 2.0)}, "crop_ratio is"),
+        ({"crop_padding": True}, "crop_padding is True"),
+        ({"crop_padding": 1.5}, "crop_padding is 1.5"),
+        ({"crop_padding": -1}, "crop_padding is -1"),
+        ({"flip": float("nan")}, "flip is nan"),
+        ({"flip": "yes"}, "flip is yes"),
     ],
 )
 def test_config_checks_its_ranges(config, message):
     with pytest.raises(ValueError, match=message):
         StreamConfig(**config)
+
+
+class TorchData(torch.utils.data.Dataset):
+    pass
+
+
+WRONG_KINDS: dict[str, Any] = {
+    "streamed splits": lambda: {s: t.to_iterable_dataset() for s, t in data().items()},
+    "streamed": lambda: data()["train"].to_iterable_dataset(),
+    "a dict of streams": lambda: datasets.IterableDatasetDict(train=data()["train"].to_iterable_dataset()),
+    "a list": lambda: [1, 2],
+    "a tuple of tables": lambda: (data()["train"], data()["test"]),
+    "lists": lambda: {"train": [1], "test": [2]},
+    "of torch": TorchData,
+    "splits of torch": lambda: {"train": TorchData(), "test": TorchData()},
+    "none in a dict": lambda: {"train": data()["train"], "test": None},
+    "a path": lambda: "images",
+    "a number": lambda: 3,
+    "an array": lambda: np.zeros((3, 3)),
+    "an empty dict": dict,
+    "an empty DatasetDict": DatasetDict,
+    "a table of arrow": lambda: data()["train"].data.table,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_KINDS)
+@pytest.mark.parametrize("fraction", [None, 0.5])
+def test_other_kinds_of_data_are_named_in_one_line(kind: str, fraction: float | None) -> None:
+    with pytest.raises(ValueError, match=r"^dataset\S* is .*type .*must be a Dataset .*(Make one|Load it)") as raised:
+        make(WRONG_KINDS[kind](), test_fraction=fraction)
+    assert "0x" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_one_dataset_is_the_training_data() -> None:
+    rows_of = data(4, train=10)["train"]
+    for table_of in (rows_of, rows_of.with_format("torch"), {"train": rows_of}):
+        stream = make(table_of, test_fraction=0.3)
+        assert {name: len(r) for name, r in rows(stream, "test").items()} == dict.fromkeys(stream.class_names, 3)
+        assert rows(stream, "test") == rows(make({"train": rows_of}, test_fraction=0.3), "test")
+    with pytest.raises(ValueError, match="dataset is one Dataset, without test images. Set test_fraction, or give"):
+        make(rows_of)
+
+
+def test_as_many_classes_as_imagenet_21k_take_no_time() -> None:
+    """Linear, not quadratic: minutes otherwise."""
+    names = [f"n{number:08d}" for number in range(21_841)]
+    cell = {"bytes": png(0), "path": None}
+    features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
+    columns = {"image": [cell] * len(names), "label": list(range(len(names)))}
+    both = dict.fromkeys(("train", "test"), Dataset.from_dict(columns, features=features))
+    tasks = [names[i : i + 100] for i in range(0, len(names), 100)]
+    begin = time.process_time()
+    config = StreamConfig(classes_per_task=tasks[1:], known_classes=tasks[:1], known_train="ignore")
+    assert time.process_time() - begin < 0.2
+    stream = TaskStream(config, PROCESSOR, dataset=both)
+    assert time.process_time() - begin < 5 and stream.class_names == names
+    assert len(make(both, classes_per_task=1)) == len(names)
+    repeated = [*tasks[1:], tasks[5]]
+    begin = time.process_time()
+    with pytest.raises(ValueError, match="repeats n00000500, .* and 90 more"):
+        StreamConfig(classes_per_task=repeated)
+    assert time.process_time() - begin < 0.2
 
 
 def test_folders_without_images(tmp_path):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,44 +12,37 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, Features, load_dataset
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, load_dataset
 
+from hf_cdl.images import readable
 from hf_cdl.tasks.benchmarks import BENCHMARKS
-
-USUAL_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test",),
-}
-USUAL_LABELS = ("label", "labels", "fine_label", "class", "class_name", "target")
-_SPLIT_NAMES = sum(USUAL_SPLITS.values(), ())
-# What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
-_NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
-
-
-def some(items: Iterable[Any], limit: int = 10) -> str:
-    """The items joined by commas, at most `limit` of them, and how many more there are."""
-    items = [str(item) for item in items]
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return (", ".join(items[:limit]) or "none") + more
+from hf_cdl.tasks.folders import read_folder
+from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, some
 
 
 def load_splits(
-    path: str | None, name: str | None, revision: str | None, named: Collection[str | None]
+    path: str | None,
+    name: str | None,
+    revision: str | None,
+    named: Collection[str | None],
+    label_column: str | None = None,
 ) -> Mapping[str, Dataset]:
-    """Split name -> data, from a local folder or the Hub. Nothing is written into a local folder.
+    """Split name -> data, from a local folder (see `read_folder`) or the Hub; `named`: splits besides the usual ones.
 
-    A local folder holds parquet files called after their split (train.parquet, train-00000-of-00002.parquet) or class
-    folders of images, these inside folders called after a split (the usual names and those in `named`) or, without
-    such folders, as one split "train". Raises ValueError if there is nothing to read or the Hub cannot be reached.
+    Raises ValueError if there is nothing to read, it could be two things, or the Hub cannot be reached.
     """
     if path is None:
         raise ValueError(f"data.path is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
     root = Path(path).expanduser()
     if root.is_dir():
-        return _parquet_files(root) or _class_folders(root, {*_SPLIT_NAMES, *named})
+        if given := [field for field, value in (("name", name), ("revision", revision)) if value is not None]:
+            raise ValueError(f"data.{given[0]} is of the Hub, but {readable(path)} is a local folder; leave it out.")
+        return read_folder(root, [split for split in named if split is not None], label_column)
+    if root.exists():
+        raise ValueError(f"data.path {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ValueError(f"The folder {path} does not exist (data.path).")
+        raise ValueError(f"The folder {readable(path)} does not exist (data.path).")
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}
@@ -58,62 +50,55 @@ def load_splits(
         raise ValueError(
             f"The data set {path!r} cannot be loaded: it is no local folder, no benchmark ({some(BENCHMARKS)}), and "
             f"the Hub answered: {error}. Without a network, use a local copy: where there is one, run `hf download "
-            f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to the folder in it "
-            "that holds the parquet files (and image_column, label_column and the splits as for the Hub)."
+            f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to it (and "
+            "image_column, label_column and the splits as for the Hub)."
         ) from error
 
 
-def _parquet_files(root: Path) -> dict[str, Dataset]:
-    files: dict[str, list[str]] = {}
-    for file in sorted(root.glob("*.parquet")):
-        usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem)
-        split = usual[1] if usual else re.sub(r"-\d+-of-\d+$", "", file.stem)
-        files.setdefault(split, []).append(glob.escape(str(file)))
-    return {split: load_dataset("parquet", data_files=names, split="train") for split, names in files.items()}
+def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Dataset]:
+    """Split name -> data, of what was given as a data set; one Dataset is the split "train".
 
-
-def _class_folders(root: Path, split_names: set[str | None]) -> dict[str, Dataset]:
-    """Tables of paths. Not `imagefolder`, which takes a class called "train" or "test" for a split."""
-    splits = {f.name: f for f in _folders(root) if f.name in split_names and _folders(f)} or {"train": root}
-    names = sorted({f.name for split in splits.values() for f in _folders(split)})
-    features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
-    tables = {}
-    for split, folder in splits.items():
-        found = [(str(file), f.name) for f in _folders(folder) for file in _images(f)]
-        columns = {"image": [path for path, _ in found], "label": [name for _, name in found]}
-        tables[split] = Dataset.from_dict(columns, features=features)
-    if not any(map(len, tables.values())):
-        raise ValueError(
-            f"The folder {root} cannot be read as a data set. Allowed are parquet files called after their split "
-            "(train.parquet, test.parquet) or class folders of images (train/CLASS/x.png, test/CLASS/y.png)."
-        )
-    return tables
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    """All files in the folder and below, but hidden ones and those that are plainly something else."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix.lower() not in _NO_IMAGES)
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    Raises ValueError, naming the kind, for what is no Dataset or dict of them.
+    """
+    needed = "a Dataset (with test_fraction) or a DatasetDict"
+    if isinstance(dataset, Dataset):
+        if test_fraction is None:
+            raise ValueError("dataset is one Dataset, without test images. Set test_fraction, or give a DatasetDict.")
+        return {"train": dataset}
+    tables = dataset if isinstance(dataset, Mapping) else {}
+    wrong = {f"dataset[{split!r}]": table for split, table in tables.items() if not isinstance(table, Dataset)}
+    if not tables or wrong:
+        where, given = next(iter(wrong.items()), ("dataset", dataset))
+        kind = f"{type(given).__module__.split('.')[0]}.{type(given).__name__}".removeprefix("builtins.")
+        way = 'Make one by Dataset.from_dict({"image": images, "label": labels}).cast_column("image", Image())'
+        if isinstance(given, datasets.IterableDataset | datasets.IterableDatasetDict):
+            way = "Load it without streaming=True, or make one by Dataset.from_generator"
+        empty = "empty and " if given is tables else ""
+        raise ValueError(f"{where} is {empty}of the type {kind}, but must be {needed}. {way}.")
+    return {str(split): table for split, table in tables.items()}
 
 
 def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
     """Role (train, validation, test) -> split name; a role without a split is left out.
 
-    Raises ValueError if a `named` split does not exist or a `needed` role has none.
+    The usual names count in whatever case, the most usual first. Raises ValueError if a `named` split does not exist,
+    a `needed` role has none, or two differ in their case alone.
     """
     chosen = {role: name for role, name in named.items() if name is not None}
     for role, name in chosen.items():
         if name not in found:
             raise ValueError(f"{role}_split is {name!r}, but the splits are {some(found)}.")
     for role, usual in USUAL_SPLITS.items():
-        free = [name for name in usual if name in found and name not in chosen.values()]
-        if role not in chosen and free:
-            chosen[role] = free[0]
-        if role not in chosen and role in needed:
+        if role in chosen:
+            continue
+        free = [name for name in found if name not in chosen.values()]
+        order = [[name for name in free if name.casefold() == word] for word in usual]
+        alike = next(filter(None, order), [])
+        if len(alike) > 1:
+            raise ValueError(f"Several splits could be {role}: {some(alike)}. Name one with {role}_split.")
+        if alike:
+            chosen[role] = alike[0]
+        elif role in needed:
             instead = ", or hold images out with test_fraction" if role == "test" else ""
             raise ValueError(
                 f"There is no split for {role} (usual names: {some(usual)}); the splits are {some(found)}. "
@@ -159,30 +144,31 @@ def _holds_images(feature: Any) -> bool:
 def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], dict[str, np.ndarray]]:
     """(class names, role -> class number of each row); strings are sorted, plain numbers are their own names.
 
-    Raises ValueError for missing labels, numbers without a class, gaps, and splits that disagree about the classes.
+    Names that differ in how Unicode composes a letter are the same. Raises ValueError for missing labels and names,
+    numbers without a class, gaps, and splits that disagree about the classes.
     """
-    kind = tables["train"].features[column]
-    values: dict[str, np.ndarray] = {}
+    kind, values = tables["train"].features[column], {}
+    kinds = {role: table.features[column] for role, table in tables.items()}
     for role, table in tables.items():
-        if table.features[column] != kind:
-            kinds = {role: table.features[column] for role, table in tables.items()}
-            shown = [f"{role}: {some(getattr(kind, 'names', [kind]))}" for role, kind in kinds.items()]
+        cells = table.select_columns([column]).with_format("arrow")[:][column]
+        if _kind(kinds[role]) != _kind(kind):
+            shown = [f"{role}: {some(getattr(other, 'names', [other]))}" for role, other in kinds.items()]
             raise ValueError(
                 f"The splits disagree about the classes ({'; '.join(shown)}). Give them the same ClassLabel."
             )
-        cells = table.select_columns([column]).with_format("arrow")[:][column]
         if cells.null_count:
             raise ValueError(f"{cells.null_count} labels of the {role} split are missing (null). Remove these rows.")
-        if not any(fits(cells.type) for fits in (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string)):
+        if any(fits(cells.type) for fits in _TEXTS):
+            values[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC").to_numpy()  # type: ignore[attr-defined]
+        elif pa.types.is_integer(cells.type):
+            values[role] = cells.cast(pa.int64()).to_numpy()
+        else:
             raise ValueError(f"Labels are of type {cells.type}; allowed: ClassLabel, whole numbers and strings.")
-        values[role] = cells.to_numpy()
     present = np.unique(np.concatenate(list(values.values())))
-    if isinstance(kind, ClassLabel):
-        names = list(kind.names)
-    else:
-        names = [str(value) for value in present]
-        if present.dtype == object:
-            return names, {role: np.searchsorted(present, cells) for role, cells in values.items()}
+    names = list(map(nfc, kind.names)) if isinstance(kind, ClassLabel) else [str(value) for value in present]
+    _check_names(names, column)
+    if present.dtype == object:
+        return names, {role: np.searchsorted(present, cells) for role, cells in values.items()}
     wrong = present[(present < 0) | (present >= len(names))]
     if len(wrong):
         raise ValueError(
@@ -190,6 +176,26 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
             "labels with gaps; -1 usually means unlabelled images: remove them or name another split."
         )
     return names, values
+
+
+_TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def _kind(feature: Any) -> Any:
+    """What has to be the same in all splits: class names, or whether labels are strings or whole numbers."""
+    if isinstance(feature, ClassLabel):
+        return [*map(nfc, feature.names)]
+    kind = str(getattr(feature, "dtype", feature))
+    return "string" if "string" in kind else re.sub(r"^u?int\d+$", "int", kind)
+
+
+def _check_names(names: list[str], column: str) -> None:
+    if empty := [number for number, name in enumerate(names) if not name.strip()]:
+        raise ValueError(
+            f"The classes {some(empty)} of the column {column!r} have empty names. Name them, or remove the rows."
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"The column {column!r} has several classes called {some(twice)}. Rename or unite them.")
 
 
 def draw_rows(
@@ -210,7 +216,8 @@ def draw_rows(
         digest = hashlib.sha256(f"{seed}/{purpose}/{names[c]}".encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8], "little")).permutation(rows)
 
-    rows = {role: {c: np.flatnonzero(values == c) for c in classes} for role, values in labels.items()}
+    classes = list(classes)
+    rows = {role: dict(zip(classes, _rows_of(values, classes), strict=True)) for role, values in labels.items()}
     if "test" not in rows:
         rows["test"] = {}
         for c, own in rows["train"].items():
@@ -218,17 +225,15 @@ def draw_rows(
             held = min(max(1, round(len(own) * (test_fraction or 0))), max(0, len(own) - 1))
             rows["test"][c], rows["train"][c] = np.sort(own[:held]), np.sort(own[held:])
     return {
-        role: {c: shuffled(own, role, c)[: limits[role]] for c, own in of_class.items()}
+        role: of_class
+        if limits[role] is None
+        else {c: shuffled(own, role, c)[: limits[role]] for c, own in of_class.items()}
         for role, of_class in rows.items()
     }
 
 
-def file_sizes(data: Dataset) -> np.ndarray:
-    """Bytes of every image (N,); -1 where the file is missing."""
-    sizes: list[int] = []
-    for batch in data.with_format("arrow").iter(1000):
-        for cell in pa.table(batch).column(0):
-            content, path = cell["bytes"].as_buffer(), cell["path"].as_py()
-            on_disk = os.path.getsize(path) if content is None and path and os.path.exists(path) else -1
-            sizes.append(on_disk if content is None else content.size)
-    return np.array(sizes, dtype="<i8")
+def _rows_of(values: np.ndarray, classes: list[int]) -> list[np.ndarray]:
+    """The rows of each class, in ascending order."""
+    order = np.argsort(values, kind="stable")
+    first, last = (np.searchsorted(values[order], classes, side) for side in ("left", "right"))
+    return [order[start:end] for start, end in zip(first, last, strict=True)]

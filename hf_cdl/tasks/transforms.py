@@ -1,4 +1,4 @@
-"""From an image file to pixel values: decoding, the augmented training view, the processor's evaluation view.
+"""From an image to pixel values: the augmented training view, the processor's evaluation view.
 
 The training view is stateless: crop and flip are a pure function of (seed, task, sample, view), taken from the
 counter-based generator Philox. So batches do not depend on workers, ranks or on where a run was resumed, teacher and
@@ -7,24 +7,19 @@ student see the same crop, and a view can be computed again at any time.
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
+
+from hf_cdl.images import ImageError as ImageError
+from hf_cdl.images import decode as decode
 
 _MASK = (1 << 64) - 1
-Image.MAX_IMAGE_PIXELS = None  # Pillow's guard against strangers' files: a data set is the user's own, and may be huge
-
-
-class ImageError(ValueError):
-    """An image that cannot be read; the message says which one and what to do."""
 
 
 def stateless_rng(seed: int, task: int, sample: int, view: int) -> np.random.Generator:
@@ -32,31 +27,6 @@ def stateless_rng(seed: int, task: int, sample: int, view: int) -> np.random.Gen
     key = np.array([seed & _MASK, task & _MASK], dtype=np.uint64)
     counter = np.array([0, 0, sample & _MASK, view & _MASK], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
-
-
-def decode(image: Any, name: str = "image") -> Image.Image:
-    """RGB image from a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column.
-
-    Orientation tags are applied and every mode (grey, palette, alpha, CMYK, 16 bit) becomes RGB the way the
-    image-classification pipeline does it, so that training and deployment see the same pixels. Raises ImageError,
-    naming the image, if the file is missing, truncated or not an image. Any size is taken.
-    """
-    if isinstance(image, dict):
-        name = image.get("path") or name
-        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
-    if image is None:
-        raise ImageError(f"{name}: the image is missing (empty cell); remove the row or supply the image")
-    try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image if isinstance(image, bytes) else Path(image).read_bytes()))
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
-        return load_image(image)
-    except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
-        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:

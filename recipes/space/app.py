@@ -43,7 +43,7 @@ def build(states: States, gr: Any) -> Any:
         gr.HTML(f"<h1>{title}</h1><p>{about}. The slider goes back to the model as it was after an earlier task.</p>")
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", label="Image", height=240)
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)  # decoded by the model's
                 if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
                     gr.Examples(examples, image)
                 task = gr.Slider(first, last, last, step=1, label="The model after task")
@@ -60,7 +60,7 @@ def _told(gr: Any) -> Iterator[None]:
     """Says on the page what went wrong."""
     try:
         yield
-    except StatesError as error:
+    except (StatesError, ValueError) as error:  # the latter: an image that cannot be read
         raise gr.Error(str(error)) from error
 
 

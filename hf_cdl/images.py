@@ -1,0 +1,143 @@
+"""From an image file to RGB: the one rule for training, the commands, the demo and the served model.
+
+The first frame, or page, of a file counts, turned as its orientation tag says. Grey becomes three equal channels,
+palettes become their colours, CMYK, YCbCr and LAB are converted as Pillow does it, and transparency is left out: the
+colours below it count. Of 16 bits the upper eight are kept. 32-bit whole numbers and floating-point numbers have no
+defined black and white and are refused, as are colour modes that Pillow does not convert.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""The most pixels (width * height) of an image, unless the caller says otherwise: 300 MB in RGB."""
+
+_PROGRAMS = ("EPS",)  # formats that Pillow hands to another program (Ghostscript)
+
+
+class ImageError(ValueError):
+    """An image that cannot be read; the message says which one and what to do."""
+
+
+class Decoded(NamedTuple):
+    """An image in RGB; `wide`: its file has 16 bits in one channel, of which the upper eight are left."""
+
+    image: Image.Image
+    wide: bool
+
+
+def decode(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """RGB image from a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column.
+
+    `name`: what messages call it, if it has no path. Raises ImageError, naming the image, if it is missing, truncated,
+    no image, no regular file, of more than `max_pixels` (before they are unpacked), or of a mode without a rule.
+    """
+    return decode_fully(image, name, max_pixels).image
+
+
+def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """As `decode`, and what its file was."""
+    if isinstance(image, dict):
+        name = image.get("path") or name
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    elif name is None and isinstance(image, str | os.PathLike):
+        name = str(image)
+    name = readable(name or "image")
+    if image is None:
+        raise ImageError(f"{name}: the image is missing (empty cell); remove the row or supply the image")
+    try:
+        with _opened(image) as opened:
+            return _to_rgb(opened, max_pixels)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else readable(str(error))
+        raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
+
+
+def readable(text: str, limit: int = 300) -> str:
+    """Text of strangers for one line of a message: what does not print, or is no UTF-8, is written as an escape."""
+    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
+    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)  # bytes of a file's name
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """What the system says of a regular file. Raises ImageError for any other: to open a pipe or device may block."""
+    state = os.stat(path)
+    if not stat.S_ISREG(state.st_mode):
+        kinds = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+        kind = next((kind for kind, fits in kinds.items() if fits(state.st_mode)), "a device")
+        raise ImageError(f"is {kind}, but only regular files are read; supply the image or remove the row")
+    return state
+
+
+@contextmanager
+def _opened(image: Any) -> Iterator[Image.Image]:
+    if isinstance(image, Image.Image):
+        yield image
+    elif isinstance(image, bytes | bytearray | memoryview):
+        yield _identify(io.BytesIO(image))
+    elif isinstance(image, str | os.PathLike):
+        check_regular(image)
+        with open(image, "rb") as file:
+            yield _identify(file)
+    else:
+        raise ImageError(f"is a {type(image).__name__}; allowed are a path, the file's bytes or a PIL image")
+
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    """As Image.open, but without its limit of pixels, which is one for the whole process (the caller has its own)."""
+    prefix = file.read(16)
+    for prepare in (Image.preinit, Image.init):  # the usual formats first
+        prepare()
+        for kind in list(Image.ID):
+            factory, accept = Image.OPEN[kind]
+            accepted = accept is None or accept(prefix)
+            if not accepted or isinstance(accepted, str):  # a string says why not
+                continue
+            if kind in _PROGRAMS:
+                raise ImageError(f"is of the format {kind}, a program that would be run; save it as PNG")
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):  # another format, as for Image.open
+                continue
+    raise UnidentifiedImageError
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise ImageError(
+            f"has {image.width} x {image.height} = {pixels:,} pixels, more than the {max_pixels:,} allowed; scale it "
+            "down, or raise the limit: data.max_pixels of a recipe, `max_pixels` of a pipeline"
+        )
+    sixteen = image.format in ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
+        upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
+        return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True)
+    if image.mode in ("I", "F"):
+        numbers = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
+        raise ImageError(
+            f"holds {numbers} (mode {image.mode}), which have no defined black and white; scale them to 0 ... 255 or "
+            "0 ... 65535 and save it with 8 or 16 bits a channel (numpy: uint8 or uint16)"
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
+    try:
+        return Decoded(image.convert("RGB"), wide=False)
+    except ValueError as error:
+        raise ImageError(f"has the colour mode {image.mode}, which Pillow does not convert; save it as RGB") from error

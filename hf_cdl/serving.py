@@ -1,0 +1,77 @@
+"""The image-classification pipeline sees what training saw: its images are decoded by the rule of `images`.
+
+Transformers' own pipeline clips 16-bit images at 255, so that a model would meet white where it learnt a picture. All
+models but those of hf_cdl keep transformers' own decoding.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from typing import Any
+
+import httpx
+import numpy as np
+from PIL import Image
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.image_classification import ImageClassificationPipeline
+
+from hf_cdl.images import MAX_PIXELS, ImageError, decode, readable
+
+TASK = "image-classification"
+
+
+class CDLImageClassificationPipeline(ImageClassificationPipeline):
+    """Transformers' pipeline; a model of the type "cdl" gets its images decoded as in training.
+
+    `max_pixels`: the most that such an image may have; to be set on a pipeline that shall take larger ones.
+    """
+
+    max_pixels = MAX_PIXELS
+
+    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+        if self.model.config.model_type == "cdl":
+            image = load(image, timeout, self.max_pixels)
+        return super().preprocess(image, timeout)
+
+
+def serve() -> None:
+    """Make `pipeline("image-classification")` use this class, unless another one than transformers' own is there."""
+    options = PIPELINE_REGISTRY.supported_tasks[TASK]
+    own = options["impl"] in (ImageClassificationPipeline, _dotted(ImageClassificationPipeline))
+    if own:  # register_pipeline would log that it overwrites
+        PIPELINE_REGISTRY.supported_tasks[TASK] = {**options, "impl": CDLImageClassificationPipeline}
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS) -> Any:
+    """What the pipeline takes, in RGB: a path, a URL, base64 text or a PIL image.
+
+    An array of one channel is decoded as a file with its values; other arrays go on to the image processor as they
+    are. Raises ImageError for what cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        name = f"array of shape {image.shape} and type {image.dtype}"
+        if image.ndim != 2 and image.dtype.kind in "iu" and image.dtype != np.uint8:
+            raise ImageError(f"{name}: scale its channels to 0 ... 255, as uint8")
+        return decode(Image.fromarray(image), name, max_pixels) if image.ndim == 2 else image
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        return decode(httpx.get(image, timeout=timeout, follow_redirects=True).content, image, max_pixels)
+    if isinstance(image, str) and image.startswith("data:image/"):
+        return decode(_bytes(image.partition(",")[2]), "data:image", max_pixels)
+    if isinstance(image, str) and not os.path.exists(image):
+        try:
+            return decode(_bytes(image), "base64 text", max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{readable(image)}: no such file, and no URL or base64 text of an image") from error
+    return decode(image, None, max_pixels) if isinstance(image, str | os.PathLike | Image.Image) else image
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text)
+    except ValueError:  # no base64, no image
+        return b""

@@ -1,0 +1,74 @@
+"""The image cells of a table: the bytes in them, or the file that they name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from hf_cdl.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, readable
+
+
+@dataclass(frozen=True)
+class Cells:
+    """How the image cells of a data set are read.
+
+    `max_pixels`: of an image; `folders`: where a file must lie that a cell names (the first one is where its relative
+    path begins), none: anywhere, for data that the user's own program made. Links in these folders are followed.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    folders: tuple[str, ...] | None = None
+
+    def file(self, cell: Mapping[str, Any]) -> str | None:
+        """The file that holds the image; None if the cell itself does. Raises ImageError if it lies elsewhere."""
+        path = cell["path"]
+        if cell["bytes"] is not None or not path or self.folders is None:
+            return path if cell["bytes"] is None else None
+        places = [os.path.normpath(os.path.join(base, path)) for base in (os.getcwd(), self.folders[0])]
+        inside = [p for p in places if any(p.startswith(os.path.join(folder, "")) for folder in self.folders)]
+        if not inside:
+            raise ImageError(
+                f"{readable(path)}: the file that this cell names is not in the data's folder {self.folders[0]}; put "
+                "it there, or the image itself into the cell (Dataset.save_to_disk does)"
+            )
+        return next(filter(os.path.exists, inside), inside[0])
+
+    def decode(self, cell: Mapping[str, Any] | None) -> Decoded:
+        """The image in RGB. Raises ImageError for a bad one."""
+        file = None if cell is None else self.file(cell)
+        return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
+
+    def sizes(self, data: Dataset) -> np.ndarray:
+        """Bytes of every image (N,); -1 where there is no file of its own kind and place."""
+        sizes: list[int] = []
+        for batch in data.with_format("arrow").iter(1000):
+            for cell in pa.table(batch).column(0):
+                content = cell["bytes"].as_buffer()
+                sizes.append(self._file_size(cell["path"].as_py()) if content is None else content.size)
+        return np.array(sizes, dtype="<i8")
+
+    def _file_size(self, path: str | None) -> int:
+        try:
+            file = self.file({"bytes": None, "path": path})
+            return -1 if not file else check_regular(file).st_size
+        except (OSError, ValueError):  # `check_images` says what is wrong
+            return -1
+
+
+def cells_of(path: str | None, max_pixels: int) -> Cells:
+    """How the cells of the data at `data.path` are read; none: they are the user's own."""
+    if path is None:
+        return Cells(max_pixels)
+    root = Path(path).expanduser()
+    caches = (HF_CACHE_HOME, HF_DATASETS_CACHE, HF_HUB_CACHE)
+    places = (root,) if root.is_dir() else caches
+    return Cells(max_pixels, tuple(f(place) for place in places for f in (os.path.abspath, os.path.realpath)))

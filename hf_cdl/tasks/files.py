@@ -1,0 +1,143 @@
+"""Tables of a local folder: parquet files, Dataset.save_to_disk, and metadata.csv beside images."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import Dataset, load_dataset
+
+from hf_cdl.images import check_regular, readable
+from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, role_of, some
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_SPLIT_NAMES = sum(USUAL_SPLITS.values(), ())
+
+Tables = Mapping[str, Dataset]
+
+
+def parquet_tables(root: Path) -> Tables:
+    """Split name -> data of the parquet files in a folder; files without a split's name are splits of their own."""
+    files: dict[str, list[str]] = {}
+    for file in sorted(root.glob("*.parquet")):
+        if file.name not in METADATA:
+            usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem, re.IGNORECASE)
+            split = usual[1] if usual else re.sub(r"-\d+-of-\d+$", "", file.stem)
+            files.setdefault(split, []).append(str(file))
+    return {split: _load("parquet", names) for split, names in files.items()}
+
+
+def parquet_table(root: Path) -> Dataset | None:
+    """All parquet files of a folder as one table; None if there are none."""
+    files = [str(file) for file in sorted(root.glob("*.parquet")) if file.name not in METADATA]
+    return _load("parquet", files) if files else None
+
+
+def _load(kind: str, files: list[str]) -> Dataset:
+    for file in files:
+        _told(Path(file), check_regular, file)
+    return _told(Path(files[0]), load_dataset, kind, data_files=[*map(glob.escape, files)], split="train")
+
+
+def _told(place: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The answer of `read`; whatever it raises becomes a ValueError of one line that names the file or folder."""
+    try:
+        return read(*args, **options)
+    except Exception as error:  # the readers of arrow, json, csv and `datasets` raise all kinds
+        cause = error.__cause__ or error
+        reason = readable(f"{type(cause).__name__}: {cause}".split("\n")[0])
+        raise ValueError(f"{readable(str(place))} cannot be read: {reason}. Repair it, or take it away.") from error
+
+
+def saved_tables(root: Path) -> Tables | None:
+    """Split name -> data that `save_to_disk` put into a folder; None if it did not."""
+    if not (root / "dataset_dict.json").is_file():
+        table = saved_table(root)
+        return None if table is None else {str(table.split or "train"): table}
+    names = _told(root / "dataset_dict.json", lambda: json.loads((root / "dataset_dict.json").read_text())["splits"])
+    tables = {name: saved_table(root / _inside(root / "dataset_dict.json", name)) for name in names}
+    if missing := [name for name, table in tables.items() if table is None]:
+        raise ValueError(f"{root}/dataset_dict.json names {some(missing)}, but there is no such split. Save it again.")
+    return {name: table for name, table in tables.items() if table is not None}
+
+
+def saved_table(root: Path) -> Dataset | None:
+    """The table that Dataset.save_to_disk put into a folder; None if it did not."""
+    state = root / "state.json"
+    if not state.is_file():
+        return None
+    files = _told(state, lambda: [part["filename"] for part in json.loads(state.read_text())["_data_files"]])
+    for name in files:
+        _told(root / _inside(state, name), check_regular, root / name)
+    return _told(root, Dataset.load_from_disk, str(root))
+
+
+def _inside(file: Path, name: Any) -> str:
+    """The name of a file or folder beside `file`. Raises ValueError if it leads elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"{file} names {readable(repr(name))}, which is not in its folder. Save the data again.")
+    return name
+
+
+def metadata_table(root: Path, label_column: str | None, class_folders: Callable[[Path], bool]) -> Dataset | None:
+    """The table that `datasets` makes of a metadata file beside images; None if there is none.
+
+    `class_folders`: whether a folder has folders that could be classes. They count, and the answer is None, if the
+    file says nothing of classes or the same. Raises ValueError if they disagree and no `label_column` decides.
+    """
+    files = [root / name for name in METADATA if (root / name).is_file()]
+    if not files:
+        return None
+    if len(files) > 1:
+        raise ValueError(f"{root} has {some(f.name for f in files)}; leave one of them.")
+    has_classes = class_folders(root)
+    try:
+        table = _load("imagefolder", [str(files[0])])
+    except ValueError:
+        if has_classes:  # a file of that name that is something else
+            return None
+        raise
+    column = label_column or next((name for name in USUAL_LABELS if name in table.column_names), None)
+    if not has_classes or (label_column is not None and label_column in table.column_names):
+        return table
+    if column is None or column not in table.column_names:
+        return None
+    labels, folders = map(str, table[column]), [path.parent.name for path in image_paths(table)]
+    if all(folder == label for folder, label in zip(folders, labels, strict=True)):
+        return None
+    if len(set(folders)) == 1 or all(map(role_of, folders)):
+        return table
+    raise ValueError(
+        f"{files[0]} and the folders beside it disagree about the classes: its column {column!r}, or the folders "
+        f"{some(sorted(set(folders)))}? Set label_column to {column}, or take the file away."
+    )
+
+
+def image_paths(table: Dataset) -> list[Path]:
+    """The paths in the first image column."""
+    column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
+    cells = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))[column]
+    return [Path(cell["path"] or "") for cell in cells]
+
+
+def cut_by_split(root: Path, table: Dataset) -> Tables:
+    """Split name -> rows, by the table's column "split" or the folders of its images; without such, all are "train".
+
+    Raises ValueError if only a part of the rows has the name of a split.
+    """
+    if "split" in table.column_names:
+        names, what = [str(name) for name in table["split"]], "column 'split'"
+    else:
+        names = [path.relative_to(root).parts[0] if path.is_relative_to(root) else "" for path in image_paths(table)]
+        what = "folders"
+    if not any(map(role_of, names)):
+        return {"train": table}
+    if others := sorted({name for name in names if role_of(name) is None}):
+        raise ValueError(f"The {what} of the metadata in {root} names no split in some rows: {some(others)}.")
+    return {name: table.select(np.flatnonzero(np.array(names) == name)) for name in dict.fromkeys(names)}

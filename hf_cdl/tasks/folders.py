@@ -1,0 +1,250 @@
+"""A local folder as a data set: which layout lies there, and its tables. Nothing is written into the folder.
+
+Recognised are parquet files called after their split, Dataset.save_to_disk, metadata.csv beside images as `datasets`
+reads it, class folders inside split folders, split folders inside class folders, and class folders alone; all but the
+last also one folder further down, if that is the only one. What could be two things is refused: a folder that is
+called like a split is a class only inside a split folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import datasets
+from datasets import ClassLabel, Dataset, Features
+from PIL import Image
+
+from hf_cdl.images import readable
+from hf_cdl.tasks.files import (
+    Tables,
+    cut_by_split,
+    metadata_table,
+    parquet_table,
+    parquet_tables,
+    saved_table,
+    saved_tables,
+)
+from hf_cdl.tasks.words import nfc, role_like, role_of, some
+
+# What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
+_NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
+_NO_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and Synology put beside the real ones
+LAYOUTS = (
+    "parquet files called after their split (train.parquet, test.parquet), class folders of images inside split "
+    "folders (train/CLASS/x.png, test/CLASS/y.png) or alone with test_fraction, what save_to_disk writes, or images "
+    "with a metadata.csv"
+)
+
+
+class ClassFolders(dict[str, Dataset]):
+    """Split name -> table of paths, where classes are folders; `notes`: what lies there and was left out."""
+
+    def __init__(self, tables: Tables, notes: Iterable[str] = ()):
+        super().__init__(tables)
+        self.notes = list(notes)
+
+
+def read_folder(root: Path, named: Iterable[str], label_column: str | None) -> Tables:
+    """Split name -> table, of a local folder. `named`: further names that split folders have.
+
+    Raises ValueError, saying what lies there, if it is no data set or could be two.
+    """
+    named = set(named)
+    found, folders = _recognised(root, named, label_column), _folders(root)
+    if found is None and len(folders) == 1 and role_of(folders[0].name) is None and not _pictures(folders[0]):
+        found = _recognised(folders[0], named, label_column)
+    found = _class_folders(root) if found is None else found
+    if not any(map(len, found.values())):
+        lying = sorted(f.name + "/" * f.is_dir() for f in root.iterdir() if not f.name.startswith("."))
+        raise ValueError(
+            f"The folder {readable(str(root))} cannot be read as a data set; in it lie {some(lying)}. Allowed are "
+            f"{LAYOUTS}. Unpack archives; give other data to TaskStream(dataset=...), as `load_dataset` reads them."
+        )
+    return found
+
+
+def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables | None:
+    """The tables of a folder that says by itself what it is; None if it does not."""
+    found = saved_tables(root) or parquet_tables(root)
+    if found:
+        return found
+    table = metadata_table(root, label_column, _has_pictures)
+    if table is not None:
+        return cut_by_split(root, table)
+    if splits := _split_folders(root, named):
+        return _of_split_folders(root, splits, label_column)
+    holders = {folder.name: tables for folder in _folders(root) if (tables := parquet_tables(folder))}
+    if holders and not any(map(_pictures, _folders(root))):
+        if len(holders) > 1:
+            raise ValueError(f"Several folders of {root} hold parquet files: {some(holders)}. Set data.path to one.")
+        return next(iter(holders.values()))
+    return _splits_in_classes(root)
+
+
+def _split_folders(root: Path, named: set[str]) -> dict[str, Path]:
+    """Split name -> folder, of those called after a split that hold folders or tables.
+
+    If there are none, those with a split's word in their name, such as training_set, by the usual name; their folders
+    have to be called alike.
+    """
+    filled = [folder for folder in _folders(root) if _folders(folder) or _has_table(folder)]
+    exact = {folder.name: folder for folder in filled if folder.name in named or role_of(folder.name)}
+    like = {role: folder for folder in filled if (role := role_like(folder.name))}
+    if exact:
+        return exact
+    inner = {role: {f.name for f in _folders(_inner(folder))} for role, folder in like.items()}
+    if len(like) < 2 or not all(names <= inner.get("train", set()) for names in inner.values()):
+        return {}
+    names = [folder.name for folder in filled if role_like(folder.name)]
+    if len(like) < len(names):
+        raise ValueError(f"{root}: which of {some(names)} are train and test? Say so by train_split and test_split.")
+    return like
+
+
+def _has_table(folder: Path) -> bool:
+    names = ("state.json", "metadata.csv", "metadata.jsonl")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.parquet"))
+
+
+def _of_split_folders(root: Path, splits: dict[str, Path], label_column: str | None) -> Tables:
+    tables: dict[str, Dataset | None] = {}
+    for name, folder in splits.items():
+        table = saved_table(folder)
+        table = parquet_table(folder) if table is None else table
+        tables[name] = metadata_table(folder, label_column, _has_pictures) if table is None else table
+    others = {name: table for name, table in tables.items() if table is not None}
+    if others and len(others) < len(tables):
+        raise ValueError(
+            f"{root}: the split folders {some(others)} hold tables, but {some(tables.keys() - others.keys())} class "
+            "folders. Give all of them the same layout."
+        )
+    return others or _class_tables(root, splits)
+
+
+def _inner(split: Path) -> Path:
+    """The folder with the classes: a split folder, or the one of the same role that is all it holds."""
+    folders = _folders(split)
+    if len(folders) != 1 or not role_like(split.name) or role_like(folders[0].name) != role_like(split.name):
+        return split
+    if _folders(folders[0]):
+        return folders[0]
+    raise ValueError(
+        f"{split} holds one folder, {folders[0].name}, which is called like a split but has no class folders. Put the "
+        f"images into {split}/CLASS/."
+    )
+
+
+def _class_tables(root: Path, splits: dict[str, Path]) -> ClassFolders:
+    left = [folder.name for folder in _folders(root) if folder not in splits.values()]
+    splits = {name: _inner(folder) for name, folder in splits.items()}
+    for folder in splits.values():
+        _refuse_two_levels(folder)
+    notes = [f"{root}: not read are the folders {some(left)}, which are no splits with class folders."] if left else []
+    for folder in splits.values():
+        if loose := _pictures(folder):
+            notes.append(f"{folder}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
+    return ClassFolders(
+        _tables({n: [(f.name, f) for f in _folders(split)] for n, split in splits.items()}, root), notes
+    )
+
+
+def _splits_in_classes(root: Path) -> ClassFolders | None:
+    """The tables of CLASS/train, CLASS/test; None if not all folders are like that."""
+    splits: dict[str, list[tuple[str, Path]]] = {}
+    classes = _folders(root)
+    for folder in classes:
+        inner = _folders(folder)
+        if not inner or _pictures(folder) or not all(role_of(f.name) and _pictures(f) for f in inner):
+            return None
+        for f in inner:
+            splits.setdefault(str(role_of(f.name)), []).append((folder.name, f))
+    return ClassFolders(_tables(splits, root)) if len(classes) > 1 else None
+
+
+def _class_folders(root: Path) -> ClassFolders:
+    """The tables of class folders without splits. Raises ValueError if they could be something else."""
+    classes = _folders(root)
+    splits = [folder.name for folder in classes if role_of(folder.name)]
+    like = [role_like(folder.name) for folder in classes]
+    if None not in like and len(set(like)) == len(like) > 1:  # training_set, test_set
+        splits = [folder.name for folder in classes]
+    if splits:
+        raise ValueError(
+            f"{root} has folders called like splits, but without class folders in them: {some(splits)} (beside "
+            f"{some(f.name for f in classes if f.name not in splits)}). Put the images of each split into class "
+            "folders (train/CLASS/x.png); if it is the name of a class, rename it, or use such split folders for all "
+            "classes."
+        )
+    within = [f"{folder.name}/{f.name}" for folder in classes for f in _folders(folder) if role_of(f.name)]
+    if within:
+        raise ValueError(
+            f"{root}: some class folders hold folders called like splits ({some(within)}), so that test images would "
+            "be trained on. Use train/CLASS/ and test/CLASS/, or such folders in every class folder."
+        )
+    _refuse_two_levels(root)
+    return ClassFolders(_tables({"train": [(folder.name, folder) for folder in classes]}, root))
+
+
+def _refuse_two_levels(root: Path) -> None:
+    """Raises ValueError if the class folders hold nothing but folders with names of their own: which are classes?"""
+    classes = _folders(root)
+    inner = {folder.name: [f.name for f in _folders(folder)] for folder in classes}
+    names = [*chain.from_iterable(inner.values())]
+    if len(names) > len(inner) and len(set(names)) == len(names) and all(inner.values()):
+        if not any(map(_pictures, classes)) and _has_pictures(root):
+            shown = [f"{name} ({some(below, 3)})" for name, below in inner.items()]
+            raise ValueError(
+                f"{readable(str(root))} has folders of folders: {some(shown, 3)}. If the inner ones are the classes, "
+                "put them side by side; if the outer ones are, put their images directly into them."
+            )
+
+
+def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
+    """Tables of paths. Not `imagefolder`, which takes a class called "train" or "test" for a split."""
+    names = sorted({nfc(_utf8(root, name)) for classes in splits.values() for name, _ in classes})
+    features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
+    tables = {}
+    for split, classes in splits.items():
+        found = [(_utf8(root, str(file)), nfc(name)) for name, folder in classes for file in _images(folder)]
+        columns = {"image": [path for path, _ in found], "label": [name for _, name in found]}
+        tables[split] = Dataset.from_dict(columns, features=features)
+    return tables
+
+
+def _utf8(root: Path, name: str) -> str:
+    """The name. Raises ValueError if it is no UTF-8, which tables cannot hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{root}: the name {readable(name)} is no UTF-8; rename it (convmv can rename many)."
+        ) from None
+    return name
+
+
+def _folders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and e.name not in _NO_FOLDERS and e.is_dir()]
+    return sorted(folder / name for name in names)
+
+
+def _has_pictures(folder: Path) -> bool:
+    """Whether images lie in a folder's folders, or in the folders of these."""
+    return any(_pictures(f) for outer in _folders(folder) for f in (outer, *_folders(outer)))
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Names of the files directly in a folder that are called like images."""
+    known = Image.registered_extensions()
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in known)
+
+
+def _images(folder: Path) -> list[Path]:
+    """All files in the folder and below, but hidden ones and those that are plainly something else."""
+    files = sorted(file for file in folder.rglob("*") if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]

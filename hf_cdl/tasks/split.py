@@ -1,0 +1,107 @@
+"""One split of a task: its images as the models see them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+
+from hf_cdl.images import Decoded, ImageError, readable
+from hf_cdl.tasks.cells import Cells
+from hf_cdl.tasks.transforms import Preprocess
+
+
+class Finding(NamedTuple):
+    """Of an image: why it cannot be used, and why it shows nothing."""
+
+    problem: str | None
+    flaw: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSplit:
+    """Rows of one split of the data: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
+
+    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}; `seen_by` chooses the role
+    whose image processor makes the pixel values. `rows` are indices into the whole split of that `name`; the
+    augmentation knows the samples by them. Raises ImageError for a bad image.
+    """
+
+    data: Dataset
+    name: str
+    task: int
+    rows: np.ndarray
+    labels: list[int]
+    views: Mapping[str, Preprocess]
+    cells: Cells = Cells()
+    roles: tuple[str, ...] = ("student",)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def seen_by(self, *roles: str) -> TaskSplit:
+        """The same images as the model of the first role sees them, in `pixel_values`.
+
+        Each further role with another view of them adds `ROLE_pixel_values`: of an augmented view, the same crop.
+        """
+        return replace(self, roles=roles)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
+        """A batch of evaluation views or of augmented views (not both), by one call of each image processor."""
+        indices = [key[0] if isinstance(key, tuple) else key for key in keys]
+        samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
+        images = [self.image(i) for i in indices]
+        items: list[dict[str, Any]] = [{} for _ in indices]
+        for name, view in self._pixel_values().items():
+            pixels = view.training(images, samples) if samples else view.evaluation(images)
+            for item, p in zip(items, pixels, strict=True):
+                item[name] = p
+        return [{**item, "labels": self.labels[i]} for item, i in zip(items, indices, strict=True)]
+
+    def _pixel_values(self) -> dict[str, Preprocess]:
+        """What makes each tensor of an item, without those that would be the first again."""
+        first, *others = (self.views.get(role) or next(iter(self.views.values())) for role in self.roles)
+        more = {f"{role}_pixel_values": view for role, view in zip(self.roles[1:], others, strict=True)}
+        return {"pixel_values": first, **{name: view for name, view in more.items() if view is not first}}
+
+    def image(self, index: int) -> Image.Image:
+        """The decoded image, in RGB."""
+        return self._decode(index).image
+
+    def _decode(self, index: int) -> Decoded:
+        (cell,) = self.data[int(self.rows[index])].values()
+        try:
+            return self.cells.decode(cell)
+        except ImageError as error:
+            raise ImageError(f"split {self.name!r}, row {int(self.rows[index])}: {error}") from error
+
+    def place(self, index: int) -> str:
+        """Split, row and file of an image, for messages."""
+        (cell,) = self.data[int(self.rows[index])].values()
+        path = readable(cell["path"]) if cell and cell["path"] else "in the table"
+        return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
+
+    def examine(self, index: int, plain: bool = False) -> Finding:
+        """What is wrong with an image; `plain`: for transformers' own pipeline, too, which clips 16 bits."""
+        try:
+            image, wide = self._decode(index)
+        except ImageError as error:
+            return Finding(str(error))
+        if wide and plain:
+            return Finding(
+                f"{self.place(index)}: has 16 bits a channel, which the pipeline of a plain checkpoint (model: "
+                "classifier) would clip at 255; save it with 8 bits"
+            )
+        ranges = image.getextrema()
+        if all(low == high for low, high in ranges):  # type: ignore[misc]
+            return Finding(None, f"is of one colour, {image.getpixel((0, 0))}")
+        if wide and max(high for _, high in ranges) < 16:  # type: ignore[misc]
+            return Finding(None, "is almost black: its 16 bits hold values below 4096 (12-bit data?); multiply by 16")
+        return Finding(None)

@@ -1,0 +1,40 @@
+"""Names that mean something, names that are the same, and names in messages."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from hf_cdl.images import readable
+
+USUAL_SPLITS = {  # the words of `datasets`, the most usual first
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+USUAL_LABELS = ("label", "labels", "fine_label", "class", "class_name", "target")
+
+
+def some(items: Iterable[Any], limit: int = 10) -> str:
+    """The items joined by commas, at most `limit` of them, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return (", ".join(readable(str(item)) for item in items[:limit]) or "none") + more
+
+
+def nfc(name: str) -> str:
+    """The name as Unicode composes it: macOS and Linux write the same letter in two ways."""
+    return unicodedata.normalize("NFC", name)
+
+
+def role_of(name: str) -> str | None:
+    """The role (train, validation, test) of a split of that name, in whatever case; None for any other name."""
+    return next((role for role, words in USUAL_SPLITS.items() if name.casefold() in words), None)
+
+
+def role_like(name: str) -> str | None:
+    """The role whose words are in the name, as `datasets` reads them: training_set, seg_train, test2017."""
+    roles = {role_of(word) for word in re.split(r"[-._ 0-9]+", name)} - {None}
+    return roles.pop() if len(roles) == 1 else None
