@@ -17,7 +17,8 @@ PACKAGE = Path(__file__).parent.parent / "hf_cdl"
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "config": {"types"},
-    "training_args": {"types"},
+    "trackers": set(),
+    "training_args": {"trackers"},
     "metrics": {"types"},
     "tasks": {"types"},
     "prompts": {"types"},
@@ -39,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "answers",
         "training_args",
         "progress",
+        "trackers",
         "metrics",
         "tasks",
         "distill",
