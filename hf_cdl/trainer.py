@@ -34,8 +34,8 @@ class CDLTrainer(PhaseTrainer):
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
     that is finished it returns at once, for one that was cut off it goes on from its last stored step.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
-    `eval_split` is the split it reads. Without a `run` nothing is stored. `check(task)` tells beforehand whether a task
-    can be learnt as the arguments say. Raises FloatingPointError when a loss is no longer a number.
+    `eval_split` is the split it reads. Without a `run` nothing is stored. `check(task)` says beforehand what the
+    arguments ask for and the task lacks. Raises FloatingPointError when a loss is no longer a number.
     """
 
     def __init__(
@@ -55,6 +55,11 @@ class CDLTrainer(PhaseTrainer):
             raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
         if self.objective.needs_teacher:
             self.objective.attach(teacher)
+        if args.gradient_checkpointing and not _computes_again(model):
+            raise ValueError(
+                f"activation_checkpointing is true, but the layers of this {type(model).__name__} cannot compute "
+                "their activations again; leave it out."
+            )
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
@@ -363,6 +368,12 @@ def _shares_query(student: Any, teacher: Any) -> bool:
         value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
         for name, value in ours.items()
     )
+
+
+def _computes_again(model: Any) -> bool:
+    """Whether layers of the model can compute their activations again in the backward pass."""
+    layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
+    return layers and hasattr(model, "gradient_checkpointing_enable")
 
 
 def _percent(hits: torch.Tensor) -> float:

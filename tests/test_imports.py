@@ -34,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "adopt": {"types", "storing"},
     "run": {"types", "metrics", "report", "storing"},
     "progress": set(),
-    "phase": {"types", "training_args", "progress", "tasks", "storing", "run"},
+    "steering": {"types", "training_args", "storing", "run"},
+    "phase": {"types", "progress", "tasks", "storing", "steering"},
     "trainer": {
         "types",
         "answers",

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import trainer_log_levels
 
 from hf_cdl.trackers import TRACKERS
 from hf_cdl.training_args.table import ARGUMENTS, Refused
@@ -49,8 +50,23 @@ OPTIMIZERS = {
 }
 """The others of transformers keep states of their own, change the model, or come from packages nobody keeps."""
 
-Problem = tuple[str, str]
-"""A field, and what is wrong with it, to be read behind its name."""
+_CHOICES: dict[str, list[str]] = {
+    "lr_scheduler_type": [known.value for known in SchedulerType],
+    "eval_strategy": [known.value for known in IntervalStrategy],
+    "logging_strategy": [known.value for known in IntervalStrategy],
+    "save_strategy": [known.value for known in SaveStrategy],
+    "log_level": [*trainer_log_levels],
+    "optim": [*OPTIMIZERS],
+    "train_sampling_strategy": ["random", "sequential"],
+    "dataloader_multiprocessing_context": ["fork", "spawn", "forkserver"],
+}
+
+
+class Problem(NamedTuple):
+    """What is wrong with a field, to be read behind its name."""
+
+    field: str
+    what: str
 
 
 def find_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[Problem]:
@@ -69,7 +85,7 @@ def _plain(value: Any) -> Any:
     value = getattr(value, "value", value)
     if hasattr(value, "to_dict"):  # accelerate's configuration, as it is when none was given
         value = None if value == type(value)() else value.to_dict()
-    return None if value in ([], {}, "none", ["none"]) else value
+    return None if value in ("", [], {}, "none", ["none"]) else value
 
 
 def _alone(name: str, value: Any) -> Iterator[Problem]:
@@ -77,55 +93,59 @@ def _alone(name: str, value: Any) -> Iterator[Problem]:
     if isinstance(row, Refused):
         if name != "do_eval":  # which transformers sets itself; see _steering
             said = "is set" if name.endswith("_token") else f"is {value!r}"
-            yield name, f"{said}, but {row.why}"
+            yield Problem(name, f"{said}, but {row.why}")
     elif row is not None and row.is_number and value is not None and not row.allows(value):
-        yield name, f"is {value!r}, but must be {row}"
+        yield Problem(name, f"is {value!r}, but must be {row}")
+    elif name in _CHOICES and value not in _CHOICES[name]:
+        yield Problem(name, f"is {value!r}; allowed: {', '.join(_CHOICES[name])}")
 
 
 def _duration(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     if v["max_steps"] == -1:
         return
     if "num_train_epochs" in given:
-        yield "max_steps", (
+        yield Problem(
+            "max_steps",
             f"is {v['max_steps']}, and num_train_epochs {v['num_train_epochs']:g}; keep one of them: leave the other "
-            "out, or set it null in a recipe"
+            "out, or set it null in a recipe",
         )
     for own in ("epoch_cosine", "lr_steps"):
         if v[own]:
-            yield own, "counts epochs; set num_train_epochs instead of max_steps"
+            yield Problem(own, "counts epochs; set num_train_epochs instead of max_steps")
 
 
 def _schedule(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     kind, epochs, steps = v["lr_scheduler_type"], v["num_train_epochs"], v["lr_steps"] or []
     own = [name for name in ("epoch_cosine", "lr_steps") if v[name]]
-    if kind not in [known.value for known in SchedulerType]:
-        yield "lr_scheduler_type", f"is {kind!r}; allowed: {', '.join(known.value for known in SchedulerType)}"
-        return
     if len(own) + (kind != "constant") > 1:
-        yield own[0], (
+        yield Problem(
+            own[0],
             f"is a schedule beside {' and '.join([*own[1:], f'lr_scheduler_type {kind}'])}; keep one (and "
-            "lr_scheduler_type constant beside another)"
+            "lr_scheduler_type constant beside another)",
         )
         return
     if own and epochs != int(epochs):
-        yield own[0], f"counts whole epochs, but num_train_epochs is {epochs:g}"
+        yield Problem(own[0], f"counts whole epochs, but num_train_epochs is {epochs:g}")
     if steps and (steps != sorted(set(steps)) or steps[0] < 1):
-        yield "lr_steps", f"is {steps}, but must be ascending numbers of epochs, from 1 on"
+        yield Problem("lr_steps", f"is {steps}, but must be ascending numbers of epochs, from 1 on")
     elif steps and steps[-1] >= epochs and v["max_steps"] == -1:
-        yield "lr_steps", f"is {steps}, but must lie below num_train_epochs, which is {epochs:g}"
+        yield Problem("lr_steps", f"is {steps}, but must lie below num_train_epochs, which is {epochs:g}")
     if "lr_decay" in given and not steps:
-        yield "lr_decay", "is the factor at each of lr_steps; set lr_steps, or leave it out"
+        yield Problem("lr_decay", "is the factor at each of lr_steps; set lr_steps, or leave it out")
     if v["warmup_steps"] and (own or kind in _NO_WARMUP):
         instead = "constant_with_warmup" if kind == "constant" and not own else "a schedule with one, as cosine"
-        yield "warmup_steps", (
+        yield Problem(
+            "warmup_steps",
             f"is {v['warmup_steps']:g}, but {own[0] if own else f'lr_scheduler_type {kind}'} has no warm-up; use "
-            f"lr_scheduler_type {instead}, or leave it out"
+            f"lr_scheduler_type {instead}, or leave it out",
         )
     keywords = v["lr_scheduler_kwargs"] or {}
     if isinstance(keywords, dict):
         yield from _keywords(kind, keywords, v)
     else:
-        yield "lr_scheduler_kwargs", f"is {keywords!r}, but must be fields and values, like {{min_lr: 0.0001}}"
+        yield Problem(
+            "lr_scheduler_kwargs", f"is {keywords!r}, but must be fields and values, like {{min_lr: 0.0001}}"
+        )
 
 
 def _keywords(kind: str, keywords: dict[str, Any], v: dict[str, Any]) -> Iterator[Problem]:
@@ -136,45 +156,53 @@ def _keywords(kind: str, keywords: dict[str, Any], v: dict[str, Any]) -> Iterato
     names = set() if kind in _NO_KEYWORDS else names
     if unknown := sorted({*keywords} - names):
         allowed = ", ".join(sorted(names)) or "nothing"
-        yield "lr_scheduler_kwargs", f"has {', '.join(unknown)}, but lr_scheduler_type {kind} takes {allowed}"
+        yield Problem("lr_scheduler_kwargs", f"has {', '.join(unknown)}, but lr_scheduler_type {kind} takes {allowed}")
         return
     if kind in STEERED and keywords.get("mode", "max") != "max":
-        yield "lr_scheduler_kwargs", f"has mode {keywords['mode']!r}, but the accuracy is to rise; leave mode out"
+        yield Problem("lr_scheduler_kwargs", f"has mode {keywords['mode']!r}, but accuracy is to rise; leave mode out")
         return
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=v["learning_rate"])
     try:
         get_scheduler(kind, optimizer, 0, 100, keywords)
     except (ValueError, TypeError, AssertionError) as error:
-        yield "lr_scheduler_type", f"is {kind}, which cannot be made with lr_scheduler_kwargs {keywords}: {error}"
+        yield Problem(
+            "lr_scheduler_type", f"is {kind}, which cannot be made with lr_scheduler_kwargs {keywords}: {error}"
+        )
 
 
 def _optimizer(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
-    kind = OPTIMIZERS.get(v["optim"])
-    if kind is None:
-        yield "optim", f"is {v['optim']!r}; allowed: {', '.join(OPTIMIZERS)}"
-        return
-    if kind.package is not None and find_spec(kind.package) is None:
-        yield "optim", f"is {v['optim']}, which needs a package that is not installed: pip install {kind.package}"
+    kind = OPTIMIZERS[v["optim"]]
+    if kind.package is not None and not _installed(kind.package):
+        yield Problem(
+            "optim", f"is {v['optim']}, which needs a package that is not installed: pip install {kind.package}"
+        )
     for name in _ADAM:
         if name in given and name not in kind.adam:
-            yield name, f"is {v[name]:g}, but optim {v['optim']} does not read it; leave it out"
+            yield Problem(name, f"is {v[name]:g}, but optim {v['optim']} does not read it; leave it out")
     options: dict[str, str] = {}
     for pair in (v["optim_args"] or "").replace(" ", "").split(","):
         name, equals, value = pair.partition("=")
         if pair and not (name and equals and value):
-            yield "optim_args", f"is {v['optim_args']!r}, but must be pairs: 'momentum=0.9,nesterov=true'"
+            yield Problem("optim_args", f"is {v['optim_args']!r}, but must be pairs: 'momentum=0.9,nesterov=true'")
             return
         options |= {name: value} if pair else {}
     if unknown := [name for name in options if name not in kind.options]:
         more = " (the field weight_decay is its place)" if "weight_decay" in unknown else ""
-        yield "optim_args", (
-            f"has {', '.join(unknown)}{more}, but optim {v['optim']} takes {', '.join(kind.options) or 'none'}"
+        yield Problem(
+            "optim_args",
+            f"has {', '.join(unknown)}{more}, but optim {v['optim']} takes {', '.join(kind.options) or 'none'}",
         )
         return
     for name, value in options.items():
         switch = name in ("nesterov", "centered")
         if (switch and value.lower() not in ("true", "false")) or (not switch and not _is_number(value)):
-            yield "optim_args", f"has {name}={value}, but must be {'true or false' if switch else 'a number'}"
+            yield Problem("optim_args", f"has {name}={value}, but must be {'true or false' if switch else 'a number'}")
+
+
+def _installed(package: str) -> bool:
+    """Not by the name alone: wandb leaves folders called wandb, which Python takes for packages."""
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def _is_number(text: str) -> bool:
@@ -186,27 +214,28 @@ def _is_number(text: str) -> bool:
 
 def _precision(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     if v["bf16"] and v["fp16"]:
-        yield "bf16", "and fp16 are both true; keep one of them"
+        yield Problem("bf16", "and fp16 are both true; keep one of them")
     if v["fp16"] and v["use_cpu"]:
-        yield "fp16", "is true, but a CPU (use_cpu) does not train in it; use bf16"
+        yield Problem("fp16", "is true, but a CPU (use_cpu) does not train in it; use bf16")
 
 
 def _steps(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
-    for what, example in (("eval", "no"), ("save", "epoch"), ("logging", "epoch")):
-        steps, strategy = f"{what}_steps", v[f"{what}_strategy"] or "no"
+    for what in ("eval", "save", "logging"):
+        steps, strategy = f"{what}_steps", v[f"{what}_strategy"]
         if steps in given and strategy != "steps":
-            yield steps, (
-                f"is {v[steps]:g}, but {what}_strategy is {strategy}; set {what}_strategy steps, or leave {steps} out"
+            yield Problem(
+                steps,
+                f"is {v[steps]:g}, but {what}_strategy is {strategy}; set {what}_strategy steps, or leave {steps} out",
             )
-    if v["eval_delay"] and (v["eval_strategy"] or "no") == "no":
-        yield "eval_delay", "is set, but eval_strategy is no; set it to epoch or steps"
-    if "save_total_limit" in given and (v["save_strategy"] or "no") == "no":
-        yield "save_total_limit", "is set, but save_strategy is no: nothing is stored; leave one of them out"
+    if v["eval_delay"] and v["eval_strategy"] == "no":
+        yield Problem("eval_delay", "is set, but eval_strategy is no; set it to epoch or steps")
+    if "save_total_limit" in given and v["save_strategy"] == "no":
+        yield Problem("save_total_limit", "is set, but save_strategy is no: nothing is stored; leave one of them out")
 
 
 def _steering(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     """What goes by the accuracy during training needs one."""
-    evaluated, stored = v["eval_strategy"] or "no", v["save_strategy"] or "no"
+    evaluated, stored = v["eval_strategy"], v["save_strategy"]
     users = {
         f"lr_scheduler_type {v['lr_scheduler_type']}": v["lr_scheduler_type"] in STEERED,
         "load_best_model_at_end": v["load_best_model_at_end"],
@@ -215,26 +244,28 @@ def _steering(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     }
     using = [name for name, used in users.items() if used]
     if using and evaluated == "no":
-        yield using[0].split()[0], f"({using[0]}) goes by the accuracy during training; set eval_strategy epoch"
+        yield Problem(using[0].split()[0], f"({using[0]}) goes by the accuracy in training; set eval_strategy epoch")
     if v["do_eval"] and evaluated == "no":
-        yield "do_eval", f"is true, but {ARGUMENTS['do_eval'].why}; eval_strategy evaluates during training"  # type: ignore[union-attr]
+        yield Problem("do_eval", "is true, but a run trains and evaluates by its recipe; leave it out")
     if v["load_best_model_at_end"] and evaluated not in ("no", stored) and stored != "best":
-        yield "load_best_model_at_end", (
-            f"needs save_strategy as eval_strategy, or best; they are {stored} and {evaluated}"
+        yield Problem(
+            "load_best_model_at_end",
+            f"needs save_strategy as eval_strategy, or best; they are {stored} and {evaluated}",
         )
     if (metric := v["metric_for_best_model"]) not in (None, "accuracy", "eval_accuracy"):
-        yield "metric_for_best_model", f"is {metric!r}, but only accuracy is measured during training"
+        yield Problem("metric_for_best_model", f"is {metric!r}, but only accuracy is measured during training")
     if v["greater_is_better"] is False:
-        yield "greater_is_better", "is false, but the best accuracy is the greatest; leave it out"
+        yield Problem("greater_is_better", "is false, but the best accuracy is the greatest; leave it out")
     if not using:
         for name in ("metric_for_best_model", "greater_is_better"):
             if v[name] is not None:
-                yield name, (
+                yield Problem(
+                    name,
                     "is set, but nothing asks for it; set load_best_model_at_end, save_strategy best, "
-                    "early_stopping_patience or lr_scheduler_type reduce_lr_on_plateau, or leave it out"
+                    "early_stopping_patience or lr_scheduler_type reduce_lr_on_plateau, or leave it out",
                 )
     if v["early_stopping_threshold"] and v["early_stopping_patience"] is None:
-        yield "early_stopping_threshold", "is set, but nothing stops early; set early_stopping_patience"
+        yield Problem("early_stopping_threshold", "is set, but nothing stops early; set early_stopping_patience")
 
 
 def _loading(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
@@ -244,11 +275,7 @@ def _loading(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
         "dataloader_multiprocessing_context",
     ):
         if name in given and not v["dataloader_num_workers"]:
-            yield name, "is set, but images are loaded by the process itself; set dataloader_num_workers, as 4"
-    if (method := v["dataloader_multiprocessing_context"]) not in (None, *torch.multiprocessing.get_all_start_methods()):
-        yield "dataloader_multiprocessing_context", f"is {method!r}; allowed: fork, spawn, forkserver"
-    if v["train_sampling_strategy"] not in ("random", "sequential"):
-        yield "train_sampling_strategy", f"is {v['train_sampling_strategy']!r}; allowed: random, sequential"
+            yield Problem(name, "is set, but the process itself loads the images; set dataloader_num_workers")
 
 
 def _tracking(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
@@ -256,15 +283,15 @@ def _tracking(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     names = [names] if isinstance(names, str) else names
     for name in names:
         if name not in TRACKERS:
-            yield "report_to", f"is {name!r}; allowed: none, {', '.join(TRACKERS)}"
-        elif find_spec(name) is None:
-            yield "report_to", f"is {name}, which is not installed: pip install {name}"
+            yield Problem("report_to", f"is {name!r}; allowed: none, {', '.join(TRACKERS)}")
+        elif not _installed(name):
+            yield Problem("report_to", f"is {name}, which is not installed: pip install {name}")
     if "run_name" in given and not names:
-        yield "run_name", "names the run for a tracker, but report_to is none; set it, or leave run_name out"
+        yield Problem("run_name", "names the run for a tracker, but report_to is none; set it, or leave run_name out")
     if "project" in given and "trackio" not in names:
-        yield "project", "is where trackio files a run, but report_to has no trackio; leave it out"
+        yield Problem("project", "is where trackio files a run, but report_to has no trackio; leave it out")
     if "wandb" in names and os.environ.get("WANDB_LOG_MODEL", "false").lower() != "false":
-        yield "report_to", (
-            "is wandb, with WANDB_LOG_MODEL in the environment: models are not logged there, they lie in the run's "
-            "folder; unset it"
+        yield Problem(
+            "report_to",
+            "is wandb, with WANDB_LOG_MODEL in the environment: models lie in the run's folder, not there; unset it",
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 
@@ -28,13 +29,13 @@ class Used:
 
     def __str__(self) -> str:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
-        words = [f"{word} {limit:,g}" for word, limit in limits.items() if limit is not None]
+        words = [f"{word} {limit:,}" for word, limit in limits.items() if limit is not None]
         also = "" if self.also is None else f", or {self.also:g}"
         return f"a {'whole' if self.whole else 'finite'} number {' and '.join(words)}{also}"
 
     def allows(self, value: Any) -> bool:
         """Whether a number lies in the range. A field that may be a share of the steps is whole from 1 on."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
             return False
         if value == self.also:
             return True
