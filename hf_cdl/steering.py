@@ -69,9 +69,7 @@ class SteeredTrainer(Trainer):
         stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if self.args.eval_strategy == IntervalStrategy.NO:
             if stopping:
-                raise ValueError(
-                    "EarlyStoppingCallback goes by the accuracy during training; set eval_strategy epoch."
-                )
+                raise ValueError("EarlyStoppingCallback goes by the accuracy in training; set eval_strategy epoch.")
         elif not fixed and not len(self._watched(task) or ()):
             if steering:
                 raise ValueError(
