@@ -48,32 +48,28 @@ class Trackio:
 
 
 class WandB:
-    """A run of Weights & Biases; its files, with WANDB_MODE=offline all of it, lie in the folder."""
-
-    _open: dict[str, Any] = {}
-    """Runs of this process by their id: one that ended and goes on would be two in offline mode."""
+    """A run of Weights & Biases, resumed in every phase. With WANDB_MODE=offline it lies in the folder, a part a phase:
+    `wandb sync` puts them together."""
 
     def __init__(self, folder: Path, name: str, key: str, config: dict[str, Any], **rest: Any):
         import wandb
 
-        if key not in self._open:
-            self._open[key] = wandb.init(
-                project=os.environ.get("WANDB_PROJECT", "huggingface"),
-                name=name,
-                id=key,
-                dir=str(folder),
-                config=config,
-                resume="allow",
-                reinit="create_new",  # roles take turns
-                settings=wandb.Settings(console="off"),
-            )
-        self.run = self._open[key]
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),
+            name=name,
+            id=key,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+            reinit="create_new",  # beside a run that a user may have opened
+            settings=wandb.Settings(console="off"),
+        )
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
 
     def close(self) -> None:
-        """It stays open for the next task; wandb ends it with the process."""
+        self.run.finish()
 
 
 TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +113,9 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_test_labels_change_nothing_and_validation_labels_do(option: str, tmp_path: Path) -> None:
     """Changed test labels leave the weights as they are to the bit; validation labels show that this can be seen."""
-    plain = learnt(trainer_of(tmp_path, option), islice(tasks(), 1))
-    assert same(plain, learnt(trainer_of(tmp_path, option), islice(tasks(test=1), 1)))
-    assert not same(plain, learnt(trainer_of(tmp_path, option), islice(tasks(validation=1), 1)))
+    plain = learnt(trainer_of(tmp_path, option), tasks())
+    assert same(plain, learnt(trainer_of(tmp_path, option), tasks(test=1)))
+    assert not same(plain, learnt(trainer_of(tmp_path, option), tasks(validation=1)))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
