@@ -109,6 +109,7 @@ def measure(words: list[str], steps: int) -> Cost:
         task = TaskStream(recipe.data, processors, seed=recipe.seed)[0]
         models["teacher"].begin_task(task.class_names)
         section = {**recipe.training_args("student"), "max_steps": 1 + steps, "disable_tqdm": True}
+        section.pop("num_train_epochs", None)
         args = CDLTrainingArguments(work, **section)
         trainer = CDLTrainer(models["student"], args, build_objective(recipe, "student", models), models["teacher"])
         watch = Watch()

@@ -15,17 +15,15 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.progress import PhaseProgress
-from hf_cdl.run import Run
+from hf_cdl.steering import SteeredTrainer
 from hf_cdl.storing import saving
 from hf_cdl.tasks.sampler import Rounds, ViewSampler
-from hf_cdl.training_args import CDLTrainingArguments
-from hf_cdl.types import Task
 
 
-class PhaseTrainer(Trainer):
+class PhaseTrainer(SteeredTrainer):
     """What transformers' Trainer does otherwise where training comes in phases.
 
     Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient
@@ -33,14 +31,7 @@ class PhaseTrainer(Trainer):
     phase changes is stored, and never half. A subclass sets the attributes below.
     """
 
-    args: CDLTrainingArguments
-    model: Any
     objective: Any
-    run: Run | None
-    role: str
-    seen: list[Task]
-    """The tasks so far; the last one is the phase's."""
-    num_tasks: int | None
     _sums: dict[str, torch.Tensor]
     """Of the losses by name, over the `_steps_summed` steps since the last log line; of each step the images' mean."""
     _steps_summed: int
@@ -51,6 +42,8 @@ class PhaseTrainer(Trainer):
     _rounds: Rounds
     _seconds_before: float
     """Those of the phase before it was cut off."""
+    _steps_learnt: int
+    """Of this process's phases, without a run to look them up."""
 
     # ---- data order and schedule ----
 
@@ -130,6 +123,14 @@ class PhaseTrainer(Trainer):
 
     # ---- losses ----
 
+    def _steps_before(self) -> int:
+        """Optimizer steps of the tasks before this one, which the trackers' steps go on from."""
+        if self.run is None:
+            return self._steps_learnt
+        files = [self.run.history_file(self.role, task) for task in self.seen[:-1]]
+        lines = [json.loads(file.read_text()) for file in files if file.exists()]
+        return sum(max((line.get("step", 0) for line in history), default=0) for history in lines)
+
     def _watch(self, losses: dict[str, torch.Tensor], weight: float) -> None:
         """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
@@ -161,7 +162,12 @@ class PhaseTrainer(Trainer):
     # ---- files ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Store the phase's state under its name only when it is whole; then drop the one before."""
+        """Store the phase's state under its name only when it is whole; then drop those before, but the best one.
+
+        Without a run nothing is stored.
+        """
+        if self.run is None:
+            return
         partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with saving(f"store the state of {self._title(self.seen[-1])} in {partial}"):
             super()._save_checkpoint(model, trial)
@@ -169,13 +175,13 @@ class PhaseTrainer(Trainer):
             if self.args.should_save:
                 seconds = self._seconds_before + self._phase.seconds
                 (partial / "phase.json").write_text(json.dumps({"seconds": seconds}))
+                self.state.best_model_checkpoint = self._best_checkpoint
+                self.state.save_to_json(str(partial / "trainer_state.json"))
                 work = partial.parent.parent
                 for old in work.glob(partial.name):
                     shutil.rmtree(old)
                 os.replace(partial, work / partial.name)
-                for old in work.glob("checkpoint-*"):
-                    if old.name != partial.name:
-                        shutil.rmtree(old)
+                rotate_checkpoints(str(work), self.args.save_total_limit or 1, self._best_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -198,9 +204,7 @@ class PhaseTrainer(Trainer):
         stored, wanted = load_file(file), self._changing()
         if stored.keys() != wanted.keys():
             raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
-        with torch.no_grad():
-            for name, value in wanted.items():
-                value.copy_(stored[name])
+        self._put_back(stored)
 
     def _changing(self) -> dict[str, torch.Tensor]:
         """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
@@ -209,9 +213,6 @@ class PhaseTrainer(Trainer):
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {**trained, **dict(self.model.named_buffers())}
-
-    def _title(self, task: Task) -> str:
-        return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
 
 
 def peak_memory() -> int:

@@ -35,6 +35,9 @@ class PhaseProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
+        if state.global_step:  # Trainer does not ask whether a phase that goes on had been stopped already
+            stored = state.stateful_callbacks["TrainerControl"]["args"]
+            control.should_training_stop = stored["should_training_stop"]
         self.bar = self.make_bar(total=state.max_steps, initial=state.global_step)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -166,6 +166,10 @@ class Run:
         """Where the phase in progress keeps the state it can resume from."""
         return self.folder / "work" / f"{role}-{task.name}"
 
+    def history_file(self, role: str, task: Task) -> Path:
+        """What a phase logged, a list of lines with their step; there when the phase is finished."""
+        return self.folder / "logs" / f"{role}-{task.name}.json"
+
     def scaffold_file(self, role: str, index: int) -> Path:
         """Where the layers that only training needs are kept after a task: outside the model's files."""
         return self.folder / "work" / "scaffold" / f"{role}-task-{index + 1:02d}.safetensors"
@@ -191,7 +195,7 @@ class Run:
                 sync(partial)
                 shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
                 os.replace(partial, target)
-                write_json(self.folder / "logs" / f"{result.role}-{task.name}.json", history)
+                write_json(self.history_file(result.role, task), history)
                 self._write_ledger()
                 self._publish(result.role)
         except RunError:

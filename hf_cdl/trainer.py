@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
@@ -24,6 +24,7 @@ from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
 from hf_cdl.tasks.sampler import ViewSampler
+from hf_cdl.trackers import replace_trackers
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
@@ -35,8 +36,8 @@ class CDLTrainer(PhaseTrainer):
     that is finished it returns at once, for one that was cut off it goes on from its last stored step. A task that
     it could not learn raises ValueError before anything is changed.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
-    `eval_split` is the split it reads. Without a `run` nothing is stored. Raises FloatingPointError when a loss is no
-    longer a number.
+    `eval_split` is the split it reads. Without a `run` nothing is stored. `check(task)` says beforehand what the
+    arguments ask for and the task lacks. Raises FloatingPointError when a loss is no longer a number.
     """
 
     def __init__(
@@ -56,6 +57,11 @@ class CDLTrainer(PhaseTrainer):
             raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
         if self.objective.needs_teacher:
             self.objective.attach(teacher)
+        if args.gradient_checkpointing and not _computes_again(model):
+            raise ValueError(
+                f"activation_checkpointing is true, but the layers of this {type(model).__name__} cannot compute "
+                "their activations again; leave it out."
+            )
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
@@ -70,10 +76,18 @@ class CDLTrainer(PhaseTrainer):
         self._steps_summed = self._images = 0
         self._micro_batches = 1
         self._seconds_before = 0.0
+        self._steps_learnt = 0
+        self._best: dict[str, torch.Tensor] = {}
         self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(self._phase)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        place = Path(str(args.output_dir)) if run is None else run.folder
+        name = args.run_name or (place.name if run is None else run.recipe.get("name", place.name))
+        lasting = place / "trackers" if run is None else place / "logs" / "trackers"
+        replace_trackers(self, lasting / role, f"{name}-{role}", self._steps_before)
         if run is None:
             self.args.save_strategy = SaveStrategy.NO
         for found in (self.teacher, self.head_teacher):
@@ -91,6 +105,7 @@ class CDLTrainer(PhaseTrainer):
         done = self.run is not None and self.run.result(self.role, task) is not None
         if not done:
             check_task(self.role, self.model, self.objective, self.args, task)
+            self.check(task)
         self.seen.append(task)
         if done:
             return
@@ -188,6 +203,7 @@ class CDLTrainer(PhaseTrainer):
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._sums, self._steps_summed, self._images, self._seconds_before = {}, 0, 0, 0.0
+        self._begin_callbacks()
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
         teacher = self.teacher
@@ -198,6 +214,7 @@ class CDLTrainer(PhaseTrainer):
             metrics = self.train(resume_from_checkpoint=last).metrics
             result.train_seconds = self._seconds_before + time.perf_counter() - start
             result.images_per_second = metrics["train_samples_per_second"]
+            self._steps_learnt += self.state.global_step
         finally:  # take Accelerate's wrappers off again: they would pile up, task by task
             self._phase.close()
             self.model = self._unprepare(self.model_wrapped)
@@ -287,13 +304,17 @@ class CDLTrainer(PhaseTrainer):
         return student, teacher
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Accuracies in percent on the newest task's evaluation split, among its own classes: the model's, and those
-        of its teacher's path or paths. Runs during training at `eval_strategy`, and changes nothing of it."""
+        """Accuracies in percent on images of the newest task, among its own classes: the model's, and those of its
+        teacher's path or paths. Runs during training at `eval_strategy`.
+
+        The images are validation images if the accuracy has a say in the training (early stopping, the best epoch, a
+        plateau), else those of the evaluation split; then it changes nothing.
+        """
         task, hits = self.seen[-1], {}
         was_training = self.model.training
         self.model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed
-            for batch in self._loader(getattr(task, self.eval_split), "teacher"):
+            for batch in self._loader(self._watched(task), "teacher"):
                 student, teacher = self._answers(self.model, batch, None)
                 said = {"": student.logits}
                 if teacher is not None:
@@ -357,6 +378,12 @@ def _shares_query(student: Any, teacher: Any) -> bool:
         value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
         for name, value in ours.items()
     )
+
+
+def _computes_again(model: Any) -> bool:
+    """Whether layers of the model can compute their activations again in the backward pass."""
+    layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
+    return layers and hasattr(model, "gradient_checkpointing_enable")
 
 
 def _percent(hits: torch.Tensor) -> float:

@@ -106,6 +106,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
         model, teacher = models[role], models.get("teacher")
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
+        for task in run.to_learn(stream):
+            trainers[-1].check(task)
     return stream, trainers
 
 

@@ -46,6 +46,7 @@ def measure_again(folder: Path, split: str, *only: str) -> Iterator[tuple[Path, 
             stream = TaskStream(recipe.data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
+                given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
                 section = getattr(recipe, role, None)  # a baseline has none
                 model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)

@@ -298,9 +298,9 @@ def stream() -> Iterator[Task]:
 
 def arguments(folder: Path, **extra: Any) -> CDLTrainingArguments:
     defaults = {"num_train_epochs": 4, "per_device_train_batch_size": 8, "logging_steps": 1, "learning_rate": 0.01}
-    return CDLTrainingArguments(
-        str(folder), use_cpu=True, disable_tqdm=True, report_to="none", **{**defaults, **extra}
-    )
+    if "max_steps" in extra:
+        del defaults["num_train_epochs"]
+    return CDLTrainingArguments(str(folder), use_cpu=True, disable_tqdm=True, **{**defaults, **extra})
 
 
 def combinations() -> list[tuple[str, str, str]]:

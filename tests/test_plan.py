@@ -124,7 +124,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
 def test_the_optimizer_s_states_are_counted(tmp_path: Path, options: dict[str, str], want: int | None) -> None:
     """As many as are there after a real step; of optimizers that are not known it says what it assumes."""
     recipe = make_recipe(tmp_path, teacher=None, distill=[], baselines=[])
-    recipe["train"] |= {**options, "max_steps": 1, "num_train_epochs": 1}
+    recipe["train"] |= {**options, "max_steps": 1, "num_train_epochs": None}
     built = build_recipe(recipe)
     tasks = plan.read_tasks(built)
     student = plan.measure(built, tasks)[1]["student"]

@@ -246,11 +246,15 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 
 
 def check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
-    """Names and types of the training arguments, then their own checks on the whole."""
+    """Names and types of the training arguments, then what each does alone and beside the others.
+
+    null is the default of a field that cannot be null.
+    """
     before = len(problems)
     hints = typing.get_type_hints(CDLTrainingArguments)
-    fields = {f.name for f in dataclasses.fields(CDLTrainingArguments) if f.init}
+    fields = {f.name: f for f in dataclasses.fields(CDLTrainingArguments) if f.init}
     values: dict[str, Any] = {}
+    places: dict[str, str] = {}
     for path, section in (("train", content), (f"{role}.train", content[role])):
         for key, value in _section(section, "train", {}).items():
             if key in ("seed", *PLACES):
@@ -263,9 +267,18 @@ def check_training(content: dict[str, Any], role: str, problems: list[str]) -> N
                 near = difflib.get_close_matches(key, fields, n=1)
                 problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
             else:
+                if value is None and type(None) not in typing.get_args(hints[key]):
+                    value = _default(fields[key])
                 values[key] = typed_value(hints[key], value, f"{path}.{key}", problems)
+                places[key] = f"{path}.{key}"
                 if values[key] is not WRONG:
                     section["train"][key] = values[key]
+    if isinstance(content.get("seed", 0), int):
+        values["seed"], places["seed"] = content.get("seed", 0), "seed"
+    if len(problems) > before:
+        return
+    for name, what in CDLTrainingArguments.problems(values):
+        problems.append(f"'{places.get(name, f'{role}.train.{name}')}' {what}")
     if len(problems) == before:
         try:
             CDLTrainingArguments(output_dir="work", **values)

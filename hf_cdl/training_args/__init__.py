@@ -1,13 +1,21 @@
-"""CDLTrainingArguments: transformers' TrainingArguments with the defaults of continual prompt learning."""
+"""CDLTrainingArguments: transformers' TrainingArguments with the defaults of continual prompt learning.
+
+table.py says what becomes of each of their fields, checks.py which of them do not go together.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
+
+from hf_cdl.training_args.checks import STEERED, Problem, find_problems
+
+__all__ = ["STEERED", "CDLTrainingArguments"]
 
 
 @dataclass
@@ -15,7 +23,8 @@ class CDLTrainingArguments(TrainingArguments):
     """Arguments of one role (teacher or student); the same for each of its tasks.
 
     Defaults are the published protocol's where it says (Adam, lr 1e-3, no weight decay, no clipping, batch 64, 20
-    epochs, constant rate unless `epoch_cosine`).
+    epochs, constant rate unless `epoch_cosine`). Raises ValueError for a field that would have no effect here, and for
+    a number out of its range: all of them, in one message.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of every task."})
@@ -36,34 +45,55 @@ class CDLTrainingArguments(TrainingArguments):
         metadata={"help": "Numbers of epochs after which the rate is multiplied by lr_decay, instead of a schedule."},
     )
     lr_decay: float = field(default=0.1, metadata={"help": "Factor of the rate at each of lr_steps."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better accuracy on validation images after which a task ends."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
+    )
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to store the state that a resume starts from."}
     )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "Fixed: early stopping goes on counting where a run stopped."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Fixed: the stream's samples are exactly the models' inputs."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
-    data_seed: int | None = field(default=0, metadata={"help": "Seed of the order of the training images."})
+    data_seed: int | None = field(
+        default=0, metadata={"help": "Seed of the order of the training images; null: that of `seed`."}
+    )
+
+    @classmethod
+    def problems(cls, given: dict[str, Any]) -> list[Problem]:
+        """What is wrong with these arguments among defaults, as (field, what to read behind its name)."""
+        defaults = {
+            f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls) if f.init
+        }
+        return find_problems({**defaults, **given}, defaults)
 
     def __post_init__(self):
+        wrong = self.problems({f.name: getattr(self, f.name) for f in fields(self) if f.init})
+        if wrong:
+            raise ValueError("; ".join(f"{name} {what}" for name, what in wrong) + ".")
         self.disable_tqdm = bool(self.disable_tqdm)  # shown unless asked; transformers would go by its log level
+        stops = self.early_stopping_patience is not None
+        if stops or self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in STEERED:
+            self.go_by_accuracy()
+        if self.data_seed is None:
+            self.data_seed = self.seed
         super().__post_init__()
-        self.remove_unused_columns = False  # the stream's samples are exactly the models' inputs
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        own = [name for name in ("epoch_cosine", "lr_steps") if getattr(self, name)]
-        if self.max_steps > 0 and own:
-            raise ValueError(f"{own[0]} counts epochs; set num_train_epochs instead of max_steps.")
-        if len(own) + (self.lr_scheduler_type != "constant") > 1:
-            raise ValueError(
-                f"{' and '.join(own)} with lr_scheduler_type {self.lr_scheduler_type}: keep one schedule (and "
-                "lr_scheduler_type constant beside another)."
-            )
-        if self.lr_steps != sorted(set(self.lr_steps)) or min(self.lr_steps, default=1) < 1 or self.lr_decay <= 0:
-            raise ValueError(
-                f"lr_steps must be ascending numbers of epochs and lr_decay positive; got {self.lr_steps} and "
-                f"{self.lr_decay}."
-            )
-        if self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                f"gradient_accumulation_steps must be at least 1; got {self.gradient_accumulation_steps}."
-            )
+        if self.lr_scheduler_type in STEERED:  # transformers would take a rising accuracy for a plateau
+            self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
+        if self.fp16 and self.device.type == "cpu":
+            raise ValueError("fp16 is true, but a CPU does not train in it; use bf16.")
+
+    def go_by_accuracy(self) -> None:
+        """Have the accuracy decide which state is best: evaluation during training measures nothing else."""
+        self.metric_for_best_model, self.greater_is_better = "accuracy", True
 
     def epoch_factor(self, epochs: int) -> Callable[[int], float] | None:
         """Factor of the learning rate in epoch e = 0 .. epochs - 1, for schedules that go by epochs; else None.

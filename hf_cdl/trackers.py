@@ -1,0 +1,128 @@
+"""What a phase logs, in TensorBoard, Trackio or Weights & Biases: one run per role, with steps that go on over tasks.
+
+transformers' own callbacks for them start a run, or the steps, again with every training, and so with every task.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK, rewrite_logs
+
+
+class TensorBoard:
+    """Event files in the folder. What a killed process wrote after its last stored state is superseded."""
+
+    def __init__(self, folder: Path, first_step: int, **rest: Any):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Trackio:
+    """A run NAME-ID of Trackio's project, in the place where Trackio keeps all projects (TRACKIO_DIR)."""
+
+    def __init__(self, name: str, key: str, project: str, config: dict[str, Any], **rest: Any):
+        import trackio
+
+        self.run = trackio.init(project=project, name=f"{name}-{key}", config=config, resume="allow", embed=False)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class WandB:
+    """A run of Weights & Biases, resumed in every phase. With WANDB_MODE=offline it lies in the folder, a part a phase:
+    `wandb sync` puts them together."""
+
+    def __init__(self, folder: Path, name: str, key: str, config: dict[str, Any], **rest: Any):
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "huggingface"),
+            name=name,
+            id=key,
+            dir=str(folder),
+            config=config,
+            resume="allow",
+            reinit="create_new",  # beside a run that a user may have opened
+            settings=wandb.Settings(console="off"),
+        )
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
+"""By their names in `report_to`, which are those of the packages too."""
+
+
+class Tracking(TrainerCallback):
+    """Logs one role's phases with the tracker called `kind`; its files stay in `folder`.
+
+    `name`: of the role's run. `steps_before()`: steps of the tasks before the phase's. Takes the place of the callback
+    that Trainer made for the tracker.
+    """
+
+    def __init__(self, kind: str, folder: Path, name: str, steps_before: Callable[[], int]):
+        self.kind, self.folder, self.name, self.steps_before = kind, folder, name, steps_before
+        self.before = 0
+        self.tracker: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.before = self.steps_before()
+        if not state.is_world_process_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tracker = TRACKERS[self.kind](
+            folder=self.folder,
+            name=self.name,
+            key=self._key(),
+            project=args.project,
+            config=args.to_sanitized_dict(),
+            first_step=self.before + state.global_step + 1,
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.tracker is not None:
+            numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+            self.tracker.log(rewrite_logs(numbers), self.before + state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.close()
+            self.tracker = None
+
+    def _key(self) -> str:
+        """What tells this run from all others of its name, in this process and in those that go on with it."""
+        file = self.folder / "id"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:8])
+        return file.read_text()
+
+
+def replace_trackers(trainer: Any, folder: Path, name: str, steps_before: Callable[[], int]) -> None:
+    """Have a Trainer report to lasting trackers in place of its own."""
+    for kind in TRACKERS:
+        if kind in trainer.args.report_to:
+            trainer.remove_callback(INTEGRATION_TO_CALLBACK[kind])
+            trainer.add_callback(Tracking(kind, folder, name, steps_before))
