@@ -89,7 +89,7 @@ class DualPath(PromptPath):
 
     def __init__(self, config: DualPathConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)
-        self.batches: torch.Tensor  # the optimizer's steps in this task so far, for the warm-up
+        self.batches: torch.Tensor  # steps of the optimizer in this task, if there is a warm-up
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def begin_task(self, teacher: Any) -> None:
@@ -97,7 +97,8 @@ class DualPath(PromptPath):
         self.batches.zero_()
 
     def begin_step(self) -> None:
-        self.batches += 1
+        if self.config.warmup_steps:
+            self.batches += 1
 
     def rates(self) -> dict[nn.Parameter, float]:
         return dict.fromkeys(self.copied.parameters(), self.config.copy_rate)
