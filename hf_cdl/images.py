@@ -117,15 +117,20 @@ def _identify(file: IO[bytes]) -> Image.Image:
     raise UnidentifiedImageError
 
 
-def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     pixels = image.width * image.height
     if pixels > max_pixels:
         raise ImageError(
             f"has {image.width} x {image.height} = {pixels:,} pixels, more than the {max_pixels:,} allowed; scale it "
             "down, or raise the limit: data.max_pixels of a recipe, `max_pixels` of a pipeline"
         )
+
+
+def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
+    _check_size(image, max_pixels)
     sixteen = image.format in ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
     image = ImageOps.exif_transpose(image)
+    _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
         return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True)

@@ -35,7 +35,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def make(path: Path | None = None, dataset: Any = None, **config: Any) -> TaskStream:
+def make(path: Any = None, dataset: Any = None, **config: Any) -> Any:
     config.setdefault("classes_per_task", None)
     return TaskStream(StreamConfig(path=None if path is None else str(path), **config), PROCESSOR, dataset=dataset)
 
@@ -62,7 +62,7 @@ def table(count: int, kind: Any = None, first: int = 0) -> Dataset:
 
 
 def both() -> DatasetDict:
-    return DatasetDict(train=table(4), test=table(2, first=1000))
+    return DatasetDict({"train": table(4), "test": table(2, first=1000)})
 
 
 def write_parquet(root: Path, *files: str) -> None:
@@ -151,7 +151,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_layout_is_read(name: str, tmp_path: Path) -> None:
+def test_a_layout_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "my data"
     root.mkdir()
     LAYOUTS[name](root)
@@ -167,6 +167,8 @@ def test_a_layout_is_read(name: str, tmp_path: Path) -> None:
             wanted = np.random.default_rng((label, 0)).integers(40, 216, 3)
             assert abs(mean - wanted).max() < 15, "a class has its own images"
     assert {file: file.is_dir() or file.read_bytes() for file in root.rglob("*")} == before
+    monkeypatch.chdir(tmp_path)
+    assert make(Path("my data")).fingerprint == stream.fingerprint
     held = make(root, test_fraction=0.25)
     assert held.class_names == CLASSES and Counter(held[0].test.labels) == dict.fromkeys(range(4), 2), "its own test"
 
@@ -258,7 +260,7 @@ def latin_1_folder(root: Path) -> None:
     (root / "train/cat").rename(root / "train" / os.fsdecode(b"caf\xe9"))
 
 
-REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flat splits": (flat, "called like splits, but without class folders in them: test, train.*train/CLASS/x.png"),
     "several training sets": (
         lambda root: tree(root, "{split}/{name}", {"train_a": 1, "train_b": 1, "test_a": 1}),
@@ -367,7 +369,7 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_one_name_in_two_unicode_forms_is_one_class(form: Any, tmp_path: Path) -> None:
-    other = "NFD" if form == "NFC" else "NFC"
+    other: Any = {"NFC": "NFD", "NFD": "NFC"}[form]
     cafe, nino = (unicodedata.normalize(form, name) for name in ("café", "niño"))
     train, test = (tmp_path / split for split in ("train", "test"))
     for number, name in enumerate((cafe, nino)):
@@ -380,12 +382,12 @@ def test_one_name_in_two_unicode_forms_is_one_class(form: Any, tmp_path: Path) -
     assert len(known[0].train) == 0 and len(known[0].test) == 2
     with pytest.raises(ValueError, match="classes that the models know already: café"):
         make(tmp_path, known_classes=[[unicodedata.normalize("NFD", "café")]])
-    tables = {
+    tables: Any = {
         split: Dataset.from_dict(
             {"image": [png(picture(i, i)) for i in range(2)], "label": [unicodedata.normalize(f, n) for n in "éñ"]},
             Features({"image": datasets.Image(), "label": Value("string")}),
         )
-        for split, f in (("train", form), ("test", other))
+        for split, f in zip(SPLITS, [form, other], strict=True)
     }
     assert make(dataset=tables).class_names == sorted("éñ")
     labels = [ClassLabel(names=[unicodedata.normalize(f, n) for n in "éñ"]) for f in (form, other)]

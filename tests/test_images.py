@@ -150,7 +150,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CDLForImageClassification
     return student
 
 
-def stream_of(content: bytes, path: str | None = None, **config: Any) -> TaskStream:
+def stream_of(content: bytes, path: str | None = None, **config: Any) -> Any:
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
     cells = [{"bytes": None if path else content, "path": path}] * 2
     table = Dataset.from_dict({"image": cells, "label": [0, 1]}, features=features)

@@ -501,7 +501,7 @@ def test_training_images_that_show_nothing_are_reported(kind: str) -> None:
         make(of_pixels([noise(256), flat], [flat, flat])).check_images()
     (note,) = make(of_pixels([noise(256)] + [flat] * 12), classes_per_task=1).check_images()
     assert ": 12\n" in note and note.count("\n") == 11 and note.endswith("and 2 more")
-    only_tested = DatasetDict(train=of_pixels([noise(256)])["train"], test=of_pixels([flat])["test"])
+    only_tested = {"train": of_pixels([noise(256)])["train"], "test": of_pixels([flat])["test"]}
     assert make(only_tested, classes_per_task=1).check_images() == []
 
 
@@ -713,7 +713,7 @@ class TorchData(torch.utils.data.Dataset):
 WRONG_KINDS: dict[str, Any] = {
     "streamed splits": lambda: {s: t.to_iterable_dataset() for s, t in data().items()},
     "streamed": lambda: data()["train"].to_iterable_dataset(),
-    "a dict of streams": lambda: datasets.IterableDatasetDict(train=data()["train"].to_iterable_dataset()),
+    "a dict of streams": lambda: datasets.IterableDatasetDict({"train": data()["train"].to_iterable_dataset()}),
     "a list": lambda: [1, 2],
     "a tuple of tables": lambda: (data()["train"], data()["test"]),
     "lists": lambda: {"train": [1], "test": [2]},
@@ -753,7 +753,7 @@ def test_as_many_classes_as_imagenet_21k_take_no_time() -> None:
     cell = {"bytes": png(0), "path": None}
     features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
     columns = {"image": [cell] * len(names), "label": list(range(len(names)))}
-    both = dict.fromkeys(("train", "test"), Dataset.from_dict(columns, features=features))
+    both: Any = dict.fromkeys(("train", "test"), Dataset.from_dict(columns, features=features))
     tasks = [names[i : i + 100] for i in range(0, len(names), 100)]
     begin = time.process_time()
     config = StreamConfig(classes_per_task=tasks[1:], known_classes=tasks[:1], known_train="ignore")

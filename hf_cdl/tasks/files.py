@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
         raise ValueError(f"{root} has {some(f.name for f in files)}; leave one of them.")
     has_classes = class_folders(root)
     try:
-        table = _load("imagefolder", [str(files[0])])
+        table = _load("imagefolder", [os.path.abspath(files[0])])
     except ValueError:
         if has_classes:  # a file of that name that is something else
             return None
@@ -134,7 +135,8 @@ def cut_by_split(root: Path, table: Dataset) -> Tables:
     if "split" in table.column_names:
         names, what = [str(name) for name in table["split"]], "column 'split'"
     else:
-        names = [path.relative_to(root).parts[0] if path.is_relative_to(root) else "" for path in image_paths(table)]
+        within = Path(os.path.abspath(root))
+        names = [path.relative_to(within).parts[0] for path in image_paths(table)]
         what = "folders"
     if not any(map(role_of, names)):
         return {"train": table}

@@ -19,14 +19,14 @@ def _option(default: Any, text: str) -> Any:
 class StreamConfig:
     """The `data` section of a recipe. Raises ValueError, naming every field that is out of range."""
 
-    path: str | None = _option(None, "Hub id, local folder (class folders of images, parquet files) or benchmark name")
+    path: str | None = _option(None, "Hub id, local folder (see read_folder) or benchmark name")
     name: str | None = _option(None, "configuration of the data set on the Hub")
     revision: str | None = _option(None, "commit, tag or branch on the Hub")
     image_column: str | None = _option(None, "none: the only column of type Image")
     label_column: str | None = _option(None, "none: the only ClassLabel, or the column called label, class ...")
-    train_split: str | None = _option(None, "none: train")
+    train_split: str | None = _option(None, "none: train or training, in any case")
     validation_split: str | None = _option(None, "none: validation, val, valid or dev, if there is one")
-    test_split: str | None = _option(None, "none: test, if there is one")
+    test_split: str | None = _option(None, "none: test, testing, eval or evaluation, if there is one")
     test_fraction: float | None = _option(None, "without a test split: fraction of each class held out for testing")
     split_seed: int = _option(0, "seed of test_fraction and of the max_*_per_class subsets")
     classes_per_task: int | list[int] | list[list[str]] | None = _option(
