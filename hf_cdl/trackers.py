@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, rewrite_logs
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
 
 class TensorBoard:
