@@ -78,7 +78,7 @@ class SteeredTrainer(Trainer):
                     f"(data.validation_split names one), or leave out {' and '.join(steering)}."
                 )
             raise ValueError(
-                f"eval_strategy is {self.args.eval_strategy.value}, but {task.name} has no {self.eval_split} images. "
+                f"eval_strategy is {IntervalStrategy(self.args.eval_strategy).value}, but {task.name} has no {self.eval_split} images. "
                 "Give it some, or set eval_strategy no."
             )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import INTEGRATION_TO_CALLBACK, rewrite_logs
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
 
 class TensorBoard:
@@ -48,8 +48,8 @@ class Trackio:
 
 
 class WandB:
-    """A run of Weights & Biases, resumed in every phase. With WANDB_MODE=offline it lies in the folder, a part a phase:
-    `wandb sync` puts them together."""
+    """A run of Weights & Biases, resumed in every phase. With WANDB_MODE=offline it lies in the folder, in parts that
+    `wandb sync` puts together."""
 
     def __init__(self, folder: Path, name: str, key: str, config: dict[str, Any], **rest: Any):
         import wandb

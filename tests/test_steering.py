@@ -58,7 +58,7 @@ class Stopper(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"values": list(self.values)}}
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self.values.append(metrics["eval_accuracy"])
         control.should_training_stop = len(self.values) > 2 and self.values[0] <= self.values[1]
 

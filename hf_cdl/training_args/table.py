@@ -35,7 +35,10 @@ class Used:
 
     def allows(self, value: Any) -> bool:
         """Whether a number lies in the range. A field that may be a share of the steps is whole from 1 on."""
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        value = float(value)
+        if not math.isfinite(value):
             return False
         if value == self.also:
             return True
