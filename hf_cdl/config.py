@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import field
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from hf_cdl.checked import check_numbers, check_types, near, said, short
+
+_GENERIC = {
+    *(
+        "model_type",
+        "auto_map",
+        "name_or_path",
+        "torch_dtype",
+        "num_labels",
+        "output_attentions",
+        "_commit_hash",
+        "_name_or_path",
+    ),
+    *("attn_implementation", "experts_implementation", "per_layer_config", "quantization_config", "fusion_config"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "distributed_config"),
+    *("custom_pipelines", "transformers.js_config"),
+}
+"""What transformers itself, or a tool of its, puts into any config beside the fields."""
+_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "gguf_file"}
 
 
 class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
     `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Raises ValueError for a class name that occurs twice, and for a small
-    checkpoint (`save_backbone` false) that could not be loaded again.
+    sizes that grow: prompts, heads, id2label. Classes that are renamed in `id2label` have the new names in `tasks` too.
+    Whatever is given is copied. Raises ValueError for an unknown field or a value of the wrong kind, for a class name
+    that occurs twice, for labels that do not fit the tasks, and for a small checkpoint (`save_backbone` false) that
+    could not be loaded again.
     """
 
     model_type = "cdl"
@@ -37,7 +64,7 @@ class CDLConfig(PreTrainedConfig):
     query_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the query backbone."})
     query_revision: str | None = field(default=None, metadata={"help": "Commit hash of the query backbone."})
     query_digest: str | None = field(default=None, metadata={"help": "Fingerprint of its weights."})
-    query: str = field(
+    query: Literal["two_pass", "one_pass"] = field(
         default="two_pass",
         metadata={"help": "Query of the prompts: two_pass (the CLS feature of an un-prompted pass) or one_pass (the "
                   "CLS token that enters each layer, OS-Prompt)."},
@@ -90,24 +117,161 @@ class CDLConfig(PreTrainedConfig):
     tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
 
     def __post_init__(self, **kwargs: Any):
+        check_names({**kwargs})
+        for name in _FIELDS:
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
+        id2label, label2id, classes = self.id2label, self.label2id, kwargs.pop("num_labels", None)
         self.set_tasks(self.tasks)
-        self.check_small()
-        super().__post_init__(**kwargs)
+        if classes is not None:
+            self.num_labels = classes
+        if id2label is not None:
+            self.id2label = id2label
+        if label2id is not None:
+            self.label2id = label2id
+        self.check()
+        try:
+            super().__post_init__(**kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # of the nested configs' own checks, of many kinds
+            raise ValueError(f"No usable backbone_config or query_config: {said(error)}") from error
 
-    def set_tasks(self, tasks: list[list[str]]) -> None:
-        """Set the class names of all tasks, and the label maps with them."""
+    def check(self) -> None:
+        """Take over renamed classes. Raises ValueError if any field is not as it must be."""
+        self.agree()
+        check_types(self, "CDLConfig")
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"problem_type is {short(self.problem_type)}, but the model tells one class from others; leave it out."
+            )
+        for name in self.sub_configs_defaults:
+            nested = getattr(self, name)
+            if isinstance(nested, dict) and not isinstance(nested.get("model_type"), str):
+                raise ValueError(f"{name} has no model_type, which says of what family it is, as 'vit'.")
+            if not isinstance(nested, dict | PreTrainedConfig | None):
+                raise ValueError(f"{name} is {short(nested)}; allowed: a config of transformers, or its fields.")
+            if nested is not None:
+                check_numbers(nested if isinstance(nested, dict) else vars(nested), name)
+        self.check_small()
+
+    # ---- files ----
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As PreTrainedConfig.get_config_dict. Raises ValueError for a file that holds no config."""
+        try:
+            found, rest = super().get_config_dict(*args, **kwargs)
+        except (TypeError, RecursionError) as error:  # JSON, but no object; or nested too deep
+            raise ValueError(f"The config.json of '{args[0]}' holds no config: {said(error)}") from error
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):  # no JSON
+                raise ValueError(f"{said(error)} Get it again from where it came.") from error
+            raise
+        if not isinstance(found, dict):
+            raise ValueError(f"The config.json of '{args[0]}' holds no config, but {short(found)}.")
+        return found, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As PreTrainedConfig.from_dict, with `kwargs` in the place of what is stored.
+
+        Raises ValueError for a config of another model, one that lacks its backbone's, or one with unknown fields.
+        """
+        kind, with_rest = config_dict.get("model_type", cls.model_type), kwargs.pop("return_unused_kwargs", False)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"This is a model of type {short(kind)}, not {cls.model_type}. A backbone becomes one by "
+                "CDLForImageClassification.from_backbone."
+            )
+        if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
+            raise ValueError(
+                f"Its config.json has no backbone_config, but {short(config_dict.get('backbone_config'))}."
+            )
+        if unknown := _unknown(set(config_dict) - _FIELDS):
+            raise ValueError(
+                f"Its config.json has a field '{unknown[0]}', which hf_cdl {_version()} does not know"
+                f"{near(unknown[0], _FIELDS)} If a newer hf_cdl wrote it, upgrade: pip install -U hf-cdl."
+            )
+        try:
+            config, rest = super().from_dict({**config_dict}, return_unused_kwargs=True, **kwargs)
+            config.check()  # what `kwargs` have set
+        except RecursionError as error:
+            raise ValueError("Its config.json is nested too deep.") from error
+        if with_rest:
+            return config, rest
+        check_names({name: value for name, value in rest.items() if name not in _HUB})
+        return config
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As PreTrainedConfig.save_pretrained. Raises ValueError for what could not be loaded again."""
+        self.check()
+        if unknown := _unknown(name for name in set(vars(self)) - _FIELDS if not name.startswith("_")):
+            raise ValueError(
+                f"The config has got an attribute '{unknown[0]}', which is no field of CDLConfig"
+                f"{near(unknown[0], _FIELDS)} It would not be loaded again: del model.config.{unknown[0]}."
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PreTrainedConfig.to_dict."""
+        content = super().to_dict()
+        content.pop("_names", None)
+        return content
+
+    # ---- classes ----
+
+    def set_tasks(self, tasks: Any) -> None:
+        """Set the class names of all tasks, and the label maps with them. Raises ValueError for what are none."""
+        if not isinstance(tasks, list | tuple):
+            raise ValueError(
+                f"tasks is a list of the class names of every task, as [['cat', 'dog'], ['owl']]; got {short(tasks)}."
+            )
+        tasks = [class_list(task) for task in tasks]
         names = [name for task in tasks for name in task]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
             raise ValueError(
                 f"Class names must be unique over the stream, but {repeated[:5]} occur more than once. More data for "
                 "a known class is not a new task; rename the class if it is a different concept."
             )
-        if any(not task for task in tasks):
-            raise ValueError("A task needs at least one class; got an empty list of class names.")
-        self.tasks = [list(task) for task in tasks]
+        self.tasks, self._names = tasks, names
         self.id2label = dict(enumerate(names))
-        self.label2id = {name: number for number, name in self.id2label.items()}
+        self.label2id = {name: number for number, name in enumerate(names)}
+
+    def agree(self) -> None:
+        """Give classes that were renamed in id2label (or in `tasks`) their new names everywhere.
+
+        Raises ValueError for labels that are not complete, or contradict each other.
+        """
+        before, listed = self._names, [name for task in map(class_list, self.tasks) for name in task]
+        old = dict(enumerate(before))
+        labels = old if self.id2label is None else self.id2label
+        names = listed if labels == old and listed != before else _label_names(labels, len(listed))
+        if listed not in (before, names):
+            raise ValueError(
+                "tasks and id2label were both changed and name other classes now; rename in id2label alone."
+            )
+        if self.label2id is not None and not any(_inverse(self.label2id, of) for of in (names, before)):
+            raise ValueError(
+                f"label2id is {short(self.label2id)}, which contradicts id2label {short(labels)}. Rename classes in "
+                "id2label, all of them, and leave label2id out: it follows."
+            )
+        if names == before == listed and self.label2id is not None and self.id2label == old:
+            return
+        rest = iter(names)
+        self.set_tasks([[next(rest) for _ in task] for task in self.tasks])
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of all tasks."""
+        return sum(self.num_classes_per_task)
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        if num_labels != self.num_labels:
+            raise ValueError(
+                f"num_labels is {short(num_labels)}, but the tasks have {self.num_labels} classes. Leave num_labels out; "
+                "more classes come with model.begin_task(class_names)."
+            )
 
     def check_small(self) -> None:
         """Raise ValueError if small checkpoints are wanted, but could not be loaded again."""
@@ -126,3 +290,67 @@ class CDLConfig(PreTrainedConfig):
     def num_classes_per_task(self) -> list[int]:
         """Number of classes of each task."""
         return [len(task) for task in self.tasks]
+
+
+def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name that no config has, or that is one of `but`, which are found out."""
+    if unknown := _unknown(set(fields) - _FIELDS):
+        raise ValueError(f"CDLConfig has no field '{unknown[0]}'{near(unknown[0], _FIELDS)}")
+    if found := sorted({*fields} & {*but}):
+        raise ValueError(f"{found[0]} follows from the backbone that is given; leave it out.")
+
+
+def class_list(names: Any) -> list[str]:
+    """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
+    if isinstance(names, str | bytes | Mapping | Set) or not isinstance(names, Iterable):
+        way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
+        raise ValueError(f"The class names of a task are a list of texts; got {short(names)}. So {way}.")
+    names = list(names)
+    if not names:
+        raise ValueError("A task needs at least one class; got an empty list of class names.")
+    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise ValueError(f"A class name is a text with something in it; got {short(wrong[0])} in {short(names)}.")
+    return [str(name) for name in names]
+
+
+def _label_names(labels: Any, count: int) -> list[str]:
+    """The names of `count` classes from an id2label. Raises ValueError unless it names each of them, and no two alike."""
+    ids = _whole(labels) if isinstance(labels, Mapping) else None
+    if ids is None or sorted(ids) != [*range(count)]:
+        raise ValueError(
+            f"id2label is {short(labels)}, but it must name all {count} classes, by the numbers 0 to {count - 1}. Change "
+            "single names in model.config.id2label, or give all of them."
+        )
+    names = class_list([ids[number] for number in range(count)]) if count else []
+    if len(set(names)) < count:
+        twice = next(name for name, number in Counter(names).items() if number > 1)
+        raise ValueError(f"id2label gives {short(twice)} to more than one class; classes have different names.")
+    return names
+
+
+def _inverse(label2id: Any, names: list[str]) -> bool:
+    """Whether a label2id is that of these names; in JSON its numbers may be texts."""
+    return isinstance(label2id, Mapping) and {str(k): str(v) for k, v in label2id.items()} == {
+        name: str(number) for number, name in enumerate(names)
+    }
+
+
+def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
+    """The same with whole numbers as keys, which in JSON are texts; None if a key is no number, or one comes twice."""
+    texts = [str(key) for key in labels]
+    fits = all(text.isdecimal() for text in texts) and len({int(text) for text in texts}) == len(texts)
+    return {int(text): name for text, name in zip(texts, labels.values(), strict=True)} if fits else None
+
+
+def _unknown(names: Iterable[str]) -> list[str]:
+    return sorted(str(name) for name in names if name not in _GENERIC)
+
+
+def _version() -> str:
+    try:
+        return version("hf-cdl")
+    except PackageNotFoundError:  # the code beside a checkpoint
+        return "as it is here"
+
+
+_FIELDS = {f.name for f in dataclasses.fields(CDLConfig)}
