@@ -1,4 +1,4 @@
-"""Checks of what comes from outside: the fields of a section, how large a part would be, weights that are no numbers."""
+"""Checks of what comes from outside: fields of a section, the size of a part, weights that are no numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_types(fields: Any, what: str) -> None:
 
 
 def build_fields(kind: Any, content: Any, what: str) -> Any:
-    """The dataclass `kind` from a section of a config. Raises ValueError for what is no section, or a field too much."""
+    """The dataclass `kind` from a section of a config. Raises ValueError for no section, and for an unknown field."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{what} has fields; got {short(content)}.")
     known = [f.name for f in dataclasses.fields(kind)]
@@ -65,7 +65,7 @@ def pick(section: Any, what: str, kinds: Collection[str]) -> tuple[str, dict[str
 
 
 def check_numbers(config: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for a number in a config of transformers' that no model has: sizes below 1, NaN, a billion layers."""
+    """Raise ValueError for a number in a transformers config that no model has: NaN, a size of 0, a billion layers."""
     for name, value in config.items():
         if name in ("id2label", "label2id"):
             continue

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable
 from dataclasses import field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -14,21 +13,13 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_cdl.checked import check_numbers, check_types, near, said, short
+from hf_cdl.labels import class_list, is_inverse, label_names, repeated
 
 _GENERIC = {
-    *(
-        "model_type",
-        "auto_map",
-        "name_or_path",
-        "torch_dtype",
-        "num_labels",
-        "output_attentions",
-        "_commit_hash",
-        "_name_or_path",
-    ),
+    *("model_type", "auto_map", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
     *("attn_implementation", "experts_implementation", "per_layer_config", "quantization_config", "fusion_config"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "distributed_config"),
-    *("custom_pipelines", "transformers.js_config"),
+    *("output_attentions", "custom_pipelines", "transformers.js_config"),
 }
 """What transformers itself, or a tool of its, puts into any config beside the fields."""
 _HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "gguf_file"}
@@ -38,7 +29,7 @@ class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
     `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Classes that are renamed in `id2label` have the new names in `tasks` too.
+    sizes that grow: prompts, heads, id2label. Classes that are renamed in `id2label` are in `tasks` too.
     Whatever is given is copied. Raises ValueError for an unknown field or a value of the wrong kind, for a class name
     that occurs twice, for labels that do not fit the tasks, and for a small checkpoint (`save_backbone` false) that
     could not be loaded again.
@@ -228,9 +219,9 @@ class CDLConfig(PreTrainedConfig):
             )
         tasks = [class_list(task) for task in tasks]
         names = [name for task in tasks for name in task]
-        if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        if twice := repeated(names):
             raise ValueError(
-                f"Class names must be unique over the stream, but {repeated[:5]} occur more than once. More data for "
+                f"Class names must be unique over the stream, but {twice[:5]} occur more than once. More data for "
                 "a known class is not a new task; rename the class if it is a different concept."
             )
         self.tasks, self._names = tasks, names
@@ -245,12 +236,12 @@ class CDLConfig(PreTrainedConfig):
         before, listed = self._names, [name for task in map(class_list, self.tasks) for name in task]
         old = dict(enumerate(before))
         labels = old if self.id2label is None else self.id2label
-        names = listed if labels == old and listed != before else _label_names(labels, len(listed))
+        names = listed if labels == old and listed != before else label_names(labels, len(listed))
         if listed not in (before, names):
             raise ValueError(
                 "tasks and id2label were both changed and name other classes now; rename in id2label alone."
             )
-        if self.label2id is not None and not any(_inverse(self.label2id, of) for of in (names, before)):
+        if self.label2id is not None and not any(is_inverse(self.label2id, of) for of in (names, before)):
             raise ValueError(
                 f"label2id is {short(self.label2id)}, which contradicts id2label {short(labels)}. Rename classes in "
                 "id2label, all of them, and leave label2id out: it follows."
@@ -269,7 +260,7 @@ class CDLConfig(PreTrainedConfig):
     def num_labels(self, num_labels: int) -> None:
         if num_labels != self.num_labels:
             raise ValueError(
-                f"num_labels is {short(num_labels)}, but the tasks have {self.num_labels} classes. Leave num_labels out; "
+                f"num_labels is {short(num_labels)}, but the tasks have {self.num_labels} classes. Leave it out; "
                 "more classes come with model.begin_task(class_names)."
             )
 
@@ -298,48 +289,6 @@ def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
         raise ValueError(f"CDLConfig has no field '{unknown[0]}'{near(unknown[0], _FIELDS)}")
     if found := sorted({*fields} & {*but}):
         raise ValueError(f"{found[0]} follows from the backbone that is given; leave it out.")
-
-
-def class_list(names: Any) -> list[str]:
-    """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
-    if isinstance(names, str | bytes | Mapping | Set) or not isinstance(names, Iterable):
-        way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
-        raise ValueError(f"The class names of a task are a list of texts; got {short(names)}. So {way}.")
-    names = list(names)
-    if not names:
-        raise ValueError("A task needs at least one class; got an empty list of class names.")
-    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise ValueError(f"A class name is a text with something in it; got {short(wrong[0])} in {short(names)}.")
-    return [str(name) for name in names]
-
-
-def _label_names(labels: Any, count: int) -> list[str]:
-    """The names of `count` classes from an id2label. Raises ValueError unless it names each of them, and no two alike."""
-    ids = _whole(labels) if isinstance(labels, Mapping) else None
-    if ids is None or sorted(ids) != [*range(count)]:
-        raise ValueError(
-            f"id2label is {short(labels)}, but it must name all {count} classes, by the numbers 0 to {count - 1}. Change "
-            "single names in model.config.id2label, or give all of them."
-        )
-    names = class_list([ids[number] for number in range(count)]) if count else []
-    if len(set(names)) < count:
-        twice = next(name for name, number in Counter(names).items() if number > 1)
-        raise ValueError(f"id2label gives {short(twice)} to more than one class; classes have different names.")
-    return names
-
-
-def _inverse(label2id: Any, names: list[str]) -> bool:
-    """Whether a label2id is that of these names; in JSON its numbers may be texts."""
-    return isinstance(label2id, Mapping) and {str(k): str(v) for k, v in label2id.items()} == {
-        name: str(number) for number, name in enumerate(names)
-    }
-
-
-def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
-    """The same with whole numbers as keys, which in JSON are texts; None if a key is no number, or one comes twice."""
-    texts = [str(key) for key in labels]
-    fits = all(text.isdecimal() for text in texts) and len({int(text) for text in texts}) == len(texts)
-    return {int(text): name for text, name in zip(texts, labels.values(), strict=True)} if fits else None
 
 
 def _unknown(names: Iterable[str]) -> list[str]:

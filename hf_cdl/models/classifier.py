@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from hf_cdl.checked import check_size, listed, short
-from hf_cdl.config import class_list
+from hf_cdl.labels import class_list, repeated
 from hf_cdl.models.backbone import OURS, load_weights, read_config
 from hf_cdl.models.inputs import check_labels, check_pixels
 from hf_cdl.models.stored import check_complete
@@ -201,7 +200,7 @@ def labels_of(config: Any) -> list[str]:
 def _distinct(names: Any) -> list[str]:
     """A list of class names. Raises ValueError for what is none, and for a name that comes twice."""
     names = class_list(names)
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
+    if twice := repeated(names):
         raise ValueError(f"Classes have different names; got {listed(twice)} more than once.")
     return names
 

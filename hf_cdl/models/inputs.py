@@ -21,7 +21,7 @@ def check_pixels(pixel_values: Any, channels: int) -> None:
 
 
 def check_labels(labels: Any, batch: int, classes: int) -> None:
-    """Raise ValueError unless these are labels (B,) from 0 to classes - 1, or -100 for an image that does not count."""
+    """Raise ValueError unless these are labels (B,) from 0 to classes - 1, or -100: the image does not count."""
     if not isinstance(labels, torch.Tensor) or labels.shape != (batch,) or labels.dtype not in _WHOLE:
         got = (tuple(labels.shape), labels.dtype) if isinstance(labels, torch.Tensor) else short(labels)
         raise ValueError(f"labels is {got}; give a tensor of {batch} whole numbers, one for each image.")

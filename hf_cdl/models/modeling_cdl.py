@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
-from hf_cdl.checked import build_fields, said, short
-from hf_cdl.config import CDLConfig, check_names, class_list
+from hf_cdl.checked import build_fields, short
+from hf_cdl.config import CDLConfig, check_names
+from hf_cdl.labels import class_list
 from hf_cdl.models import lora
 from hf_cdl.models.backbone import check_image_size, commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
@@ -21,23 +21,14 @@ from hf_cdl.models.fitted_heads import RidgeHead
 from hf_cdl.models.head import Head, Standardise
 from hf_cdl.models.heads import build_head
 from hf_cdl.models.inputs import check_labels, check_pixels, check_task
-from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.loading import Loadable
 from hf_cdl.models.session import check_session
-from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out
-from hf_cdl.models.stored import (
-    HUB,
-    check_complete,
-    check_revision,
-    check_stored,
-    check_weights,
-    quietly,
-    stored_sizes,
-)
+from hf_cdl.models.small import left_out
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
 
-class CDLForImageClassification(PromptedBackbone):
+class CDLForImageClassification(Loadable):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
@@ -121,58 +112,6 @@ class CDLForImageClassification(PromptedBackbone):
             model._copy_cls_token(model.kd_prompt)
         return model
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
-
-        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a backbone is gone, if config
-        and weights do not belong together (naming those that are missing, unknown or of another shape), and for weights
-        that are NaN or infinite.
-        """
-        if kwargs.pop("ignore_mismatched_sizes", False):
-            raise ValueError("ignore_mismatched_sizes would leave weights at random; a checkpoint fits its config.")
-        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        if place is not None:
-            check_revision(place, kwargs.get("revision"))
-        kwargs = {"use_safetensors": True, **kwargs}
-        with_info = kwargs.pop("output_loading_info", False)
-        try:
-            with torch.random.fork_rng(devices=[]), quietly():  # what a small one lacks is drawn at random first
-                loaded: Any = super().from_pretrained(
-                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that model.safetensors is there and "
-                "whole; get it again if it was cut short."
-            ) from error
-        model, info = loaded
-        absent = absent_parts(model.config, model.state_dict().keys() - info["missing_keys"])
-        info["missing_keys"] = {n for n in info["missing_keys"] if not (left_out(n) and n.partition(".")[0] in absent)}
-        check_complete(info, f"The checkpoint '{place}'")
-        fetch_backbones(model, absent, **kwargs)
-        check_weights(model._numbers(), f"the checkpoint '{place}'")
-        model.freeze()
-        return (model, info) if with_info else model
-
-    @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel's, which allocates whatever the config claims: so first of all the claim is checked."""
-        if checkpoint_files:
-            stored = stored_sizes(checkpoint_files)
-            absent = absent_parts(model.config, stored)
-            own = {n: v for n, v in model.state_dict().items() if not (left_out(n) and n.partition(".")[0] in absent)}
-            check_stored("this checkpoint", sum(value.numel() for value in own.values()), checkpoint_files)
-            hub = getattr(args[0] if args else kwargs.get("load_config"), "download_kwargs", None) or {}
-            check_backbones(model, absent, **{name: hub[name] for name in HUB if name in hub})
-        return PromptedBackbone._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-
-    def _numbers(self) -> dict[str, torch.Tensor]:
-        """The weights by name; those of a fitted head that are stored as bits as the numbers that they are."""
-        heads = {"head": self.head, "kd_head": self.kd_head}
-        parts = [(name, head.numbers()) for name, head in heads.items() if head is not None]
-        return self.state_dict() | {f"{part}.{name}": value for part, found in parts for name, value in found.items()}
-
     @property
     def tasks(self) -> list[list[str]]:
         """Class names of every task learnt or begun, in stream order; those of id2label, where they were renamed."""
@@ -187,8 +126,8 @@ class CDLForImageClassification(PromptedBackbone):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
 
-        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that could
-        not be loaded again.
+        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
+        could not be loaded again.
         """
         self.config.check()
         if not self.is_remote_code():  # transformers takes remote code along by itself

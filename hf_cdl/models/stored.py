@@ -1,4 +1,4 @@
-"""What is stored at a Hub id or in a folder, as far as it can be seen without loading it, and whether it can be used."""
+"""What is stored at a Hub id or in a folder, as far as can be seen without loading it, and whether it is usable."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def check_revision(name: Any, revision: str | None) -> None:
     """Raise ValueError for a revision of a folder."""
     if revision is not None and Path(name).is_dir():
         raise ValueError(
-            f"'{name}' is a folder, and a folder has no revisions, but revision is '{revision}'. Leave it out, or give "
-            "the Hub id that it is of."
+            f"'{name}' is a folder, and a folder has no revisions, but revision is '{revision}'. Leave it out, or "
+            "give the Hub id that it is of."
         )
 
 
 def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str]:
-    """The safetensors files at a Hub id or folder: one, or the shards; none if there are none or they are not found."""
+    """The safetensors files at a Hub id or folder: one, or the shards; none if they are not found."""
     try:
         for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, **hub)
@@ -68,8 +68,8 @@ def check_stored(what: str, numbers: int, files: Sequence[str]) -> None:
     stored = sum(stored_sizes(files).values())
     if stored and numbers > 3 * stored + 10**7:
         raise ValueError(
-            f"The config of {what} describes a model of {numbers:,} numbers, but its weights are {stored:,}. They do not "
-            "belong together: get config.json and model.safetensors again from where they came."
+            f"The config of {what} describes a model of {numbers:,} numbers, but its weights are {stored:,}. They do "
+            "not belong together: get config.json and model.safetensors again from where they came."
         )
 
 
@@ -100,8 +100,8 @@ def check_complete(info: Mapping[str, Any], what: str) -> None:
         problems.append(f"{len(shapes)} have another shape ({listed(shapes)})")
     if problems:
         raise ValueError(
-            f"{what} is not what its config.json describes: {'; '.join(problems)}. Get config.json and model.safetensors "
-            "again from where they came, or take an earlier checkpoint."
+            f"{what} is not what config.json describes: {'; '.join(problems)}. Get config.json and "
+            "model.safetensors again from where they came, or take an earlier checkpoint."
         )
 
 
