@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_cdl.checked import check_numbers, check_types, near, said, short
+from hf_cdl.checked import check_numbers, check_types, fits, near, said, short
 from hf_cdl.labels import class_list, is_inverse, label_names, repeated
 
 _GENERIC = {
@@ -135,6 +135,10 @@ class CDLConfig(PreTrainedConfig):
             raise ValueError(
                 f"problem_type is {short(self.problem_type)}, but the model tells one class from others; leave it out."
             )
+        if self.query_view is not None and not _is_view(self.query_view):
+            raise ValueError(
+                f"query_view is {short(self.query_view)}; allowed: size [H, W], scale and shift of three numbers."
+            )
         for name in self.sub_configs_defaults:
             nested = getattr(self, name)
             if isinstance(nested, dict) and not isinstance(nested.get("model_type"), str):
@@ -175,9 +179,7 @@ class CDLConfig(PreTrainedConfig):
                 "CDLForImageClassification.from_backbone."
             )
         if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
-            raise ValueError(
-                f"Its config.json has no backbone_config, but {short(config_dict.get('backbone_config'))}."
-            )
+            raise ValueError(f"Its backbone_config is no config, but {short(config_dict.get('backbone_config'))}.")
         if unknown := _unknown(set(config_dict) - _FIELDS):
             raise ValueError(
                 f"Its config.json has a field '{unknown[0]}', which hf_cdl {_version()} does not know"
@@ -289,6 +291,12 @@ def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
         raise ValueError(f"CDLConfig has no field '{unknown[0]}'{near(unknown[0], _FIELDS)}")
     if found := sorted({*fields} & {*but}):
         raise ValueError(f"{found[0]} follows from the backbone that is given; leave it out.")
+
+
+def _is_view(view: dict[str, Any]) -> bool:
+    size, *factors = (view.get(name) for name in ("size", "scale", "shift"))
+    whole = fits(size, list[int]) and len(size) == 2 and all(0 < side <= 10**4 for side in size)
+    return whole and len(view) == 3 and all(fits(values, list[float]) and len(values) == 3 for values in factors)
 
 
 def _unknown(names: Iterable[str]) -> list[str]:

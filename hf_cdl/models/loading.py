@@ -59,8 +59,8 @@ class Loadable(PromptedBackbone):
             raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
         except Exception as error:  # transformers and safetensors raise many kinds
             raise ValueError(
-                f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and model.safetensors "
-                "are there and whole; get them again if they were cut short."
+                f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
+                "model.safetensors are there and whole; get them again if they were cut short."
             ) from error
         model.freeze()
         return (model, info) if with_info else model

@@ -68,8 +68,8 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
     narrow = min(min(layer[name].weight.shape) for name, leaf in names.items() if leaf in targets)  # type: ignore
     if options.r > narrow:
         raise ValueError(
-            f"lora.r is {options.r}, but the narrowest layer that it adapts has width {narrow}, where an update is not "
-            f"low-rank any more. Take 1 to {narrow}, usually 4 to 64."
+            f"lora.r is {options.r}, but the narrowest layer that it adapts has width {narrow}, where an update is "
+            f"not low-rank any more. Take 1 to {narrow}, usually 4 to 64."
         )
     peft = _peft()
     adapters = peft.LoraConfig(

@@ -51,7 +51,7 @@ class PromptedBackbone(PreTrainedModel):
     _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
-        if not isinstance(config, CDLConfig):
+        if getattr(config, "model_type", None) != CDLConfig.model_type:  # remote code has a class of its own
             raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
         config = copy.deepcopy(config)
         config.check()
