@@ -109,16 +109,16 @@ class CDLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         check_names({**kwargs})
-        for name in _FIELDS:
-            setattr(self, name, copy.deepcopy(getattr(self, name)))
         id2label, label2id, classes = self.id2label, self.label2id, kwargs.pop("num_labels", None)
         self.set_tasks(self.tasks)
+        for name in _FIELDS - {"tasks"}:
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
         if classes is not None:
             self.num_labels = classes
         if id2label is not None:
-            self.id2label = id2label
+            self.id2label = copy.copy(id2label)
         if label2id is not None:
-            self.label2id = label2id
+            self.label2id = copy.copy(label2id)
         self.check()
         try:
             super().__post_init__(**kwargs)
@@ -195,14 +195,18 @@ class CDLConfig(PreTrainedConfig):
         check_names({name: value for name, value in rest.items() if name not in _HUB})
         return config
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As PreTrainedConfig.save_pretrained. Raises ValueError for what could not be loaded again."""
+    def check_saving(self) -> None:
+        """Raise ValueError if what would be saved could not be loaded again."""
         self.check()
         if unknown := _unknown(name for name in set(vars(self)) - _FIELDS if not name.startswith("_")):
             raise ValueError(
                 f"The config has got an attribute '{unknown[0]}', which is no field of CDLConfig"
                 f"{near(unknown[0], _FIELDS)} It would not be loaded again: del model.config.{unknown[0]}."
             )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As PreTrainedConfig.save_pretrained. Raises ValueError for what could not be loaded again."""
+        self.check_saving()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:

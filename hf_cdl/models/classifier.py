@@ -174,7 +174,7 @@ class ImageClassifier(nn.Module):
         if labels is not None:
             check_labels(labels, len(pixel_values), self.config.num_labels)
         logits = self.model(pixel_values=pixel_values).logits
-        return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+        return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels.long()), logits=logits)
 
 
 def class_dimensions(model: PreTrainedModel) -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 from hf_cdl.checked import said
 from hf_cdl.models.head import Head
 from hf_cdl.models.prompted import PromptedBackbone
-from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out
+from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 from hf_cdl.models.stored import (
     HUB,
     check_complete,
@@ -49,10 +49,12 @@ class Loadable(PromptedBackbone):
                 )
             model, info = loaded
             absent = absent_parts(model.config, model.state_dict().keys() - info["missing_keys"])
-            info["missing_keys"] = {name for name in info["missing_keys"] if not _is_of(name, absent)}
+            absent |= misnamed_parts(model.config, info)
+            for kind in ("missing_keys", "unexpected_keys"):
+                info[kind] = {name for name in info[kind] if not _is_of(name, absent)}
             check_complete(info, "It")
             fetch_backbones(model, absent, **kwargs)
-            check_weights(model._numbers(), "it")
+            check_weights(model._numbers(), "this checkpoint")
         except (OSError, ImportError):
             raise
         except ValueError as error:

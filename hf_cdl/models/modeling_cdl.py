@@ -129,7 +129,7 @@ class CDLForImageClassification(Loadable):
         The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
         could not be loaded again.
         """
-        self.config.check()
+        self.config.check_saving()
         if not self.is_remote_code():  # transformers takes remote code along by itself
             put_code(self.config, Path(save_directory))
         if self.config.lora is not None:
@@ -341,7 +341,7 @@ class CDLForImageClassification(Loadable):
             if not self.training:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
         return CDLOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels),
+            loss=None if labels is None else F.cross_entropy(logits, labels.long()),
             logits=logits,
             kd_logits=kd_logits,
             prompt_loss=found.prompt_loss,

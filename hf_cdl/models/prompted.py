@@ -43,7 +43,9 @@ class PromptedBackbone(PreTrainedModel):
 
     config_class = CDLConfig
     config: CDLConfig
-    base_model_prefix = "backbone"
+    base_model_prefix = (
+        ""  # not "backbone": transformers' older names of its weights would be the query backbone's too
+    )
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
@@ -101,6 +103,11 @@ class PromptedBackbone(PreTrainedModel):
         for _ in range(tasks):
             made.add_task()
         return made
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As PreTrainedModel's, which takes a module without weights of its own (a pool of blocks) for initialised."""
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        super()._initialize_weights(module, is_custom_code and bool(own))
 
     def _teacher_pool(self, query_size: int) -> PromptPool:
         if self.config.teacher_pool is None:

@@ -30,10 +30,23 @@ def absent_parts(config: Any, names: Iterable[str]) -> dict[str, str]:
     What trained a backbone is lost with it, and without a fingerprint nothing shows that it is the same one.
     """
     there = {name.partition(".")[0] for name in names if left_out(name)}
+    return {part: prefix for part, prefix in _frozen_parts(config).items() if part not in there}
+
+
+def misnamed_parts(config: Any, info: Mapping[str, Any]) -> dict[str, str]:
+    """The same for parts that are there under names of another family, as checkpoints of two families once were.
+
+    `info`: the loading info of from_pretrained.
+    """
+    parts = [{name.partition(".")[0] for name in info[kind]} for kind in ("missing_keys", "unexpected_keys")]
+    return {part: prefix for part, prefix in _frozen_parts(config).items() if all(part in found for found in parts)}
+
+
+def _frozen_parts(config: Any) -> dict[str, str]:
     return {
         part: prefix
         for part, prefix in PARTS.items()
-        if getattr(config, f"{prefix}_config") is not None and part not in there and not config.train_backbone
+        if getattr(config, f"{prefix}_config") is not None and not config.train_backbone
         and not (config.save_backbone and getattr(config, f"{prefix}_digest") is None)
     }  # fmt: skip
 
