@@ -186,7 +186,8 @@ class CDLConfig(PreTrainedConfig):
                 f"{near(unknown[0], _FIELDS)} If a newer hf_cdl wrote it, upgrade: pip install -U hf-cdl."
             )
         try:
-            config, rest = super().from_dict({**config_dict}, return_unused_kwargs=True, **kwargs)
+            made: Any = super().from_dict({**config_dict}, return_unused_kwargs=True, **kwargs)
+            config, rest = made
             config.check()  # what `kwargs` have set
         except RecursionError as error:
             raise ValueError("Its config.json is nested too deep.") from error
@@ -298,7 +299,8 @@ def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
 
 
 def _is_view(view: dict[str, Any]) -> bool:
-    size, *factors = (view.get(name) for name in ("size", "scale", "shift"))
+    size: Any = view.get("size")
+    factors: list[Any] = [view.get(name) for name in ("scale", "shift")]
     whole = fits(size, list[int]) and len(size) == 2 and all(0 < side <= 10**4 for side in size)
     return whole and len(view) == 3 and all(fits(values, list[float]) and len(values) == 3 for values in factors)
 

@@ -46,7 +46,7 @@ class ImageClassifier(nn.Module):
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
 
     @classmethod
-    def from_backbone(cls, name: str, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
+    def from_backbone(cls, name: str | Path, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
         """The classifier at a Hub id or folder, without tasks; with `pretrained` false its config, random weights.
 
         A backbone without a head will do, as `begin_task` makes a new one. Raises ValueError for a type without image
@@ -172,7 +172,7 @@ class ImageClassifier(nn.Module):
             raise ValueError("An ordinary classifier shows its logits alone; use terms that compare logits.")
         check_pixels(pixel_values, getattr(self.config, "num_channels", 3))
         if labels is not None:
-            check_labels(labels, len(pixel_values), self.config.num_labels)
+            check_labels(labels, len(pixel_values), self.config.num_labels or 0)
         logits = self.model(pixel_values=pixel_values).logits
         return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels.long()), logits=logits)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
-from hf_cdl.models.head import Head, HeadConfig, check_features
+from hf_cdl.models.head import Head, HeadConfig, check_features, movable
 
 
 class ClassMeans(nn.Module):
@@ -204,7 +204,7 @@ class RidgeHead(FittedHead):
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         check_features(features)
         block: Any = self.blocks[-1]
-        mapped = _movable(self.prepare(features.float())).double()
+        mapped = movable(self.prepare(features.float())).double()
         targets = F.one_hot(labels, len(block.total)).to(mapped)
         if self.needs_teacher:
             if taught is None:
@@ -234,14 +234,9 @@ class RidgeHead(FittedHead):
             block.weight.copy_(torch.cholesky_solve(_read(block.total).T, factor).T)
 
 
-def _movable(tensor: torch.Tensor) -> torch.Tensor:
-    """On its device, or on the CPU for one without float64."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
-
-
 def _read(bits: torch.Tensor) -> torch.Tensor:
     """The float64 numbers of a buffer of bits."""
-    return _movable(bits).view(torch.float64)
+    return movable(bits).view(torch.float64)
 
 
 def _add(bits: torch.Tensor, value: torch.Tensor) -> None:

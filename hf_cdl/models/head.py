@@ -60,6 +60,8 @@ class Standardise(nn.Module):
 
         Raises ValueError if the file is not there, does not fit or has no such numbers.
         """
+        if all(getattr(value, "_is_hf_initialized", False) for value in (self.mean, self.std, self.count)):
+            return  # loaded: the file may be gone
         if self.given is None:
             init.zeros_(self.mean)
             init.ones_(self.std)
@@ -114,6 +116,11 @@ def check_features(features: torch.Tensor) -> None:
         )
 
 
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """On its device, or on the CPU for one without float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 class Head(nn.Module, ABC):
     """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
 
@@ -151,7 +158,7 @@ class Head(nn.Module, ABC):
     def numbers(self) -> dict[str, torch.Tensor]:
         """The weights by name, and the numbers that `bits` stand for in their place."""
         return {
-            name: value.cpu().view(torch.float64) if name.rpartition(".")[2] in self.bits else value
+            name: movable(value).view(torch.float64) if name.rpartition(".")[2] in self.bits else value
             for name, value in self.state_dict().items()
         }
 

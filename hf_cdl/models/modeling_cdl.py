@@ -71,9 +71,9 @@ class CDLForImageClassification(Loadable):
     @classmethod
     def from_backbone(
         cls,
-        name: str,
+        name: str | Path,
         revision: str | None = None,
-        query_name: str | None = None,
+        query_name: str | Path | None = None,
         query_revision: str | None = None,
         **fields: Any,
     ) -> CDLForImageClassification:

@@ -113,7 +113,7 @@ class PromptedBackbone(PreTrainedModel):
         if self.config.teacher_pool is None:
             raise ValueError("A mapping needs the teacher's prompts: give teacher_pool=teacher.pool_config.")
         fields = self.config.teacher_pool
-        sizes = [fields.get(name) for name in ModelShape._fields]
+        sizes: list[Any] = [fields.get(name) for name in ModelShape._fields]
         if {*fields} != {"prompt", *ModelShape._fields} or not all(fits(size, int) and size > 0 for size in sizes):
             raise ValueError(f"teacher_pool is {short(fields)}; give teacher_pool=teacher.pool_config.")
         check_numbers(fields, "teacher_pool")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import nn
 
 from hf_cdl.models import backbone as bb
 from hf_cdl.models.lora import is_adapter, load_frozen
-from hf_cdl.models.stored import HUB, at, check_stored, weight_files
+from hf_cdl.models.stored import HUB, at, check_stored, stored_sizes, weight_files
 
 PARTS = {"backbone": "backbone", "query_backbone": "query"}
 """A model's frozen parts, and how the config's fields about each begin (query_name: where query_backbone is from)."""
 _DEEPEST = 4
 """So many small checkpoints may stand on each other before a backbone that is whole."""
+_PLACES: ContextVar[tuple[tuple[str, str | None], ...]] = ContextVar("places that are being fetched from", default=())
 
 
 def left_out(name: str) -> bool:
@@ -73,7 +75,7 @@ def fetch_backbones(model: nn.Module, parts: Mapping[str, str], **options: Any) 
     for part, prefix in parts.items():
         name, revision = place_of(model.config, prefix)
         digest = getattr(model.config, f"{prefix}_digest")
-        with _about(part, prefix, name, revision):
+        with _about(part, prefix, name, revision), _fetching(name, revision):
             backbone = bb.load_backbone(name, revision, **hub)
             if digest not in (None, found := bb.digest(backbone)):
                 raise ValueError(f"Its weights are others now: fingerprint {found}, not {digest}.")
@@ -94,8 +96,8 @@ def whole_one(
 ) -> tuple[str, str | None]:
     """Where the weights of a backbone lie: there, or if that is a small checkpoint of ours, where its backbone's do.
 
-    Only configs are read. `below`: the small checkpoints that stand on this one. Raises ValueError if it stands on
-    itself, or on too many.
+    Only configs and headers of files are read. `below`: the small checkpoints that stand on this one. Raises
+    ValueError if it stands on itself, or on too many.
     """
     place = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
     if place in below or len(below) >= _DEEPEST:
@@ -103,11 +105,24 @@ def whole_one(
         which = "each other or themselves" if place in below else f"more than {_DEEPEST} others in turn"
         raise ValueError(f"Small checkpoints that name {which} as backbone have none: {names}.")
     config: Any = bb.read_config(name, revision, **hub)
-    if config.model_type != bb.OURS or config.save_backbone:
+    if config.model_type != bb.OURS:
         return name, revision
-    on = {part: whole_one(*place_of(config, prefix), (*below, place), **hub) for part, prefix in PARTS.items()
-          if getattr(config, f"{prefix}_config") is not None}  # fmt: skip
-    return on["backbone"]
+    absent = absent_parts(config, stored_sizes(weight_files(name, revision, **hub)))
+    on = {part: whole_one(*place_of(config, prefix), (*below, place), **hub) for part, prefix in absent.items()}
+    return on.get("backbone", (name, revision))
+
+
+@contextmanager
+def _fetching(name: str, revision: str | None) -> Iterator[None]:
+    """Raise ValueError if a checkpoint's part is fetched while it is being fetched itself."""
+    places = _PLACES.get()
+    if (name, revision) in places or len(places) > _DEEPEST:
+        raise ValueError("It is a checkpoint that needs itself, or too many others, as its backbone.")
+    token = _PLACES.set((*places, (name, revision)))
+    try:
+        yield
+    finally:
+        _PLACES.reset(token)
 
 
 @contextmanager

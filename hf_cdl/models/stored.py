@@ -39,7 +39,7 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
         for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, **hub)
             if found is not None and file == SAFE_WEIGHTS_INDEX_NAME:
-                return get_checkpoint_shard_files(name, found, revision=revision, **hub)[0]
+                return get_checkpoint_shard_files(name, found, revision=revision, **hub)[0] or []
             if found is not None:
                 return [found]
     except (OSError, ValueError, KeyError):  # loading will say what is wrong
