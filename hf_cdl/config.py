@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import field
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from hf_cdl.checked import check_numbers, check_types, fits, near, said, short
+from hf_cdl.labels import class_list, is_inverse, label_names, repeated
+
+_GENERIC = {
+    *("model_type", "auto_map", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
+    *("attn_implementation", "experts_implementation", "per_layer_config", "quantization_config", "fusion_config"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "distributed_config"),
+    *("output_attentions", "custom_pipelines", "transformers.js_config"),
+}
+"""What transformers itself, or a tool of its, puts into any config beside the fields."""
+_HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "gguf_file"}
 
 
 class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
     `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Raises ValueError for a class name that occurs twice, and for a small
-    checkpoint (`save_backbone` false) that could not be loaded again.
+    sizes that grow: prompts, heads, id2label. Classes that are renamed in `id2label` are in `tasks` too.
+    Whatever is given is copied. Raises ValueError for an unknown field or a value of the wrong kind, for a class name
+    that occurs twice, for labels that do not fit the tasks, and for a small checkpoint (`save_backbone` false) that
+    could not be loaded again.
     """
 
     model_type = "cdl"
@@ -37,7 +55,7 @@ class CDLConfig(PreTrainedConfig):
     query_name: str | None = field(default=None, metadata={"help": "Hub id or folder of the query backbone."})
     query_revision: str | None = field(default=None, metadata={"help": "Commit hash of the query backbone."})
     query_digest: str | None = field(default=None, metadata={"help": "Fingerprint of its weights."})
-    query: str = field(
+    query: Literal["two_pass", "one_pass"] = field(
         default="two_pass",
         metadata={"help": "Query of the prompts: two_pass (the CLS feature of an un-prompted pass) or one_pass (the "
                   "CLS token that enters each layer, OS-Prompt)."},
@@ -93,24 +111,168 @@ class CDLConfig(PreTrainedConfig):
         from hf_cdl.serving import serve  # not when hf_cdl is imported: the pipelines load tokenizers
 
         serve()  # a config comes before every model, and before `pipeline` chooses its class
+        check_names({**kwargs})
+        id2label, label2id, classes = self.id2label, self.label2id, kwargs.pop("num_labels", None)
         self.set_tasks(self.tasks)
-        self.check_small()
-        super().__post_init__(**kwargs)
+        for name in _FIELDS - {"tasks"}:
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
+        if classes is not None:
+            self.num_labels = classes
+        if id2label is not None:
+            self.id2label = copy.copy(id2label)
+        if label2id is not None:
+            self.label2id = copy.copy(label2id)
+        self.check()
+        try:
+            super().__post_init__(**kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # of the nested configs' own checks, of many kinds
+            raise ValueError(f"No usable backbone_config or query_config: {said(error)}") from error
 
-    def set_tasks(self, tasks: list[list[str]]) -> None:
-        """Set the class names of all tasks, and the label maps with them."""
-        names = [name for task in tasks for name in task]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+    def check(self) -> None:
+        """Take over renamed classes. Raises ValueError if any field is not as it must be."""
+        self.agree()
+        check_types(self, "CDLConfig")
+        if self.problem_type not in (None, "single_label_classification"):
             raise ValueError(
-                f"Class names must be unique over the stream, but {repeated[:5]} occur more than once. More data for "
+                f"problem_type is {short(self.problem_type)}, but the model tells one class from others; leave it out."
+            )
+        if self.query_view is not None and not _is_view(self.query_view):
+            raise ValueError(
+                f"query_view is {short(self.query_view)}; allowed: size [H, W], scale and shift of three numbers."
+            )
+        for name in self.sub_configs_defaults:
+            nested = getattr(self, name)
+            if isinstance(nested, dict) and not isinstance(nested.get("model_type"), str):
+                raise ValueError(f"{name} has no model_type, which says of what family it is, as 'vit'.")
+            if not isinstance(nested, dict | PreTrainedConfig | None):
+                raise ValueError(f"{name} is {short(nested)}; allowed: a config of transformers, or its fields.")
+            if nested is not None:
+                check_numbers(nested if isinstance(nested, dict) else vars(nested), name)
+        self.check_small()
+
+    # ---- files ----
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As PreTrainedConfig.get_config_dict. Raises ValueError for a file that holds no config."""
+        try:
+            found, rest = super().get_config_dict(*args, **kwargs)
+        except (TypeError, RecursionError) as error:  # JSON, but no object; or nested too deep
+            raise ValueError(f"The config.json of '{args[0]}' holds no config: {said(error)}") from error
+        except OSError as error:
+            if isinstance(error.__context__, ValueError):  # no JSON
+                raise ValueError(f"{said(error)} Get it again from where it came.") from error
+            raise
+        if not isinstance(found, dict):
+            raise ValueError(f"The config.json of '{args[0]}' holds no config, but {short(found)}.")
+        return found, rest
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As PreTrainedConfig.from_dict, with `kwargs` in the place of what is stored.
+
+        Raises ValueError for a config of another model, one that lacks its backbone's, or one with unknown fields.
+        """
+        kind, with_rest = config_dict.get("model_type", cls.model_type), kwargs.pop("return_unused_kwargs", False)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"This is a model of type {short(kind)}, not {cls.model_type}. A backbone becomes one by "
+                "CDLForImageClassification.from_backbone."
+            )
+        if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
+            raise ValueError(f"Its backbone_config is no config, but {short(config_dict.get('backbone_config'))}.")
+        if unknown := _unknown(set(config_dict) - _FIELDS):
+            raise ValueError(
+                f"Its config.json has a field '{unknown[0]}', which hf_cdl {_version()} does not know"
+                f"{near(unknown[0], _FIELDS)} If a newer hf_cdl wrote it, upgrade: pip install -U hf-cdl."
+            )
+        try:
+            made: Any = super().from_dict({**config_dict}, return_unused_kwargs=True, **kwargs)
+            config, rest = made
+            config.check()  # what `kwargs` have set
+        except RecursionError as error:
+            raise ValueError("Its config.json is nested too deep.") from error
+        if with_rest:
+            return config, rest
+        check_names({name: value for name, value in rest.items() if name not in _HUB})
+        return config
+
+    def check_saving(self) -> None:
+        """Raise ValueError if what would be saved could not be loaded again."""
+        self.check()
+        if unknown := _unknown(name for name in set(vars(self)) - _FIELDS if not name.startswith("_")):
+            raise ValueError(
+                f"The config has got an attribute '{unknown[0]}', which is no field of CDLConfig"
+                f"{near(unknown[0], _FIELDS)} It would not be loaded again: del model.config.{unknown[0]}."
+            )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As PreTrainedConfig.save_pretrained. Raises ValueError for what could not be loaded again."""
+        self.check_saving()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PreTrainedConfig.to_dict."""
+        content = super().to_dict()
+        content.pop("_names", None)
+        return content
+
+    # ---- classes ----
+
+    def set_tasks(self, tasks: Any) -> None:
+        """Set the class names of all tasks, and the label maps with them. Raises ValueError for what are none."""
+        if not isinstance(tasks, list | tuple):
+            raise ValueError(
+                f"tasks is a list of the class names of every task, as [['cat', 'dog'], ['owl']]; got {short(tasks)}."
+            )
+        tasks = [class_list(task) for task in tasks]
+        names = [name for task in tasks for name in task]
+        if twice := repeated(names):
+            raise ValueError(
+                f"Class names must be unique over the stream, but {twice[:5]} occur more than once. More data for "
                 "a known class is not a new task; rename the class if it is a different concept."
             )
-        if any(not task for task in tasks):
-            raise ValueError("A task needs at least one class; got an empty list of class names.")
-        self.tasks = [list(task) for task in tasks]
+        self.tasks, self._names = tasks, names
         self.id2label = dict(enumerate(names))
-        self.label2id = {name: number for number, name in self.id2label.items()}
+        self.label2id = {name: number for number, name in enumerate(names)}
+
+    def agree(self) -> None:
+        """Give classes that were renamed in id2label (or in `tasks`) their new names everywhere.
+
+        Raises ValueError for labels that are not complete, or contradict each other.
+        """
+        before, listed = self._names, [name for task in map(class_list, self.tasks) for name in task]
+        old = dict(enumerate(before))
+        labels = old if self.id2label is None else self.id2label
+        names = listed if labels == old and listed != before else label_names(labels, len(listed))
+        if listed not in (before, names):
+            raise ValueError(
+                "tasks and id2label were both changed and name other classes now; rename in id2label alone."
+            )
+        if self.label2id is not None and not any(is_inverse(self.label2id, of) for of in (names, before)):
+            raise ValueError(
+                f"label2id is {short(self.label2id)}, which contradicts id2label {short(labels)}. Rename classes in "
+                "id2label, all of them, and leave label2id out: it follows."
+            )
+        if names == before == listed and self.label2id is not None and self.id2label == old:
+            return
+        rest = iter(names)
+        self.set_tasks([[next(rest) for _ in task] for task in self.tasks])
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of all tasks."""
+        return sum(self.num_classes_per_task)
+
+    @num_labels.setter
+    def num_labels(self, num_labels: int) -> None:
+        if num_labels != self.num_labels:
+            raise ValueError(
+                f"num_labels is {short(num_labels)}, but the tasks have {self.num_labels} classes. Leave it out; "
+                "more classes come with model.begin_task(class_names)."
+            )
 
     def check_small(self) -> None:
         """Raise ValueError if small checkpoints are wanted, but could not be loaded again."""
@@ -129,3 +291,32 @@ class CDLConfig(PreTrainedConfig):
     def num_classes_per_task(self) -> list[int]:
         """Number of classes of each task."""
         return [len(task) for task in self.tasks]
+
+
+def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name that no config has, or that is one of `but`, which are found out."""
+    if unknown := _unknown(set(fields) - _FIELDS):
+        raise ValueError(f"CDLConfig has no field '{unknown[0]}'{near(unknown[0], _FIELDS)}")
+    if found := sorted({*fields} & {*but}):
+        raise ValueError(f"{found[0]} follows from the backbone that is given; leave it out.")
+
+
+def _is_view(view: dict[str, Any]) -> bool:
+    size: Any = view.get("size")
+    factors: list[Any] = [view.get(name) for name in ("scale", "shift")]
+    whole = fits(size, list[int]) and len(size) == 2 and all(0 < side <= 10**4 for side in size)
+    return whole and len(view) == 3 and all(fits(values, list[float]) and len(values) == 3 for values in factors)
+
+
+def _unknown(names: Iterable[str]) -> list[str]:
+    return sorted(str(name) for name in names if name not in _GENERIC)
+
+
+def _version() -> str:
+    try:
+        return version("hf-cdl")
+    except PackageNotFoundError:  # the code beside a checkpoint
+        return "as it is here"
+
+
+_FIELDS = {f.name for f in dataclasses.fields(CDLConfig)}

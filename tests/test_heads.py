@@ -176,6 +176,34 @@ def test_impossible_options_are_refused(head: dict[str, Any], said: str) -> None
         build_head(head, 8)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("head", [*FITTED, {"type": "linear", "standardise": "first_task"}], ids=name_of)
+def test_features_that_are_no_numbers_are_named_and_not_the_strength(head: dict[str, Any], number: float) -> None:
+    built: Any = build_head(head, 8)
+    built.add_task(2)
+    built.init_shared()
+    built.init_task(0)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    features = torch.randn(6, 8)
+    features[2, 3] = features[5, 0] = number
+    fit_to = built.accumulate if isinstance(built, FittedHead) else lambda x, _: built.standard.measure(x)
+    with pytest.raises(ValueError, match="features of 2 of 6 images are NaN or infinite"):
+        fit_to(features, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items()), "nothing was added"
+
+
+def test_what_is_no_number_never_becomes_a_solution_of_ridge() -> None:
+    built: Any = build_head({"type": "ridge", "soft_targets": 0.5}, 4)
+    built.add_task(2)
+    features, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    with pytest.raises(ValueError, match="The teacher's answers are NaN or infinite"):
+        built.accumulate(features, labels, torch.full((6, 2), float("nan")))
+    built.accumulate(features, labels, torch.full((6, 2), 0.5))
+    built.gram.view(torch.float64)[1, 2] = float("inf")
+    with pytest.raises(ValueError, match="sums of the ridge head are NaN or infinite in 1 of 3 tensors: gram"):
+        built.end_task()
+
+
 # ---- the fitted ones are the joint solution ----
 
 
@@ -359,6 +387,23 @@ def test_statistics_of_a_file_are_taken_once_and_belong_to_the_checkpoint(kind: 
     pixels = torch.stack([next(stream()).train[i]["pixel_values"] for i in range(4)])
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"mean": torch.full((8,), float("nan")), "std": torch.ones(8)}, "NaN or infinite in 1 of 2 tensors: mean"),
+        ({"mean": torch.zeros(8), "std": torch.full((8,), float("inf"))}, "NaN or infinite in 1 of 2 tensors: std"),
+        ({"mean": torch.zeros(8), "std": -torch.ones(8)}, "std below 0|no deviation"),
+        ({"mean": torch.zeros(8), "std": torch.zeros(8)}, "std below 0|no deviation"),
+        (None, "cannot be read"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(found: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"no tensors") if found is None else save_file(found, file)
+    with pytest.raises(ValueError, match=said):
+        build_head({"type": "linear", "standardise": str(file)}, 8).init_shared()
 
 
 @pytest.mark.parametrize("wrong", [None, {"mean": torch.zeros(8), "std": torch.ones(8)}, {"mean": torch.zeros(32)}])

@@ -238,6 +238,15 @@ def test_other_layers_can_be_adapted() -> None:
             adapted(lora=wrong)
 
 
+@pytest.mark.parametrize(("rank", "fits"), [(32, True), (33, False), (10**8, False)])
+def test_a_rank_is_not_more_than_the_layer_s_width(rank: int, fits: bool) -> None:
+    if fits:
+        assert adapters(adapted(lora={"r": rank}))
+        return
+    with pytest.raises(ValueError, match=f"lora.r is {rank}, but the narrowest layer that it adapts has width 32"):
+        adapted(lora={"r": rank})
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

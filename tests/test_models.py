@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -121,6 +122,55 @@ def test_every_family_takes_every_kind_of_prompt(
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
     with torch.no_grad():
         assert torch.equal(loaded(images()).logits, model.eval()(images()).logits)
+
+
+@pytest.mark.parametrize(("own", "query"), [(kind, "vit") for kind in bb.FAMILIES] + [("vit", k) for k in bb.FAMILIES])
+def test_a_query_backbone_of_any_family_is_in_the_checkpoint(
+    own: str, query: str, families: dict[str, Path], tmp_path: Path
+) -> None:
+    model = CDLForImageClassification.from_backbone(
+        str(families[own]), query_name=str(families[query]), prompt=CODA
+    ).eval()  # fmt: skip
+    model.begin_task(["cat", "dog"])
+    model.config.update({"backbone_name": None, "query_name": None})  # so that nothing is fetched
+    model.save_pretrained(tmp_path)
+    loaded = CDLForImageClassification.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_weights_under_the_names_of_another_family_are_fetched_and_their_fingerprint_checked(
+    families: dict[str, Path], tmp_path: Path
+) -> None:
+    """As checkpoints of two families once had them."""
+    model = CDLForImageClassification.from_backbone(
+        str(families["vit"]), query_name=str(families["dinov2"]), prompt=CODA
+    )  # fmt: skip
+    model.begin_task(["cat", "dog"])
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = {
+        name.replace("query_backbone.encoder.layer", "query_backbone.layers"): value
+        for name, value in load_file(file).items()
+    }
+    save_file({name: torch.zeros_like(v) if name.startswith("query_") else v for name, v in state.items()}, file)
+    loaded = CDLForImageClassification.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with pytest.raises(ValueError, match="Its query_backbone is .*fingerprint"):
+        CDLForImageClassification.from_pretrained(tmp_path, query_digest="0" * 16)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_made_with_tasks_has_no_weight_left_as_memory_was(way: str, vit: Path) -> None:
+    fields: dict[str, Any] = {"prompt": CODA, "kd_prompt": {}, **WAYS[way]}
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        config = CDLConfig(backbone_config=family_config("vit"), tasks=[["cat", "dog"], ["owl"]], **fields)
+        model = CDLForImageClassification(config)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
 
 
 @pytest.mark.parametrize("kind", bb.FAMILIES)

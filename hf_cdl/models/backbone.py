@@ -8,6 +8,7 @@ the prompts and are refused.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from hashlib import sha256
 from operator import attrgetter
@@ -18,8 +19,19 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.utils import logging
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+from hf_cdl.checked import check_numbers, check_size, listed, short
+from hf_cdl.models.stored import (
+    HUB,
+    at,
+    check_complete,
+    check_revision,
+    check_stored,
+    check_weights,
+    quietly,
+    weight_files,
+)
 
 OURS = "cdl"
 """Model type of CDLForImageClassification."""
@@ -68,9 +80,13 @@ def family(config: PreTrainedConfig) -> Family:
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """Commit that a revision of a Hub id stands for now; for a folder, or if it cannot be found out, `revision`."""
+    """Commit that a revision of a Hub id stands for now, or `revision` if it cannot be found out; of a folder None.
+
+    Raises ValueError for a revision of a folder.
+    """
+    check_revision(name, revision)
     if Path(name).is_dir():
-        return revision
+        return None
     try:
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
     except OSError:  # loading it will say what is wrong
@@ -78,17 +94,26 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
-    """Config of the model at a Hub id or folder; `hub`: cache_dir, token ... Raises ValueError if there is none."""
+    """Config of the model at a Hub id or folder; `hub`: cache_dir, token ...
+
+    Raises ValueError if there is none, or one that no model has (a billion layers, NaN), or for a folder's revision.
+    """
+    name = str(name)
+    check_revision(name, revision)
     folder = Path(name).expanduser()
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
-    try:
+    try:  # its numbers first: a config makes a list of as many labels as it is told
+        found, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no config, but {short(found)}.")
+        check_numbers(found, "config.json's value")
         return AutoConfig.from_pretrained(name, revision=revision, **hub)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and the configs' own checks raise many kinds
         raise ValueError(
-            f"No usable model config at backbone '{name}' (revision {revision}): {_first_line(error)} Give a Hub id "
+            f"No usable model config at backbone '{name}'{at(revision)}: {_first_line(error)} Give a Hub id "
             "or a folder with config.json and model.safetensors. Prompts work on backbones of type "
             f"{', '.join(sorted(FAMILIES))}."
         ) from error
@@ -109,26 +134,32 @@ def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
 
 
 def load_weights(
-    model_class: Any, name: str, revision: str | None = None, **options: Any
-) -> tuple[PreTrainedModel, set[str]]:
-    """Pre-trained model in float32, from safetensors alone, and the names of the weights that its checkpoint lacks.
+    model_class: Any, config: PreTrainedConfig, name: str, revision: str | None = None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Pre-trained model in float32, from safetensors alone, and which weights its checkpoint lacks or has too much.
 
-    Raises ValueError if there are no weights that can be read.
+    `options`: arguments of the model class, cache_dir, token ... Raises ValueError if there are no weights that can be
+    read, if they are of a smaller model than the config's or of other shapes, and if any is NaN or infinite.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a classifier's head is dropped, or made anew, on purpose
+    hub = {key: options[key] for key in HUB if key in options}
+    own = {key: value for key, value in options.items() if key not in HUB}
+    make = getattr(model_class, "from_config", model_class)  # an Auto class's, or the class itself
+    numbers = check_size(f"The model of '{name}'", lambda: make(copy.deepcopy(config), **own))
+    check_stored(f"'{name}'", numbers, weight_files(name, revision, **hub))
+    how = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = model_class.from_pretrained(
-            name, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
-        )
+        with quietly():  # a classifier's head is dropped, or made anew, on purpose
+            model, info = model_class.from_pretrained(
+                name, revision=revision, config=config, output_loading_info=True, **how, **options
+            )
     except Exception as error:  # transformers, safetensors and the Hub raise many kinds
         raise ValueError(
-            f"The weights of backbone '{name}' (revision {revision}) cannot be loaded: {_first_line(error)} "
+            f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
             "Check that model.safetensors is there and whole; download it again if it was cut short."
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return model, set(report["missing_keys"])
+    check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'")
+    check_weights(model.state_dict(), f"'{name}'")
+    return model, info
 
 
 def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrainedModel:
@@ -141,10 +172,10 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
     if read_config(name, revision, **hub).model_type == OURS:
         return _learnt_backbone(config, name, revision, **hub)
     model_class = cast(Any, MODEL_MAPPING[type(config)])
-    backbone, missing = load_weights(model_class, name, revision, config=config, **family(config).init, **hub)
-    if missing := sorted(key for key in missing if "mask_token" not in key and "pooler" not in key):
+    backbone, info = load_weights(model_class, config, name, revision, **family(config).init, **hub)
+    if missing := sorted(key for key in info["missing_keys"] if "mask_token" not in key and "pooler" not in key):
         raise ValueError(
-            f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so "
+            f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({listed(missing)}), so "
             "they would be random. Give a complete checkpoint."
         )
     return backbone
@@ -153,7 +184,10 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
 def _learnt_backbone(config: PreTrainedConfig, name: str, revision: str | None, **hub: Any) -> PreTrainedModel:
     """A plain copy of the backbone of a checkpoint of ours."""
     model: Any
-    model, _ = load_weights(AutoModelForImageClassification, name, revision, **hub)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, revision=revision, dtype=torch.float32, **hub)
+    except OSError as error:
+        raise ValueError(f"The weights of '{name}'{at(revision)} cannot be loaded: {_first_line(error)}") from error
     if model.config.lora is not None:
         raise ValueError(
             f"The backbone of '{name}' has low-rank adapters. Merge them first: load the bare backbone "
@@ -179,15 +213,18 @@ def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedM
     """The backbone of a config, its attention modules numbered by layer so that each finds its prefixes.
 
     A frozen backbone has no randomness: what its config may ask for in training (dropout, stochastic depth, DINOv3's
-    augmented positions) would only make features and queries random while prompts train.
+    augmented positions) would only make features and queries random while prompts train. The config is copied.
+    Raises ValueError for one of which no model can be made, or a larger one than fits into memory.
     """
-    kind = family(config)
+    kind, config = family(config), copy.deepcopy(config)
+    check_numbers(vars(config), f"The {config.model_type} backbone's")
     if frozen:
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
             elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
                 setattr(config, name, None)
+    check_size(f"A {config.model_type} backbone of this config", lambda: AutoModel.from_config(config, **kind.init))
     backbone = AutoModel.from_config(config, **kind.init)
     for number, layer in enumerate(layers(backbone)):
         getattr(layer, kind.attention).layer_idx = number

@@ -6,6 +6,7 @@ Its checkpoint is the plain model's: `AutoModelForImageClassification` and `pipe
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from hf_cdl.models.backbone import load_weights, read_config
+from hf_cdl.checked import check_size, listed, short
+from hf_cdl.labels import class_list, repeated
+from hf_cdl.models.backbone import OURS, load_weights, read_config
+from hf_cdl.models.inputs import check_labels, check_pixels
+from hf_cdl.models.stored import check_complete
 from hf_cdl.types import CDLOutput, ModelShape
 
 
@@ -41,31 +46,40 @@ class ImageClassifier(nn.Module):
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
 
     @classmethod
-    def from_backbone(cls, name: str, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
+    def from_backbone(cls, name: str | Path, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
         """The classifier at a Hub id or folder, without tasks; with `pretrained` false its config, random weights.
 
         A backbone without a head will do, as `begin_task` makes a new one. Raises ValueError for a type without image
         classifier, and for a checkpoint that lacks other weights.
         """
+        name = str(name)
         config = read_config(name, revision)
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
             raise ValueError(f"A model of type '{config.model_type}' has no image classifier in transformers.")
         if not pretrained:
-            return cls(AutoModelForImageClassification.from_config(config, dtype=torch.float32), pretrained=False)
-        model, missing = load_weights(AutoModelForImageClassification, name, revision)
-        if missing := sorted(set(missing) - class_dimensions(model).keys()):
+            make = functools.partial(AutoModelForImageClassification.from_config, config, dtype=torch.float32)
+            check_size(f"The model of '{name}'", make)
+            return cls(make(), pretrained=False)
+        model, info = load_weights(AutoModelForImageClassification, config, name, revision)
+        if missing := sorted(set(info["missing_keys"]) - class_dimensions(model).keys()):
             raise ValueError(
-                f"The checkpoint of '{name}' lacks {len(missing)} weights ({', '.join(missing[:3])} ...), so they "
+                f"The checkpoint of '{name}' lacks {len(missing)} weights ({listed(missing)}), so they "
                 "would be random. Give a complete checkpoint, or set pretrained: false."
             )
         return cls(model)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageClassifier:
-        """A classifier that has learnt its task, from its plain checkpoint."""
-        loaded = cls(
-            AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        )
+        """A classifier that has learnt its task, from its plain checkpoint.
+
+        Raises ValueError for one that is not whole, or has weights that are NaN or infinite.
+        """
+        config = read_config(str(folder))
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or config.model_type == OURS:
+            raise ValueError(f"'{folder}' holds a model of type '{config.model_type}', not an ordinary classifier.")
+        model, info = load_weights(AutoModelForImageClassification, config, str(folder))
+        check_complete(info, f"The checkpoint '{folder}'")
+        loaded = cls(model)
         loaded.tasks = [labels_of(loaded.config)]
         return loaded
 
@@ -87,8 +101,9 @@ class ImageClassifier(nn.Module):
     def begin_task(self, class_names: Sequence[str]) -> None:
         """A new head for these classes and, unless pre-trained, new weights, from PyTorch's global generator.
 
-        Raises ValueError if it knows classes already.
+        Raises ValueError if it knows classes already, and for what is no list of names.
         """
+        class_names = _distinct(class_names)
         if self.tasks:
             raise ValueError(
                 f"An ordinary classifier learns one task, and this one knows {len(self.tasks[0])} classes already. "
@@ -107,8 +122,9 @@ class ImageClassifier(nn.Module):
     def use_as_is(self, class_names: Sequence[str]) -> None:
         """Freeze a ready classifier whose classes are these, by name, and bring its logits into their order.
 
-        Raises ValueError if it knows other classes.
+        Raises ValueError if it knows other classes, and for what is no list of names.
         """
+        class_names = _distinct(class_names)
         own = labels_of(self.config)
         if sorted(own) != sorted(class_names):
             lacking, more = sorted(set(class_names) - set(own)), sorted(set(own) - set(class_names))
@@ -158,8 +174,11 @@ class ImageClassifier(nn.Module):
         """
         if output_hidden_states:
             raise ValueError("An ordinary classifier shows its logits alone; use terms that compare logits.")
+        check_pixels(pixel_values, getattr(self.config, "num_channels", 3))
+        if labels is not None:
+            check_labels(labels, len(pixel_values), self.config.num_labels or 0)
         logits = self.model(pixel_values=pixel_values).logits
-        return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels), logits=logits)
+        return CDLOutput(loss=None if labels is None else F.cross_entropy(logits, labels.long()), logits=logits)
 
 
 def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
@@ -176,8 +195,18 @@ def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
 
 
 def labels_of(config: Any) -> list[str]:
-    """The names of a classifier's classes, in the order of its logits."""
+    """The names of a classifier's classes, in the order of its logits. Raises ValueError unless each has one."""
+    if sorted(config.id2label) != [*range(config.num_labels)]:
+        raise ValueError(f"Its id2label is {short(config.id2label)}; it must name the classes 0, 1, ... by number.")
     return [config.id2label[number] for number in range(config.num_labels)]
+
+
+def _distinct(names: Any) -> list[str]:
+    """A list of class names. Raises ValueError for what is none, and for a name that comes twice."""
+    names = class_list(names)
+    if twice := repeated(names):
+        raise ValueError(f"Classes have different names; got {listed(twice)} more than once.")
+    return names
 
 
 def _name_classes(config: PreTrainedConfig, names: Sequence[str]) -> None:

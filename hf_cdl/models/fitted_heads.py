@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.models.head import Head, HeadConfig
+from hf_cdl.checked import check_finite
+from hf_cdl.models.head import Head, HeadConfig, check_features, movable
 
 
 class ClassMeans(nn.Module):
@@ -61,6 +62,7 @@ class FittedHead(Head):
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
 
+        Raises ValueError for features or answers that are NaN or infinite.
         `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
         """
 
@@ -85,6 +87,7 @@ class NearestMeanHead(FittedHead):
 
     @torch.no_grad()
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        check_features(features)
         block: Any = self.blocks[-1]
         block.total.index_add_(0, labels, self.prepare(features.float()))
         block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
@@ -150,6 +153,7 @@ class RidgeHead(FittedHead):
     """
 
     config_class: ClassVar[type] = RidgeConfig
+    bits: ClassVar[tuple[str, ...]] = ("gram", "total")
     config: RidgeConfig
 
     @property
@@ -198,19 +202,25 @@ class RidgeHead(FittedHead):
 
     @torch.no_grad()
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        check_features(features)
         block: Any = self.blocks[-1]
-        mapped = _movable(self.prepare(features.float())).double()
+        mapped = movable(self.prepare(features.float())).double()
         targets = F.one_hot(labels, len(block.total)).to(mapped)
         if self.needs_teacher:
             if taught is None:
                 raise ValueError(f"soft_targets is {self.config.soft_targets}, but there are no answers of a teacher.")
+            if not torch.isfinite(taught).all():
+                raise ValueError(
+                    "The teacher's answers are NaN or infinite, so they are no targets; check the teacher."
+                )
             targets = torch.lerp(targets, taught.to(mapped), self.config.soft_targets)
         _add(self.gram, mapped.T @ mapped)
         _add(block.total, targets.T @ mapped)
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Solve for all classes. Raises ValueError if the Gram matrix is singular in spite of lambda."""
+        """Solve for all classes. Raises ValueError if the Gram matrix is no such, or singular in spite of lambda."""
+        check_finite(self.numbers(), "The sums of the ridge head")
         gram = _read(self.gram).clone()
         gram.diagonal().add_(self.config.strength)
         factor, failed = torch.linalg.cholesky_ex(gram)
@@ -224,14 +234,9 @@ class RidgeHead(FittedHead):
             block.weight.copy_(torch.cholesky_solve(_read(block.total).T, factor).T)
 
 
-def _movable(tensor: torch.Tensor) -> torch.Tensor:
-    """On its device, or on the CPU for one without float64."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
-
-
 def _read(bits: torch.Tensor) -> torch.Tensor:
     """The float64 numbers of a buffer of bits."""
-    return _movable(bits).view(torch.float64)
+    return movable(bits).view(torch.float64)
 
 
 def _add(bits: torch.Tensor, value: torch.Tensor) -> None:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import initialization as init
+
+from hf_cdl.checked import check_finite, check_types, said
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class HeadConfig:
     )  # fmt: skip
 
     def __post_init__(self):
+        check_types(self, "A head")
         if self.standardise not in (None, "first_task") and self.given_statistics is None:
             raise ValueError(
                 f"A head's standardise is {self.standardise!r}; allowed: null, first_task, a .safetensors file."
@@ -54,19 +58,29 @@ class Standardise(nn.Module):
     def reset(self) -> None:
         """To the given statistics or to none, by transformers' functions that leave loaded ones alone.
 
-        Raises ValueError if the file is not there or does not fit.
+        Raises ValueError if the file is not there, does not fit or has no such numbers.
         """
+        if all(getattr(value, "_is_hf_initialized", False) for value in (self.mean, self.std, self.count)):
+            return  # loaded: the file may be gone
         if self.given is None:
             init.zeros_(self.mean)
             init.ones_(self.std)
             init.zeros_(self.count)
             return
-        found = load_file(self.given) if self.given.is_file() else {}
+        try:
+            found = load_file(self.given) if self.given.is_file() else {}
+        except SafetensorError as error:
+            raise ValueError(f"The file of statistics '{self.given}' cannot be read: {said(error)}") from error
         shapes = {name: tuple(value.shape) for name, value in found.items()}
         if any(shapes.get(name) != self.mean.shape for name in ("mean", "std")):
             raise ValueError(
                 f"The file of statistics '{self.given}' has {shapes or 'no tensors, or is not there'}, but a head on "
                 f"this backbone needs mean and std of shape {tuple(self.mean.shape)}. Give such a file, or first_task."
+            )
+        check_finite({name: found[name] for name in ("mean", "std")}, f"The file of statistics '{self.given}'")
+        if (found["std"] < 0).any() or not (found["std"] > 0).any():
+            raise ValueError(
+                f"The file of statistics '{self.given}' has a std that is no deviation: below 0, or all 0."
             )
         init.copy_(self.mean, found["mean"])
         init.copy_(self.std, found["std"])
@@ -74,7 +88,11 @@ class Standardise(nn.Module):
 
     @torch.no_grad()
     def measure(self, features: torch.Tensor) -> None:
-        """Add features (B, D) to the statistics (Chan's update of mean and squared deviations)."""
+        """Add features (B, D) to the statistics (Chan's update of mean and squared deviations).
+
+        Raises ValueError for features that are no numbers.
+        """
+        check_features(features)
         features, before, new = features.float(), int(self.count), len(features)
         mean, shift = features.mean(dim=0), features.mean(dim=0) - self.mean.float()
         squares = (features - mean).square().sum(dim=0)
@@ -88,6 +106,21 @@ class Standardise(nn.Module):
         return (features - self.mean) / torch.maximum(self.std, 0.01 * self.std.mean() + 1e-6)
 
 
+def check_features(features: torch.Tensor) -> None:
+    """Raise ValueError for features (B, D) that are NaN or infinite: a head fitted to them would answer nothing."""
+    if (wrong := int((~torch.isfinite(features)).any(dim=-1).sum())) > 0:
+        raise ValueError(
+            f"The backbone's features of {wrong} of {len(features)} images are NaN or infinite, so no head can be "
+            "fitted to them. The weights are numbers, so they are too large for these pixels: check the image "
+            "processor, or choose another backbone or precision (no fp16)."
+        )
+
+
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """On its device, or on the CPU for one without float64."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
 class Head(nn.Module, ABC):
     """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
 
@@ -97,6 +130,8 @@ class Head(nn.Module, ABC):
 
     fitted: ClassVar[bool] = False
     config_class: ClassVar[type] = HeadConfig
+    bits: ClassVar[tuple[str, ...]] = ()
+    """Names of buffers, of the head and its blocks, that hold the bits of float64 numbers."""
     can_grow = True
     """Whether it can learn another task."""
 
@@ -119,6 +154,13 @@ class Head(nn.Module, ABC):
     @abstractmethod
     def init_task(self, task: int) -> None:
         """Initialise block `task` in place."""
+
+    def numbers(self) -> dict[str, torch.Tensor]:
+        """The weights by name, and the numbers that `bits` stand for in their place."""
+        return {
+            name: movable(value).view(torch.float64) if name.rpartition(".")[2] in self.bits else value
+            for name, value in self.state_dict().items()
+        }
 
     def end_task(self) -> None:
         """What the head does when a task is learnt (ridge solves here); nothing by default."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_cdl.checked import build_fields, check_size, pick
 from hf_cdl.models.fitted_heads import NearestMeanHead, RidgeHead
 from hf_cdl.models.head import Head, HeadConfig
 
@@ -114,13 +114,17 @@ HEADS: dict[str, type[Head]] = {
 
 
 def build_head(head: dict[str, Any], hidden_size: int) -> Head:
-    """The head of a config's `head` section. Raises ValueError for an unknown type or field."""
-    fields = dict(head)
-    kind = fields.pop("type")
-    if kind not in HEADS:
-        raise ValueError(f"Unknown head type '{kind}'; allowed: {', '.join(HEADS)}.")
-    config = HEADS[kind].config_class
-    known = [f.name for f in dataclasses.fields(config)]
-    if unknown := sorted(set(fields) - set(known)):
-        raise ValueError(f"Head type '{kind}' has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    return HEADS[kind](config(**fields), hidden_size)
+    """The head of a config's `head` section.
+
+    Raises ValueError for an unknown type or field, and for one that would not fit into memory.
+    """
+    kind, fields = pick(head, "head", HEADS)
+    config = build_fields(HEADS[kind].config_class, fields, f"Head type '{kind}'")
+
+    def with_a_task() -> Head:
+        made = HEADS[kind](config, hidden_size)
+        made.add_task(1)
+        return made
+
+    check_size(f"A head of type '{kind}'", with_a_task)
+    return HEADS[kind](config, hidden_size)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_cdl.checked import check_types
 from hf_cdl.models import backbone as bb
 
 FOLDER = "adapter"
@@ -40,6 +41,7 @@ class LoraOptions:
     )  # fmt: skip
 
     def __post_init__(self):
+        check_types(self, "lora")
         if self.r < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1 or self.targets == ():
             raise ValueError(
                 "lora needs r >= 1, alpha > 0, dropout from 0 to below 1 and some targets (or null); got "
@@ -61,6 +63,13 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
         raise ValueError(
             f"lora.targets names {', '.join(unknown)}, but the linear layers in each layer of a "
             f"{backbone.config.model_type} backbone are {', '.join(names.values())}."
+        )
+    layer = dict(bb.layers(backbone)[0].named_modules())
+    narrow = min(min(layer[name].weight.shape) for name, leaf in names.items() if leaf in targets)  # type: ignore
+    if options.r > narrow:
+        raise ValueError(
+            f"lora.r is {options.r}, but the narrowest layer that it adapts has width {narrow}, where an update is "
+            f"not low-rank any more. Take 1 to {narrow}, usually 4 to 64."
         )
     peft = _peft()
     adapters = peft.LoraConfig(

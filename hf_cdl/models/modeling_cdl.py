@@ -11,21 +11,24 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
-from hf_cdl.config import CDLConfig
+from hf_cdl.checked import build_fields, short
+from hf_cdl.config import CDLConfig, check_names
+from hf_cdl.labels import class_list
 from hf_cdl.models import lora
-from hf_cdl.models.backbone import commit_of, digest, load_backbone
+from hf_cdl.models.backbone import check_image_size, commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
 from hf_cdl.models.fitted_heads import RidgeHead
 from hf_cdl.models.head import Head, Standardise
 from hf_cdl.models.heads import build_head
-from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.inputs import check_labels, check_pixels, check_task
+from hf_cdl.models.loading import Loadable
 from hf_cdl.models.session import check_session
-from hf_cdl.models.small import PARTS, fetch_backbones, left_out
+from hf_cdl.models.small import left_out
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
 
-class CDLForImageClassification(PromptedBackbone):
+class CDLForImageClassification(Loadable):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
@@ -36,8 +39,12 @@ class CDLForImageClassification(PromptedBackbone):
 
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
 
-    def __init__(self, config: CDLConfig):
+    def __init__(self, config: CDLConfig, **fields: Any):
+        if fields:  # of from_pretrained's arguments those that are neither a field of the config nor its own
+            check_names(fields)
+            raise ValueError(f"{', '.join(fields)}: a field of the config is set there, not beside it.")
         super().__init__(config)
+        config = self.config
         self.head = build_head(config.head, self.shape.hidden_size)
         config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
@@ -46,13 +53,14 @@ class CDLForImageClassification(PromptedBackbone):
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.session_head: Head | None = None  # that of the first session while it lasts; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
+        if config.first_session is not None:
+            build_head(config.first_session, self.shape.hidden_size)
         check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
-            config.lora = dataclasses.asdict(lora.add_adapters(self.backbone, lora.LoraOptions(**config.lora)))
+            adapters = build_fields(lora.LoraOptions, config.lora, "lora")
+            config.lora = dataclasses.asdict(lora.add_adapters(self.backbone, adapters))
         for number, task in enumerate(config.tasks):
             self._grow(number, len(task))
-        if not config.save_backbone:
-            self._keys_to_ignore_on_load_missing = {rf"^{part}\.(?!.*\.lora_)" for part in PARTS}
         self.post_init()
         if config.lora is not None:
             lora.reset_adapters(self.backbone)  # post_init drew them as if they were the backbone's own layers
@@ -63,16 +71,22 @@ class CDLForImageClassification(PromptedBackbone):
     @classmethod
     def from_backbone(
         cls,
-        name: str,
+        name: str | Path,
         revision: str | None = None,
-        query_name: str | None = None,
+        query_name: str | Path | None = None,
         query_revision: str | None = None,
         **fields: Any,
     ) -> CDLForImageClassification:
         """New model without tasks on a pre-trained backbone (Hub id or folder); `fields` are CDLConfig's.
 
         With `query_name` a second frozen backbone answers the queries: the student's, for a teacher that shares them.
+        Raises ValueError for an unknown field, a folder's revision, and a backbone that lacks weights or has such as
+        are NaN or infinite.
         """
+        check_names(fields, but={"backbone_config", "backbone_digest", "query_config", "query_digest"})
+        name, query_name = str(name), None if query_name is None else str(query_name)
+        if query_name is None and query_revision is not None:
+            raise ValueError(f"query_revision is '{query_revision}', but there is no query_name that it is of.")
         revision = commit_of(name, revision)
         backbone = load_backbone(name, revision)
         query = None
@@ -81,7 +95,7 @@ class CDLForImageClassification(PromptedBackbone):
             query = load_backbone(query_name, query_revision)
         config = CDLConfig(
             backbone_config=backbone.config,
-            backbone_name=str(name),
+            backbone_name=name,
             backbone_revision=revision,
             backbone_digest=digest(backbone),
             query_config=None if query is None else query.config,
@@ -98,25 +112,10 @@ class CDLForImageClassification(PromptedBackbone):
             model._copy_cls_token(model.kd_prompt)
         return model
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
-
-        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a backbone is gone.
-        """
-        kwargs.setdefault("use_safetensors", True)
-        with_info = kwargs.pop("output_loading_info", False)
-        with torch.random.fork_rng(devices=[]):  # what a small checkpoint lacks is drawn at random first
-            loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if not model.config.save_backbone or any(map(left_out, info["missing_keys"])):
-            fetch_backbones(model, **kwargs)
-        model.freeze()
-        return (model, info) if with_info else model
-
     @property
     def tasks(self) -> list[list[str]]:
-        """Class names of every task learnt or begun, in stream order."""
+        """Class names of every task learnt or begun, in stream order; those of id2label, where they were renamed."""
+        self.config.agree()
         return self.config.tasks
 
     @property
@@ -131,9 +130,10 @@ class CDLForImageClassification(PromptedBackbone):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
 
-        The config says what a checkpoint holds: `save_backbone`, `save_code`.
+        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
+        could not be loaded again.
         """
-        self.config.check_small()
+        self.config.check_saving()
         if not self.is_remote_code():  # transformers takes remote code along by itself
             put_code(self.config, Path(save_directory))
         if self.config.lora is not None:
@@ -151,18 +151,19 @@ class CDLForImageClassification(PromptedBackbone):
         """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
 
         New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already,
-        or if the sums of a ridge head were dropped.
+        for what is no list of names, or if the sums of a ridge head were dropped.
         """
+        names = class_list(class_names)
         if not self.head.can_grow:
             raise ValueError(
                 "This model's ridge head has no sums (head.sums is false): it can answer, but learn no further task. "
                 "Load the checkpoint that still has them, such as task-05 of its run."
             )
         device, dtype = self.device, self.dtype
-        self.config.set_tasks([*self.config.tasks, list(class_names)])
+        self.config.set_tasks([*self.tasks, names])
         self.num_labels = sum(self.config.num_classes_per_task)
         task = len(self.config.tasks) - 1
-        self._grow(task, len(class_names))
+        self._grow(task, len(names))
         self._init_task(task)
         if self.config.first_session is not None and task == 0:
             self.begin_session()
@@ -286,6 +287,22 @@ class CDLForImageClassification(PromptedBackbone):
 
     # ---- forward ----
 
+    def _check_inputs(self, pixel_values: Any, labels: Any, query: Any, task_id: Any, states: Any) -> None:
+        """Raise ValueError for what the model cannot answer; `states`: the hidden states that are asked for."""
+        config = self.backbone.config
+        check_pixels(pixel_values, config.num_channels)
+        check_image_size(config, (pixel_values.shape[2], pixel_values.shape[3]))
+        check_task(task_id, len(self.config.tasks))
+        if labels is not None:
+            check_labels(labels, len(pixel_values), self.config.num_labels)
+        if query is not None and (query.dim() != 2 or len(query) != len(pixel_values)):
+            raise ValueError(f"query has shape {tuple(query.shape)}; give one of compute_query for these images.")
+        depth = self.shape.num_layers
+        if isinstance(states, list | tuple) and not all(-depth - 1 <= number <= depth for number in states):
+            raise ValueError(
+                f"output_hidden_states lists {short(states)}, but there are 0 to {depth}, or -1 for the last."
+            )
+
     @can_return_tuple
     def forward(
         self,
@@ -305,6 +322,13 @@ class CDLForImageClassification(PromptedBackbone):
         """
         if not self.config.tasks:
             raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states or None
+        self._check_inputs(pixel_values, labels, query, task_id, output_hidden_states)
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions or None
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError("Attention weights are shown by 'eager' alone: model.set_attn_implementation('eager').")
         found = self._encode(
             pixel_values,
             query,
@@ -321,7 +345,7 @@ class CDLForImageClassification(PromptedBackbone):
             if not self.training:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
         return CDLOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels),
+            loss=None if labels is None else F.cross_entropy(logits, labels.long()),
             logits=logits,
             kd_logits=kd_logits,
             prompt_loss=found.prompt_loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.models import backbone as bb
 from hf_cdl.models.one_pass import OnePass
@@ -41,7 +43,9 @@ class PromptedBackbone(PreTrainedModel):
 
     config_class = CDLConfig
     config: CDLConfig
-    base_model_prefix = "backbone"
+    base_model_prefix = (
+        ""  # not "backbone": transformers' older names of its weights would be the query backbone's too
+    )
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
@@ -49,9 +53,17 @@ class PromptedBackbone(PreTrainedModel):
     _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
+        if getattr(config, "model_type", None) != CDLConfig.model_type:  # remote code has a class of its own
+            raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
+        config = copy.deepcopy(config)
+        config.check()
+        _attention(config._attn_implementation or "sdpa")
         super().__init__(config)
         self.backbone: Any = bb.build_backbone(config.backbone_config, frozen=not config.train_backbone)
+        config.backbone_config = self.backbone.config
         self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
+        if self.query_backbone is not None:
+            config.query_config = self.query_backbone.config
         size, depth = self.shape
         query_size = (self.query_backbone or self.backbone).config.hidden_size
 
@@ -61,29 +73,50 @@ class PromptedBackbone(PreTrainedModel):
         self.kd_prompt: KDPrompt | None = None
         if config.kd_prompt is not None:
             bb.check_extra_token(self.backbone.config)
-            self.kd_prompt = KDPrompt(KDPromptConfig(**config.kd_prompt), size, depth)
-            config.kd_prompt = dataclasses.asdict(self.kd_prompt.config)
+            options = build_fields(KDPromptConfig, config.kd_prompt, "kd_prompt")
+            check_size("KD prompts", lambda: KDPrompt(options, size, depth))
+            self.kd_prompt = KDPrompt(options, size, depth)
+            config.kd_prompt = dataclasses.asdict(options)
             self.backbone.embeddings.register_forward_hook(self._add_kd_token)
         self.mapping: PromptMapping | None = None
         if config.mapping is not None:
-            self.mapping = PromptMapping(MappingConfig(**config.mapping), self._teacher_pool(query_size), size, depth)
-            config.mapping = dataclasses.asdict(self.mapping.config)
+            mapped = build_fields(MappingConfig, config.mapping, "mapping")
+            check_size("A prompt mapping", lambda: self._mapping(mapped, query_size, tasks=1))
+            self.mapping = self._mapping(mapped, query_size)
+            config.mapping = dataclasses.asdict(mapped)
+        elif config.teacher_pool is not None:
+            raise ValueError(
+                "teacher_pool is of a mapping, but the model has none; give mapping too, or leave it out."
+            )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
         if config.query == "one_pass":
             for number, layer in enumerate(bb.layers(self.backbone)):
                 layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        elif config.query != "two_pass":
-            raise ValueError(f"The query is '{config.query}'; allowed: two_pass, one_pass.")
         if config.query == "one_pass" and self.query_backbone is not None:
             raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
         self._with_token = False
         self.set_attn_implementation(config._attn_implementation or "sdpa")
 
+    def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
+        made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
+        for _ in range(tasks):
+            made.add_task()
+        return made
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As PreTrainedModel's, which takes a module without weights of its own (a pool of blocks) for initialised."""
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        super()._initialize_weights(module, is_custom_code and bool(own))
+
     def _teacher_pool(self, query_size: int) -> PromptPool:
         if self.config.teacher_pool is None:
             raise ValueError("A mapping needs the teacher's prompts: give teacher_pool=teacher.pool_config.")
         fields = self.config.teacher_pool
+        sizes: list[Any] = [fields.get(name) for name in ModelShape._fields]
+        if {*fields} != {"prompt", *ModelShape._fields} or not all(fits(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"teacher_pool is {short(fields)}; give teacher_pool=teacher.pool_config.")
+        check_numbers(fields, "teacher_pool")
         pool = build_pool(fields["prompt"], fields["hidden_size"], query_size, fields["num_layers"])
         if pool is None:
             raise ValueError("The teacher has no prompts (type none), so there is nothing to map.")
@@ -107,12 +140,7 @@ class PromptedBackbone(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
-        name = attn_implementation.get("", "sdpa") if isinstance(attn_implementation, dict) else attn_implementation
-        name = name.removeprefix("prefix_")
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
-            )
+        name = _attention(attn_implementation)
         self.config._attn_implementation_internal = name
         for backbone in (self.backbone, self.query_backbone):
             if backbone is not None:
@@ -245,3 +273,20 @@ class PromptedBackbone(PreTrainedModel):
         image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
         embedded = self.backbone.embeddings(image)
         init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
+
+
+def _attention(name: Any) -> str:
+    """The name of an attention implementation for the whole model. Raises ValueError for one that ignores prompts."""
+    if isinstance(name, dict) and {*name} <= {""}:
+        name = name.get("", "sdpa")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"attn_implementation is {short(name)}, but it is one name for the whole model; allowed: "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+    name = name.removeprefix("prefix_")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
+        )
+    return name

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
+from hf_cdl.checked import build_fields, check_size, pick
 from hf_cdl.prompts.apt import APT
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.prompts.coda import Coda
@@ -22,19 +22,25 @@ PROMPTS: dict[str, type[PromptPool]] = {
 
 
 def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_layers: int) -> PromptPool | None:
-    """The prompt pool of a config's `prompt` section; None for type `none`. Raises ValueError for an unknown one."""
-    fields = dict(prompt)
-    kind = fields.pop("type")
-    if kind == "none":
+    """The prompt pool of a config's `prompt` section; None for type `none`.
+
+    Raises ValueError for an unknown type or field, and for a pool that would not fit into memory.
+    """
+    kind, fields = pick(prompt, "prompt", ("none", *PROMPTS))
+    pool = PROMPTS.get(kind)
+    if pool is None:
+        if fields:
+            raise ValueError(f"Prompt type 'none' has no field {', '.join(map(str, fields))}; it has none.")
         return None
-    if kind not in PROMPTS:
-        raise ValueError(f"Unknown prompt type '{kind}'; allowed: none, {', '.join(PROMPTS)}.")
-    pool = PROMPTS[kind]
-    known = [f.name for f in dataclasses.fields(pool.config_class)]
-    unknown = sorted(set(fields) - set(known))
-    if unknown:
-        raise ValueError(f"Prompt type '{kind}' has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    return pool(pool.config_class(**fields), hidden_size, query_size, num_layers)
+    config = build_fields(pool.config_class, fields, f"Prompt type '{kind}'")
+
+    def with_a_task() -> PromptPool:
+        made = pool(config, hidden_size, query_size, num_layers)
+        made.add_task()
+        return made
+
+    check_size(f"A prompt pool of type '{kind}'", with_a_task)
+    return pool(config, hidden_size, query_size, num_layers)
 
 
 __all__ = ["PROMPTS", "KDPrompt", "KDPromptConfig", "MappingConfig", "PromptMapping", "PromptPool", "build_pool"]

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.types import KV
 
@@ -41,10 +42,9 @@ class APTConfig:
     )
 
     def __post_init__(self):
+        check_types(self, "APT")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"APT's ema is a share from 0 to 1; got {self.ema}.")
-        if self.teach_with not in ("trained", "merged_before"):
-            raise ValueError(f"APT's teach_with is '{self.teach_with}'; allowed: trained, merged_before.")
 
 
 class Merged(nn.Module):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.prompts.components import ComponentBlock, init_block, rows, weighted_sum, weights
 from hf_cdl.types import KV
@@ -36,6 +37,7 @@ class CodaConfig:
     )
 
     def __post_init__(self):
+        check_types(self, "CODA-Prompt")
         if self.components < 1 or self.length < 2 or self.length % 2 or self.orthogonality < 0:
             raise ValueError(
                 f"CODA-Prompt needs components >= 1, an even length >= 2 and orthogonality >= 0; got components="

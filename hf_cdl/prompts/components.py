@@ -30,6 +30,8 @@ class ComponentBlock(nn.Module):
 def init_block(blocks: Any, task: int) -> None:
     """Initialise block `task`: normal draws, orthogonalised against all earlier rows and of unit length."""
     for name, new in blocks[task].named_parameters():
+        if getattr(new, "_is_hf_initialized", False):  # loaded: nothing to draw
+            continue
         draws = torch.randn(new.shape, device=new.device).flatten(2)  # (L, m, D)
         orthogonal = [
             orthogonalise(draw, rows(blocks[:task], name, index).flatten(1) if task else draw[:0])

@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.types import KV
 
@@ -49,6 +50,7 @@ class DualPromptConfig:
     )
 
     def __post_init__(self):
+        check_types(self, "DualPrompt")
         lengths = (self.general_length, self.expert_length)
         if any(length < 2 or length % 2 for length in lengths) or not self.expert_layers or self.reserved_tasks < 0:
             raise ValueError(
@@ -56,8 +58,6 @@ class DualPromptConfig:
                 f"general_length={self.general_length}, expert_length={self.expert_length}, "
                 f"expert_layers={self.expert_layers}, reserved_tasks={self.reserved_tasks}."
             )
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"DualPrompt's reduction is '{self.reduction}'; allowed: mean, sum.")
 
     @property
     def layers(self) -> tuple[int, ...]:

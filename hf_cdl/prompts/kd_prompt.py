@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hf_cdl.checked import check_types
 from hf_cdl.types import KV
 
 
@@ -51,7 +52,8 @@ class KDPromptConfig:
     )
 
     def __post_init__(self):
-        fits = self.length >= 0 and self.length % 2 == 0 and (self.layers or 1) >= 1
+        check_types(self, "KD prompts")
+        fits = self.length >= 0 and self.length % 2 == 0 and (self.layers is None or self.layers >= 1)
         if not fits or not 0 <= self.alpha <= 1 or self.later_rate < 0:
             raise ValueError(
                 "KD prompts need an even length >= 0, alpha from 0 to 1, layers >= 1 and later_rate >= 0; got "

@@ -27,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.types import KV
 
@@ -44,13 +45,12 @@ class L2PConfig:
     )
 
     def __post_init__(self):
+        check_types(self, "L2P")
         if not 1 <= self.top_k <= self.pool_size or self.length < 2 or self.length % 2:
             raise ValueError(
                 f"L2P needs 1 <= top_k <= pool_size and an even length >= 2; got top_k={self.top_k}, "
                 f"pool_size={self.pool_size}, length={self.length}."
             )
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"L2P's reduction is '{self.reduction}'; allowed: mean, sum.")
 
 
 class L2P(PromptPool):

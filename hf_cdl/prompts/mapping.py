@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.prompts.components import ComponentBlock, init_block, rows, weighted_sum, weights
 from hf_cdl.types import KV
@@ -41,6 +42,7 @@ class MappingConfig:
     )
 
     def __post_init__(self):
+        check_types(self, "A prompt mapping")
         if self.components < 1 or self.length < 2 or self.length % 2 or not 0 <= self.alpha <= 1:
             raise ValueError(
                 "A prompt mapping needs components >= 1, an even length >= 2 and alpha from 0 to 1; got "

@@ -1,0 +1,204 @@
+"""Checks of what comes from outside: fields of a section, the size of a part, weights that are no numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
+from types import NoneType, UnionType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+MOST = 10**10
+"""Numbers that a part may hold; the largest backbone of an allow-listed family has 7 * 10^9."""
+_MOST_PARTS, _MOST_LABELS = 1000, 10**6
+_PARTS = re.compile(r"layers|depth|blocks|repeats")
+"""Names of numbers that count parts of a model: each costs time and memory, however small it is."""
+_SIZES = {
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio"),
+    *("image_size", "patch_size", "num_channels"),
+}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number of at most 9 digits",
+    float: "a finite number",
+    str: "a text",
+    NoneType: "null",
+}
+
+
+# ---- fields ----
+
+
+def check_types(fields: Any, what: str) -> None:
+    """Raise ValueError unless every field of a dataclass has a value of its type: finite, and no bool for a number."""
+    for name, hint in _hints(type(fields)).items():
+        if not fits(value := getattr(fields, name), hint):
+            raise ValueError(f"{what}'s {name} is {short(value)}; allowed: {_allowed(hint)}.")
+
+
+def build_fields(kind: Any, content: Any, what: str) -> Any:
+    """The dataclass `kind` from a section of a config. Raises ValueError for no section, and for an unknown field."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{what} has fields; got {short(content)}.")
+    known = [f.name for f in dataclasses.fields(kind)]
+    if unknown := [str(key) for key in content if key not in known]:
+        raise ValueError(f"{what} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
+    return kind(**content)
+
+
+def pick(section: Any, what: str, kinds: Collection[str]) -> tuple[str, dict[str, Any]]:
+    """Type and fields of a section `{type: ..., fields}`. Raises ValueError unless its type is one of `kinds`."""
+    fields = dict(section) if isinstance(section, Mapping) else {}
+    kind = fields.pop("type", None)
+    if not isinstance(kind, str) or kind not in kinds:
+        said = f"'{kind}'" if isinstance(kind, str) else f"in {short(section)}"
+        raise ValueError(f"Unknown {what} type {said}; allowed: {', '.join(kinds)}. Write it as {{'type': ...}}.")
+    return kind, fields
+
+
+def check_numbers(config: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for a number in a transformers config that no model has: NaN, a size of 0, a billion layers."""
+    for name, value in config.items():
+        if name in ("id2label", "label2id"):
+            continue
+        if isinstance(value, Mapping):
+            check_numbers(value, f"{what}.{name}")
+            continue
+        most = _MOST_PARTS if _PARTS.search(str(name)) else _MOST_LABELS if name == "num_labels" else 10**9
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            least = 1 if name in _SIZES else -math.inf
+            if not (math.isfinite(number) and least <= number and (isinstance(number, float) or abs(number) <= most)):
+                raise ValueError(
+                    f"{what}.{name} is {short(number)}; allowed are finite numbers"
+                    f"{f' from {least}' if least == 1 else ''} to {most:,}."
+                )
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: `; did you mean 'prompt'?` for `promt`, or a full stop."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{found[0]}'?" if found else "."
+
+
+def said(error: Exception) -> str:
+    """An error of another library's in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
+
+
+def short(value: Any) -> str:
+    """A value in a message, at most 80 characters of it."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type, as the annotations of dataclasses here have them."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return any(fits(value, option) for option in inner)
+    if kind is Literal:
+        return isinstance(value, str) and value in inner
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**9
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _finite(value)
+    if kind in (tuple, list):
+        return isinstance(value, tuple | list) and all(fits(part, inner[0]) for part in value)
+    return kind is Any or isinstance(value, kind)
+
+
+def _finite(value: float) -> bool:
+    """Whether it is a number in float32 too, that of the weights."""
+    return abs(value) <= torch.finfo(torch.float32).max  # false for NaN
+
+
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, localns={"torch": torch})  # of which PreTrainedConfig has but the name
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+
+
+def _allowed(hint: Any) -> str:
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return " or ".join(map(_allowed, inner))
+    if kind is Literal:
+        return ", ".join(map(str, inner))
+    if kind in (tuple, list):
+        return f"a list of which each is {_allowed(inner[0])}"
+    return _WORDS.get(kind, "fields")
+
+
+# ---- sizes and numbers ----
+
+
+def check_size(what: str, build: Callable[[], nn.Module]) -> int:
+    """How many numbers a part holds, found without memory for it; `build` makes it.
+
+    Raises ValueError if it cannot be made, and if they are more than this machine holds.
+    """
+    try:
+        with torch.device("meta"), init.no_init_weights():
+            part = build()
+    except ValueError:
+        raise
+    except Exception as error:  # transformers and torch raise many kinds; sizes beyond 2^63 are a RuntimeError
+        raise ValueError(f"{what} cannot be made, check its sizes: {said(error)}") from error
+    tensors = [*part.parameters(), *part.buffers()]
+    numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+    room = _memory()
+    if numbers > MOST or size > room:
+        there = f"{MOST:,} are allowed" if numbers > MOST else f"this machine has {room / 2**30:,.0f} GiB"
+        raise ValueError(
+            f"{what} would hold {numbers:,} numbers ({size / 2**30:,.0f} GiB), but {there}. Check its sizes."
+        )
+    return numbers
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where tensors take none (the meta device, fake tensors)."""
+    probe = torch.empty(0)
+    if type(probe) is not torch.Tensor or probe.is_meta:
+        return math.inf
+    try:  # within it transformers allows that remote code's imports are missing (save_code)
+        import psutil
+    except ImportError:
+        return math.inf
+    return psutil.virtual_memory().total
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise ValueError naming the tensors with NaN or infinite numbers; the bits of float64 count as such."""
+    bad = [name for name, value in tensors.items() if not _all_finite(value)]
+    if bad:
+        raise ValueError(
+            f"{what} are NaN or infinite in {len(bad)} of {len(tensors)} tensors: {listed(bad)}. What is computed "
+            "with them is no answer. Give a checkpoint that is whole, from before its training diverged."
+        )
+
+
+def listed(names: Iterable[str], count: int = 3) -> str:
+    """The first names of a list, in order."""
+    names = sorted(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
+        return True
+    low, high = torch.aminmax(value.detach())  # both are NaN if any is; one pass, no copy
+    return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -1,0 +1,55 @@
+"""Class names and label maps as users and files give them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
+
+from hf_cdl.checked import short
+
+
+def class_list(names: Any) -> list[str]:
+    """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
+    if isinstance(names, str | bytes | Mapping | Set) or not isinstance(names, Iterable):
+        way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
+        raise ValueError(f"The class names of a task are a list of texts; got {short(names)}. So {way}.")
+    names = list(names)
+    if not names:
+        raise ValueError("A task needs at least one class; got an empty list of class names.")
+    if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
+        raise ValueError(f"A class name is a text with something in it; got {short(wrong[0])} in {short(names)}.")
+    return [str(name) for name in names]
+
+
+def label_names(labels: Any, count: int) -> list[str]:
+    """The names of `count` classes from an id2label. Raises ValueError unless each has one, and no two the same."""
+    ids = _whole(labels) if isinstance(labels, Mapping) else None
+    if ids is None or sorted(ids) != [*range(count)]:
+        raise ValueError(
+            f"id2label is {short(labels)}, but it must name all {count} classes, by the numbers 0 to {count - 1}. "
+            "Change single names in model.config.id2label, or give all of them."
+        )
+    names = class_list([ids[number] for number in range(count)]) if count else []
+    if twice := repeated(names):
+        raise ValueError(f"id2label gives {short(twice[0])} to more than one class; classes have different names.")
+    return names
+
+
+def is_inverse(label2id: Any, names: list[str]) -> bool:
+    """Whether a label2id is that of these names; in JSON its numbers may be texts."""
+    return isinstance(label2id, Mapping) and {str(k): str(v) for k, v in label2id.items()} == {
+        name: str(number) for number, name in enumerate(names)
+    }
+
+
+def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
+    """The same with whole numbers as keys, which in JSON are texts; None if a key is no number, or one comes twice."""
+    texts = [str(key) for key in labels]
+    fits = all(text.isdecimal() for text in texts) and len({int(text) for text in texts}) == len(texts)
+    return {int(text): name for text, name in zip(texts, labels.values(), strict=True)} if fits else None
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that come more than once, sorted."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)

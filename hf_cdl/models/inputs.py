@@ -1,0 +1,44 @@
+"""Whether images, labels and a task are such that a model can answer; what is wrong with them, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_cdl.checked import short
+
+
+def check_pixels(pixel_values: Any, channels: int) -> None:
+    """Raise ValueError unless these are images (B, channels, H, W) of floating point."""
+    if not isinstance(pixel_values, torch.Tensor):
+        raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; give a tensor (B, {channels}, H, W).")
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}, but the model takes "
+            f"(B, {channels}, H, W) of floating point: what its image processor makes of RGB images."
+        )
+
+
+def check_labels(labels: Any, batch: int, classes: int) -> None:
+    """Raise ValueError unless these are labels (B,) from 0 to classes - 1, or -100: the image does not count."""
+    if not isinstance(labels, torch.Tensor) or labels.shape != (batch,) or labels.dtype not in _WHOLE:
+        got = (tuple(labels.shape), labels.dtype) if isinstance(labels, torch.Tensor) else short(labels)
+        raise ValueError(f"labels is {got}; give a tensor of {batch} whole numbers, one for each image.")
+    if torch.compiler.is_compiling() or not batch or type(labels) is not torch.Tensor or labels.is_meta:
+        return
+    counted = labels[labels != -100]
+    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+        raise ValueError(
+            f"labels go from {int(counted.min())} to {int(counted.max())}, but the model knows {classes} classes, "
+            f"0 to {classes - 1}. Call begin_task(class_names) for more."
+        )
+
+
+def check_task(task_id: Any, tasks: int) -> None:
+    """Raise ValueError unless this is None or the number of one of the tasks."""
+    if task_id is not None and (isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < tasks):
+        raise ValueError(f"task_id is {short(task_id)}; the model has {tasks} tasks, 0 to {tasks - 1}. None: any.")
+
+
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

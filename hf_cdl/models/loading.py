@@ -1,0 +1,90 @@
+"""from_pretrained that gives a whole model or none: what a checkpoint lacks is never left at random, nor allocated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_cdl.checked import said
+from hf_cdl.models.head import Head
+from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
+from hf_cdl.models.stored import (
+    HUB,
+    check_complete,
+    check_revision,
+    check_stored,
+    check_weights,
+    quietly,
+    stored_sizes,
+)
+
+
+class Loadable(PromptedBackbone):
+    """A model with heads whose checkpoints hold its weights, or those but its frozen backbones'."""
+
+    head: Head
+    kd_head: Head | None
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
+
+        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a backbone is gone, if config
+        and weights do not belong together (naming those that are missing, unknown or of another shape), and for
+        weights that are NaN or infinite.
+        """
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise ValueError("ignore_mismatched_sizes would leave weights at random; a checkpoint fits its config.")
+        if place is not None:
+            check_revision(place, kwargs.get("revision"))
+        kwargs = {"use_safetensors": True, **kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
+        try:
+            with torch.random.fork_rng(devices=[]), quietly():  # what a small one lacks is drawn at random first
+                loaded: Any = super().from_pretrained(
+                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            model, info = loaded
+            absent = absent_parts(model.config, model.state_dict().keys() - info["missing_keys"])
+            absent |= misnamed_parts(model.config, info)
+            for kind in ("missing_keys", "unexpected_keys"):
+                info[kind] = {name for name in info[kind] if not _is_of(name, absent)}
+            check_complete(info, "It")
+            fetch_backbones(model, absent, **kwargs)
+            check_weights(model._numbers(), "this checkpoint")
+        except (OSError, ImportError):
+            raise
+        except ValueError as error:
+            raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
+        except Exception as error:  # transformers and safetensors raise many kinds
+            raise ValueError(
+                f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
+                "model.safetensors are there and whole; get them again if they were cut short."
+            ) from error
+        model.freeze()
+        return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel's, which allocates whatever the config claims: so first of all the claim is checked."""
+        if checkpoint_files:
+            absent = absent_parts(model.config, stored_sizes(checkpoint_files))
+            own = [value.numel() for name, value in model.state_dict().items() if not _is_of(name, absent)]
+            check_stored("this checkpoint", sum(own), checkpoint_files)
+            hub = getattr(args[0] if args else kwargs.get("load_config"), "download_kwargs", None) or {}
+            check_backbones(model, absent, **{name: hub[name] for name in HUB if name in hub})
+        return PromptedBackbone._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _numbers(self) -> dict[str, torch.Tensor]:
+        """The weights by name; those of a fitted head that are stored as bits as the numbers that they are."""
+        heads = {"head": self.head, "kd_head": self.kd_head}
+        parts = [(name, head.numbers()) for name, head in heads.items() if head is not None]
+        return self.state_dict() | {f"{part}.{name}": value for part, found in parts for name, value in found.items()}
+
+
+def _is_of(name: str, parts: Any) -> bool:
+    """Whether a weight is of one of these frozen parts."""
+    return left_out(name) and name.partition(".")[0] in parts

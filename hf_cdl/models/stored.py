@@ -1,0 +1,110 @@
+"""What is stored at a Hub id or in a folder, as far as can be seen without loading it, and whether it is usable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from hf_cdl.checked import check_finite, listed
+
+HUB = ("cache_dir", "token", "local_files_only")
+"""Options of from_pretrained that say how to reach the Hub."""
+
+
+def at(revision: str | None) -> str:
+    """A revision in a message."""
+    return "" if revision is None else f" (revision {revision})"
+
+
+def check_revision(name: Any, revision: str | None) -> None:
+    """Raise ValueError for a revision of a folder."""
+    if revision is not None and Path(name).is_dir():
+        raise ValueError(
+            f"'{name}' is a folder, and a folder has no revisions, but revision is '{revision}'. Leave it out, or "
+            "give the Hub id that it is of."
+        )
+
+
+def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str]:
+    """The safetensors files at a Hub id or folder: one, or the shards; none if they are not found."""
+    try:
+        for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, **hub)
+            if found is not None and file == SAFE_WEIGHTS_INDEX_NAME:
+                return get_checkpoint_shard_files(name, found, revision=revision, **hub)[0] or []
+            if found is not None:
+                return [found]
+    except (OSError, ValueError, KeyError):  # loading will say what is wrong
+        pass
+    return []
+
+
+def stored_sizes(files: Sequence[str]) -> dict[str, int]:
+    """Weight -> how many numbers it is, of all these safetensors files; empty if one cannot be read."""
+    sizes: dict[str, int] = {}
+    try:
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                sizes |= {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):  # loading will say what is wrong
+        return {}
+    return sizes
+
+
+def check_stored(what: str, numbers: int, files: Sequence[str]) -> None:
+    """Raise ValueError if a model of that many numbers cannot be what these safetensors files hold.
+
+    Only their headers are read, so nothing is allocated for a config that claims more than there is. Twice as much may
+    be missing as there is: heads, poolers. Which weights are missing is said after loading.
+    """
+    stored = sum(stored_sizes(files).values())
+    if stored and numbers > 3 * stored + 10**7:
+        raise ValueError(
+            f"The config of {what} describes a model of {numbers:,} numbers, but its weights are {stored:,}. They do "
+            "not belong together: get config.json and model.safetensors again from where they came."
+        )
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' table of what is missing, which is said in an error, or is so on purpose."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def check_complete(info: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError naming the weights that a checkpoint lacks, has too much, or has in another shape.
+
+    `info`: the loading info of from_pretrained, or a part of it.
+    """
+    problems = []
+    if missing := [name for name in info.get("missing_keys", ()) if "mask_token" not in name]:
+        problems.append(f"it lacks {len(missing)} weights ({listed(missing)}), which would be random")
+    if unknown := info.get("unexpected_keys"):
+        problems.append(f"it has {len(unknown)} that its config does not ask for ({listed(unknown)})")
+    if shapes := [
+        f"{name} {tuple(stored)} instead of {tuple(own)}" for name, stored, own in info.get("mismatched_keys", ())
+    ]:
+        problems.append(f"{len(shapes)} have another shape ({listed(shapes)})")
+    if problems:
+        raise ValueError(
+            f"{what} is not what config.json describes: {'; '.join(problems)}. Get config.json and "
+            "model.safetensors again from where they came, or take an earlier checkpoint."
+        )
+
+
+def check_weights(state: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise ValueError naming the weights that are NaN or infinite, unless they never reach the output."""
+    check_finite({name: value for name, value in state.items() if "mask_token" not in name}, f"The weights of {what}")
