@@ -19,13 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_cdl import report
-from hf_cdl.metrics import continual_metrics
+from hf_cdl.results import ledger_results
 from hf_cdl.storing import RunError, saving, sync, versions, write_json
 from hf_cdl.types import Task, TaskResult
-
-_LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
-_LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
-"""What results.json lists for each task beside the accuracies."""
 
 
 class Run:
@@ -247,36 +243,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Everything measured so far, as it is written to results.json."""
-        roles = {}
-        for role, entries in self.ledger["entries"].items():
-            done = [entry for entry in entries if entry["row"]]
-            if not done:
-                continue
-            matrix = [entry["row"] for entry in done]
-            counts = [_latest(entry["counts"][i] for entry in done[i:]) for i in range(len(done))]
-            metrics = continual_metrics(matrix, counts)
-            leading = ("average_accuracy", "official_forgetting") if report.follows_cdl(self.ledger) else ()
-            roles[role] = {
-                "label": self.ledger.get("labels", {}).get(role, role),
-                "accuracy_matrix": matrix,
-                "correct": [entry["correct"] for entry in done],
-                "counts": counts,
-                "metrics": {**{name: metrics[name] for name in leading}, **metrics},
-                **{key: [entry.get(key) for entry in done] for key in _LISTED},
-            }
-            if role in self.ledger.get("costs", {}):
-                roles[role]["cost"] = self.ledger["costs"][role]
-        return {
-            "name": self.recipe.get("name", self.folder.name),
-            "seed": self.recipe.get("seed"),
-            "finished": self.finished,
-            "recipe": self.recipe,
-            "versions": self.ledger["versions"],
-            "stream": self.ledger["stream"],
-            "class_names": self.ledger["class_names"],
-            **({"origin": self.origin} if self.origin else {}),
-            "roles": roles,
-        }
+        return ledger_results({**self.ledger, "recipe": self.recipe}, self.folder.name)
 
     def set_labels(self, labels: dict[str, str]) -> None:
         """Readable names of the roles, for tables and pictures."""
@@ -325,11 +292,6 @@ class Run:
     def _write_ledger(self) -> None:
         if self.writer:
             write_json(self.folder / "run.json", self.ledger)
-
-
-def _latest(counts: Iterable[int]) -> int:
-    """How many test images a task had when it was last measured."""
-    return next((count for count in reversed([*counts]) if count), 0)
 
 
 def _copy(source: Path, target: Path) -> None:

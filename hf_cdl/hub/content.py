@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
+from hf_cdl.escape import visible
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.report import number
 
@@ -34,14 +35,17 @@ def finished_tasks(results: Results, role: str) -> int:
 
 def commit_message(results: Results, role: str, count: int) -> tuple[str, str]:
     """Title and text of the commit after `count` tasks."""
-    names, matrix = results["class_names"][count - 1], results["roles"][role]["accuracy_matrix"][:count]
+    names, matrix = (
+        [*map(visible, results["class_names"][count - 1])],
+        results["roles"][role]["accuracy_matrix"][:count],
+    )
     row = matrix[-1]
     shown = shorten(", ".join(names), 80, placeholder=" ...")
     title = f"Task {count} of {len(results['class_names'])}: classes {shown}"
     lines = [
         f"Classes: {', '.join(names)}",
         f"Accuracy (%) on the tasks so far: {', '.join(map(number, row))}",
-        f"{results['name']}, seed {results['seed']}, stream {results['stream']}",
+        f"{visible(results['name'])}, seed {results['seed']}, stream {results['stream']}",
     ]
     average = continual_metrics(matrix)["average_accuracy"]
     return title + ("" if average is None else f"; average accuracy {average:.1f} %"), "\n".join(lines)
