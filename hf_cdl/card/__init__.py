@@ -14,12 +14,10 @@ from huggingface_hub import ModelCard
 
 from hf_cdl import report
 from hf_cdl.card import text
-from hf_cdl.card.metadata import Results, eval_results, metadata, stated
+from hf_cdl.card.metadata import Results, eval_results, metadata, shared, stated
 from hf_cdl.escape import code, markdown, visible_lines
-from hf_cdl.places import shareable
-from hf_cdl.tasks.benchmarks import BENCHMARKS
 
-__all__ = ["card_files", "eval_results", "model_card"]
+__all__ = ["card_files", "eval_results", "model_card", "shared"]
 
 
 def model_card(
@@ -32,8 +30,8 @@ def model_card(
     """
     if role not in ("student", "teacher") or not results["roles"].get(role, {}).get("accuracy_matrix"):
         raise ValueError(f"There is no card for '{role}': cards are for a student or teacher that has learnt a task.")
-    recipe, matrix = shareable(results["recipe"], BENCHMARKS), results["roles"][role]["accuracy_matrix"]
-    results = {**results, "recipe": recipe}
+    results = shared(results)
+    recipe, matrix = results["recipe"], results["roles"][role]["accuracy_matrix"]
     card = ModelCard.from_template(
         metadata(results, role, repo_id),
         template_path=str(Path(__file__).with_name("template.md.jinja")),

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_cdl.escape import visible
 from hf_cdl.metrics import continual_metrics
-from hf_cdl.places import HUB_ID, by_name
+from hf_cdl.places import HUB_ID, by_name, shareable
 from hf_cdl.tasks.benchmarks import BENCHMARKS
 
 Results = Mapping[str, Any]
@@ -20,6 +20,11 @@ METRICS = {
     "forgetting": "forgetting",
     "average_incremental_accuracy": "incremental",
 }
+
+
+def shared(results: Results) -> dict[str, Any]:
+    """The results as others get to see them: without the paths of this machine."""
+    return {**results, "recipe": shareable(results["recipe"], BENCHMARKS)}
 
 
 def metadata(results: Results, role: str, repo_id: str | None) -> ModelCardData:

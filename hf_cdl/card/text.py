@@ -146,6 +146,7 @@ def _backbone(section: Mapping[str, Any]) -> str:
     found, name = backbone_id(section), section["backbone"]
     local = not HUB_ID.fullmatch(name) or Path(name).exists()
     name = f"[{found}](https://huggingface.co/{found})" if found else code(by_name(name) if local else name)
+    name += " (a folder of the author's)" if local else ""
     return name + (f" at {code(section['revision'])}" if section["revision"] else "")
 
 
