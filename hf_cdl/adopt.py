@@ -66,7 +66,7 @@ def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, A
                 task,
                 row=of_role["accuracy_matrix"][task],
                 counts=of_role["counts"][: task + 1],
-                **{name: of_role[name][task] for name in lists},
+                **{name: of_role[name][task] for name in lists if of_role.get(name)},
             )
         )
         for task in range(count)

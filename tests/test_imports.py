@@ -51,6 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "recipe": {
         "types",
+        "escape",
+        "places",
         "config",
         "models.heads",
         "models.lora",

@@ -14,6 +14,7 @@ from typing import Any
 from hf_cdl.recipe.checks import check_classifiers, check_hub, check_model, check_terms, check_training
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
+from hf_cdl.recipe.taken import taken_over
 from hf_cdl.recipe.typed import build_typed
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "RecipeError",
     "build_recipe",
     "completed",
+    "described",
     "load_recipe",
+    "taken_over",
 ]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -68,3 +71,16 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
     """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
     return build_recipe(stored).as_dict()
+
+
+def described(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as a run stored it, completed for who only reads the run's numbers.
+
+    Training arguments stay as they are, unchecked: transformers would open files that some of them name.
+    """
+    roles = {role: stored[role] for role in ("student", "teacher") if isinstance(stored.get(role), dict)}
+    bare = {role: {**section, **({"train": {}} if section.get("train") else {})} for role, section in roles.items()}
+    whole = completed({**stored, **bare, "train": {}, "protocol": "default"})
+    for role, section in roles.items():
+        whole[role] |= {key: section[key] for key in ("train",) if key in section}
+    return {**whole, **{key: stored[key] for key in ("train", "protocol") if key in stored}}
