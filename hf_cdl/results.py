@@ -30,6 +30,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Amount = Annotated[FiniteFloat, Field(ge=0)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
+RoleName = Annotated[str, Field(pattern=r"^[a-z_]{1,100}$")]
+"""It is a folder's name too."""
 
 
 class _Checked(BaseModel):
@@ -54,7 +56,7 @@ class _Place(_Checked):
 
 class _Origin(_Checked):
     tasks: Annotated[int, Field(ge=1)]
-    roles: dict[Name, _Place]
+    roles: dict[RoleName, _Place]
 
 
 class _Role(_Checked):
@@ -62,10 +64,10 @@ class _Role(_Checked):
     counts: list[Count]
     label: Name | None = None
     correct: list[list[Count]] = []
-    train_seconds: list[Amount | None] = []
-    eval_seconds: list[Amount | None] = []
-    images_per_second: list[Amount | None] = []
-    peak_memory_bytes: list[Count | None] = []
+    train_seconds: list[Amount]
+    eval_seconds: list[Amount] = []
+    images_per_second: list[Amount] = []
+    peak_memory_bytes: list[Count]
     metrics: dict[Name, FiniteFloat | None] = {}
     cost: _Cost | None = None
 
@@ -75,7 +77,7 @@ class _Results(_Checked):
     seed: int | None
     recipe: dict[str, Any]
     class_names: list[Annotated[list[Name], Field(min_length=1)]]
-    roles: dict[Name, _Role]
+    roles: dict[RoleName, _Role]
     stream: Name | None = None
     finished: bool = False
     versions: dict[Name, Name] = {}
@@ -83,28 +85,34 @@ class _Results(_Checked):
 
 
 class _Entry(_Checked):
-    role: Name
+    role: RoleName
     task: Count
-    row: list[Percent | None] = []
-    correct: list[Count] = []
-    counts: list[Count] = []
-    train_seconds: Amount = 0
-    eval_seconds: Amount = 0
-    images_per_second: Amount = 0
-    peak_memory_bytes: Count = 0
+    row: list[Percent | None]
+    correct: list[Count]
+    counts: list[Count]
+    train_seconds: Amount
+    eval_seconds: Amount
+    images_per_second: Amount
+    peak_memory_bytes: Count
+
+
+class _Hub(_Checked):
+    hub_model_id: Name | None = None
+    push_teacher: bool = False
+    hub_private_repo: bool = True
 
 
 class _Ledger(_Checked):
     recipe: dict[str, Any]
     class_names: list[Annotated[list[Name], Field(min_length=1)]]
-    entries: dict[Name, list[_Entry]]
+    entries: dict[RoleName, list[_Entry]]
     finished: bool
     stream: Name | None = None
     versions: dict[Name, Name] = {}
     origin: _Origin | None = None
     labels: dict[Name, Name] = {}
     costs: dict[Name, _Cost] = {}
-    hub: dict[Name, Any] = {}
+    hub: _Hub | None = None
 
 
 def read_json(file: Path) -> Any:
@@ -125,6 +133,13 @@ def read_json(file: Path) -> Any:
         raise RunError(
             f"{visible(file)} is not whole or was not written by hf_cdl: {reason}. Get it again."
         ) from error
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger in a run's folder, checked."""
+    if not (file := folder / "run.json").exists():
+        raise RunError(f"{visible(folder)} holds no run: there is no run.json in it. Name a run's folder.")
+    return checked_ledger(read_json(file), visible(file))
 
 
 def checked_results(content: Any, where: str) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def _file(comparison: Comparison, run: PlannedRun) -> Path:
 def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
     """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
-    for _, _, result in measure_again(run.folder, "test", *comparison.spec.variants[run.variant].rows):
+    load_plugins(run.recipe.plugins)  # those of the spec, not those that the run's folder names
+    for _, _, result in measure_again(run.folder, run.recipe, "test", *comparison.spec.variants[run.variant].rows):
         roles.setdefault(result.role, []).append(result)
     results: Any = run.results()
     for role, found in roles.items():

@@ -11,7 +11,7 @@ from typing import Any
 from hf_cdl.escape import visible
 from hf_cdl.hub.origin import CHECKPOINT, Origin, check_role, told
 from hf_cdl.hub.repository import HubError
-from hf_cdl.results import checked_ledger, checked_results, ledger_results, read_json
+from hf_cdl.results import checked_results, ledger_results, read_json, read_ledger
 from hf_cdl.storing import RunError
 
 
@@ -91,8 +91,7 @@ def _is_run(folder: Path) -> bool:
 
 def _of_run(root: Path) -> dict[str, Any]:
     if (file := root / "run.json").exists():
-        ledger = checked_ledger(read_json(file), visible(file))
-        return checked_results(ledger_results(ledger, root.resolve().name), visible(file))
+        return checked_results(ledger_results(read_ledger(root), root.resolve().name), visible(file))
     return checked_results(read_json(root / "results.json"), visible(root / "results.json"))
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "described",
     "load_recipe",
     "taken_over",
+    "untrained",
 ]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -78,9 +79,15 @@ def described(stored: dict[str, Any]) -> dict[str, Any]:
 
     Training arguments stay as they are, unchecked: transformers would open files that some of them name.
     """
-    roles = {role: stored[role] for role in ("student", "teacher") if isinstance(stored.get(role), dict)}
-    bare = {role: {**section, **({"train": {}} if section.get("train") else {})} for role, section in roles.items()}
-    whole = completed({**stored, **bare, "train": {}, "protocol": "default"})
-    for role, section in roles.items():
-        whole[role] |= {key: section[key] for key in ("train",) if key in section}
+    whole = completed({**untrained(stored), "protocol": "default"})
+    for role in ("student", "teacher"):
+        if whole[role] is not None:
+            whole[role] |= {key: value for key, value in stored[role].items() if key == "train"}
     return {**whole, **{key: stored[key] for key in ("train", "protocol") if key in stored}}
+
+
+def untrained(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe without its training arguments."""
+    roles = {role: stored[role] for role in ("student", "teacher") if isinstance(stored.get(role), dict)}
+    bare = {role: {**section, "train": {}} for role, section in roles.items() if section.get("train")}
+    return {**stored, **bare, "train": {}}

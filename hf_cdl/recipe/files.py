@@ -113,10 +113,8 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
-            raise RecipeError(
-                f"{visible(file)} is no recipe: it is "
-                + (f"{found.st_size:,} bytes long." if stat.S_ISREG(found.st_mode) else "a folder or no regular file.")
-            )
+            kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+            raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}.")
         content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
