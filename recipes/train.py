@@ -28,6 +28,7 @@ from hf_cdl.build import (  # noqa: E402
     load_plugins,
 )
 from hf_cdl.cost import cost_in_use  # noqa: E402
+from hf_cdl.escape import visible_lines  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
@@ -157,7 +158,7 @@ def again() -> str:
 
 def say(*lines: str, **options) -> None:
     if PartialState().is_main_process:
-        print(*lines, flush=True, **options)
+        print(*map(visible_lines, lines), flush=True, **options)  # names of classes may hold anything
 
 
 def quiet() -> None:
