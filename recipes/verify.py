@@ -5,6 +5,7 @@ python recipes/verify.py RUN      (a run's folder, such as runs/quickstart)
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -55,8 +56,9 @@ def measure_again(folder: Path, split: str, *only: str) -> Iterator[tuple[Path, 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    options = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(options.run))

@@ -113,6 +113,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     learn(run, 0)
+    learn(run, 1)
     run.finish()
     before = contents(tmp_path)
     first, second = Run(tmp_path, RECIPE), Run(tmp_path, RECIPE)  # needs no lock
@@ -180,7 +181,7 @@ def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path: Path)
     with pytest.raises(RunError, match="is not empty and holds no run.*Nothing in it was touched.*--output_dir"):
         Run(tmp_path, RECIPE)
     assert contents(tmp_path) == {"thesis.txt": b"important"}
-    with pytest.raises(RunError, match="is not empty and holds no run"):
+    with pytest.raises(RunError, match="thesis.txt is a file; choose another folder with --output_dir"):
         Run(tmp_path / "thesis.txt", RECIPE)
     assert contents(tmp_path) == {"thesis.txt": b"important"}
 
@@ -276,6 +277,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, limit: int) -> None:
 def test_a_full_disk_at_the_very_end(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     learn(run, 0)
+    learn(run, 1)
     with full_disk(10_000), pytest.raises(RunError, match="Could not draw the pictures"):
         run.finish()
     assert not run.finished and not (tmp_path / "results.json").exists()
