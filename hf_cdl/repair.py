@@ -125,10 +125,10 @@ def _unpublished(
 def _scaffolds(folder: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
     """Files of the terms' own layers that a role which goes on needs and that are not whole."""
     for path, stored in ledger.get("files", {}).items():
-        role = path.removeprefix("work/scaffold/").split("-task-")[0]
-        if role != path and len(ledger["entries"].get(role, ())) < len(ledger["class_names"]):
-            if problem := damage(folder / path, stored):
-                yield f"{path} {problem}"
+        role = path.removeprefix("work/scaffold/").partition("-task-")[0]
+        goes_on = len(ledger["entries"].get(role, ())) < len(ledger["class_names"])
+        if path.startswith("work/scaffold/") and goes_on and (problem := damage(folder / path, stored)):
+            yield f"{path} {problem}"
 
 
 def _refuse(folder: Path, ledger: Mapping[str, Any], lost: list[str]) -> None:
