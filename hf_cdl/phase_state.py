@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -52,14 +53,18 @@ def loading(state: str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # unpickling (of weights only) raises many kinds
+        foreign = isinstance(error, pickle.UnpicklingError)
+        reason = "a file holds more than tensors and numbers; nothing of it was run" if foreign else first_line(error)
         raise RunError(
-            f"The stored state {state} cannot be loaded ({type(error).__name__}: {first_line(error)}). Delete that "
+            f"The stored state {state} cannot be loaded ({type(error).__name__}: {reason}). Delete that "
             "folder: the same command then starts its phase again, from the last finished task."
         ) from error
 
 
 def _problem(state: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> str | None:
     """Why a state cannot be gone on from."""
+    if not state.is_dir():
+        return "it is no folder"
     try:
         content = json.loads((state / SEAL).read_text(encoding="utf-8"))
         files, theirs, _ = dict(content["files"]), dict(content["of"]), float(content["seconds"])

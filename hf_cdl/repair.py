@@ -63,8 +63,6 @@ def mend(folder: Path, ledger: dict[str, Any], found: Findings) -> None:
     """Restore what was found to be restorable, each file replaced at once; the ledger gets the new fingerprints."""
     for source, target in found.copies:
         with saving(f"restore {target}"):
-            if target.is_dir():
-                target.rmdir()  # only an empty one
             copy_whole(source, target)
         if (path := target.relative_to(folder).as_posix()) in ledger.get("files", {}):
             ledger["files"][path] = fingerprint(target)

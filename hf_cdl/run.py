@@ -28,6 +28,7 @@ from hf_cdl.storing import (
     fingerprint,
     fingerprints,
     make_folder,
+    make_way,
     replace,
     saving,
     sync,
@@ -391,6 +392,9 @@ class Run:
                     files[RESULTS] = fingerprint(results)
                     found.said.append(f"{results} {problem}; it is written again from run.json.")
                 if pictures:
+                    for path in pictures:
+                        with saving(f"restore {self.folder / path}"):
+                            make_way(self.folder / path)
                     files |= (drawn := self._draw(self.results()))
                     how = "are drawn again" if drawn else "can be drawn again after: pip install 'hf-cdl[report]'"
                     found.said.append(f"{', '.join(pictures)} in {self.folder} were missing or damaged; they {how}.")

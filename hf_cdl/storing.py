@@ -57,6 +57,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         partial = file.with_name(f".{file.name}.partial")
         write(partial)
         sync(partial)
+        make_way(file)
         replace(partial, file)
 
 
@@ -76,6 +77,12 @@ def replace(source: Path, target: Path) -> None:
     sync(target.parent)
     if source.parent != target.parent:
         sync(source.parent)
+
+
+def make_way(file: Path) -> None:
+    """Remove an empty folder in a file's place; a full one is somebody's, and an error."""
+    if file.is_dir() and not file.is_symlink():
+        file.rmdir()
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -95,7 +95,10 @@ def check(recipe: Recipe, run: Run) -> None:
         say(f"The data of this run could not be checked; its results stand. {first_line(error)}")
         return
     except ValueError as error:
-        raise RunError(f"The data changed since {run.folder} was finished, and make no stream now: {error}") from error
+        raise RunError(
+            f"The data changed since {run.folder} was finished, and make no stream now: {error}\nRestore the data, or "
+            "start again in another folder with --output_dir FOLDER."
+        ) from error
     bind(run, stream)
 
 
