@@ -56,7 +56,10 @@ def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lamb
             continue
         with about(role, section):
             if (folder := stored(role)) is not None:
-                found[role] = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+                try:
+                    found[role] = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{folder} has no usable preprocessor_config.json. {error}") from error
                 continue
             reads = read_config if section.model == "classifier" else load_config
             config = reads(section.backbone, section.revision)

@@ -1,26 +1,23 @@
-"""Results and ledgers as files that somebody else may have written: read without running anything, and checked.
+"""Results that somebody else may have written: read without running anything, and checked.
 
-Readers take keys and types for granted after `checked_results` and `checked_ledger`. Nothing is loaded, opened or run
-that such a file names. Raises RunError for whatever is not as hf_cdl writes it.
+Readers take keys and types for granted after `checked_results`. Nothing is loaded, opened or run that such a file
+names. Raises RunError for whatever is not as hf_cdl writes it.
 """
 
 from __future__ import annotations
 
-import json
-import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
 from hf_cdl import report
-from hf_cdl.escape import visible
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.ledger import read_ledger
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.storing import RunError
 
-LARGEST = 64 * 2**20
-"""Bytes of a JSON file that is read."""
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
 _LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
@@ -84,62 +81,16 @@ class _Results(_Checked):
     origin: _Origin | None = None
 
 
-class _Entry(_Checked):
-    role: RoleName
-    task: Count
-    row: list[Percent | None]
-    correct: list[Count]
-    counts: list[Count]
-    train_seconds: Amount
-    eval_seconds: Amount
-    images_per_second: Amount
-    peak_memory_bytes: Count
-
-
-class _Hub(_Checked):
-    hub_model_id: Name | None = None
-    push_teacher: bool = False
-    hub_private_repo: bool = True
-
-
-class _Ledger(_Checked):
-    recipe: dict[str, Any]
-    class_names: list[Annotated[list[Name], Field(min_length=1)]]
-    entries: dict[RoleName, list[_Entry]]
-    finished: bool
-    stream: Name | None = None
-    versions: dict[Name, Name] = {}
-    origin: _Origin | None = None
-    labels: dict[Name, Name] = {}
-    costs: dict[Name, _Cost] = {}
-    hub: _Hub | None = None
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file of at most LARGEST bytes; a pipe, a device or a link is none."""
+def run_results(
+    folder: Path, complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe
+) -> dict[str, Any]:
+    """The results of the run in a folder, finished or not, by its ledger; `complete` is given its recipe."""
+    ledger, where = read_ledger(folder), visible(folder / "run.json")
     try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode):
-            raise RunError(f"{visible(file)} is no regular file, so it was not read. Put the file itself there.")
-        if found.st_size > LARGEST:
-            raise RunError(
-                f"{visible(file)} has {found.st_size:,} bytes; one that hf_cdl wrote has less than {LARGEST:,}."
-            )
-        return json.loads(file.read_bytes())
-    except OSError as error:
-        raise RunError(f"{visible(file)} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else visible(error)[:200]
-        raise RunError(
-            f"{visible(file)} is not whole or was not written by hf_cdl: {reason}. Get it again."
-        ) from error
-
-
-def read_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger in a run's folder, checked."""
-    if not (file := folder / "run.json").exists():
-        raise RunError(f"{visible(folder)} holds no run: there is no run.json in it. Name a run's folder.")
-    return checked_ledger(read_json(file), visible(file))
+        found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
+    except ValueError as error:  # a recipe that cannot be read as one, or accuracies of no images
+        raise RunError(f"{where}: {visible_lines(error)}") from error
+    return checked_results(found, where)
 
 
 def checked_results(content: Any, where: str) -> dict[str, Any]:
@@ -170,33 +121,11 @@ def checked_results(content: Any, where: str) -> dict[str, Any]:
     return content
 
 
-def checked_ledger(content: Any, where: str) -> dict[str, Any]:
-    """`content` itself, the ledger of a run; `where` names it in the message."""
-    _check(_Ledger, content, where)
-    problems, tasks = [], len(content["class_names"])
-    _check_names(content["class_names"], problems)
-    for role, entries in content["entries"].items():
-        path = f"entries.{visible(role)}"
-        if len(entries) > tasks:
-            problems.append(f"{path} has {len(entries)} tasks, but class_names has {tasks}")
-        for number, entry in enumerate(entries):
-            if (entry["role"], entry["task"]) != (role, number):
-                problems.append(f"{path}.{number} is of {visible(entry['role'])}'s task {entry['task'] + 1}")
-            sizes = {len(entry.get(name, ())) for name in ("row", "correct", "counts")}
-            if sizes != {number + 1} and (sizes != {0} or number < len(entries) - 1):  # the newest may be unmeasured
-                problems.append(f"{path}.{number} has rows of {sorted(sizes)} numbers, not {number + 1}")
-            elif any(value is not None and not n for value, n in zip(entry["row"], entry["counts"], strict=True)):
-                problems.append(f"{path}.{number} has an accuracy on a task of 0 images")
-    _check_origin(content, tasks, problems)
-    _raise(problems, where)
-    return content
-
-
 def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Everything measured so far by the run with this ledger, as it is written to results.json; `folder`: its name."""
     recipe, roles = ledger["recipe"], {}
     for role, entries in ledger["entries"].items():
-        done = [entry for entry in entries if entry["row"]]
+        done = [{"correct": [], "counts": [0] * len(entry["row"]), **entry} for entry in entries if entry.get("row")]
         if not done:
             continue
         matrix = [entry["row"] for entry in done]

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
 from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
+from hf_cdl.storing import RunError, first_line, write_whole
 from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
@@ -167,15 +169,20 @@ class CDLTrainer(PhaseTrainer):
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
         if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
-            stored = load_file(self.run.scaffold_file(self.role, task.index - 1))  # the terms' own layers go on
-            self.model.scaffold.load_state_dict(stored)
+            file = self.run.scaffold_file(self.role, task.index - 1)  # the terms' own layers go on
+            try:
+                self.model.scaffold.load_state_dict(load_file(file))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise RunError(
+                    f"{file} cannot be loaded ({first_line(error)}), so the layers that the terms own are lost. Put "
+                    "it back from a copy, or start again in another folder with --output_dir FOLDER."
+                ) from error
         if self.teacher is not None:
             self.model.follow(self.teacher)
             self.objective.begin_task(self.teacher)
 
     def _train(self, task: Task, result: TaskResult) -> None:
-        work = None if self.run is None else self.run.work_folder(self.role, task)
-        last = get_last_checkpoint(work) if work is not None and work.is_dir() else None
+        last = self._stored_state(task)
         if last is None:
             self._measure(task)
         self.train_dataset = self._as_seen(task.train, *(() if self.teacher is None else ("teacher",)))
@@ -309,8 +316,8 @@ class CDLTrainer(PhaseTrainer):
         scaffold = self.model.scaffold
         if scaffold is not None and self.run is not None:  # not into the model's files, but needed to resume
             file = self.run.scaffold_file(self.role, self.seen[-1].index)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in scaffold.state_dict().items()}, file)
+            layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
+            write_whole(file, lambda path: save_file(layers, path))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from hf_cdl.card import card_files, shared
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import described
-from hf_cdl.results import ledger_results, read_ledger
+from hf_cdl.results import run_results
 from hf_cdl.storing import RunError
 
 
@@ -27,8 +27,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     output = options.output or options.run
     try:
-        ledger = read_ledger(options.run)
-        results = ledger_results({**ledger, "recipe": described(ledger["recipe"])}, options.run.name)
+        results = run_results(options.run, described)
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:
             other = names["teacher" if role == "student" else "student"]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
+from hf_cdl.ledger import read_ledger
 from hf_cdl.recipe import build_recipe, described, untrained
-from hf_cdl.results import ledger_results, read_ledger
+from hf_cdl.results import run_results
 from hf_cdl.storing import RunError
 
 
@@ -31,8 +32,8 @@ def main(arguments: list[str]) -> int:
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
         recipe = build_recipe({**untrained(ledger["recipe"]), **asked, "push_to_hub": True})
-        results = ledger_results({**ledger, "recipe": described(ledger["recipe"])}, folder.name)
-        origin = ledger.get("origin")
+        results = run_results(folder, described)
+        origin = results.get("origin")
         pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=origin)
         pusher.check(results)
         return 0 if pusher.finish(results) else 4

@@ -20,8 +20,8 @@ from transformers.utils import logging as hf_logging
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.build import MODELS, load_plugins
 from hf_cdl.escape import visible, visible_lines
+from hf_cdl.ledger import read_ledger
 from hf_cdl.recipe import Recipe, build_recipe, untrained
-from hf_cdl.results import read_ledger
 from hf_cdl.storing import RunError
 from hf_cdl.types import TaskResult
 

@@ -11,8 +11,8 @@ from typing import Any
 from hf_cdl.escape import visible
 from hf_cdl.hub.origin import CHECKPOINT, Origin, check_role, told
 from hf_cdl.hub.repository import HubError
-from hf_cdl.results import checked_results, ledger_results, read_json, read_ledger
-from hf_cdl.storing import RunError
+from hf_cdl.results import checked_results, run_results
+from hf_cdl.storing import RunError, read_json
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _is_run(folder: Path) -> bool:
 
 
 def _of_run(root: Path) -> dict[str, Any]:
-    if (file := root / "run.json").exists():
-        return checked_results(ledger_results(read_ledger(root), root.resolve().name), visible(file))
+    if (root / "run.json").exists():
+        return run_results(root)
     return checked_results(read_json(root / "results.json"), visible(root / "results.json"))
 
 

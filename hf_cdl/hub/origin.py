@@ -29,8 +29,8 @@ from huggingface_hub.hf_api import RepoFile
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_tasks
 from hf_cdl.hub.repository import HubError
-from hf_cdl.results import LARGEST, checked_results, read_json
-from hf_cdl.storing import RunError
+from hf_cdl.results import checked_results
+from hf_cdl.storing import LARGEST, RunError, read_json
 
 CHECKPOINT = re.compile(
     r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"

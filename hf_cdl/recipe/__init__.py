@@ -15,7 +15,7 @@ from hf_cdl.recipe.checks import check_classifiers, check_hub, check_model, chec
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.taken import taken_over
-from hf_cdl.recipe.typed import build_typed
+from hf_cdl.recipe.typed import build_typed, check_finite
 
 __all__ = [
     "BASELINES",
@@ -53,6 +53,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     protocol = content.get("protocol")
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
     content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
+    check_finite(content, "", problems)
     parts = check_terms(content, problems)
     if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
         problems.append("'data.path' is missing")

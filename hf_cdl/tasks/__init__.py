@@ -4,5 +4,6 @@ from hf_cdl.tasks.benchmarks import BENCHMARKS as BENCHMARKS
 from hf_cdl.tasks.stream import StreamConfig as StreamConfig
 from hf_cdl.tasks.stream import TaskSplit as TaskSplit
 from hf_cdl.tasks.stream import TaskStream as TaskStream
+from hf_cdl.tasks.tables import NoDataError as NoDataError
 from hf_cdl.tasks.transforms import ImageError as ImageError
 from hf_cdl.tasks.transforms import Preprocess as Preprocess

@@ -195,6 +195,17 @@ class TaskStream:
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         return digest.hexdigest()[:16]
 
+    @property
+    def images(self) -> dict[str, list[int]]:
+        """Split -> numbers of its images in each class, in stream order; for splits that have some."""
+        found = {role: [] for role in ("train", "validation", "test")}
+        for role, counts in found.items():
+            for task in self:
+                split: Any = getattr(task, role) or []
+                labels = np.array(getattr(split, "labels", []), np.int64) - task.first_class
+                counts += np.bincount(labels, minlength=len(task.class_names)).tolist()
+        return {role: counts for role, counts in found.items() if any(counts)}
+
     def check_images(self) -> None:
         """Decodes every image of the stream once, in threads. Raises ImageError naming the first ten bad ones."""
         splits = [split for task in self for _, split in _parts(task)]

@@ -28,6 +28,10 @@ _SPLIT_NAMES = sum(USUAL_SPLITS.values(), ())
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
 
 
+class NoDataError(ValueError):
+    """There is nothing to read where `data.path` points, or it cannot be reached."""
+
+
 def some(items: Iterable[Any], limit: int = 10) -> str:
     """The items joined by commas, at most `limit` of them, and how many more there are."""
     items = [str(item) for item in items]
@@ -50,12 +54,12 @@ def load_splits(
     if root.is_dir():
         return _parquet_files(root) or _class_folders(root, {*_SPLIT_NAMES, *named})
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ValueError(f"The folder {path} does not exist (data.path).")
+        raise NoDataError(f"The folder {path} does not exist (data.path).")
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}
     except OSError as error:
-        raise ValueError(
+        raise NoDataError(
             f"The data set {path!r} cannot be loaded: it is no local folder, no benchmark ({some(BENCHMARKS)}), and "
             f"the Hub answered: {error}. Without a network, use a local copy: where there is one, run `hf download "
             f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to the folder in it "
