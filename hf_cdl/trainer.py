@@ -82,13 +82,15 @@ class CDLTrainer(PhaseTrainer):
     # ---- the two verbs ----
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger says that it is done."""
+        """Train on a task, unless the ledger says that it is done, or the model came with it (`known_classes`)."""
         if task.index != len(self.seen):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
         if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self.seen.append(task)
         if self.run is not None and self.run.result(self.role, task) is not None:
+            return
+        if self._came_with(task):
             return
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)
@@ -156,6 +158,10 @@ class CDLTrainer(PhaseTrainer):
         }
 
     # ---- one phase ----
+
+    def _came_with(self, task: Task) -> bool:
+        """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
+        return not len(task.train) and self.model.tasks[task.index : task.index + 1] == [list(task.class_names)]
 
     def _begin(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
