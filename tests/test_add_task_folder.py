@@ -10,6 +10,8 @@ from typing import Any
 import add_task
 import pytest
 from helpers import make_backbone, make_data, make_table, write_recipe
+from hub_server import TOKEN, HubServer
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 from train import main as train_main
 from transformers import AutoImageProcessor
@@ -156,3 +158,36 @@ def test_in_python_a_trained_student_goes_on(tmp_path: Path) -> None:
     assert student.tasks == [["class a", "class b"], ["class c", "class d"]] and after.keys() > before.keys()
     assert all(after[name].equal(value) for name, value in before.items() if "head" in name)
     assert len(trainer.evaluate_seen().row) == 2
+
+
+@pytest.mark.parametrize("where", ["a folder", "a repository with more in it"])
+def test_what_comes_of_it_is_pushed(source: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder to repositories of one's own; from a repository to itself, though not all in it was taken over."""
+    with HubServer(tmp_path / "hub") as hub:
+        api = HfApi(hub.url, token=TOKEN)
+        for module in ("add_task", "hf_cdl.hub.pusher"):
+            monkeypatch.setattr(f"{module}.HfApi", lambda: api)
+        student, words = str(source / "two"), ("--push_to_hub", "true", "--hub_model_id", "me/mine")
+        if where != "a folder":
+            student, words = "me/mine", words[:2]
+            api.create_repo("me/mine")
+            files = {file.name: file.read_bytes() for file in (source / "two" / "student" / "task-02").iterdir()}
+            files |= {
+                "results.json": (source / "two" / "results.json").read_bytes(),
+                "evil.py": b"x",
+                "notes.txt": b"x",
+            }
+            operations = [CommitOperationAdd(path, content) for path, content in files.items()]
+            commit = api.create_commit("me/mine", operations, commit_message="x").oid
+            api.create_tag("me/mine", tag="task-02", revision=commit)
+        before = hub.repository("me/mine").refs("tags") if where != "a folder" else {}
+        assert add(student, source, tmp_path / "out", *words) == 0  # type: ignore[arg-type]
+        repository = hub.repository("me/mine")
+        tags = repository.refs("tags")
+        assert list(tags) == ["task-02", "task-03"] and repository.refs("heads")["main"] == tags["task-03"]
+        assert {**tags, **before} == tags, "old tags stay"
+        assert not {"evil.py", "notes.txt"} & set(repository.files("main"))
+        card = repository.read("main", "README.md").decode()
+        said = "`two`, a folder of the author's" if where == "a folder" else "](https://huggingface.co/me/mine/tree/"
+        assert f"Tasks 1 to 2 were learnt in an earlier run: {said}" in card.replace("[me/mine", "")
+        assert str(tmp_path) not in card and str(source) not in repository.read("main", "results.json").decode()

@@ -49,11 +49,11 @@ def results() -> dict[str, Any]:
     for entry in found["roles"].values():
         entry["label"] = "<i>label</i>\n| `x`"
     recipe = found["recipe"]
-    recipe["data"] |= {"path": "/home/somebody/projects/<b>`photos`</b>", "known_classes": [[*NASTY], ["/m/01abc"]]}
-    recipe["student"]["backbone"] = "/home/somebody/models/small"
+    recipe["data"] |= {"path": "/srv/somebody/projects/<b>`photos`</b>", "known_classes": [[*NASTY], ["/m/01abc"]]}
+    recipe["student"]["backbone"] = "/srv/somebody/models/small"
     recipe["teacher"]["backbone"] = "~/models/../large"
     recipe["card"] |= {"license": "mit\nx: y", "data_card": "https://x.example/(a)[b]"}
-    recipe["plugins"] = ["/home/somebody/secret/plugin.py"]
+    recipe["plugins"] = ["/srv/somebody/secret/plugin.py"]
     return found
 
 
@@ -83,7 +83,7 @@ def test_ordinary_names_stay_as_they_are() -> None:
 @pytest.mark.parametrize("role", ["student", "teacher"])
 def test_a_card_with_such_names(results: dict[str, Any], role: str) -> None:
     text = model_card(results, role)
-    assert not acting(text) and "/home/somebody" not in text and "~/models" not in text
+    assert not acting(text) and "/srv/somebody" not in text and "~/models" not in text
     card: Any = ModelCard(text)
     assert card.data.license == r"mit\nx: y" and card.data.to_dict()["pipeline_tag"] == "image-classification"
     block = re.search(r"\n(`{3,})yaml\n(.*?)\n\1\n", card.text, re.DOTALL)
@@ -122,11 +122,11 @@ def test_what_is_pushed_names_no_folder_of_this_machine(results: dict[str, Any])
         "/m/01abc"
     ]
     assert shared(after) == after, "twice is once"
-    assert results["recipe"]["student"]["backbone"] == "/home/somebody/models/small", "the run's own stay"
+    assert results["recipe"]["student"]["backbone"] == "/srv/somebody/models/small", "the run's own stay"
 
 
 def test_paths_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in ("/home/me/x", "~/x", "../x", "a/../../x", "C:\\Users\\me\\x", "file:///home/me/x", "/home/me/x/"):
+    for path in ("/srv/me/x", "~/x", "../x", "a/../../x", "C:\\Users\\me\\x", "file:///srv/me/x", "/srv/me/x/"):
         assert is_private(path) and by_name(path) == "x"
     for path in ("org/model", "recipes/quickstart/student", "./x", "task: a", "1e-3", "a..b", "cifar100"):
         assert not is_private(path)
