@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.storing import RunError, saving, sync, versions, write_json
+from hf_cdl.ledger import new_ledger
+from hf_cdl.storing import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
 from hf_cdl.types import TaskResult
 
 
@@ -33,26 +33,22 @@ def adopt(
     partial = folder.with_name(f".{folder.name}.partial")
     with saving(f"start the run in {folder}"):
         shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial)
         for role in origin["roles"]:
             put(role, partial / role / f"task-{count:02d}")
-        student = results["student"]
-        write_json(
-            partial / "run.json",
-            {
-                "recipe": {},  # as long as nothing was learnt here, any that fits may come
-                "versions": versions(),
-                "stream": None,
-                "class_names": student["class_names"][:count],
-                "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
-                "finished": False,
-                "origin": origin,
-            },
-        )
+        ledger = {
+            **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+            "class_names": results["student"]["class_names"][:count],
+            "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
+            "files": fingerprints(partial, partial),
+            "origin": origin,
+        }
+        write_json(partial / "run.json", ledger)
         (partial / "recipe.yaml").write_text(recipe_file)
-        sync(partial)
+        sync_tree(partial)
         if folder.exists():
             folder.rmdir()
-        os.replace(partial, folder)
+        replace(partial, folder)
 
 
 def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -66,7 +62,7 @@ def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, A
                 task,
                 row=of_role["accuracy_matrix"][task],
                 counts=of_role["counts"][: task + 1],
-                **{name: of_role[name][task] for name in lists},
+                **{name: of_role[name][task] for name in lists if of_role.get(name)},
             )
         )
         for task in range(count)

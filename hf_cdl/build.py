@@ -27,7 +27,10 @@ CREATE: dict[str, Callable[..., Model]] = {kind: model.from_backbone for kind, m
 
 
 def load_plugins(files: Sequence[str]) -> None:
-    """Run a recipe's plugins, once in a process. Raises ValueError for a file that is not there."""
+    """Run Python files that the user named, once in a process; never those that a stranger's recipe names.
+
+    Raises ValueError for a file that is not there.
+    """
     for file in map(Path, files):
         name = f"hf_cdl_plugins.{file.stem}"
         if name in sys.modules and Path(str(sys.modules[name].__file__)) == file.resolve():
@@ -53,12 +56,17 @@ def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lamb
             continue
         with about(role, section):
             if (folder := stored(role)) is not None:
-                found[role] = AutoImageProcessor.from_pretrained(folder)
+                try:
+                    found[role] = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{folder} has no usable preprocessor_config.json. {error}") from error
                 continue
             reads = read_config if section.model == "classifier" else load_config
             config = reads(section.backbone, section.revision)
             try:
-                found[role] = AutoImageProcessor.from_pretrained(section.backbone, revision=section.revision, **raw)
+                found[role] = AutoImageProcessor.from_pretrained(
+                    section.backbone, revision=section.revision, trust_remote_code=False, **raw
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
             size = output_size(found[role])

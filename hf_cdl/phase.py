@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import zlib
@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
+from hf_cdl.phase_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.progress import PhaseProgress
 from hf_cdl.steering import SteeredTrainer
-from hf_cdl.storing import saving
+from hf_cdl.storing import make_folder, replace, saving, sync_tree
 from hf_cdl.tasks.sampler import Rounds, ViewSampler
+from hf_cdl.types import Task
 
 
 class PhaseTrainer(SteeredTrainer):
@@ -170,17 +173,20 @@ class PhaseTrainer(SteeredTrainer):
             return
         partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         with saving(f"store the state of {self._title(self.seen[-1])} in {partial}"):
+            if self.args.should_save:
+                make_folder(partial)
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 seconds = self._seconds_before + self._phase.seconds
-                (partial / "phase.json").write_text(json.dumps({"seconds": seconds}))
                 self.state.best_model_checkpoint = self._best_checkpoint
                 self.state.save_to_json(str(partial / "trainer_state.json"))
+                seal(partial, self._state_of(self.seen[-1]), seconds)
+                sync_tree(partial)
                 work = partial.parent.parent
                 for old in work.glob(partial.name):
                     shutil.rmtree(old)
-                os.replace(partial, work / partial.name)
+                replace(partial, work / partial.name)
                 rotate_checkpoints(str(work), self.args.save_total_limit or 1, self._best_checkpoint)
         self.accelerator.wait_for_everyone()
 
@@ -196,15 +202,49 @@ class PhaseTrainer(SteeredTrainer):
         folder = Path(output_dir or self._get_output_dir(None))
         folder.mkdir(parents=True, exist_ok=True)
         changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
-        save_file(changed, folder / "trained.safetensors")
+        save_file(changed, folder / WEIGHTS)
+
+    def _stored_state(self, task: Task) -> str | None:
+        """Folder of the state that the phase goes on from; None: from its start. Says what is no use."""
+        found: list[Any] = [None]
+        if self.run is not None and self.is_world_process_zero():
+            work = self.run.work_folder(self.role, task)
+            with saving(f"clear {work / 'partial'}"):
+                if (work / "partial").exists():  # of a kill
+                    shutil.rmtree(work / "partial")
+            shapes = {name: list(value.shape) for name, value in self._changing().items()}
+            state, discarded = newest_state(work, self._state_of(task), shapes, self.args.load_best_model_at_end)
+            start = "the phase starts again from the last finished task" if state is None else f"{state} is taken"
+            if discarded:
+                self.run.say("\n".join([*discarded, f"{self._title(task)}: {start}."]))
+            found = [state and str(state)]
+        return broadcast_object_list(found)[0]
+
+    def _state_of(self, task: Task) -> dict[str, Any]:
+        """What a stored state must be of to go on from it exactly."""
+        run: Any = self.run
+        recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
+        return {
+            "role": self.role,
+            "task": task.name,
+            "processes": self.args.world_size,
+            "device": f"{max(1, self.args.n_gpu)} {self.args.device.type}",
+            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
+            "stream": None if run is None else run.ledger["stream"],
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put back what the phase had changed. Raises ValueError if it does not fit the model."""
-        file = Path(resume_from_checkpoint) / "trained.safetensors"
-        stored, wanted = load_file(file), self._changing()
-        if stored.keys() != wanted.keys():
-            raise ValueError(f"{file} does not fit the model: {sorted(stored.keys() ^ wanted.keys())[:5]}.")
-        self._put_back(stored)
+        """Put back what the phase had changed. Raises RunError if it does not fit the model."""
+        with loading(resume_from_checkpoint):
+            self._put_back(load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _changing(self) -> dict[str, torch.Tensor]:
         """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.

@@ -18,6 +18,7 @@ from statistics import fmean
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from hf_cdl.escape import visible
 from hf_cdl.metrics import average_accuracy, continual_metrics
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def table(results: Results) -> str:
     roles, planned = _measured(results), _planned(results)
     lines = [f"{_title(results)}: {planned} task{'s' * (planned != 1)}"]
     if not results.get("finished", True):
-        learned = [f"{role.replace('_', ' ')} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()]
+        learned = [f"{_spaced(role)} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()]
         lines.append(f"Not finished; tasks learned so far: {', '.join(learned) or 'none'}")
     if roles:
         columns = _CDL_METRICS if follows_cdl(results) else _METRICS
@@ -109,16 +110,20 @@ def _planned(results: Results) -> int:
 
 def _title(results: Results) -> str:
     seed = results.get("seed")
-    return results.get("name", "run") + ("" if seed is None else f", seed {seed}")
+    return visible(results.get("name", "run")) + ("" if seed is None else f", seed {visible(seed)}")
+
+
+def _spaced(role: str) -> str:
+    return visible(role).replace("_", " ")
 
 
 def _label(role: str, entry: Mapping[str, Any], width: int) -> str:
-    return _shorten(entry.get("label") or role.replace("_", " "), width)
+    return _shorten(visible(entry.get("label") or role.replace("_", " ")), width)
 
 
 def _classes(results: Results, task: int, width: int) -> str:
     tasks = results.get("class_names", ())
-    return _shorten(", ".join(map(str, tasks[task])), width) if task < len(tasks) else ""
+    return _shorten(", ".join(map(visible, tasks[task])), width) if task < len(tasks) else ""
 
 
 def _shorten(text: str, width: int) -> str:
@@ -189,7 +194,7 @@ def difference_lines(rows: Sequence[tuple[int, Sequence[str], int, float, float]
     lines = [heading + "classes of the task"]
     for (task, images, was, now, change), names in zip(numbers, [*(names for _, names, *_ in rows), ()], strict=True):
         line = f"{task:>4}  {images:>6}  {was:>6}  {now:>6}  {change:>10}  "
-        lines.append((line + _shorten(", ".join(names), WIDTH - len(line))).rstrip())
+        lines.append((line + _shorten(", ".join(map(visible, names)), WIDTH - len(line))).rstrip())
     return lines
 
 

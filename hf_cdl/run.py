@@ -8,24 +8,36 @@ disk at any moment leaves the last state intact, and the same command goes on fr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from hf_cdl import report
-from hf_cdl.metrics import continual_metrics
-from hf_cdl.storing import RunError, saving, sync, versions, write_json
+from hf_cdl.ledger import FORMAT, data_changes, differences, new_ledger, read_ledger, shortened
+from hf_cdl.repair import examine, mend, publish, unreadable
+from hf_cdl.results import ledger_results
+from hf_cdl.storing import (
+    RunError,
+    damage,
+    fingerprint,
+    fingerprints,
+    make_folder,
+    make_way,
+    replace,
+    saving,
+    sync,
+    sync_tree,
+    write_json,
+)
 from hf_cdl.types import Task, TaskResult
 
-_LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
-_LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
-"""What results.json lists for each task beside the accuracies."""
+RESULTS = "results.json"
 
 
 class Run:
@@ -34,7 +46,7 @@ class Run:
     Only the process with `writer` writes and locks; the others follow in memory. Raises RunError if the folder belongs
     to another recipe or to something else, or if another process is at work in it. As long as nothing was learnt in a
     folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
-    that a new field with its default is no difference.
+    that a new field with its default is no difference. `say` prints what was found damaged, and what became of it.
 
     A run may go on from models that learnt their first tasks elsewhere: see adopt.py.
     """
@@ -45,66 +57,75 @@ class Run:
         recipe: dict[str, Any],
         writer: bool = True,
         complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe,
+        say: Callable[[str], Any] = print,
     ):
         self.folder = Path(folder)
         self.recipe = json.loads(json.dumps(recipe))  # as it will read back
-        self.writer, self.complete = writer, complete
-        self.ledger: dict[str, Any] = {
-            "recipe": self.recipe,
-            "versions": versions(),
-            "stream": None,
-            "class_names": [],
-            "entries": {},
-            "finished": False,
-        }
+        self.writer, self.complete, self.say = writer, complete, say
+        self.ledger: dict[str, Any] = new_ledger(self.recipe)
+        self._made: list[Path] = []  # folders and files that were not there before
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one for this process
         self._open()
-        if self.recipe.get("teacher_from") is not None:
+        if self.recipe.get("teacher_from") is not None and not self.finished:
             source, ledger = self._source("teacher")
             ours, theirs = _makes(self.recipe, "teacher"), _makes(self._completed(ledger["recipe"]), "teacher")
-            self._refuse("teacher", source, _differences(theirs, ours))
+            self._refuse("teacher", source, differences(theirs, ours))
         if writer and not self.finished:
-            try:
-                with saving(f"open the run in {self.folder}"):
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    self._lock.acquire(timeout=0)
-            except Timeout:
-                raise RunError(f"Another process is running in {self.folder}; wait for it or stop it first.") from None
+            self._made = [path for path in (self.folder / "run.json", self.folder / ".lock") if not path.exists()]
+            self._acquire()
             self._open()  # again: the process that held the lock may have gone on
-            for role in self.ledger["entries"]:  # a kill between checkpoint and copy
-                with saving(f"repair {self.folder / role}"):
-                    self._publish(role)
+            found = examine(self.folder, self.ledger)
+            mend(self.folder, self.ledger, found)  # after a kill between checkpoint and copy, too
+            for line in found.said:
+                self.say(line)
+
+    def _acquire(self) -> None:
+        try:
+            with saving(f"open the run in {self.folder}"):
+                self._made += make_folder(self.folder)
+                self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(f"Another process is running in {self.folder}; wait for it or stop it first.") from None
+
+    def close(self) -> None:
+        """Release the lock. If nothing was learnt, what this object made is taken away, and nothing else."""
+        kept = any(self.folder.glob("work/*/checkpoint-*")) or any(self.ledger["entries"].values())
+        if self._lock.is_locked and not kept:
+            if self.folder / "run.json" in self._made:
+                shutil.rmtree(self.folder / "work", ignore_errors=True)
+            for path in self._made:
+                with contextlib.suppress(OSError):  # a folder that holds something else stays
+                    path.rmdir() if path.is_dir() else path.unlink()
+        self._made = []
+        self._lock.release(force=True)
 
     def _open(self) -> None:
         """Take over the ledger in the folder, if there is one."""
-        file = self.folder / "run.json"
-        if not file.exists():
+        with saving(f"open the run in {self.folder}"):  # a name that is too long, say
+            there = (self.folder / "run.json").exists()
+        if not there:
             ours = {".lock", ".run.json.partial"}  # of a kill before the ledger was there
             used = self.folder.exists() and (
                 not self.folder.is_dir() or any(path.name not in ours for path in self.folder.iterdir())
             )
+            if used and self.writer and not self.folder.is_dir():
+                raise RunError(f"{self.folder} is a file; choose another folder with --output_dir FOLDER.")
             if used and self.writer:
                 raise RunError(
                     f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
                     "another folder with --output_dir FOLDER."
                 )
             return
-        try:
-            ledger = json.loads(file.read_text())
-            known, entries, _ = ledger["recipe"], ledger["entries"], ledger["finished"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{file} is not a readable ledger ({type(error).__name__}: {error}). Nothing in the folder was "
-                "touched; restore run.json or choose another folder with --output_dir FOLDER."
-            ) from error
+        ledger = {"files": {}, **read_ledger(self.folder), "format": FORMAT}
+        known, entries = ledger["recipe"], ledger["entries"]
         old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
-        changes = list(_differences(old, new))
+        changes = list(differences(old, new))
         learnt = any(len(of_role) > ledger.get("origin", {}).get("tasks", 0) for of_role in entries.values())
         if changes and (learnt or any(self.folder.glob("work/*/checkpoint-*"))):
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
-                + "\n".join(f"  {change}" for change in changes)
+                + shortened(changes)
                 + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
             )
         if not changes:
@@ -129,15 +150,24 @@ class Run:
         """Whether the run has seen its stream already."""
         return self.ledger["stream"] is not None
 
-    def bind(self, fingerprint: str, class_names: list[list[str]]) -> None:
-        """Tie the run to its stream. Raises RunError if it was started on other data."""
+    def bind(
+        self, fingerprint: str, class_names: list[list[str]], images: Mapping[str, list[int]] | None = None
+    ) -> None:
+        """Tie the run to its stream. Raises RunError, naming what changed, if it was started on other data.
+
+        `images`: split -> numbers of its images in each class, in stream order.
+        """
         if self.started and self.ledger["stream"] != fingerprint:
+            changes = data_changes(self.ledger, class_names, images or {})
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
-                f"{fingerprint}). Restore the data, or start again in another folder with --output_dir FOLDER."
+                f"{fingerprint}): {changes}.\nRestore the data, or start again in another folder with "
+                "--output_dir FOLDER. New classes alone can be learnt on top of it: see recipes/add_task.py."
             )
-        self.ledger.update(stream=fingerprint, class_names=class_names)
-        self._write_ledger()
+        if not self.finished:
+            self.ledger.update(stream=fingerprint, class_names=class_names)
+            self.ledger.update({} if images is None else {"images": dict(images)})
+            self._write_ledger()
 
     # ---- tasks that were learnt elsewhere ----
 
@@ -181,7 +211,7 @@ class Run:
 
         Raises RunError if writing fails (a full disk): what was stored before stays whole.
         """
-        entries = self.ledger["entries"].setdefault(result.role, [])
+        entries, files = self.ledger["entries"].setdefault(result.role, []), dict(self.ledger["files"])
         entries.append(dataclasses.asdict(result))
         if not self.writer:
             return
@@ -190,21 +220,33 @@ class Run:
         try:
             with saving(f"save {result.role} after {task.name} in {self.folder}"):
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
+                make_folder(partial)
                 write(partial)
-                sync(partial)
+                sync_tree(partial)
                 shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
-                os.replace(partial, target)
+                replace(partial, target)
                 write_json(self.history_file(result.role, task), history)
+                self._note_files(result.role, task)
                 self._write_ledger()
-                self._publish(result.role)
+                publish(self.folder, self.ledger, result.role)
         except RunError:
             shutil.rmtree(partial, ignore_errors=True)
             entries.pop()
+            self.ledger["files"] = files
             raise
         shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
         if task.index > 0:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
+
+    def _note_files(self, role: str, task: Task) -> None:
+        """Take the fingerprints of what a task's end has stored into the ledger."""
+        scaffold, before = (self.scaffold_file(role, index) for index in (task.index, task.index - 1))
+        known = self.ledger["files"]
+        known.pop(before.relative_to(self.folder).as_posix(), None)  # it is deleted now
+        known.update(fingerprints(self.folder / role / task.name, self.folder))
+        for file in (self.history_file(role, task), scaffold):
+            if file.exists():
+                known[file.relative_to(self.folder).as_posix()] = fingerprint(file)
 
     def take_over(self, role: str, task: Task) -> Path | None:
         """Make a phase of the run that the recipe's `ROLE_from` names a phase of this one; its checkpoint, or None.
@@ -214,32 +256,39 @@ class Run:
         if self.recipe.get(f"{role}_from") is None:
             return None
         source, ledger = self._source(role)
-        self._refuse(role, source, _differences(ledger["stream"], self.ledger["stream"], "stream"))
+        self._refuse(role, source, differences(ledger["stream"], self.ledger["stream"], "stream"))
         entries = ledger["entries"].get(role, [])
         if task.index >= len(entries):
             raise RunError(
                 f"'{role}_from' is {source}, which has learnt {len(entries)} tasks so far, not yet {task.name}. "
                 "Finish that run first."
             )
-        checkpoint = source / role / task.name
-        history = json.loads((source / "logs" / f"{role}-{task.name}.json").read_text())
+        checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
+        known = ledger.get("files", {})
+        for file in (curve, *(source / path for path in known if path.startswith(f"{role}/{task.name}/"))):
+            stored = known.get(file.relative_to(source).as_posix())
+            if problem := unreadable(file) if stored is None else damage(file, stored):
+                raise RunError(
+                    f"'{role}_from' is {source}, but {file} {problem}. Run its own command again, which restores what "
+                    "can be restored, or leave out this field: then the role is trained."
+                )
         result = TaskResult(**entries[task.index])
-        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), history)
+        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), json.loads(curve.read_text()))
         return checkpoint
 
     def _source(self, role: str) -> tuple[Path, dict[str, Any]]:
         """The run that a role is taken from: its folder and ledger."""
         source = Path(self.recipe[f"{role}_from"])
         try:
-            return source, json.loads((source / "run.json").read_text())
-        except (OSError, ValueError) as error:
+            return source, read_ledger(source)
+        except RunError as error:
             raise RunError(f"'{role}_from' is {source}, which holds no readable run.json: {error}") from error
 
     def _refuse(self, role: str, source: Path, differences: Iterable[str]) -> None:
-        if differences := list(differences):
+        if found := list(differences):
             raise RunError(
                 f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
-                + "\n".join(f"  {difference}" for difference in differences)
+                + shortened(found)
             )
 
     def save_result(self, result: TaskResult) -> None:
@@ -251,36 +300,7 @@ class Run:
 
     def results(self) -> dict[str, Any]:
         """Everything measured so far, as it is written to results.json."""
-        roles = {}
-        for role, entries in self.ledger["entries"].items():
-            done = [entry for entry in entries if entry["row"]]
-            if not done:
-                continue
-            matrix = [entry["row"] for entry in done]
-            counts = [_latest(entry["counts"][i] for entry in done[i:]) for i in range(len(done))]
-            metrics = continual_metrics(matrix, counts)
-            leading = ("average_accuracy", "official_forgetting") if report.follows_cdl(self.ledger) else ()
-            roles[role] = {
-                "label": self.ledger.get("labels", {}).get(role, role),
-                "accuracy_matrix": matrix,
-                "correct": [entry["correct"] for entry in done],
-                "counts": counts,
-                "metrics": {**{name: metrics[name] for name in leading}, **metrics},
-                **{key: [entry.get(key) for entry in done] for key in _LISTED},
-            }
-            if role in self.ledger.get("costs", {}):
-                roles[role]["cost"] = self.ledger["costs"][role]
-        return {
-            "name": self.recipe.get("name", self.folder.name),
-            "seed": self.recipe.get("seed"),
-            "finished": self.finished,
-            "recipe": self.recipe,
-            "versions": self.ledger["versions"],
-            "stream": self.ledger["stream"],
-            "class_names": self.ledger["class_names"],
-            **({"origin": self.origin} if self.origin else {}),
-            "roles": roles,
-        }
+        return ledger_results({**self.ledger, "recipe": self.recipe}, self.folder.name)
 
     def set_labels(self, labels: dict[str, str]) -> None:
         """Readable names of the roles, for tables and pictures."""
@@ -300,40 +320,64 @@ class Run:
         """Draw the pictures, write results.json, mark the run as finished and return the table for the console."""
         results = {**self.results(), "finished": True}
         if self.writer:
-            if report.plotting_available():
-                with saving(f"draw the pictures in {self.folder}"):
-                    report.save_plots(results, self.folder)
+            files = {path: stored for path, stored in self.ledger["files"].items() if not path.startswith("work/")}
+            files |= self._draw(results)
             shutil.rmtree(self.folder / "work", ignore_errors=True)
-            write_json(self.folder / "results.json", results)  # last: who finds it finished need not ask the ledger
+            write_json(self.folder / RESULTS, results)  # last: who finds it finished need not ask the ledger
+            self.ledger["files"] = {**files, RESULTS: fingerprint(self.folder / RESULTS)}
         self.ledger["finished"] = True
         self._write_ledger()
         self._lock.release(force=True)
         return report.table(results)
 
-    # ---- files ----
+    def _draw(self, results: dict[str, Any]) -> dict[str, list[Any]]:
+        """Draw the pictures, if they can be; their fingerprints."""
+        if not report.plotting_available():
+            return {}
+        with saving(f"draw the pictures in {self.folder}"):
+            drawn = report.save_plots(results, self.folder)
+            for picture in drawn:
+                sync(picture)
+        return {picture.name: fingerprint(picture) for picture in drawn}
 
-    def _publish(self, role: str) -> None:
-        """Copy the newest checkpoint of a role to ROLE/, file by file, each replaced at once; the weights last."""
-        newest = self.checkpoint(role)
-        if newest is None:
+    def check(self) -> None:
+        """Check that a finished run has all its files, and restore what can be; says what was done.
+
+        Sizes of all files and the content of what ROLE/ publishes are compared with what was stored. Raises RunError,
+        naming what is lost, if something cannot be restored.
+        """
+        if not self.writer:
             return
-        files = [path for path in newest.rglob("*") if path.is_file()]
-        for source in sorted(files, key=lambda path: path.suffix == ".safetensors"):
-            target = newest.parent / source.relative_to(newest)
-            target.parent.mkdir(exist_ok=True)
-            if not target.exists() or target.read_bytes() != source.read_bytes():
-                partial = target.with_name(f".{target.name}.partial")
-                shutil.copyfile(source, partial)
-                os.replace(partial, target)
+        found, files, results = examine(self.folder, self.ledger), self.ledger["files"], self.folder / RESULTS
+        problem = damage(results, files[RESULTS]) if RESULTS in files else unreadable(results)
+        pictures = [path for path in files if path.endswith(".png") and "/" not in path]
+        pictures = [path for path in pictures if damage(self.folder / path, files[path], thorough=False)]
+        if found.copies or problem or pictures:
+            self._acquire()
+            try:
+                mend(self.folder, self.ledger, found)
+                if problem:
+                    write_json(results, self.results())
+                    files[RESULTS] = fingerprint(results)
+                    found.said.append(f"{results} {problem}; it is written again from run.json.")
+                if pictures:
+                    for path in pictures:
+                        with saving(f"restore {self.folder / path}"):
+                            make_way(self.folder / path)
+                    files |= (drawn := self._draw(self.results()))
+                    how = "are drawn again" if drawn else "can be drawn again after: pip install 'hf-cdl[report]'"
+                    found.said.append(f"{', '.join(pictures)} in {self.folder} were missing or damaged; they {how}.")
+                self._write_ledger()
+            finally:
+                self._lock.release(force=True)
+        for line in found.said:
+            self.say(line)
+
+    # ---- files ----
 
     def _write_ledger(self) -> None:
         if self.writer:
             write_json(self.folder / "run.json", self.ledger)
-
-
-def _latest(counts: Iterable[int]) -> int:
-    """How many test images a task had when it was last measured."""
-    return next((count for count in reversed([*counts]) if count), 0)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -347,12 +391,3 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
         **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Any:
-    """The places where two recipes differ, as `key: old -> new`."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path}: {old!r} -> {new!r}"

@@ -1,11 +1,19 @@
-"""Writing a run's files so that a kill or a full disk at any moment leaves the old ones or the new ones, whole."""
+"""Writing a run's files so that a kill, a full disk or a power cut at any moment leaves old or new ones, whole.
+
+A file is on the disk before its name says so, and so are the names themselves: whatever renames also syncs the folder.
+`fingerprint` and `damage` tell later whether a file still is what was written.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +21,10 @@ from typing import Any
 
 from filelock import Timeout
 
+from hf_cdl.escape import visible
+
+LARGEST = 64 * 2**20
+"""Bytes of a JSON file that is read."""
 PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
@@ -28,22 +40,29 @@ def saving(what: str) -> Iterator[None]:
     except (RunError, Timeout):
         raise
     except Exception as error:  # torch, safetensors and transformers raise many kinds
-        reason = str(error).strip().split("\n")[0]
         raise RunError(
-            f"Could not {what}: {reason}. Everything stored before is whole. Make room or fix the folder, then run "
-            "the same command again."
+            f"Could not {what}: {first_line(error)}. Everything stored before is whole. Make room or fix the "
+            "folder, then run the same command again."
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- writing ----
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Have `write(path)` make a file that appears under its name only when it is whole."""
     with saving(f"write {file}"):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(file.parent)
         partial = file.with_name(f".{file.name}.partial")
         write(partial)
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
+        sync(partial)
+        make_way(file)
+        replace(partial, file)
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -51,13 +70,127 @@ def write_json(file: Path, content: Any) -> None:
     write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
 
 
-def sync(folder: Path) -> None:
-    """Have the files of a folder on the disk before its name says that they are."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a file so that the target is either the old one or the new one, whole."""
+    write_whole(target, lambda path: shutil.copyfile(source, path))
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace of a file or folder that is on the disk already, and the new name with it."""
+    os.replace(source, target)
+    sync(target.parent)
+    if source.parent != target.parent:
+        sync(source.parent)
+
+
+def make_way(file: Path) -> None:
+    """Remove an empty folder in a file's place; a full one is somebody's, and an error."""
+    if file.is_dir() and not file.is_symlink():
+        file.rmdir()
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and what is missing above it, their names on the disk; those that are new, innermost first."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync(path.parent)
+    return new
+
+
+def sync(path: Path) -> None:
+    """Have a file's content on the disk, or the names in a folder."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":  # Windows opens no folders, and has their names on the disk by itself
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some file systems have no such call for a folder
+        if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Have a folder and everything below it on the disk, before its name says that it is there."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        sync(path)
+    sync(folder)
+
+
+# ---- telling whether a file is what was written ----
+
+
+def fingerprint(file: Path) -> list[Any]:
+    """[bytes, time of its last change in ns, SHA-256 of its content] of a file."""
+    found = file.stat()
+    return [found.st_size, found.st_mtime_ns, _sha256(file)]
+
+
+def fingerprints(folder: Path, root: Path) -> dict[str, list[Any]]:
+    """Of every file in a folder and below, by its path from `root`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): fingerprint(path) for path in files}
+
+
+def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | None:
+    """Why a file is not the one with this fingerprint, in words; None if it is.
+
+    Unless `thorough`, size and time of change stand for the content: it is read only if the time is another one.
+    """
+    size, time, digest = known
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return "is no file"
+        if found.st_size != size:
+            return f"has {found.st_size:,} bytes instead of {size:,}"
+        if (thorough or found.st_mtime_ns != time) and _sha256(file) != digest:
+            return "has another content than was written"
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+# ---- reading ----
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file. Raises RunError for what is none."""
+    try:
+        check_readable(file)
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise RunError(f"{visible(file)} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else visible(error)[:200]
+        raise RunError(
+            f"{visible(file)} is cut short, or was not written by hf_cdl: {reason}. Get it again."
+        ) from error
+
+
+def check_readable(file: Path) -> None:
+    """Raises RunError for a pipe or a device, reading which may never end, and for more than LARGEST bytes."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise RunError(f"{visible(file)} is no regular file, so it was not read. Put the file itself there.")
+    if found.st_size > LARGEST:
+        raise RunError(
+            f"{visible(file)} has {found.st_size:,} bytes; hf_cdl's files of results have less than {LARGEST:,}."
+        )

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
 from hf_cdl.checking import check_task
@@ -23,6 +24,7 @@ from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
+from hf_cdl.storing import RunError, first_line, write_whole
 from hf_cdl.tasks.sampler import ViewSampler
 from hf_cdl.trackers import replace_trackers
 from hf_cdl.training_args import CDLTrainingArguments
@@ -97,7 +99,7 @@ class CDLTrainer(PhaseTrainer):
     # ---- the two verbs ----
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger says that it is done."""
+        """Train on a task, unless the ledger says that it is done, or the model came with it (`known_classes`)."""
         if task.index != len(self.seen):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
         if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
@@ -108,6 +110,8 @@ class CDLTrainer(PhaseTrainer):
             self.check(task)
         self.seen.append(task)
         if done:
+            return
+        if self._came_with(task):
             return
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)
@@ -176,6 +180,10 @@ class CDLTrainer(PhaseTrainer):
 
     # ---- one phase ----
 
+    def _came_with(self, task: Task) -> bool:
+        """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
+        return not len(task.train) and self.model.tasks[task.index : task.index + 1] == [list(task.class_names)]
+
     def _begin(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
         known = self.model.tasks
@@ -188,15 +196,20 @@ class CDLTrainer(PhaseTrainer):
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
         if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
-            stored = load_file(self.run.scaffold_file(self.role, task.index - 1))  # the terms' own layers go on
-            self.model.scaffold.load_state_dict(stored)
+            file = self.run.scaffold_file(self.role, task.index - 1)  # the terms' own layers go on
+            try:
+                self.model.scaffold.load_state_dict(load_file(file))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise RunError(
+                    f"{file} cannot be loaded ({first_line(error)}), so the layers that the terms own are lost. Put "
+                    "it back from a copy, or start again in another folder with --output_dir FOLDER."
+                ) from error
         if self.teacher is not None:
             self.model.follow(self.teacher)
             self.objective.begin_task(self.teacher)
 
     def _train(self, task: Task, result: TaskResult) -> None:
-        work = None if self.run is None else self.run.work_folder(self.role, task)
-        last = get_last_checkpoint(work) if work is not None and work.is_dir() else None
+        last = self._stored_state(task)
         if last is None:
             self._measure(task)
         self.train_dataset = self._as_seen(task.train, *(() if self.teacher is None else ("teacher",)))
@@ -340,8 +353,8 @@ class CDLTrainer(PhaseTrainer):
         scaffold = self.model.scaffold
         if scaffold is not None and self.run is not None:  # not into the model's files, but needed to resume
             file = self.run.scaffold_file(self.role, self.seen[-1].index)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: value.contiguous() for name, value in scaffold.state_dict().items()}, file)
+            layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
+            write_whole(file, lambda path: save_file(layers, path))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

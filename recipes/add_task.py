@@ -1,11 +1,15 @@
-"""Learn one more task with a student and a teacher from the Hugging Face Hub; nothing but the two is needed.
+"""Learn one more task with a student and a teacher from the Hugging Face Hub or from a folder; no more is needed.
 
-python recipes/add_task.py OWNER/NAME DATA [--teacher OWNER/NAME-teacher] [--revision task-NN] [--any.field value ...]
+python recipes/add_task.py STUDENT DATA [--teacher TEACHER] [--revision task-NN] [--any.field value ...]
+STUDENT: OWNER/NAME on the Hub, a run's folder (runs/quickstart) or a checkpoint's (runs/quickstart/student/task-03).
 DATA: images of the new classes, as `data.path` of a recipe: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png. Test
-images of known classes are used too: they tell what was forgotten. The teacher is by default OWNER/NAME-teacher, if
-there was one. The run's folder is by default runs/NAME-DATA; the same command goes on where it stopped. With
---push_to_hub true (and --push_teacher true) the new task is pushed to the repositories it came from, or to those of
---hub_model_id.
+images of known classes are used too: they tell what was forgotten. The teacher, if there was one, is by default
+OWNER/NAME-teacher, or that in the same run. The run's folder is by default runs/NAME-DATA; the same command goes on
+where it stopped. With --push_to_hub true (and --push_teacher true) the new task is pushed to the repositories it came
+from, or to those of --hub_model_id.
+
+Who made STUDENT may be a stranger: no code of theirs is run, and nothing pickled is loaded. If their recipe needs
+plugins (Python files), read them, then name them yourself: --plugins '[FILE]'.
 """
 
 from __future__ import annotations
@@ -25,14 +29,12 @@ from huggingface_hub import HfApi
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.adopt import adopt
 from hf_cdl.build import build_processors, load_model
-from hf_cdl.hub import HubError, Origin, read_origin
-from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe
+from hf_cdl.escape import visible
+from hf_cdl.hub import HubError, Origin, read_folder, read_origin
+from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe, taken_over
 from hf_cdl.report import difference_lines
 from hf_cdl.run import Run
 from hf_cdl.storing import RunError
-
-KEPT = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")
-"""What the new task's data have in common with those of the tasks before."""
 
 
 def main(arguments: list[str]) -> int:
@@ -49,14 +51,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output_dir", type=Path)
     options, fields = parser.parse_known_args(arguments)
     if arguments[:2] != [options.student, options.data]:
-        parser.error("the student's repository and the folder of images come first")
-    name = f"{options.student.split('/')[-1]}-{Path(options.data).name}"
+        parser.error("the student and the folder of images come first")
+    name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
     folder = options.output_dir or Path("runs", name)
     fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
     try:
         with PartialState().main_process_first():
             if not (folder / "run.json").exists():
-                begin(folder, options.student, options.teacher, options.revision)
+                plugins = any(word.split("=")[0] == "--plugins" for word in fields)
+                begin(folder, options.student, options.teacher, options.revision, plugins)
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
     except (RecipeError, RunError, HubError) as error:
@@ -68,32 +71,79 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def begin(folder: Path, student: str, teacher: str | None, tag: str | None) -> None:
-    """Make the run: the models, the ledger, and a recipe that goes on with theirs."""
-    api = HfApi()
-    first = read_origin(api, student, "student", tag)
-    origins = {}
-    stored = build_recipe(first.results["recipe"])
-    if "classifier" in {stored.student.model, stored.teacher and stored.teacher.model}:
-        raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
-    if stored.teacher is not None:
-        try:
-            origins["teacher"] = read_origin(
-                api, teacher or f"{student}-teacher", "teacher", f"task-{first.tasks:02d}"
+def short_name(student: str) -> str:
+    """The name of a repository, or of the folder of a run."""
+    place = Path(student)
+    if not place.is_dir():
+        return student.split("/")[-1]
+    parts = place.resolve().parts
+    inside = 2 if parts[-1].startswith("task-") else 1 if parts[-1] in ("student", "teacher") else 0
+    return parts[-1 - inside] if len(parts) > inside + 1 else parts[-1]
+
+
+def begin(folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False) -> None:
+    """Make the run: the models, the ledger, and a recipe that goes on with theirs.
+
+    `plugins`: whether some were named on the command line.
+    """
+    first = find(student, "student", tag)
+    stored = first.results["recipe"]
+    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
+        if not plugins:
+            raise HubError(
+                f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
+                f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
+                "yourself: --plugins '[FILE.py]'."
             )
+    try:
+        recipe, left = taken_over(stored, build_recipe)
+    except RecipeError as error:
+        raise HubError(f"The recipe of {visible(student)} cannot be gone on with: {error}.") from error
+    if "classifier" in {recipe.student.model, recipe.teacher and recipe.teacher.model}:
+        raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
+    origins = {}
+    if recipe.teacher is not None:
+        try:
+            origins["teacher"] = find(teacher or beside(student), "teacher", f"task-{first.tasks:02d}")
         except HubError as error:
             raise HubError(f"The student had a teacher, which is needed for the next task: {error}") from error
         check_pair(first, origins["teacher"])
+    elif teacher is not None:
+        raise HubError(f"The student had no teacher, so --teacher {visible(teacher)} has none to be. Leave it out.")
     origins["student"] = first
-    content = continued(stored, first)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
-    training.say(f"{student} knows {first.tasks} tasks (commit {first.commit[:8]}). Taking it over into {folder}/")
+    text = yaml.safe_dump(
+        continued(recipe, first), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )
+    training.say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
+    if left:
+        training.say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
     adopt(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
         {role: origin.results for role, origin in origins.items()},
-        lambda role, target: origins[role].download(target),
+        lambda role, target: origins[role].copy(target),
         text,
+    )
+
+
+def find(where: str, role: str, tag: str | None) -> Origin:
+    """A model in a folder or on the Hub. Raises HubError if there is none."""
+    if not (place := Path(where)).is_dir():
+        return read_origin(HfApi(), where, role, tag)
+    one = (place / "config.json").exists() and role == "teacher"
+    return read_folder(place, role, None if one else tag)  # a teacher's checkpoint is compared with the student
+
+
+def beside(student: str) -> str:
+    """Where the teacher of a student is by default."""
+    place = Path(student)
+    if not place.is_dir():
+        return f"{student}-teacher"
+    if not (place / "config.json").exists():
+        return student
+    parts = place.resolve().parts
+    return str(
+        Path(*("teacher" if part == "student" and i >= len(parts) - 2 else part for i, part in enumerate(parts)))
     )
 
 
@@ -101,25 +151,20 @@ def check_pair(student: Origin, teacher: Origin) -> None:
     """Raises HubError unless both learnt the same classes in the same tasks."""
     ours, theirs = (origin.results["class_names"][: origin.tasks] for origin in (student, teacher))
     if ours != theirs:
+        shown = [", ".join(map(visible, names[0][:3])) for names in (theirs, ours)]
         raise HubError(
-            f"{teacher.repository} learnt other classes than {student.repository}: {theirs[0][:3]} ... in place of "
-            f"{ours[0][:3]} .... Name the teacher of this student with --teacher OWNER/NAME."
+            f"{teacher.place} learnt other classes than {student.place}: {shown[0]} ... ({len(theirs)} tasks) in "
+            f"place of {shown[1]} ... ({len(ours)} tasks). Name the teacher of this student with --teacher."
         )
 
 
-def continued(stored: Recipe, origin: Origin) -> dict[str, Any]:
-    """The recipe that goes on with a stored one: other data, behind the classes known, and no baselines."""
-    content = stored.as_dict()
-    known = origin.results["class_names"][: origin.tasks]
-    data = {key: value for key, value in content["data"].items() if key in KEPT}
-    return {
-        **content,
-        "data": {"classes_per_task": None, **data, "known_classes": known},
-        "baselines": [],
-        "teacher_from": None,
-        "card": {"license": stored.card.license},  # all else in it was said of the old data
-        "hub_model_id": origin.repository,
-    }
+def continued(recipe: Recipe, origin: Origin) -> dict[str, Any]:
+    """The recipe that goes on with one that was taken over: other data, behind the classes known."""
+    content = json.loads(json.dumps(recipe.as_dict()))
+    content["data"]["known_classes"] = origin.results["class_names"][: origin.tasks]
+    del content["data"]["path"]  # it and the name are given anew
+    repository = origin.as_dict().get("repository")
+    return {**content, **({} if repository is None else {"hub_model_id": repository})}
 
 
 def checked(recipe: Recipe, folder: Path) -> Recipe:

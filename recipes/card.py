@@ -12,9 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from hf_cdl.card import card_files
-from hf_cdl.recipe import completed
-from hf_cdl.run import Run
+from hf_cdl.card import card_files, shared
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.recipe import described
+from hf_cdl.results import run_results
 from hf_cdl.storing import RunError
 
 
@@ -26,22 +27,28 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     output = options.output or options.run
     try:
-        recipe = completed(json.loads((options.run / "run.json").read_text())["recipe"])
-        results = Run(options.run, recipe, writer=False, complete=completed).results()
-    except (OSError, RunError) as error:
-        print(f"error: {options.run} holds no run: {error}", file=sys.stderr)
+        results = run_results(options.run, described)
+        names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
+        for role in [role for role in names if role in results["roles"]]:
+            other = names["teacher" if role == "student" else "student"]
+            for name, content in card_files(results, role, names[role], other).items():
+                put(output / role / name, content)
+        if options.output is not None:
+            put(output / "results.json", f"{json.dumps(shared(results), indent=1)}\n".encode())
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
-    names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
-    for role in names.keys() & results["roles"].keys():
-        other = names["teacher" if role == "student" else "student"]
-        for name, content in card_files(results, role, names[role], other).items():
-            file = output / role / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-    if options.output is not None:
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"Wrote the cards to {output}/")
+    print(f"Wrote the cards to {visible(output)}/")
     return 0
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file. Raises RunError for a link in its place, which would lead somewhere else."""
+    for path in (file.parent, file):
+        if path.is_symlink():
+            raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ been read is refused, also if runs were added to it; one that was cut off goes o
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import getpass
 import hashlib
 import json
 import platform
-import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -84,7 +84,8 @@ def _file(comparison: Comparison, run: PlannedRun) -> Path:
 def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
     """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
-    for _, _, result in measure_again(run.folder, "test", *comparison.spec.variants[run.variant].rows):
+    load_plugins(run.recipe.plugins)  # those of the spec, not those that the run's folder names
+    for _, _, result in measure_again(run.folder, run.recipe, "test", *comparison.spec.variants[run.variant].rows):
         roles.setdefault(result.role, []).append(result)
     results: Any = run.results()
     for role, found in roles.items():
@@ -136,9 +137,13 @@ def _now() -> str:
 
 
 if __name__ == "__main__":
-    spec, variant, unit = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("variant")
+    parser.add_argument("unit", help="name of the run's folder")
+    options = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    whole = read_comparison(Path(spec), Path(__file__).parent, Path("runs", "comparisons"))
-    [chosen] = [run for run in whole.runs if (run.variant, run.folder.name) == (variant, unit)]
+    whole = read_comparison(options.spec, Path(__file__).parent, Path("runs", "comparisons"))
+    [chosen] = [run for run in whole.runs if (run.variant, run.folder.name) == (options.variant, options.unit)]
     measure_on_test(whole, chosen)

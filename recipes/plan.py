@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -319,3 +320,10 @@ def _bytes(model: torch.nn.Module) -> int:
 
 def _size(number: float) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":  # python recipes/plan.py RECIPE.yaml ...: the same
+    import train
+
+    train.quiet()
+    sys.exit(train.main([*sys.argv[1:], "--plan"]))

@@ -7,13 +7,14 @@ RUN is a run's folder, such as runs/quickstart; without options it is pushed to 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
-from hf_cdl.recipe import RecipeError, build_recipe, completed
-from hf_cdl.run import Run
+from hf_cdl.ledger import read_ledger
+from hf_cdl.recipe import build_recipe, described, untrained
+from hf_cdl.results import run_results
 from hf_cdl.storing import RunError
 
 
@@ -26,19 +27,18 @@ def main(arguments: list[str]) -> int:
     given = vars(parser.parse_args(arguments))
     folder = given.pop("run")
     try:
-        ledger = json.loads((folder / "run.json").read_text())
-        asked = {**ledger.get("hub", {}), **{name: value for name, value in given.items() if value is not None}}
+        ledger = read_ledger(folder)
+        asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
-        recipe = build_recipe({**ledger["recipe"], **asked, "push_to_hub": True})
-        run = Run(folder, completed(ledger["recipe"]), writer=False, complete=completed)
-        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=run.origin)
-        pusher.check(run.results())
-        return 0 if pusher.finish(run.results()) else 4
-    except OSError as error:
-        print(f"error: {folder} holds no run: {error}", file=sys.stderr)
-    except (RunError, RecipeError, HubError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        recipe = build_recipe({**untrained(ledger["recipe"]), **asked, "push_to_hub": True})
+        results = run_results(folder, described)
+        origin = results.get("origin")
+        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=origin)
+        pusher.check(results)
+        return 0 if pusher.finish(results) else 4
+    except (OSError, ValueError, RunError, HubError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,7 @@ Running the same command again goes on where the run stopped. With --plan it onl
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
@@ -32,18 +33,24 @@ from hf_cdl.build import (  # noqa: E402
 from hf_cdl.checking import check_task  # noqa: E402
 from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.distill import Objective  # noqa: E402
+from hf_cdl.escape import visible_lines  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run  # noqa: E402
-from hf_cdl.storing import RunError  # noqa: E402
-from hf_cdl.tasks import ImageError  # noqa: E402
+from hf_cdl.storing import RunError, first_line  # noqa: E402
+from hf_cdl.tasks import ImageError, NoDataError  # noqa: E402
 from hf_cdl.tasks.transforms import output_size  # noqa: E402
 
 HERE = Path(__file__).parent
+SPECIAL = '"$`\\!'  # in double quotes a shell reads these
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        say(f"{__doc__.strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
+        return 0
+    run = None
     try:
         try:
             recipe = load_recipe([word for word in arguments if word != "--plan"], HERE / "quickstart.yaml")
@@ -52,8 +59,9 @@ def main(arguments: list[str]) -> int:
 
                 say(plan(recipe))
                 return 0
-            run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed)
-            prepared = None if run.finished else prepare(recipe, run)
+            with PartialState().main_process_first():  # it repairs what the others read
+                run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed, say)
+            prepared = check(recipe, run) if run.finished else prepare(recipe, run)
             pusher = push_from(run, recipe)
         except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
             raise RunError(str(error)) from error
@@ -71,12 +79,36 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again()}")
         return 130
+    finally:
+        if run is not None:
+            run.close()
     say("Use the student:")
     needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
     more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
-    call = f"pipeline('image-classification', model='{recipe.folder}/student'{more})('IMAGE.png')"
-    say(f'  python -c "from transformers import pipeline; {needed}print({call})"')
+    call = f"pipeline('image-classification', model={str(recipe.folder / 'student')!r}{more})('IMAGE.png')"
+    code = f"from transformers import pipeline; {needed}print({call})"
+    say(f"  python -c {shlex.quote(code) if set(code) & set(SPECIAL) else f'{chr(34)}{code}{chr(34)}'}")
     return 0 if pushed else 4
+
+
+def check(recipe: Recipe, run: Run) -> None:
+    """Whether a finished run is what it was. Raises RunError if its data changed, or files of it are lost."""
+    run.check()
+    try:
+        stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # no image is looked at
+    except (NoDataError, OSError) as error:
+        say(f"The data of this run could not be checked; its results stand. {first_line(error)}")
+        return
+    except ValueError as error:
+        raise RunError(
+            f"The data changed since {run.folder} was finished, and make no stream now: {error}\nRestore the data, or "
+            "start again in another folder with --output_dir FOLDER."
+        ) from error
+    bind(run, stream)
+
+
+def bind(run: Run, stream: TaskStream) -> None:
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
 
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
@@ -94,7 +126,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
         for note in (*stream.notes, *stream.check_images(plain)):
             say(f"note: {note}")
-    run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
+    bind(run, stream)
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
@@ -168,11 +200,14 @@ def again() -> str:
 
 def say(*lines: str, **options) -> None:
     if PartialState().is_main_process:
-        print(*lines, flush=True, **options)
+        print(*map(visible_lines, lines), flush=True, **options)  # names of classes may hold anything
 
 
 def quiet() -> None:
-    """Leave the console to what is said here."""
+    """Leave the console to what is said here, which may be of any alphabet."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     if not sys.stderr.isatty():

@@ -1,14 +1,16 @@
-"""Load every checkpoint of a finished run again and compare its accuracies with the ones that the run recorded.
+"""Load every checkpoint of a run again and compare its accuracies with the ones that the run recorded.
 
-python recipes/verify.py RUN      (a run's folder, such as runs/quickstart)
+python recipes/verify.py RUN [--plugins FILE ...]      (a run's folder, such as runs/quickstart)
+Nothing that the run's files name is executed. If its recipe has plugins (Python files that register models), read
+them, then name them here.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +19,72 @@ from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.build import MODELS, load_plugins
-from hf_cdl.recipe import build_recipe
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.ledger import read_ledger
+from hf_cdl.recipe import Recipe, build_recipe, untrained
+from hf_cdl.storing import RunError
 from hf_cdl.types import TaskResult
 
+_MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
+"""The training arguments that matter when nothing is trained; of those that a stranger wrote, no other is used."""
 
-def main(folder: Path) -> int:
-    ledger = json.loads((folder / "run.json").read_text())
+
+def main(folder: Path, plugins: Sequence[str] = ()) -> int:
+    """Measure a run again, after running `plugins`; 1 if anything differs, 2 if it cannot be measured."""
+    try:
+        return verify(folder, plugins)
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
+
+
+def verify(folder: Path, plugins: Sequence[str]) -> int:
+    recipe = stored_recipe(folder)
+    named = [Path(file).name for file in plugins]
+    if unread := [file for file in recipe.plugins if Path(file).name not in named]:
+        print(
+            f"The run's recipe has plugins that are not run here: {visible(', '.join(unread))[:300]}. If its models "
+            "need them, read them and name them: --plugins FILE ...",
+            file=sys.stderr,
+        )
+    load_plugins(plugins)
     different = 0
-    for checkpoint, entry, result in measure_again(folder, build_recipe(ledger["recipe"]).data.eval_split):
+    for checkpoint, entry, result in measure_again(folder, recipe, recipe.data.eval_split):
         same = (result.correct, result.counts) == (entry["correct"], entry["counts"])
         different += not same
         print(
-            f"{checkpoint}: {sum(result.correct)} of {sum(result.counts)} right, "
+            f"{visible(checkpoint)}: {sum(result.correct)} of {sum(result.counts)} right, "
             f"{'as recorded' if same else 'NOT as recorded'}"
         )
     return 1 if different else 0
 
 
-def measure_again(folder: Path, split: str, *only: str) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
-    """Each checkpoint of a run (of the roles `only`, or all), its ledger entry, and what it answers on a split now."""
-    ledger = json.loads((folder / "run.json").read_text())
-    recipe = build_recipe(ledger["recipe"])
-    load_plugins(recipe.plugins)
-    for role, entries in ledger["entries"].items():
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe in a run's ledger, its training arguments as far as they matter here."""
+    stored = read_ledger(folder)["recipe"]
+    bare = untrained(stored)
+    bare["train"] = _measuring(stored.get("train"))
+    for role in ("student", "teacher"):
+        if isinstance(bare.get(role), dict) and bare[role].get("train") is not None:
+            bare[role] = {**bare[role], "train": _measuring(stored[role]["train"])}
+    return build_recipe({**bare, "teacher_from": None})
+
+
+def _measuring(train: Any) -> dict[str, Any]:
+    return {key: train[key] for key in _MEASURING if key in train} if isinstance(train, dict) else {}
+
+
+def measure_again(
+    folder: Path, recipe: Recipe, split: str, *only: str
+) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
+    """Each checkpoint of a run (of the roles `only`, or all), its ledger entry, and what it answers on a split now.
+
+    `recipe`: the run's. Its plugins are not run here.
+    """
+    for role, entries in read_ledger(folder)["entries"].items():
         for entry in entries if not only or role in only else ():
             checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
-            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
             stream = TaskStream(recipe.data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
@@ -56,8 +98,10 @@ def measure_again(folder: Path, split: str, *only: str) -> Iterator[tuple[Path, 
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
+    options = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(options.run, options.plugins))

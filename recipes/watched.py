@@ -16,6 +16,9 @@ def end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] in ([], ["-h"], ["--help"]):
+        print(__doc__.strip())
+        sys.exit(0 if sys.argv[1:] else 2)
     threading.Thread(target=end_with_parent, daemon=True).start()
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))

@@ -170,3 +170,12 @@ def test_no_file_names_the_machine_it_was_written_on_or_a_package_index():
     assert len(read) > 50
     found = [(by_path(path), re.findall(forbidden, path.read_text(encoding="utf-8"))) for path in read]
     assert [pair for pair in found if pair[1]] == []
+
+
+def test_the_claims_on_security_name_tests_that_are_there():
+    text = (ROOT / "docs" / "security.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        source = (ROOT / "tests" / file).read_text() if (ROOT / "tests" / file).exists() else ""
+        assert f"def {test or 'test'}" in source, f"docs/security.md names {file}::{test}, which is not there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_cdl.ledger import _Entry
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.run import Run
 from hf_cdl.storing import RunError
@@ -113,6 +115,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 def test_a_finished_run_says_so_and_is_left_alone(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     learn(run, 0)
+    learn(run, 1)
     run.finish()
     before = contents(tmp_path)
     first, second = Run(tmp_path, RECIPE), Run(tmp_path, RECIPE)  # needs no lock
@@ -180,7 +183,7 @@ def test_a_folder_that_holds_something_else_is_refused_untouched(tmp_path: Path)
     with pytest.raises(RunError, match="is not empty and holds no run.*Nothing in it was touched.*--output_dir"):
         Run(tmp_path, RECIPE)
     assert contents(tmp_path) == {"thesis.txt": b"important"}
-    with pytest.raises(RunError, match="is not empty and holds no run"):
+    with pytest.raises(RunError, match="thesis.txt is a file; choose another folder with --output_dir"):
         Run(tmp_path / "thesis.txt", RECIPE)
     assert contents(tmp_path) == {"thesis.txt": b"important"}
 
@@ -193,6 +196,85 @@ def test_an_unreadable_ledger_is_refused_untouched(tmp_path: Path, ledger: str |
     with pytest.raises(RunError, match=r"run\.json is not a readable ledger.*restore run\.json or choose another"):
         Run(tmp_path, RECIPE)
     assert contents(tmp_path) == before
+
+
+def damaged_ledgers() -> dict[str, tuple[Callable[[Any], Any], str]]:
+    def put(*path: Any, value: Any) -> Callable[[Any], Any]:
+        def change(ledger: Any) -> None:
+            for key in path[:-1]:
+                ledger = ledger[key]
+            ledger[path[-1]] = value
+
+        return change
+
+    def entry(**fields: Any) -> Callable[[Any], Any]:
+        return lambda ledger: ledger["entries"]["student"][0].update(fields)
+
+    first = ("entries", "student", 0)
+    return {
+        "finished without entries": (lambda x: x.update(entries={}, finished=True), "finished, but every role lacks"),
+        "finished too early": (put("finished", value=True), "finished, but student lacks tasks"),
+        "finished is a word": (put("finished", value="yes"), "finished: Input should be a valid boolean"),
+        "no recipe": (lambda x: x.pop("recipe"), "recipe: Field required"),
+        "recipe is a list": (put("recipe", value=[1]), "recipe: Input should be a valid dictionary"),
+        "entries is a list": (put("entries", value=[]), "entries: Input should be a valid dictionary"),
+        "entries of a number": (put("entries", "student", value=3), "entries.student: Input should be a valid list"),
+        "an entry is null": (put(*first, value=None), "entries.student.0: Input should be a valid dictionary"),
+        "out of order": (lambda x: x["entries"]["student"].append(x["entries"]["student"][0]), "student, task 0"),
+        "of another role": (entry(role="teacher"), "entries.student.0 is of teacher, task 0"),
+        "a role that leads outside": (lambda x: x["entries"].update({"../x": []}), "'../x' is no role"),
+        "too many entries": (put("class_names", value=[]), "entries: 1 of student, but there are 0 tasks"),
+        "unknown field": (entry(colour="red"), "entries.student.0.colour: Extra inputs are not permitted"),
+        "a long row": (entry(row=[90.0, 1.0]), "entries.student.0.row has 2 accuracies, but task 1 needs 1"),
+        "a row of words": (entry(row=["90"]), "entries.student.0.row.0: Input should be a valid number"),
+        "a row of more than all": (entry(row=[900.0]), "accuracies lie between 0 and 100"),
+        "a row of no number": (entry(row=[float("nan")]), "accuracies lie between 0 and 100"),
+        "other counts": (entry(counts=[]), "row, correct and counts are not of the same length"),
+        "counts of parts": (entry(counts=[1.5]), "entries.student.0.counts.0: Input should be a valid integer"),
+        "no stream": (put("stream", value=None), "entries of tasks, but no stream"),
+        "a number as stream": (put("stream", value=7), "stream: Input should be a valid string"),
+        "class names are a number": (put("class_names", value=5), "class_names: Input should be a valid list"),
+        "a path that leads outside": (put("files", "../x", value=[1, 1, "0"]), "'../x' is no path in the folder"),
+        "an absolute path": (put("files", "/etc/passwd", value=[1, 1, "0"]), "'/etc/passwd' is no path in the folder"),
+        "half a fingerprint": (put("files", "x", value=[1]), "files.x"),
+        "a word as format": (put("format", value="new"), "format: 'new' is no number of a format"),
+        "format 0": (put("format", value=0), "format: 0 is no number of a format"),
+        "a newer format": (
+            lambda x: x.update(format=2, versions={"hf-cdl": "9.9"}),
+            r"was written by hf_cdl 9\.9, in format 2; this is hf_cdl .*, which reads up to format 1.*Update hf_cdl",
+        ),
+        "a newer format without a version": (
+            lambda x: x.update(format=10, versions=None, entries="something new"),
+            "was written by hf_cdl of unknown version, in format 10",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", damaged_ledgers())
+def test_a_ledger_that_no_run_writes_is_refused_untouched(tmp_path: Path, name: str) -> None:
+    change, message = damaged_ledgers()[name]
+    learn(open_run(tmp_path), 0)
+    ledger = json.loads((tmp_path / "run.json").read_text())
+    change(ledger)
+    (tmp_path / "run.json").write_text(json.dumps(ledger))
+    before = contents(tmp_path)
+    for writer in (True, False):
+        with pytest.raises(RunError, match=message) as raised:
+            Run(tmp_path, RECIPE, writer=writer)
+        said = str(raised.value)
+        assert "--output_dir FOLDER" in said and len(said.splitlines()) <= 6 and "touched" in said
+    assert contents(tmp_path) == before
+
+
+def test_the_ledger_knows_all_fields_of_a_result() -> None:
+    assert {*_Entry.__annotations__} == {f.name for f in dataclasses.fields(TaskResult)}
+
+
+def test_many_differences_are_a_few_lines(tmp_path: Path) -> None:
+    learn(open_run(tmp_path), 0)
+    with pytest.raises(RunError, match="  and 5 more\n") as raised:
+        Run(tmp_path, {**RECIPE, **{f"field {i}": i for i in range(8)}})
+    assert len(str(raised.value).splitlines()) == 6
 
 
 def test_changed_data_are_refused(tmp_path: Path) -> None:
@@ -276,6 +358,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, limit: int) -> None:
 def test_a_full_disk_at_the_very_end(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     learn(run, 0)
+    learn(run, 1)
     with full_disk(10_000), pytest.raises(RunError, match="Could not draw the pictures"):
         run.finish()
     assert not run.finished and not (tmp_path / "results.json").exists()

@@ -697,7 +697,7 @@ def test_a_teacher_of_something_else_is_refused(
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     ledger = json.loads((source / "run.json").read_text())
-    ledger["entries"] = {"teacher": []}
+    ledger |= {"entries": {"teacher": []}, "finished": False}
     (unfinished / "run.json").write_text(json.dumps(ledger))
     code, output = run("--train.num_train_epochs", 8, "--teacher_from", unfinished, out="waits")
     assert code == 2 and "has learnt 0 tasks so far, not yet task-01. Finish that run first." in output

@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 
 from hf_cdl import report
 from hf_cdl.card import text
-from hf_cdl.card.metadata import Results, eval_results, metadata, stated
+from hf_cdl.card.metadata import Results, eval_results, metadata, shared, stated
+from hf_cdl.escape import code, markdown, visible_lines
 
-__all__ = ["card_files", "eval_results", "model_card"]
+__all__ = ["card_files", "eval_results", "model_card", "shared"]
 
 
 def model_card(
@@ -29,11 +30,12 @@ def model_card(
     """
     if role not in ("student", "teacher") or not results["roles"].get(role, {}).get("accuracy_matrix"):
         raise ValueError(f"There is no card for '{role}': cards are for a student or teacher that has learnt a task.")
+    results = shared(results)
     recipe, matrix = results["recipe"], results["roles"][role]["accuracy_matrix"]
     card = ModelCard.from_template(
         metadata(results, role, repo_id),
         template_path=str(Path(__file__).with_name("template.md.jinja")),
-        title=f"{results['name']}: {role}" if repo_id is None else repo_id,
+        title=markdown(f"{results['name']}: {role}" if repo_id is None else repo_id),
         summary=text.summary(results, role),
         finished=len(matrix) == len(results["class_names"]),
         learnt=len(matrix),
@@ -49,10 +51,10 @@ def model_card(
         model_facts=text.lines(text.model_facts(recipe, role, other_id)),
         data_facts=text.lines(text.data_facts(results)),
         origin=text.origin(results, role),
-        overlap=stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP,
+        overlap=visible_lines(stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP),
         cost_facts=text.lines(text.cost_facts(results["roles"][role])),
-        versions=", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-        stream=results["stream"],
+        versions=", ".join(markdown(f"{name} {version}") for name, version in results["versions"].items()),
+        stream=code(results["stream"]),
         recipe=text.recipe_text(recipe),
         citations=text.citations(recipe, role),
     )

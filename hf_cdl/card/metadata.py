@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_cdl.escape import visible
 from hf_cdl.metrics import continual_metrics
+from hf_cdl.places import HUB_ID, by_name, shareable
 from hf_cdl.tasks.benchmarks import BENCHMARKS
 
 Results = Mapping[str, Any]
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 METRICS = {
     "average_accuracy": "average accuracy (%)",
     "forgetting": "forgetting",
     "average_incremental_accuracy": "incremental",
 }
+
+
+def shared(results: Results) -> dict[str, Any]:
+    """The results as others get to see them: without the paths of this machine."""
+    return {**results, "recipe": shareable(results["recipe"], BENCHMARKS)}
 
 
 def metadata(results: Results, role: str, repo_id: str | None) -> ModelCardData:
@@ -33,9 +38,9 @@ def metadata(results: Results, role: str, repo_id: str | None) -> ModelCardData:
         datasets=data["id"],
         eval_results=eval_results(results, role),
         library_name="transformers",
-        license=stated(recipe, "license"),
+        license=_plain(stated(recipe, "license")),
         metrics=["accuracy"],
-        model_name=f"{results['name']}-{role}" if repo_id is None else repo_id.split("/")[-1],
+        model_name=f"{visible(results['name'])}-{role}" if repo_id is None else repo_id.split("/")[-1],
         pipeline_tag="image-classification",
         tags=["hf_cdl", "continual-learning", "class-incremental-learning", "knowledge-distillation"],
         **(relation if base else {}),
@@ -55,11 +60,15 @@ def dataset(data: Mapping[str, Any]) -> dict[str, Any]:
     on_hub = HUB_ID.fullmatch(path) and "/" in path and not Path(path).exists()
     return {
         "id": path if on_hub else None,
-        "name": Path(path).name,
-        "config": filled["name"],
-        "split": split if filled["test_fraction"] and split == "test" else filled[f"{split}_split"] or split,
-        "revision": filled["revision"],
+        "name": visible(path.split("/")[-1] if on_hub else by_name(path)),
+        "config": _plain(filled["name"]),
+        "split": split if filled["test_fraction"] and split == "test" else _plain(filled[f"{split}_split"]) or split,
+        "revision": _plain(filled["revision"]),
     }
+
+
+def _plain(text: str | None) -> str | None:
+    return None if text is None else visible(text)
 
 
 def stated(recipe: Mapping[str, Any], field: str) -> str | None:

@@ -10,9 +10,12 @@ from typing import Any
 import yaml
 
 from hf_cdl import report
-from hf_cdl.card.metadata import HUB_ID, METRICS, Results, backbone_id, dataset, stated
+from hf_cdl.card.metadata import METRICS, Results, backbone_id, dataset, stated
+from hf_cdl.escape import acts, code, longest_run, markdown
 from hf_cdl.metrics import average_accuracy, continual_metrics
+from hf_cdl.places import HUB_ID, by_name
 
+_ADDRESS = re.compile(r"https?://[^\s<>()\[\]`\"'\\]+")
 UNKNOWN_OVERLAP = (
     "Not stated. If the backbones' pre-training showed these classes or images, with or without labels, the numbers "
     "above say less about learning new classes than they seem to."
@@ -93,7 +96,7 @@ def task_table(results: Results, role: str) -> str:
     matrix, counts = entry["accuracy_matrix"], entry["counts"]
     rows = [["task", "classes", "images", "just learnt", f"after task {len(matrix)}"]]
     for i, now in enumerate(matrix[-1]):
-        names = ", ".join(name.replace("|", "\\|") for name in results["class_names"][i])
+        names = ", ".join(map(markdown, results["class_names"][i]))
         rows.append([str(i + 1), names, str(counts[i]), report.number(matrix[i][i]), report.number(now)])
     return _table(rows, "rlrrr")
 
@@ -103,7 +106,7 @@ def better(results: Results, role: str) -> list[str]:
     learnt = len(results["roles"][role]["accuracy_matrix"])
     averages = {r: average_accuracy(e["accuracy_matrix"][:learnt]) for r, e in results["roles"].items()}
     return [
-        results["roles"][other].get("label", other)
+        markdown(results["roles"][other].get("label", other))
         for other, average in averages.items()
         if other not in ("student", "teacher") and average >= averages[role]
     ]
@@ -114,8 +117,7 @@ def role_table(results: Results, learnt: int) -> str:
     rows = [["model", *METRICS.values()]]
     for role, entry in results["roles"].items():
         metrics = continual_metrics(entry["accuracy_matrix"][:learnt])
-        label = entry.get("label", role).replace("|", "\\|")
-        rows.append([label, *(report.number(metrics[name]) for name in METRICS)])
+        rows.append([markdown(entry.get("label", role)), *(report.number(metrics[name]) for name in METRICS)])
     return _table(rows, "l" + "r" * len(METRICS))
 
 
@@ -137,13 +139,15 @@ def model_facts(recipe: Mapping[str, Any], role: str, other_id: str | None) -> l
         ]
         facts.append(f"Distillation: {' + '.join(terms)}, cross-entropy with weight {recipe['ce_weight']}")
     licence = stated(recipe, "license")
-    return [*facts, f"Licence: {licence or 'not stated by the author'}"]
+    return [*facts, f"Licence: {markdown(licence or 'not stated by the author')}"]
 
 
 def _backbone(section: Mapping[str, Any]) -> str:
-    found = backbone_id(section)
-    name = f"`{section['backbone']}`" if found is None else f"[{found}](https://huggingface.co/{found})"
-    return name + (f" at `{section['revision']}`" if section["revision"] else "")
+    found, name = backbone_id(section), section["backbone"]
+    local = not HUB_ID.fullmatch(name) or Path(name).exists()
+    name = f"[{found}](https://huggingface.co/{found})" if found else code(by_name(name) if local else name)
+    name += " (a folder of the author's)" if local else ""
+    return name + (f" at {code(section['revision'])}" if section["revision"] else "")
 
 
 def data_facts(results: Results) -> list[str]:
@@ -151,20 +155,20 @@ def data_facts(results: Results) -> list[str]:
     recipe, data = results["recipe"], dataset(results["recipe"]["data"])
     page = stated(recipe, "data_card") or data["id"]
     if page is None:
-        facts = [f"Data: `{data['name']}`, a folder of the author's; no data card was named"]
-    elif "://" in page:
-        facts = [f"Data: {data['name']}, [data card]({page})"]
+        facts = [f"Data: {code(data['name'])}, a folder of the author's; no data card was named"]
+    elif _ADDRESS.fullmatch(page):
+        facts = [f"Data: {markdown(data['name'])}, [data card]({page})"]
     elif HUB_ID.fullmatch(page) and page.count("/") == 1:
         facts = [f"Data: [{page}](https://huggingface.co/datasets/{page})"]
     else:
-        facts = [f"Data: {data['name']}; data card: `{page}`"]
+        facts = [f"Data: {markdown(data['name'])}; data card: {code(page)}"]
     counts = [len(names) for names in results["class_names"]]
     order = recipe["data"]["class_order_seed"]
     facts.append(
         f"Stream: {sum(counts)} classes in {len(counts)} tasks, "
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
-    return [*facts, f"Licence of the data: {stated(recipe, 'data_license') or 'not stated by the author'}"]
+    return [*facts, f"Licence of the data: {markdown(stated(recipe, 'data_license') or 'not stated by the author')}"]
 
 
 def origin(results: Results, role: str) -> str | None:
@@ -172,7 +176,10 @@ def origin(results: Results, role: str) -> str | None:
     if "origin" not in results:
         return None
     count, source = results["origin"]["tasks"], results["origin"]["roles"][role]
-    link = f"[{source['repository']}](https://huggingface.co/{source['repository']}/tree/{source['commit']})"
+    if (name := source.get("repository")) is None:
+        link = f"{code(source['folder'])}, a folder of the author's"
+    else:
+        link = f"[{markdown(name)}](https://huggingface.co/{name}/tree/{source['commit']})"
     return (
         f"Tasks 1 to {count} were learnt in an earlier run: {link}, whose card tells of their data. What is shown "
         "here of them as just learnt was measured there; what was not measured again later is shown as -."
@@ -202,9 +209,14 @@ def lines(facts: Sequence[str]) -> str:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The recipe as YAML, without the texts of the card."""
+    """The recipe as a fenced block of YAML, without the texts of the card."""
     content = {key: value for key, value in recipe.items() if key != "card"}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110).strip()
+    options: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 110}
+    text = yaml.safe_dump(content, allow_unicode=True, **options)
+    if acts(text):
+        text = yaml.safe_dump(content, allow_unicode=False, **options)
+    fence = "`" * max(3, longest_run(text) + 1)
+    return f"{fence}yaml\n{text.strip()}\n{fence}"
 
 
 def citations(recipe: Mapping[str, Any], role: str) -> str:

@@ -5,8 +5,9 @@ byte, so a push that was cut off goes on where it stopped, and nobody else's fil
 that hold no code to unpickle are pushed.
 """
 
+from hf_cdl.hub.folder import read_folder
 from hf_cdl.hub.origin import Origin, read_origin
 from hf_cdl.hub.pusher import Pusher, push_command
 from hf_cdl.hub.repository import HubError, Repository
 
-__all__ = ["HubError", "Origin", "Pusher", "Repository", "push_command", "read_origin"]
+__all__ = ["HubError", "Origin", "Pusher", "Repository", "push_command", "read_folder", "read_origin"]

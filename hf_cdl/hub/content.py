@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
+from hf_cdl.card import shared
+from hf_cdl.escape import visible
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.report import number
 
@@ -16,7 +18,7 @@ DOCUMENTS = ("README.md", "accuracy_matrix.png", "results.json", ".gitattributes
 
 
 def results_after(results: Results, count: int) -> dict[str, Any]:
-    """The results of a run as they were when `count` tasks were finished."""
+    """The results of a run as they were when `count` tasks were finished, without the paths of this machine."""
     roles = {}
     for role, entry in results["roles"].items():
         cut = {key: value[:count] if isinstance(value, list) else value for key, value in entry.items()}
@@ -24,7 +26,7 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
             cut.pop("cost", None)  # that of the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
-    return {**results, "roles": roles, "finished": count == len(results["class_names"])}
+    return {**shared(results), "roles": roles, "finished": count == len(results["class_names"])}
 
 
 def finished_tasks(results: Results, role: str) -> int:
@@ -34,14 +36,17 @@ def finished_tasks(results: Results, role: str) -> int:
 
 def commit_message(results: Results, role: str, count: int) -> tuple[str, str]:
     """Title and text of the commit after `count` tasks."""
-    names, matrix = results["class_names"][count - 1], results["roles"][role]["accuracy_matrix"][:count]
+    names, matrix = (
+        [*map(visible, results["class_names"][count - 1])],
+        results["roles"][role]["accuracy_matrix"][:count],
+    )
     row = matrix[-1]
     shown = shorten(", ".join(names), 80, placeholder=" ...")
     title = f"Task {count} of {len(results['class_names'])}: classes {shown}"
     lines = [
         f"Classes: {', '.join(names)}",
         f"Accuracy (%) on the tasks so far: {', '.join(map(number, row))}",
-        f"{results['name']}, seed {results['seed']}, stream {results['stream']}",
+        f"{visible(results['name'])}, seed {results['seed']}, stream {results['stream']}",
     ]
     average = continual_metrics(matrix)["average_accuracy"]
     return title + ("" if average is None else f"; average accuracy {average:.1f} %"), "\n".join(lines)

@@ -1,72 +1,200 @@
-"""Going on from the Hub: what a published model knows, so that another run can learn the next task with it."""
+"""Going on elsewhere: what a published model knows, so that another run can learn the next task with it.
+
+Whoever made it may be a stranger. Of theirs only the files of CHECKPOINT are taken, none of which holds code or
+pickles, and nothing is run. folder.py has the same for a folder of this machine.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
 
-from hf_cdl.hub.content import DOCUMENTS, finished_tasks
+from hf_cdl.escape import visible
+from hf_cdl.hub.content import finished_tasks
 from hf_cdl.hub.repository import HubError
+from hf_cdl.results import checked_results
+from hf_cdl.storing import LARGEST, RunError, read_json
+
+CHECKPOINT = re.compile(
+    r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
+)
+"""The files of a checkpoint that are taken over."""
+_LARGEST_SIDE = 10_000
+"""Pixels of an image that an image processor may ask for."""
 
 
 @dataclass(frozen=True)
-class Origin:
-    """A published model at the commit after its newest task, or after `tasks` tasks."""
+class Origin(ABC):
+    """A model after its newest task, or after `tasks` tasks, where somebody put it."""
+
+    role: str
+    tasks: int
+    results: dict[str, Any]
+    """The content of its results.json, checked."""
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Where it is, for messages."""
+
+    @abstractmethod
+    def put(self, folder: Path) -> None:
+        """Put the checkpoint into a folder: weights, config and image processor."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """What the run that goes on remembers of it."""
+
+    def copy(self, folder: Path) -> None:
+        """Put the checkpoint into a folder and check it. Raises HubError if it is not what the results say."""
+        self.put(folder)
+        self._check(folder)
+
+    def _check(self, folder: Path) -> None:
+        try:
+            config = read_json(folder / "config.json")
+            if not isinstance(config, dict) or config.get("model_type") != "cdl":
+                raise RunError("its config.json is not of a model of hf_cdl (model_type: cdl).")
+            known, ours = config.get("tasks"), self.results["class_names"][: self.tasks]
+            if known != ours:
+                raise RunError(
+                    f"its config.json has {_counted(known)}, but its results {_counted(ours)}, or others of that "
+                    "number. They are not of the same state."
+                )
+            if not any(folder.glob("*.safetensors")):
+                raise RunError("it has no weights in model.safetensors; pickled ones are not read.")
+            if (index := folder / "model.safetensors.index.json").exists():
+                _check_index(read_json(index))
+            if (processor := folder / "preprocessor_config.json").exists():
+                _check_sizes(read_json(processor))
+        except RunError as error:
+            raise HubError(f"The {self.role} in {self.place} cannot be taken over: {error}") from error
+
+
+@dataclass(frozen=True)
+class HubOrigin(Origin):
+    """One that was pushed to the Hub, at the commit of its tag."""
 
     api: HfApi
     repository: str
-    role: str
-    tasks: int
     commit: str
     tags: dict[str, str]
     """Commits of the tags up to it."""
-    results: dict[str, Any]
-    """The content of its results.json."""
 
-    def download(self, folder: Path) -> None:
-        """Put the checkpoint into a folder: weights, config and image processor."""
-        self.api.snapshot_download(
-            self.repository, revision=self.commit, local_dir=folder, ignore_patterns=[*DOCUMENTS]
-        )
+    @property
+    def place(self) -> str:
+        return f"{self.repository} (commit {self.commit[:8]})"
+
+    def put(self, folder: Path) -> None:
+        with told(self.repository):
+            files = _files(self.api, self.repository, self.commit)
+            chosen = [path for path in files if CHECKPOINT.fullmatch(path)]
+            self.api.snapshot_download(
+                self.repository, revision=self.commit, local_dir=folder, allow_patterns=chosen or ["config.json"]
+            )
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
     def as_dict(self) -> dict[str, Any]:
         return {"repository": self.repository, "commit": self.commit, "tags": self.tags}
 
 
-def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) -> Origin:
+def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) -> HubOrigin:
     """What a repository that a run was pushed to knows; `tag` chooses an earlier state, task-NN.
 
     Raises HubError if it cannot be read or was not pushed by a run.
     """
-    try:
+    with told(repository):
         refs = api.list_repo_refs(repository)
-        commits = {ref.name: ref.target_commit for ref in refs.tags if re.fullmatch(r"task-\d+", ref.name)}
+        commits = {ref.name: ref.target_commit for ref in refs.tags if re.fullmatch(r"task-\d{2,4}", ref.name)}
         if not commits or tag not in (None, *commits):
             listed = ", ".join(sorted(commits)) or "none"
             raise HubError(f"{repository} has no tag {tag or 'task-NN'} to go on from; its tags: {listed}.")
         tag = tag or max(commits, key=lambda name: int(name[5:]))
+        size = _files(api, repository, commits[tag]).get("results.json", 0)
+        if size > LARGEST:
+            raise HubError(
+                f"The results.json of {repository} has {size:,} bytes; hf_cdl's have less than {LARGEST:,}."
+            )
         with TemporaryDirectory() as folder:
             file = api.hf_hub_download(repository, "results.json", revision=commits[tag], local_dir=folder)
-            results = json.loads(Path(file).read_text())
+            results = checked_results(read_json(Path(file)), f"{repository} at {tag}: results.json")
+    tasks = int(tag[5:])
+    check_role(results, role, tasks, f"{repository} at {tag}")
+    known = {name: commit for name, commit in commits.items() if int(name[5:]) <= tasks}
+    return HubOrigin(role, tasks, results, api, repository, commits[tag], known)
+
+
+def check_role(results: dict[str, Any], role: str, tasks: int, where: str) -> None:
+    if results.get("role", role) != role or finished_tasks(results, role) < tasks:
+        raise HubError(f"{where} is no {role} of {tasks} tasks, by its results.json.")
+
+
+def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:
+    """Path -> bytes."""
+    entries: Iterable[Any] = api.list_repo_tree(repository, recursive=True, revision=commit)
+    return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _check_index(index: Any) -> None:
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    wrong = (
+        [file for file in files.values() if not isinstance(file, str) or not CHECKPOINT.fullmatch(file)]
+        if (isinstance(files, dict))
+        else ["no weight_map"]
+    )
+    if wrong:
+        raise RunError(f"its model.safetensors.index.json names {visible(wrong[0])[:60]}, no weights beside it.")
+
+
+def _check_sizes(processor: Any) -> None:
+    sizes = [processor.get(key) for key in ("size", "crop_size")] if isinstance(processor, dict) else ["nothing"]
+    for size in sizes:
+        sides = size.values() if isinstance(size, dict) else [size]
+        if not all(side is None or isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in sides):
+            raise RunError(
+                f"its preprocessor_config.json asks for images of {visible(size)[:60]}; sides have 1 to "
+                f"{_LARGEST_SIDE:,} pixels."
+            )
+
+
+def _counted(tasks: Any) -> str:
+    if not isinstance(tasks, list) or not all(isinstance(task, list) for task in tasks):
+        return "no list of tasks"
+    return f"{len(tasks)} tasks of {sum(map(len, tasks))} classes"
+
+
+@contextmanager
+def told(place: str) -> Iterator[None]:
+    """Turns what goes wrong while `place` is read into a HubError."""
+    try:
+        yield
+    except RunError as error:
+        raise HubError(str(error)) from error
+    except HFValidationError as error:
+        raise HubError(f"{visible(place)} is neither a folder here nor a repository, OWNER/NAME.") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         what = "no results.json" if isinstance(error, EntryNotFoundError) else "no such repository"
         raise HubError(
-            f"{repository}: {what}, or this token may not see it. A model that was pushed by hf_cdl is needed, as "
-            "OWNER/NAME; for a private one log in with `hf auth login`, or set HF_TOKEN."
+            f"{place}: {what}, or this token may not see it. A model that was pushed by hf_cdl is needed, as "
+            "OWNER/NAME, or a run's folder; for a private one log in with `hf auth login`, or set HF_TOKEN."
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{repository} cannot be read now ({type(error).__name__}). Try again.") from error
-    tasks = int(tag[5:])
-    if results.get("role", role) != role or finished_tasks(results, role) < tasks:
-        raise HubError(f"{repository} at {tag} is no {role} of {tasks} tasks, by its results.json.")
-    known = {name: commit for name, commit in commits.items() if int(name[5:]) <= tasks}
-    return Origin(api, repository, role, tasks, commits[tag], known, results)
+        raise HubError(f"{place} cannot be read now ({type(error).__name__}). Try again.") from error

@@ -92,13 +92,14 @@ class Repository:
             number = int(tag[5:]) if before else self.pushed + 1
             if tag != f"task-{number:02d}" or number > learnt:
                 raise self._foreign(f"the tag {tag}, which this run has not come to", [*tags])
-            known = self.known.get(tag) == commit if before else commit in self._verified
+            known = self.known.get(tag) == commit or (not before and commit in self._verified)
             if not known and (before or not self._is_task(self._files(commit), number)):
                 raise self._foreign(f"the tag {tag} with another model", [*tags])
             self._verified.add(commit)
             self.pushed = max(number, self.start)
         there, near = self._files(head), range(max(self.pushed, self.start + 1), min(self.pushed + 1, learnt) + 1)
-        ours = self.pushed == self.start and not set(there) - {".gitattributes"}
+        ours = tags.get(f"task-{self.pushed:02d}") == head  # as verified: where others learnt it, main may hold more
+        ours |= self.pushed == self.start and not set(there) - {".gitattributes"}
         if not ours and not any(self._is_task(there, number) for number in near):
             raise self._foreign(f"{len(there)} files in main that are not this run's", sorted(there))
         return head, there
@@ -153,9 +154,15 @@ class Repository:
         return theirs.keys() == ours.keys() and all(oid in ours[path] for path, oid in theirs.items())
 
     def _checkpoint(self, number: int) -> dict[str, Path]:
-        """Path in the repository -> file, of a task's checkpoint. Raises HubError for one that could be pickled."""
+        """Path in the repository -> file, of a task's checkpoint.
+
+        Raises HubError for one that could be pickled, and for a link: what it stands for may be private.
+        """
         folder = self.folder / f"task-{number:02d}"
-        files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+        files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+        for file in (self.folder, folder, *files):
+            if file.is_symlink():
+                raise HubError(f"{file} is not pushed: it is a link. Put the files themselves in its place.")
         for file in files:
             if not file.is_file() or file.suffix not in _SAFE:
                 raise HubError(

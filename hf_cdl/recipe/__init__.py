@@ -14,7 +14,8 @@ from typing import Any
 from hf_cdl.recipe.checks import check_classifiers, check_hub, check_model, check_terms, check_training
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
-from hf_cdl.recipe.typed import build_typed
+from hf_cdl.recipe.taken import taken_over
+from hf_cdl.recipe.typed import build_typed, check_finite
 
 __all__ = [
     "BASELINES",
@@ -24,7 +25,10 @@ __all__ = [
     "RecipeError",
     "build_recipe",
     "completed",
+    "described",
     "load_recipe",
+    "taken_over",
+    "untrained",
 ]
 
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -49,6 +53,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     protocol = content.get("protocol")
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
     content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
+    check_finite(content, "", problems)
     parts = check_terms(content, problems)
     if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
         problems.append("'data.path' is missing")
@@ -68,3 +73,22 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
     """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
     return build_recipe(stored).as_dict()
+
+
+def described(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as a run stored it, completed for who only reads the run's numbers.
+
+    Training arguments stay as they are, unchecked: transformers would open files that some of them name.
+    """
+    whole = completed({**untrained(stored), "protocol": "default"})
+    for role in ("student", "teacher"):
+        if whole[role] is not None:
+            whole[role] |= {key: value for key, value in stored[role].items() if key == "train"}
+    return {**whole, **{key: stored[key] for key in ("train", "protocol") if key in stored}}
+
+
+def untrained(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored recipe without its training arguments."""
+    roles = {role: stored[role] for role in ("student", "teacher") if isinstance(stored.get(role), dict)}
+    bare = {role: {**section, "train": {}} for role, section in roles.items() if section.get("train")}
+    return {**stored, **bare, "train": {}}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hf_cdl.escape import visible, visible_lines
+
+_CHARACTERS, _NODES, _DEPTH = 1_000_000, 50_000, 50
+"""What a YAML text has at most: characters, values, sections within sections."""
+_NUMBERS, _DIGITS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 1000
+_MANY, _DEEP = f"it has more than {_NODES:,} values", f"it is nested more than {_DEPTH} deep"
 
 
 class RecipeError(ValueError):
@@ -34,8 +42,46 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     return content
 
 
+class _TooLarge(yaml.YAMLError):
+    """More than a recipe can be."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string."""
+    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string.
+
+    Of at most _NODES values, aliases written out: a few lines of aliases of aliases would fill any memory.
+    """
+
+    def compose_document(self) -> Any:
+        node = super().compose_document()
+        self._written_out(node, {})
+        return node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth = getattr(self, "depth", 0) + 1
+        self.nodes = getattr(self, "nodes", 0) + 1
+        if self.depth > _DEPTH or self.nodes > _NODES:
+            raise _TooLarge(_DEEP if self.depth > _DEPTH else _MANY)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
+            raise _TooLarge(f"it has a number of {len(node.value):,} characters")
+        return node
+
+    def _written_out(self, node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+        """How many values there are from a node on, and how deep. Raises _TooLarge, also for a node below itself."""
+        if id(node) not in known:
+            known[id(node)] = (_NODES + 1, 0)  # as long as it is open
+            pairs = node.value if isinstance(node, yaml.CollectionNode) else []
+            parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+            below = [self._written_out(part, known) for part in parts]
+            known[id(node)] = (1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0))
+        size, depth = known[id(node)]
+        if size > _NODES:
+            raise _TooLarge(f"{_MANY}, with its aliases written out, or one is an alias of what it lies in")
+        if depth > _DEPTH:
+            raise _TooLarge(_DEEP)
+        return size, depth
 
 
 _Loader.add_implicit_resolver(
@@ -44,7 +90,13 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
-    return _unshared(yaml.load(text, _Loader))  # a SafeLoader
+    """The value of a YAML text. Raises yaml.YAMLError for one that is none, or larger than any recipe."""
+    if len(text) > _CHARACTERS:
+        raise _TooLarge(f"it has {len(text):,} characters; a recipe has less than {_CHARACTERS:,}")
+    try:
+        return _unshared(yaml.load(text, _Loader))  # a SafeLoader
+    except (ValueError, OverflowError, TypeError, AttributeError) as error:  # !!int x, !!timestamp 2001-99-99 ...
+        raise yaml.YAMLError(f"it has a value that cannot be read: {visible(error)[:200]}") from error
 
 
 def _unshared(value: Any) -> Any:
@@ -59,13 +111,17 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file.resolve() in above:
         raise RecipeError(f"{file} is its own base.")
     try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
+            kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+            raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}.")
         content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+        raise RecipeError(f"{visible(file)} is not valid YAML: {_shown(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
     base = content.pop("base", None)
@@ -74,6 +130,12 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise RecipeError(f"{file}: 'base' is {base!r}, but must be the path of another recipe, relative to this one.")
     return merge(read_yaml(file.parent / base, (*above, file.resolve())), content)
+
+
+def _shown(error: yaml.YAMLError) -> str:
+    """A YAML error in at most five lines, the last of which say where it is."""
+    lines = visible_lines(error).split("\n")
+    return "\n".join(line[:200] for line in lines[:5])
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +166,10 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
         try:
             pairs.append((name, _parse(text)))
         except yaml.YAMLError as error:
-            raise RecipeError(f"The value of --{name}, '{text}', is not valid YAML.") from error
+            why = f" ({error})" if isinstance(error, _TooLarge) else ""
+            raise RecipeError(
+                f"The value of --{visible(name)}, '{visible(text)[:200]}', is not valid YAML{why}."
+            ) from error
     return pairs
 
 

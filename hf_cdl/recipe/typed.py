@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from typing import Any
@@ -64,6 +65,15 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
         problems.append(f"'{name}' is {value!r}, but {wanted}")
         return WRONG
+
+
+def check_finite(content: Any, path: str, problems: list[str]) -> None:
+    """Name the numbers that are none: a run could not tell whether it is the same recipe again."""
+    if isinstance(content, dict | list):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            check_finite(value, f"{path}.{key}" if path else str(key), problems)
+    elif isinstance(content, float) and not math.isfinite(content):
+        problems.append(f"'{path}' is {content}, but must be a finite number")
 
 
 def typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -138,6 +139,17 @@ class TaskStream:
                 digest.update(f"{role} {split.name} {split.labels}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def images(self) -> dict[str, list[int]]:
+        """Split -> numbers of its images in each class, in stream order; for splits that have some."""
+        found = {role: [] for role in ("train", "validation", "test")}
+        for role, counts in found.items():
+            for task in self:
+                split: Any = getattr(task, role) or []
+                labels = np.array(getattr(split, "labels", []), np.int64) - task.first_class
+                counts += np.bincount(labels, minlength=len(task.class_names)).tolist()
+        return {role: counts for role, counts in found.items() if any(counts)}
 
     def check_images(self, plain: bool = False) -> list[str]:
         """Decodes every image of the stream once, in threads; returns what a user should know of them.

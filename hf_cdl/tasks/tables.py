@@ -21,6 +21,10 @@ from hf_cdl.tasks.folders import read_folder
 from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, some
 
 
+class NoDataError(ValueError):
+    """There is nothing to read where `data.path` points, or it cannot be reached."""
+
+
 def load_splits(
     path: str | None,
     name: str | None,
@@ -42,12 +46,12 @@ def load_splits(
     if root.exists():
         raise ValueError(f"data.path {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise ValueError(f"The folder {readable(path)} does not exist (data.path).")
+        raise NoDataError(f"The folder {readable(path)} does not exist (data.path).")
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}
     except OSError as error:
-        raise ValueError(
+        raise NoDataError(
             f"The data set {path!r} cannot be loaded: it is no local folder, no benchmark ({some(BENCHMARKS)}), and "
             f"the Hub answered: {error}. Without a network, use a local copy: where there is one, run `hf download "
             f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to it (and "

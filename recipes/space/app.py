@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from markup import CSS, answers_html, state_html
+from markup import CSS, answers_html, plain, state_html
 from states import States, StatesError
 
 
@@ -26,8 +26,8 @@ def build(states: States, gr: Any) -> Any:
     """The page; `gr` is gradio."""
     first, last = states.tasks[0], states.tasks[-1]
     newest = states.results(last)
-    title = f"{escape(newest.name)}, task after task"
-    about = f"{escape(states.where)}: {sum(map(len, newest.class_names))} classes learnt in {last} tasks"
+    title = f"{plain(newest.name)}, task after task"
+    about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {last} tasks"
 
     def classify(image: Any, task: int) -> str:
         if image is None:
@@ -40,7 +40,10 @@ def build(states: States, gr: Any) -> Any:
             return state_html(states.results(task))
 
     with gr.Blocks(title=title) as page:
-        gr.HTML(f"<h1>{title}</h1><p>{about}. The slider goes back to the model as it was after an earlier task.</p>")
+        gr.HTML(
+            f"<h1>{escape(title)}</h1><p>{about}. "
+            "The slider goes back to the model as it was after an earlier task.</p>"
+        )
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)  # decoded by the model's
@@ -61,7 +64,7 @@ def _told(gr: Any) -> Iterator[None]:
     try:
         yield
     except (StatesError, ValueError) as error:  # the latter: an image that cannot be read
-        raise gr.Error(str(error)) from error
+        raise gr.Error(escape(plain(error))) from error  # it is shown as HTML
 
 
 def main(arguments: list[str]) -> int:
@@ -81,7 +84,7 @@ def main(arguments: list[str]) -> int:
         print(f'error: {error}; the demo needs gradio: pip install "hf_cdl[demo]"', file=sys.stderr)
         return 2
     except StatesError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
         return 2
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]

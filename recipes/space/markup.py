@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from html import escape
 from statistics import fmean
 from typing import Any
@@ -37,9 +38,10 @@ def answers_html(answers: list[dict[str, Any]], class_names: list[list[str]]) ->
     rows = ""
     for answer in answers:
         score = f"{100 * answer['score']:.1f}"
+        task = learnt_in.get(answer["label"], "–")
         rows += (
-            f"<tr><td>{escape(answer['label'])}<div class=bar style='width: {score}%'></div></td>"
-            f"<td class=number>{learnt_in[answer['label']]}</td><td class=number>{score}&nbsp;%</td></tr>"
+            f"<tr><td>{_text(answer['label'])}<div class=bar style='width: {score}%'></div></td>"
+            f"<td class=number>{task}</td><td class=number>{score}&nbsp;%</td></tr>"
         )
     heads = "<th>Class</th><th class=number>Learnt in task</th><th class=number>Score</th>"
     return f"<div class=cdl><table class=answers><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -51,7 +53,7 @@ def state_html(results: Results) -> str:
     rows = ""
     for task, classes in enumerate(names):
         rows += (
-            f"<tr><td>Task {task + 1}<div class=classes>{escape(', '.join(classes))}</div></td>"
+            f"<tr><td>Task {task + 1}<div class=classes>{_text(', '.join(classes))}</div></td>"
             f"<td class=number>{_percent(matrix[task][task])}</td>"
             f"<td class=number>{_percent(matrix[-1][task])}</td></tr>"
         )
@@ -64,6 +66,17 @@ def state_html(results: Results) -> str:
         "after learning task t, always among all classes learnt so far.</p>"
         f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def plain(text: object) -> str:
+    """A name that others chose, its control characters and marks of the reading direction as escapes."""
+    acting = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    parts = (c if unicodedata.category(c) not in acting or c in "\u200c\u200d" else repr(c)[1:-1] for c in str(text))
+    return "".join(parts)
+
+
+def _text(text: str) -> str:
+    return escape(plain(text))
 
 
 def _matrix_html(matrix: list[list[float | None]]) -> str:

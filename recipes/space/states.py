@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import lru_cache
 from importlib.util import find_spec
@@ -15,6 +16,10 @@ from transformers import pipeline
 
 if find_spec("hf_cdl") is not None:
     import hf_cdl  # noqa: F401  # tells transformers about the model type
+
+
+LARGEST = 64 * 2**20
+"""Bytes of a results.json that is read."""
 
 
 class StatesError(RuntimeError):
@@ -40,7 +45,7 @@ class States:
         self.where, self.trust_remote_code = where.rstrip("/"), trust_remote_code
         self.folder = Path(where).resolve() if Path(where).is_dir() else None
         names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.iterdir()]
-        self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d+", name)}
+        self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d{2,4}", name)}
         self.tasks = sorted(self._names)
         if not self.tasks:
             raise StatesError(
@@ -54,9 +59,10 @@ class States:
         """The model after a task, as a pipeline that answers with its five likeliest classes."""
         name = self._names[task]
         place, revision = (self.where, name) if self.folder is None else (str(self.folder / name), None)
-        trust = self.trust_remote_code
+        trust, safe = self.trust_remote_code, {"use_safetensors": True}  # nothing pickled
+        options = {"top_k": 5, "trust_remote_code": trust, "model_kwargs": safe}
         try:
-            return pipeline("image-classification", model=place, revision=revision, top_k=5, trust_remote_code=trust)
+            return pipeline("image-classification", model=place, revision=revision, **options)
         except Exception as error:  # whatever the reason, it has to be told
             advice = ""
             if find_spec("hf_cdl") is None and not trust:
@@ -70,19 +76,39 @@ class States:
     def _results(self, task: int) -> Results:
         try:
             if self.folder is None:
+                entries = HfApi().list_repo_tree(self.where, revision=self._names[task])
+                if any(entry.path == "results.json" and getattr(entry, "size", 0) > LARGEST for entry in entries):
+                    raise ValueError(f"more than {LARGEST:,} bytes")
                 file = Path(hf_hub_download(self.where, "results.json", revision=self._names[task]))
             else:
                 file = self.folder.parent / "results.json"
-            found = json.loads(file.read_text(encoding="utf-8"))
+                if not file.is_file() and file.exists():
+                    raise ValueError("no regular file")
+            found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LARGEST else None
             place = self.folder.name if self.folder else self.where  # a role's folder, NAME or NAME-teacher
             role = found.get("role") or next((role for role in found["roles"] if place.endswith(role)), "student")
-            matrix = found["roles"][role]["accuracy_matrix"]
-            return Results(found["name"], found["class_names"][:task], matrix[:task])
+            return _checked(found["name"], found["class_names"], found["roles"][role]["accuracy_matrix"], task)
         except Exception as error:
             raise StatesError(
                 f"The results.json of {self.where} after task {task} cannot be read ({type(error).__name__}: {error})."
                 " A run of hf_cdl keeps it beside its models, and pushes it with each state."
             ) from error
+
+
+def _checked(name: Any, class_names: Any, matrix: Any, task: int) -> Results:
+    """The results after a task. Raises ValueError for what is no results of hf_cdl: it may be anybody's file."""
+    names, rows = class_names[:task], [row[: number + 1] for number, row in enumerate(matrix[:task])]
+    texts = [name, *(name for group in names for name in group)]
+    numbers = [value for row in rows for value in row if value is not None]
+    if len(names) < task or [len(row) for row in rows] != [*range(1, task + 1)]:
+        raise ValueError(
+            f"{len(names)} tasks with {[len(row) for row in rows][:10]} accuracies, but {task} are learnt"
+        )
+    if not all(isinstance(group, list) and group for group in names) or not all(isinstance(t, str) for t in texts):
+        raise ValueError("a class's name is no text")
+    if not all(isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 100 for value in numbers):
+        raise ValueError("an accuracy is no number of percent")
+    return Results(name, names, rows)
 
 
 def _tags(repository: str) -> list[str]:

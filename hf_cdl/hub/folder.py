@@ -1,0 +1,125 @@
+"""Going on from a folder of this machine: a run's, one of its models', or that of a checkpoint without a run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.escape import visible
+from hf_cdl.hub.origin import CHECKPOINT, Origin, check_role, told
+from hf_cdl.hub.repository import HubError
+from hf_cdl.results import checked_results, run_results
+from hf_cdl.storing import RunError, read_json
+
+
+@dataclass(frozen=True)
+class FolderOrigin(Origin):
+    """One in a folder of this machine."""
+
+    folder: Path
+    """The checkpoint's."""
+    name: str
+    """That of the run, or of the checkpoint if it is of none."""
+
+    @property
+    def place(self) -> str:
+        return visible(self.folder)
+
+    def put(self, folder: Path) -> None:
+        for source in sorted(self.folder.glob("*")) + sorted(self.folder.glob("adapter/*")):
+            path = source.relative_to(self.folder).as_posix()
+            if not CHECKPOINT.fullmatch(path):
+                continue
+            if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
+                raise HubError(
+                    f"{visible(source)} is a link or no regular file, so it is not taken over: it may stand for any "
+                    "file of this machine. Put a copy of the file itself there."
+                )
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / path)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"folder": self.name, "tags": {}}
+
+
+def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin:
+    """What a run's folder, or a checkpoint's, knows; `tag` chooses an earlier state of a run, task-NN.
+
+    Raises HubError if it is neither, or not of that role.
+    """
+    root = next((place for place in (folder, *folder.resolve().parents[:2]) if _is_run(place)), None)
+    checkpoint = folder
+    if not (folder / "config.json").exists():
+        if root is not folder:
+            raise HubError(
+                f"{visible(folder)} is neither a run's folder (run.json or results.json) nor a checkpoint's "
+                "(config.json). Name one, such as runs/quickstart or runs/quickstart/student."
+            )
+        states = sorted(
+            path.name for path in folder.glob(f"{role}/task-*") if re.fullmatch(r"task-\d{2,4}", path.name)
+        )
+        if tag not in (None, *states):
+            raise HubError(f"{visible(folder)} has no {role}/{tag}; it has {', '.join(states) or 'none'}.")
+        checkpoint = folder / role / (tag or (max(states, key=lambda name: int(name[5:])) if states else ""))
+    elif tag is not None:
+        raise HubError(
+            f"{visible(folder)} is one checkpoint, so --revision {tag} chooses nothing. Name its run's folder."
+        )
+    with told(visible(folder)):
+        config = read_json(checkpoint / "config.json")
+        learnt = config.get("tasks") if isinstance(config, dict) else None
+        if not isinstance(learnt, list) or not learnt:
+            raise RunError(
+                f"{visible(checkpoint)} is no checkpoint of hf_cdl that knows classes (tasks in config.json)."
+            )
+        results = _alone(config, checkpoint, role) if root is None else _of_run(root)
+    tasks = len(learnt)
+    if root is not None:
+        inside = checkpoint.resolve().relative_to(root.resolve()).parts
+        if inside and inside[0] != role:
+            raise HubError(f"{visible(folder)} is the {visible(inside[0])} of its run, but its {role} is needed here.")
+        check_role(results, role, tasks, visible(folder))
+    return FolderOrigin(role, tasks, results, checkpoint, (root or folder).resolve().name)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "run.json").exists() or (folder / "results.json").exists()
+
+
+def _of_run(root: Path) -> dict[str, Any]:
+    if (root / "run.json").exists():
+        return run_results(root)
+    return checked_results(read_json(root / "results.json"), visible(root / "results.json"))
+
+
+def _alone(config: dict[str, Any], folder: Path, role: str) -> dict[str, Any]:
+    """The results of a checkpoint without a run: its classes, nothing measured, and a recipe by its config."""
+    taught = [name for name in ("kd_prompt", "mapping", "query_config") if config.get(name) is not None]
+    head = config.get("head")
+    taught += ["head.soft_targets"] if isinstance(head, dict) and head.get("soft_targets") else []
+    if taught:
+        raise RunError(
+            f"{visible(folder)} was taught ({', '.join(taught)} in config.json), but its config does not tell how. "
+            "Put the results.json or run.json of its run beside it, or name its run's folder."
+        )
+    same = ("prompt", "head", "first_session", "lora", "train_backbone", "save_backbone", "save_code")
+    section = {key: config[key] for key in same if key in config and not key.startswith("save_")}
+    section |= {"backbone": config.get("backbone_name") or "unknown", "revision": config.get("backbone_revision")}
+    section["query"] = "one_pass" if config.get("query") == "one_pass" else "self"
+    recipe = {"student": section, "teacher": None}
+    recipe |= {key: config[key] for key in same if key in config and key.startswith("save_")}
+    names, count = config["tasks"], len(config["tasks"])
+    nothing: dict[str, Any] = {name: [0] * count for name in ("train_seconds", "peak_memory_bytes", "counts")}
+    rows = [[None] * (task + 1) for task in range(count)]
+    entry = {"accuracy_matrix": rows, "correct": [[0] * len(row) for row in rows], **nothing}
+    results = {
+        "name": folder.resolve().name,
+        "seed": 0,
+        "recipe": recipe,
+        "class_names": names,
+        "roles": {role: entry},
+    }
+    return checked_results(results, visible(folder / "config.json"))

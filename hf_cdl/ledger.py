@@ -1,0 +1,175 @@
+"""run.json, the ledger of a run: what it holds, and reading one that may be damaged, newer, or somebody else's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
+
+from hf_cdl.storing import RunError, check_readable, versions
+
+FORMAT = 1
+"""Goes up when an older hf_cdl would misread the ledger. Those from before there was one are read as 1."""
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class _Entry(TypedDict):
+    """A TaskResult; an older version knew fewer of its fields."""
+
+    role: str
+    task: int
+    row: NotRequired[list[float | None]]
+    correct: NotRequired[list[int]]
+    counts: NotRequired[list[int]]
+    within_task: NotRequired[list[float | None]]
+    task_identification: NotRequired[list[float | None]]
+    confidence: NotRequired[float | None]
+    calibration_error: NotRequired[float | None]
+    class_accuracy: NotRequired[dict[str, float]]
+    train_seconds: NotRequired[float]
+    eval_seconds: NotRequired[float]
+    images_per_second: NotRequired[float]
+    peak_memory_bytes: NotRequired[int]
+
+
+class _Origin(TypedDict):
+    tasks: int
+    roles: dict[str, dict[str, Any]]
+
+
+@with_config(ConfigDict(strict=True))
+class _Ledger(TypedDict):
+    """`files`: fingerprints of what was stored, by path in the folder. `images`: split -> numbers of its images in
+    each class, in stream order."""
+
+    recipe: dict[str, Any]
+    entries: dict[str, list[_Entry]]
+    finished: bool
+    class_names: list[list[str]]
+    stream: str | None
+    versions: dict[str, Any]
+    files: NotRequired[dict[str, Annotated[tuple[int, int, str], Strict(False)]]]
+    images: NotRequired[dict[str, list[int]]]
+    labels: NotRequired[dict[str, str]]
+    costs: NotRequired[dict[str, dict[str, Any]]]
+    hub: NotRequired[dict[str, Any]]
+    origin: NotRequired[_Origin]
+
+
+_LEDGER = TypeAdapter(_Ledger)
+
+
+def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
+    """That of a run which has learnt nothing yet."""
+    start = {"stream": None, "class_names": [], "entries": {}, "finished": False, "files": {}}
+    return {"format": FORMAT, "recipe": recipe, "versions": versions(), **start}
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger in a run's folder. Raises RunError if it is not there, newer, or not as a run writes it."""
+    file = folder / "run.json"
+    advice = "Nothing in the folder was touched; restore run.json or choose another folder with --output_dir FOLDER."
+    try:
+        check_readable(file)
+        ledger = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise RunError(f"{file} is not a readable ledger ({reason}). {advice}") from error
+    found = ledger.get("format", 1) if isinstance(ledger, dict) else 1
+    if type(found) is int and found > FORMAT:
+        written = ledger.get("versions")
+        by = written.get("hf-cdl", "of unknown version") if isinstance(written, dict) else "of unknown version"
+        raise RunError(
+            f"{file} was written by hf_cdl {by}, in format {found}; this is hf_cdl {versions()['hf-cdl']}, which "
+            f"reads up to format {FORMAT}. Nothing was touched. Update hf_cdl, or choose another folder with "
+            "--output_dir FOLDER."
+        )
+    if problem := _problem(ledger):
+        raise RunError(f"{file} is not a readable ledger ({problem}). {advice}")
+    return ledger
+
+
+def stored_tasks(ledger: dict[str, Any], role: str) -> list[str]:
+    """Names of the tasks after which a role's checkpoint is in the run's folder, oldest first."""
+    first = max(0, ledger.get("origin", {}).get("tasks", 0) - 1)  # of those learnt elsewhere the last one alone
+    return [f"task-{index + 1:02d}" for index in range(first, len(ledger["entries"].get(role, [])))]
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """The places where two recipes differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
+
+
+def shortened(changes: Sequence[str], limit: int = 3) -> str:
+    """The first changes, a line each, and how many more there are."""
+    more = [f"and {len(changes) - limit} more"] if len(changes) > limit else []
+    return "\n".join(f"  {change}" for change in [*changes[:limit], *more])
+
+
+def data_changes(
+    ledger: Mapping[str, Any], class_names: list[list[str]], images: Mapping[str, list[int]], limit: int = 3
+) -> str:
+    """What changed in the data since a run was started, in words."""
+    old, new = ([name for task in tasks for name in task] for tasks in (ledger["class_names"], class_names))
+    changes = [f"new class {name!r}" for name in new if name not in {*old}]
+    changes += [f"class {name!r} is gone" for name in old if name not in {*new}]
+    for split, counts in ledger.get("images", {}).items():
+        now = dict(zip(new, images.get(split, []), strict=False))
+        for name, count in zip(old, counts, strict=False):
+            if name in now and now[name] != count:
+                changes.append(f"{split} images of {name!r}: {count} -> {now[name]}")
+    if not changes:
+        reordered = ledger["class_names"] != class_names
+        changes = ["classes in another order or other tasks" if reordered else "as many images, but other ones"]
+    more = f" and {len(changes) - limit} more changes" if len(changes) > limit else ""
+    return ", ".join(changes[:limit]) + more
+
+
+def _problem(ledger: Any) -> str | None:
+    """The first thing that no run writes, in words."""
+    try:
+        _LEDGER.validate_python(ledger)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        return f"{where}: {first['msg']}"
+    if type(ledger.get("format", 1)) is not int or ledger.get("format", 1) < 1:
+        return f"format: {ledger['format']!r} is no number of a format"
+    return next(_contradictions(ledger), None)
+
+
+def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
+    """What cannot be true together."""
+    entries, planned = ledger["entries"], len(ledger["class_names"])
+    if any(entries.values()) and ledger["stream"] is None and "origin" not in ledger:
+        yield "entries of tasks, but no stream"
+    for path in ledger.get("files", {}):
+        if PurePosixPath(path).is_absolute() or {"..", "."} & {*path.split("/")} or "\\" in path or "\0" in path:
+            yield f"files: {path!r} is no path in the folder"
+    for role, of_role in entries.items():
+        if not re.fullmatch(r"[A-Za-z]\w*", role):
+            yield f"entries: {role!r} is no role"
+        if len(of_role) > planned:
+            yield f"entries: {len(of_role)} of {role}, but there are {planned} tasks"
+        for index, entry in enumerate(of_role):
+            if (entry["role"], entry["task"]) != (role, index):
+                yield f"entries.{role}.{index} is of {entry['role']}, task {entry['task']}"
+            row = entry.get("row", [])
+            if len(row) != index + 1 and (row or index + 1 < len(of_role)):  # the newest may not be measured yet
+                yield f"entries.{role}.{index}.row has {len(row)} accuracies, but task {index + 1} needs {index + 1}"
+            if any(not 0 <= value <= 100 for value in row if value is not None):
+                yield f"entries.{role}.{index}.row is {row}, but accuracies lie between 0 and 100"
+            if any(len(entry.get(key, row)) != len(row) for key in ("correct", "counts")):
+                yield f"entries.{role}.{index}: row, correct and counts are not of the same length"
+    short = [role for role, of_role in entries.items() if len(of_role) < planned or not of_role[-1].get("row")]
+    if ledger["finished"] and (not entries or short):
+        yield f"finished, but {short[0] if short else 'every role'} lacks tasks"

@@ -1,0 +1,114 @@
+"""The stored state of a phase in progress: sealed when it is written, taken only if it is whole and of this phase."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hf_cdl.storing import RunError, damage, fingerprints, first_line, saving, versions, write_json
+
+SEAL, WEIGHTS = "phase.json", "trained.safetensors"
+_NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_MATTER = ("hf-cdl", "torch", "transformers", "accelerate", "peft")
+"""Packages whose other version may store, or compute, something else."""
+
+
+def seal(folder: Path, of: Mapping[str, Any], seconds: float) -> None:
+    """Write last what the state is of and the fingerprints of its files: without this it is not whole."""
+    (folder / SEAL).unlink(missing_ok=True)
+    content = {"seconds": seconds, "of": {**of, **_versions()}, "files": fingerprints(folder, folder)}
+    write_json(folder / SEAL, content)
+
+
+def newest_state(
+    work: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]], keeps_best: bool = False
+) -> tuple[Path | None, list[str]]:
+    """The newest state in a phase's folder that is whole and of what is asked; newer ones are deleted, and why.
+
+    `shapes`: of the tensors that the phase changes, by name. `keeps_best`: the phase ends with its best state, which
+    must be there and whole too.
+    """
+    discarded = []
+    found = [
+        (int(match[1]), path) for path in work.glob("*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, state in sorted(found, reverse=True):
+        problem = _problem(state, {**of, **_versions()}, shapes)
+        if problem is None and keeps_best:
+            step = json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))["best_global_step"]
+            best = state.with_name(f"checkpoint-{step}")
+            if step and best != state and (lost := _problem(best, {**of, **_versions()}, shapes)):
+                problem = f"the best state before it, {best.name}, is no use: {lost}"
+        if problem is None:
+            return state, discarded
+        with saving(f"delete {state}"):
+            shutil.rmtree(state) if state.is_dir() and not state.is_symlink() else state.unlink()
+        discarded.append(f"The stored state {state} is discarded: {problem}.")
+    return None, discarded
+
+
+@contextmanager
+def loading(state: str | None) -> Iterator[None]:
+    """Turn whatever goes wrong while a state is loaded into a RunError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # unpickling (of weights only) raises many kinds
+        foreign = isinstance(error, pickle.UnpicklingError)
+        reason = "a file holds more than tensors and numbers; nothing of it was run" if foreign else first_line(error)
+        raise RunError(
+            f"The stored state {state} cannot be loaded ({type(error).__name__}: {reason}). Delete that "
+            "folder: the same command then starts its phase again, from the last finished task."
+        ) from error
+
+
+def _problem(state: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> str | None:
+    """Why a state cannot be gone on from."""
+    if not state.is_dir():
+        return "it is no folder"
+    try:
+        content = json.loads((state / SEAL).read_text(encoding="utf-8"))
+        files, theirs, _ = dict(content["files"]), dict(content["of"]), float(content["seconds"])
+        for name, stored in files.items():
+            if ".." in name.split("/") or name.startswith("/"):
+                return f"{SEAL} names {name!r}, which is not in it"
+            if problem := damage(state / name, stored):
+                return f"{name} {problem}"
+    except FileNotFoundError:
+        return f"{SEAL} is missing"
+    except KeyError as error:
+        return f"{SEAL} has no {error}; it is not whole, or an older hf_cdl wrote it"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return f"{SEAL} cannot be read ({first_line(error)})"
+    for key in of.keys() | theirs.keys():
+        if of.get(key) != theirs.get(key):
+            return f"it was stored with {key} {theirs.get(key)}, now it is {of.get(key)}"
+    random = ["rng_state.pth"] if of["processes"] == 1 else [f"rng_state_{i}.pth" for i in range(of["processes"])]
+    if missing := [name for name in (*_NEEDED, *random) if name not in files]:
+        return f"{', '.join(missing)} is not in it"
+    return _misfit(state / WEIGHTS, shapes)
+
+
+def _misfit(file: Path, shapes: Mapping[str, list[int]]) -> str | None:
+    """Why the stored tensors are not those of the model."""
+    try:
+        with safe_open(file, "pt") as stored:
+            found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        return f"{file.name} cannot be read ({error})"
+    odd = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+    if odd:
+        return f"{file.name} does not fit the model: {odd[0]} is {found.get(odd[0])} in it, not {shapes.get(odd[0])}"
+    return None
+
+
+def _versions() -> dict[str, str]:
+    known = versions()
+    return {name: known[name] for name in _MATTER}

@@ -1,0 +1,96 @@
+"""Of a recipe that somebody else wrote, what another run goes on with: what rebuilds the models, and how they learn.
+
+Nothing that names code, files or services of a machine is among it: no plugins, folders, trackers, launchers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from hf_cdl.escape import acts, visible
+from hf_cdl.places import by_name, is_private
+from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
+from hf_cdl.recipe.files import RecipeError
+
+_WHOLE = ("distill", "ce_weight", "protocol", "normalise", "seed", "save_backbone", "save_code")
+_DATA = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")
+"""What the new task's data have in common with those of the tasks before."""
+_TRAIN = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "epoch_cosine", "lr_steps"),
+    *("lr_decay", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("gradient_accumulation_steps", "label_smoothing_factor", "dataloader_drop_last", "data_seed"),
+    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "full_determinism"),
+    *("gradient_checkpointing", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps", "save_strategy"),
+)
+_NEVER = ("name", "data", "baselines", "card", "teacher_from", *PLACES)
+"""Fields that are of another run by nature; that they are left out need not be said."""
+
+
+def taken_over(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[Recipe, list[str]]:
+    """The recipe as far as it is taken over, its data without a path, and the fields that were left out.
+
+    `build` checks it. Plugins are for the caller to refuse. Raises RecipeError.
+    """
+    if not isinstance(stored, dict):
+        raise RecipeError(f"it must have fields, but is {visible(repr(stored))[:60]}")
+    if not isinstance(seed := stored.get("seed", 0), int) or not 0 <= seed < 2**32:
+        raise RecipeError(f"'seed' is {visible(repr(seed))[:60]}, but must be a whole number from 0 to 2^32 - 1")
+    left = [key for key in stored if key not in (*_WHOLE, *_NEVER, "student", "teacher", "train", "plugins")]
+    content: dict[str, Any] = {key: stored[key] for key in _WHOLE if key in stored}
+    content |= {"name": "taken over", "baselines": [], "data": {"path": ".", "classes_per_task": None}}
+    content["data"] |= _kept(stored.get("data"), _DATA)
+    content["card"] = _kept(stored.get("card"), ("license",))
+    content["train"] = _training(stored.get("train"), "train", left)
+    for role in ("student", "teacher"):
+        section = stored.get(role)
+        content[role] = _model(section, role, left) if isinstance(section, dict) else section
+    _check_texts(content)
+    try:
+        return build(json.loads(json.dumps(content))), [visible(field) for field in left]
+    except RecipeError as error:
+        lines = str(error).split("\n")[1:]
+        more = f"; and {len(lines) - 2} more" if len(lines) > 2 else ""
+        raise RecipeError("; ".join(visible(line.removeprefix("- "))[:300] for line in lines[:2]) + more) from error
+
+
+def _kept(section: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    return {key: section[key] for key in fields if key in section} if isinstance(section, dict) else {}
+
+
+def _training(section: Any, path: str, left: list[str]) -> dict[str, Any]:
+    left += [f"{path}.{key}" for key in (section if isinstance(section, dict) else ()) if key not in _TRAIN]
+    return _kept(section, _TRAIN)
+
+
+def _model(section: dict[str, Any], role: str, left: list[str]) -> dict[str, Any]:
+    """A model's section; a local backbone by its name alone, which somebody who has it here can name anew."""
+    fields = tuple(f.name for f in dataclasses.fields(ModelRecipe))
+    left += [f"{role}.{key}" for key in section if key not in fields]
+    model = _kept(section, fields)
+    if isinstance(model.get("train"), dict):
+        model["train"] = _training(model["train"], f"{role}.train", left)
+    if isinstance(name := model.get("backbone"), str) and is_private(name):
+        model["backbone"] = f"./{by_name(name)}"
+    for part in ("head", "first_session"):
+        head = model.get(part)
+        if isinstance(head, dict) and head.get("standardise") not in (None, "first_task"):
+            left.append(f"{role}.{part}.standardise (a file; its statistics are in the checkpoint)")
+            model[part] = {**head, "standardise": "first_task"}
+    return model
+
+
+def _check_texts(value: Any, path: str = "") -> None:
+    """Raises RecipeError for a text that is no plain word or name."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_texts(key, f"{path}.{visible(key)}")
+            _check_texts(item, f"{path}.{visible(key)}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _check_texts(item, f"{path}.{number}")
+    elif isinstance(value, str) and (acts(value) or "\n" in value or len(value) > 500):
+        raise RecipeError(f"'{path[1:]}' is {visible(value)[:60]!r}, but names have no control characters")

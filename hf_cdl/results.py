@@ -1,0 +1,210 @@
+"""Results that somebody else may have written: read without running anything, and checked.
+
+Readers take keys and types for granted after `checked_results`. Nothing is loaded, opened or run that such a file
+names. Raises RunError for whatever is not as hf_cdl writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+
+from hf_cdl import report
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.ledger import read_ledger
+from hf_cdl.metrics import continual_metrics
+from hf_cdl.storing import RunError
+
+_DEEPEST = 50
+_LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
+_LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+"""What results.json lists for each task beside the accuracies."""
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Amount = Annotated[FiniteFloat, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+RoleName = Annotated[str, Field(pattern=r"^[a-z_]{1,100}$")]
+"""It is a folder's name too."""
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Cost(_Checked):
+    parameters: Count
+    bytes: Count
+    latency_ms: Amount
+    device: Name
+
+
+class _Place(_Checked):
+    """Where a model learnt its first tasks: a repository on the Hub, or a folder."""
+
+    repository: Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")] | None = None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    folder: Name | None = None
+    tags: dict[Name, Name] = {}
+
+
+class _Origin(_Checked):
+    tasks: Annotated[int, Field(ge=1)]
+    roles: dict[RoleName, _Place]
+
+
+class _Role(_Checked):
+    accuracy_matrix: list[list[Percent | None]]
+    counts: list[Count]
+    label: Name | None = None
+    correct: list[list[Count]] = []
+    train_seconds: list[Amount]
+    eval_seconds: list[Amount] = []
+    images_per_second: list[Amount] = []
+    peak_memory_bytes: list[Count]
+    metrics: dict[Name, FiniteFloat | None] = {}
+    cost: _Cost | None = None
+
+
+class _Results(_Checked):
+    name: Name
+    seed: int | None
+    recipe: dict[str, Any]
+    class_names: list[Annotated[list[Name], Field(min_length=1)]]
+    roles: dict[RoleName, _Role]
+    stream: Name | None = None
+    finished: bool = False
+    versions: dict[Name, Name] = {}
+    origin: _Origin | None = None
+
+
+def run_results(
+    folder: Path, complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe
+) -> dict[str, Any]:
+    """The results of the run in a folder, finished or not, by its ledger; `complete` is given its recipe."""
+    ledger, where = read_ledger(folder), visible(folder / "run.json")
+    try:
+        found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
+    except ValueError as error:  # a recipe that cannot be read as one, or accuracies of no images
+        raise RunError(f"{where}: {visible_lines(error)}") from error
+    return checked_results(found, where)
+
+
+def checked_results(content: Any, where: str) -> dict[str, Any]:
+    """`content` itself, the results of a run; `where` names it in the message."""
+    _check(_Results, content, where)
+    problems, tasks = [], [len(names) for names in content["class_names"]]
+    _check_names(content["class_names"], problems)
+    for role, entry in content["roles"].items():
+        path, matrix = f"roles.{visible(role)}", entry["accuracy_matrix"]
+        if len(matrix) > len(tasks):
+            problems.append(f"{path}.accuracy_matrix has {len(matrix)} tasks, but class_names has {len(tasks)}")
+        problems += [
+            f"{path}.accuracy_matrix.{t} has {len(row)} accuracies, but after task {t + 1} there are {t + 1}"
+            for t, row in enumerate(matrix)
+            if len(row) != t + 1
+        ]
+        lists = ("counts", "correct", "train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+        problems += [
+            f"{path}.{name} has {len(entry[name])} entries for {len(matrix)} tasks"
+            for name in lists
+            if name in entry and len(entry[name]) != len(matrix)
+        ]
+        for i, count in enumerate(entry["counts"]):
+            if not count and any(row[i] is not None for row in matrix[i:] if i < len(row)):
+                problems.append(f"{path}.counts.{i} is 0, but accuracies of that task were measured")
+    _check_origin(content, len(tasks), problems)
+    _raise(problems, where)
+    return content
+
+
+def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Everything measured so far by the run with this ledger, as it is written to results.json; `folder`: its name."""
+    recipe, roles = ledger["recipe"], {}
+    for role, entries in ledger["entries"].items():
+        done = [{"correct": [], "counts": [0] * len(entry["row"]), **entry} for entry in entries if entry.get("row")]
+        if not done:
+            continue
+        matrix = [entry["row"] for entry in done]
+        counts = [_latest(entry["counts"][i] for entry in done[i:]) for i in range(len(done))]
+        metrics = continual_metrics(matrix, counts)
+        leading = ("average_accuracy", "official_forgetting") if report.follows_cdl(ledger) else ()
+        roles[role] = {
+            "label": ledger.get("labels", {}).get(role, role),
+            "accuracy_matrix": matrix,
+            "correct": [entry["correct"] for entry in done],
+            "counts": counts,
+            "metrics": {**{name: metrics[name] for name in leading}, **metrics},
+            **{key: [entry.get(key) for entry in done] for key in _LISTED},
+        }
+        if role in ledger.get("costs", {}):
+            roles[role]["cost"] = ledger["costs"][role]
+    return {
+        "name": recipe.get("name", folder),
+        "seed": recipe.get("seed"),
+        "finished": ledger["finished"],
+        "recipe": recipe,
+        "versions": ledger["versions"],
+        "stream": ledger["stream"],
+        "class_names": ledger["class_names"],
+        **({"origin": ledger["origin"]} if ledger.get("origin") else {}),
+        "roles": roles,
+    }
+
+
+def _latest(counts: Iterable[int]) -> int:
+    """How many test images a task had when it was last measured."""
+    return next((count for count in reversed([*counts]) if count), 0)
+
+
+def _check(kind: type[BaseModel], content: Any, where: str) -> None:
+    if _too_deep(content):
+        _raise([f"it is nested more than {_DEEPEST} deep"], where)
+    try:
+        TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        _raise(
+            [
+                f"{visible('.'.join(map(str, line['loc'])) or 'the whole')} is {visible(repr(line['input'])[:60])}, "
+                f"but {line['msg'].replace('Input should', 'should')}"
+                if line["type"] != "missing"
+                else f"{visible('.'.join(map(str, line['loc'])))} is missing"
+                for line in error.errors(include_url=False)
+            ],
+            where,
+        )
+
+
+def _too_deep(content: Any) -> bool:
+    """Level by level, so that it needs no stack of its own."""
+    level = [content]
+    for _ in range(_DEEPEST):
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _check_names(class_names: list[list[str]], problems: list[str]) -> None:
+    names = [name for task in class_names for name in task]
+    if len({*names}) < len(names):
+        problems.append("class_names has a class twice, but a class belongs to one task")
+
+
+def _check_origin(content: Mapping[str, Any], tasks: int, problems: list[str]) -> None:
+    if content.get("origin") is not None and content["origin"]["tasks"] > tasks:
+        problems.append(f"origin.tasks is {content['origin']['tasks']}, but class_names has {tasks} tasks")
+
+
+def _raise(problems: list[str], where: str) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RunError(f"{where} is not as hf_cdl writes it: {problems[0]}{more}. Nothing was changed.")
