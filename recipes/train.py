@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
-        say(f"{__doc__.strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
+        say(f"{(__doc__ or '').strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
         return 0
     run = None
     try:

@@ -171,9 +171,7 @@ def test_odd_words(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         assert tree(tmp_path) == before, name
 
 
-@pytest.mark.parametrize(
-    "name", ["it's $HOME", 'a "quoted" `name`', "zwölf 犬\nlines", "-dash", "a\\b!", "*[x]?", os.fsdecode(b"\xff")]
-)
+@pytest.mark.parametrize("name", ['it\'s "a" $HOME `b` \\b! *[x]? zwölf 犬\nlines', "-dash", os.fsdecode(b"\xff")])
 def test_a_folder_of_any_name(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
