@@ -225,15 +225,14 @@ def test_a_folder_that_is_gone(
 def test_a_folder_with_something_in_it_in_a_file_s_place_stays(
     points: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    put_back(points["run"], points["finished"])
     for file in ("student/config.json", "results.json"):
+        put_back(points["run"], points["finished"])
         directory(points["run"] / file)
         (points["run"] / file / "notes.txt").write_text("mine")
         before = contents(points["run"])
         code, said = call(points), capfd.readouterr().err
         assert code == 2 and f"error: Could not write {points['run'] / file}: " in said and "fix the folder" in said
         assert contents(points["run"]) == before
-        shutil.rmtree(points["run"] / file)
 
 
 def goes_on(points: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> str:
