@@ -94,7 +94,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     return ledger
 
 
-def stored_tasks(ledger: dict[str, Any], role: str) -> list[str]:
+def stored_tasks(ledger: Mapping[str, Any], role: str) -> list[str]:
     """Names of the tasks after which a role's checkpoint is in the run's folder, oldest first."""
     first = max(0, ledger.get("origin", {}).get("tasks", 0) - 1)  # of those learnt elsewhere the last one alone
     return [f"task-{index + 1:02d}" for index in range(first, len(ledger["entries"].get(role, [])))]

@@ -58,10 +58,10 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """Have `write(path)` make a file that appears under its name only when it is whole."""
     with saving(f"write {file}"):
         make_folder(file.parent)
+        make_way(file)
         partial = file.with_name(f".{file.name}.partial")
         write(partial)
         sync(partial)
-        make_way(file)
         replace(partial, file)
 
 

@@ -43,12 +43,11 @@ from hf_cdl.tasks import ImageError, NoDataError  # noqa: E402
 from hf_cdl.tasks.transforms import output_size  # noqa: E402
 
 HERE = Path(__file__).parent
-SPECIAL = '"$`\\!'  # in double quotes a shell reads these
 
 
 def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
-        say(f"{__doc__.strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
+        say(f"{(__doc__ or '').strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
         return 0
     run = None
     try:
@@ -85,9 +84,8 @@ def main(arguments: list[str]) -> int:
     say("Use the student:")
     needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
     more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
-    call = f"pipeline('image-classification', model={str(recipe.folder / 'student')!r}{more})('IMAGE.png')"
-    code = f"from transformers import pipeline; {needed}print({call})"
-    say(f"  python -c {shlex.quote(code) if set(code) & set(SPECIAL) else f'{chr(34)}{code}{chr(34)}'}")
+    call = f"pipeline('image-classification', model='{recipe.folder}/student'{more})('IMAGE.png')"
+    say(f'  python -c "from transformers import pipeline; {needed}print({call})"')
     return 0 if pushed else 4
 
 

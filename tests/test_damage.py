@@ -30,7 +30,7 @@ spec.loader.exec_module(train_recipe)
 
 STATE = "work/student-task-02/checkpoint-1"
 ROLES = ("teacher", "student")
-FEW = {"classes": 4, "train": 4, "test": 2}
+FEW: dict[str, Any] = {"classes": 4, "train": 4, "test": 2}
 
 
 # ---- three folders to be damaged ----
@@ -197,6 +197,42 @@ def test_a_damaged_file(
     if point == "finished":
         first = goes_on(points, capfd).splitlines()[0]
         assert first.startswith(str(folder / file) if log else "This run is finished."), "it was mended for good"
+
+
+@pytest.mark.parametrize(
+    ("point", "gone", "outcome"),
+    [
+        ("within", "student/task-01", SAME),
+        ("within", "work/student-task-02", SAME),
+        ("within", "logs", SAME),
+        ("within", "student", REFUSED),
+        ("between", "work", REFUSED),
+        ("finished", "student/task-02", SAME),
+        ("finished", "teacher/task-01", REFUSED),
+    ],
+)
+def test_a_folder_that_is_gone(
+    point: str, gone: str, outcome: str, points: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    put_back(points["run"], points[point])
+    shutil.rmtree(points["run"] / gone)
+    if outcome == SAME:
+        goes_on(points, capfd)
+    else:
+        assert gone in refused(points, capfd)
+
+
+def test_a_folder_with_something_in_it_in_a_file_s_place_stays(
+    points: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("student/config.json", "results.json"):
+        put_back(points["run"], points["finished"])
+        directory(points["run"] / file)
+        (points["run"] / file / "notes.txt").write_text("mine")
+        before = contents(points["run"])
+        code, said = call(points), capfd.readouterr().err
+        assert code == 2 and f"error: Could not write {points['run'] / file}: " in said and "fix the folder" in said
+        assert contents(points["run"]) == before
 
 
 def goes_on(points: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> str:
