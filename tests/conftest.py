@@ -12,3 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "references"),
         help="folder of conformance vectors for test_conformance.py",
     )
+    parser.addoption("--kills", type=int, default=20, help="how many random kills, and how many faulty pushes; all: 100")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "strike" in metafunc.fixturenames:  # the seed of a random kill, or of a faulty push
+        metafunc.parametrize("strike", range(metafunc.config.getoption("--kills")))
