@@ -5,6 +5,7 @@ All hundred kills: python -m pytest -m slow tests/test_kills.py --kills 100
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -78,6 +79,7 @@ def run_train(words: list[str], log: Path) -> None:
     import train
 
     os.setsid()
+    gc.freeze()  # or every collection goes through all that was imported
     multiprocessing.set_start_method("fork", force=True)  # the usual one again, for the workers that load images
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -90,7 +92,7 @@ def run_train(words: list[str], log: Path) -> None:
 def start() -> Iterator[Callable[[Path, Path], BaseProcess]]:
     """Starts recipes/train.py with a recipe and a folder; what it says goes to FOLDER.log."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", __name__])
+    context.set_forkserver_preload(["train", "matplotlib.pyplot", __name__])
 
     def begin(recipe: Path, folder: Path) -> BaseProcess:
         log = folder.with_name(f"{folder.name}.log")
