@@ -17,6 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before imports that take seconds
+
 import train as training
 import yaml
 from accelerate import PartialState

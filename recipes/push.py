@@ -1,7 +1,7 @@
 """Push what a run has finished and the Hugging Face Hub does not hold yet.
 
 python recipes/push.py RUN [--hub_model_id NAME] [--push_teacher true] [--hub_private_repo false]
-RUN is a run's folder, such as runs/quickstart; without options it is pushed to where its recipe said.
+RUN is a run's folder, such as runs/quickstart; without options it is pushed to where it was last to be pushed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import stopping
+import yaml
 
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import RecipeError, build_recipe, completed
@@ -18,29 +22,61 @@ from hf_cdl.storing import RunError
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--hub_model_id")
     for name in ("--push_teacher", "--hub_private_repo"):
-        parser.add_argument(name, type=lambda text: {"true": True, "false": False}[text.lower()])
+        parser.add_argument(name, type=true_or_false, metavar="true|false")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("run")
     try:
-        ledger = json.loads((folder / "run.json").read_text())
-        asked = {**ledger.get("hub", {}), **{name: value for name, value in given.items() if value is not None}}
+        stopping.ready()
+        stored, hub = read(folder)
+        asked = {**hub, **{name: value for name, value in given.items() if value is not None}}
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
-        recipe = build_recipe({**ledger["recipe"], **asked, "push_to_hub": True})
-        run = Run(folder, completed(ledger["recipe"]), writer=False, complete=completed)
-        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=run.origin)
-        pusher.check(run.results())
-        return 0 if pusher.finish(run.results()) else 4
-    except OSError as error:
-        print(f"error: {folder} holds no run: {error}", file=sys.stderr)
+        recipe = build_recipe({**stored, **asked, "push_to_hub": True})
+        run = Run(folder, completed(stored), writer=False, complete=completed)
+        results = run.results()
+        if not results["roles"].keys() >= recipe.repositories.keys():
+            raise RunError(f"{folder} has not finished a task yet: there is nothing to push. Go on with its training.")
+        rest = {"patience": None, "origin": run.origin, "later": stopping.again()}
+        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, **rest)
+        pusher.check(results)
+        return 0 if pusher.finish(results) else 4
     except (RunError, RecipeError, HubError) as error:
         print(f"error: {error}", file=sys.stderr)
-    return 2
+        return 2
+    except KeyboardInterrupt as stop:
+        stopping.say_goes_on()
+        return getattr(stop, "code", 130)
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run's recipe, and where it was last to be pushed. Raises RunError if there is none."""
+    file = folder / "run.json"
+    try:
+        ledger = json.loads(file.read_text())
+        return {**ledger["recipe"]}, {**ledger.get("hub", {})}
+    except OSError as error:
+        raise RunError(f"{folder} holds no run: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{file} is not a readable ledger ({type(error).__name__}: {error}). Name the folder of a run, such as "
+            "runs/quickstart, or restore its run.json."
+        ) from error
+
+
+def true_or_false(text: str) -> bool:
+    """A recipe's yes or no; others raise an error that says so."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
+    return value
 
 
 if __name__ == "__main__":
+    stopping.listen()
     sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "references"),
         help="folder of conformance vectors for test_conformance.py",
     )
-    parser.addoption("--kills", type=int, default=20, help="how many random kills, and how many faulty pushes; all: 100")
+    parser.addoption("--kills", type=int, default=20, help="how many random kills, and faulty pushes; 100 are all")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -68,7 +68,14 @@ def stored_within_epochs(folder: Path) -> dict[str, Any]:
     return recipe
 
 
-RECIPES = [several_tasks, ridge_with_adapters, terms_with_layers, fine_tuning, offline_classifiers, stored_within_epochs]
+RECIPES = [
+    several_tasks,
+    ridge_with_adapters,
+    terms_with_layers,
+    fine_tuning,
+    offline_classifiers,
+    stored_within_epochs,
+]
 
 
 # ---- processes, forked from one that has imported everything: seconds for each are spared ----
