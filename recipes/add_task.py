@@ -165,4 +165,4 @@ def differences(recipe: Recipe) -> str:
 
 if __name__ == "__main__":
     training.quiet()
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))

@@ -243,4 +243,4 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
 if __name__ == "__main__":
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    sys.exit(main())
+    stopping.leave(main())

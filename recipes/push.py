@@ -79,4 +79,4 @@ def true_or_false(text: str) -> bool:
 
 if __name__ == "__main__":
     stopping.listen()
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))

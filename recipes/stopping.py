@@ -7,6 +7,7 @@ work and with the run's lock. Nothing is stored on the way: a phase goes on from
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import shutil
@@ -85,6 +86,16 @@ def say_goes_on() -> None:
     _State.said = True
 
 
+def leave(code: int) -> None:
+    """End the process with an exit code; after a signal without the seconds that Python takes to tidy up."""
+    if _State.stopped is not None:
+        atexit._run_exitfuncs()  # what trackers and others have left to write
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def again() -> str:
     """The command that started this process, with its launcher."""
     return shown(_short(_State.launcher) if _State.launcher else [python(), *sys.argv])
@@ -92,8 +103,7 @@ def again() -> str:
 
 def command(script: str, *words: Any) -> str:
     """A command of this folder, as the shell that started this one takes it."""
-    beside = Path(sys.argv[0]).with_name(script)
-    return shown([python(), str(beside if beside.exists() else Path(__file__).with_name(script)), *map(str, words)])
+    return shown([python(), _near(Path(__file__).with_name(script)), *map(str, words)])
 
 
 def shown(words: Sequence[str]) -> str:
@@ -113,7 +123,12 @@ def _name(program: str) -> str:
     for place in found:
         if place is not None and Path(place).parent.absolute() == path.parent.absolute():
             return Path(place).stem if os.name == "nt" else Path(place).name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else program
+    return _near(path)
+
+
+def _near(path: Path) -> str:
+    """A path, from here if it lies below."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _short(words: list[str]) -> list[str]:
@@ -140,13 +155,17 @@ def _wait_until(arrived: Callable[[], bool]) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    if os.getpid() != _State.owner:  # a worker that loads images
-        raise KeyboardInterrupt
+    if os.getpid() != _State.owner:  # forked, as a worker that loads images: as if nobody listened
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
     now = time.monotonic()
     if _State.stopped is None:
         _State.stopped = now
         if not _State.ready:
             _end(number)
+        sys.unraisablehook = lambda _: None  # of what was half made
         end_after(lambda: None, PATIENCE)  # where Python drops an exception (in a destructor) it would go on
         raise Stopped(number)
     if now - _State.stopped > 0.5:  # a launcher passes on what its whole group has got already

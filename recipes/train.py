@@ -177,4 +177,4 @@ def quiet() -> None:
 
 if __name__ == "__main__":
     quiet()
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))
