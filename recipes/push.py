@@ -7,6 +7,7 @@ RUN is a run's folder, such as runs/quickstart; without options it is pushed to 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -71,10 +72,10 @@ def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def true_or_false(text: str) -> bool:
     """A recipe's yes or no; others raise an error that says so."""
-    value = yaml.safe_load(text)
-    if not isinstance(value, bool):
-        raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
-    return value
+    with contextlib.suppress(yaml.YAMLError):
+        if isinstance(value := yaml.safe_load(text), bool):
+            return value
+    raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,15 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import pytest
+import train
 import yaml
 from helpers import make_recipe, write_recipe
 from test_classifier import write as write_classifiers
@@ -78,16 +81,15 @@ RECIPES = [
 ]
 
 
-# ---- processes, forked from one that has imported everything: seconds for each are spared ----
+# ---- processes ----
 
 
 def run_train(words: list[str], log: Path) -> None:
-    """recipes/train.py, in a process group of its own."""
-    import train
-
+    """recipes/train.py without a network, in a process group of its own."""
     os.setsid()
     gc.freeze()  # or every collection goes through all that was imported
     multiprocessing.set_start_method("fork", force=True)  # the usual one again, for the workers that load images
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -96,24 +98,16 @@ def run_train(words: list[str], log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[[Path, Path], BaseProcess]]:
+def start(forked: ForkServerContext) -> Callable[[Path, Path], BaseProcess]:
     """Starts recipes/train.py with a recipe and a folder; what it says goes to FOLDER.log."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.pyplot", __name__])
 
     def begin(recipe: Path, folder: Path) -> BaseProcess:
-        log = folder.with_name(f"{folder.name}.log")
-        process = context.Process(target=run_train, args=([str(recipe), "--output_dir", str(folder)], log))
+        words, log = [str(recipe), "--output_dir", str(folder)], folder.with_name(f"{folder.name}.log")
+        process = forked.Process(target=run_train, args=(words, log))
         process.start()
         return process
 
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        environment.setenv("HF_HUB_OFFLINE", "1")
-        process = context.Process(target=int)  # the first one waits for the imports
-        process.start()
-        process.join()
-        yield begin
+    return begin
 
 
 def kill(process: BaseProcess) -> None:
