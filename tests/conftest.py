@@ -3,6 +3,7 @@ import os
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "strike" in metafunc.fixturenames:  # the seed of a random kill, or of a faulty push
-        metafunc.parametrize("strike", range(metafunc.config.getoption("--kills")))
+        kills: Any = metafunc.config.getoption("--kills")
+        metafunc.parametrize("strike", range(kills))
 
 
 @pytest.fixture(scope="session")
