@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.utils._http
 import push as push_recipe
 import pytest
 import torch
@@ -152,12 +154,13 @@ def test_what_is_there_is_not_pushed_again(hub: HubServer, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("where", ["create", "refs", "preupload", "commit", "tag", "tree", "validate_yaml", "whoami"])
 @pytest.mark.parametrize("kind", ["503", "429", "409", "cut", "lost", "stall"])
-def test_a_fault_is_outlived(hub: HubServer, tmp_path: Path, where: str, kind: str) -> None:
+def test_a_fault_is_outlived(
+    hub: HubServer, tmp_path: Path, where: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a second commit, even if the first one's answer was lost."""
+    hurry(monkeypatch)
     folder, said = tmp_path / "run", Said()
     results = saved_run(folder, 1)
-    if where == "preupload" and kind in ("503", "cut", "lost", "stall", "429"):
-        pytest.skip("huggingface_hub tries again by itself, after seconds")
     hub.retry_after = 0
     hub.faults = [(where, kind)]
     assert pusher(hub, folder, said).finish(results), said.text
@@ -678,19 +681,28 @@ def watched(hub: HubServer) -> Iterator[None]:
     assert wrong == [] and seen > 0
 
 
+def hurry(given: pytest.MonkeyPatch) -> None:
+    """huggingface_hub tries some requests again by itself, after seconds; here after hundredths of them."""
+    given.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda wait: time.sleep(wait / 100)))
+
+
 def push_until_killed(folder: Path, results: dict[str, Any], url: str) -> None:
     """What a training process does about its pushes."""
+    hurry(pytest.MonkeyPatch())
     push = Pusher(folder, {"student": STUDENT}, say=print, api=HfApi(url, token=TOKEN), delay=0.01)
     push.push(results)
     push.finish(results)
 
 
 @pytest.mark.slow
-def test_random_faults_lose_nothing(tmp_path: Path, strike: int, forked: ForkServerContext) -> None:
+def test_random_faults_lose_nothing(
+    tmp_path: Path, strike: int, forked: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three tasks are pushed as they are finished; whatever fails, main is whole, and a last push completes it.
 
     After every other task a process is killed in its push, at some request.
     """
+    hurry(monkeypatch)
     folder, said, results, draw = tmp_path / "run", Said(), new_results(3), random.Random(strike)
     options: dict[str, Any] = {"chaos": 0.1, "seed": strike, "stall_seconds": 0.1, "retry_after": 0}
     with HubServer(tmp_path / "hub", **options) as hub, watched(hub):
