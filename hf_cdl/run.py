@@ -313,8 +313,10 @@ class Run:
             self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
 
     def set_hub(self, fields: dict[str, Any]) -> None:
-        """Where the run is pushed to, for a push at another time."""
-        self.ledger["hub"] = fields
+        """Where the run is pushed to, for a push at another time; written at once."""
+        if self.ledger.get("hub") != fields:
+            self.ledger["hub"] = fields
+            self._write_ledger()
 
     def finish(self) -> str:
         """Draw the pictures, write results.json, mark the run as finished and return the table for the console."""

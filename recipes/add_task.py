@@ -21,6 +21,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before imports that take seconds
+
 import train as training
 import yaml
 from accelerate import PartialState
@@ -205,4 +210,4 @@ def differences(recipe: Recipe) -> str:
 
 if __name__ == "__main__":
     training.quiet()
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))

@@ -29,6 +29,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before imports that take seconds
+
 import torch
 from filelock import FileLock, Timeout
 from final_test import measured_on_test, reading
@@ -56,6 +61,7 @@ def main() -> int:
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs is {options.jobs}, but it takes one run at a time at least")
     try:
+        stopping.ready()
         if missing := [name for name in ("matplotlib", "scipy", "statsmodels") if not find_spec(name)]:
             raise RecipeError(f"It needs {', '.join(missing)}; install the extra: pip install 'hf-cdl[report]'")
         comparisons = [read_comparison(file, HERE, ROOT) for file in options.specs]
@@ -68,9 +74,9 @@ def main() -> int:
     except (RecipeError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nStopped. Nothing finished is lost; the same command goes on from there.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        stopping.say_goes_on()
+        return getattr(stop, "code", 130)
 
 
 @contextlib.contextmanager
@@ -237,4 +243,4 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
 if __name__ == "__main__":
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    sys.exit(main())
+    stopping.leave(main())

@@ -1,14 +1,18 @@
 """Push what a run has finished and the Hugging Face Hub does not hold yet.
 
 python recipes/push.py RUN [--hub_model_id NAME] [--push_teacher true] [--hub_private_repo false]
-RUN is a run's folder, such as runs/quickstart; without options it is pushed to where its recipe said.
+RUN is a run's folder, such as runs/quickstart; without options it is pushed to where it was last to be pushed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
+
+import stopping
+import yaml
 
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
@@ -19,28 +23,45 @@ from hf_cdl.storing import RunError
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--hub_model_id")
     for name in ("--push_teacher", "--hub_private_repo"):
-        parser.add_argument(name, type=lambda text: {"true": True, "false": False}[text.lower()])
+        parser.add_argument(name, type=true_or_false, metavar="true|false")
     given = vars(parser.parse_args(arguments))
     folder = given.pop("run")
     try:
+        stopping.ready()
         ledger = read_ledger(folder)
         asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
         recipe = build_recipe({**untrained(ledger["recipe"]), **asked, "push_to_hub": True})
         results = run_results(folder, described)
-        origin = results.get("origin")
-        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, patience=None, origin=origin)
+        if not results["roles"].keys() >= recipe.repositories.keys():
+            raise RunError(f"{folder} has not finished a task yet: there is nothing to push. Go on with its training.")
+        rest = {"patience": None, "origin": results.get("origin"), "later": stopping.again()}
+        pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, **rest)
         pusher.check(results)
         return 0 if pusher.finish(results) else 4
     except (OSError, ValueError, RunError, HubError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
-    return 2
+        return 2
+    except KeyboardInterrupt as stop:
+        stopping.say_goes_on()
+        return getattr(stop, "code", 130)
+
+
+def true_or_false(text: str) -> bool:
+    """A recipe's yes or no; others raise an error that says so."""
+    with contextlib.suppress(yaml.YAMLError):
+        if isinstance(value := yaml.safe_load(text), bool):
+            return value
+    raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.listen()
+    stopping.leave(main(sys.argv[1:]))

@@ -7,14 +7,18 @@ Running the same command again goes on where the run stopped. With --plan it onl
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import stopping
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if __name__ == "__main__":
+    stopping.listen()  # before imports that take seconds
 
 from accelerate import PartialState  # noqa: E402
 from datasets import disable_progress_bars  # noqa: E402
@@ -51,6 +55,7 @@ def main(arguments: list[str]) -> int:
         return 0
     run = None
     try:
+        stopping.ready()
         try:
             recipe = load_recipe([word for word in arguments if word != "--plan"], HERE / "quickstart.yaml")
             if "--plan" in arguments:
@@ -75,18 +80,23 @@ def main(arguments: list[str]) -> int:
     except FloatingPointError as error:
         print(f"error: {error} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:
-        say(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again()}")
-        return 130
+    except KeyboardInterrupt as stop:
+        stopping.say_goes_on()
+        return getattr(stop, "code", 130)
     finally:
         if run is not None:
             run.close()
-    say("Use the student:")
+    say(f"Use the student:\n  {use(recipe)}")
+    return 0 if pushed else 4
+
+
+def use(recipe: Recipe) -> str:
+    """A command that asks the run's student about IMAGE.png."""
     needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
     more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
-    call = f"pipeline('image-classification', model='{recipe.folder}/student'{more})('IMAGE.png')"
-    say(f'  python -c "from transformers import pipeline; {needed}print({call})"')
-    return 0 if pushed else 4
+    folder = json.dumps(str(recipe.folder / "student"), ensure_ascii=False)
+    call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
+    return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
 
 
 def check(recipe: Recipe, run: Run) -> None:
@@ -162,7 +172,8 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
-    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin)
+    later = stopping.command("push.py", run.folder)
+    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin, later=later)
     pusher.check(run.results())
     return pusher
 
@@ -191,11 +202,6 @@ def said(row: list[float | None]) -> str:
     return f"{sum(measured) / len(measured):.1f} %{rest}"
 
 
-def again() -> str:
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [sys.executable]
-    return shlex.join([*launcher, *sys.argv])
-
-
 def say(*lines: str, **options) -> None:
     if PartialState().is_main_process:
         print(*map(visible_lines, lines), flush=True, **options)  # names of classes may hold anything
@@ -215,4 +221,4 @@ def quiet() -> None:
 
 if __name__ == "__main__":
     quiet()
-    sys.exit(main(sys.argv[1:]))
+    stopping.leave(main(sys.argv[1:]))

@@ -7,19 +7,14 @@ killed comparison would leave its runs at work, beside those of its next start.
 import os
 import runpy
 import sys
-import threading
 
-
-def end_with_parent() -> None:
-    os.read(0, 1)
-    os._exit(1)
-
+from stopping import end_after
 
 if __name__ == "__main__":
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
         print(__doc__.strip())
         sys.exit(0 if sys.argv[1:] else 2)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_after(lambda: os.read(0, 1))
     sys.argv = sys.argv[1:]
     sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,5 +1,9 @@
+import multiprocessing
 import os
+from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +16,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parent / "references"),
         help="folder of conformance vectors for test_conformance.py",
     )
+    parser.addoption("--kills", type=int, default=20, help="how many random kills, and faulty pushes; 100 are all")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "strike" in metafunc.fixturenames:  # the seed of a random kill, or of a faulty push
+        kills: Any = metafunc.config.getoption("--kills")
+        metafunc.parametrize("strike", range(kills))
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[ForkServerContext]:
+    """Starts processes that are forked from one that has imported everything, so that none takes seconds for it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "matplotlib.pyplot", "test_hub", "test_kills"])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        process = context.Process(target=int)  # the first one waits for the imports
+        process.start()
+        process.join()
+    yield context

@@ -36,10 +36,10 @@ TOKENS = {"hf_write": ("me", "write"), "hf_read": ("me", "read"), "hf_other": ("
 TOKEN = "hf_write"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".zip")
 LFS_SIZE = 10_000_000
-KINDS = ("401", "403", "409", "429", "500", "503", "507", "cut", "lost", "stall")
+KINDS = ("401", "403", "409", "429", "500", "503", "507", "cut", "lost", "stall", "digest")
 """Faults: a status; `cut`: the connection ends in the middle of the request; `lost`: the work is done, but the answer
-never arrives; `stall`: nothing happens for a while. With a status, a cut or a stall nothing was done.
-Only by script: `echo`, a 403 that repeats the token."""
+never arrives; `stall`: nothing happens for a while; `digest`: the content came damaged, so that its sha256 is another.
+With a status, a cut, a stall or a digest nothing was done. Only by script: `echo`, a 403 that repeats the token."""
 
 
 class Failure(Exception):
@@ -282,6 +282,8 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length // 2 if fault == "cut" else length)
         self.server.received += len(self.body)
+        if fault == "digest" and operation == "upload":
+            self.body = self.body[:-1] + bytes([self.body[-1] ^ 1])
         try:
             if fault == "cut":
                 raise Cut

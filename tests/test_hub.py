@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.utils._http
+import push as push_recipe
 import pytest
 import torch
 import yaml
@@ -28,6 +34,7 @@ from safetensors.torch import load, save_file
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import RecipeError, build_recipe
 from hf_cdl.report import plotting_available
+from hf_cdl.run import Run
 
 STUDENT, TEACHER = "me/tiny", "me/tiny-teacher"
 
@@ -147,12 +154,13 @@ def test_what_is_there_is_not_pushed_again(hub: HubServer, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("where", ["create", "refs", "preupload", "commit", "tag", "tree", "validate_yaml", "whoami"])
 @pytest.mark.parametrize("kind", ["503", "429", "409", "cut", "lost", "stall"])
-def test_a_fault_is_outlived(hub: HubServer, tmp_path: Path, where: str, kind: str) -> None:
+def test_a_fault_is_outlived(
+    hub: HubServer, tmp_path: Path, where: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a second commit, even if the first one's answer was lost."""
+    hurry(monkeypatch)
     folder, said = tmp_path / "run", Said()
     results = saved_run(folder, 1)
-    if where == "preupload" and kind in ("503", "cut", "lost", "stall", "429"):
-        pytest.skip("huggingface_hub tries again by itself, after seconds")
     hub.retry_after = 0
     hub.faults = [(where, kind)]
     assert pusher(hub, folder, said).finish(results), said.text
@@ -427,8 +435,8 @@ def test_the_token_is_nowhere(pushed: tuple[Path, HubServer, str]) -> None:
 def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     pushed: tuple[Path, HubServer, str], tiny: Path, hub: HubServer, tmp_path: Path
 ) -> None:
-    """The same run, finished, is pushed elsewhere by the same command, and by push.py from its folder alone."""
-    folder, _, _ = pushed
+    """The same run, finished, is pushed elsewhere by the same command, and then by push.py from its folder alone."""
+    folder = shutil.copytree(pushed[0], tmp_path / "run")
     assert not any("hub" in key for key in json.loads((folder / "results.json").read_text())["recipe"])
     words = (
         "--output_dir",
@@ -445,10 +453,11 @@ def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     assert output.startswith("This run is finished.") and f"Pushed the student: {hub.url}/me/again (3 tasks" in output
     assert_whole(hub, folder, 3, "me/again")
     assert not hub.repository("me/again").private
-    code, output = script("push.py", folder, env=environment(hub, tmp_path / "home"))
-    assert code == 0, output
-    assert_whole(hub, folder, 3)
-    assert_whole(hub, folder, 3, TEACHER, "teacher")
+    with HubServer(tmp_path / "another hub") as another:
+        code, output = script("push.py", folder, env=environment(another, tmp_path / "home"))
+        assert code == 0, output
+        assert_whole(another, folder, 3, "me/again")
+        assert not another.repository("me/again").private and len(list((another.root / "repos").glob("*/*"))) == 1
 
 
 @pytest.mark.slow
@@ -510,18 +519,72 @@ def test_train_refuses_foreign_content_before_training(tiny: Path, hub: HubServe
 
 @pytest.mark.slow
 def test_a_run_without_a_hub_is_whole_and_pushed_later(tiny: Path, hub: HubServer, tmp_path: Path) -> None:
-    folder, home = tmp_path / "run", tmp_path / "home"
+    """Also a finished run that was to go elsewhere; by the command that is said, as it is said, from that folder."""
+    folder, home = Path("it's a run"), tmp_path / "home"
     with HubServer(tmp_path / "gone") as gone:
         pass
-    words = ("--output_dir", folder, "--push_to_hub", "true", "--hub_model_id", STUDENT)
-    code, output = train(tiny, *words, env=environment(gone, home))
+    words = (tiny, "--output_dir", folder, "--push_to_hub", "true", "--hub_model_id")
+    code, output = train(*words, STUDENT, env=environment(gone, home), cwd=tmp_path)
     assert code == 4, output
     assert "The Hub cannot be reached now (ConnectError" in output and "task 3/3" in output
     assert "NOT PUSHED: the student. ConnectError" in output and "Traceback" not in output
-    assert output.splitlines()[-3].strip() == f"python recipes/push.py {folder}"
-    code, output = script("push.py", folder, env=environment(hub, home))
-    assert code == 0, output
-    assert_whole(hub, folder, 3)
+    for name in (STUDENT, "me/elsewhere"):
+        code, output = train(*words, name, env=environment(gone, home), cwd=tmp_path)
+        assert code == 4 and output.startswith("This run is finished."), output
+        line = output.split("Push it later with:\n")[1].splitlines()[0]
+        options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, **environment(hub, home)}}
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, **options)
+        assert done.returncode == 0, (line, done.stdout + done.stderr)
+        assert_whole(hub, tmp_path / folder, 3, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--push_teacher", "maybe"], "argument --push_teacher: it is 'maybe', but takes true or false"),
+        (["--hub_private_repo", "0"], "argument --hub_private_repo: it is '0', but takes true or false"),
+        (["--hub_private_repo", "[tru"], "argument --hub_private_repo: it is '[tru', but takes true or false"),
+        (["--hub_model", "me/tiny"], "unrecognized arguments: --hub_model me/tiny"),
+    ],
+)
+def test_push_takes_no_other_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        push_recipe.main([str(tmp_path), *words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and message in said and len(said.splitlines()) <= 6
+
+
+@pytest.mark.parametrize(
+    ("ledger", "message"),
+    [
+        ("", "run.json is not a readable ledger (JSONDecodeError"),
+        ("[]", "run.json is not a readable ledger (TypeError"),
+        ("null", "run.json is not a readable ledger (TypeError"),
+        ('{"recipe": 3}', "run.json is not a readable ledger (TypeError"),
+        ('{"entries": {}}', "run.json is not a readable ledger (KeyError: 'recipe')"),
+        ('{"recipe": {}, "hub": 3}', "run.json is not a readable ledger (TypeError"),
+        ('{"recipe": {}}', "did not say where to push it; give --hub_model_id NAME"),
+    ],
+)
+def test_push_says_what_is_wrong_with_a_ledger(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ledger: str, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(ledger)
+    assert push_recipe.main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and len(said.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_push_has_nothing_to_push_before_a_task_is_finished(
+    tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = build_recipe(yaml.safe_load(tiny.read_text())).as_dict()
+    Run(tmp_path / "run", recipe).bind("abc", [["a"], ["b"]])
+    assert push_recipe.main([str(tmp_path / "run"), "--hub_model_id", "me/tiny"]) == 2
+    assert "has not finished a task yet: there is nothing to push" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -618,12 +681,30 @@ def watched(hub: HubServer) -> Iterator[None]:
     assert wrong == [] and seen > 0
 
 
+def hurry(given: pytest.MonkeyPatch) -> None:
+    """huggingface_hub tries some requests again by itself, after seconds; here after hundredths of them."""
+    given.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda wait: time.sleep(wait / 100)))
+
+
+def push_until_killed(folder: Path, results: dict[str, Any], url: str) -> None:
+    """What a training process does about its pushes."""
+    hurry(pytest.MonkeyPatch())
+    push = Pusher(folder, {"student": STUDENT}, say=print, api=HfApi(url, token=TOKEN), delay=0.01)
+    push.push(results)
+    push.finish(results)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100))
-def test_random_faults_lose_nothing(tmp_path: Path, seed: int) -> None:
-    """Three tasks are pushed as they are finished; whatever fails, main is whole, and a last push completes it."""
-    folder, said, results = tmp_path / "run", Said(), new_results(3)
-    options: dict[str, Any] = {"chaos": 0.1, "seed": seed, "stall_seconds": 0.1, "retry_after": 0}
+def test_random_faults_lose_nothing(
+    tmp_path: Path, strike: int, forked: ForkServerContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tasks are pushed as they are finished; whatever fails, main is whole, and a last push completes it.
+
+    After every other task a process is killed in its push, at some request.
+    """
+    hurry(monkeypatch)
+    folder, said, results, draw = tmp_path / "run", Said(), new_results(3), random.Random(strike)
+    options: dict[str, Any] = {"chaos": 0.1, "seed": strike, "stall_seconds": 0.1, "retry_after": 0}
     with HubServer(tmp_path / "hub", **options) as hub, watched(hub):
         push = pusher(hub, folder, said)
         try:
@@ -632,6 +713,8 @@ def test_random_faults_lose_nothing(tmp_path: Path, seed: int) -> None:
             assert any(status in str(refused) for status in ("401", "403"))
         for number in (1, 2, 3):
             save_task(folder, "student", number, results)
+            if draw.random() < 0.5:
+                kill_a_push(forked, hub, folder, results, after=draw.randint(1, 12))
             push.push(results)
         everything = push.finish(results)
         hub.chaos = 0.0
@@ -639,3 +722,14 @@ def test_random_faults_lose_nothing(tmp_path: Path, seed: int) -> None:
             assert "NOT PUSHED: the student." in said.text
         assert pusher(hub, folder, Said()).finish(results)
         assert_whole(hub, folder, 3)
+
+
+def kill_a_push(forked: ForkServerContext, hub: HubServer, folder: Path, results: dict[str, Any], after: int) -> None:
+    """A process that pushes, killed when the Hub has got so many requests, or when it waits for seconds."""
+    until, deadline = len(hub.requests) + after, time.monotonic() + 2
+    process = forked.Process(target=push_until_killed, args=(folder, results, hub.url))
+    process.start()
+    while process.is_alive() and len(hub.requests) < until and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.join()

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,8 @@ class Pusher:
     `repositories`: role -> name of its repository; none: nothing is pushed. `private`: of new repositories.
     `every_task`: after every task, or all at the end. `say` prints. `delay`: seconds before a second attempt, doubled
     before each further one; by default the environment's HF_CDL_PUSH_DELAY, or 2. `patience`: seconds that the end
-    waits for the next task to arrive on the Hub; None: as long as attempts go on. `origin`: `Run.origin`.
+    waits for the next task to arrive on the Hub; None: as long as attempts go on. `origin`: `Run.origin`. `later`: the
+    command that pushes the run at another time.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Pusher:
         delay: float | None = None,
         patience: float | None = 1800.0,
         origin: Mapping[str, Any] | None = None,
+        later: str | None = None,
     ):
         self.folder, self.every_task, self.say, self.patience = Path(folder), every_task, say, patience
+        self.later = later or shlex.join(["python", "recipes/push.py", str(folder)])
         self.delay = float(os.environ.get("HF_CDL_PUSH_DELAY", 2)) if delay is None else delay
         api = api or HfApi()
         if repositories:  # beside training: no bars, and no addresses (they may be signed) of attempts that fail
@@ -113,13 +117,13 @@ class Pusher:
         for role, problem in dict(self.problems).items():
             self.say(f"NOT PUSHED: the {role}. {problem}")
         if self.problems:
-            self.say(f"The run itself is whole in {self.folder}/. Push it later with:\n  {push_command(self.folder)}")
+            self.say(f"The run itself is whole in {self.folder}/. Push it later with:\n  {self.later}")
         return not self.problems
 
     def _wait(self, results: Results) -> None:
         self._thread.join(1.0)
         if self._thread.is_alive():
-            self.say(f"Waiting for the Hub. Ctrl-C ends the waiting; later: {push_command(self.folder)}")
+            self.say(f"Waiting for the Hub. Ctrl-C ends the waiting; later: {self.later}")
         while self._thread.is_alive():
             before = self._pushed()
             self._thread.join(self.patience)
@@ -191,11 +195,6 @@ class Pusher:
         else:
             text = re.sub(r"https?://\S+", "the Hub", f"{type(error).__name__}: {error}".strip().split("\n")[0] + ".")
         return (text + advice).replace(self._token or "\0", "***")
-
-
-def push_command(folder: Path) -> str:
-    """What pushes a run later."""
-    return f"python recipes/push.py {folder}"
 
 
 def _limit_silence() -> None:

@@ -1,0 +1,246 @@
+"""Commands that are stopped, by signals or by the end of their launcher, and what they say then: how it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers import ROOT, TRAIN, make_recipe, write_recipe
+from test_train import assert_same_run
+
+COMMAND = """
+import hashlib, os, sys, time
+sys.path.insert(0, {recipes!r})
+import stopping
+{before}
+stopping.listen()
+print("pid", os.getpid(), flush=True)
+try:
+    {body}
+except KeyboardInterrupt as stop:
+    print(type(stop).__name__, flush=True)
+    stopping.say_goes_on()
+    {after}
+    stopping.leave(stop.code)
+"""
+"""What the commands of recipes/ do."""
+LAUNCHER = "import os, subprocess, sys\nos.environ |= {environment}\nsubprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., list[str]]:
+    """Writes a command; gives what starts it."""
+
+    def write(body: str = "stopping.ready(); time.sleep(60)", before: str = "", after: str = "") -> list[str]:
+        file = tmp_path / "it's a command.py"
+        file.write_text(COMMAND.format(recipes=str(TRAIN.parent), before=before, body=body, after=after))
+        return [str(file), "--output_dir", "a folder"]
+
+    return write
+
+
+def launched(tmp_path: Path, **environment: str) -> list[str]:
+    """A launcher of that environment, in front of a command."""
+    file = tmp_path / "launcher.py"
+    file.write_text(LAUNCHER.format(environment=environment))
+    return [sys.executable, str(file)]
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
+    """Starts a process; it, and the process id that the command says."""
+    began: list[tuple[subprocess.Popen[str], int]] = []
+
+    def start(words: list[str], **options: Any) -> tuple[subprocess.Popen[str], int]:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        began.append((process, int(line.removeprefix("pid "))))
+        time.sleep(0.3)  # it has come to its sleep
+        return began[-1]
+
+    yield start
+    for process, pid in began:
+        for left in (process.pid, pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+        process.communicate()
+
+
+Begin = Callable[..., tuple[subprocess.Popen[str], int]]
+
+
+def ended(pid: int, seconds: float) -> bool:
+    """Whether a process ends within that time; one whose parent has not asked after it is a zombie."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+STOPPED = "Stopped. Nothing finished is lost; the same command goes on from there:\n  "
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begin, number: signal.Signals) -> None:
+    words = [sys.executable, *command()]
+    process, _ = begin(words, restore_signals=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    head, shown = said.split(STOPPED)
+    assert head == "Stopped\n\n"
+    python, *rest = shlex.split(shown)
+    assert rest == words[1:] and (python == "python" or Path(python).absolute() == Path(sys.executable))
+
+
+def test_a_second_signal_ends_it_at_once(command: Callable[..., list[str]], begin: Begin) -> None:
+    process, _ = begin([sys.executable, *command(after="time.sleep(60)")])
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.count(STOPPED) == 1
+
+
+def test_the_same_signal_from_group_and_launcher_is_one(command: Callable[..., list[str]], begin: Begin) -> None:
+    process, _ = begin([sys.executable, *command(after="time.sleep(0.3); print('tidied up')")])
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.endswith("tidied up\n")
+
+
+def test_a_signal_while_it_is_imported_is_no_traceback(command: Callable[..., list[str]], begin: Begin) -> None:
+    process, _ = begin([sys.executable, *command("time.sleep(60)")])
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.startswith(f"\n{STOPPED}")
+
+
+def test_a_signal_that_python_drops_ends_it_all_the_same(command: Callable[..., list[str]], begin: Begin) -> None:
+    before = "stopping.PATIENCE = 0.5\nclass Slow:\n    def __del__(self):\n        time.sleep(60)"
+    process, _ = begin([sys.executable, *command("stopping.ready(); Slow(); time.sleep(60)", before)])
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.startswith(f"\n{STOPPED}")
+
+
+def test_what_is_ignored_stays_ignored(command: Callable[..., list[str]], begin: Begin) -> None:
+    """As by a shell's & or by nohup."""
+    before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    process, pid = begin([sys.executable, *command(before=before)])
+    process.send_signal(signal.SIGINT)
+    assert not ended(pid, 0.5)
+
+
+def test_workers_say_nothing(command: Callable[..., list[str]], begin: Begin) -> None:
+    """A process that it has forked gets the signal of the whole group, and leaves the word to it."""
+    before = (
+        "import multiprocessing\nworker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))"
+    )
+    words = command(
+        "worker.start(); stopping.ready(); time.sleep(60)", before, "worker.join(); print(worker.exitcode)"
+    )
+    process, _ = begin([sys.executable, *words], start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert said.count(STOPPED) == 1 and said.endswith("\n-15\n") and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "body"),
+    [
+        (signal.SIGTERM, "ACCELERATE_MIXED_PRECISION", "time.sleep(60)"),
+        (signal.SIGKILL, "TORCHELASTIC_RUN_ID", "time.sleep(60)"),
+        (signal.SIGKILL, "ACCELERATE_MIXED_PRECISION", "hashlib.pbkdf2_hmac('sha1', b'', b'', 10**9)"),
+    ],
+)
+def test_a_command_ends_with_its_launcher(
+    command: Callable[..., list[str]], begin: Begin, tmp_path: Path, number: signal.Signals, name: str, body: str
+) -> None:
+    """It says the launcher's command; also where its main thread comes to no end, which no exception reaches."""
+    words = [*launched(tmp_path, **{name: "no"}), *command(f"stopping.ready(); {body}")]
+    process, pid = begin(words)
+    process.send_signal(number)
+    assert ended(pid, 5)  # 2 seconds, on a machine with nothing else to do
+    said, _ = process.communicate(timeout=5)
+    assert shlex.split(said.split(STOPPED)[1])[1:] == words[1:]
+
+
+@pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}])
+def test_a_command_without_a_launcher_outlives_its_parent(
+    command: Callable[..., list[str]], begin: Begin, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """Who starts it with nohup and logs out wants that."""
+    process, pid = begin([*launched(tmp_path, **environment), *command()])
+    process.kill()
+    assert not ended(pid, 1)
+
+
+def test_a_shell_is_no_launcher(command: Callable[..., list[str]], begin: Begin, tmp_path: Path) -> None:
+    """Also where the environment has what a launcher sets, exported by hand."""
+    line = f"{shlex.join([sys.executable, *command()])}; true"
+    process, pid = begin(["sh", "-c", line], env={**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"})
+    process.kill()
+    assert not ended(pid, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGTERM),
+        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGKILL),
+        ("accelerate launch --multi_gpu --num_processes 2 --main_process_port 29561", signal.SIGTERM),
+        ("torchrun --nproc_per_node 2 --master_port 29563", signal.SIGKILL),
+    ],
+)
+def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
+    tmp_path: Path, launcher: str, number: signal.Signals
+) -> None:
+    """None of its processes is left; the lock is free; the end is that of a run that nothing stopped."""
+    recipe = make_recipe(tmp_path, baselines=[])
+    recipe["train"]["num_train_epochs"] = 10
+    file, whole, cut = write_recipe(tmp_path / "recipe.yaml", recipe), tmp_path / "whole", tmp_path / "it's cut"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    words = [*launcher.split(), "recipes/train.py", str(file), "--output_dir"]
+    process = subprocess.Popen([*words, str(cut)], **options)
+    deadline = time.monotonic() + 300
+    while not list(cut.glob("work/*/checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert all(ended(child.pid, 10) for child in children)  # 2 seconds, on a machine with nothing else to do
+    said, _ = process.communicate(timeout=60)
+    shown = said.split(STOPPED)[1].splitlines()[0].strip()
+    assert shown == shlex.join([*words, str(cut)])
+    done = subprocess.run(shown, shell=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout
+    assert subprocess.run([*words, str(whole)], timeout=300, **options).returncode == 0
+    assert_same_run(cut, whole)
