@@ -1,0 +1,236 @@
+"""Bad inputs, one a row, and what runs them: each in a forked child of its own, with a clock and a memory limit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import resource
+import runpy
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets.config
+import huggingface_hub.constants as hub_constants
+import torch
+from accelerate.state import AcceleratorState
+from bad_inputs.parts import Parts
+from helpers import ROOT
+
+SECONDS = 10
+MEMORY = 2**30
+"""Bytes that a bad input may take. A child is stopped at three times as much."""
+LINES = 6
+WAY = (
+    r"allowed|must|should|needs?|did you mean|give|set|choose|use|write|leave|remove|restore|repair|keep|install|"
+    r"(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only"
+)
+"""Words of what is allowed or of a way out; a row may ask for others."""
+NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
+
+
+class Command(NamedTuple):
+    """A script of recipes/ and its words."""
+
+    script: str
+    words: list[str]
+
+
+Act = Command | Callable[[], Any]
+
+
+def command(script: str, *words: Any) -> Command:
+    return Command(script, [str(word) for word in words])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input.
+
+    `make(parts)` writes what is needed into the current folder, which is empty, and returns what is done: a command,
+    which must end with exit code 2, or a call, which must raise one of NAMED. `says`: what the message must name,
+    alternatives by `|`; `way`: a pattern of its way out.
+    """
+
+    name: str
+    make: Callable[[Parts], Act]
+    says: tuple[str, ...]
+    way: str = WAY
+    hub: bool = False
+
+
+class Result(NamedTuple):
+    """What a child did: its exit code or the exception's class, its message, and both of its outputs.
+
+    `memory`: bytes by which it grew.
+    """
+
+    code: int | None
+    error: str | None
+    message: str
+    memory: int
+    output: str
+    seconds: float
+
+
+def rows(kind: str, *tables: list[Row]) -> list[Row]:
+    """The rows of tables, their names after a kind."""
+    return [dataclasses.replace(row, name=f"{kind}: {row.name}") for table in tables for row in table]
+
+
+def check(row: Row, parts: Parts, folder: Path) -> None:
+    """Run a row in an empty folder. Raises AssertionError with everything that is wrong."""
+    with contextlib.chdir(folder) if hasattr(contextlib, "chdir") else _inside(folder):
+        act = row.make(parts)
+    places = [folder, parts.root]
+    before = snapshot(places)
+    result = in_child(act, folder, parts.hub_url if row.hub else None)
+    after = snapshot(places)
+    wrong = [*problems(row, act, result)]
+    if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+        wrong.append(f"files changed: {', '.join(changed[:5])}")
+    assert not wrong, "; ".join(wrong) + f"\n{result.error or ''} {result.message}\n{result.output[-3000:]}"
+
+
+def problems(row: Row, act: Act, result: Result) -> list[str]:
+    """What is wrong with the answer to a bad input."""
+    wrong = []
+    if result.seconds > SECONDS:
+        wrong.append(f"it took {result.seconds:.1f} s")
+    if result.memory > MEMORY:
+        wrong.append(f"it took {result.memory / 2**30:.1f} GiB")
+    if "Traceback" in result.output:
+        wrong.append("a traceback")
+    if "Warning" in result.output:
+        wrong.append("a warning")
+    if isinstance(act, Command):
+        if result.code != 2:
+            wrong.append(f"exit code {result.code} instead of 2")
+        _, found, message = result.output.rpartition("error: ")
+        if not found:
+            return [*wrong, "no 'error: ...'"]
+    else:
+        message = result.message
+        if result.error not in NAMED:
+            return [*wrong, f"{result.error or 'nothing'} instead of a named exception"]
+    if long := [part for part in re.split(r"\n(?=- )", message.strip()) if part.count("\n") >= LINES]:
+        wrong.append(f"{long[0].count(chr(10)) + 1} lines for one problem")
+    said = message.lower()
+    for words in row.says:
+        if not any(word.lower() in said for word in words.split("|")):
+            wrong.append(f"it does not say {words!r}")
+    if not re.search(row.way, message, re.IGNORECASE):
+        wrong.append("no way out")
+    return wrong
+
+
+def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
+    """Do it in a forked child; one that takes too long is killed."""
+    start, (reading, writing) = time.monotonic(), os.pipe()
+    log = os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            os.setpgid(0, 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            begin = _peak()
+            answer = _do(act, folder, hub)
+            os.write(writing, json.dumps([*answer, _peak() - begin]).encode())
+        finally:
+            os._exit(0)  # whatever threads there are
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], SECONDS + 1)
+    content = os.read(reading, 1 << 20) if ready else b""
+    seconds = time.monotonic() - start
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    code, error, message, memory = json.loads(content) if content else (None, "a killed process", "", 0)
+    output = os.pread(log, 1 << 20, 0).decode(errors="replace")
+    os.close(log)
+    return Result(code, error, message, memory, output, seconds)
+
+
+def _peak() -> int:
+    """Most bytes of memory that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None, str]:
+    """In the child: the exit code of a command, or a call's exception and its message."""
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(folder)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, size + 3 * MEMORY))
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _use_hub(hub, folder.with_name(f"{folder.name}.cache"))
+    try:
+        if isinstance(act, Command):
+            sys.argv = [str(ROOT / "recipes" / act.script), *act.words]
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return 0, None, ""
+        act()
+    except SystemExit as end:
+        if isinstance(end.code, str):  # as the interpreter does it
+            print(end.code, file=sys.stderr)
+        return (end.code if isinstance(end.code, int) else int(end.code is not None)), None, ""
+    except BaseException as error:
+        if isinstance(act, Command):
+            traceback.print_exc()
+            return 1, None, ""
+        ours = type(error) is ValueError or type(error).__module__.startswith("hf_cdl.")
+        return None, type(error).__name__ if ours else f"a foreign {type(error).__name__}", str(error)
+    return None, None, ""
+
+
+def _use_hub(url: str | None, cache: Path) -> None:
+    """Offline, or with the tests' Hub in place of the real one: constants that are read when it is imported."""
+    hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = url is None
+    os.environ["HF_HUB_OFFLINE"] = str(int(url is None))
+    for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"):
+        setattr(hub_constants, name, str(cache))
+    os.environ["HF_TOKEN"] = "hf_write"
+    os.environ["HF_CDL_PUSH_DELAY"] = "0.01"
+    if url is not None:
+        hub_constants.ENDPOINT = url
+        hub_constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+
+
+def snapshot(places: list[Path]) -> dict[str, Any]:
+    """Every path below the places: kind, size, time of its last change and the sha256 of its content."""
+    found = {}
+    for place in places:
+        for path in place.rglob("*"):
+            stat = path.lstat()
+            regular = path.is_file() and not path.is_symlink()
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if regular and stat.st_size < 2**25 else None
+            times = (stat.st_size, stat.st_mtime_ns) if regular else None
+            found[str(path.relative_to(place.parent))] = (stat.st_mode, times, digest)
+    return found
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Any:
+    """contextlib.chdir, which Python 3.10 lacks."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
