@@ -96,9 +96,12 @@ def make_parts(root: Path) -> Parts:
     places = {"data.path": "data", "teacher.backbone": "teacher", "student.backbone": "student"}
     (root / "recipe.yaml").write_text(yaml.safe_dump(parts.recipe({**places, "train.num_train_epochs": 3})))
     _train(root, "done")
-    _train(root, "cut", stop_at=2)
+    _train(root, "cut", stop_at=5)
     for role, repository in (("student", "me/tiny"), ("teacher", "me/tiny-teacher")):
         publish(root / "hub", repository, pushed(parts, role))
+    publish(root / "hub", "me/foreign", {"notes.txt": b"mine"}, None)
+    others = pushed(parts, "student")
+    publish(root / "hub", "me/other-run", {**others, "config.json": others["config.json"] + b"\n"}, "task-01")
     return parts
 
 
@@ -195,7 +198,9 @@ def change_weights(folder: Path, changes: dict[str, Any]) -> Path:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for part, value in changes.items():
-        for name in [name for name in tensors if part in name]:
+        names = [name for name in tensors if part in name]
+        assert names, f"no {part} among {sorted(tensors)}"
+        for name in names:
             if value is GONE:
                 del tensors[name]
             else:

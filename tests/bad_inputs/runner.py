@@ -33,7 +33,8 @@ MEMORY = 2**30
 LINES = 6
 WAY = (
     r"allowed|must|should|needs?|did you mean|give|set|choose|use|write|leave|remove|restore|repair|keep|install|"
-    r"(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only"
+    r"(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|"
+    r"check|download|\bget\b|build|it has|supported|log in"
 )
 """Words of what is allowed or of a way out; a row may ask for others."""
 NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
@@ -113,6 +114,8 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
         wrong.append("a traceback")
     if "Warning" in result.output:
         wrong.append("a warning")
+    if "[y/N]" in result.output:
+        wrong.append("a question")
     if isinstance(act, Command):
         if result.code != 2:
             wrong.append(f"exit code {result.code} instead of 2")
@@ -144,6 +147,7 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
         os.close(reading)
         try:
             os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
             begin = _peak()
@@ -195,7 +199,7 @@ def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None
             traceback.print_exc()
             return 1, None, ""
         ours = type(error) is ValueError or type(error).__module__.startswith("hf_cdl.")
-        return None, type(error).__name__ if ours else f"a foreign {type(error).__name__}", str(error)
+        return None, type(error).__name__ if ours else f"a foreign {type(error).__name__}", str(error)[:20_000]
     return None, None, ""
 
 
