@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def test_bad_input(row: Row, parts: Parts, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
     check(row, parts, folder)
+    shutil.rmtree(tmp_path)  # hundreds of them
 
 
 def test_the_table_is_large_and_no_row_occurs_twice() -> None:

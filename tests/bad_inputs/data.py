@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bad_inputs.parts import Parts
-from bad_inputs.runner import WAY, Command, Row, command, rows
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 from datasets import Image as ImageFeature
 from helpers import make_table, picture, png
 from transformers import AutoImageProcessor
 
+from bad_inputs.parts import Parts
+from bad_inputs.runner import WAY, Command, Row, command, rows
 from hf_cdl.tasks import StreamConfig, TaskStream
 
 CLASSES = ClassLabel(names=["ant", "bee"])
@@ -133,19 +133,30 @@ PLACES = [
     data("a class without training images", photos(gone("train/cat")), "cat", "train"),
     data("a class folder of texts", photos(gone("train/cat"), new("train/cat/a.txt", b"x")), "cat"),
     data("classes of other names in test", photos(lambda f: (f / "test/cat").rename(f / "test/Cat")), "cat"),
-    data("one image of a class to hold out", photos(gone("test"), lambda f: [(f / f"train/cat/{n}.png").unlink() for n in (0, 1)]),
-         "cat", test_fraction=0.2),
+    data(
+        "one image of a class to hold out",
+        photos(gone("test"), lambda f: [(f / f"train/cat/{n}.png").unlink() for n in (0, 1)]),
+        "cat",
+        test_fraction=0.2,
+    ),
     data("a pipe among the images", photos(lambda f: os.mkfifo(f / "train/ant/9.png")), "9.png"),
     data("a dangling link among the images", photos(lambda f: (f / "train/ant/9.png").symlink_to("gone")), "9.png"),
     data("a device among the images", photos(lambda f: (f / "train/ant/9.png").symlink_to("/dev/zero")), "9.png"),
-    data("a folder in a circle", photos(lambda f: (f / "train/ant/9").symlink_to("..")), "9|train/ant"),
-    data("a file name that is no UTF-8",
-         photos(lambda f: (f / "train/ant/0.png").rename(os.fsdecode(os.fsencode(f / "train/ant") + b"/\xff.png"))),
-         r"\xff|\udcff|\ufffd", way="UTF-8|rename"),
-    data("a class name that is no UTF-8",
-         photos(lambda f: [(f / s / "ant").rename(os.fsdecode(os.fsencode(f / s) + b"/\xff")) for s in ("train", "test")]),
-         r"\xff|\udcff|\ufffd", way="UTF-8|rename"),
-]  # fmt: skip
+    data(
+        "a file name that is no UTF-8",
+        photos(lambda f: (f / "train/ant/0.png").rename(os.fsdecode(os.fsencode(f / "train/ant") + b"/\xff.png"))),
+        r"\xff|\udcff|\ufffd",
+        way="UTF-8|rename",
+    ),
+    data(
+        "a class name that is no UTF-8",
+        photos(
+            lambda f: [(f / s / "ant").rename(os.fsdecode(os.fsencode(f / s) + b"/\xff")) for s in ("train", "test")]
+        ),
+        r"\xff|\udcff|\ufffd",
+        way="UTF-8|rename",
+    ),
+]
 
 TABLES = [
     data("no images in the table", parquet(table(RIGHT, without="image")), "image"),
@@ -154,7 +165,13 @@ TABLES = [
     data("two columns of classes", parquet(table(RIGHT, coarse=(CLASSES, 0))), "label", "coarse"),
     data("an image column that is not there", parquet(table(RIGHT)), "pic", "image", image_column="pic"),
     data("a label column that is not there", parquet(table(RIGHT)), "wnid", "label", label_column="wnid"),
-    data("an image column of text", parquet(table(RIGHT, note=(Value("string"), "x"))), "note", way="with images", image_column="note"),
+    data(
+        "an image column of text",
+        parquet(table(RIGHT, note=(Value("string"), "x"))),
+        "note",
+        way="with images",
+        image_column="note",
+    ),
     data("a label column of images", parquet(table(RIGHT)), "label", label_column="image"),
     data("a test table with fewer columns", parquet(table(RIGHT), table(RIGHT, without="label")), "label", "test"),
     data("a null label", parquet(table([0, None, 1, 1])), "null|missing"),
@@ -167,10 +184,12 @@ TABLES = [
     data("lists of labels", parquet(table([[0], [0, 1], [1], [1]], Sequence(Value("int64")))), "list"),
     data("labels of truth", parquet(table([True, False, True, False], Value("bool"))), "bool"),
     data("splits with other classes", parquet(table(RIGHT), table(RIGHT, ClassLabel(names=["ant", "cat"]))), "cat"),
-    data("splits in another order", parquet(table(RIGHT), table(RIGHT, ClassLabel(names=["bee", "ant"]))), "bee", "ant"),
+    data(
+        "splits in another order", parquet(table(RIGHT), table(RIGHT, ClassLabel(names=["bee", "ant"]))), "bee", "ant"
+    ),
     data("splits of names and numbers", parquet(table(RIGHT), table(["ant", "bee"], Value("string"))), "string"),
     data("a class without images", parquet(table(RIGHT, ClassLabel(names=["ant", "bee", "yak"]))), "yak"),
-]  # fmt: skip
+]
 
 CUTS = [
     data("more classes a task than there are", photos(), "classes_per_task", "3 classes", way=".", classes_per_task=9),
@@ -209,10 +228,16 @@ def small() -> Dataset:
     return make_table([0, 0, 1, 1], 2)
 
 
+def both() -> Any:
+    return DatasetDict({"train": small(), "test": small()})
+
+
 KINDS = [
     wrong_kind("a Dataset without test images", small, "test_fraction"),
     wrong_kind("an IterableDataset", lambda: small().to_iterable_dataset(), "Iterable"),
-    wrong_kind("an IterableDataset of a split", lambda: {"train": small().to_iterable_dataset(), "test": small()}, "Iterable"),
+    wrong_kind(
+        "an IterableDataset of a split", lambda: {"train": small().to_iterable_dataset(), "test": small()}, "Iterable"
+    ),
     wrong_kind("a list of pairs", lambda: [(picture(0, 0), 0)], "list"),
     wrong_kind("an empty list", list, "list|dataset|data.path"),
     wrong_kind("a dict of lists", lambda: {"train": [1, 2], "test": [3]}, "list"),
@@ -222,12 +247,12 @@ KINDS = [
     wrong_kind("a path", lambda: "recipes/quickstart/icons", "str|path"),
     wrong_kind("a number", lambda: 3, "int"),
     wrong_kind("an empty DatasetDict", DatasetDict, "train|empty|data.path"),
-    wrong_kind("a DatasetDict of a test split", lambda: DatasetDict(test=small()), "train"),
+    wrong_kind("a DatasetDict of a test split", lambda: DatasetDict({"test": small()}), "train"),
     wrong_kind("a data frame", lambda: small().remove_columns("image").to_pandas(), "DataFrame"),
     wrong_kind("neither data nor path", lambda: None, "path"),
-    wrong_kind("data and a path", lambda: DatasetDict(train=small(), test=small()), "path", path="somewhere"),
-    wrong_kind("data and a revision", lambda: DatasetDict(train=small(), test=small()), "revision", revision="main"),
-]  # fmt: skip
+    wrong_kind("data and a path", both, "path", path="somewhere"),
+    wrong_kind("data and a revision", both, "revision", revision="main"),
+]
 
 
 def call(name: str, act: Callable[[Any], Any], *says: str) -> Row:
@@ -236,11 +261,11 @@ def call(name: str, act: Callable[[Any], Any], *says: str) -> Row:
 
 
 CALLS = [
-    call("no processor", lambda p: TaskStream(StreamConfig(), None, dataset=DatasetDict(train=small(), test=small())), "processor"),  # type: ignore[arg-type]
-    call("a processor's name", lambda p: TaskStream(StreamConfig(), "vit", dataset=DatasetDict(train=small(), test=small())), "processor"),  # type: ignore[arg-type]
-    call("no processors", lambda p: TaskStream(StreamConfig(), {}, dataset=DatasetDict(train=small(), test=small())), "processor"),
+    call("no processor", lambda p: TaskStream(StreamConfig(), None, dataset=both()), "processor"),  # type: ignore[arg-type]
+    call("a processor's name", lambda p: TaskStream(StreamConfig(), "vit", dataset=both()), "processor"),  # type: ignore[arg-type]
+    call("no processors", lambda p: TaskStream(StreamConfig(), {}, dataset=both()), "processor"),
     call("a dict for a config", lambda p: TaskStream({"path": "x"}, p), "StreamConfig"),  # type: ignore[arg-type]
     call("a path for a config", lambda p: TaskStream("photos", p), "StreamConfig"),  # type: ignore[arg-type]
-]  # fmt: skip
+]
 
 ROWS = rows("data", PLACES, TABLES, CUTS) + rows("stream", KINDS, CALLS)

@@ -51,7 +51,9 @@ FILES = [
     file("with a colon in a value", "name: a: b\n", way="YAML"),
     file("with a field twice", "+seed: 1\nseed: 2\n", "seed", way="twice|duplicate|repeat|once|more than"),
     file("with a section twice", "+train: {use_cpu: true}\n", "train", way="twice|duplicate|repeat|once|more than"),
-    file("with a nested field twice", "+card: {license: mit, license: gpl}\n", "license", way="twice|dupl|repeat|once"),
+    file(
+        "with a nested field twice", "+card: {license: mit, license: gpl}\n", "license", way="twice|dupl|repeat|once"
+    ),
     file("with a number as a field", "+3: x\n", "3"),
     file("with a null field", "+null: x\n", "None|null"),
     file("with on for a field", "+on: x\n", "True|on"),
@@ -109,13 +111,24 @@ TRAIN = [
     words("a field of a list", "recipe.yaml", "--distill.weight", 1, says=("distill",), way="from 0"),
     words("a term before the first", "recipe.yaml", "--distill.-1.weight", 1, says=("distill",), way="from 0"),
     words("a wrong type", "recipe.yaml", "--data.flip", "often", says=("data.flip",)),
-    words("an alias bomb as value", "recipe.yaml", "--card", f"{{{BOMB}}}".replace("\n", ", "), says=("card",), way="."),
+    words(
+        "an alias bomb as value", "recipe.yaml", "--card", f"{{{BOMB}}}".replace("\n", ", "), says=("card",), way="."
+    ),
     words("two recipes, one missing", "recipe.yaml", "gone.yaml", says=("gone.yaml",), way="No such file"),
     words("a folder of data as recipe", "data", says=("data",), way="directory|file"),
     words("an output folder that is a file", "recipe.yaml", "--output_dir", "recipe.yaml", says=("recipe.yaml",)),
     words("an output folder with other files", "recipe.yaml", "--output_dir", "data", says=("data",), way="another"),
-    words("an output folder below a file", "recipe.yaml", "--output_dir", "recipe.yaml/a", says=("recipe.yaml",), way="folder"),
-    words("an output folder nobody may write", "recipe.yaml", "--output_dir", "/proc/x", says=("/proc/x",), way="folder"),
+    words(
+        "an output folder below a file",
+        "recipe.yaml",
+        "--output_dir",
+        "recipe.yaml/a",
+        says=("recipe.yaml",),
+        way="folder",
+    ),
+    words(
+        "an output folder nobody may write", "recipe.yaml", "--output_dir", "/proc/x", says=("/proc/x",), way="folder"
+    ),
 ]
 
 OTHERS = [
@@ -149,21 +162,73 @@ OTHERS = [
         for script in ("card.py", "push.py", "verify.py")
     ),
     *(
-        words(f"{script} of a folder that is missing", "gone", says=("gone",), way="no run|no such|run.json", script=script)
+        words(
+            f"{script} of a folder that is missing",
+            "gone",
+            says=("gone",),
+            way="no run|no such|run.json",
+            script=script,
+        )
         for script in ("card.py", "push.py", "verify.py")
     ),
     words("add_task.py without data", "{done}", says=("data",), way="required", script="add_task.py"),
-    words("add_task.py with options first", "--revision", "x", "a", "b", says=("first",), way=".", script="add_task.py"),
+    words(
+        "add_task.py with options first", "--revision", "x", "a", "b", says=("first",), way=".", script="add_task.py"
+    ),
     words("card.py with two runs", "{done}", "{done}", says=("done",), way=".", script="card.py"),
-    words("push.py with perhaps", "{done}", "--push_teacher", "perhaps", says=("push_teacher",), way="true|choose|invalid", script="push.py"),
+    words(
+        "push.py with perhaps",
+        "{done}",
+        "--push_teacher",
+        "perhaps",
+        says=("push_teacher",),
+        way="true|choose|invalid",
+        script="push.py",
+    ),
     words("push.py with a wrong name", "{done}", "--hub_model_id", "a/b/c", says=("hub_model_id",), script="push.py"),
     words("shrink.py into a full folder", "student", "data", says=("data", "not empty"), script="shrink.py"),
-    words("shrink.py to no layers", "student", "small", "--layers", 0, says=("--layers",), way="has 2", script="shrink.py"),
-    words("shrink.py to more layers", "student", "small", "--layers", 3, says=("--layers",), way="has 2", script="shrink.py"),
-    words("shrink.py to half a layer", "student", "small", "--layers", 1.5, says=("--layers",), way="int", script="shrink.py"),
+    words(
+        "shrink.py to no layers",
+        "student",
+        "small",
+        "--layers",
+        0,
+        says=("--layers",),
+        way="has 2",
+        script="shrink.py",
+    ),
+    words(
+        "shrink.py to more layers",
+        "student",
+        "small",
+        "--layers",
+        3,
+        says=("--layers",),
+        way="has 2",
+        script="shrink.py",
+    ),
+    words(
+        "shrink.py to half a layer",
+        "student",
+        "small",
+        "--layers",
+        1.5,
+        says=("--layers",),
+        way="int",
+        script="shrink.py",
+    ),
     words("shrink.py to no size", "student", "small", "--size", 0, says=("--size",), script="shrink.py"),
     words("shrink.py to a negative size", "student", "small", "--size", -16, says=("--size",), script="shrink.py"),
-    words("shrink.py to no whole patches", "student", "small", "--size", 20, says=("--size",), way="multiple", script="shrink.py"),
+    words(
+        "shrink.py to no whole patches",
+        "student",
+        "small",
+        "--size",
+        20,
+        says=("--size",),
+        way="multiple",
+        script="shrink.py",
+    ),
     words("shrink.py of nothing", "./gone", "small", says=("gone",), script="shrink.py"),
     words("shrink.py of a folder without model", "data", "small", says=("data",), script="shrink.py"),
     words("shrink.py of a data file", "data/train.parquet", "small", says=("data/train.parquet",), script="shrink.py"),
@@ -174,12 +239,23 @@ OTHERS = [
     words("compare.py with no jobs", "recipe.yaml", "--jobs", 0, says=("--jobs",), script="compare.py"),
     words("final_test.py alone", says=("compare.py|SPEC",), way=".", script="final_test.py"),
     words("final_test.py of nothing", "gone.yaml", "a", "b", says=("gone.yaml",), way=".", script="final_test.py"),
-    words("pretrain.py of nothing", "--data", "gone", "--stream", "data", "--output", "new", says=("gone",), way=".", script="pretrain.py"),
+    words(
+        "pretrain.py of nothing",
+        "--data",
+        "gone",
+        "--stream",
+        "data",
+        "--output",
+        "new",
+        says=("gone",),
+        way=".",
+        script="pretrain.py",
+    ),
     words("the plan of a recipe with a typo", "recipe.yaml", "--plan", "--sead", 3, says=("sead",)),
     words("the demo of nothing", "gone", says=("gone",), script="space/app.py"),
     words("the demo of a folder of data", "data", says=("data",), script="space/app.py"),
     words("the demo without words", says=("where",), way="required", script="space/app.py"),
-]  # fmt: skip
+]
 
 
 def spec(name: str, changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
@@ -187,8 +263,16 @@ def spec(name: str, changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
 
     def make(parts: Parts) -> Act:
         parts.workplace()
-        variants = {"alone": {"rows": {"student": "alone"}}, "other": {"rows": {"student": "other"}, "set": {"ce_weight": 0.2}}}
-        content = {"recipe": str(Path("recipe.yaml").absolute()), "seeds": [0, 1], "split": "test", "variants": variants}
+        variants = {
+            "alone": {"rows": {"student": "alone"}},
+            "other": {"rows": {"student": "other"}, "set": {"ce_weight": 0.2}},
+        }
+        content = {
+            "recipe": str(Path("recipe.yaml").absolute()),
+            "seeds": [0, 1],
+            "split": "test",
+            "variants": variants,
+        }
         Path("spec.yaml").write_text(yaml.safe_dump({**content, **changes}))
         return command("compare.py", "spec.yaml", "--jobs", 1)
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_inputs.data import data, photos
-from bad_inputs.parts import Parts
-from bad_inputs.runner import WAY, Row, rows
 from helpers import picture, png
 from PIL import Image
 
+from bad_inputs.data import data, photos
+from bad_inputs.parts import Parts
+from bad_inputs.runner import WAY, Row, rows
 from hf_cdl.tasks.transforms import decode
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from bad_inputs.parts import COMPONENTS, GONE, Parts, change_json, change_weights, cut
 from bad_inputs.runner import WAY, Command, Row, command, rows
-
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 
@@ -74,7 +74,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "without weights": (without("model.safetensors"), "model.safetensors"),
     "with weights that are cut off": (lambda folder: cut(folder / "model.safetensors"), "model.safetensors|weights"),
     "with an empty file of weights": (put("model.safetensors", ""), "model.safetensors|weights"),
-    "with a text for weights": (put("model.safetensors", "version https://git-lfs\n" * 9), "model.safetensors|weights"),
+    "with a text for weights": (
+        put("model.safetensors", "version https://git-lfs\n" * 9),
+        "model.safetensors|weights",
+    ),
     "with a pickle alone": (pickled, "safetensors"),
     "without a shard": (sharded, "model-00001|weights"),
 }
@@ -98,13 +101,19 @@ BACKBONES = [
     backbone("that is a file", lambda folder: [shutil.rmtree(folder), folder.write_text("x")]),
     backbone("of a family that ignores prompts", config({"model_type": "swin"}), "swin"),
     backbone("that lacks a layer", weights({"layer.1.": GONE}), "layer.1|layers.1|lacks"),
-    backbone("with a tensor of another shape", weights({"layernorm.weight": lambda t: t[:7]}), "layernorm.weight|shape|size"),
-    backbone("with NaN", weights({"layer.0.attention.attention.query.weight": filled(NAN)}), "q_proj.weight|query.weight"),
+    backbone(
+        "with a tensor of another shape", weights({"layernorm.weight": lambda t: t[:7]}), "layernorm.weight|shape|size"
+    ),
+    backbone(
+        "with NaN", weights({"layer.0.attention.attention.query.weight": filled(NAN)}), "q_proj.weight|query.weight"
+    ),
     backbone("with infinity", weights({"layernorm.bias": filled(INF)}), "layernorm.bias"),
     backbone("of another width than its weights", config({"hidden_size": 64}), "64|shape|size"),
     backbone("of no layers", config({"num_hidden_layers": 0}), "layers"),
     backbone("of a billion layers", config({"num_hidden_layers": 10**9}), "layers"),
-    backbone("of a width of a billion", config({"hidden_size": 10**9, "intermediate_size": 10**9}), "hidden_size|large|size"),
+    backbone(
+        "of a width of a billion", config({"hidden_size": 10**9, "intermediate_size": 10**9}), "hidden_size|large|size"
+    ),
     backbone("of a negative width", config({"hidden_size": -32}), "hidden_size|-32"),
     backbone("with a word for a width", config({"hidden_size": "wide"}), "hidden_size"),
     backbone("with heads that do not divide", config({"num_attention_heads": 5}), "num_attention_heads|heads"),
@@ -118,8 +127,10 @@ BACKBONES = [
     backbone("with a processor of no size", config({"size": {"height": 0, "width": 0}}, PROCESSOR), "size|0x0"),
     backbone("with a deviation of zero", config({"image_std": [0, 0, 0]}, PROCESSOR), "image_std|deviation"),
     backbone("with means of two channels", config({"image_mean": [0.5, 0.5]}, PROCESSOR), "image_mean|mean"),
-    backbone("with a processor of an unknown type", config({"image_processor_type": "Evil"}, PROCESSOR), "Evil|" + PROCESSOR),
-]  # fmt: skip
+    backbone(
+        "with a processor of an unknown type", config({"image_processor_type": "Evil"}, PROCESSOR), "Evil|" + PROCESSOR
+    ),
+]
 
 
 def checkpoint(name: str, damage: Callable[[Path], Any], *says: str, kind: str = "checkpoint", **options: Any) -> Row:
@@ -186,8 +197,12 @@ CHECKPOINTS = [
     checkpoint("with an unknown query", config({"query": "three_pass"}), "three_pass"),
     checkpoint("with a KD prompt that is none", config({"kd_prompt": {"lenght": 3}}), "lenght"),
     checkpoint("with KD prompts and a mapping", config({"mapping": {}}), "mapping"),
-    checkpoint("with a first session of no fitted head", config({"first_session": {"type": "linear"}}), "first_session|fitted"),
-    checkpoint("with more labels than classes", config({"id2label": {str(n): f"n{n}" for n in range(9)}}), "id2label|label"),
+    checkpoint(
+        "with a first session of no fitted head", config({"first_session": {"type": "linear"}}), "first_session|fitted"
+    ),
+    checkpoint(
+        "with more labels than classes", config({"id2label": {str(n): f"n{n}" for n in range(9)}}), "id2label|label"
+    ),
     checkpoint("small, its own backbone", config({"backbone_name": "./bad"}), "./bad", kind="small"),
     checkpoint("small, in a circle of two", two_in_a_circle, "worse|./bad", kind="small"),
     checkpoint("small, its backbone gone", config({"backbone_name": "./gone"}), "./gone", kind="small"),
@@ -196,7 +211,7 @@ CHECKPOINTS = [
     checkpoint("small, of another width", config({"backbone_config.hidden_size": 64}), "64|shape|size", kind="small"),
     checkpoint("loaded with other labels", lambda folder: None, "id2label|label", id2label={0: "x"}),
     checkpoint("loaded with a typo", lambda folder: None, "save_bakbone", save_bakbone=False),
-]  # fmt: skip
+]
 
 
 def fresh(parts: Parts, **fields: Any) -> CDLForImageClassification:
@@ -233,7 +248,11 @@ def arguments(name: str, fields: dict[str, Any]) -> Row:
 def learn_alone(parts: Parts) -> None:
     kind = TERMS["kd"]
     model = fresh(parts)
-    CDLTrainer(model, CDLTrainingArguments("work", use_cpu=True), Objective(0.5, [("kd", kind(kind.config_class(), model.shape, model.shape))]))
+    CDLTrainer(
+        model,
+        CDLTrainingArguments("work", use_cpu=True),
+        Objective(0.5, [("kd", kind(kind.config_class(), model.shape, model.shape))]),
+    )
 
 
 CALLS = [
@@ -258,17 +277,31 @@ CALLS = [
     built("unknown prompts", {"prompt": {"type": "x"}}, "'x'"),
     built("a word for a head", {"head": "ridge"}, "head"),
     built("an unknown head", {"head": {"type": "mlp"}}, "mlp"),
-    built("adapters of no layers", {"lora": {"targets": ()}, "head": {"type": "ridge"}, "first_session": {"type": "linear"}}, "targets"),
+    built(
+        "adapters of no layers",
+        {"lora": {"targets": ()}, "head": {"type": "ridge"}, "first_session": {"type": "linear"}},
+        "targets",
+    ),
     built("adapters without a session", {"lora": {}}, "first_session|session|fitted"),
-    built("a field of adapters that is none", {"lora": {"rank": 2}, "head": {"type": "ridge"}, "first_session": {"type": "linear"}}, "rank"),
+    built(
+        "a field of adapters that is none",
+        {"lora": {"rank": 2}, "head": {"type": "ridge"}, "first_session": {"type": "linear"}},
+        "rank",
+    ),
     built("a mapping of no teacher", {"mapping": {}}, "teacher_pool"),
-    built("a small checkpoint of a trained backbone", {"save_backbone": False, "train_backbone": True}, "save_backbone"),
+    built(
+        "a small checkpoint of a trained backbone", {"save_backbone": False, "train_backbone": True}, "save_backbone"
+    ),
     built("an unknown query", {"query": "both"}, "both"),
     call("from_backbone of nothing", lambda parts: CDLForImageClassification.from_backbone("./gone"), "./gone"),
     call("from_backbone of a number", lambda parts: CDLForImageClassification.from_backbone(3), "3|name"),  # type: ignore[arg-type]
     call("a model without classes", lambda parts: fresh(parts)(torch.zeros(1, 3, 16, 16)), "class", way="begin_task"),
     call("drop_sums of a linear head", lambda parts: fresh(parts).drop_sums(), "linear"),
-    call("attention that ignores prompts", lambda parts: fresh(parts).set_attn_implementation("flash_attention_2"), "flash_attention_2"),
+    call(
+        "attention that ignores prompts",
+        lambda parts: fresh(parts).set_attn_implementation("flash_attention_2"),
+        "flash_attention_2",
+    ),
     configured("a word for tasks", {"tasks": "ab"}, "tasks"),
     configured("words for tasks", {"tasks": ["ab", "cd"]}, "tasks|ab"),
     configured("a class twice", {"tasks": [["a"], ["a"]]}, "a"),
@@ -277,7 +310,11 @@ CALLS = [
     configured("an empty class", {"tasks": [[""]]}, "class|tasks"),
     configured("a number for prompts", {"prompt": 3}, "prompt"),
     configured("a word for a truth", {"train_backbone": "perhaps"}, "train_backbone"),
-    configured("a small checkpoint of nowhere", {"save_backbone": False, "backbone_config": {"model_type": "vit"}}, "backbone_name"),
+    configured(
+        "a small checkpoint of nowhere",
+        {"save_backbone": False, "backbone_config": {"model_type": "vit"}},
+        "backbone_name",
+    ),
     arguments("a negative rate", {"learning_rate": -1.0}),
     arguments("no epochs", {"num_train_epochs": 0}),
     arguments("an unknown schedule", {"lr_scheduler_type": "zigzag"}),
@@ -286,6 +323,6 @@ CALLS = [
     call("a trainer without a teacher for its term", learn_alone, "kd", "teacher"),
     call("an objective of NaN", lambda parts: Objective(NAN, []), "ce_weight"),
     call("an objective of a negative weight", lambda parts: Objective(-1.0, []), "ce_weight"),
-]  # fmt: skip
+]
 
 ROWS = rows("backbone", BACKBONES) + rows("checkpoint", CHECKPOINTS) + rows("model", CALLS)
