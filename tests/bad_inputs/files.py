@@ -103,7 +103,7 @@ TRAIN = [
     words("a file behind a field", "--seed", 3, "recipe.yaml", says=("recipe.yaml",), way="--field"),
     words("two values", "recipe.yaml", "--seed", 3, 4, says=("'4'",), way="--field"),
     words("a flag without value", "recipe.yaml", "--save_code", "--seed", 1, says=("save_code",), way="VALUE|bool"),
-    words("an empty word", "recipe.yaml", "", says=("recipe",), way="directory|--field"),
+    words("an empty word", "recipe.yaml", "", says=("recipe",), way="directory|folder|--field"),
     words("two dashes alone", "recipe.yaml", "--", "x", says=("--|''",), way="--field|unknown field"),
     words("a value of wrong syntax", "recipe.yaml", "--distill", "[{type: kd", says=("distill",), way="YAML"),
     words("a field of a field without any", "recipe.yaml", "--seed.value", 3, says=("seed",), way="no fields|integer"),
@@ -252,7 +252,7 @@ OTHERS = [
         script="pretrain.py",
     ),
     words("the plan of a recipe with a typo", "recipe.yaml", "--plan", "--sead", 3, says=("sead",)),
-    words("the demo of nothing", "gone", says=("gone",), script="space/app.py"),
+    words("the demo of nothing", "gone", says=("gone",), way="offline|folder", script="space/app.py"),
     words("the demo of a folder of data", "data", says=("data",), script="space/app.py"),
     words("the demo without words", says=("where",), way="required", script="space/app.py"),
 ]

@@ -34,7 +34,7 @@ MEMORY = 2**30
 """Bytes that a bad input may take. A child is stopped at three times as much."""
 LINES = 6
 WAY = (
-    r"allowed|must|should|needs?|did you mean|give|set|choose|use|write|leave|remove|restore|repair|keep|install|"
+    r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|keep\b|install|"
     r"(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|"
     r"check|download|\bget\b|build|it has|supported|log in"
 )
@@ -95,10 +95,9 @@ def check(row: Row, parts: Parts, folder: Path) -> None:
     """Run a row in an empty folder. Raises AssertionError with everything that is wrong."""
     with _inside(folder):
         act = row.make(parts)
-    places = [folder, parts.root]
-    before = snapshot(places)
+    before = snapshot(folder, parts.root)
     result = in_child(act, folder, parts.hub_url if row.hub else None)
-    after = snapshot(places)
+    after = snapshot(folder, parts.root)
     wrong = [*problems(row, act, result)]
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         wrong.append(f"files changed: {', '.join(changed[:5])}")
@@ -218,18 +217,18 @@ def _use_hub(url: str | None, cache: Path) -> None:
         hub_constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
 
 
-def snapshot(places: list[Path]) -> dict[str, Any]:
-    """Every path below the places: kind, size, times of the last changes and, unless it is large, its sha256."""
+def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
+    """Every path below the folders: kind, size and times of the last changes; of files in the first also the sha256."""
     found = {}
-    for place in places:
+    for place in (folder, *others):
         for path in place.rglob("*"):
             stat = path.lstat()
             about: tuple[Any, ...] = (stat.st_mode,)
-            if S_ISREG(stat.st_mode):
-                small = stat.st_size < 2**25
-                digest = hashlib.sha256(path.read_bytes()).hexdigest() if small else None
-                about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest)
-            found[str(path.relative_to(place.parent))] = about if path.name != ".lock" else about[:2]
+            if S_ISREG(stat.st_mode) and path.name != ".lock":  # a lock is opened to be asked
+                about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                if place == folder and stat.st_size < 2**25:
+                    about += (hashlib.sha256(path.read_bytes()).hexdigest(),)
+            found[str(path.relative_to(place.parent))] = about
     return found
 
 
