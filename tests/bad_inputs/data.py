@@ -121,7 +121,11 @@ PLACES = [
     data("pictures without class folders", flat, "bad|train", way="class|CLASS"),
     data("a parquet file that is cut off", cut_parquet, "train.parquet"),
     data("an empty file as parquet", files(train_parquet=b"", test_parquet=b""), "parquet"),
-    data("a text as parquet", files(train_parquet=b"a,b\n1,2\n" * 99, test_parquet=b"a,b\n" * 99), "train.parquet"),
+    data(
+        "a text as parquet",
+        files(train_parquet=b"a,b\n1,2\n" * 99, test_parquet=b"a,b\n" * 99),
+        "train.parquet|test.parquet",
+    ),
     data("no rows", parquet(table([])), "train|class|label|images"),
     data("no test images", photos(gone("test")), "test", way="test_fraction|test_split|test/"),
     data("no training images", photos(gone("train")), "train"),
@@ -261,9 +265,13 @@ def call(name: str, act: Callable[[Any], Any], *says: str) -> Row:
 
 
 CALLS = [
-    call("no processor", lambda p: TaskStream(StreamConfig(), None, dataset=both()), "processor"),  # type: ignore[arg-type]
-    call("a processor's name", lambda p: TaskStream(StreamConfig(), "vit", dataset=both()), "processor"),  # type: ignore[arg-type]
-    call("no processors", lambda p: TaskStream(StreamConfig(), {}, dataset=both()), "processor"),
+    call("no processor", lambda p: TaskStream(StreamConfig(classes_per_task=1), None, dataset=both()), "processor"),  # type: ignore[arg-type]
+    call(
+        "a processor's name",
+        lambda p: TaskStream(StreamConfig(classes_per_task=1), "vit", dataset=both()),
+        "processor",
+    ),  # type: ignore[arg-type]
+    call("no processors", lambda p: TaskStream(StreamConfig(classes_per_task=1), {}, dataset=both()), "processor"),
     call("a dict for a config", lambda p: TaskStream({"path": "x"}, p), "StreamConfig"),  # type: ignore[arg-type]
     call("a path for a config", lambda p: TaskStream("photos", p), "StreamConfig"),  # type: ignore[arg-type]
 ]

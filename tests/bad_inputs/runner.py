@@ -34,8 +34,8 @@ MEMORY = 2**30
 """Bytes that a bad input may take. A child is stopped at three times as much."""
 LINES = 6
 WAY = (
-    r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|keep\b|install|"
-    r"(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|"
+    r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|scale|save|keep\b|"
+    r"install|(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|"
     r"check|download|\bget\b|build|it has|supported|log in"
 )
 """Words of what is allowed or of a way out; a row may ask for others."""
@@ -218,7 +218,7 @@ def _use_hub(url: str | None, cache: Path) -> None:
 
 
 def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
-    """Every path below the folders: kind, size and times of the last changes; of files in the first also the sha256."""
+    """Every path below the folders: kind, size and times of its last changes; of the first also sha256 sums."""
     found = {}
     for place in (folder, *others):
         for path in place.rglob("*"):
