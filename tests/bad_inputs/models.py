@@ -64,7 +64,7 @@ def remote_code(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "without config": (without("config.json"), "config.json"),
+    "without config": (without("config.json"), "config"),
     "with a config that is cut off": (lambda folder: cut(folder / "config.json"), "config"),
     "with a config of no fields": (put("config.json", "{}"), "config|model_type"),
     "with a list for a config": (put("config.json", "[1]"), "config"),
@@ -116,7 +116,7 @@ BACKBONES = [
     ),
     backbone("of a negative width", config({"hidden_size": -32}), "hidden_size|-32"),
     backbone("with a word for a width", config({"hidden_size": "wide"}), "hidden_size"),
-    backbone("with heads that do not divide", config({"num_attention_heads": 5}), "num_attention_heads|heads"),
+    backbone("with heads that do not divide", config({"num_attention_heads": 5}), "num_attention_heads|heads|shape"),
     backbone("with patches larger than images", config({"patch_size": 64}), "patch|16"),
     backbone("with an unknown activation", config({"hidden_act": "geluu"}), "geluu"),
     backbone("without image processor", without(PROCESSOR), PROCESSOR),
@@ -171,9 +171,11 @@ CHECKPOINTS = [
     checkpoint("with NaN in its prompts", weights({"pool.blocks.0": filled(NAN)}), "pool.blocks.0"),
     checkpoint("with infinity in its backbone", weights({"backbone.layernorm.bias": filled(INF)}), "layernorm.bias"),
     checkpoint("with a head of fewer classes", weights({"head.blocks.0.": lambda t: t[:1]}), "head.blocks.0|shape"),
-    checkpoint("with more tasks than heads", config({"tasks.1": ["cat", "dog", "emu"]}), "head.blocks.1|shape"),
+    checkpoint(
+        "with more tasks than heads", config({"tasks.1": ["cat", "dog", "emu"]}), "head.blocks.1|shape|classes"
+    ),
     checkpoint("of a word for tasks", config({"tasks": "ant"}), "tasks"),
-    checkpoint("of words for tasks", config({"tasks": ["ant", "bee"]}), "tasks"),
+    checkpoint("of words for tasks", config({"tasks": ["ant", "bee"]}), "task"),
     checkpoint("of numbers for classes", config({"tasks": [[1, 2], [3, 4]]}), "tasks|class"),
     checkpoint("of a number for tasks", config({"tasks": 4}), "tasks"),
     checkpoint("with a class twice", config({"tasks.1": ["ant", "dog"]}), "ant"),
@@ -190,7 +192,7 @@ CHECKPOINTS = [
     checkpoint("with prompts in layers it has not", config({"prompt.layers": [0, 7]}), "7"),
     checkpoint("with adapters of a billion", config({"lora.r": 10**9}), "lora|r", kind="adapted"),
     checkpoint("with a billion layers", config({"backbone_config.num_hidden_layers": 10**9}), "layers"),
-    checkpoint("with a width of a billion", config({"backbone_config.hidden_size": 10**9}), "hidden_size|large"),
+    checkpoint("with a width of a billion", config({"backbone_config.hidden_size": 10**9}), "hidden_size|sizes"),
     checkpoint("with null for a backbone", config({"backbone_config": None}), "backbone_config"),
     checkpoint("with a word for a backbone", config({"backbone_config": "vit"}), "backbone_config"),
     checkpoint("with a backbone that ignores prompts", config({"backbone_config.model_type": "swin"}), "swin"),
@@ -238,7 +240,7 @@ def built(name: str, fields: dict[str, Any], *says: str) -> Row:
 
 
 def configured(name: str, fields: dict[str, Any], *says: str) -> Row:
-    return call(f"CDLConfig of {name}", lambda parts: CDLConfig(**fields), *says)
+    return call(f"CDLConfig of {name}", lambda parts: CDLConfig(**fields), *says, way=f"{WAY}|list")
 
 
 def arguments(name: str, fields: dict[str, Any]) -> Row:
