@@ -84,7 +84,6 @@ RESULTS = [
     add("results without recipe", results({"recipe": GONE}), "recipe"),
     add("results with a list for a recipe", results({"recipe": []}), "recipe"),
     add("results with a recipe that is none", results({"recipe.student": {"backbone": 3}}), "student.backbone"),
-    add("results with an unknown field in the recipe", results({"recipe.student.wings": 2}), "wings"),
     add("results without classes", results({"class_names": GONE}), "class_names"),
     add("results with a word for classes", results({"class_names": "ant"}), "class_names"),
     add("results with numbers for classes", results({"class_names": [[1, 2], [3, 4]]}), "class_names|class"),
@@ -105,7 +104,7 @@ RESULTS = [
         "accuracy_matrix|results.json",
     ),
     add("results without seconds", results({"roles.student.train_seconds": GONE}), "train_seconds|results.json"),
-    add("results of one task", results({"roles.student.accuracy_matrix": [[50.0]]}), "2 tasks"),
+    add("results of one task", results({"roles.student.accuracy_matrix": [[50.0]]}), "tasks", "results.json"),
     add("results of a teacher", results({"role": "teacher"}), "student"),
     add("results of a classifier", results({"recipe.student.model": "classifier"}), "classifier"),
 ]
@@ -150,7 +149,7 @@ ASKED = [
         "photos",
         says=("https://huggingface.co/me/tiny",),
     ),
-    ask("an empty name", "add_task.py", "", "photos", says=("repository|OWNER/NAME|''",)),
+    ask("an empty name", "add_task.py", "", "photos", says=("repository|OWNER/NAME|''|neither",)),
     ask("a name of wrong letters", "add_task.py", "me/ti ny!", "photos", says=("me/ti ny!",)),
     ask(
         "no network",

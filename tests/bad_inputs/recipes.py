@@ -44,11 +44,11 @@ def head(kind: str, says: str, **values: Any) -> Row:
     return Row(f"{kind} {values}", row.make, (says, "student"))
 
 
-def lora(says: str, **values: Any) -> Row:
+def lora(says: str, way: str = WAY, **values: Any) -> Row:
     """Adapters with a wrong field."""
     section = {"head": RIDGE, "first_session": LINEAR, "lora": values, "prompt": NONE}
     row = field({**{f"student.{name}": value for name, value in section.items()}, **ALONE}, says)
-    return Row(f"lora {values}", row.make, ("lora", says))
+    return Row(f"lora {values}", row.make, ("lora", says), way)
 
 
 def training(says: str, way: str = WAY, **values: Any) -> Row:
@@ -189,7 +189,7 @@ RANGES = [
     lora("alpha", alpha=-8),
     lora("dropout", dropout=1.0),
     lora("dropout", dropout=NAN),
-    lora("targets|q_proj", targets=["nope"]),
+    lora("nope", way="q_proj", targets=["nope"]),
     lora("targets", targets=[]),
     term("kd", "weight", weight=-1),
     term("kd", "temperature", temperature=NAN),
@@ -254,14 +254,14 @@ AGAINST_EACH_OTHER = [
     field({"teacher.train": None}, "teacher.train", way="classifier"),
     field({"student": PLAIN}, "kdp", "classifier"),
     field({"teacher": {**PLAIN, "prompt": COMPONENTS}}, "teacher.prompt"),
-    field({"teacher_from": "elsewhere", **ALONE}, "teacher_from", "teacher"),
+    field({"teacher_from": "elsewhere", **ALONE}, "teacher_from", "teacher", way="describe"),
     field({"teacher_from": "elsewhere"}, "teacher_from", "elsewhere"),
     field({"push_teacher": True, "push_to_hub": True, **ALONE}, "push_teacher"),
     field({"hub_model_id": "a/b/c", "push_to_hub": True}, "hub_model_id"),
     field({"data.train_split": "train", "data.test_split": "train"}, "train_split", "test_split"),
-    field({"data.classes_per_task": [["class a"], ["class a"]]}, "class a"),
+    field({"data.classes_per_task": [["class a"], ["class a"]]}, "class a", way="one task"),
     field({"data.classes_per_task": [["class a"]], "data.max_classes": 1}, "max_classes"),
-    field({"data.known_classes": [["x"], ["x"]]}, "known_classes"),
+    field({"data.known_classes": [["x"], ["x"]]}, "known_classes", way="one task"),
     field({"data.test_fraction": 0.2}, "test_fraction"),  # there are test images, so that it would do nothing
     field({"data.revision": "main"}, "revision"),  # of a folder
     field({"student.revision": "v1"}, "revision"),

@@ -30,6 +30,7 @@ from helpers import ROOT
 from bad_inputs.parts import Parts
 
 SECONDS = 10
+"""What a bad input may take, without the time that a busy machine lets it wait. Stopped at three times as much."""
 MEMORY = 2**30
 """Bytes that a bad input may take. A child is stopped at three times as much."""
 LINES = 6
@@ -140,7 +141,7 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
 
 def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
     """Do it in a forked child; one that takes too long is killed."""
-    start, (reading, writing) = time.monotonic(), os.pipe()
+    reading, writing = os.pipe()
     log = os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     sys.stdout.flush()
     child = os.fork()
@@ -151,23 +152,29 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            begin = _peak()
+            memory, start, waited = _peak(), time.monotonic(), _waited()
             answer = _do(act, folder, hub)
-            os.write(writing, json.dumps([*answer, _peak() - begin]).encode())
+            seconds = time.monotonic() - start - (_waited() - waited)
+            os.write(writing, json.dumps([*answer, _peak() - memory, seconds]).encode())
         finally:
             os._exit(0)  # whatever threads there are
     os.close(writing)
-    ready, _, _ = select.select([reading], [], [], SECONDS + 1)
+    ready, _, _ = select.select([reading], [], [], 3 * SECONDS)
     content = os.read(reading, 1 << 20) if ready else b""
-    seconds = time.monotonic() - start
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(reading)
-    code, error, message, memory = json.loads(content) if content else (None, "a killed process", "", 0)
+    stopped = (None, "a process that had to be stopped", "", 0, 3.0 * SECONDS)
+    code, error, message, memory, seconds = json.loads(content) if content else stopped
     output = os.pread(log, 1 << 20, 0).decode(errors="replace")
     os.close(log)
     return Result(code, error, message, memory, output, seconds)
+
+
+def _waited() -> float:
+    """Seconds that this process was ready, but others had the processor."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 def _peak() -> int:
