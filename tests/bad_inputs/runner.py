@@ -37,7 +37,7 @@ LINES = 6
 WAY = (
     r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|scale|save"
     r"|keep\b|install|(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|check"
-    r"|download|\bget\b|build|it has|supported|log in"
+    r"|download|\bget\b|\bput\b|build|it has|supported|log in"
 )
 """Words of what is allowed or of a way out; a row may ask for others."""
 NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
