@@ -118,6 +118,10 @@ if __name__ == "__main__":
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     a = parser.parse_args()
+    needed = [a.data / f"base-{split}.parquet" for split in ("train", "validation", "test")]
+    needed += [a.stream / f"{split}.parquet" for split in ("train", "validation", "test")]
+    if missing := [str(file) for file in needed if not file.is_file()]:
+        parser.error(f"there is no {missing[0]}; --data and --stream must hold the files that --help names")
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
 

@@ -47,6 +47,8 @@ def shrink(options: argparse.Namespace) -> None:
     count = depth if options.layers is None else options.layers
     if not 1 <= count <= depth:
         raise ValueError(f"--layers is {count}, but {options.backbone} has {depth}.")
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size is {options.size}, but an image must have at least one pixel a side.")
     source, revision = (options.processor, None) if options.processor else (options.backbone, options.revision)
     found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
     processor = found

@@ -64,8 +64,12 @@ class PromptPool(nn.Module, ABC):
 
 
 def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """The layers as a tuple. Raises ValueError if the backbone does not have them."""
+    """The layers as a tuple. Raises ValueError if there are none, or if the backbone does not have them."""
     layers = tuple(layers)
+    if not layers:
+        raise ValueError(
+            "Prompt layers [] are none, so nothing would be prompted. Name some, or set prompt.type none."
+        )
     outside = [layer for layer in layers if not 0 <= layer < num_layers]
     if outside or len(set(layers)) != len(layers):
         raise ValueError(

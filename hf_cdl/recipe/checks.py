@@ -102,7 +102,9 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
         _check_lora(section, role, prompted, problems)
     _check_session(content, role, prompted or trains or adapts, problems)
     if trains and content.get("save_backbone") is False:
-        problems.append(f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost")
+        problems.append(
+            f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost; change one"
+        )
     for part, kind in _PARTS.items():
         if section.get(part) is None:
             continue

@@ -68,7 +68,10 @@ class CardRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed."""
+    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed.
+
+    Raises ValueError for a name that is no folder's, and for a negative weight.
+    """
 
     name: str = _help("Name of the run, for titles.")
     data: StreamConfig = _help("The stream of tasks.")
@@ -113,6 +116,16 @@ class Recipe:
     hub_strategy: Literal["every_task", "end"] = _help(
         "When to push: after every task, or at the end.", default="every_task"
     )
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        place = Path(self.name)
+        if not self.name.strip() or place.is_absolute() or ".." in place.parts:
+            problems.append(f"'name' is {self.name!r}, but becomes the folder runs/NAME; give a name for it")
+        if self.ce_weight < 0:
+            problems.append(f"'ce_weight' is {self.ce_weight}, but a weight must be at least 0")
+        if problems:
+            raise ValueError("; ".join(problems))
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,250 @@
+"""Bad inputs, one a row, and what runs them: each in a forked child of its own, with a clock and a memory limit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import resource
+import runpy
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISREG
+from typing import Any, NamedTuple
+
+import datasets.config
+import huggingface_hub.constants as hub_constants
+import torch
+from accelerate.state import AcceleratorState
+from helpers import ROOT
+
+from bad_inputs.parts import Parts
+
+SECONDS = 10
+"""What a bad input may take, without the time that a busy machine lets it wait. Stopped at three times as much."""
+MEMORY = 2**30
+"""Bytes that a bad input may take. A child is stopped at three times as much."""
+LINES = 6
+WAY = (
+    r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|scale|save"
+    r"|keep\b|install|(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|check"
+    r"|download|\bget\b|\bput\b|build|it has|supported|log in"
+)
+"""Words of what is allowed or of a way out; a row may ask for others."""
+NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
+
+
+class Command(NamedTuple):
+    """A script of recipes/ and its words."""
+
+    script: str
+    words: list[str]
+
+
+Act = Command | Callable[[], Any]
+
+
+def command(script: str, *words: Any) -> Command:
+    return Command(script, [str(word) for word in words])
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input.
+
+    `make(parts)` writes what is needed into the current folder, which is empty, and returns what is done: a command,
+    which must end with exit code 2, or a call, which must raise one of NAMED. `says`: what the message must name,
+    alternatives by `|`; `way`: a pattern of its way out.
+    """
+
+    name: str
+    make: Callable[[Parts], Act]
+    says: tuple[str, ...]
+    way: str = WAY
+    hub: bool = False
+
+
+class Result(NamedTuple):
+    """What a child did: its exit code or the exception's class, its message, and both of its outputs.
+
+    `memory`: bytes by which it grew.
+    """
+
+    code: int | None
+    error: str | None
+    message: str
+    memory: int
+    output: str
+    seconds: float
+
+
+def rows(kind: str, *tables: list[Row]) -> list[Row]:
+    """The rows of tables, their names after a kind."""
+    return [dataclasses.replace(row, name=f"{kind}: {row.name}") for table in tables for row in table]
+
+
+def check(row: Row, parts: Parts, folder: Path) -> None:
+    """Run a row in an empty folder. Raises AssertionError with everything that is wrong."""
+    with _inside(folder):
+        act = row.make(parts)
+    before = snapshot(folder, parts.root)
+    result = in_child(act, folder, parts.hub_url if row.hub else None)
+    after = snapshot(folder, parts.root)
+    wrong = [*problems(row, act, result)]
+    if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+        wrong.append(f"files changed: {', '.join(changed[:5])}")
+    assert not wrong, "; ".join(wrong) + f"\n{result.error or ''} {result.message}\n{result.output[-3000:]}"
+
+
+def problems(row: Row, act: Act, result: Result) -> list[str]:
+    """What is wrong with the answer to a bad input."""
+    wrong = []
+    if result.seconds > SECONDS:
+        wrong.append(f"it took {result.seconds:.1f} s")
+    if result.memory > MEMORY:
+        wrong.append(f"it took {result.memory / 2**30:.1f} GiB")
+    if "Traceback" in result.output:
+        wrong.append("a traceback")
+    if "Warning" in result.output:
+        wrong.append("a warning")
+    if "[y/N]" in result.output:
+        wrong.append("a question")
+    if isinstance(act, Command):
+        if result.code != 2:
+            wrong.append(f"exit code {result.code} instead of 2")
+        _, found, message = result.output.rpartition("error: ")
+        if not found:
+            return [*wrong, "no 'error: ...'"]
+    else:
+        message = result.message
+        if result.error not in NAMED:
+            return [*wrong, f"{result.error or 'nothing'} instead of a named exception"]
+    if long := [part for part in re.split(r"\n(?=- )", message.strip()) if part.count("\n") >= LINES]:
+        wrong.append(f"{long[0].count(chr(10)) + 1} lines for one problem")
+    said = message.lower()
+    for words in row.says:
+        if not any(word.lower() in said for word in words.split("|")):
+            wrong.append(f"it does not say {words!r}")
+    if not re.search(row.way, message, re.IGNORECASE):
+        wrong.append("no way out")
+    return wrong
+
+
+def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
+    """Do it in a forked child; one that takes too long is killed."""
+    reading, writing = os.pipe()
+    log = os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        try:
+            os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            memory, start, waited = _peak(), time.monotonic(), _waited()
+            answer = _do(act, folder, hub)
+            seconds = time.monotonic() - start - (_waited() - waited)
+            os.write(writing, json.dumps([*answer, _peak() - memory, seconds]).encode())
+        finally:
+            os._exit(0)  # whatever threads there are
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], 3 * SECONDS)
+    content = os.read(reading, 1 << 20) if ready else b""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    stopped = (None, "a process that had to be stopped", "", 0, 3.0 * SECONDS)
+    code, error, message, memory, seconds = json.loads(content) if content else stopped
+    output = os.pread(log, 1 << 20, 0).decode(errors="replace")
+    os.close(log)
+    return Result(code, error, message, memory, output, seconds)
+
+
+def _waited() -> float:
+    """Seconds that this process was ready, but others had the processor."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
+def _peak() -> int:
+    """Most bytes of memory that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None, str]:
+    """In the child: the exit code of a command, or a call's exception and its message."""
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(folder)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, size + 3 * MEMORY))
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _use_hub(hub, folder.with_name(f"{folder.name}.cache"))
+    try:
+        if isinstance(act, Command):
+            sys.argv = [str(ROOT / "recipes" / act.script), *act.words]
+            sys.path.insert(0, os.path.dirname(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return 0, None, ""
+        act()
+    except SystemExit as end:
+        if isinstance(end.code, str):  # as the interpreter does it
+            print(end.code, file=sys.stderr)
+        return (end.code if isinstance(end.code, int) else int(end.code is not None)), None, ""
+    except BaseException as error:
+        if isinstance(act, Command):
+            traceback.print_exc()
+            return 1, None, ""
+        ours = type(error) is ValueError or type(error).__module__.startswith("hf_cdl.")
+        return None, type(error).__name__ if ours else f"a foreign {type(error).__name__}", str(error)[:20_000]
+    return None, None, ""
+
+
+def _use_hub(url: str | None, cache: Path) -> None:
+    """Offline, or with the tests' Hub in place of the real one: constants that are read when it is imported."""
+    hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = url is None
+    os.environ["HF_HUB_OFFLINE"] = str(int(url is None))
+    for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"):
+        setattr(hub_constants, name, str(cache))
+    os.environ["HF_TOKEN"] = "hf_write"
+    os.environ["HF_CDL_PUSH_DELAY"] = "0.01"
+    if url is not None:
+        hub_constants.ENDPOINT = url
+        hub_constants.HUGGINGFACE_CO_URL_TEMPLATE = url + "/{repo_id}/resolve/{revision}/{filename}"
+
+
+def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
+    """Every path below the folders: kind, size and times of its last changes; of the first also sha256 sums."""
+    found = {}
+    for place in (folder, *others):
+        for path in place.rglob("*"):
+            stat = path.lstat()
+            about: tuple[Any, ...] = (stat.st_mode,)
+            if S_ISREG(stat.st_mode) and path.name != ".lock":  # a lock is opened to be asked
+                about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                if place == folder and stat.st_size < 2**25:
+                    about += (hashlib.sha256(path.read_bytes()).hexdigest(),)
+            found[str(path.relative_to(place.parent))] = about
+    return found
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Any:
+    """As contextlib.chdir, which Python 3.10 lacks."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
