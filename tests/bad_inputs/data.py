@@ -264,16 +264,16 @@ def call(name: str, act: Callable[[Any], Any], *says: str) -> Row:
     return Row(name, lambda parts: lambda: act(AutoImageProcessor.from_pretrained(parts.student)), says, WAY)
 
 
+WORD: Any = "vit"
+NOTHING: Any = None
+FIELDS: Any = {"path": "x"}
+ONE_EACH = StreamConfig(classes_per_task=1)
 CALLS = [
-    call("no processor", lambda p: TaskStream(StreamConfig(classes_per_task=1), None, dataset=both()), "processor"),  # type: ignore[arg-type]
-    call(
-        "a processor's name",
-        lambda p: TaskStream(StreamConfig(classes_per_task=1), "vit", dataset=both()),
-        "processor",
-    ),  # type: ignore[arg-type]
-    call("no processors", lambda p: TaskStream(StreamConfig(classes_per_task=1), {}, dataset=both()), "processor"),
-    call("a dict for a config", lambda p: TaskStream({"path": "x"}, p), "StreamConfig"),  # type: ignore[arg-type]
-    call("a path for a config", lambda p: TaskStream("photos", p), "StreamConfig"),  # type: ignore[arg-type]
+    call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
+    call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
+    call("no processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both()), "processor"),
+    call("a dict for a config", lambda p: TaskStream(FIELDS, p), "StreamConfig"),
+    call("a path for a config", lambda p: TaskStream(WORD, p), "StreamConfig"),
 ]
 
 ROWS = rows("data", PLACES, TABLES, CUTS) + rows("stream", KINDS, CALLS)
