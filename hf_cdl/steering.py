@@ -78,8 +78,8 @@ class SteeredTrainer(Trainer):
                     f"(data.validation_split names one), or leave out {' and '.join(steering)}."
                 )
             raise ValueError(
-                f"eval_strategy is {IntervalStrategy(self.args.eval_strategy).value}, but {task.name} has no "
-                f"{self.eval_split} images. Give it some, or set eval_strategy no."
+                f"eval_strategy is set, but {task.name} has no {self.eval_split} images. Give it some, or set "
+                "eval_strategy no."
             )
 
     def _begin_callbacks(self) -> None:

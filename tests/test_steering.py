@@ -138,7 +138,7 @@ def test_a_curve_alone_reads_the_evaluation_split_and_needs_no_validation_images
     trainer.learn(task)
     trainer.evaluate_seen()
     assert curve(trainer)[-1] == trainer.evaluate_seen().row[0]
-    with pytest.raises(ValueError, match="eval_strategy is epoch, but task-01 has no validation images"):
+    with pytest.raises(ValueError, match="eval_strategy is set, but task-01 has no validation images"):
         other.check(task)
 
 

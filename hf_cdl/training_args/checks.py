@@ -237,14 +237,15 @@ def _steering(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     """What goes by the accuracy during training needs one."""
     evaluated, stored = v["eval_strategy"], v["save_strategy"]
     users = {
-        f"lr_scheduler_type {v['lr_scheduler_type']}": v["lr_scheduler_type"] in STEERED,
+        "lr_scheduler_type": v["lr_scheduler_type"] in STEERED,
         "load_best_model_at_end": v["load_best_model_at_end"],
-        "save_strategy best": stored == "best",
+        "save_strategy": stored == "best",
         "early_stopping_patience": v["early_stopping_patience"] is not None,
     }
     using = [name for name, used in users.items() if used]
     if using and evaluated == "no":
-        yield Problem(using[0].split()[0], f"({using[0]}) goes by the accuracy in training; set eval_strategy epoch")
+        what = f"is {v[using[0]]}, which goes by the accuracy during training; set eval_strategy epoch"
+        yield Problem(using[0], what)
     if v["do_eval"] and evaluated == "no":
         yield Problem("do_eval", "is true, but a run trains and evaluates by its recipe; leave it out")
     if v["load_best_model_at_end"] and evaluated not in ("no", stored) and stored != "best":
