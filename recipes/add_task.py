@@ -57,17 +57,17 @@ def main(arguments: list[str]) -> int:
     options, fields = parser.parse_known_args(arguments)
     if arguments[:2] != [options.student, options.data]:
         parser.error("the student and the folder of images come first")
-    name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
-    folder = options.output_dir or Path("runs", name)
-    fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
     try:
+        name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
+        folder = options.output_dir or Path("runs", name)
+        fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
         with PartialState().main_process_first():
             if not (folder / "run.json").exists():
                 plugins = any(word.split("=")[0] == "--plugins" for word in fields)
                 begin(folder, options.student, options.teacher, options.revision, plugins)
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
-    except (RecipeError, RunError, HubError) as error:
+    except (OSError, ValueError, RunError, HubError) as error:
         training.say(f"error: {error}", file=sys.stderr)
         return 2
     code = training.main(words)
@@ -175,6 +175,8 @@ def continued(recipe: Recipe, origin: Origin) -> dict[str, Any]:
 def checked(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe itself. Raises RecipeError if its models are not those that were taken over."""
     taken = load_recipe([str(folder / "recipe.yaml"), "--data.path", "."], folder / "recipe.yaml")
+    if taken.plugins:
+        raise RecipeError(f"{folder / 'recipe.yaml'} names plugins, which nobody asked for here: {taken.plugins}.")
     changed = []
     for role in ("student", "teacher"):
         ours, theirs = (getattr(r, role) and dataclasses.asdict(getattr(r, role)) for r in (recipe, taken))

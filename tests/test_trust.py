@@ -90,13 +90,14 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
         yield server
 
 
-def publish(hub: HubServer, run: Path, results: Any = None, name: str = "me/tiny", **more: bytes) -> HfApi:
+def publish(hub: HubServer, run: Path, results: Any = None, content: bytes | None = None) -> HfApi:
     """Put the newest state of a run on the Hub, as anybody could."""
-    api = HfApi(hub.url, token=TOKEN)
+    api, name = HfApi(hub.url, token=TOKEN), "me/tiny"
     api.create_repo(name)
     files = {path.name: path.read_bytes() for path in (run / "student" / "task-02").iterdir() if path.is_file()}
-    files["results.json"] = json.dumps(results or json.loads((run / "results.json").read_text())).encode()
-    operations = [CommitOperationAdd(path, content) for path, content in {**files, **more}.items()]
+    stored = json.dumps(results).encode() if results else (run / "results.json").read_bytes()
+    files["results.json"] = stored if content is None else content
+    operations = [CommitOperationAdd(path, file) for path, file in files.items()]
     commit = api.create_commit(name, operations, commit_message="task-02")
     api.create_tag(name, tag="task-02", revision=commit.oid)
     return api
@@ -136,6 +137,14 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
     assert recipe["plugins"] == [] and recipe["train"] == {"use_cpu": True} and "path" not in recipe["data"]
     assert str(tmp_path) not in (tmp_path / "new" / "recipe.yaml").read_text().replace(str(tmp_path / "new"), "")
     assert "train.deepspeed, train.report_to" in capsys.readouterr().out
+    assert not (tmp_path / FOOTPRINT).exists()
+
+
+def test_a_run_that_somebody_put_in_place_brings_no_plugins(evil: Path, honest: Path, tmp_path: Path) -> None:
+    add_task.begin(tmp_path / "out", str(honest / "run"), None, None)
+    with (tmp_path / "out" / "recipe.yaml").open("a") as file:
+        file.write(f"plugins: [{evil / 'evil.py'}]\n")
+    assert add_task.main([str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]) == 2
     assert not (tmp_path / FOOTPRINT).exists()
 
 
@@ -281,7 +290,7 @@ def test_results_that_are_none_are_told_apart(honest: Path, hub: HubServer, case
     ],
 )
 def test_files_that_hold_no_results(honest: Path, hub: HubServer, tmp_path: Path, content: bytes, said: str) -> None:
-    api = publish(hub, honest / "run", **{"results.json": content})
+    api = publish(hub, honest / "run", content=content)
     with pytest.raises(HubError, match=said):
         read_origin(api, "me/tiny", "student")
     run = shutil.copytree(honest / "run", tmp_path / "run")

@@ -53,8 +53,8 @@ def model_card(
         origin=text.origin(results, role),
         overlap=visible_lines(stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP),
         cost_facts=text.lines(text.cost_facts(results["roles"][role])),
-        versions=", ".join(markdown(f"{name} {version}") for name, version in results["versions"].items()),
-        stream=code(results["stream"]),
+        versions=", ".join(markdown(f"{name} {version}") for name, version in results.get("versions", {}).items()),
+        stream=code(results.get("stream")),
         recipe=text.recipe_text(recipe),
         citations=text.citations(recipe, role),
     )

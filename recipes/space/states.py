@@ -78,13 +78,15 @@ class States:
             if self.folder is None:
                 entries = HfApi().list_repo_tree(self.where, revision=self._names[task])
                 if any(entry.path == "results.json" and getattr(entry, "size", 0) > LARGEST for entry in entries):
-                    raise ValueError(f"more than {LARGEST:,} bytes")
+                    raise ValueError(f"more than {LARGEST:,} bytes")  # before it is downloaded
                 file = Path(hf_hub_download(self.where, "results.json", revision=self._names[task]))
             else:
                 file = self.folder.parent / "results.json"
                 if not file.is_file() and file.exists():
                     raise ValueError("no regular file")
-            found = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size <= LARGEST else None
+            if file.stat().st_size > LARGEST:
+                raise ValueError(f"more than {LARGEST:,} bytes")
+            found = json.loads(file.read_text(encoding="utf-8"))
             place = self.folder.name if self.folder else self.where  # a role's folder, NAME or NAME-teacher
             role = found.get("role") or next((role for role in found["roles"] if place.endswith(role)), "student")
             return _checked(found["name"], found["class_names"], found["roles"][role]["accuracy_matrix"], task)
