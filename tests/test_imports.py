@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"types", "metrics", "escape"},
     "results": {"metrics", "report", "escape", "storing", "ledger"},
     "answers": set(),
-    "compare": {"metrics", "report", "recipe", "storing"},
+    "compare": {"metrics", "report", "recipe", "results", "storing"},
     "card": {"types", "metrics", "report", "escape", "places", "tasks.benchmarks"},
     "cost": set(),
     "hub": {"types", "metrics", "report", "results", "escape", "storing", "card"},
