@@ -110,6 +110,8 @@ class PhaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line."""
+        if self._seconds_before:
+            logs.pop("train_loss", None)  # at the end: the losses since this process began, by all steps
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")

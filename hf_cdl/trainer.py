@@ -191,7 +191,8 @@ class CDLTrainer(PhaseTrainer):
             start = time.perf_counter()
             metrics = self.train(resume_from_checkpoint=last).metrics
             result.train_seconds = self._seconds_before + time.perf_counter() - start
-            result.images_per_second = metrics["train_samples_per_second"]
+            runtime = metrics["train_runtime"]  # since this process began, but of all images
+            result.images_per_second = metrics["train_samples_per_second"] * runtime / (self._seconds_before + runtime)
         finally:  # take Accelerate's wrappers off again: they would pile up, task by task
             self._phase.close()
             self.model = self._unprepare(self.model_wrapped)
