@@ -157,6 +157,8 @@ class PhaseTrainer(SteeredTrainer):
 
         The phase's images a second are of those that it learnt from; Trainer counts incomplete batches as whole ones.
         """
+        if self._seconds_before:
+            logs.pop("train_loss", None)  # at the end: the losses since this process began, by all steps
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")

@@ -32,6 +32,7 @@ def forked() -> Iterator[ForkServerContext]:
     context.set_forkserver_preload(["train", "matplotlib.pyplot", "test_hub", "test_kills"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("HF_HUB_OFFLINE", "1")
         process = context.Process(target=int)  # the first one waits for the imports
         process.start()
         process.join()

@@ -689,6 +689,7 @@ def hurry(given: pytest.MonkeyPatch) -> None:
 def push_until_killed(folder: Path, results: dict[str, Any], url: str) -> None:
     """What a training process does about its pushes."""
     hurry(pytest.MonkeyPatch())
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
     push = Pusher(folder, {"student": STUDENT}, say=print, api=HfApi(url, token=TOKEN), delay=0.01)
     push.push(results)
     push.finish(results)
