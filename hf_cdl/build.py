@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
+from hf_cdl.checked import said
 from hf_cdl.config import CDLConfig
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.backbone import check_image_size, load_config, read_config
@@ -18,7 +19,7 @@ from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
-from hf_cdl.tasks.transforms import output_size, query_view
+from hf_cdl.tasks.transforms import check_processor, output_size, query_view
 
 Model = CDLForImageClassification | ImageClassifier
 Models = dict[str, Model]
@@ -37,7 +38,9 @@ def load_plugins(files: Sequence[str]) -> None:
             continue
         spec = importlib.util.spec_from_file_location(name, file.resolve())
         if not file.is_file() or spec is None or spec.loader is None:
-            raise ValueError(f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}).")
+            raise ValueError(
+                f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}). Give the path of one."
+            )
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
         spec.loader.exec_module(module)
 
@@ -56,23 +59,30 @@ def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lamb
             continue
         with about(role, section):
             if (folder := stored(role)) is not None:
-                try:
-                    found[role] = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"{folder} has no usable preprocessor_config.json. {error}") from error
+                found[role] = load_processor(folder)
                 continue
             reads = read_config if section.model == "classifier" else load_config
             config = reads(section.backbone, section.revision)
-            try:
-                found[role] = AutoImageProcessor.from_pretrained(
-                    section.backbone, revision=section.revision, trust_remote_code=False, **raw
-                )
-            except (OSError, ValueError) as error:
-                raise ValueError(f"There is no usable preprocessor_config.json. {error}") from error
-            size = output_size(found[role])
+            found[role] = load_processor(section.backbone, section.revision, **raw)
             if section.model == "cdl":
-                check_image_size(config, size)
+                check_image_size(config, output_size(found[role]))
     return {**found, **dict.fromkeys(recipe.baselines, found["student"])}
+
+
+def load_processor(place: str | Path, revision: str | None = None, **fields: Any) -> Any:
+    """The image processor at a Hub id or in a folder, with other values of `fields`; no code of theirs is run.
+
+    Raises ValueError if there is none, or none that makes pixel values of images.
+    """
+    try:
+        found = AutoImageProcessor.from_pretrained(place, revision=revision, trust_remote_code=False, **fields)
+        check_processor(found)
+    except Exception as error:  # transformers raises many kinds
+        raise ValueError(
+            f"'{place}' has no usable preprocessor_config.json: {said(error)} Get it again from where "
+            "the model came, or save an image processor there with save_pretrained."
+        ) from error
+    return found
 
 
 def build_models(

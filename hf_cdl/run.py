@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,19 @@ class Run:
             if file.exists():
                 known[file.relative_to(self.folder).as_posix()] = fingerprint(file)
 
+    def check_source(self, fingerprint: str, tasks: Sequence[Task]) -> None:
+        """Before training: whether the run that `teacher_from` names has learnt all of these tasks of this stream.
+
+        Raises RunError if it has other data, is not that far, or lacks files.
+        """
+        if self.recipe.get("teacher_from") is None or self.finished:
+            return
+        source, ledger = self._source("teacher")
+        self._refuse("teacher", source, differences(ledger["stream"], fingerprint, "stream"))
+        for task in tasks:
+            if self.result("teacher", task) is None:
+                self._source_files("teacher", source, ledger, task, thorough=False)
+
     def take_over(self, role: str, task: Task) -> Path | None:
         """Make a phase of the run that the recipe's `ROLE_from` names a phase of this one; its checkpoint, or None.
 
@@ -257,24 +270,34 @@ class Run:
             return None
         source, ledger = self._source(role)
         self._refuse(role, source, differences(ledger["stream"], self.ledger["stream"], "stream"))
-        entries = ledger["entries"].get(role, [])
-        if task.index >= len(entries):
+        checkpoint, curve = self._source_files(role, source, ledger, task)
+        result = TaskResult(**ledger["entries"][role][task.index])
+        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), json.loads(curve.read_text()))
+        return checkpoint
+
+    def _source_files(
+        self, role: str, source: Path, ledger: dict[str, Any], task: Task, thorough: bool = True
+    ) -> tuple[Path, Path]:
+        """Checkpoint and loss curve of a task in the run that a role is taken from.
+
+        Raises RunError if it is not that far, or they are not what it stored (if `thorough`, by their content).
+        """
+        count = len(ledger["entries"].get(role, []))
+        if task.index >= count:
             raise RunError(
-                f"'{role}_from' is {source}, which has learnt {len(entries)} tasks so far, not yet {task.name}. "
-                "Finish that run first."
+                f"'{role}_from' is {source}, which has learnt {count} tasks so far, not yet {task.name}. Finish that "
+                f"run first, or leave '{role}_from' out: then the {role} is trained."
             )
         checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
         known = ledger.get("files", {})
         for file in (curve, *(source / path for path in known if path.startswith(f"{role}/{task.name}/"))):
             stored = known.get(file.relative_to(source).as_posix())
-            if problem := unreadable(file) if stored is None else damage(file, stored):
+            if problem := unreadable(file) if stored is None else damage(file, stored, thorough):
                 raise RunError(
                     f"'{role}_from' is {source}, but {file} {problem}. Run its own command again, which restores what "
                     "can be restored, or leave out this field: then the role is trained."
                 )
-        result = TaskResult(**entries[task.index])
-        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), json.loads(curve.read_text()))
-        return checkpoint
+        return checkpoint, curve
 
     def _source(self, role: str) -> tuple[Path, dict[str, Any]]:
         """The run that a role is taken from: its folder and ledger."""
@@ -289,6 +312,7 @@ class Run:
             raise RunError(
                 f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
                 + shortened(found)
+                + f"\nAsk for the same as there, or leave '{role}_from' out: then the {role} is trained."
             )
 
     def save_result(self, result: TaskResult) -> None:

@@ -15,6 +15,7 @@ import getpass
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,10 +27,11 @@ from verify import measure_again
 
 from hf_cdl.build import build_processors, load_plugins
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
+from hf_cdl.escape import visible_lines
 from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
-from hf_cdl.storing import write_json
-from hf_cdl.tasks import TaskStream
+from hf_cdl.storing import RunError, write_json
+from hf_cdl.tasks import ImageError, TaskStream
 
 
 @contextlib.contextmanager
@@ -137,13 +139,24 @@ def _now() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("spec", type=Path)
     parser.add_argument("variant")
     parser.add_argument("unit", help="name of the run's folder")
     options = parser.parse_args()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    whole = read_comparison(options.spec, Path(__file__).parent, Path("runs", "comparisons"))
-    [chosen] = [run for run in whole.runs if (run.variant, run.folder.name) == (options.variant, options.unit)]
-    measure_on_test(whole, chosen)
+    try:
+        whole = read_comparison(options.spec, Path(__file__).parent, Path("runs", "comparisons"))
+        runs = {(run.variant, run.folder.name): run for run in whole.runs}
+        if (chosen := runs.get((options.variant, options.unit))) is None:
+            known = ", ".join(map(" ".join, runs))
+            raise RecipeError(f"{options.spec} has no run '{options.variant} {options.unit}'; it has {known[:300]}.")
+        if chosen.results() is None:
+            raise RecipeError(f"{chosen.folder} is not finished. Run compare.py without --test first.")
+        measure_on_test(whole, chosen)
+    except (ValueError, RunError, ImageError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import stopping
 import yaml
@@ -18,6 +19,7 @@ from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.ledger import read_ledger
 from hf_cdl.recipe import build_recipe, described, untrained
+from hf_cdl.repair import examine
 from hf_cdl.results import run_results
 from hf_cdl.storing import RunError
 
@@ -39,6 +41,7 @@ def main(arguments: list[str]) -> int:
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")
         recipe = build_recipe({**untrained(ledger["recipe"]), **asked, "push_to_hub": True})
+        check_files(folder, ledger)
         results = run_results(folder, described)
         if not results["roles"].keys() >= recipe.repositories.keys():
             raise RunError(f"{folder} has not finished a task yet: there is nothing to push. Go on with its training.")
@@ -52,6 +55,16 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt as stop:
         stopping.say_goes_on()
         return getattr(stop, "code", 130)
+
+
+def check_files(folder: Path, ledger: dict[str, Any]) -> None:
+    """Raises RunError if a checkpoint of the run is not as it was stored."""
+    restorable = [target for _, target in examine(folder, ledger).copies]
+    if broken := [target for target in restorable if target.relative_to(folder).parts[1].startswith("task-")]:
+        raise RunError(
+            f"{broken[0]} is missing or damaged, so nothing was pushed. There is a whole copy: run the "
+            "training's command again, which restores it, and push then."
+        )
 
 
 def true_or_false(text: str) -> bool:

@@ -50,7 +50,7 @@ def shrink(options: argparse.Namespace) -> None:
     if options.size is not None and options.size < 1:
         raise ValueError(f"--size is {options.size}, but an image must have at least one pixel a side.")
     source, revision = (options.processor, None) if options.processor else (options.backbone, options.revision)
-    found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision)
+    found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     processor = found
     if options.size is not None:
         look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}

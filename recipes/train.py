@@ -121,9 +121,15 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
+    if recipe.data.known_classes and not run.origin:
+        raise ValueError(
+            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
+            "out, or go on from a trained student with recipes/add_task.py, which sets it."
+        )
     load_plugins(recipe.plugins)
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
+    run.check_source(stream.fingerprint, run.to_learn(stream))
     models = build_models(recipe, processors, run.checkpoint)
     check_classes(recipe, models, [task.class_names for task in stream])
     for role, objective, arguments in roles(recipe, models, run.folder):

@@ -93,6 +93,8 @@ class Objective(nn.Module):
 
     def __init__(self, ce_weight: float = 1.0, terms: Sequence[tuple[str, Term]] = ()):
         super().__init__()
+        if not math.isfinite(ce_weight) or ce_weight < 0:
+            raise ValueError(f"ce_weight is {ce_weight}, but a weight must be a finite number of at least 0.")
         self.ce_weight = ce_weight
         self.terms = nn.ModuleDict()
         for name, term in terms:

@@ -29,6 +29,7 @@ from hf_cdl.models.stored import (
     check_revision,
     check_stored,
     check_weights,
+    is_folder,
     quietly,
     weight_files,
 )
@@ -101,7 +102,7 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
     name = str(name)
     check_revision(name, revision)
     folder = Path(name).expanduser()
-    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if not folder.exists() and is_folder(name):
         raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
@@ -110,7 +111,7 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
         if not isinstance(found, dict):
             raise ValueError(f"it holds no config, but {short(found)}.")
         check_numbers(found, "config.json's value")
-        return AutoConfig.from_pretrained(name, revision=revision, **hub)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     except Exception as error:  # transformers and the configs' own checks raise many kinds
         raise ValueError(
             f"No usable model config at backbone '{name}'{at(revision)}: {_first_line(error)} Give a Hub id "
@@ -185,7 +186,9 @@ def _learnt_backbone(config: PreTrainedConfig, name: str, revision: str | None, 
     """A plain copy of the backbone of a checkpoint of ours."""
     model: Any
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, revision=revision, dtype=torch.float32, **hub)
+        model = AutoModelForImageClassification.from_pretrained(
+            name, revision=revision, dtype=torch.float32, trust_remote_code=False, **hub
+        )
     except OSError as error:
         raise ValueError(f"The weights of '{name}'{at(revision)} cannot be loaded: {_first_line(error)}") from error
     if model.config.lora is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hf_cdl.models.stored import (
     check_revision,
     check_stored,
     check_weights,
+    is_folder,
     quietly,
     stored_sizes,
 )
@@ -31,9 +33,9 @@ class Loadable(PromptedBackbone):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
 
-        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a backbone is gone, if config
-        and weights do not belong together (naming those that are missing, unknown or of another shape), and for
-        weights that are NaN or infinite.
+        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a folder or its weights are
+        missing, if a backbone is gone, if config and weights do not belong together (naming those that are missing,
+        unknown or of another shape), and for weights that are NaN or infinite; what the Hub answers stays an OSError.
         """
         place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.pop("ignore_mismatched_sizes", False):
@@ -55,11 +57,17 @@ class Loadable(PromptedBackbone):
             check_complete(info, "It")
             fetch_backbones(model, absent, **kwargs)
             check_weights(model._numbers(), "this checkpoint")
-        except (OSError, ImportError):
+        except ImportError:
             raise
         except ValueError as error:
             raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
         except Exception as error:  # transformers and safetensors raise many kinds
+            if isinstance(error, OSError) and (place is None or not is_folder(place)):
+                raise
+            if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():
+                raise ValueError(
+                    f"There is no folder '{place}'; give a checkpoint by its folder or Hub id."
+                ) from error
             raise ValueError(
                 f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
                 "model.safetensors are there and whole; get them again if they were cut short."

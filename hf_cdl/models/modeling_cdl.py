@@ -86,7 +86,10 @@ class CDLForImageClassification(Loadable):
         check_names(fields, but={"backbone_config", "backbone_digest", "query_config", "query_digest"})
         name, query_name = str(name), None if query_name is None else str(query_name)
         if query_name is None and query_revision is not None:
-            raise ValueError(f"query_revision is '{query_revision}', but there is no query_name that it is of.")
+            raise ValueError(
+                f"query_revision is '{query_revision}', but there is no query_name that it is of. Give that too, "
+                "or leave query_revision out."
+            )
         revision = commit_of(name, revision)
         backbone = load_backbone(name, revision)
         query = None

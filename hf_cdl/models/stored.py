@@ -24,6 +24,12 @@ def at(revision: str | None) -> str:
     return "" if revision is None else f" (revision {revision})"
 
 
+def is_folder(name: Any) -> bool:
+    """Whether a name is of a folder of this machine: one that is there, or that no Hub id looks like."""
+    folder, name = Path(name).expanduser(), str(name)
+    return folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
 def check_revision(name: Any, revision: str | None) -> None:
     """Raise ValueError for a revision of a folder."""
     if revision is not None and Path(name).is_dir():

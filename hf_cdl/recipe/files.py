@@ -16,6 +16,7 @@ from hf_cdl.escape import visible, visible_lines
 _CHARACTERS, _NODES, _DEPTH = 1_000_000, 50_000, 50
 """What a YAML text has at most: characters, values, sections within sections."""
 _NUMBERS, _DIGITS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 1000
+_MERGE = "tag:yaml.org,2002:merge"
 _MANY, _DEEP = f"it has more than {_NODES:,} values", f"it is nested more than {_DEPTH} deep"
 
 
@@ -31,6 +32,8 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     """
     arguments, files = list(arguments), []
     while arguments and not arguments[0].startswith("--"):
+        if not arguments[0] or arguments[0].startswith("-"):
+            raise _unexpected(arguments[0])
         files.append(arguments.pop(0))
     parts = [read_yaml(Path(file)) for file in files or [default]]
     content = functools.reduce(merge, parts)
@@ -42,14 +45,15 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     return content
 
 
-class _TooLarge(yaml.YAMLError):
-    """More than a recipe can be."""
+class _Refused(yaml.YAMLError):
+    """Good YAML that is no recipe: more than one can be, or with a field that stands twice."""
 
 
 class _Loader(yaml.SafeLoader):
     """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string.
 
-    Of at most _NODES values, aliases written out: a few lines of aliases of aliases would fill any memory.
+    Of at most _NODES values, aliases written out: a few lines of aliases of aliases would fill any memory. A field
+    that stands twice is refused, of which PyYAML would keep the last.
     """
 
     def compose_document(self) -> Any:
@@ -61,15 +65,28 @@ class _Loader(yaml.SafeLoader):
         self.depth = getattr(self, "depth", 0) + 1
         self.nodes = getattr(self, "nodes", 0) + 1
         if self.depth > _DEPTH or self.nodes > _NODES:
-            raise _TooLarge(_DEEP if self.depth > _DEPTH else _MANY)
+            raise _Refused(_DEEP if self.depth > _DEPTH else _MANY)
         node = super().compose_node(parent, index)
         self.depth -= 1
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
-            raise _TooLarge(f"it has a number of {len(node.value):,} characters")
+            raise _Refused(f"it has a number of {len(node.value):,} characters")
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node: Any = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if (first := lines.get(name)) is not None:
+                where = f"in line {line}" if first == line else f"in lines {first} and {line}"
+                raise _Refused(f"the field '{visible(key.value)[:200]}' stands twice, {where}; leave one of them")
+            lines[name] = line
         return node
 
     def _written_out(self, node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """How many values there are from a node on, and how deep. Raises _TooLarge, also for a node below itself."""
+        """How many values there are from a node on, and how deep. Raises _Refused, also for a node below itself."""
         if id(node) not in known:
             known[id(node)] = (_NODES + 1, 0)  # as long as it is open
             pairs = node.value if isinstance(node, yaml.CollectionNode) else []
@@ -78,9 +95,9 @@ class _Loader(yaml.SafeLoader):
             known[id(node)] = (1 + sum(size for size, _ in below), 1 + max((depth for _, depth in below), default=0))
         size, depth = known[id(node)]
         if size > _NODES:
-            raise _TooLarge(f"{_MANY}, with its aliases written out, or one is an alias of what it lies in")
+            raise _Refused(f"{_MANY}, with its aliases written out, or one is an alias of what it lies in")
         if depth > _DEPTH:
-            raise _TooLarge(_DEEP)
+            raise _Refused(_DEEP)
         return size, depth
 
 
@@ -92,7 +109,7 @@ _Loader.add_implicit_resolver(
 def _parse(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError for one that is none, or larger than any recipe."""
     if len(text) > _CHARACTERS:
-        raise _TooLarge(f"it has {len(text):,} characters; a recipe has less than {_CHARACTERS:,}")
+        raise _Refused(f"it has {len(text):,} characters; a recipe has less than {_CHARACTERS:,}")
     try:
         return _unshared(yaml.load(text, _Loader))  # a SafeLoader
     except (ValueError, OverflowError, TypeError, AttributeError) as error:  # !!int x, !!timestamp 2001-99-99 ...
@@ -155,22 +172,31 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
     while arguments:
         name = arguments.pop(0)
         if not name.startswith("--"):
-            raise RecipeError(
-                f"Unexpected argument '{name}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."
-            )
+            raise _unexpected(name)
         name, equals, text = name[2:].partition("=")
         if not equals:
-            if not arguments:
-                raise RecipeError(f"--{name} has no value; write --{name} VALUE.")
+            if not arguments or arguments[0].startswith("--"):
+                then = f"; behind it comes {visible(arguments[0])[:100]}" if arguments else ""
+                shown = visible(name)
+                raise RecipeError(f"--{shown} has no value{then}. Write --{shown} VALUE, or --{shown}=VALUE.")
             text = arguments.pop(0)
         try:
             pairs.append((name, _parse(text)))
         except yaml.YAMLError as error:
-            why = f" ({error})" if isinstance(error, _TooLarge) else ""
+            why = f" ({error})" if isinstance(error, _Refused) else ""
             raise RecipeError(
                 f"The value of --{visible(name)}, '{visible(text)[:200]}', is not valid YAML{why}."
             ) from error
     return pairs
+
+
+def _unexpected(word: str) -> RecipeError:
+    """What is neither a file nor a field."""
+    near = f" Did you mean -{visible(word)[:100]}?" if re.match(r"-[A-Za-z_]", word) else ""
+    return RecipeError(
+        f"Unexpected argument '{visible(word)[:200]}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."
+        + near
+    )
 
 
 def _override(section: Any, path: list[str], value: Any, name: str) -> None:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from hf_cdl.images import MAX_PIXELS
 from hf_cdl.tasks.words import nfc, some
 
+_PADDING = 1000
+"""Pixels of crop_padding: more would be images of padding alone, and fill the memory."""
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -97,6 +100,9 @@ class StreamConfig:
             )
         if len(set(splits)) < len(splits):
             problems.append(f"train_split, validation_split and test_split must differ, but are {some(splits)}")
+        for source in ("path", "name", "revision", "image_column", "label_column"):
+            if (value := getattr(self, source)) is not None and not str(value).strip():
+                problems.append(f"{source} is {value!r}, but must not be empty; give one, or leave it out")
         if self.eval_split not in ("test", "validation"):
             problems.append(f"eval_split is {self.eval_split!r}, but must be test or validation")
         if self.known_train not in ("refuse", "ignore"):
@@ -125,8 +131,17 @@ class StreamConfig:
             pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_number, value))
             if not pair or not 0 < value[0] <= value[1] <= most:
                 problems.append(f"{name} is {value}, but must be (low, high) with {rule}, finite numbers")
-        if self.crop_padding is not None and not _whole(self.crop_padding, 0):
-            problems.append(f"crop_padding is {self.crop_padding}, but must be a number of pixels, like 4")
+        if self.crop_padding is not None and not (_whole(self.crop_padding, 0) and self.crop_padding <= _PADDING):
+            problems.append(
+                f"crop_padding is {self.crop_padding}, but must be a number of pixels, like 4 (at most {_PADDING})"
+            )
+        elif self.crop_padding is not None and not problems:
+            for name in ("crop_scale", "crop_ratio"):
+                if tuple(getattr(self, name)) != self.__dataclass_fields__[name].default:
+                    problems.append(
+                        f"{name} is {getattr(self, name)}, but with crop_padding a crop has the image's own "
+                        "size; leave one of them out"
+                    )
         if not _number(self.flip) or not 0 <= self.flip <= 1:
             problems.append(f"flip is {self.flip}, but a probability lies between 0 and 1")
         return problems

@@ -67,6 +67,11 @@ class TaskSplit:
 
     def _pixel_values(self) -> dict[str, Preprocess]:
         """What makes each tensor of an item, without those that would be the first again."""
+        if not self.views:
+            raise ValueError(
+                "This stream was made without image processors, so its images cannot be prepared for a model. Give "
+                "TaskStream the image processor of each role."
+            )
         first, *others = (self.views.get(role) or next(iter(self.views.values())) for role in self.roles)
         more = {f"{role}_pixel_values": view for role, view in zip(self.roles[1:], others, strict=True)}
         return {"pixel_values": first, **{name: view for name, view in more.items() if view is not first}}

@@ -33,10 +33,10 @@ class TaskStream:
     """The tasks of a class-incremental stream, in order.
 
     `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; a role that is not named
-    sees what the first one sees. `seed`: of the augmented views. `dataset`: the data themselves (a DatasetDict, or one
-    Dataset with `test_fraction`) instead of `config.path`. `config`: with a benchmark's values filled in. Splits,
-    columns, labels and classes are checked here, the images by `check_images`; `notes` says what of the data was left
-    out. Raises ValueError if no stream can be made of the data.
+    sees what the first one sees; with none at all there are no pixel values. `seed`: of the augmented views.
+    `dataset`: the data themselves (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`.
+    `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked here, the images by
+    `check_images`; `notes` says what of the data was left out. Raises ValueError if no stream can be made of the data.
     """
 
     def __init__(
@@ -46,6 +46,12 @@ class TaskStream:
         seed: int = 0,
         dataset: Mapping[str, Dataset] | Dataset | None = None,
     ):
+        if not isinstance(config, StreamConfig):
+            raise ValueError(
+                f"config is of the type {type(config).__name__}, but must be a StreamConfig: "
+                "StreamConfig(path=..., classes_per_task=...)."
+            )
+        held_out = config.test_fraction
         preset = BENCHMARKS.get(config.path or "", {}) if dataset is None else {}
         config = replace(config, **{k: v for k, v in preset.items() if k == "path" or getattr(config, k) is None})
         self.config = config
@@ -60,6 +66,11 @@ class TaskStream:
             found = check_tables(dataset, config.test_fraction)
         needed = {"train", "test", config.eval_split} - ({"test"} if config.test_fraction else set())
         splits = choose_splits(found, named, needed)
+        if held_out is not None and "test" in splits:
+            raise ValueError(
+                f"test_fraction is {held_out}, but there is a test split, {splits['test']!r}, beside which nothing "
+                "would be held out. Leave test_fraction out, or give data without a test split."
+            )
         tables = {role: found[name] for role, name in splits.items()}
         self.notes: list[str] = [*getattr(found, "notes", ())]
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
@@ -224,7 +235,10 @@ def _refuse_known(names: list[str], labels: np.ndarray, learnt: Mapping[str, int
 def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list[int]]:
     """The class numbers of each task, of those in `order`."""
     if not order and names:
-        raise ValueError("The data have no class that is not among the known ones.")
+        raise ValueError(
+            f"All {len(names)} classes of the data are among known_classes, so there is nothing to learn. Give images "
+            "of new classes."
+        )
     sizes = config.classes_per_task
     if isinstance(sizes, list) and isinstance(sizes[0], list):
         groups = [[nfc(name) for name in group] for group in sizes if isinstance(group, list)]

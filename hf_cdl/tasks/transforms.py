@@ -44,6 +44,32 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
     return height, width
 
 
+def check_processor(processor: Any) -> None:
+    """Raise ValueError, naming the field, for an image processor of which no pixels for a model can come."""
+    if min(output_size(processor)) < 1:
+        raise ValueError(f"The image processor's size is {output_size(processor)}; set one of at least 1x1 pixels.")
+    problems = []
+    if processor.do_normalize:
+        for name in ("image_mean", "image_std"):
+            values = getattr(processor, name)
+            numbers = [*values] if isinstance(values, list | tuple) else [values] * 3
+            if len(numbers) != 3 or not all(map(_finite, numbers)) or (name == "image_std" and min(numbers) <= 0):
+                rule = "3 numbers above 0" if name == "image_std" else "3 finite numbers"
+                problems.append(f"{name} is {values}, but must be {rule}, one a channel")
+    if processor.do_rescale and not (_finite(processor.rescale_factor) and processor.rescale_factor > 0):
+        problems.append(f"rescale_factor is {processor.rescale_factor}, but must be a number above 0, like 1/255")
+    if processor.resample not in [*Image.Resampling]:
+        problems.append(f"resample is {processor.resample}, but must be one of {[int(r) for r in Image.Resampling]}")
+    if problems:
+        raise ValueError(
+            f"The image processor's {'; its '.join(problems)}. Correct its preprocessor_config.json, or give another."
+        )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 _FIELDS = (
     "do_resize size resample crop_pct do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean "
     "image_std"
@@ -92,6 +118,7 @@ class Preprocess:
     crop_padding: int | None = None
 
     def __post_init__(self) -> None:
+        check_processor(self.processor)
         self.size = output_size(self.processor)
 
     def evaluation(self, images: list[Image.Image]) -> torch.Tensor:

@@ -166,12 +166,14 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "save_strategy": Used(),
     "save_steps": Steps(above=0),
     "save_total_limit": _COUNT,
-    "save_only_model": Refused("without the optimizer's state a run that is resumed would learn something else"),
+    "save_only_model": Refused(
+        "without the optimizer's state a run that is resumed would learn something else; leave it out"
+    ),
     "save_on_each_node": Refused("a run's folder is one that all nodes share; leave it out"),
     "enable_jit_checkpoint": Refused(
         "a stopped run goes on from its last stored state; store it more often: save_strategy steps with save_steps"
     ),
-    "ignore_data_skip": Refused("a run that is resumed would see the same images twice and learn something else"),
+    "ignore_data_skip": Refused("a run that is resumed would see the same images twice; leave it out"),
     "restore_callback_states_from_checkpoint": Refused(
         "a run that is resumed counts on where it stopped (early stopping); leave it true"
     ),
@@ -193,7 +195,9 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "label_names": Refused("the labels of the stream are `labels`; leave it out"),
     # ---- several processes ----
     "average_tokens_across_devices": _TOKENS,
-    "accelerator_config": Refused("how batches are shared by processes is fixed, so that every image counts once"),
+    "accelerator_config": Refused(
+        "how batches are shared by processes is fixed, so that every image counts once; leave it out"
+    ),
     "parallelism_config": _SHARDED,
     "fsdp": _SHARDED,
     "fsdp_config": _SHARDED,

@@ -25,7 +25,7 @@ def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY
 
     def make(parts: Parts) -> Command:
         build(parts)
-        section = {"path": "bad", **fields}
+        section = {"path": "bad", "classes_per_task": None, **fields}
         recipe = parts.write({f"data.{key}": value for key, value in section.items()})
         return command("train.py", recipe, "--output_dir", "run")
 
@@ -271,7 +271,7 @@ ONE_EACH = StreamConfig(classes_per_task=1)
 CALLS = [
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
-    call("no processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both()), "processor"),
+    call("an image without processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both())[0].train[0], "processor"),
     call("a dict for a config", lambda p: TaskStream(FIELDS, p), "StreamConfig"),
     call("a path for a config", lambda p: TaskStream(WORD, p), "StreamConfig"),
 ]

@@ -241,7 +241,7 @@ AGAINST_EACH_OTHER = [
     field({"distill": [{"type": "kdp"}, {"type": "kd_token"}]}, "distill.1", "kd_prompt"),
     field({"distill": [{"type": "prompt_mapping"}, {"type": "kdp"}]}, "mapping", "kd_prompt"),
     field({"distill": [{"type": "os_prompt"}]}, "os_prompt", way="one_pass"),
-    field({"distill": [{"type": "dkd"}], "data.classes_per_task": 1}, "dkd", way="classes_per_task|another term"),
+    field({"distill": [{"type": "dkd"}], "data.classes_per_task": 1}, "one class", way="classes_per_task"),
     field({"distill": [{"type": "dist"}], "data.classes_per_task": [3, 1]}, "dist", way="classes_per_task|another"),
     field({"student.train_backbone": True}, "student.train_backbone", way="prompt.type none"),
     field({"student.train_backbone": True, "student.prompt": NONE, "save_backbone": False}, "save_backbone"),
@@ -284,7 +284,7 @@ AGAINST_EACH_OTHER = [
     training("load_best_model_at_end|eval", load_best_model_at_end=True),
     training("bitsandbytes|adamw_8bit|bnb", optim="adamw_bnb_8bit", way="install|optim"),
     training("liger", use_liger_kernel=True, way="install|leave|remove|set"),
-    training("comet", report_to="comet_ml", way="install"),
+    training("comet", report_to="comet_ml", way="allowed.*tensorboard"),
 ]
 
 ROWS = rows("recipe", UNKNOWN, TYPES, RANGES, MISSING, AGAINST_EACH_OTHER)
