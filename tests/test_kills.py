@@ -120,8 +120,8 @@ def kill(process: BaseProcess) -> None:
 
 # ---- what a run leaves behind ----
 
-MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "cost", "costs", "train_loss")
-"""Ends of the names of what depends on the machine's mood; a phase that was cut off does not know its whole loss."""
+MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "cost", "costs")
+"""Ends of the names of what depends on the machine's mood."""
 
 
 def lasting(content: Any) -> Any:
@@ -132,13 +132,17 @@ def lasting(content: Any) -> Any:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """Every file of a run: its bytes, or what lasts of its JSON."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    texts = {name for name in files if name.endswith(".json")}
-    return {
-        name: lasting(json.loads(path.read_text())) if name in texts else path.read_bytes()
-        for name, path in files.items()
-    }
+    """Every file of a run: its bytes, or what lasts of its JSON.
+
+    Of the loss curves only the steps: a line that spans a kill is the mean of the steps after it.
+    """
+    found: dict[str, Any] = {}
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        found[name] = lasting(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
+        if path.parent.name == "logs":
+            found[name] = [line["step"] for line in found[name]]
+    return found
 
 
 class Whole(NamedTuple):
