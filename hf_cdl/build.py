@@ -78,8 +78,10 @@ def load_processor(place: str | Path, revision: str | None = None, **fields: Any
         found = AutoImageProcessor.from_pretrained(place, revision=revision, trust_remote_code=False, **fields)
         check_processor(found)
     except Exception as error:  # transformers raises many kinds
+        missing = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").exists()
+        reason = "it is missing." if missing else said(error)
         raise ValueError(
-            f"'{place}' has no usable preprocessor_config.json: {said(error)} Get it again from where "
+            f"'{place}' has no usable preprocessor_config.json: {reason} Get it again from where "
             "the model came, or save an image processor there with save_pretrained."
         ) from error
     return found

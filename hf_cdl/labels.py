@@ -13,9 +13,8 @@ def class_list(names: Any) -> list[str]:
     """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
     if isinstance(names, str | bytes | Mapping | Set) or not isinstance(names, Iterable):
         way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
-        raise ValueError(
-            f"The class names of a task are a list of texts; got a {type(names).__name__}, {short(names)}. So {way}."
-        )
+        kind = "" if isinstance(names, str) or names is None else f"a {type(names).__name__}, "
+        raise ValueError(f"The class names of a task are a list of texts; got {kind}{short(names)}. So {way}.")
     names = list(names)
     if not names:
         raise ValueError("A task needs at least one class; got an empty list of class names.")

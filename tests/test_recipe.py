@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hf_cdl.recipe import Recipe, build_recipe, idle_arguments, load_recipe
-from hf_cdl.recipe.files import RecipeError, merge
+from hf_cdl.recipe.files import RecipeError, merge, read_yaml
 from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -383,7 +383,10 @@ def test_a_new_type_drops_the_fields_of_the_old_one(file: Path) -> None:
     ("arguments", "said"),
     [
         (["--seed"], "--seed has no value; write --seed VALUE"),
+        (["--save_code", "--seed", "1"], "--save_code has no value .--seed is the next field.; write --save_code VAL"),
         (["--seed", "1", "loose"], "Unexpected argument 'loose'"),
+        (["-seed", "1"], "Unexpected argument '-seed'.*Did you mean --seed?"),
+        (["--card", "{license: mit, license: gpl}"], "the field 'license' stands twice, in line 1; leave one of them"),
         (["--seed", "[1"], "The value of --seed, '\\[1', is not valid YAML"),
         (["--distill.1.weight", "1"], "--distill.1.weight: 'distill' is a list of 1; count from 0"),
         (["--distill.kdp.weight", "1"], "'distill' is a list of 1; count from 0"),
@@ -396,7 +399,25 @@ def test_bad_arguments(file: Path, arguments: list[str], said: str) -> None:
         load(file, *arguments)
 
 
+def test_values_that_begin_with_dashes(file: Path) -> None:
+    assert load(file, "--train.max_steps", "-1", "--name=--odd").name == "--odd"
+
+
 # ---- files ----
+
+
+def test_a_field_that_stands_twice_is_refused_with_its_lines(tmp_path: Path, file: Path) -> None:
+    text = file.read_text()
+    (twice := tmp_path / "twice.yaml").write_text(f"{text}\ncard: {{license: mit}}\nce_weight: 1\n'ce_weight': 0\n")
+    count = twice.read_text().count("\n")
+    with pytest.raises(RecipeError, match=f"twice.yaml.*'ce_weight' stands twice, in lines .* and {count}; leave one"):
+        load(twice)
+
+
+def test_fields_that_are_merged_may_be_set_again(tmp_path: Path) -> None:
+    card = "card: &card {license: mit, data_license: cc0}\nplugins: []\n"
+    (merged := tmp_path / "merged.yaml").write_text(card + "extra: {<<: *card, license: gpl}\n")
+    assert read_yaml(merged)["extra"] == {"license": "gpl", "data_license": "cc0"}
 
 
 def test_base_is_overridden_section_by_section(tmp_path: Path, file: Path) -> None:

@@ -176,9 +176,9 @@ def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
         name, equals, text = name[2:].partition("=")
         if not equals:
             if not arguments or arguments[0].startswith("--"):
-                then = f"; behind it comes {visible(arguments[0])[:100]}" if arguments else ""
+                then = f" ({visible(arguments[0])[:100]} is the next field)" if arguments else ""
                 shown = visible(name)
-                raise RecipeError(f"--{shown} has no value{then}. Write --{shown} VALUE, or --{shown}=VALUE.")
+                raise RecipeError(f"--{shown} has no value{then}; write --{shown} VALUE, or --{shown}=VALUE.")
             text = arguments.pop(0)
         try:
             pairs.append((name, _parse(text)))

@@ -200,7 +200,6 @@ CUTS = [
     data("sizes that add up to more", photos(), "classes_per_task", "3 classes", way=".", classes_per_task=[2, 2]),
     data("a class that is not there", photos(), "bea", way="bee", classes_per_task=[["ant", "bea"]]),
     data("more classes than there are", photos(), "max_classes", "3 classes", way=".", max_classes=9),
-    data("images of known classes", photos(), "ant", way="known_train", known_classes=[["ant"]]),
     data("known classes alone", photos(), "known", known_classes=[["ant", "bee", "cat"]], known_train="ignore"),
     data("known classes of a new model", photos(), "known_classes", known_classes=[["yak"]], classes_per_task=3),
 ]
@@ -268,10 +267,16 @@ WORD: Any = "vit"
 NOTHING: Any = None
 FIELDS: Any = {"path": "x"}
 ONE_EACH = StreamConfig(classes_per_task=1)
+KNOWN = StreamConfig(classes_per_task=1, known_classes=[["class b"]])
+ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ignore")
+HELD_OUT = StreamConfig(classes_per_task=1, test_fraction=0.5)
 CALLS = [
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
     call("an image without processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both())[0].train[0], "processor"),
+    call("images of known classes", lambda p: TaskStream(KNOWN, p, dataset=both()), "class b (task 1)"),
+    call("known classes alone", lambda p: TaskStream(ALL_KNOWN, p, dataset=both()), "known_classes"),
+    call("a test fraction beside test images", lambda p: TaskStream(HELD_OUT, p, dataset=both()), "test_fraction"),
     call("a dict for a config", lambda p: TaskStream(FIELDS, p), "StreamConfig"),
     call("a path for a config", lambda p: TaskStream(WORD, p), "StreamConfig"),
 ]

@@ -54,6 +54,8 @@ FILES = [
     file(
         "with a nested field twice", "+card: {license: mit, license: gpl}\n", "license", way="twice|dupl|repeat|once"
     ),
+    file("with a field of a term twice", "+baselines: [{type: a, type: b}]\n", "type", way="twice|dupl|repeat|once"),
+    file("with a field twice, once in quotes", "+card:\n  license: mit\n  'license': gpl\n", "license", "lines"),
     file("with a number as a field", "+3: x\n", "3"),
     file("with a null field", "+null: x\n", "None|null"),
     file("with on for a field", "+on: x\n", "True|on"),
@@ -103,6 +105,9 @@ TRAIN = [
     words("a file behind a field", "--seed", 3, "recipe.yaml", says=("recipe.yaml",), way="--field"),
     words("two values", "recipe.yaml", "--seed", 3, 4, says=("'4'",), way="--field"),
     words("a flag without value", "recipe.yaml", "--save_code", "--seed", 1, says=("save_code",), way="VALUE|bool"),
+    words("a nested flag without value", "--data.flip", "--data.path", "data", says=("--data.flip",), way="VALUE"),
+    words("a value with a field twice", "recipe.yaml", "--card", "{a: 1, a: 2}", says=("card", "'a'"), way="twice"),
+    words("a dash alone", "-", says=("'-'",), way="--field"),
     words("an empty word", "recipe.yaml", "", says=("recipe",), way="directory|folder|--field"),
     words("two dashes alone", "recipe.yaml", "--", "x", says=("--|''",), way="--field|unknown field"),
     words("a value of wrong syntax", "recipe.yaml", "--distill", "[{type: kd", says=("distill",), way="YAML"),
@@ -239,6 +244,7 @@ OTHERS = [
     words("compare.py with no jobs", "recipe.yaml", "--jobs", 0, says=("--jobs",), script="compare.py"),
     words("final_test.py alone", says=("compare.py|SPEC",), way=".", script="final_test.py"),
     words("final_test.py of nothing", "gone.yaml", "a", "b", says=("gone.yaml",), way=".", script="final_test.py"),
+    words("final_test.py of a recipe", "recipe.yaml", "a", "b", says=("recipe.yaml",), script="final_test.py"),
     words(
         "pretrain.py of nothing",
         "--data",

@@ -127,6 +127,11 @@ BACKBONES = [
     backbone("with a processor of no size", config({"size": {"height": 0, "width": 0}}, PROCESSOR), "size|0x0"),
     backbone("with a deviation of zero", config({"image_std": [0, 0, 0]}, PROCESSOR), "image_std|deviation"),
     backbone("with means of two channels", config({"image_mean": [0.5, 0.5]}, PROCESSOR), "image_mean|mean"),
+    backbone("with a negative deviation", config({"image_std": [0.5, -0.5, 0.5]}, PROCESSOR), "image_std", PROCESSOR),
+    backbone("with words for means", config({"image_mean": ["a", "b", "c"]}, PROCESSOR), "image_mean", PROCESSOR),
+    backbone("with NaN for means", config({"image_mean": [NAN, 0.5, 0.5]}, PROCESSOR), "image_mean", PROCESSOR),
+    backbone("with pixels times nothing", config({"rescale_factor": 0}, PROCESSOR), "rescale_factor", PROCESSOR),
+    backbone("with an unknown resampling", config({"resample": 99}, PROCESSOR), "resampl", PROCESSOR),
     backbone(
         "with a processor of an unknown type", config({"image_processor_type": "Evil"}, PROCESSOR), "Evil|" + PROCESSOR
     ),
@@ -159,6 +164,7 @@ def two_in_a_circle(folder: Path) -> None:
 CHECKPOINTS = [
     *(checkpoint(name, *damage) for name, damage in DAMAGE.items() if "unknown type" not in name),
     checkpoint("that is missing", lambda folder: shutil.rmtree(folder), "bad"),
+    checkpoint("that is a file", lambda folder: [shutil.rmtree(folder), folder.write_text("x")], "bad"),
     checkpoint("of another kind", config({"model_type": "vit"}), "vit|cdl"),
     checkpoint("that lacks its head", weights({"head.blocks": GONE}), "head.blocks"),
     checkpoint("that lacks a task's head", weights({"head.blocks.1.": GONE}), "head.blocks.1"),
@@ -324,6 +330,7 @@ CALLS = [
     arguments("no images in a batch", {"per_device_train_batch_size": 0}),
     call("a trainer without a teacher for its term", learn_alone, "kd", "teacher"),
     call("an objective of NaN", lambda parts: Objective(NAN, []), "ce_weight"),
+    call("an objective of infinity", lambda parts: Objective(INF, []), "ce_weight"),
     call("an objective of a negative weight", lambda parts: Objective(-1.0, []), "ce_weight"),
 ]
 

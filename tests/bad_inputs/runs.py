@@ -124,6 +124,20 @@ LEDGER_ROWS = [
         words=("push.py", "done", "--hub_model_id", "me/x"),
         hub=True,
     ),
+    run(
+        "push.py of a finished run whose weights are cut off",
+        cut_off("student/model.safetensors", "student/task-02/model.safetensors"),
+        "task-02",
+        words=("push.py", "done", "--hub_model_id", "me/x"),
+        hub=True,
+    ),
+    run(
+        "push.py of a finished run that has lost its first task",
+        missing("student/task-01/config.json"),
+        "task-01",
+        words=("push.py", "done", "--hub_model_id", "me/x"),
+        hub=True,
+    ),
 ]
 
 
@@ -211,6 +225,12 @@ TEACHERS = [
         words=(*TAKEN, "done"),
     ),
     run("teacher_from of a run without its checkpoint", missing("teacher/task-01"), "task-01", words=(*TAKEN, "done")),
+    run(
+        "teacher_from of a run without its last checkpoint",
+        missing("teacher/task-02/model.safetensors"),
+        "task-02",
+        words=(*TAKEN, "done"),
+    ),
     run(
         "teacher_from of itself",
         lambda folder: None,
