@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,30 +26,38 @@ def adopt(
     `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
     results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
     text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
-    there is something in its place.
+    there is something in its place, and passes on those of `put`; then nothing is left of the try.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
     count = origin["tasks"]
     partial = folder.with_name(f".{folder.name}.partial")
-    with saving(f"start the run in {folder}"):
+    shutil.rmtree(partial, ignore_errors=True)
+    made: list[Path] = []
+    try:
+        with saving(f"start the run in {folder}"):
+            made += make_folder(partial)
+            for role in origin["roles"]:
+                put(role, partial / role / f"task-{count:02d}")
+            ledger = {
+                **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+                "class_names": results["student"]["class_names"][:count],
+                "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
+                "files": fingerprints(partial, partial),
+                "origin": origin,
+            }
+            write_json(partial / "run.json", ledger)
+            (partial / "recipe.yaml").write_text(recipe_file)
+            sync_tree(partial)
+            if folder.exists():
+                folder.rmdir()
+            replace(partial, folder)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        make_folder(partial)
-        for role in origin["roles"]:
-            put(role, partial / role / f"task-{count:02d}")
-        ledger = {
-            **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
-            "class_names": results["student"]["class_names"][:count],
-            "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
-            "files": fingerprints(partial, partial),
-            "origin": origin,
-        }
-        write_json(partial / "run.json", ledger)
-        (partial / "recipe.yaml").write_text(recipe_file)
-        sync_tree(partial)
-        if folder.exists():
-            folder.rmdir()
-        replace(partial, folder)
+        for path in made[1:]:  # a try that failed leaves no folder behind
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:

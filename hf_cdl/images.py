@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from hf_cdl.escape import visible
 
 MAX_PIXELS = 100_000_000
 """The most pixels (width * height) of an image, unless the caller says otherwise: 300 MB in RGB."""
@@ -67,10 +68,8 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
 
 
 def readable(text: str, limit: int = 300) -> str:
-    """Text of strangers for one line of a message: what does not print, or is no UTF-8, is written as an escape."""
-    text = text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}"
-    text = re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)  # bytes of a file's name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Text of strangers for one line of a message: what would act is escaped, the middle of a long one left out."""
+    return visible(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:

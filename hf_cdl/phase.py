@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -130,9 +131,12 @@ class PhaseTrainer(SteeredTrainer):
         """Optimizer steps of the tasks before this one, which the trackers' steps go on from."""
         if self.run is None:
             return self._steps_learnt
-        files = [self.run.history_file(self.role, task) for task in self.seen[:-1]]
-        lines = [json.loads(file.read_text()) for file in files if file.exists()]
-        return sum(max((line.get("step", 0) for line in history), default=0) for history in lines)
+        steps = 0
+        for task in self.seen[:-1]:
+            with contextlib.suppress(OSError, ValueError):  # a curve that is lost was said when the run was opened
+                history = json.loads(self.run.history_file(self.role, task).read_text())
+                steps += max((line.get("step", 0) for line in history), default=0)
+        return steps
 
     def _watch(self, losses: dict[str, torch.Tensor], weight: float) -> None:
         """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
@@ -153,6 +157,8 @@ class PhaseTrainer(SteeredTrainer):
 
         The phase's images a second are of those that it learnt from; Trainer counts incomplete batches as whole ones.
         """
+        if self._seconds_before:
+            logs.pop("train_loss", None)  # at the end: the losses since this process began, by all steps
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")

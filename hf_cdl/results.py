@@ -81,11 +81,18 @@ class _Results(_Checked):
     origin: _Origin | None = None
 
 
+def stored_ledger(folder: Path) -> dict[str, Any]:
+    """The ledger in a folder that a user named as a run's."""
+    if not (folder / "run.json").exists():
+        raise RunError(f"{visible(folder)} holds no run: it has no run.json. Name a run's folder, as runs/quickstart.")
+    return read_ledger(folder)
+
+
 def run_results(
     folder: Path, complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe
 ) -> dict[str, Any]:
     """The results of the run in a folder, finished or not, by its ledger; `complete` is given its recipe."""
-    ledger, where = read_ledger(folder), visible(folder / "run.json")
+    ledger, where = stored_ledger(folder), visible(folder / "run.json")
     try:
         found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
     except ValueError as error:  # a recipe that cannot be read as one, or accuracies of no images

@@ -17,10 +17,9 @@ import yaml
 
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
-from hf_cdl.ledger import read_ledger
 from hf_cdl.recipe import build_recipe, described, untrained
 from hf_cdl.repair import examine
-from hf_cdl.results import run_results
+from hf_cdl.results import run_results, stored_ledger
 from hf_cdl.storing import RunError
 
 
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> int:
     folder = given.pop("run")
     try:
         stopping.ready()
-        ledger = read_ledger(folder)
+        ledger = stored_ledger(folder)
         asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
         if not asked:
             raise RunError(f"The recipe of {folder} did not say where to push it; give --hub_model_id NAME.")

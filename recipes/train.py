@@ -39,7 +39,7 @@ from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.distill import Objective  # noqa: E402
 from hf_cdl.escape import visible_lines  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
-from hf_cdl.recipe import Recipe, completed, load_recipe  # noqa: E402
+from hf_cdl.recipe import Recipe, completed, idle_arguments, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run  # noqa: E402
 from hf_cdl.storing import RunError, first_line  # noqa: E402
@@ -144,6 +144,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
+    if idle := idle_arguments(recipe):
+        say(f"note: the heads are fitted in one pass, no loss trains; without effect: {', '.join(idle)}")
     size = f"{len(stream)} tasks, {len(stream.class_names)} classes"
     say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
 

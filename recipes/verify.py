@@ -20,8 +20,8 @@ from transformers.utils import logging as hf_logging
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.build import MODELS, load_plugins
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.ledger import read_ledger
 from hf_cdl.recipe import Recipe, build_recipe, untrained
+from hf_cdl.results import stored_ledger
 from hf_cdl.storing import RunError
 from hf_cdl.types import TaskResult
 
@@ -61,7 +61,7 @@ def verify(folder: Path, plugins: Sequence[str]) -> int:
 
 def stored_recipe(folder: Path) -> Recipe:
     """The recipe in a run's ledger, its training arguments as far as they matter here."""
-    stored = read_ledger(folder)["recipe"]
+    stored = stored_ledger(folder)["recipe"]
     bare = untrained(stored)
     bare["train"] = _measuring(stored.get("train"))
     for role in ("student", "teacher"):
@@ -81,7 +81,7 @@ def measure_again(
 
     `recipe`: the run's. Its plugins are not run here.
     """
-    for role, entries in read_ledger(folder)["entries"].items():
+    for role, entries in stored_ledger(folder)["entries"].items():
         for entry in entries if not only or role in only else ():
             checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
             processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)

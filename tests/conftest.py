@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -32,7 +33,10 @@ def forked() -> Iterator[ForkServerContext]:
     context.set_forkserver_preload(["train", "matplotlib.pyplot", "test_hub", "test_kills"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
-        process = context.Process(target=int)  # the first one waits for the imports
+        environment.setenv("HF_HUB_OFFLINE", "1")
+        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else modules that are not found are left out
+        process = context.Process(target=exec, args=("import sys; sys.exit('test_kills' not in sys.modules)",))
         process.start()
         process.join()
+        assert process.exitcode == 0, "nothing was imported"
     yield context

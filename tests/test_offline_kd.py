@@ -199,7 +199,15 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-SMALL = ["--train.per_device_train_batch_size", 16, "--data.max_eval_per_class", 2, "--data.max_train_per_class"]
+SMALL = [
+    "--train.lr_steps",
+    "[]",
+    "--train.per_device_train_batch_size",
+    16,
+    "--data.max_eval_per_class",
+    2,
+    "--data.max_train_per_class",
+]
 STREAM = ["recipes/quickstart.yaml", "--data.classes_per_task", 2, "--data.max_classes", 4, *SMALL, 16]
 OFFLINE = ["recipes/offline_kd/cifar100_resnet56_resnet20.yaml", "--data.classes_per_task", 4, *SMALL, 8]
 SWITCHED = {  # both paths' weights add up to the one of KD
@@ -243,7 +251,15 @@ assert not any(name.split(".")[0] in ("hf_cdl", "hf_cdl_plugins") for name in sy
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda file: file.stem)
 def test_every_pair_runs_two_steps(pair: Path, cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With its true networks; and the student loads elsewhere, with the copy of its source beside it."""
-    words = [f"recipes/offline_kd/{pair.name}", "--data.classes_per_task", 4, "--train.num_train_epochs", 1]
+    words = [
+        f"recipes/offline_kd/{pair.name}",
+        "--data.classes_per_task",
+        4,
+        "--train.num_train_epochs",
+        1,
+        "--train.lr_steps",
+        "[]",
+    ]
     code, output = train(*words, "--train.use_cpu", "true", "--output_dir", tmp_path / "out", cwd=cifar)
     assert code == 0 and "Warning" not in output and "Traceback" not in output, output
     assert output.rstrip().endswith("trust_remote_code=True)('IMAGE.png'))\"")
@@ -269,6 +285,7 @@ def test_every_term_runs(term: Path, cifar: Path, tmp_path: Path) -> None:
     words = ["recipes/offline_kd/cifar100_resnet32x4_resnet8x4.yaml", f"recipes/offline_kd/terms/{term.name}"]
     words += ["--teacher.backbone", "recipes/offline_kd/resnet20"] if term.stem != "none" else []
     more = ["--data.classes_per_task", 4, "--train.num_train_epochs", 1, "--train.use_cpu", "true"]
+    more += ["--train.lr_steps", "[]"]
     code, output = train(*words, *more, "--output_dir", tmp_path / "out", cwd=cifar)
     assert code == 0, output
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_cdl.recipe import Recipe, build_recipe, load_recipe
+from hf_cdl.recipe import Recipe, build_recipe, idle_arguments, load_recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_yaml
 from hf_cdl.training_args import CDLTrainingArguments
 
@@ -531,3 +531,33 @@ def test_unusable_files(tmp_path: Path, content: str | bytes | None, said: str) 
 def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Cannot read the recipe"):
         load(tmp_path)
+
+
+# ---- training arguments where no loss trains ----
+
+
+def fitted(**fields: Any) -> dict[str, Any]:
+    student = {"backbone": "small", "prompt": {"type": "none"}, "head": {"type": "ridge"}}
+    return {"name": "x", "data": {"path": "somewhere"}, "student": student, "baselines": [], **fields}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "idle"),
+    [
+        (fitted(train={"learning_rate": 0.1, "dataloader_num_workers": 2}), ["train.learning_rate"]),
+        (fitted(train={"learning_rate": 0.1}, baselines=["linear_head"]), []),
+        (fitted(train={"learning_rate": 0.1}, teacher=MINIMAL["teacher"]), []),
+        (fitted(train={"use_cpu": True, "per_device_eval_batch_size": 8}), []),
+    ],
+)
+def test_shared_training_arguments_without_effect_are_named(recipe: dict[str, Any], idle: list[str]) -> None:
+    assert idle_arguments(build_recipe(recipe)) == idle
+
+
+def test_a_fitted_model_has_no_training_arguments_of_its_own() -> None:
+    recipe = fitted()
+    recipe["student"]["train"] = {"num_train_epochs": 3, "use_cpu": True}
+    (problem,) = problems(recipe)
+    assert "student.train.num_train_epochs" in problem and "no effect" in problem
+    recipe["student"] |= {"prompt": {"type": "coda"}, "first_session": LINEAR}
+    assert build_recipe(recipe).student.train["num_train_epochs"] == 3

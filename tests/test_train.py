@@ -539,13 +539,12 @@ def test_images_that_cannot_be_used(run: Callable[..., tuple[int, str]], tmp_pat
     assert "2 images cannot be used" in message and str(broken) in message and str(text) in message
 
     paths = [str(folder / "train" / "cat" / name) for name in ("0.png", "gone.png", "2.png")]
-    (tmp_path / "paths").mkdir()
     schema = Features({"image": ImageFeature(), "label": Value("string")}).arrow_schema
     cells = [{"bytes": None, "path": path} for path in paths]
     for split in ("train", "test"):
         table = pa.Table.from_pydict({"image": cells, "label": ["cat", "cat", "dog"]}, schema)
-        pyarrow.parquet.write_table(table, tmp_path / "paths" / f"{split}.parquet")
-    message = refused(run, tmp_path, "--data.path", tmp_path / "paths")
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    message = refused(run, tmp_path, "--data.path", folder)
     assert "2 images cannot be used" in message and "split 'train', row 1" in message and paths[1] in message
 
 

@@ -225,6 +225,17 @@ def test_an_index_and_a_processor_that_reach_out_are_refused(honest: Path, tmp_p
             read_folder(run, "student").copy(run / "copy")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_a_checkpoint_that_is_not_whole_is_not_taken(honest: Path, tmp_path: Path, name: str) -> None:
+    run = shutil.copytree(honest / "run", tmp_path / "run")
+    file = run / "student" / "task-02" / name
+    for content in (file.read_bytes()[: file.stat().st_size // 2], None):
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(HubError, match=name) as raised:
+            add_task.begin(tmp_path / "runs" / "new", str(run), None, None)
+        assert str(raised.value).count("\n") < 6 and not (tmp_path / "runs").exists()
+
+
 # ---- results that are none ----
 
 

@@ -23,6 +23,8 @@ from hf_cdl.compare.table import METRIC_COLUMNS
 from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
 from hf_cdl.recipe.typed import WRONG, build_typed
+from hf_cdl.results import checked_results
+from hf_cdl.storing import read_json
 
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")
@@ -83,16 +85,19 @@ class PlannedRun:
         return self.recipe.data.class_order_seed
 
     def read(self, file: Path) -> dict[str, Any] | None:
-        """A stored results file of this run; None if there is none, or if it is not finished or of another recipe."""
+        """A stored results file of this run; None if there is none, or if it is not finished or of another recipe.
+
+        Raises RunError if it holds no results.
+        """
         if not file.exists():
             return None
-        results = json.loads(file.read_text())
+        results = checked_results(read_json(file), str(file))
         try:
             stored = completed(results["recipe"])
         except ValueError:
             return None
         same = _defining(stored) == _defining(self.recipe.as_dict())
-        return results if results["finished"] and same else None
+        return results if results.get("finished") and same else None
 
     def results(self) -> dict[str, Any] | None:
         """What the run measured; None as long as it is not finished."""

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from safetensors import SafetensorError, safe_open
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_tasks
@@ -79,14 +80,16 @@ class Origin(ABC):
                     f"its config.json has {_counted(known)}, but its results {_counted(ours)}, or others of that "
                     "number. They are not of the same state."
                 )
-            if not any(folder.glob("*.safetensors")):
-                raise RunError("it has no weights in model.safetensors; pickled ones are not read.")
+            _check_weights([*folder.glob("*.safetensors")])
             if (index := folder / "model.safetensors.index.json").exists():
                 _check_index(read_json(index))
-            if (processor := folder / "preprocessor_config.json").exists():
-                _check_sizes(read_json(processor))
+            _check_sizes(read_json(folder / "preprocessor_config.json"))
         except RunError as error:
-            raise HubError(f"The {self.role} in {self.place} cannot be taken over: {error}") from error
+            said = str(error).replace(f"{visible(folder)}/", "its ")
+            raise HubError(
+                f"The {self.role} in {self.place} cannot be taken over: {said} Name another state with --revision "
+                "task-NN, or another model."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,17 @@ def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:
     """Path -> bytes."""
     entries: Iterable[Any] = api.list_repo_tree(repository, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+
+def _check_weights(files: list[Path]) -> None:
+    if not files:
+        raise RunError("it has no weights in model.safetensors; pickled ones are not read.")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"its {file.name} is cut short or damaged ({visible(error)[:200]}).") from error
 
 
 def _check_index(index: Any) -> None:

@@ -16,11 +16,12 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_cdl.card import card_files
 from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_tasks, results_after
+from hf_cdl.storing import RunError
 
 _SAFE = (".json", ".safetensors", ".py", ".md", ".txt", ".png")
 
 
-class HubError(RuntimeError):
+class HubError(RunError):
     """What the Hub refuses, and another attempt would not change; the message says what is there and what to do."""
 
 

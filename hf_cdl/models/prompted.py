@@ -43,9 +43,7 @@ class PromptedBackbone(PreTrainedModel):
 
     config_class = CDLConfig
     config: CDLConfig
-    base_model_prefix = (
-        ""  # not "backbone": transformers' older names of its weights would be the query backbone's too
-    )
+    base_model_prefix = ""  # with "backbone", transformers' older names of its weights are the query backbone's too
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
@@ -126,6 +124,11 @@ class PromptedBackbone(PreTrainedModel):
     def pool_config(self) -> dict[str, Any]:
         """What rebuilds this model's prompt pool in a student that maps its prompts (CDLConfig.teacher_pool)."""
         return {"prompt": self.config.prompt, **self.shape._asdict()}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The backbone, as base_model_prefix would say."""
+        return self.backbone
 
     @property
     def needs_query(self) -> bool:

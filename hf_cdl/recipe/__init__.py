@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.recipe.checks import check_classifiers, check_hub, check_model, check_terms, check_training
+from hf_cdl.recipe.checks import (
+    check_classifiers,
+    check_hub,
+    check_idle,
+    check_model,
+    check_terms,
+    check_training,
+    idle_arguments,
+)
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.taken import taken_over
@@ -26,6 +34,7 @@ __all__ = [
     "build_recipe",
     "completed",
     "described",
+    "idle_arguments",
     "load_recipe",
     "taken_over",
     "untrained",
@@ -64,6 +73,8 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     check_classifiers(content, problems)
     check_hub(content, problems)
     recipe = build_typed(Recipe, content, "", problems)
+    if not problems:
+        check_idle(recipe, problems)
     if problems:
         raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
     student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}

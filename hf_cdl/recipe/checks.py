@@ -18,9 +18,10 @@ from hf_cdl.distill import TERMS
 from hf_cdl.models.heads import HEADS
 from hf_cdl.models.lora import LoraOptions
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
-from hf_cdl.recipe.fields import PLACES, ModelRecipe
+from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
 from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
 from hf_cdl.training_args import CDLTrainingArguments
+from hf_cdl.training_args.table import IN_PASSES
 
 _CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
 """The fields of a model's section that a classifier has."""
@@ -286,3 +287,31 @@ def check_training(content: dict[str, Any], role: str, problems: list[str]) -> N
             CDLTrainingArguments(output_dir="work", **values)
         except (ValueError, TypeError) as error:
             problems.append(f"train ({role}): {error}")
+
+
+def idle_arguments(recipe: Recipe) -> list[str]:
+    """Training arguments of a recipe that have no effect, since no loss trains what they are of: heads are fitted."""
+    sections = {"teacher": recipe.teacher, "student": recipe.student}
+    trained = {role for role, section in sections.items() if section is not None and _trains(section)}
+    trained |= {"student"} if "linear_head" in recipe.baselines else set()
+    given = {
+        f"{role}.train": section.train or {} for role, section in sections.items() if section and role not in trained
+    }
+    if not trained:
+        given["train"] = recipe.train
+    return [f"{place}.{name}" for place, values in given.items() for name in values if name not in IN_PASSES]
+
+
+def _trains(section: ModelRecipe) -> bool:
+    if section.model == "classifier":
+        return section.train is not None
+    return section.first_session is not None or not _fitted(section.head)
+
+
+def check_idle(recipe: Recipe, problems: list[str]) -> None:
+    """A model's own training arguments need something that trains; the shared ones may come with a base file."""
+    problems += [
+        f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"
+        for name in idle_arguments(recipe)
+        if not name.startswith("train.")
+    ]

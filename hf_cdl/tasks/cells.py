@@ -37,8 +37,8 @@ class Cells:
         inside = [p for p in places if any(p.startswith(os.path.join(folder, "")) for folder in self.folders)]
         if not inside:
             raise ImageError(
-                f"{readable(path)}: the file that this cell names is not in the data's folder {self.folders[0]}; put "
-                "it there, or the image itself into the cell (Dataset.save_to_disk does)"
+                f"{readable(path)}: this file is not in the data's folder {self.folders[0]}; put it there, or its "
+                "bytes into the cell (Dataset.save_to_disk)"
             )
         return next(filter(os.path.exists, inside), inside[0])
 

@@ -230,3 +230,10 @@ ARGUMENTS: dict[str, Used | Refused] = {
 
 NOT_IN_ALL = frozenset({"activation_checkpointing", "activation_checkpointing_kwargs"})
 """Fields that not all supported versions of transformers have."""
+
+IN_PASSES = (
+    "use_cpu bf16 fp16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed data_seed "
+    "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor dataloader_multiprocessing_context"
+).split()
+"""Fields with an effect also where no loss trains: a fitted head learns by one pass over the images."""
