@@ -105,13 +105,12 @@ class CDLTrainer(PhaseTrainer):
         if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         done = self.run is not None and self.run.result(self.role, task) is not None
-        if not done:
+        came_with = self._came_with(task)
+        if not done and not came_with:
             check_task(self.role, self.model, self.objective, self.args, task)
             self.check(task)
         self.seen.append(task)
-        if done:
-            return
-        if self._came_with(task):
+        if done or came_with:
             return
         self._begin(task)
         learnt = None if self.run is None else self.run.take_over(self.role, task)

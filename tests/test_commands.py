@@ -19,6 +19,7 @@ train_recipe = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(train_recipe)
 
 COMMANDS = [*sorted((ROOT / "recipes").glob("*.py")), ROOT / "recipes" / "space" / "app.py"]
+COMMANDS = [file for file in COMMANDS if file.stem != "stopping"]  # which the commands share
 
 
 # ---- help ----

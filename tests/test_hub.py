@@ -32,6 +32,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save_file
 
 from hf_cdl.hub import HubError, Pusher
+from hf_cdl.ledger import new_ledger
 from hf_cdl.recipe import RecipeError, build_recipe
 from hf_cdl.report import plotting_available
 from hf_cdl.run import Run
@@ -560,12 +561,12 @@ def test_push_takes_no_other_words(
     ("ledger", "message"),
     [
         ("", "run.json is not a readable ledger (JSONDecodeError"),
-        ("[]", "run.json is not a readable ledger (TypeError"),
-        ("null", "run.json is not a readable ledger (TypeError"),
-        ('{"recipe": 3}', "run.json is not a readable ledger (TypeError"),
-        ('{"entries": {}}', "run.json is not a readable ledger (KeyError: 'recipe')"),
-        ('{"recipe": {}, "hub": 3}', "run.json is not a readable ledger (TypeError"),
-        ('{"recipe": {}}', "did not say where to push it; give --hub_model_id NAME"),
+        ("[]", "run.json is not a readable ledger (the file: "),
+        ("null", "run.json is not a readable ledger (the file: "),
+        ('{"recipe": 3}', "run.json is not a readable ledger (recipe: "),
+        ('{"entries": {}}', "run.json is not a readable ledger (recipe: Field required)"),
+        (json.dumps({**new_ledger({}), "hub": 3}), "run.json is not a readable ledger (hub: "),
+        (json.dumps(new_ledger({})), "did not say where to push it; give --hub_model_id NAME"),
     ],
 )
 def test_push_says_what_is_wrong_with_a_ledger(

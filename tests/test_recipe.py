@@ -560,4 +560,4 @@ def test_a_fitted_model_has_no_training_arguments_of_its_own() -> None:
     (problem,) = problems(recipe)
     assert "student.train.num_train_epochs" in problem and "no effect" in problem
     recipe["student"] |= {"prompt": {"type": "coda"}, "first_session": LINEAR}
-    assert build_recipe(recipe).student.train["num_train_epochs"] == 3
+    assert (build_recipe(recipe).student.train or {})["num_train_epochs"] == 3

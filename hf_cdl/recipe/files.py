@@ -131,6 +131,7 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
             kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+            kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else kind
             raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}.")
         content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
