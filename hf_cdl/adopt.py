@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.ledger import new_ledger
+from hf_cdl.ledger import new_ledger, read_ledger
+from hf_cdl.repair import publish
 from hf_cdl.storing import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
 from hf_cdl.types import TaskResult
 
@@ -20,18 +21,19 @@ def adopt(
     results: Mapping[str, dict[str, Any]],
     put: Callable[[str, Path], Any],
     recipe_file: str,
-) -> None:
+) -> Callable[[], None]:
     """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
 
     `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
     results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
     text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
-    there is something in its place, and passes on those of `put`; then nothing is left of the try.
+    there is something in its place, and passes on those of `put`; then nothing is left of the try. Returns what takes
+    the run away again, as long as nothing was learnt in it.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
     count = origin["tasks"]
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
     shutil.rmtree(partial, ignore_errors=True)
     made: list[Path] = []
     try:
@@ -46,6 +48,8 @@ def adopt(
                 "files": fingerprints(partial, partial),
                 "origin": origin,
             }
+            for role in origin["roles"]:
+                publish(partial, ledger, role)
             write_json(partial / "run.json", ledger)
             (partial / "recipe.yaml").write_text(recipe_file)
             sync_tree(partial)
@@ -54,10 +58,25 @@ def adopt(
             replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        for path in made[1:]:  # a try that failed leaves no folder behind
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        _remove(made[1:])  # a try that failed leaves no folder behind
         raise
+
+    def undo() -> None:
+        entries = read_ledger(folder)["entries"].values()
+        if any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*")):
+            return
+        shutil.rmtree(folder)
+        _remove(made[1:])
+        if was_there:
+            folder.mkdir()
+
+    return undo
+
+
+def _remove(folders: list[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # one that holds something else stays
+            path.rmdir()
 
 
 def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def main(arguments: list[str]) -> int:
     options, fields = parser.parse_known_args(arguments)
     if arguments[:2] != [options.student, options.data]:
         parser.error("the student and the folder of images come first")
+    undo = None
     try:
         name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
         folder = options.output_dir or Path("runs", name)
@@ -64,13 +66,17 @@ def main(arguments: list[str]) -> int:
         with PartialState().main_process_first():
             if not (folder / "run.json").exists():
                 plugins = any(word.split("=")[0] == "--plugins" for word in fields)
-                begin(folder, options.student, options.teacher, options.revision, plugins)
+                undo = begin(folder, options.student, options.teacher, options.revision, plugins)
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
     except (OSError, ValueError, RunError, HubError) as error:
         training.say(f"error: {error}", file=sys.stderr)
+        if undo is not None:
+            undo()
         return 2
     code = training.main(words)
+    if code == 2 and undo is not None:  # a first try that fails leaves nothing behind
+        undo()
     if code in (0, 4):
         training.say(differences(recipe))
     return code
@@ -86,8 +92,10 @@ def short_name(student: str) -> str:
     return parts[-1 - inside] if len(parts) > inside + 1 else parts[-1]
 
 
-def begin(folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False) -> None:
-    """Make the run: the models, the ledger, and a recipe that goes on with theirs.
+def begin(
+    folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False
+) -> Callable[[], None]:
+    """Make the run: the models, the ledger, and a recipe that goes on with theirs. Returns what takes it away again.
 
     `plugins`: whether some were named on the command line.
     """
@@ -122,7 +130,7 @@ def begin(folder: Path, student: str, teacher: str | None, tag: str | None, plug
     training.say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
     if left:
         training.say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
-    adopt(
+    return adopt(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
         {role: origin.results for role, origin in origins.items()},

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor
 from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.build import MODELS, load_plugins
+from hf_cdl.build import MODELS, load_plugins, load_processor
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.results import stored_ledger
@@ -84,14 +83,17 @@ def measure_again(
     for role, entries in stored_ledger(folder)["entries"].items():
         for entry in entries if not only or role in only else ():
             checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
-            processor = AutoImageProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+            processor = load_processor(checkpoint)
             stream = TaskStream(recipe.data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
                 given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
                 section = getattr(recipe, role, None)  # a baseline has none
-                model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
+                try:
+                    model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
+                except ValueError as error:  # of a file that is cut off, it names the file's line alone
+                    raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
                 trainer = CDLTrainer(model, arguments, eval_split=split)
                 answers = trainer.answer([stream[i] for i in range(entry["task"] + 1)])
             yield checkpoint, entry, TaskResult(role, entry["task"], **answers)

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "ledger": {"storing"},
     "repair": {"storing", "ledger"},
     "phase_state": {"storing"},
-    "adopt": {"types", "storing", "ledger"},
+    "adopt": {"types", "storing", "ledger", "repair"},
     "run": {"types", "report", "results", "storing", "ledger", "repair"},
     "progress": set(),
     "checking": {"types", "training_args", "tasks"},

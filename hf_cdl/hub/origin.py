@@ -147,7 +147,10 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
 
 def check_role(results: dict[str, Any], role: str, tasks: int, where: str) -> None:
     if results.get("role", role) != role or finished_tasks(results, role) < tasks:
-        raise HubError(f"{where} is no {role} of {tasks} tasks, by its results.json.")
+        raise HubError(
+            f"{where} is no {role} of {tasks} tasks, by its results.json. Name where a {role} is, and with --revision "
+            "task-NN a state that it has been in."
+        )
 
 
 def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:

@@ -46,7 +46,7 @@ def load_splits(
     if root.exists():
         raise ValueError(f"data.path {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise NoDataError(f"The folder {readable(path)} does not exist (data.path).")
+        raise NoDataError(f"The folder {readable(path)} does not exist (data.path); name one that does, or a Hub id.")
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}
