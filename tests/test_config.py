@@ -52,7 +52,7 @@ def model(vit: Path) -> CDLForImageClassification:
         (frozenset({"a"}), "it has an order"),
         ({"a": 0}, "it has an order"),
         (None, "got None"),
-        (3, "got 3"),
+        (3, "got a int, 3"),
         ([], "at least one class"),
         ((name for name in ()), "at least one class"),
         ([""], "a text with something in it; got ''"),

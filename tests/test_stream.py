@@ -788,3 +788,10 @@ def test_benchmarks_fill_the_fields_left_out():
     for preset in BENCHMARKS.values():
         assert set(preset) <= fields
         StreamConfig(**preset)
+
+
+def test_a_fraction_that_holds_nothing_out_is_said() -> None:
+    both = {"train": table([0, 0, 1, 1]), "test": table([0, 1])}
+    stream = make(both, test_fraction=0.5, classes_per_task=2)
+    assert any("test_fraction" in note and "'test'" in note for note in stream.notes)
+    assert len(stream[0].train) == 4 and len(stream[0].test) == 2

@@ -36,7 +36,8 @@ class TaskStream:
     sees what the first one sees; with none at all there are no pixel values. `seed`: of the augmented views.
     `dataset`: the data themselves (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`.
     `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked here, the images by
-    `check_images`; `notes` says what of the data was left out. Raises ValueError if no stream can be made of the data.
+    `check_images`; `notes` says what of the data or settings was left out. Raises ValueError if no stream can be made
+    of the data.
     """
 
     def __init__(
@@ -66,13 +67,10 @@ class TaskStream:
             found = check_tables(dataset, config.test_fraction)
         needed = {"train", "test", config.eval_split} - ({"test"} if config.test_fraction else set())
         splits = choose_splits(found, named, needed)
-        if held_out is not None and "test" in splits:
-            raise ValueError(
-                f"test_fraction is {held_out}, but there is a test split, {splits['test']!r}, beside which nothing "
-                "would be held out. Leave test_fraction out, or give data without a test split."
-            )
         tables = {role: found[name] for role, name in splits.items()}
         self.notes: list[str] = [*getattr(found, "notes", ())]
+        if held_out is not None and "test" in splits:
+            self.notes.append(f"nothing is held out by test_fraction, since there is a test split, {splits['test']!r}")
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
         names, labels = read_labels(tables, label_column)
         known = config.known_classes or []

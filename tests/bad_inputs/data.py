@@ -269,14 +269,12 @@ FIELDS: Any = {"path": "x"}
 ONE_EACH = StreamConfig(classes_per_task=1)
 KNOWN = StreamConfig(classes_per_task=1, known_classes=[["class b"]])
 ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ignore")
-HELD_OUT = StreamConfig(classes_per_task=1, test_fraction=0.5)
 CALLS = [
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
     call("an image without processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both())[0].train[0], "processor"),
     call("images of known classes", lambda p: TaskStream(KNOWN, p, dataset=both()), "class b (task 1)"),
     call("known classes alone", lambda p: TaskStream(ALL_KNOWN, p, dataset=both()), "known_classes"),
-    call("a test fraction beside test images", lambda p: TaskStream(HELD_OUT, p, dataset=both()), "test_fraction"),
     call("a dict for a config", lambda p: TaskStream(FIELDS, p), "StreamConfig"),
     call("a path for a config", lambda p: TaskStream(WORD, p), "StreamConfig"),
 ]

@@ -265,7 +265,6 @@ AGAINST_EACH_OTHER = [
     field({"data.classes_per_task": [["class a"], ["class a"]]}, "class a", way="one task"),
     field({"data.classes_per_task": [["class a"]], "data.max_classes": 1}, "max_classes"),
     field({"data.known_classes": [["x"], ["x"]]}, "known_classes", way="one task"),
-    field({"data.test_fraction": 0.2}, "test_fraction"),  # there are test images, so that it would do nothing
     field({"data.revision": "main"}, "revision"),  # of a folder
     field({"student.revision": "v1"}, "revision"),
     field({"data.crop_padding": 4, "data.crop_scale": [0.5, 1.0]}, "crop_padding", "crop_scale"),
