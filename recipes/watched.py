@@ -12,7 +12,7 @@ from stopping import end_after
 
 if __name__ == "__main__":
     if sys.argv[1:2] in ([], ["-h"], ["--help"]):
-        print(__doc__.strip())
+        print((__doc__ or "").strip())
         sys.exit(0 if sys.argv[1:] else 2)
     end_after(lambda: os.read(0, 1))
     sys.argv = sys.argv[1:]
