@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ class TaskStream:
         self.config = config
         named = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
         if dataset is None:
-            found = load_splits(config.path, config.name, config.revision, named.values(), config.label_column)
+            name = None if preset and Path(str(config.path)).is_dir() else config.name  # a benchmark's copy has none
+            found = load_splits(config.path, name, config.revision, named.values(), config.label_column)
         else:
             if given := [name for name in ("path", "name", "revision") if getattr(config, name) is not None]:
                 raise ValueError(
