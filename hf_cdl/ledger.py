@@ -77,6 +77,8 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     try:
         check_readable(file)
         ledger = json.loads(file.read_text(encoding="utf-8"))
+    except RunError as error:  # no regular file, or too large
+        raise RunError(f"{error} {advice}") from error
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise RunError(f"{file} is not a readable ledger ({reason}). {advice}") from error
