@@ -581,7 +581,7 @@ BACKBONES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty folder": (lambda f: f.mkdir(), "has no config.json"),
     "no config": (lambda f: damaged(f, "config.json"), "has no config.json"),
     "half a config": (lambda f: damaged(f, "config.json", 40), "is not a valid JSON file"),
-    "no processor": (lambda f: damaged(f, "preprocessor_config.json"), "There is no usable preprocessor_config.json"),
+    "no processor": (lambda f: damaged(f, "preprocessor_config.json"), "has no usable preprocessor_config.json"),
     "half a processor": (lambda f: damaged(f, "preprocessor_config.json", 9), "is not a valid JSON file"),
     "no weights": (lambda f: damaged(f, "model.safetensors"), "Check that model.safetensors is there and whole"),
     "half the weights": (lambda f: damaged(f, "model.safetensors", 9000), "Check that model.safetensors is there"),
@@ -699,7 +699,7 @@ def test_a_teacher_of_something_else_is_refused(
     ledger |= {"entries": {"teacher": []}, "finished": False}
     (unfinished / "run.json").write_text(json.dumps(ledger))
     code, output = run("--train.num_train_epochs", 8, "--teacher_from", unfinished, out="waits")
-    assert code == 2 and "has learnt 0 tasks so far, not yet task-01. Finish that run first." in output
+    assert code == 2 and "has learnt 0 tasks so far, not yet task-01. Finish that run first" in output
 
 
 # ---- variants of a recipe ----
