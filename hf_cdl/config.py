@@ -23,6 +23,16 @@ _GENERIC = {
 }
 """What transformers itself, or a tool of its, puts into any config beside the fields."""
 _HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "gguf_file"}
+_HUB |= {
+    "use_safetensors",
+    "low_cpu_mem_usage",
+    "device_map",
+    "max_memory",
+    "variant",
+    "weights_only",
+    "offload_folder",
+}
+"""Arguments of loading, which `pipeline` hands to the config too."""
 
 
 class CDLConfig(PreTrainedConfig):
