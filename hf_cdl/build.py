@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
+from hf_cdl.storing import first_line
 from hf_cdl.tasks.transforms import check_processor, output_size, query_view
 
 Model = CDLForImageClassification | ImageClassifier
@@ -30,7 +32,7 @@ CREATE: dict[str, Callable[..., Model]] = {kind: model.from_backbone for kind, m
 def load_plugins(files: Sequence[str]) -> None:
     """Run Python files that the user named, once in a process; never those that a stranger's recipe names.
 
-    Raises ValueError for a file that is not there.
+    Raises ValueError for a file that is not there, or fails.
     """
     for file in map(Path, files):
         name = f"hf_cdl_plugins.{file.stem}"
@@ -42,7 +44,17 @@ def load_plugins(files: Sequence[str]) -> None:
                 f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}). Give the path of one."
             )
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file.resolve())]
+            lines += [error.lineno] if isinstance(error, SyntaxError) else []
+            where = f" at line {lines[-1]}" if lines else ""
+            raise ValueError(
+                f"The plugin '{file}' failed{where}: {type(error).__name__}: {first_line(error)}. Mend it, or leave "
+                "it out of 'plugins'."
+            ) from error
 
 
 def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lambda role: None) -> dict[str, Any]:

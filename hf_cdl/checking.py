@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_cdl.tasks.sampler import count_rounds
+from hf_cdl.tasks.split import TaskSplit
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import Task
 
 
 def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
-    """Raise ValueError if a role could not learn a task with that model, objective and those arguments."""
+    """Raise ValueError if a role could not learn a task with that model, objective and those arguments.
+
+    So do images that its checkpoint, served without hf_cdl, would see otherwise (ImageError).
+    """
     images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
     if not images:
         raise ValueError(f"{title}: it has no training images.")
+    if model.served_plainly and isinstance(task.train, TaskSplit):
+        task.train.check_8_bits()
     if images < 2 and model.unmeasured:
         raise ValueError(
             f"{title}: its head's standardise is first_task, but the deviation of one image is 0. Give the first task "

@@ -25,6 +25,7 @@ MAX_PIXELS = 100_000_000
 """The most pixels (width * height) of an image, unless the caller says otherwise: 300 MB in RGB."""
 
 _PROGRAMS = ("EPS",)  # formats that Pillow hands to another program (Ghostscript)
+_SIXTEEN = ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
 
 
 class ImageError(ValueError):
@@ -65,6 +66,15 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
     except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else readable(str(error))
         raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
+
+
+def holds_16_bits(image: Any) -> bool:
+    """Whether a path or a file's bytes hold 16 bits in one channel, by the header alone; False if unreadable."""
+    try:
+        with _opened(image) as opened:
+            return opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in _SIXTEEN)
+    except Exception:  # `decode` says what is wrong
+        return False
 
 
 def readable(text: str, limit: int = 300) -> str:
@@ -127,7 +137,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     _check_size(image, max_pixels)
-    sixteen = image.format in ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
+    sixteen = image.format in _SIXTEEN
     image = ImageOps.exif_transpose(image)
     _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):

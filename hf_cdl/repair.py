@@ -137,6 +137,6 @@ def _refuse(folder: Path, ledger: Mapping[str, Any], lost: list[str]) -> None:
         f"Files of the run in {folder} are lost, and nothing else there holds them. Nothing was changed; whole are "
         f"{len(states) - len(bad)} of {len(states)} checkpoints.\n"
         + "\n".join(f"  {line}" for line in lost[:2])
-        + f"{more}\nPut them back from a copy of yours (or from the Hub, if they were pushed), or start again in "
-        "another folder with --output_dir FOLDER."
+        + f"{more}\nPut them back from a copy of yours (or from the Hub, if they were pushed), or train again in "
+        "another folder (train.py --output_dir FOLDER)."
     )

@@ -6,6 +6,7 @@ transformers' own callbacks for them start a run, or the steps, again with every
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,9 @@ class WandB:
     def __init__(self, folder: Path, name: str, key: str, config: dict[str, Any], **rest: Any):
         import wandb
 
+        # A part's folder is named by the second: one of the same second would be written over.
+        while [*folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-{key}")]:
+            time.sleep(0.05)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "huggingface"),
             name=name,
@@ -108,6 +112,9 @@ class Tracking(TrainerCallback):
             self.tracker.log(rewrite_logs(numbers), self.before + state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self.tracker is not None:
             self.tracker.close()
             self.tracker = None
@@ -126,3 +133,10 @@ def replace_trackers(trainer: Any, folder: Path, name: str, steps_before: Callab
         if kind in trainer.args.report_to:
             trainer.remove_callback(INTEGRATION_TO_CALLBACK[kind])
             trainer.add_callback(Tracking(kind, folder, name, steps_before))
+
+
+def close_trackers(trainer: Any) -> None:
+    """End those that a phase opened and did not come to close, since it was stopped or failed."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Tracking):
+            callback.close()

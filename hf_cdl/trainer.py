@@ -26,7 +26,7 @@ from hf_cdl.progress import PhaseProgress, progress_bar
 from hf_cdl.run import Run
 from hf_cdl.storing import RunError, first_line, write_whole
 from hf_cdl.tasks.sampler import ViewSampler
-from hf_cdl.trackers import replace_trackers
+from hf_cdl.trackers import close_trackers, replace_trackers
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
@@ -229,6 +229,7 @@ class CDLTrainer(PhaseTrainer):
             self._steps_learnt += self.state.global_step
         finally:  # take Accelerate's wrappers off again: they would pile up, task by task
             self._phase.close()
+            close_trackers(self)  # a cut-off phase has none of its own to end them
             self.model = self._unprepare(self.model_wrapped)
             if teacher is not None:
                 self.teacher = self._unprepare(self.teacher)

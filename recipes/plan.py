@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from hf_cdl.models.backbone import load_config, read_config
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.lora import is_adapter
 from hf_cdl.recipe import Recipe
+from hf_cdl.tasks import nothing_held_out
 from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
 from hf_cdl.tasks.sampler import count_rounds
 from hf_cdl.tasks.transforms import output_size
@@ -45,11 +46,12 @@ FUSED: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """Class names and number of training images of every task, and where they are from."""
+    """Class names and number of training images of every task, where they are from, and what a user should know."""
 
     names: list[list[str]]
     images: list[int]
     source: str
+    notes: Sequence[str]
 
     @property
     def classes(self) -> list[int]:
@@ -109,6 +111,7 @@ def plan(recipe: Recipe) -> str:
         [
             f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
             f"{sum(tasks.images):,} training images ({tasks.source})",
+            *(f"note: {note}" for note in tasks.notes),
             "",
             *table,
             "",
@@ -157,9 +160,11 @@ def read_tasks(recipe: Recipe) -> Tasks:
     if data.path not in SIZES:
         stream = TaskStream(data, build_processors(recipe), seed=recipe.seed)
         names = [list(task.class_names) for task in stream]
-        return Tasks(names, [len(task.train) for task in stream], "counted in the data")
+        return Tasks(names, [len(task.train) for task in stream], "counted in the data", stream.notes)
     classes, images = SIZES[data.path]
-    held_out = data.test_fraction or BENCHMARKS[data.path].get("test_fraction") or 0.0
+    held_out, notes = data.test_fraction or BENCHMARKS[data.path].get("test_fraction") or 0.0, []
+    if held_out and (test := data.test_split or BENCHMARKS[data.path].get("test_split")):
+        held_out, notes = 0.0, [nothing_held_out(test)]
     per_class = min(images * (1 - held_out) / classes, data.max_train_per_class or math.inf)
     if isinstance(data.classes_per_task, list):
         sizes = [size if isinstance(size, int) else len(size) for size in data.classes_per_task]
@@ -169,7 +174,7 @@ def read_tasks(recipe: Recipe) -> Tasks:
         sizes = [min(size, count - first) for first in range(0, count, size)]
     names = [[f"class {number + 1} of task {task + 1}" for number in range(size)] for task, size in enumerate(sizes)]
     counts = [round(size * per_class) for size in sizes]
-    return Tasks(names, counts, f"{data.path} as published; the data were not read")
+    return Tasks(names, counts, f"{data.path} as published; the data were not read", notes)
 
 
 def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import stopping
 
@@ -39,6 +40,7 @@ from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.distill import Objective  # noqa: E402
 from hf_cdl.escape import visible_lines  # noqa: E402
 from hf_cdl.hub import HubError, Pusher  # noqa: E402
+from hf_cdl.ledger import read_ledger  # noqa: E402
 from hf_cdl.recipe import Recipe, completed, idle_arguments, load_recipe  # noqa: E402
 from hf_cdl.report import plotting_available  # noqa: E402
 from hf_cdl.run import Run  # noqa: E402
@@ -61,6 +63,8 @@ def main(arguments: list[str]) -> int:
             if "--plan" in arguments:
                 from plan import plan
 
+                file = recipe.folder / "run.json"
+                refuse_known(recipe, read_ledger(recipe.folder).get("origin") if file.exists() else None)
                 say(plan(recipe))
                 return 0
             with PartialState().main_process_first():  # it repairs what the others read
@@ -99,6 +103,15 @@ def use(recipe: Recipe) -> str:
     return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
 
 
+def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
+    """Raise ValueError for known classes in a run that has no models which know them."""
+    if recipe.data.known_classes and not origin:
+        raise ValueError(
+            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
+            "out, or go on from a trained student with recipes/add_task.py, which sets it."
+        )
+
+
 def check(recipe: Recipe, run: Run) -> None:
     """Whether a finished run is what it was. Raises RunError if its data changed, or files of it are lost."""
     run.check()
@@ -121,11 +134,7 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
-    if recipe.data.known_classes and not run.origin:
-        raise ValueError(
-            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
-            "out, or go on from a trained student with recipes/add_task.py, which sets it."
-        )
+    refuse_known(recipe, run.origin)
     load_plugins(recipe.plugins)
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)

@@ -11,11 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 import torch
 import train as script
 import verify
-from helpers import interrupt_when, make_data, train, write_recipe
+from helpers import interrupt_when, make_data, make_table, train, write_recipe
+from PIL import Image
 from safetensors.torch import load_file
 from test_contract import arguments
 from test_train import assert_same_run, losses, results, stored_epoch
@@ -41,7 +44,7 @@ from hf_cdl import CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.classifier import ImageClassifier, class_dimensions
 from hf_cdl.run import Run
-from hf_cdl.tasks import StreamConfig, TaskStream
+from hf_cdl.tasks import ImageError, StreamConfig, TaskStream
 
 RESNET: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
 MOBILENET: dict[str, Any] = {"depth_multiplier": 0.1, "min_depth": 4, "classifier_dropout_prob": 0.2}
@@ -281,6 +284,22 @@ def test_a_teacher_stays_as_it_is_while_its_student_learns(tmp_path: Path) -> No
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     moved = [name for name, value in student.named_buffers() if "running" in name and value.abs().sum() > 0]
     assert moved
+
+
+def test_images_that_its_pipeline_would_see_otherwise_are_refused_before_training(tmp_path: Path) -> None:
+    file = tmp_path / "deep.png"
+    Image.fromarray(np.full((16, 16), 4096, np.uint16)).save(file)
+    table = make_table([0, 1, 0, 1], 2).select_columns(["label"])
+    table = table.add_column("image", [str(file)] * 4).cast_column("image", datasets.Image())  # type: ignore[call-arg]
+    stream = TaskStream(
+        StreamConfig(classes_per_task=2),
+        ViTImageProcessor(size={"height": 16, "width": 16}),
+        dataset={"train": table, "test": table},
+    )
+    trainer = CDLTrainer(resnet(), arguments(tmp_path / "out"))
+    with pytest.raises(ImageError, match=rf"{file.name}: has 16 bits a channel.*save it with 8 bits"):
+        trainer.learn(stream[0])
+    assert not trainer.seen and not trainer.model.tasks
 
 
 class StopAfterSaving(TrainerCallback):

@@ -173,7 +173,10 @@ def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -
     assert (known.classes, known.images) == ([30, 30, 30, 10], [3000, 3000, 3000, 1000])
     assert known.source == "cifar100 as published; the data were not read"
     renditions = plan.read_tasks(cifar(vits, "l2p", "none", "--data.path", "imagenet_r"))
-    assert sum(renditions.images) == 24_000
+    assert sum(renditions.images) == 24_000 and not renditions.notes
+    split = plan.read_tasks(cifar(vits, "l2p", "none", "--data.test_fraction", "0.5"))
+    assert sum(split.images) == 50_000
+    assert split.notes == ["nothing is held out by test_fraction, since there is a test split, 'test'"]
 
 
 def test_the_command_prints_a_plan_and_starts_nothing(tmp_path: Path, vits: Path) -> None:
@@ -187,6 +190,9 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path: Path, vits: Path
     assert "  18  " in lines[6]  # 16 images a task in batches of 8, 3 epochs, 3 tasks
     assert max(map(len, lines)) <= 119
     assert not (tmp_path / "run").exists()
+    known = ["--data.known_classes", "[[yak, zebu]]"]
+    code, output = train(tmp_path / "recipe.yaml", "--plan", *known)
+    assert code == 2 and "'data.known_classes' names tasks that the models have learnt" in output
     code, output = train(tmp_path / "recipe.yaml", "--plan", "--student.backbone", tmp_path / "nowhere")
     assert code == 2 and "Traceback" not in output
     assert f"error: The student on backbone '{tmp_path}/nowhere'" in output

@@ -111,6 +111,34 @@ def test_the_files_of_the_space_fit_the_package() -> None:
 # ---- the page ----
 
 
+_BUILD = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import app, gradio
+from states import States
+found = []
+for where in sys.argv[2:]:
+    page = app.build(States(where), gradio)
+    page.queue()
+    found.append(sorted(block.get_block_name() for block in page.blocks.values()))
+print(json.dumps(found))
+"""
+
+
+def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None:
+    """A slider of one place fails."""
+    pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
+    for tasks in (1, 3):
+        (run := tmp_path / str(tasks)).mkdir()
+        (run / "results.json").write_text(json.dumps(saved_run(run, tasks)))
+    command = [sys.executable, "-c", _BUILD, str(SPACE), str(tmp_path / "1/student"), str(tmp_path / "3/student")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, several = json.loads(done.stdout.splitlines()[-1])
+    assert ("slider" in one, "number" in one) == (False, True)
+    assert ("slider" in several, "number" in several) == (True, False)
+
+
 @contextlib.contextmanager
 def demo(*arguments: str, env: dict[str, str]) -> Iterator[str]:
     """The app as a process of its own: its address."""

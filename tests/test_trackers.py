@@ -14,6 +14,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_cdl import CDLTrainer
 from hf_cdl.run import Run
+from hf_cdl.trackers import Tracking
 
 EPOCHS, STEPS = 2, (6, 4)
 """Two tasks of three and two batches."""
@@ -82,6 +83,8 @@ def test_a_run_that_was_killed_goes_on_with_its_curve(tracked: Path) -> None:
     cut.add_callback(Killer())
     with pytest.raises(Killed):
         cut.learn(second)
+    [tracking] = [callback for callback in cut.callback_handler.callbacks if isinstance(callback, Tracking)]
+    assert tracking.tracker is None, "a tracker stayed open behind its phase"
     model = type(cut.model).from_pretrained(run.checkpoint("student"))
     resumed = CDLTrainer(model, arguments(tracked / "work", num_train_epochs=EPOCHS, **fields), run=run)
     for task in (first, second):

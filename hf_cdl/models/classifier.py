@@ -36,6 +36,7 @@ class ImageClassifier(nn.Module):
     needs_query = False
     fitted = False
     unmeasured = False
+    served_plainly = True  # by transformers' own pipeline
     shape = ModelShape(0, 0)  # it shows no hidden states to terms
 
     def __init__(self, model: Any, pretrained: bool = True):

@@ -39,6 +39,8 @@ class CDLForImageClassification(Loadable):
 
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
 
+    served_plainly = False  # its pipeline decodes images as training does
+
     def __init__(self, config: CDLConfig, **fields: Any):
         if fields:  # of from_pretrained's arguments those that are neither a field of the config nor its own
             check_names(fields)

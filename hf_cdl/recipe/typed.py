@@ -58,13 +58,24 @@ def _dataclass_in(hint: Any) -> type | None:
 
 def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     try:
-        return TypeAdapter(hint).validate_python(value)
+        typed = TypeAdapter(hint).validate_python(value)
+        if _turned(value, typed):
+            problems.append(f"'{name}' is {value!r}, but should be a number, not yes or no")
+            return WRONG
+        return typed
     except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
         return value
     except ValidationError as error:
         wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
         problems.append(f"'{name}' is {value!r}, but {wanted}")
         return WRONG
+
+
+def _turned(before: Any, after: Any) -> bool:
+    """Whether a yes or no became a number, which nobody means who writes one."""
+    if isinstance(before, list) and isinstance(after, list | tuple):
+        return any(map(_turned, before, after))
+    return isinstance(before, bool) and not isinstance(after, bool)
 
 
 def check_finite(content: Any, path: str, problems: list[str]) -> None:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from hf_cdl.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, readable
+from hf_cdl.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, holds_16_bits, readable
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,14 @@ class Cells:
         """The image in RGB. Raises ImageError for a bad one."""
         file = None if cell is None else self.file(cell)
         return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
+
+    def holds_16_bits(self, cell: Mapping[str, Any] | None) -> bool:
+        """Whether the image has 16 bits in one channel; False for a bad one."""
+        try:
+            file = None if cell is None else self.file(cell)
+        except ImageError:
+            return False
+        return cell is not None and holds_16_bits(file or cell["bytes"])
 
     def sizes(self, data: Dataset) -> np.ndarray:
         """Bytes of every image (N,); -1 where there is no file of its own kind and place."""

@@ -14,6 +14,11 @@ from hf_cdl.images import Decoded, ImageError, readable
 from hf_cdl.tasks.cells import Cells
 from hf_cdl.tasks.transforms import Preprocess
 
+_CLIPPED = (
+    "has 16 bits a channel, which the pipeline of a plain checkpoint (model: classifier) would clip at 255; save it "
+    "with 8 bits"
+)
+
 
 class Finding(NamedTuple):
     """Of an image: why it cannot be used, and why it shows nothing."""
@@ -93,6 +98,16 @@ class TaskSplit:
         path = readable(cell["path"]) if cell and cell["path"] else "in the table"
         return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
 
+    def check_8_bits(self) -> None:
+        """Raise ImageError at the first image of 16 bits, which transformers' own pipeline would clip.
+
+        Reads the files' headers alone.
+        """
+        for index in range(len(self)):
+            (cell,) = self.data[int(self.rows[index])].values()
+            if self.cells.holds_16_bits(cell):
+                raise ImageError(f"{self.place(index)}: {_CLIPPED}")
+
     def examine(self, index: int, plain: bool = False) -> Finding:
         """What is wrong with an image; `plain`: for transformers' own pipeline, too, which clips 16 bits."""
         try:
@@ -100,10 +115,7 @@ class TaskSplit:
         except ImageError as error:
             return Finding(str(error))
         if wide and plain:
-            return Finding(
-                f"{self.place(index)}: has 16 bits a channel, which the pipeline of a plain checkpoint (model: "
-                "classifier) would clip at 255; save it with 8 bits"
-            )
+            return Finding(f"{self.place(index)}: {_CLIPPED}")
         ranges = image.getextrema()
         if all(low == high for low, high in ranges):  # type: ignore[misc]
             return Finding(None, f"is of one colour, {image.getpixel((0, 0))}")

@@ -72,7 +72,7 @@ class TaskStream:
         tables = {role: found[name] for role, name in splits.items()}
         self.notes: list[str] = [*getattr(found, "notes", ())]
         if held_out is not None and "test" in splits:
-            self.notes.append(f"nothing is held out by test_fraction, since there is a test split, {splits['test']!r}")
+            self.notes.append(nothing_held_out(splits["test"]))
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
         names, labels = read_labels(tables, label_column)
         known = config.known_classes or []
@@ -207,6 +207,11 @@ class _Flat:
     def add(self, split: TaskSplit, index: int, flaw: str | None) -> None:
         self.count += 1
         self.images += [f"{split.place(index)}: {flaw}"] if flaw else []
+
+
+def nothing_held_out(test_split: str) -> str:
+    """That a field has no effect here."""
+    return f"nothing is held out by test_fraction, since there is a test split, {test_split!r}"
 
 
 def _first(lines: list[str], limit: int = 10) -> str:

@@ -49,7 +49,10 @@ def build(states: States, gr: Any) -> Any:
                 image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)  # decoded by the model's
                 if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
                     gr.Examples(examples, image)
-                task = gr.Slider(first, last, last, step=1, label="The model after task")
+                if first == last:  # a slider of one place fails
+                    task = gr.Number(last, label="The model after task", interactive=False, precision=0)
+                else:
+                    task = gr.Slider(first, last, last, step=1, label="The model after task")
                 answers = gr.HTML(classify(None, last))
             with gr.Column():
                 state = gr.HTML(describe(last))

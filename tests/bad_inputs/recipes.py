@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from bad_inputs.parts import COMPONENTS, GONE, Parts
@@ -49,6 +50,16 @@ def lora(says: str, way: str = WAY, **values: Any) -> Row:
     section = {"head": RIDGE, "first_session": LINEAR, "lora": values, "prompt": NONE}
     row = field({**{f"student.{name}": value for name, value in section.items()}, **ALONE}, says)
     return Row(f"lora {values}", row.make, ("lora", says), way)
+
+
+def plugin(name: str, source: str, says: str) -> Row:
+    """A plugin that the user named and that cannot be run."""
+
+    def make(parts: Parts) -> Command:
+        Path("mine.py").write_text(source)
+        return command("train.py", parts.write({"plugins": ["mine.py"]}), "--output_dir", "run")
+
+    return Row(f"a plugin {name}", make, ("mine.py", says), way="Mend it, or leave it out")
 
 
 def training(says: str, way: str = WAY, **values: Any) -> Row:
@@ -107,6 +118,16 @@ TYPES = [
     field({"baselines": ["knn"]}, "baselines", way="nearest_class_mean"),
     field({"plugins": {"a": 1}}, "plugins"),
     field({"plugins": ["gone.py"]}, "gone.py"),
+    plugin("of another syntax", "def build(:\n", "line 1: SyntaxError"),
+    plugin("without its import", "import os\nimport no_such_package\n", "line 2: ModuleNotFoundError"),
+    plugin("that fails", "\n\nassert 2 == 3, 'no'\n", "line 3: AssertionError: no"),
+    plugin("that fails in a function", "def f():\n    return {}['key']\n\nf()\n", "line 2: KeyError"),
+    plugin("of bytes", "\0", "SyntaxError|ValueError"),
+    field({"student.prompt.components": True}, "components", way="should be a number, not yes or no"),
+    field({"data.classes_per_task": True}, "classes_per_task", way="should be a number, not yes or no"),
+    field({"student.prompt.layers": [0, True]}, "student.prompt.layers", way="should be a number, not yes or no"),
+    field({"ce_weight": True, "teacher": None, "distill": []}, "ce_weight", way="should be a number, not yes or no"),
+    field({"seed": False}, "seed", way="should be a number, not yes or no"),
     field({"card": "mit"}, "card"),
     field({"protocol": "cld"}, "protocol", way="cdl"),
     field({"output_dir": 3}, "output_dir"),
