@@ -20,7 +20,6 @@ from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
-from hf_cdl.storing import first_line
 from hf_cdl.tasks.transforms import check_processor, output_size, query_view
 
 Model = CDLForImageClassification | ImageClassifier
@@ -51,9 +50,10 @@ def load_plugins(files: Sequence[str]) -> None:
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file.resolve())]
             lines += [error.lineno] if isinstance(error, SyntaxError) else []
             where = f" at line {lines[-1]}" if lines else ""
+            text = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"The plugin '{file}' failed{where}: {type(error).__name__}: {first_line(error)}. Mend it, or leave "
-                "it out of 'plugins'."
+                f"The plugin '{file}' failed{where}: {type(error).__name__}: {text}. Mend it, or leave it out of "
+                "'plugins'."
             ) from error
 
 
@@ -92,6 +92,8 @@ def load_processor(place: str | Path, revision: str | None = None, **fields: Any
     except Exception as error:  # transformers raises many kinds
         missing = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").exists()
         reason = "it is missing." if missing else said(error)
+        if isinstance(error, AttributeError | KeyError | TypeError):  # of code that took its fields for granted
+            reason = f"it is not as save_pretrained writes it ({reason})."
         raise ValueError(
             f"'{place}' has no usable preprocessor_config.json: {reason} Get it again from where "
             "the model came, or save an image processor there with save_pretrained."

@@ -157,7 +157,7 @@ def check_size(what: str, build: Callable[[], nn.Module]) -> int:
     except ValueError:
         raise
     except Exception as error:  # transformers and torch raise many kinds; sizes beyond 2^63 are a RuntimeError
-        raise ValueError(f"{what} cannot be made, check its sizes: {said(error)}") from error
+        raise ValueError(f"{what} cannot be made; check its config.json: {said(error)}") from error
     tensors = [*part.parameters(), *part.buffers()]
     numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
     room = _memory()

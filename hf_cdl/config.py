@@ -176,7 +176,9 @@ class CDLConfig(PreTrainedConfig):
                 raise ValueError(f"{said(error)} Get it again from where it came.") from error
             raise
         if not isinstance(found, dict):
-            raise ValueError(f"The config.json of '{args[0]}' holds no config, but {short(found)}.")
+            raise ValueError(
+                f"The config.json of '{args[0]}' holds no config, but {short(found)}. Get it again from where it came."
+            )
         return found, rest
 
     @classmethod
@@ -188,11 +190,15 @@ class CDLConfig(PreTrainedConfig):
         kind, with_rest = config_dict.get("model_type", cls.model_type), kwargs.pop("return_unused_kwargs", False)
         if kind != cls.model_type:
             raise ValueError(
-                f"This is a model of type {short(kind)}, not {cls.model_type}. A backbone becomes one by "
+                f"This is a model of type {short(kind)}, not {cls.model_type}. To make one of a backbone, use "
                 "CDLForImageClassification.from_backbone."
             )
         if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
-            raise ValueError(f"Its backbone_config is no config, but {short(config_dict.get('backbone_config'))}.")
+            found = config_dict.get("backbone_config")
+            raise ValueError(
+                f"Its config.json is missing, or its backbone_config is no config, but {short(found)}. Get the file "
+                "again from where it came."
+            )
         if unknown := _unknown(set(config_dict) - _FIELDS):
             raise ValueError(
                 f"Its config.json has a field '{unknown[0]}', which hf_cdl {_version()} does not know"
@@ -235,7 +241,8 @@ class CDLConfig(PreTrainedConfig):
         """Set the class names of all tasks, and the label maps with them. Raises ValueError for what are none."""
         if not isinstance(tasks, list | tuple):
             raise ValueError(
-                f"tasks is a list of the class names of every task, as [['cat', 'dog'], ['owl']]; got {short(tasks)}."
+                "tasks must be a list of the class names of every task, as [['cat', 'dog'], ['owl']]; got "
+                f"{short(tasks)}."
             )
         tasks = [class_list(task) for task in tasks]
         names = [name for task in tasks for name in task]
@@ -289,7 +296,9 @@ class CDLConfig(PreTrainedConfig):
         if self.save_backbone:
             return
         if self.train_backbone:
-            raise ValueError("save_backbone is false, but train_backbone is true: what it learns would be lost.")
+            raise ValueError(
+                "save_backbone is false, but train_backbone is true: what it learns would be lost; change one."
+            )
         for part in ("backbone", "query"):
             if getattr(self, f"{part}_config") is not None and getattr(self, f"{part}_name") is None:
                 raise ValueError(

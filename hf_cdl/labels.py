@@ -19,7 +19,7 @@ def class_list(names: Any) -> list[str]:
     if not names:
         raise ValueError("A task needs at least one class; got an empty list of class names.")
     if wrong := [name for name in names if not isinstance(name, str) or not name.strip()]:
-        raise ValueError(f"A class name is a text with something in it; got {short(wrong[0])} in {short(names)}.")
+        raise ValueError(f"A class name must be a text with something in it; got {short(wrong[0])} in {short(names)}.")
     return [str(name) for name in names]
 
 

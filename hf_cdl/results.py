@@ -214,4 +214,7 @@ def _check_origin(content: Mapping[str, Any], tasks: int, problems: list[str]) -
 def _raise(problems: list[str], where: str) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RunError(f"{where} is not as hf_cdl writes it: {problems[0]}{more}. Nothing was changed.")
+        raise RunError(
+            f"{where} is not as hf_cdl writes it: {problems[0]}{more}. Nothing was changed; restore the file from "
+            "where it came, or choose another run."
+        )

@@ -268,10 +268,10 @@ WIDE = {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 30
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"tasks": "ab"}, "tasks is a list of the class names of every task"),
+        ({"tasks": "ab"}, "tasks must be a list of the class names of every task"),
         ({"tasks": [["cat", "dog"], "owl"]}, r"a list of texts; got 'owl'. So for a task of one class give \['owl'\]"),
-        ({"tasks": [["cat", 2], ["owl"]]}, "A class name is a text with something in it; got 2"),
-        ({"tasks": None}, "tasks is a list"),
+        ({"tasks": [["cat", 2], ["owl"]]}, "A class name must be a text with something in it; got 2"),
+        ({"tasks": None}, "tasks must be a list"),
         ({"tasks": [["cat", "cat"], ["owl"]]}, "occur more than once"),
         ({"id2label": {"0": "a", "1": "b"}}, "must name all 3 classes"),
         ({"id2label": {"0": "a", "1": "b", "2": "a"}}, "gives 'a' to more than one class"),

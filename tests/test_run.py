@@ -193,7 +193,7 @@ def test_an_unreadable_ledger_is_refused_untouched(tmp_path: Path, ledger: str |
     learn(open_run(tmp_path), 0)
     (tmp_path / "run.json").write_bytes(ledger if isinstance(ledger, bytes) else ledger.encode())
     before = contents(tmp_path)
-    with pytest.raises(RunError, match=r"run\.json is not a readable ledger.*restore run\.json or choose another"):
+    with pytest.raises(RunError, match=r"run\.json is not a readable ledger.*restore run\.json, or choose another"):
         Run(tmp_path, RECIPE)
     assert contents(tmp_path) == before
 

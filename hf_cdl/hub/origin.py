@@ -129,7 +129,10 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
         commits = {ref.name: ref.target_commit for ref in refs.tags if re.fullmatch(r"task-\d{2,4}", ref.name)}
         if not commits or tag not in (None, *commits):
             listed = ", ".join(sorted(commits)) or "none"
-            raise HubError(f"{repository} has no tag {tag or 'task-NN'} to go on from; its tags: {listed}.")
+            raise HubError(
+                f"{repository} has no tag {tag or 'task-NN'} to go on from; its tags: {listed}. Name one of them with "
+                "--revision, or another repository."
+            )
         tag = tag or max(commits, key=lambda name: int(name[5:]))
         size = _files(api, repository, commits[tag]).get("results.json", 0)
         if size > LARGEST:
@@ -206,7 +209,9 @@ def told(place: str) -> Iterator[None]:
     except RunError as error:
         raise HubError(str(error)) from error
     except HFValidationError as error:
-        raise HubError(f"{visible(place)} is neither a folder here nor a repository, OWNER/NAME.") from error
+        raise HubError(
+            f"{visible(place)} is neither a folder here nor a repository. Give a run's folder, or OWNER/NAME."
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
         what = "no results.json" if isinstance(error, EntryNotFoundError) else "no such repository"
         raise HubError(

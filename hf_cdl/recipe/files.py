@@ -126,20 +126,20 @@ def _unshared(value: Any) -> Any:
 def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The fields of a YAML file, on top of those of its `base`. Raises RecipeError for what cannot be read."""
     if file.resolve() in above:
-        raise RecipeError(f"{file} is its own base.")
+        raise RecipeError(f"{file} is its own base; leave that out, or name another file.")
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
             kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is no regular file"
             kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else kind
-            raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}.")
+            raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}. Give a YAML file.")
         content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}.") from error
+        raise RecipeError(f"Cannot read the recipe {file}: {error.strerror}. Give a YAML file.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{visible(file)} is not valid YAML: {_shown(error)}") from error
+        raise RecipeError(f"{visible(file)} is not valid YAML, mend it here: {_shown(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
     base = content.pop("base", None)

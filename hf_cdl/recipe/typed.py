@@ -21,18 +21,23 @@ def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any
         return WRONG
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    before, values, missing = len(problems), {}, False
+    before, values, missing, unknown = len(problems), {}, False, []
     for key, value in content.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            problems.append(f"unknown field '{name}'" + (f"; did you mean '{near[0]}'?" if near else _allowed(fields)))
+            if near:
+                problems.append(f"unknown field '{name}'; did you mean '{near[0]}'?")
+            else:
+                unknown.append(f"'{name}'")
             continue
         nested = _dataclass_in(hints[key])
         if nested is not None and value is not None:
             values[key] = build_typed(nested, value, name, problems)
         else:
             values[key] = typed_value(hints[key], value, name, problems)
+    if unknown:
+        problems.append(f"unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}{_allowed(fields)}")
     for key, f in fields.items():
         if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             problems.append(f"'{path}.{key}' is missing" if path else f"'{key}' is missing")
@@ -66,7 +71,8 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
         return value
     except ValidationError as error:
-        wanted = "; or ".join(dict.fromkeys(line["msg"].replace("Input should", "should") for line in error.errors()))
+        said = ("should have more values" if line["type"] == "missing" else line["msg"] for line in error.errors())
+        wanted = "; or ".join(dict.fromkeys(words.replace("Input should", "should") for words in said))
         problems.append(f"'{name}' is {value!r}, but {wanted}")
         return WRONG
 

@@ -255,7 +255,7 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
     if config.class_order_seed is not None:
         order = np.random.default_rng(config.class_order_seed).permutation(order).tolist()
     if (config.max_classes or 0) > len(order):
-        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(order)} classes.")
+        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(order)} classes; lower it.")
     order = order[: config.max_classes]
     if sizes is None:
         return [order]
@@ -269,6 +269,8 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
         return [order[i : i + sizes] for i in range(0, len(order), sizes)]
     numbers = [size for size in sizes if isinstance(size, int)]
     if sum(numbers) != len(order):
-        raise ValueError(f"classes_per_task adds up to {sum(numbers)}, but there are {len(order)} classes.")
+        raise ValueError(
+            f"classes_per_task adds up to {sum(numbers)}, but there are {len(order)} classes; make that the sum."
+        )
     ends = np.cumsum(numbers).tolist()
     return [order[end - size : end] for end, size in zip(ends, numbers, strict=True)]

@@ -196,10 +196,10 @@ TABLES = [
 ]
 
 CUTS = [
-    data("more classes a task than there are", photos(), "classes_per_task", "3 classes", way=".", classes_per_task=9),
-    data("sizes that add up to more", photos(), "classes_per_task", "3 classes", way=".", classes_per_task=[2, 2]),
+    data("more classes a task than there are", photos(), "classes_per_task", "3 classes", classes_per_task=9),
+    data("sizes that add up to more", photos(), "classes_per_task", "3 classes", classes_per_task=[2, 2]),
     data("a class that is not there", photos(), "bea", way="bee", classes_per_task=[["ant", "bea"]]),
-    data("more classes than there are", photos(), "max_classes", "3 classes", way=".", max_classes=9),
+    data("more classes than there are", photos(), "max_classes", "3 classes", max_classes=9),
     data("known classes alone", photos(), "known", known_classes=[["ant", "bee", "cat"]], known_train="ignore"),
     data("known classes of a new model", photos(), "known_classes", known_classes=[["yak"]], classes_per_task=3),
 ]

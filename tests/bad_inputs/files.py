@@ -116,9 +116,7 @@ TRAIN = [
     words("a field of a list", "recipe.yaml", "--distill.weight", 1, says=("distill",), way="from 0"),
     words("a term before the first", "recipe.yaml", "--distill.-1.weight", 1, says=("distill",), way="from 0"),
     words("a wrong type", "recipe.yaml", "--data.flip", "often", says=("data.flip",)),
-    words(
-        "an alias bomb as value", "recipe.yaml", "--card", f"{{{BOMB}}}".replace("\n", ", "), says=("card",), way="."
-    ),
+    words("an alias bomb as value", "recipe.yaml", "--card", f"{{{BOMB}}}".replace("\n", ", "), says=("card",)),
     words("two recipes, one missing", "recipe.yaml", "gone.yaml", says=("gone.yaml",), way="No such file"),
     words("a folder of data as recipe", "data", says=("data",), way="directory|file"),
     words("an output folder that is a file", "recipe.yaml", "--output_dir", "recipe.yaml", says=("recipe.yaml",)),
@@ -151,7 +149,7 @@ OTHERS = [
         }.items()
     ),
     *(
-        words(f"{script} with an unknown option", *before, "--colour", "red", says=("colour",), way=".", script=script)
+        words(f"{script} with an unknown option", *before, "--colour", "red", says=("colour",), script=script)
         for script, before in {
             "add_task.py": ("{done}", "photos"),
             "card.py": ("{done}",),
@@ -177,10 +175,8 @@ OTHERS = [
         for script in ("card.py", "push.py", "verify.py")
     ),
     words("add_task.py without data", "{done}", says=("data",), way="required", script="add_task.py"),
-    words(
-        "add_task.py with options first", "--revision", "x", "a", "b", says=("first",), way=".", script="add_task.py"
-    ),
-    words("card.py with two runs", "{done}", "{done}", says=("done",), way=".", script="card.py"),
+    words("add_task.py with options first", "--revision", "x", "a", "b", says=("first",), script="add_task.py"),
+    words("card.py with two runs", "{done}", "{done}", says=("done",), script="card.py"),
     words(
         "push.py with perhaps",
         "{done}",
@@ -242,8 +238,8 @@ OTHERS = [
     words("compare.py of a recipe", "recipe.yaml", says=("recipe.yaml",), way="missing|allowed", script="compare.py"),
     words("compare.py of nothing", "gone.yaml", says=("gone.yaml",), way="No such file", script="compare.py"),
     words("compare.py with no jobs", "recipe.yaml", "--jobs", 0, says=("--jobs",), script="compare.py"),
-    words("final_test.py alone", says=("compare.py|SPEC",), way=".", script="final_test.py"),
-    words("final_test.py of nothing", "gone.yaml", "a", "b", says=("gone.yaml",), way=".", script="final_test.py"),
+    words("final_test.py alone", says=("compare.py|SPEC",), script="final_test.py"),
+    words("final_test.py of nothing", "gone.yaml", "a", "b", says=("gone.yaml",), script="final_test.py"),
     words("final_test.py of a recipe", "recipe.yaml", "a", "b", says=("recipe.yaml",), script="final_test.py"),
     words(
         "pretrain.py of nothing",
@@ -254,7 +250,6 @@ OTHERS = [
         "--output",
         "new",
         says=("gone",),
-        way=".",
         script="pretrain.py",
     ),
     words("the plan of a recipe with a typo", "recipe.yaml", "--plan", "--sead", 3, says=("sead",)),

@@ -35,9 +35,10 @@ MEMORY = 2**30
 """Bytes that a bad input may take. A child is stopped at three times as much."""
 LINES = 6
 WAY = (
-    r"allowed|must|should|needs?\b|did you mean|give|set\b|choose|use\b|write|leave|remove|restore|repair|scale|save"
-    r"|keep\b|install|(is|are) missing|one of|at (least|most)|between|from 0 to|lower|raise|\bname\b|only|check"
-    r"|download|\bget\b|\bput\b|build|it has|supported|log in"
+    r"\b(allowed|must|should|needs?|needed|takes?|did you mean|give|set|choose|use|write|leave|remove|restore|repair"
+    r"|scale|save|keep|install|one of|at (least|most)|lies? between|from 0 to|lower|raise|it has|only|check|download"
+    r"|name (it|one|them|a|an|another|the|where)|get|put|build|ask|run|mend|make|change|copy|move|rename|lay|train"
+    r"|push|supported|log in)\b"
 )
 """Words of what is allowed or of a way out; a row may ask for others."""
 NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
@@ -121,20 +122,22 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
     if isinstance(act, Command):
         if result.code != 2:
             wrong.append(f"exit code {result.code} instead of 2")
-        _, found, message = result.output.rpartition("error: ")
-        if not found:
-            return [*wrong, "no 'error: ...'"]
+        _, *messages = re.split(r"^(?:[\w.]+: )?error: ", result.output, flags=re.MULTILINE)
+        if len(messages) != 1:
+            return [*wrong, f"{len(messages)} messages 'error: ...' instead of one"]
+        [message] = messages
     else:
         message = result.message
         if result.error not in NAMED:
             return [*wrong, f"{result.error or 'nothing'} instead of a named exception"]
-    if long := [part for part in re.split(r"\n(?=- )", message.strip()) if part.count("\n") >= LINES]:
-        wrong.append(f"{long[0].count(chr(10)) + 1} lines for one problem")
+    if (lines := message.strip().count("\n") + 1) > LINES:
+        wrong.append(f"{lines} lines")
     said = message.lower()
     for words in row.says:
-        if not any(word.lower() in said for word in words.split("|")):
+        if not any(re.search(rf"(?<![^\W_]){re.escape(word.lower())}", said) for word in words.split("|")):
             wrong.append(f"it does not say {words!r}")
-    if not re.search(row.way, message, re.IGNORECASE):
+    usage = "usage: " in result.output  # argparse's: it shows what is allowed
+    if not usage and not re.search(row.way, message, re.IGNORECASE):
         wrong.append("no way out")
     return wrong
 
