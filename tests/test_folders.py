@@ -108,6 +108,11 @@ def metadata_in_splits(root: Path) -> None:
         (root / split / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
 
 
+def hidden_parquet(root: Path) -> None:
+    write_parquet(root, "train.parquet", "test.parquet")
+    (root / "._train.parquet").write_bytes(b"x")
+
+
 def junk(root: Path) -> None:
     tree(root, "{split}/{name}")
     images(root / "__MACOSX/train/cat")
@@ -121,6 +126,9 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "SPLIT/CLASS": lambda root: tree(root, "{split}/{name}", {"TRAIN": 4, "TEST": 2}),
     "training, testing": lambda root: tree(root, "{split}/{name}", {"training": 4, "testing": 2}),
     "train, evaluation": lambda root: tree(root, "{split}/{name}", {"train": 4, "evaluation": 2}),
+    "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
+    "trainset, testset": lambda root: tree(root, "{split}/{name}", {"trainset": 4, "testset": 2}),
+    "TrainImages, TestImages": lambda root: tree(root, "{split}/{name}", {"TrainImages": 4, "TestImages": 2}),
     "training_set, test_set": lambda root: tree(root, "{split}/{name}", {"training_set": 4, "test_set": 2}),
     "seg_train/seg_train": lambda root: tree(root, "seg_{split}/seg_{split}/{name}"),
     "training_set, test_set, single_prediction": lambda root: (
@@ -135,6 +143,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "CLASS/images as in Tiny ImageNet": lambda root: tree(root, "{split}/{name}/images"),
     "with what macOS adds": junk,
     "parquet": lambda root: write_parquet(root, "train.parquet", "test.parquet"),
+    "parquet beside what macOS adds": hidden_parquet,
     "Parquet": lambda root: write_parquet(root, "Train.parquet", "Test-00000-of-00001.parquet"),
     "a cloned repository": lambda root: write_parquet(root, "data/train-0-of-1.parquet", "data/test-0-of-1.parquet"),
     "a configuration": lambda root: write_parquet(root, "plain_text/train-0.parquet", "plain_text/test-0.parquet"),
@@ -244,6 +253,11 @@ def evil_metadata(root: Path) -> None:
     (root / "metadata.csv").write_text("file_name,label\n../secret/0.png,a\n")
 
 
+def semicolons(root: Path) -> None:
+    metadata(root, split=False)
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace(",", ";"))
+
+
 def archives(root: Path) -> None:
     (root / "flowers.zip").write_bytes(b"PK")
     (root / "labels.csv").write_text("a,b")
@@ -273,6 +287,39 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda root: [images(root / name) for name in ("training_set", "test_set")] and None,
         "called like splits.*test_set, training_set",
     ),
+    "flat trainset": (
+        lambda root: [images(root / name) for name in ("trainset", "testset")] and None,
+        "called like splits.*testset, trainset",
+    ),
+    "flat TrainImages": (
+        lambda root: [images(root / name) for name in ("TrainImages", "ValImages")] and None,
+        "called like splits.*TrainImages, ValImages",
+    ),
+    "a split in a class of a split": (
+        lambda root: tree(root, "{split}/{name}") or images(root / "train/cat/val"),
+        r"train: some class folders hold folders called like splits \(cat/val\)",
+    ),
+    "a split deep in a class of a split": (
+        lambda root: tree(root, "{split}/{name}") or images(root / "test/dog/2024/Test"),
+        r"test: some class folders hold folders called like splits \(dog/2024/Test\)",
+    ),
+    "splits of several folders": (
+        lambda root: [tree(root / part, "data/{split}/{name}") for part in ("f1", "f2")] and None,
+        "called like splits .*f1/data/test, f1/data/train",
+    ),
+    "splits beside each other": (
+        lambda root: [tree(root / part, "{split}/{name}") for part in ("2023", "2024")] and None,
+        r"called like splits \(2023/test, 2023/train, 2024/test",
+    ),
+    "a part of a table": (
+        lambda root: write_parquet(root, "train-00000-of-00002.parquet", "test.parquet"),
+        r"holds 1 of the 2 parts of train \(there are 0\)\. Get the missing ones",
+    ),
+    "a part of a split's table": (
+        lambda root: write_parquet(root, "train/0001-of-0003.parquet", "train/train-1-of-3.parquet", "test/0.parquet"),
+        r"holds 1 of the 3 parts of train \(there are 1\)",
+    ),
+    "metadata with semicolons": (semicolons, r"metadata.csv cannot be read"),
     "two spellings": (
         lambda root: [tree(root, f"{name}/{{name}}", {"": 1}) for name in ("train", "Train", "test")] and None,
         "Several splits could be train: Train, train. Name one with train_split",
@@ -365,9 +412,35 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
     notes = make(tmp_path).notes
     assert notes[0].endswith("not read are the folders extra, which are no splits with class folders.")
     assert notes[1].endswith("train: 2 images lie in no class folder and are left out: 0.png, 1.png.")
+    tree(tmp_path, "{split}/{name}", {"testing": 1, "dev": 1, "valid": 1})
+    assert make(tmp_path).notes[-1] == "not read are the splits dev, testing of the data"
     (tmp_path / "train/cat/gone.png").symlink_to("nowhere.png")
     with pytest.raises(ImageError, match="gone.png: cannot be read"):
         make(tmp_path).check_images()
+
+
+def test_what_could_be_meant_otherwise_is_said(tmp_path: Path) -> None:
+    tree(tmp_path / "years", "{split}/{name}", {"2023": 3, "2024": 3}, classes=["cat", "dog"])
+    stream = make(tmp_path / "years", test_fraction=0.3)
+    assert stream.class_names == ["2023", "2024"]
+    assert stream.notes[0].endswith("years: the classes are the folders 2023, 2024, not cat, dog in them.")
+    images(tmp_path / "one/images", 4)
+    (tmp_path / "one/labels.csv").write_text("file,label\n0.png,cat\n")
+    stream = make(tmp_path / "one", test_fraction=0.3)
+    assert stream.notes[0].endswith("one: not read is labels.csv; the only class is the folder images.")
+    images(tmp_path / "two/cat", 4)
+    images(tmp_path / "two", 3)
+    assert make(tmp_path / "two", test_fraction=0.3).notes[0].endswith("and are left out: 0.png, 1.png, 2.png.")
+
+
+def test_linked_folders_of_a_class_are_read_once(tmp_path: Path) -> None:
+    tree(tmp_path / "data", "{split}/{name}")
+    images(tmp_path / "more", 5)
+    for name in ("more", "again"):
+        (tmp_path / "data/train/cat" / name).symlink_to(tmp_path / "more")
+    (tmp_path / "more/round").symlink_to(tmp_path / "more")
+    before = len(CLASSES) * SPLITS["train"]
+    assert len(make(tmp_path / "data")[0].train) == before + 5
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])

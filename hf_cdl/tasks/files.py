@@ -26,17 +26,32 @@ Tables = Mapping[str, Dataset]
 def parquet_tables(root: Path) -> Tables:
     """Split name -> data of the parquet files in a folder; files without a split's name are splits of their own."""
     files: dict[str, list[str]] = {}
-    for file in sorted(root.glob("*.parquet")):
-        if file.name not in METADATA:
-            usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem, re.IGNORECASE)
-            split = usual[1] if usual else re.sub(r"-\d+-of-\d+$", "", file.stem)
-            files.setdefault(split, []).append(str(file))
+    for file in _parquet_files(root):
+        usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem, re.IGNORECASE)
+        split = usual[1] if usual else re.sub(r"-\d+-of-\d+$", "", file.stem)
+        files.setdefault(split, []).append(str(file))
     return {split: _load("parquet", names) for split, names in files.items()}
+
+
+def _parquet_files(root: Path) -> list[Path]:
+    """Those of a folder, in order. Raises ValueError if one of several parts is not there."""
+    found = [f for f in sorted(root.glob("*.parquet")) if f.name not in METADATA and not f.name.startswith(".")]
+    parts: dict[tuple[str, int], list[int]] = {}
+    for file in found:
+        if part := re.fullmatch(r"(.*)-(\d+)-of-(\d+)", file.stem):
+            parts.setdefault((part[1], int(part[3])), []).append(int(part[2]))
+    for (name, count), numbers in parts.items():
+        if len(numbers) != count:
+            raise ValueError(
+                f"{readable(str(root))} holds {len(numbers)} of the {count} parts of {readable(name)} (there are "
+                f"{some(numbers)}). Get the missing ones, or rename the files if these are all."
+            )
+    return found
 
 
 def parquet_table(root: Path) -> Dataset | None:
     """All parquet files of a folder as one table; None if there are none."""
-    files = [str(file) for file in sorted(root.glob("*.parquet")) if file.name not in METADATA]
+    files = [str(file) for file in _parquet_files(root)]
     return _load("parquet", files) if files else None
 
 
@@ -101,7 +116,7 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
     try:
         table = _load("imagefolder", [os.path.abspath(files[0])])
     except ValueError:
-        if has_classes:  # a file of that name that is something else
+        if has_classes and not _lists_files(files[0]):  # a file of that name that is something else
             return None
         raise
     column = label_column or next((name for name in USUAL_LABELS if name in table.column_names), None)
@@ -118,6 +133,12 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
         f"{files[0]} and the folders beside it disagree about the classes: its column {column!r}, or the folders "
         f"{some(sorted(set(folders)))}? Set label_column to {column}, or take the file away."
     )
+
+
+def _lists_files(file: Path) -> bool:
+    """Whether it begins with the column that `datasets` needs, however that is written."""
+    with file.open("rb") as content:
+        return b"file_name" in content.read(4096)
 
 
 def image_paths(table: Dataset) -> list[Path]:

@@ -31,6 +31,7 @@ from hf_cdl.tasks.words import nfc, role_like, role_of, some
 
 # What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
 _NO_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and Synology put beside the real ones
 LAYOUTS = (
     "parquet files called after their split (train.parquet, test.parquet), class folders of images inside split "
@@ -140,12 +141,11 @@ def _inner(split: Path) -> Path:
 def _class_tables(root: Path, splits: dict[str, Path]) -> ClassFolders:
     left = [folder.name for folder in _folders(root) if folder not in splits.values()]
     splits = {name: _inner(folder) for name, folder in splits.items()}
-    for folder in splits.values():
-        _refuse_two_levels(folder)
     notes = [f"{root}: not read are the folders {some(left)}, which are no splits with class folders."] if left else []
     for folder in splits.values():
-        if loose := _pictures(folder):
-            notes.append(f"{folder}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
+        _refuse_splits_within(folder)
+        _refuse_two_levels(folder)
+        notes += _left_out(folder)
     return ClassFolders(
         _tables({n: [(f.name, f) for f in _folders(split)] for n, split in splits.items()}, root), notes
     )
@@ -178,14 +178,36 @@ def _class_folders(root: Path) -> ClassFolders:
             "folders (train/CLASS/x.png); if it is the name of a class, rename it, or use such split folders for all "
             "classes."
         )
-    within = [f"{folder.name}/{f.name}" for folder in classes for f in _folders(folder) if role_of(f.name)]
+    _refuse_splits_within(root)
+    _refuse_two_levels(root)
+    return ClassFolders(_tables({"train": [(folder.name, folder) for folder in classes]}, root), _left_out(root))
+
+
+def _refuse_splits_within(root: Path) -> None:
+    """Raises ValueError if there are folders called like splits somewhere in the class folders."""
+    within = [str(f.relative_to(root)) for folder in _folders(root) for f in _below(folder) if role_of(f.name)]
     if within:
         raise ValueError(
             f"{root}: some class folders hold folders called like splits ({some(within)}), so that test images would "
             "be trained on. Use train/CLASS/ and test/CLASS/, or such folders in every class folder."
         )
-    _refuse_two_levels(root)
-    return ClassFolders(_tables({"train": [(folder.name, folder) for folder in classes]}, root))
+
+
+def _left_out(root: Path) -> list[str]:
+    """What a user should know of a folder with class folders."""
+    notes, classes = [], _folders(root)
+    if loose := _pictures(root):
+        notes.append(f"{root}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
+    inner = {f.name for folder in classes for f in _folders(folder)}
+    if len(inner) > 1 and all(_folders(folder) and not _pictures(folder) for folder in classes):
+        notes.append(
+            f"{root}: the classes are the folders {some((f.name for f in classes), 3)}, not {some(sorted(inner), 3)} "
+            "in them."
+        )
+    files = sorted(f.name for f in root.iterdir() if f.suffix.lower() in _TABLES and not f.name.startswith("."))
+    if files and len(classes) == 1:
+        notes.append(f"{root}: not read is {some(files)}; the only class is the folder {classes[0].name}.")
+    return notes
 
 
 def _refuse_two_levels(root: Path) -> None:
@@ -246,5 +268,17 @@ def _pictures(folder: Path) -> list[str]:
 
 def _images(folder: Path) -> list[Path]:
     """All files in the folder and below, but hidden ones and those that are plainly something else."""
-    files = sorted(file for file in folder.rglob("*") if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    found = [place / entry for place in (folder, *_below(folder)) for entry in os.listdir(place)]
+    files = sorted(file for file in found if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)
+    return [file for file in files if not file.name.startswith(".")]
+
+
+def _below(folder: Path) -> list[Path]:
+    """The folders in a folder, at any depth; links are followed, but not in circles."""
+    found, seen = [folder], {folder.resolve()}
+    for place in found:
+        for inner in (Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
+            if not inner.name.startswith(".") and (real := inner.resolve()) not in seen:
+                seen.add(real)
+                found.append(inner)
+    return found[1:]

@@ -71,6 +71,8 @@ class TaskStream:
         splits = choose_splits(found, named, needed)
         tables = {role: found[name] for role, name in splits.items()}
         self.notes: list[str] = [*getattr(found, "notes", ())]
+        if unused := [name for name in found if name not in splits.values()]:
+            self.notes.append(f"not read are the splits {some(unused)} of the data")
         if held_out is not None and "test" in splits:
             self.notes.append(nothing_held_out(splits["test"]))
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)

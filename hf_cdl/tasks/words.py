@@ -35,6 +35,7 @@ def role_of(name: str) -> str | None:
 
 
 def role_like(name: str) -> str | None:
-    """The role whose words are in the name, as `datasets` reads them: training_set, seg_train, test2017."""
-    roles = {role_of(word) for word in re.split(r"[-._ 0-9]+", name)} - {None}
+    """The role whose words are in the name, as `datasets` reads them: training_set, seg_train, test2017, TestSet."""
+    words = re.split(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])|(?i:sets?|data|images)(?![a-z])", name)
+    roles = {role_of(word) for word in words} - {None}
     return roles.pop() if len(roles) == 1 else None
