@@ -120,6 +120,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "Split/CLASS": lambda root: tree(root, "{split}/{name}", {"Train": 4, "Test": 2}),
     "SPLIT/CLASS": lambda root: tree(root, "{split}/{name}", {"TRAIN": 4, "TEST": 2}),
     "training, testing": lambda root: tree(root, "{split}/{name}", {"training": 4, "testing": 2}),
+    "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
     "train, evaluation": lambda root: tree(root, "{split}/{name}", {"train": 4, "evaluation": 2}),
     "training_set, test_set": lambda root: tree(root, "{split}/{name}", {"training_set": 4, "test_set": 2}),
     "seg_train/seg_train": lambda root: tree(root, "seg_{split}/seg_{split}/{name}"),

@@ -76,6 +76,8 @@ STEERING = {field for fields, _ in OPTIONS.values() for field in fields}
 # The other fields that are used: a value that shows its effect, and what is set beside it.
 OTHERS = {field: (value, beside) for field, (value, beside) in MOVES.items() if field not in STEERING}
 OTHERS |= {field: (value, beside) for field, (value, beside, _) in KEEPS.items() if field not in STEERING}
+FIXED = {"use_cpu", "disable_tqdm"}
+"""Fields that `arguments` sets, to the values with an effect."""
 ELSE = {field for field in ELSEWHERE if field not in STEERING}
 """What tests of their own show: precision, memory, workers and trackers, which evaluate nothing."""
 
@@ -144,7 +146,7 @@ def test_every_field_that_is_used_is_among_those_that_steer_or_those_that_do_not
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("field", OTHERS)
+@pytest.mark.parametrize("field", [field for field in OTHERS if field not in FIXED])
 def test_no_other_field_looks_at_labels_that_are_not_trained_on(field: str, tmp_path: Path) -> None:
     """Evaluated in training, over test images, and with the field at a value that has an effect."""
     value, beside = OTHERS[field]
@@ -168,14 +170,15 @@ def test_the_accuracy_may_be_named(tmp_path: Path) -> None:
     """By either of its names, and as what is to rise: nothing changes, and nothing else is measured to go by."""
     plain = trainer_of(tmp_path, "the best epoch")
     want = learnt(plain, islice(tasks(), 1))
-    ways = [{"metric_for_best_model": name} for name in ("accuracy", "eval_accuracy")]
+    ways: list[dict[str, Any]] = [{"metric_for_best_model": name} for name in ("accuracy", "eval_accuracy")]
     ways += [{"greater_is_better": True}]
     for fields in ways:
         trainer = trainer_of(tmp_path, "the best epoch", **fields)
         assert same(want, learnt(trainer, islice(tasks(), 1))), fields
         assert trainer.state.best_metric == plain.state.best_metric == max(curve(trainer))
         assert trainer.args.greater_is_better is True
-    for fields in ({"metric_for_best_model": "eval_loss"}, {"greater_is_better": False}):
+    wrong: list[dict[str, Any]] = [{"metric_for_best_model": "eval_loss"}, {"greater_is_better": False}]
+    for fields in wrong:
         with pytest.raises(ValueError, match="only accuracy is measured|the best accuracy is the greatest"):
             trainer_of(tmp_path, "the best epoch", **fields)
 
