@@ -71,8 +71,15 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file so that the target is either the old one or the new one, whole."""
-    write_whole(target, lambda path: shutil.copyfile(source, path))
+    """Copy a file so that the target is either the old one or the new one, whole; with its time of change, by which a
+    fingerprint of the one stands for the other too."""
+    write_whole(target, lambda path: _copy(source, path))
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    found = source.stat()
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def replace(source: Path, target: Path) -> None:

@@ -45,6 +45,7 @@ from hf_cdl.build import load_plugins
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.compare.table import Measured
+from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import RecipeError
 from hf_cdl.storing import RunError, write_json
 
@@ -72,7 +73,7 @@ def main() -> int:
                 return test(dict(zip(options.specs, comparisons, strict=True)), options.jobs)
             return compare(comparisons, options.jobs)
     except (RecipeError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         stopping.say_goes_on()
@@ -99,10 +100,10 @@ def compare(comparisons: list[Comparison], jobs: int | None) -> int:
     for comparison in comparisons:
         measured = collect(comparison, PlannedRun.results, comparison.spec.split)
         if measured:
-            print(f"\n{comparison.name}\n\n{save_report(comparison, measured, comparison.root)}", flush=True)
+            print(f"\n{visible(comparison.name)}\n\n{save_report(comparison, measured, comparison.root)}", flush=True)
     if failed:
         print(f"{len(failed)} of {len(runs)} runs failed:")
-        print("\n".join(f"  {run.folder}: {why}" for run, why in failed))
+        print("\n".join(f"  {visible(run.folder)}: {visible(why)}" for run, why in failed))
     return 1 if failed else 0
 
 
@@ -120,7 +121,8 @@ def test(comparisons: dict[Path, Comparison], jobs: int | None) -> int:
                 )
             measured = collect(comparison, results_of, "test")
             text = save_report(comparison, measured, comparison.root / "test", reads)
-            print(f"\n{comparison.name}: these test images were read\n" + "\n".join(f"- {read}" for read in reads))
+            read = "\n".join(f"- {visible(line)}" for line in reads)
+            print(f"\n{visible(comparison.name)}: these test images were read\n{read}")
             print(f"\n{text}", flush=True)
     return 0
 
@@ -139,8 +141,8 @@ def make(
 
     `command`: a run's script, beside this one, and its arguments.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    free = workers(jobs, visible.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    free = workers(jobs, devices.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
     done = {run.folder for run in runs if results_of(run) is not None}
     waiting = [run for run in runs if run.folder not in done]
     working: list[tuple[PlannedRun, subprocess.Popen[bytes], dict[str, str]]] = []
@@ -229,7 +231,7 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
             try:
                 _, costs = measure(first.recipe, read_tasks(first.recipe))
             except (ValueError, NotImplementedError) as error:
-                print(f"No FLOPs of {name}, which cannot be counted: {error}")
+                print(f"No FLOPs of {visible(name)}, which cannot be counted: {visible(error)}")
                 costs = {}
             known[first.recipe_hash] = {
                 role: {"training_flops": cost.total_flops, "inference_flops": cost.inference_flops}

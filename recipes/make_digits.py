@@ -17,6 +17,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
+from hf_cdl.escape import visible, visible_lines
+
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SEED = 0
 
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         make(folder)
     except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -48,7 +50,7 @@ def make(folder: Path) -> None:
     for split, rows in draw(labels).items():
         columns = {"image": [{"bytes": png(grey[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
         Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}.parquet"))
-        print(f"{folder / split}.parquet: {len(rows):,} images")
+        print(f"{visible(folder / split)}.parquet: {len(rows):,} images")
 
 
 def draw(labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -21,6 +21,7 @@ from transformers import AutoModel, Trainer, TrainingArguments, ViTConfig, ViTFo
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.trainer_callback import TrainerCallback
 
+from hf_cdl.escape import visible
 from hf_cdl.tasks.transforms import Preprocess, decode
 
 CARD = """---
@@ -121,7 +122,7 @@ if __name__ == "__main__":
     needed = [a.data / f"base-{split}.parquet" for split in ("train", "validation", "test")]
     needed += [a.stream / f"{split}.parquet" for split in ("train", "validation", "test")]
     if missing := [str(file) for file in needed if not file.is_file()]:
-        parser.error(f"there is no {missing[0]}; --data and --stream must hold the files that --help names")
+        parser.error(f"there is no {visible(missing[0])}; --data and --stream must hold the files that --help names")
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
 

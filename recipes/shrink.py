@@ -18,6 +18,7 @@ import torch
 import transformers  # names from it say things when they are first used, so not before they may
 from transformers.utils import logging
 
+from hf_cdl.escape import visible, visible_lines
 from hf_cdl.models.backbone import check_image_size, layers, load_backbone
 
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     try:
         shrink(options)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -65,7 +66,8 @@ def shrink(options: argparse.Namespace) -> None:
     backbone.save_pretrained(options.folder)
     processor.save_pretrained(options.folder)
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
-    print(f"{options.folder}: the first {count} of {depth} layers of {options.backbone}, {millions:.1f} M parameters")
+    made, source = visible(options.folder), visible(options.backbone)
+    print(f"{made}: the first {count} of {depth} layers of {source}, {millions:.1f} M parameters")
 
 
 def resize(vit: Any, size: int) -> None:

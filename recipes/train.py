@@ -82,7 +82,8 @@ def main(arguments: list[str]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"error: {error} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
+        said = visible_lines(error)  # by every process: one alone may have met it
+        print(f"error: {said} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
         stopping.say_goes_on()

@@ -263,6 +263,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, operation, fields, status = urlsplit(self.path).path, "nothing", {}, 0
+        path = re.sub("^(/api)?/datasets/", lambda m: "/api/models/" if m[1] else "/", path)  # of one kind here
         for method, pattern, name in PATTERNS:
             if method == self.command and (match := pattern.fullmatch(path)):
                 operation, fields = name, {key: unquote(value) for key, value in match.groupdict().items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 import add_task
 import pytest
-from helpers import make_backbone, make_data, make_table, write_recipe
+from helpers import make_backbone, make_data, make_recipe, make_table, write_recipe
 from hub_server import TOKEN, HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
@@ -73,6 +73,68 @@ def test_it_is_what_the_run_itself_would_have_learnt(source: Path, tmp_path: Pat
     assert matrix[:2] == ([[None], [None, None]] if where == "bare" else matrix[:2])
     assert "accuracy (%) on earlier tasks, before and after task 3" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before, "what it went on from stays"
+
+
+def test_a_relative_folder_that_looks_like_a_repository_is_the_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is written: runs/flowers photos. Nobody is asked for a repository of that name."""
+    shutil.copytree(source / "two", tmp_path / "runs" / "flowers")
+    shutil.copytree(source / "data", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr(add_task, "HfApi", asked)
+    words = ["runs/flowers", "photos", "--data.known_train", "ignore", "--train.use_cpu", "true"]
+    assert add_task.main(words) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"flowers", "flowers-photos"}
+    added = tmp_path / "runs" / "flowers-photos"
+    assert state(added / "student" / "task-03") == state(source / "whole" / "student" / "task-03")
+    assert json.loads((added / "results.json").read_text())["origin"]["roles"]["student"]["folder"] == "flowers"
+    before = {path: path.read_bytes() for path in added.rglob("*") if path.is_file()}
+    assert add_task.main(words) == 0, "the same once more: it is finished"
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def taught(folder: Path, head: dict[str, Any] | None) -> dict[str, Any]:
+    """A recipe whose student learns from a teacher: by prompts and kdp, or with fitted heads."""
+    recipe = make_recipe(folder, baselines=[])
+    recipe["train"]["num_train_epochs"] = 1
+    if head is not None:
+        recipe["teacher"] = {"backbone": recipe["teacher"]["backbone"], "head": {"type": "ridge"}}
+        recipe["student"] = {"backbone": recipe["student"]["backbone"], "head": head}
+        del recipe["distill"], recipe["ce_weight"]
+        recipe["train"] = {"use_cpu": True}
+    return recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [{"type": "ridge", "soft_targets": 0.5}, None], ids=["fitted", "trained"])
+def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsys: Any) -> None:
+    """Teacher and student go on together, from the run's folder or that of the student's last state in it."""
+    recipe = taught(tmp_path, head)
+    file = str(write_recipe(tmp_path / "tiny.yaml", recipe))
+    assert train_main([file, "--output_dir", str(tmp_path / "whole")]) == 0
+    assert train_main([file, "--output_dir", str(tmp_path / "two"), "--data.max_classes", "4"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
+    places = (tmp_path / "two", tmp_path / "two" / "student" / "task-02") if head else (tmp_path / "two",)
+    for number, student in enumerate(places):
+        out = tmp_path / f"out {number}"
+        assert add(student, tmp_path, out) == 0
+        for role in ("teacher", "student"):
+            assert state(out / role / "task-03") == state(tmp_path / "whole" / role / "task-03"), role
+        ours, theirs = (json.loads((run / "results.json").read_text())["roles"] for run in (out, tmp_path / "whole"))
+        for role in ("teacher", "student"):
+            assert ours[role]["accuracy_matrix"] == theirs[role]["accuracy_matrix"]
+    assert {path: path.read_bytes() for path in before} == before, "what it went on from stays"
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "two" / "teacher")
+    assert add(tmp_path / "two", tmp_path, tmp_path / "other") == 2
+    said = capsys.readouterr().err
+    assert "The student had a teacher, which is needed for the next task" in said and said.count("\n") <= 6
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_earlier_state(source: Path, tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from bad_inputs import ROWS, Parts, Row, check, make_parts
 from hub_server import HubServer
+
+from hf_cdl.training_args import checks
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
         yield Parts(parts.root, hub.url)
 
 
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a row asks for is not installed, even if it is here."""
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
+
+
+@pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_bad_input(row: Row, parts: Parts, tmp_path: Path) -> None:
     folder = tmp_path / "here"

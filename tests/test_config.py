@@ -185,6 +185,32 @@ def test_every_way_to_rename_works_alike(model: CDLForImageClassification, tmp_p
     assert CDLConfig.from_pretrained(tmp_path / "config").tasks == [["Kater", "dog"], ["owl"]]
 
 
+def test_labels_are_read_as_of_any_model(model: CDLForImageClassification, tmp_path: Path) -> None:
+    """num_labels, id2label and label2id, loaded by either class, and behind one more task."""
+    model.save_pretrained(tmp_path / "m")
+    for load in (CDLForImageClassification.from_pretrained, AutoModelForImageClassification.from_pretrained):
+        loaded = load(tmp_path / "m")
+        config = loaded.config
+        assert (config.num_labels, loaded.num_labels) == (3, 3)
+        assert config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+        assert config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+        assert loaded(images()).logits.shape[1] == config.num_labels
+        config.num_labels = 3  # as some scripts do: it is so
+        with pytest.raises(ValueError, match="num_labels is 5, but the tasks have 3 classes.*begin_task"):
+            config.num_labels = 5
+        assert config.num_labels == 3, "nothing changed"
+        loaded.begin_task(["bee", "ant"])
+        assert (config.num_labels, loaded.num_labels, config.id2label[4]) == (5, 5, "ant")
+        assert loaded(images()).logits.shape[1] == 5
+        loaded.save_pretrained(tmp_path / "five")
+        again = load(tmp_path / "five").config
+        assert (again.num_labels, [*again.id2label], again.label2id["bee"]) == (5, [0, 1, 2, 3, 4], 3)
+        from_file = CDLConfig.from_pretrained(tmp_path / "five")
+        assert (from_file.num_labels, from_file.id2label) == (5, again.id2label)
+    assert CDLConfig.from_pretrained(tmp_path / "m").num_labels == 3
+    assert CDLConfig().num_labels == 0
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import add_task
 import pytest
 import torch
 from datasets import enable_progress_bars
-from helpers import TRAIN, make_data, make_recipe, write_recipe
+from helpers import TRAIN, make_data, make_recipe, picture, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
@@ -407,7 +409,7 @@ class Disk:
 
     def replace(self, source: Any, target: Any, real: Callable[..., None] = os.replace) -> None:
         source, target = Path(source), Path(target)
-        if self.folder in target.parents:
+        if self.folder in (target, *target.parents):
             self.renamed.append(target.relative_to(self.folder).as_posix())
             for path in [source, *source.rglob("*")]:
                 self.must_be_on_disk(path)
@@ -445,6 +447,22 @@ def test_what_has_a_name_is_on_the_disk(points: dict[str, Path], monkeypatch: py
             assert {*ends} <= {*disk.renamed}
         assert f"{role}/model.safetensors" in disk.renamed
     assert "work/scaffold/student-task-01.safetensors" in disk.renamed and "results.json" in disk.renamed
+
+
+def test_what_is_taken_over_from_another_run_is_on_the_disk(
+    points: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder appears when all in it is there to stay: models, their copies, ledger and recipe."""
+    folder = tmp_path / "new" / "runs" / "mine"
+    disk = Disk(folder, monkeypatch)
+    add_task.begin(folder, str(points["finished"]), None, None)
+    assert "." in disk.renamed, "it was looked at when it got its name"
+    for path in (folder, *folder.rglob("*")):
+        disk.must_be_on_disk(path)
+    for above in (folder.parent, tmp_path / "new", tmp_path):
+        disk.must_be_on_disk(above)
+    ledger = json.loads((folder / "run.json").read_text())
+    assert {f"{role}/task-02/model.safetensors" for role in ROLES} <= ledger["files"].keys()
 
 
 # ---- a finished run ----
@@ -503,6 +521,50 @@ def test_a_finished_run_without_its_data_is_finished(
     assert second.startswith("This run is finished.")
 
 
+def test_a_finished_run_of_class_folders_that_changed(
+    points: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A new folder beside the others is named, an image too; without the folder of all the results stand."""
+
+    def put(split: str, label: int, count: int) -> None:
+        (folder := tmp_path / "photos" / split / f"kind {label}").mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            picture(label, number + 100 * (split == "test")).save(folder / f"{number}.png")
+
+    for split, count in (("train", 3), ("test", 1)):
+        for label in range(4):
+            put(split, label, count)
+    recipe = {
+        "name": "folders",
+        "data": {"path": str(tmp_path / "photos"), "classes_per_task": 2},
+        "student": {"backbone": str(points["recipe"].parent / "student"), "head": {"type": "ncm"}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    found = {"recipe": write_recipe(tmp_path / "recipe.yaml", recipe), "run": tmp_path / "run"}
+    assert call(found) == 0 and call(found) == 0
+    assert capfd.readouterr().out.count("This run is finished.") == 1
+    put("train", 4, 3)
+    said = refused(found, capfd)
+    assert "The data changed since" in said and "Classes without test images: kind 4" in said
+    put("test", 4, 1)
+    said = refused(found, capfd)
+    assert "The data changed since" in said and "new class 'kind 4'" in said and "add_task.py" in said
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "photos" / split / "kind 4")
+    put("train", 0, 4)
+    assert "train images of 'kind 0': 3 -> 4" in refused(found, capfd)
+    (tmp_path / "photos" / "train" / "kind 0" / "3.png").unlink()
+    shutil.rmtree(tmp_path / "photos" / "train" / "kind 3")
+    assert "kind 3" in refused(found, capfd)
+    shutil.rmtree(tmp_path / "photos")
+    before = contents(tmp_path / "run")
+    assert call(found) == 0
+    first, second, *_ = capfd.readouterr().out.splitlines()
+    assert first.startswith("The data of this run could not be checked; its results stand. The folder ")
+    assert second.startswith("This run is finished.") and contents(tmp_path / "run") == before
+
+
 def test_a_finished_run_whose_backbones_are_gone_is_finished(
     points: dict[str, Path], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -514,6 +576,49 @@ def test_a_finished_run_whose_backbones_are_gone_is_finished(
     finally:
         for role in ROLES:
             shutil.move(tmp_path / role, points["recipe"].parent / role)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are opened from now on, with those that safetensors opens."""
+    names: list[str] = []
+
+    def noting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(file: Any, *args: Any, **kwargs: Any) -> Any:
+            names.append(str(file))
+            return real(file, *args, **kwargs)
+
+        return call
+
+    for place in ("builtins.open", "io.open", "hf_cdl.repair.safe_open"):
+        owner, name = place.rsplit(".", 1)
+        monkeypatch.setattr(place, noting(getattr(importlib.import_module(owner), name)))
+    return names
+
+
+def test_no_weights_are_read_to_find_a_run_finished(
+    points: dict[str, Path], opened: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Sizes and times of change are enough, for copies too; where a time is another one, the content tells."""
+    put_back(points["run"], points["finished"])
+    opened.clear()
+    assert call(points) == 0
+    read = [name for name in opened if name.startswith(str(points["run"]))]
+    assert str(points["run"] / "run.json") in read, "this sees what is read"
+    assert [name for name in read if name.endswith((".safetensors", ".png"))] == []
+    for file, more in (("student/task-01", 0), ("student/task-02", 0), ("student", 0), ("student", 1)):
+        weights = points["run"] / file / "model.safetensors"
+        put_back(points["run"], points["finished"])
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= more
+        weights.write_bytes(content)  # of the same size
+        opened.clear()
+        capfd.readouterr()
+        assert call(points) == 0
+        assert str(weights) in opened
+        said = capfd.readouterr().out
+        assert ("has another content than was written" in said) == bool(more)
+    same_end(points["run"], points["finished"])
 
 
 def older(folder: Path) -> None:

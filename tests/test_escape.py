@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from helpers import ROOT, make_backbone, picture, png, write_recipe
 from huggingface_hub import ModelCard
 from markup import state_html
 from states import Results
+from train import main as train_main
+from transformers.utils import logging as hf_logging
 
 from hf_cdl.card import card_files, model_card, shared
 from hf_cdl.escape import code, markdown, visible, visible_lines
@@ -107,6 +113,114 @@ def test_consoles_commits_and_pictures_with_such_names(results: dict[str, Any], 
     assert not acting(title + message) and "\n" not in title and len(message.splitlines()) == 3
     save_plots(results, tmp_path)
     assert card_files(results, "student")["accuracy_matrix.png"].startswith(b"\x89PNG")
+
+
+# ---- what commands print ----
+
+BAD = "x\x1b[2J\u202e\r`<b>\x9b31m"
+"""Of a folder's name."""
+
+
+def put_data(folder: Path, names: list[str], train: int = 3, test: int = 1) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    for split, count, first in (("train", train, 0), ("test", test, 100)):
+        labels = [label for label in range(len(names)) for _ in range(count)]
+        cells = [{"bytes": png(picture(label, first + i)), "path": None} for i, label in enumerate(labels)]
+        table = Dataset.from_dict({"image": cells, "label": labels}, features=features)
+        table.to_parquet(str(folder / f"{split}.parquet"))
+    return folder
+
+
+def said_of(capfd: pytest.CaptureFixture[str], names: list[str]) -> str:
+    """What was printed, in which no name acts: no character of it, and no line of its own."""
+    found = capfd.readouterr()
+    said = found.out + found.err
+    lines = {line for name in names for line in name.splitlines()[1:] if len(line) > 2}
+    assert not [c for c in acting(said) if c != "\r"], "beside the carriage returns of progress bars"
+    assert "\r" not in found.out and not [line for line in said.splitlines() if line.strip() in lines], said
+    return said
+
+
+def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """From the first line to the table, and in what it says when the data changed or cannot be learnt."""
+    names = [name for name in NASTY if "\ud800" not in name] + ["\r\x00\x9b31m\u2028\ufeff"]  # a file has UTF-8
+    backbone = str(make_backbone(tmp_path / "backbone"))
+    recipe = {
+        "name": "a run\n\x1b[31m<b>`",
+        "data": {"path": str(put_data(tmp_path / "data", names)), "classes_per_task": 8, "flip": 0.0},
+        "student": {"backbone": backbone, "head": {"type": "ncm"}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    file, run = str(write_recipe(tmp_path / "r.yaml", recipe)), str(tmp_path / "run")
+    capfd.readouterr()
+    assert train_main([file, "--output_dir", run]) == 0
+    said = said_of(capfd, names)
+    assert r"a run\n\x1b[31m<b>`" in said and "task 2/2" in said and "Use the student:" in said
+    assert train_main([file, "--output_dir", run, "--plan"]) == 0
+    said_of(capfd, names)
+    put_data(tmp_path / "data", [*names, "new\x1b[2J\nline two of it"])
+    assert train_main([file, "--output_dir", run]) == 2
+    said = said_of(capfd, [*names, "new\nline two of it"])
+    assert "The data changed since" in said and r"new\x1b[2J\nline two of it" in said
+    put_data(tmp_path / "data", [*names[:8], "alone\x1b[2J\nline two of it"])
+    trained = str(write_recipe(tmp_path / "trained.yaml", {**recipe, "student": {"backbone": backbone}}))
+    assert train_main([trained, "--output_dir", str(tmp_path / "other")]) == 2
+    said = said_of(capfd, ["alone\nline two of it"])
+    assert "which has one class" in said and r"alone\x1b[2J\nline two of it" in said
+    put_data(tmp_path / "data", names, test=0)
+    assert train_main([file, "--output_dir", str(tmp_path / "other")]) == 2
+    said_of(capfd, names)
+
+
+COMMANDS: dict[str, list[str]] = {
+    "add_task.py": ["{bad}", "{bad}"],
+    "card.py": ["{bad}"],
+    "compare.py": ["{bad}"],
+    "final_test.py": ["{bad}", "variant", "unit"],
+    "make_digits.py": ["{bad}"],
+    "pretrain.py": ["--data", "{bad}", "--stream", "{bad}", "--output", "out"],
+    "push.py": ["{bad}"],
+    "shrink.py": ["{backbone}", "{bad}"],
+    "train.py": ["{bad}/r.yaml"],
+    "verify.py": ["{bad}"],
+    "space/app.py": ["{bad}"],
+}
+
+
+def test_every_command_is_here() -> None:
+    """But for parts of others, and what is run once to make the quickstart's data."""
+    scripts = {by.relative_to(ROOT / "recipes").as_posix() for by in (ROOT / "recipes").rglob("*.py")}
+    parts = {"plan.py", "stopping.py", "watched.py", "space/markup.py", "space/states.py"}
+    assert scripts == COMMANDS.keys() | parts | {"quickstart/make_data.py", "offline_kd/models.py"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_error_names_such_a_folder_as_text(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that is no run and not empty, and no spec either."""
+    monkeypatch.chdir(tmp_path)
+    Path(BAD).mkdir()
+    Path(BAD, "r.yaml").write_text(f'"{BAD.encode("unicode_escape").decode()}": 1')
+    backbone = make_backbone(tmp_path / "backbone") if name == "shrink.py" else None
+    words = [word.format(bad=BAD, backbone=backbone) for word in COMMANDS[name]]
+    file = ROOT / "recipes" / name
+    monkeypatch.setattr(sys, "argv", [str(file), *words])
+    monkeypatch.syspath_prepend(str(file.parent))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    verbosity = hf_logging.get_verbosity()
+    capfd.readouterr()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(file), run_name="__main__")
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    found = capfd.readouterr()
+    assert ended.value.code == 2 and "error: " in found.err and "Traceback" not in found.err
+    assert not acting(found.out) and not acting(found.err[found.err.index("error: ") :]), found.err
+    assert r"x\x1b[2J" in found.err
 
 
 def test_the_demo_with_such_names() -> None:

@@ -125,6 +125,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "Split/CLASS": lambda root: tree(root, "{split}/{name}", {"Train": 4, "Test": 2}),
     "SPLIT/CLASS": lambda root: tree(root, "{split}/{name}", {"TRAIN": 4, "TEST": 2}),
     "training, testing": lambda root: tree(root, "{split}/{name}", {"training": 4, "testing": 2}),
+    "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
     "train, evaluation": lambda root: tree(root, "{split}/{name}", {"train": 4, "evaluation": 2}),
     "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
     "trainset, testset": lambda root: tree(root, "{split}/{name}", {"trainset": 4, "testset": 2}),

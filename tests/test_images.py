@@ -12,7 +12,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,25 @@ def cell_of(array: np.ndarray) -> bytes:
     return column.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
 
 
+def cell_of_image(image: Image.Image) -> bytes:
+    """What `datasets` makes of a PIL image in an Image column."""
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a"])})
+    column = Dataset.from_dict({"image": [image], "label": [0]}, features=features)
+    return column.cast_column("image", datasets.Image(decode=False))[0]["image"]["bytes"]
+
+
+OBJECTS: dict[str, Callable[[], Image.Image]] = {
+    "RGB": rgb,
+    "L": lambda: rgb("L"),
+    "1": lambda: rgb("1"),
+    "P": lambda: rgb("P"),
+    "RGBA": lambda: with_alpha("RGB"),
+    "LA": lambda: with_alpha("L"),
+    "CMYK": lambda: rgb("CMYK"),
+    "I;16": lambda: Image.fromarray(DEEP),
+}
+OPENED = ["turned png", "RGB jpeg", "turned jpeg", "animated gif", "CMYK tiff", "P png with one tRNS", "I;16 png"]
+"""Files of which an image in a column, opened by its path, remembers the path."""
 FILES["uint8 array"] = lambda: cell_of(COLOURS)
 FILES["grey uint8 array"] = lambda: cell_of(GREY)
 FILES["bool array"] = lambda: cell_of(GREY > 99)
@@ -185,6 +204,35 @@ def test_training_and_pipeline_see_the_same_pixels(name: str, model: Any, tmp_pa
     for view in views:  # what the trainer of a plain classifier asks
         with nullcontext() if name in FILES else pytest.raises(ImageError, match=refused):
             view[0].train.check_8_bits()
+
+
+@pytest.mark.parametrize("name", [*OBJECTS, *OPENED])
+def test_images_of_pillow_in_a_column_are_what_the_pipeline_sees(name: str, model: Any, tmp_path: Path) -> None:
+    """Made in memory or opened from a file, as users put them into a Dataset."""
+    classify: Any = pipeline("image-classification", model=model, image_processor=PROCESSOR)
+    features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
+    with ExitStack() as opened:
+        if name in OPENED:
+            (tmp_path / "image").write_bytes({**FILES, **WIDE}[name]())
+            images = [opened.enter_context(Image.open(tmp_path / "image")) for _ in range(3)]
+        else:
+            images = [OBJECTS[name]() for _ in range(3)]
+        want = classify.preprocess(images.pop())["pixel_values"][0]
+        table = Dataset.from_dict({"image": images, "label": [0, 1]}, features=features)
+    assert want.std() > 0.1
+    stream = TaskStream(StreamConfig(classes_per_task=2), PROCESSOR, dataset={"train": table, "test": table})
+    assert stream.check_images() == []
+    for number in (0, 1):
+        assert torch.equal(stream[0].test[number]["pixel_values"], want)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_pillow_without_a_range_are_refused(mode: str, model: Any) -> None:
+    image = Image.fromarray(DEEP.astype(np.int32 if mode == "I" else np.float32))
+    classify: Any = pipeline("image-classification", model=model, image_processor=PROCESSOR)
+    for look in (lambda: stream_of(cell_of_image(image)).check_images(), lambda: classify(image)):
+        with pytest.raises(ImageError, match=rf"holds .* numbers \(mode {mode}\).*no defined black and white"):
+            look()
 
 
 @pytest.mark.parametrize("name", WIDE)

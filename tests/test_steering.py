@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from helpers import killed_and_taken, make_recipe, make_table, write_recipe
 from safetensors.torch import load_file
 from test_contract import CLASSES, Pictures, arguments, model_of
+from test_training_args import ELSEWHERE, KEEPS, LOADERS, MOVES
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
 
 from hf_cdl import CDLTrainer
 from hf_cdl.run import Run
 from hf_cdl.storing import RunError
+from hf_cdl.training_args import STEERED
+from hf_cdl.training_args.table import ARGUMENTS, Used
 from hf_cdl.types import Task
 
 BEST = {"eval_strategy": "epoch", "load_best_model_at_end": True}
@@ -35,6 +40,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TrainerCallback] | None]] = {
         },
         None,
     ),
+    "few states": ({**BEST, "save_total_limit": 1}, None),
+    "a delay": ({"eval_strategy": "epoch", "eval_delay": 1, "early_stopping_patience": 1}, None),
+    "named": ({**BEST, "metric_for_best_model": "eval_accuracy", "greater_is_better": True}, None),
     "greedy": (
         {
             "eval_strategy": "epoch",
@@ -64,6 +72,14 @@ class Stopper(TrainerCallback, ExportableState):
 
 
 OPTIONS["a callback of one's own"] = ({"eval_strategy": "epoch"}, Stopper)
+STEERING = {field for fields, _ in OPTIONS.values() for field in fields}
+# The other fields that are used: a value that shows its effect, and what is set beside it.
+OTHERS = {field: (value, beside) for field, (value, beside) in MOVES.items() if field not in STEERING}
+OTHERS |= {field: (value, beside) for field, (value, beside, _) in KEEPS.items() if field not in STEERING}
+FIXED = {"use_cpu", "disable_tqdm"}
+"""Fields that `arguments` sets, to the values with an effect."""
+ELSE = {field for field in ELSEWHERE if field not in STEERING}
+"""What tests of their own show: precision, memory, workers and trackers, which evaluate nothing."""
 
 
 class Hard(Pictures):
@@ -116,6 +132,85 @@ def test_test_labels_change_nothing_and_validation_labels_do(option: str, tmp_pa
     plain = learnt(trainer_of(tmp_path, option), tasks())
     assert same(plain, learnt(trainer_of(tmp_path, option), tasks(test=1)))
     assert not same(plain, learnt(trainer_of(tmp_path, option), tasks(validation=1)))
+
+
+def test_every_field_that_is_used_is_among_those_that_steer_or_those_that_do_not() -> None:
+    """A new field of the table has to go somewhere, and so has a schedule or a time to store that goes by accuracy."""
+    used = {field for field, row in ARGUMENTS.items() if isinstance(row, Used)}
+    assert used == STEERING | OTHERS.keys() | LOADERS.keys() | ELSE
+    assert ELSE <= {field for field, place in ELSEWHERE.items() if "test_steering.py" not in place}
+    given = [fields for fields, _ in OPTIONS.values()]
+    assert {fields.get("lr_scheduler_type") for fields in given} == {None, *STEERED}
+    assert {fields.get("save_strategy") for fields in given} == {None, "steps", "best"}
+    assert {fields.get("eval_strategy") for fields in given} == {"steps", "epoch"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", [field for field in OTHERS if field not in FIXED])
+def test_no_other_field_looks_at_labels_that_are_not_trained_on(field: str, tmp_path: Path) -> None:
+    """Evaluated in training, over test images, and with the field at a value that has an effect."""
+    value, beside = OTHERS[field]
+    fields = {"num_train_epochs": 1, "eval_strategy": "epoch", **beside, field: value}
+    if "max_steps" in fields:
+        del fields["num_train_epochs"]
+    verbosity, learnt_with = logging.get_verbosity(), []
+    try:
+        for test in (0, 1):
+            set_seed(0)
+            trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, **fields))
+            learnt_with.append(learnt(trainer, islice(tasks(test=test), 1)))
+            assert curve(trainer) or field == "eval_delay"
+    finally:
+        logging.set_verbosity(verbosity)
+        torch.use_deterministic_algorithms(False)
+    assert same(*learnt_with)
+
+
+def test_the_accuracy_may_be_named(tmp_path: Path) -> None:
+    """By either of its names, and as what is to rise: nothing changes, and nothing else is measured to go by."""
+    plain = trainer_of(tmp_path, "the best epoch")
+    want = learnt(plain, islice(tasks(), 1))
+    ways: list[dict[str, Any]] = [{"metric_for_best_model": name} for name in ("accuracy", "eval_accuracy")]
+    ways += [{"greater_is_better": True}]
+    for fields in ways:
+        trainer = trainer_of(tmp_path, "the best epoch", **fields)
+        assert same(want, learnt(trainer, islice(tasks(), 1))), fields
+        assert trainer.state.best_metric == plain.state.best_metric == max(curve(trainer))
+        assert trainer.args.greater_is_better is True
+    wrong: list[dict[str, Any]] = [{"metric_for_best_model": "eval_loss"}, {"greater_is_better": False}]
+    for fields in wrong:
+        with pytest.raises(ValueError, match="only accuracy is measured|the best accuracy is the greatest"):
+            trainer_of(tmp_path, "the best epoch", **fields)
+
+
+def test_a_phase_stops_when_it_gets_no_better(tmp_path: Path) -> None:
+    """After so many evaluations without a better accuracy; better by a threshold, if one is given."""
+    task = next(tasks())
+    every = trainer_of(tmp_path, "the best epoch", num_train_epochs=8, load_best_model_at_end=False)
+    every.learn(task)
+    accuracies = curve(every)
+    assert len(accuracies) == 8
+
+    def stop(patience: int, threshold: float) -> int:
+        best, worse = 0.0, 0
+        for number, value in enumerate(accuracies, 1):
+            better = value > best and abs(value - best) > threshold
+            best, worse = max(best, value), 0 if better or number == 1 else worse + 1
+            if worse >= patience:
+                return number
+        return len(accuracies)
+
+    found = set()
+    for patience, threshold in ((1, 0.0), (3, 0.0), (1, 100.0)):
+        fields = {"early_stopping_patience": patience, "early_stopping_threshold": threshold, "num_train_epochs": 8}
+        set_seed(0)
+        trainer = CDLTrainer(
+            model_of("coda"), arguments(tmp_path / "work", eval_strategy="epoch", learning_rate=0.02, **fields)
+        )
+        trainer.learn(task)
+        assert curve(trainer) == accuracies[: stop(patience, threshold)], fields
+        found.add(len(curve(trainer)))
+    assert len(found) > 1, "the fields change when it stops"
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -133,6 +133,19 @@ def test_every_image_counts_once_and_the_processes_keep_step(images: int, batch:
 # ---- one process ----
 
 
+def assert_equal_to_a_millionth(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twelve_images_are_three_times_four(case: str, tmp_path: Path) -> None:
+    """One step of 12 images, or of 3 micro-batches of 4: the same weights to 1e-6, however large they are."""
+    whole, _ = learnt(case, 12, tmp_path, **split(12, 1))
+    assert_equal_to_a_millionth(whole, learnt(case, 12, tmp_path, **split(4, 3))[0])
+
+
 @pytest.mark.parametrize(("images", "batch"), [(11, 5), (12, 4), (13, 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_are_one_batch(case: str, images: int, batch: int, tmp_path: Path) -> None:
@@ -238,9 +251,10 @@ def test_steps_and_images_a_second_are_counted(train: dict[str, Any], steps: int
 
 # ---- two processes ----
 
-SPLITS = [(13, 3, 2), (11, 5, 1), (12, 3, 2), (13, 5, 1)]
-"""Images, and of two processes the batch and how many micro-batches a step has; of 13 images one is left alone."""
-LEARNT = [(case, number) for case in CASES for number in range(len(SPLITS) if case in ("labels", "kdp") else 1)]
+SPLITS = [(12, 4, 2), (13, 3, 2), (11, 5, 1), (12, 3, 2), (13, 5, 1)]
+"""Images, and of two processes the batch and how many micro-batches a step has; of 13 images one is left alone.
+Of the first, twelve images, the processes see 4 and 4, then 2 and 2."""
+LEARNT = [(case, number) for case in CASES for number in range(len(SPLITS) if case in ("labels", "kdp") else 2)]
 SIZES = {"train": [7, 1, 8], "tests": [9, 1, 8]}
 
 
@@ -290,7 +304,11 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for case, number in LEARNT:
         images, batch, accumulated = SPLITS[number]
         weights, log = learnt(case, images, tmp_path, **split(2 * batch * accumulated, 1), logging_steps=2)
-        assert_close(weights, load_file(tmp_path / f"{case}-{number}.safetensors"), f"{case}, {SPLITS[number]}")
+        two = load_file(tmp_path / f"{case}-{number}.safetensors")
+        assert_close(weights, two, f"{case}, {SPLITS[number]}")
+        if images == 12:
+            assert_equal_to_a_millionth(weights, two)
+            assert_equal_to_a_millionth(learnt(case, images, tmp_path, **split(4, 3), logging_steps=2)[0], two)
         theirs = json.loads((tmp_path / f"{case}-{number}.json").read_text())
         for one, two in zip(log[:-1], theirs[:-1], strict=True):
             assert two == pytest.approx({**one, "epoch": two["epoch"]}, rel=1e-4, abs=1e-5), case

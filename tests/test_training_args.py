@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import math
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -14,6 +17,7 @@ import pytest
 import torch
 import transformers
 from helpers import make_recipe, write_recipe
+from safetensors.torch import load_file
 from test_contract import arguments, model_of, stream
 from test_recipe import MINIMAL, changed
 from test_train import train_recipe
@@ -109,9 +113,24 @@ def answers(trainer: CDLTrainer) -> int:
     return max(sizes)
 
 
+class Processes(torch.utils.data.Dataset):
+    """Pictures whose labels tell the process that has loaded them."""
+
+    def __len__(self) -> int:
+        return len(TASK.train)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        return {**TASK.train[key], "labels": os.getpid()}  # type: ignore[index]
+
+
+def loaded_by(trainer: CDLTrainer) -> set[int]:
+    """The processes that load the images of an epoch."""
+    trainer.train_dataset = Processes()
+    return {int(label) for batch in trainer.get_train_dataloader() for label in batch["labels"]}
+
+
 # Field -> a value, what is set beside it, and what shows its effect; the weights stay the same.
 KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
-    "output_dir": ("/nowhere", {}, lambda t: True),
     "use_cpu": (True, {}, lambda t: next(t.model.parameters()).device.type == "cpu"),
     "full_determinism": (True, {}, lambda t: torch.are_deterministic_algorithms_enabled()),
     "logging_strategy": ("epoch", {"logging_steps": 10}, lambda t: lines(t, "loss/loss") == 1),
@@ -123,7 +142,7 @@ KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
     "eval_steps": (1, {"eval_strategy": "steps", "logging_steps": 3}, lambda t: lines(t, "eval_accuracy") == 3),
     "eval_delay": (2, {**EVERY, "num_train_epochs": 1}, lambda t: lines(t, "eval_accuracy") == 0),
     "per_device_eval_batch_size": (5, {}, lambda t: answers(t) == 5),
-    "dataloader_num_workers": (1, {}, lambda t: t.args.dataloader_num_workers == 1),
+    "dataloader_num_workers": (1, {}, lambda t: os.getpid() not in loaded_by(t)),
 }
 
 # Field -> a value of a worker's, and what shows it in the loader.
@@ -138,24 +157,36 @@ LOADERS: dict[str, tuple[Any, Callable[[Any], bool]]] = {
 
 # Field -> the test that shows its effect.
 ELSEWHERE = {
-    "fp16": "test_fp16_is_refused_on_a_cpu",
-    "tf32": "test_tf32_is_switched_on_where_there_is_such_a_gpu",
-    "activation_checkpointing": "test_checkpointed_activations_are_computed_again",
-    "gradient_checkpointing": "test_checkpointed_activations_are_computed_again",
-    "torch_empty_cache_steps": "test_the_cache_is_emptied_every_so_many_steps",
-    "dataloader_pin_memory": "test_memory_is_pinned_where_there_is_a_gpu",
-    "report_to": "test_trackers.py",
-    "run_name": "test_trackers.py",
-    "project": "test_trackers.py",
-    "load_best_model_at_end": "test_steering.py",
-    "metric_for_best_model": "test_steering.py",
-    "greater_is_better": "test_steering.py",
-    "early_stopping_patience": "test_steering.py",
-    "early_stopping_threshold": "test_steering.py",
-    "save_strategy": "test_steering.py",
-    "save_steps": "test_steering.py",
-    "save_total_limit": "test_steering.py",
+    "output_dir": "test_training_args.py::test_output_dir_is_where_a_trainer_writes",
+    "fp16": "test_training_args.py::test_fp16_is_refused_on_a_cpu",
+    "tf32": "test_training_args.py::test_tf32_is_switched_on_where_there_is_such_a_gpu",
+    "activation_checkpointing": "test_training_args.py::test_checkpointed_activations_are_computed_again",
+    "gradient_checkpointing": "test_training_args.py::test_checkpointed_activations_are_computed_again",
+    "torch_empty_cache_steps": "test_training_args.py::test_the_cache_is_emptied_every_so_many_steps",
+    "dataloader_pin_memory": "test_training_args.py::test_memory_is_pinned_where_there_is_a_gpu",
+    "report_to": "test_trackers.py::test_a_whole_run_leaves_the_curves_of_every_role",
+    "run_name": "test_trackers.py::test_wandb_has_one_run_per_role_offline",
+    "project": "test_trackers.py::test_trackio_has_one_run_per_role",
+    "load_best_model_at_end": "test_steering.py::test_a_phase_ends_with_its_best_state",
+    "metric_for_best_model": "test_steering.py::test_the_accuracy_may_be_named",
+    "greater_is_better": "test_steering.py::test_the_accuracy_may_be_named",
+    "early_stopping_patience": "test_steering.py::test_a_phase_stops_when_it_gets_no_better",
+    "early_stopping_threshold": "test_steering.py::test_a_phase_stops_when_it_gets_no_better",
+    "save_strategy": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
+    "save_steps": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
+    "save_total_limit": "test_steering.py::test_the_newest_states_and_the_best_one_are_kept",
 }
+
+
+def source_of(place: str) -> str:
+    """The source of FILE::TEST with its decorators; empty if there is none."""
+    file, name = place.split("::")
+    text = Path(__file__).with_name(file).read_text()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            first = min([node, *node.decorator_list], key=lambda part: part.lineno)
+            return "\n".join(text.splitlines()[first.lineno - 1 : node.end_lineno])
+    return ""
 
 
 def test_the_table_has_every_field_and_the_effect_of_all_that_are_used_is_shown() -> None:
@@ -165,8 +196,10 @@ def test_the_table_has_every_field_and_the_effect_of_all_that_are_used_is_shown(
     assert ARGUMENTS.keys() - ours <= NOT_IN_ALL, "table.py has fields that nobody has"
     used = {name for name, row in ARGUMENTS.items() if isinstance(row, Used)}
     assert used == MOVES.keys() | KEEPS.keys() | LOADERS.keys() | ELSEWHERE.keys()
-    for place in ELSEWHERE.values():
-        assert place in globals() or (Path(__file__).with_name(place)).exists()
+    for field, place in ELSEWHERE.items():
+        source = source_of(place)
+        assert "assert" in source or "pytest.raises" in source, f"{place} is no test"
+        assert re.search(rf"\b{field}\b", source), f"{place} says nothing of {field}"
 
 
 @pytest.mark.parametrize("field", MOVES)
@@ -184,16 +217,14 @@ def test_a_field_that_changes_something_else(field: str) -> None:
     value, beside, shows = KEEPS[field]
     verbosity = logging.get_verbosity()
     try:
-        if field in ("output_dir", "use_cpu", "disable_tqdm"):  # as `arguments` has them anyway
+        if field in ("use_cpu", "disable_tqdm"):  # as `arguments` has them anyway
             trainer, got = trained(**beside)
-            if field == "output_dir":
-                assert CDLTrainingArguments(value, use_cpu=True).output_dir == value
         else:
             trainer, got = trained(**{**beside, field: value})
         assert same(got, base()), "it changed the weights too"
         assert shows(trainer)
         logging.set_verbosity(verbosity)
-        if field not in ("output_dir", "use_cpu", "disable_tqdm", "full_determinism"):
+        if field not in ("use_cpu", "disable_tqdm", "full_determinism"):
             assert not shows(trained(**beside)[0]), "it is so without the field"
     finally:
         logging.set_verbosity(verbosity)
@@ -205,6 +236,19 @@ def test_a_field_of_the_workers_that_load_images(field: str) -> None:
     value, shows = LOADERS[field]
     assert shows(loader(dataloader_num_workers=1, **{field: value}))
     assert not shows(loader(dataloader_num_workers=1))
+
+
+def test_output_dir_is_where_a_trainer_writes(tmp_path: Path) -> None:
+    """When it is asked to, and nowhere else; without a run nothing is stored by itself."""
+    for output_dir in (tmp_path / "one", tmp_path / "other"):
+        set_seed(0)
+        trainer = CDLTrainer(model_of("coda"), arguments(output_dir, num_train_epochs=1))
+        trainer.learn(TASK)
+        assert not [*output_dir.rglob("*")] and same(trainer.model.state_dict(), base())
+        trainer.save_model()
+        stored = load_file(output_dir / "trained.safetensors")
+        assert stored and all(torch.equal(value, base()[name]) for name, value in stored.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "other"}
 
 
 def test_a_bar_is_shown_unless_asked_not_to() -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +20,8 @@ import push
 import pytest
 import verify
 import yaml
-from helpers import make_backbone, make_data, make_recipe, write_recipe
-from hub_server import TOKEN, Failure, HubServer
+from helpers import ROOT, make_backbone, make_data, make_recipe, write_recipe
+from hub_server import TOKEN, Failure, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from states import States, StatesError
 from train import main as train_main
@@ -91,7 +93,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 def publish(hub: HubServer, run: Path, results: Any = None, content: bytes | None = None) -> HfApi:
-    """Put the newest state of a run on the Hub, as anybody could."""
+    """Put the newest state of a run on the Hub, as anybody could, with whatever else lies in its folder."""
     api, name = HfApi(hub.url, token=TOKEN), "me/tiny"
     api.create_repo(name)
     files = {path.name: path.read_bytes() for path in (run / "student" / "task-02").iterdir() if path.is_file()}
@@ -167,6 +169,119 @@ def test_reading_numbers_runs_nothing(
     assert not (tmp_path / FOOTPRINT).exists()
     assert verify.main(evil, ["evil.py"]) in (0, 1)  # the check itself: this is how code is run
     assert (tmp_path / FOOTPRINT).exists()
+
+
+def test_plugins_that_a_user_names_are_run_and_no_others(
+    evil: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the own command line: that one file, though the repository names some and holds them."""
+    data = make_data(tmp_path / "data", classes=6)
+    api = publish(hub, evil)
+    monkeypatch.setattr(add_task, "HfApi", lambda: api)
+    monkeypatch.chdir(evil)
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mine')!r}).touch()\n")
+    words = ["me/tiny", str(data), "--data.known_train", "ignore", "--output_dir", str(tmp_path / "out")]
+    assert add_task.main(words) == 2, "it has plugins, which nobody has named"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "mine").exists()
+    words += ["--data.classes_per_task", "[[class e, class f]]"]
+    assert add_task.main([*words, "--plugins", f"[{mine}]"]) == 0
+    assert (tmp_path / "mine").exists() and not (tmp_path / FOOTPRINT).exists()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["recipe"]["plugins"] == [str(mine)] and len(results["class_names"]) == 3
+    assert not [*(tmp_path / "out").rglob("evil.py"), *(tmp_path / "out").rglob("sitecustomize.py")]
+
+
+def test_a_file_of_the_repository_is_run_if_the_user_names_it(
+    evil: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of the test above: its plugin would have left its footprint."""
+    data = make_data(tmp_path / "data", classes=6)
+    words = [str(evil), str(data), "--data.known_train", "ignore", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.chdir(evil)
+    assert add_task.main([*words, "--plugins", "[evil.py]"]) == 0
+    assert (tmp_path / FOOTPRINT).exists()
+
+
+@pytest.fixture
+def only_safe(evil: Path) -> Path:
+    """The malicious folder without anything that a push refuses."""
+    for file in [*evil.rglob("*.bin"), *evil.rglob("*.pt")]:
+        file.unlink()
+    ledger = json.loads((evil / "run.json").read_text())
+    ledger["files"] = {}  # as of a version without fingerprints: nothing is found damaged
+    (evil / "run.json").write_text(json.dumps(ledger))
+    return evil
+
+
+def test_pushing_a_folder_runs_nothing_of_it(
+    only_safe: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(only_safe)
+    monkeypatch.setattr("hf_cdl.hub.pusher.HfApi", lambda: HfApi(hub.url, token=TOKEN))
+    assert push.main([str(only_safe), "--hub_model_id", "me/tiny"]) == 0
+    assert [*hub.repository("me/tiny").refs("tags")] == ["task-01", "task-02"], "it was pushed, all of it"
+    assert not (tmp_path / FOOTPRINT).exists()
+
+
+def test_a_teacher_of_a_stranger_s_run_runs_nothing_of_it(
+    evil: Path, honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """train.py --teacher_from: refused for its recipe; and where that is the same, taken over without its code."""
+    data = str(honest / "data")
+    head = {"type": "ncm"}
+    recipe = {
+        "name": "tiny",
+        "data": {"path": data, "classes_per_task": 2},
+        "teacher": {"backbone": str(honest / "backbone"), "head": head},
+        "student": {"backbone": str(honest / "backbone"), "head": {"type": "ridge", "soft_targets": 0.5}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    file = str(write_recipe(tmp_path / "taught.yaml", recipe))
+    assert train_main([file, "--output_dir", str(tmp_path / "theirs")]) == 0
+    for place in (tmp_path / "theirs", *(tmp_path / "theirs").glob("teacher/task-*")):
+        for source in evil.glob("*.py"):
+            shutil.copy(source, place)
+        for source in [*evil.glob("*.bin"), *evil.glob("*.pt")]:
+            shutil.copy(source, place)
+    ledger = json.loads((tmp_path / "theirs" / "run.json").read_text())
+    ledger["recipe"]["plugins"] = ["evil.py", str(evil / "evil.py")]
+    (tmp_path / "theirs" / "run.json").write_text(json.dumps(ledger))
+    monkeypatch.chdir(tmp_path / "theirs")
+    taken = [file, "--output_dir", str(tmp_path / "mine"), "--teacher_from", str(tmp_path / "theirs")]
+    assert train_main(taken) == 0
+    assert (tmp_path / "mine" / "results.json").exists() and not (tmp_path / FOOTPRINT).exists()
+    ledger["recipe"]["train"]["deepspeed"] = str(evil / "evil.py")
+    (tmp_path / "theirs" / "run.json").write_text(json.dumps(ledger))
+    capsys.readouterr()
+    assert train_main([*taken[:2], str(tmp_path / "other"), *taken[3:]]) == 2
+    assert "its teacher learns something else" in capsys.readouterr().err
+    for words in (["--teacher_from", str(evil)], ["--teacher.head.type", "linear", "--teacher_from", str(evil)]):
+        assert train_main([file, "--output_dir", str(tmp_path / "other"), *words]) == 2
+    assert not (tmp_path / FOOTPRINT).exists() and not (tmp_path / "other").exists()
+
+
+_DEMO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from states import States, StatesError
+states = States("me/tiny")
+print(states.tasks, states.results(2).name)
+print(len(states.classifier(2)(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+def test_the_demo_of_a_repository_runs_nothing_of_it(evil: Path, hub: HubServer, tmp_path: Path) -> None:
+    """In a process that starts in a folder of the user's, with a Hub that holds code, pickles and auto_map."""
+    publish(hub, evil)
+    demo = [sys.executable, "-c", _DEMO, str(ROOT / "recipes" / "space"), picture_file(tmp_path)]
+    env = {**os.environ, **environment(hub, tmp_path / "home")}
+    done = subprocess.run(demo, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split("\n")[-3:] == ["[2] tiny", "4", ""], done.stdout + done.stderr
+    assert not (tmp_path / FOOTPRINT).exists()
+    assert not [*(tmp_path / "home").rglob("*.py"), *(tmp_path / "home").rglob("*.bin")], "nothing of it came here"
 
 
 def picture_file(folder: Path) -> str:

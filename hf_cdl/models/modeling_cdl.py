@@ -124,6 +124,11 @@ class CDLForImageClassification(Loadable):
         return self.config.tasks
 
     @property
+    def num_labels(self) -> int:
+        """How many classes the model knows: as many as it gives logits."""
+        return self.config.num_labels
+
+    @property
     def fitted(self) -> bool:
         """Whether the head is fitted by one pass over a task's images instead of being trained."""
         return self.head.fitted
@@ -166,7 +171,6 @@ class CDLForImageClassification(Loadable):
             )
         device, dtype = self.device, self.dtype
         self.config.set_tasks([*self.tasks, names])
-        self.num_labels = sum(self.config.num_classes_per_task)
         task = len(self.config.tasks) - 1
         self._grow(task, len(names))
         self._init_task(task)
