@@ -27,18 +27,17 @@ class Findings:
     lost: list[str] = field(default_factory=list)
 
 
-def examine(folder: Path, ledger: Mapping[str, Any], thorough: bool = True) -> Findings:
+def examine(folder: Path, ledger: Mapping[str, Any]) -> Findings:
     """Look at the checkpoints of a run and what else it needs; writes nothing.
 
-    The newest checkpoint of a role and its copy in ROLE/ restore each other. Of older ones, and unless `thorough` of
-    those too, the content is read only if the time of a file changed. Raises RunError, naming what is lost, if
-    something has no whole copy.
+    The newest checkpoint of a role and its copy in ROLE/ restore each other. Of older ones the content is read only
+    if size or time of a file changed. Raises RunError, naming what is lost, if something has no whole copy.
     """
     found, files = Findings(), ledger.get("files", {})
     for role in ledger["entries"]:
         for name in (names := stored_tasks(ledger, role)):
             newest = name == names[-1]
-            bad = dict(_broken(folder, ledger, f"{role}/{name}/", thorough and newest))
+            bad = dict(_broken(folder, ledger, f"{role}/{name}/", newest))
             copies = {path: folder / role / path.split("/", 2)[2] for path in bad}
             if not newest or not all(_is_copy(folder, ledger, path, copy) for path, copy in copies.items()):
                 found.lost += [f"{path} {problem}" for path, problem in bad.items()]
@@ -46,7 +45,7 @@ def examine(folder: Path, ledger: Mapping[str, Any], thorough: bool = True) -> F
             for path, copy in copies.items():
                 found.copies.append((copy, folder / path))
                 found.said.append(f"{folder / path} {bad[path]}; it is restored from {copy}.")
-            unpublished = dict(_unpublished(folder, ledger, role, {*bad}, thorough))
+            unpublished = dict(_unpublished(folder, ledger, role, {*bad}))
             found.copies += unpublished.values()
             if unpublished:
                 listed = ", ".join(unpublished)
@@ -106,11 +105,7 @@ def _is_copy(folder: Path, ledger: Mapping[str, Any], path: str, copy: Path) -> 
 
 
 def _unpublished(
-    folder: Path,
-    ledger: Mapping[str, Any],
-    role: str,
-    but: set[str] | frozenset[str] = frozenset(),
-    thorough: bool = True,
+    folder: Path, ledger: Mapping[str, Any], role: str, but: set[str] | frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, tuple[Path, Path]]]:
     """What is the matter with a file of ROLE/, and whole file and what it must replace; the weights last."""
     for name in stored_tasks(ledger, role)[-1:]:
@@ -121,7 +116,7 @@ def _unpublished(
             source, target = folder / path, folder / role / (folder / path).relative_to(newest)
             if path in but:
                 continue
-            if problem := damage(target, files[path] if path in files else fingerprint(source), thorough):
+            if problem := damage(target, files[path] if path in files else fingerprint(source)):
                 yield f"{target.name} {problem}", (source, target)
 
 

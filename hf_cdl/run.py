@@ -369,13 +369,12 @@ class Run:
     def check(self) -> None:
         """Check that a finished run has all its files, and restore what can be; says what was done.
 
-        Sizes and times of change of all files are compared with what was stored; the content of a file whose time is
-        another one, too. Raises RunError, naming what is lost, if something cannot be restored.
+        Sizes and times of change of all files are compared with what was stored, and the content of what ROLE/
+        publishes. Raises RunError, naming what is lost, if something cannot be restored.
         """
         if not self.writer:
             return
-        found = examine(self.folder, self.ledger, thorough=False)
-        files, results = self.ledger["files"], self.folder / RESULTS
+        found, files, results = examine(self.folder, self.ledger), self.ledger["files"], self.folder / RESULTS
         problem = damage(results, files[RESULTS]) if RESULTS in files else unreadable(results)
         pictures = [path for path in files if path.endswith(".png") and "/" not in path]
         pictures = [path for path in pictures if damage(self.folder / path, files[path], thorough=False)]

@@ -127,7 +127,6 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "training, testing": lambda root: tree(root, "{split}/{name}", {"training": 4, "testing": 2}),
     "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
     "train, evaluation": lambda root: tree(root, "{split}/{name}", {"train": 4, "evaluation": 2}),
-    "train, testing": lambda root: tree(root, "{split}/{name}", {"train": 4, "testing": 2}),
     "trainset, testset": lambda root: tree(root, "{split}/{name}", {"trainset": 4, "testset": 2}),
     "TrainImages, TestImages": lambda root: tree(root, "{split}/{name}", {"TrainImages": 4, "TestImages": 2}),
     "training_set, test_set": lambda root: tree(root, "{split}/{name}", {"training_set": 4, "test_set": 2}),
