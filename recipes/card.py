@@ -12,11 +12,16 @@ import json
 import sys
 from pathlib import Path
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen(resumes=False)  # before imports that take seconds
+
 from hf_cdl.card import card_files, shared
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import described
 from hf_cdl.results import run_results
-from hf_cdl.storing import RunError
+from hf_cdl.storing import RunError, write_whole
 
 
 def main(arguments: list[str]) -> int:
@@ -47,9 +52,8 @@ def put(file: Path, content: bytes) -> None:
     for path in (file.parent, file):
         if path.is_symlink():
             raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    write_whole(file, lambda path: path.write_bytes(content))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_with(lambda: main(sys.argv[1:]))

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -26,6 +26,9 @@ GRACE, PATIENCE = 1.5, 10.0
 """Seconds from the end of the parent, or from a signal, to the end of this process, whatever it is at."""
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """What accelerate launch and torchrun set in the environment of those that they start."""
+
+
+_ANEW = "The same command begins again"
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,12 +49,18 @@ class _State:
     """When the first signal came."""
     ready = False
     """Whether the command takes Stopped; before it is imported there is nobody who would."""
+    resumes = True
+    """Whether the command goes on where it was; else it begins again."""
     said = False
     """Whether it was said how to go on."""
 
 
-def listen() -> None:
-    """From now on stop as said above. To be called before slow imports, in the main thread."""
+def listen(resumes: bool = True) -> None:
+    """From now on stop as said above. To be called before slow imports, in the main thread.
+
+    `resumes`: whether the command goes on where it was when it is given again.
+    """
+    _State.resumes = resumes
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup or a shell's & may want it
@@ -82,11 +91,23 @@ def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
 def say_goes_on() -> None:
     """Say, once and by one process of many, how a command goes on that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
-        print(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again()}", flush=True)
+        how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
+        print(f"\nStopped. {how}:\n  {again()}", flush=True)
     _State.said = True
 
 
-def leave(code: int) -> None:
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Do what a command does that begins anew each time, and end the process with its exit code."""
+    ready()
+    try:
+        code = main()
+    except KeyboardInterrupt as stop:
+        say_goes_on()
+        code = getattr(stop, "code", 130)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
     """End the process with an exit code; after a signal without the seconds that Python takes to tidy up."""
     if _State.stopped is not None:
         atexit._run_exitfuncs()  # what trackers and others have left to write

@@ -120,9 +120,9 @@ class Recipe:
     def __post_init__(self) -> None:
         problems: list[str] = []
         place = Path(self.name)
-        if not self.name.strip() or place.is_absolute() or ".." in place.parts:
+        if not self.name.strip() or not place.parts or place.is_absolute() or ".." in place.parts or "\0" in self.name:
             problems.append(f"'name' is {self.name!r}, but becomes the folder runs/NAME; give a name for it")
-        if self.output_dir is not None and not self.output_dir.strip():
+        if self.output_dir is not None and (not self.output_dir.strip() or "\0" in self.output_dir):
             problems.append(f"'output_dir' is {self.output_dir!r}; name a folder, or leave it out for runs/NAME")
         if self.ce_weight < 0:
             problems.append(f"'ce_weight' is {self.ce_weight}, but a weight must be at least 0")
