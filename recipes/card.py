@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import stopping
 
@@ -36,7 +38,7 @@ def main(arguments: list[str]) -> int:
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:
             other = names["teacher" if role == "student" else "student"]
-            for name, content in card_files(results, role, names[role], other).items():
+            for name, content in made(results, role, names[role], other).items():
                 put(output / role / name, content)
         if options.output is not None:
             put(output / "results.json", f"{json.dumps(shared(results), indent=1)}\n".encode())
@@ -45,6 +47,17 @@ def main(arguments: list[str]) -> int:
         return 2
     print(f"Wrote the cards to {visible(output)}/")
     return 0
+
+
+def made(results: dict[str, Any], role: str, name: str | None, other: str | None) -> dict[str, bytes]:
+    """The files of a role's card, whose picture is drawn in the folder for temporary files."""
+    try:
+        return card_files(results, role, name, other)
+    except OSError as error:
+        raise RunError(
+            f"Could not draw the picture of the {role} in {tempfile.gettempdir()}: {error}. Make room there, or set "
+            "TMPDIR to another folder; then run the same command again."
+        ) from error
 
 
 def put(file: Path, content: bytes) -> None:

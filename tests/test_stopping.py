@@ -151,6 +151,32 @@ def test_what_is_ignored_stays_ignored(command: Callable[..., list[str]], begin:
     assert not ended(pid, 0.5)
 
 
+def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], begin: Begin) -> None:
+    body = "stopping.listen(resumes=False); stopping.end_with(lambda: time.sleep(60))"
+    process, _ = begin([sys.executable, *command(body)])
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.startswith("\nStopped. The same command begins again:\n  ")
+
+
+@pytest.mark.parametrize("name", ["add_task", "card", "compare", "make_digits", "push", "shrink", "train", "verify"])
+def test_every_command_listens(name: str) -> None:
+    """Stopped while it is imported, before it has come to its own words."""
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN.with_name(f"{name}.py")), "a", "b"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1:
+        assert process.poll() is None and time.monotonic() < deadline, "it does not listen"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 143 and "Stopped. " in said and "Traceback" not in said
+
+
 def test_workers_say_nothing(command: Callable[..., list[str]], begin: Begin) -> None:
     """A process that it has forked gets the signal of the whole group, and leaves the word to it."""
     before = (

@@ -127,7 +127,11 @@ def read_comparison(file: Path, recipes: Path, root: Path) -> Comparison:
     content, problems = read_yaml(file), []
     variants = content.get("variants")
     if isinstance(variants, dict):
-        variants = {str(name): variant for name, variant in variants.items()}  # YAML reads 2 as a number
+        problems += [
+            f"'variants' has the name {name!r}, which YAML does not read as a text; write it in quotes: '{name}'"
+            for name in variants
+            if not isinstance(name, str)
+        ]
         built = {name: build_typed(Variant, v, f"variants.{name}", problems) for name, v in variants.items()}
         content = {**content, "variants": {}}
     else:
