@@ -1,13 +1,15 @@
 """Ending a command before it is done: what stops it, and the command that goes on.
 
-Ctrl-C and SIGTERM raise Stopped in the main thread, a second signal ends the process at once. A process that a
-launcher started (accelerate launch, torchrun) stops with it, also if that was killed; else it would be left behind, at
-work and with the run's lock. Nothing is stored on the way: a phase goes on from its last stored state.
+Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed; torchrun passes it on) raise Stopped in the main thread, a
+second signal ends the process at once. A process that a launcher started (accelerate launch, torchrun) stops with it,
+also if that was killed; else it would be left behind, at work and with the run's lock. Nothing is stored on the way: a
+phase goes on from its last stored state.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import shutil
@@ -62,7 +64,7 @@ def listen(resumes: bool = True) -> None:
     """
     _State.resumes = resumes
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ())):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup or a shell's & may want it
             signal.signal(number, _stop)
     if _State.launcher is not None and os.name == "posix":
@@ -92,7 +94,8 @@ def say_goes_on() -> None:
     """Say, once and by one process of many, how a command goes on that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
         how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
-        print(f"\nStopped. {how}:\n  {again()}", flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\nStopped. {how}:\n  {again()}", flush=True)
     _State.said = True
 
 
@@ -111,8 +114,9 @@ def leave(code: int) -> NoReturn:
     """End the process with an exit code; after a signal without the seconds that Python takes to tidy up."""
     if _State.stopped is not None:
         atexit._run_exitfuncs()  # what trackers and others have left to write
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

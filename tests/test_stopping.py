@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import stopping
 from helpers import ROOT, TRAIN, make_recipe, write_recipe
 from test_train import assert_same_run
 
@@ -96,7 +98,7 @@ def ended(pid: int, seconds: float) -> bool:
 STOPPED = "Stopped. Nothing finished is lost; the same command goes on from there:\n  "
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begin, number: signal.Signals) -> None:
     words = [sys.executable, *command()]
     process, _ = begin(words, restore_signals=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -107,6 +109,17 @@ def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begi
     assert head == "Stopped\n\n"
     python, *rest = shlex.split(shown)
     assert rest == words[1:] and (python == "python" or Path(python).absolute() == Path(sys.executable))
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stopping._State, "said", False)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    stopping.say_goes_on()
+    assert stopping._State.said
 
 
 def test_a_second_signal_ends_it_at_once(command: Callable[..., list[str]], begin: Begin) -> None:
