@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from hf_cdl.ledger import new_ledger, read_ledger
 from hf_cdl.repair import publish
@@ -30,15 +32,36 @@ def adopt(
     there is something in its place, and passes on those of `put`; then nothing is left of the try. Returns what takes
     the run away again, as long as nothing was learnt in it.
     """
+    made: list[Path] = []
+    with saving(f"start the run in {folder}"):
+        made += make_folder(folder.parent)
+    try:
+        with _alone(folder.with_name(f".{folder.name}.lock")) as alone:
+            if not alone:
+                raise RunError(f"Another process is starting a run in {folder}; wait for it or stop it first.")
+            return _adopt(folder, origin, results, put, recipe_file, made)
+    except BaseException:
+        _remove(made)  # a try that failed leaves no folder behind
+        raise
+
+
+def _adopt(
+    folder: Path,
+    origin: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    put: Callable[[str, Path], Any],
+    recipe_file: str,
+    made: list[Path],
+) -> Callable[[], None]:
+    """As `adopt`, with nobody else at it; `made`: the folders above that are new."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
     count = origin["tasks"]
     partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
     shutil.rmtree(partial, ignore_errors=True)
-    made: list[Path] = []
     try:
         with saving(f"start the run in {folder}"):
-            made += make_folder(partial)
+            make_folder(partial)
             for role in origin["roles"]:
                 put(role, partial / role / f"task-{count:02d}")
             ledger = {
@@ -58,19 +81,44 @@ def adopt(
             replace(partial, folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        _remove(made[1:])  # a try that failed leaves no folder behind
         raise
 
     def undo() -> None:
-        entries = read_ledger(folder)["entries"].values()
-        if any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*")):
+        if not (folder / "run.json").exists():  # another process has taken it away
             return
-        shutil.rmtree(folder)
-        _remove(made[1:])
-        if was_there:
-            folder.mkdir()
+        with _alone(folder / ".lock") as alone:
+            if not alone or _learnt(folder, count):  # it is another process's run as well by now
+                return
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove([] if was_there else [folder, *made])
 
     return undo
+
+
+def _learnt(folder: Path, count: int) -> bool:
+    """Whether a run of `count` tasks that were learnt elsewhere has gone on."""
+    entries = read_ledger(folder)["entries"].values()
+    return any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*"))
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Whether no other process holds a lock; if so, it is held, and gone afterwards."""
+    lock = FileLock(file, is_singleton=True)  # one for this process
+    try:
+        with saving(f"lock {file}"):
+            lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # while it is held: nobody else's goes
+            file.unlink()
+        lock.release()
 
 
 def _remove(folders: list[Path]) -> None:

@@ -64,8 +64,17 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
+        if _is_empty(image):
+            raise ImageError(f"{name}: the image is empty (0 bytes); supply it or remove it") from error
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else readable(str(error))
         raise ImageError(f"{name}: cannot be read as an image ({reason}); repair or remove it") from error
+
+
+def _is_empty(image: Any) -> bool:
+    """Whether an image that cannot be read is a file, or the content of one, without a single byte."""
+    if isinstance(image, bytes | bytearray):
+        return not image
+    return isinstance(image, str | os.PathLike) and os.path.isfile(image) and not os.path.getsize(image)
 
 
 def holds_16_bits(image: Any) -> bool:

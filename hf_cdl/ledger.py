@@ -70,13 +70,15 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
     return {"format": FORMAT, "recipe": recipe, "versions": versions(), **start}
 
 
-def read_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger in a run's folder. Raises RunError if it is not there, newer, or not as a run writes it."""
+def read_ledger(
+    folder: Path, way: str = "choose another folder to train in (train.py --output_dir FOLDER)"
+) -> dict[str, Any]:
+    """The ledger in a run's folder. Raises RunError if it is not there, newer, or not as a run writes it.
+
+    `way`: what may be done instead of restoring it.
+    """
     file = folder / "run.json"
-    advice = (
-        "Nothing in the folder was touched; restore run.json, or choose another folder to train in (train.py "
-        "--output_dir FOLDER)."
-    )
+    advice = f"Nothing in the folder was touched; restore run.json, or {way}."
     try:
         check_readable(file)
         ledger = json.loads(file.read_text(encoding="utf-8"))
@@ -91,8 +93,7 @@ def read_ledger(folder: Path) -> dict[str, Any]:
         by = written.get("hf-cdl", "of unknown version") if isinstance(written, dict) else "of unknown version"
         raise RunError(
             f"{file} was written by hf_cdl {by}, in format {found}; this is hf_cdl {versions()['hf-cdl']}, which "
-            f"reads up to format {FORMAT}. Nothing was touched. Update hf_cdl, or choose another folder to train in "
-            "(train.py --output_dir FOLDER)."
+            f"reads up to format {FORMAT}. Nothing was touched. Update hf_cdl, or {way}."
         )
     if problem := _problem(ledger):
         raise RunError(f"{file} is not a readable ledger ({problem}). {advice}")

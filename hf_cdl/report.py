@@ -205,6 +205,7 @@ def _matrix_figure(results: Results) -> Figure:
     roles, planned = _measured(results), _planned(results)
     shown = [role for role in ("teacher", "student") if role in roles] or [next(iter(roles))]
     side = min(max(planned * (0.55 if planned <= 10 else 0.37), 2.0), 11.0)
+    ticks = range(0, planned, 1 + (planned - 1) // (50 if planned < 100 else 25))  # as many as there is room for
     figure = Figure(figsize=(len(shown) * side + 3.5, side + 1.5), dpi=150, layout="compressed")
     figure.suptitle(_title(results), parse_math=False)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -215,15 +216,18 @@ def _matrix_figure(results: Results) -> Figure:
                 if value is None:
                     continue
                 cells[t][i] = value
-                text = number(value, 1 if planned <= 10 else 0) if planned <= 30 else ""
+                if planned > 30:  # no room, and their number grows with the square
+                    continue
+                text = number(value, 1 if planned <= 10 else 0)
                 panel.text(i, t, text, ha="center", va="center", color="white" if value < 42 else "black", fontsize=8)
         panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
         panel.set_title(_label(role, roles[role], int(14 * side)), fontsize=9, parse_math=False)
         panel.set_xlabel("accuracy on task")
         for axis in (panel.xaxis, panel.yaxis):
-            axis.set_ticks(range(planned), range(1, planned + 1), fontsize=8)
+            axis.set_ticks(ticks, [place + 1 for place in ticks], fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(planned), _task_names(results), fontsize=8, parse_math=False)
+    names = _task_names(results)
+    panels[0].set_yticks(ticks, [names[place] for place in ticks], fontsize=8, parse_math=False)
     panels[0].set_ylabel("after learning task")
     figure.colorbar(panels[0].images[0], ax=list(panels), label="accuracy (%)")
     return figure

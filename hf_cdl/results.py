@@ -85,7 +85,7 @@ def stored_ledger(folder: Path) -> dict[str, Any]:
     """The ledger in a folder that a user named as a run's."""
     if not (folder / "run.json").exists():
         raise RunError(f"{visible(folder)} holds no run: it has no run.json. Name a run's folder, as runs/quickstart.")
-    return read_ledger(folder)
+    return read_ledger(folder, "name another run's folder")
 
 
 def run_results(

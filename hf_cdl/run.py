@@ -92,7 +92,8 @@ class Run:
         kept = any(self.folder.glob("work/*/checkpoint-*")) or any(self.ledger["entries"].values())
         if self._lock.is_locked and not kept:
             if self.folder / "run.json" in self._made:
-                shutil.rmtree(self.folder / "work", ignore_errors=True)
+                for name in ("work", "logs"):  # of a phase that was stopped; trackers write into logs/
+                    shutil.rmtree(self.folder / name, ignore_errors=True)
             for path in self._made:
                 with contextlib.suppress(OSError):  # a folder that holds something else stays
                     path.rmdir() if path.is_dir() else path.unlink()

@@ -14,7 +14,7 @@ import platform
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,58 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         make_folder(file.parent)
         make_way(file)
         partial = file.with_name(f".{file.name}.partial")
-        write(partial)
-        sync(partial)
-        replace(partial, file)
+        try:
+            write(partial)
+            sync(partial)
+            replace(partial, file)
+        except OSError:
+            with suppress(OSError):  # a half would take what little room a full disk has
+                partial.unlink()
+            raise
 
 
 def write_json(file: Path, content: Any) -> None:
     """Write so that the file is either the old one or the new one, whole."""
     write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
+
+
+PARTIAL = ".partial"
+"""Where in a new folder its files lie until all of them are whole."""
+
+
+def check_new(folder: Path) -> None:
+    """Raises RunError for a folder with something in it, or a file in its place."""
+    with saving(f"write into {folder}"):  # a name that is too long, say
+        taken = folder.exists() and (not folder.is_dir() or any(path.name != PARTIAL for path in folder.iterdir()))
+    if taken:
+        raise RunError(f"{folder} is not empty; choose another folder.")
+
+
+def fill_folder(folder: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write(path)` make the files of a folder that is new or empty; they appear in it when all are whole.
+
+    Raises RunError if there is something in it, or if writing fails; then nothing is left of the try.
+    """
+    check_new(folder)
+    made: list[Path] = []
+    partial = folder / PARTIAL
+    try:
+        with saving(f"write into {folder}"):
+            made = make_folder(folder)
+            shutil.rmtree(partial, ignore_errors=True)  # of a kill
+            partial.mkdir()
+            write(partial)
+            sync_tree(partial)
+            for path in sorted(partial.iterdir()):
+                os.replace(path, folder / path.name)
+            partial.rmdir()
+            sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in made:
+            with suppress(OSError):  # a folder that holds something else stays
+                path.rmdir()
+        raise
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -5,15 +5,21 @@ transformers' own callbacks for them start a run, or the steps, again with every
 
 from __future__ import annotations
 
+import netrc
 import os
+import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
+
+from hf_cdl.storing import RunError, first_line, write_whole
 
 
 class TensorBoard:
@@ -76,6 +82,43 @@ class WandB:
         self.run.finish()
 
 
+_WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+
+
+def wandb_problem() -> str | None:
+    """What keeps Weights & Biases from starting here, to be read behind the field's name; None if nothing is known.
+
+    It asks no server, and nobody for a key.
+    """
+    import wandb
+
+    given = os.environ.get("WANDB_MODE") or None
+    if given is not None and given not in _WANDB_MODES:
+        return f"is wandb, with WANDB_MODE {given!r} in the environment; allowed: {', '.join(_WANDB_MODES)}"
+    try:
+        settings = wandb.setup().settings
+    except Exception as error:  # a file or another variable that it does not take
+        return f"is wandb, which does not take its settings here ({first_line(error)}); set them right or unset them"
+    if (given or settings.mode) in ("offline", "disabled", "dryrun") or settings.api_key:
+        return None
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or _in_netrc(settings.base_url):
+        return None
+    return (
+        "is wandb, but nobody is logged in to it here; log in with `wandb login` or set WANDB_API_KEY, or set "
+        "WANDB_MODE=offline, which keeps all in the run's folder"
+    )
+
+
+def _in_netrc(url: str) -> bool:
+    """Whether the file of logins, which `wandb login` writes, has one for a server."""
+    places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
+    file = next((path for place in places if place and (path := Path(place).expanduser()).exists()), None)
+    try:
+        return file is not None and netrc.netrc(file).authenticators(urlsplit(url).netloc) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):  # it cannot be read: wandb cannot either
+        return False
+
+
 TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
 """By their names in `report_to`, which are those of the packages too."""
 
@@ -96,35 +139,59 @@ class Tracking(TrainerCallback):
         self.before = self.steps_before()
         if not state.is_world_process_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tracker = TRACKERS[self.kind](
-            folder=self.folder,
-            name=self.name,
-            key=self._key(),
-            project=args.project,
-            config=args.to_sanitized_dict(),
-            first_step=self.before + state.global_step + 1,
-        )
+        with self._told("start"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.tracker = TRACKERS[self.kind](
+                folder=self.folder,
+                name=self.name,
+                key=self._key(),
+                project=args.project,
+                config=args.to_sanitized_dict(),
+                first_step=self.before + state.global_step + 1,
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.tracker is not None:
             numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-            self.tracker.log(rewrite_logs(numbers), self.before + state.global_step)
+            with self._told("log"):
+                self.tracker.log(rewrite_logs(numbers), self.before + state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        if self.tracker is not None:
-            self.tracker.close()
-            self.tracker = None
+        tracker, self.tracker = self.tracker, None
+        if tracker is not None:
+            with self._told("end"):
+                tracker.close()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Turns what a tracker raises (no login, no network, a full disk, a damaged file) into a RunError."""
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # each has classes of its own
+            said = first_line(error).rstrip(".")
+            raise RunError(
+                f"{self.kind} (report_to) could not {what} in {self.folder}: {said}. What was "
+                "learnt before is whole. Make room, or remove what is in the way there, or set its environment right; "
+                "then run the same command again."
+            ) from error
 
     def _key(self) -> str:
         """What tells this run from all others of its name, in this process and in those that go on with it."""
         file = self.folder / "id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        return file.read_text()
+            write_whole(file, lambda path: path.write_text(uuid.uuid4().hex[:8]))
+        key = file.read_text(errors="replace") if file.is_file() else ""
+        if not re.fullmatch(r"[\w-]{1,64}", key, re.ASCII):
+            raise RunError(
+                f"{file} does not hold the id of a run of {self.kind}, as hf_cdl writes it. Restore it, or remove it: "
+                f"then {self.kind} begins a new run there."
+            )
+        return key
 
 
 def replace_trackers(trainer: Any, folder: Path, name: str, steps_before: Callable[[], int]) -> None:

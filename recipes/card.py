@@ -10,13 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen(resumes=False)  # before imports that take seconds
 
 from hf_cdl.card import card_files, shared
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import described
 from hf_cdl.results import run_results
-from hf_cdl.storing import RunError
+from hf_cdl.storing import RunError, write_whole
 
 
 def main(arguments: list[str]) -> int:
@@ -31,7 +38,7 @@ def main(arguments: list[str]) -> int:
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:
             other = names["teacher" if role == "student" else "student"]
-            for name, content in card_files(results, role, names[role], other).items():
+            for name, content in made(results, role, names[role], other).items():
                 put(output / role / name, content)
         if options.output is not None:
             put(output / "results.json", f"{json.dumps(shared(results), indent=1)}\n".encode())
@@ -42,14 +49,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def made(results: dict[str, Any], role: str, name: str | None, other: str | None) -> dict[str, bytes]:
+    """The files of a role's card, whose picture is drawn in the folder for temporary files."""
+    try:
+        return card_files(results, role, name, other)
+    except OSError as error:
+        raise RunError(
+            f"Could not draw the picture of the {role} in {tempfile.gettempdir()}: {error}. Make room there, or set "
+            "TMPDIR to another folder; then run the same command again."
+        ) from error
+
+
 def put(file: Path, content: bytes) -> None:
     """Write a file. Raises RunError for a link in its place, which would lead somewhere else."""
     for path in (file.parent, file):
         if path.is_symlink():
             raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
+    write_whole(file, lambda path: path.write_bytes(content))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_with(lambda: main(sys.argv[1:]))

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -38,6 +37,7 @@ import torch
 from filelock import FileLock, Timeout
 from final_test import measured_on_test, reading
 from plan import measure, read_tasks
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
@@ -47,7 +47,7 @@ from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.compare.table import Measured
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import RecipeError
-from hf_cdl.storing import RunError, write_json
+from hf_cdl.storing import RunError, make_folder, read_json, saving, write_json
 
 HERE = Path(__file__).parent
 ROOT = Path("runs", "comparisons")
@@ -72,7 +72,7 @@ def main() -> int:
             if options.test:
                 return test(dict(zip(options.specs, comparisons, strict=True)), options.jobs)
             return compare(comparisons, options.jobs)
-    except (RecipeError, RunError) as error:
+    except (OSError, RecipeError, RunError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
@@ -83,7 +83,13 @@ def main() -> int:
 @contextlib.contextmanager
 def alone(comparison: Comparison) -> Iterator[None]:
     """Raises RecipeError if another process is at work on the comparison."""
-    comparison.root.mkdir(parents=True, exist_ok=True)
+    if comparison.root.exists() and not comparison.root.is_dir():
+        raise RecipeError(
+            f"{comparison.root} is a file, but the comparison's runs go into a folder of that name. Move the file "
+            "away, or rename the comparison: it is called as its spec."
+        )
+    with saving(f"open the comparison in {comparison.root}"):
+        make_folder(comparison.root)
     try:
         with FileLock(comparison.root / ".lock", timeout=0):
             yield
@@ -222,7 +228,7 @@ def collect(
 def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]]:
     """Variant -> role -> multiply-adds, as `--plan` counts those of its first run; kept in flops.json."""
     file = comparison.root / "flops.json"
-    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    known = read_flops(file)
     found = {}
     for name in comparison.spec.variants:
         first = next(run for run in comparison.runs if run.variant == name)
@@ -240,6 +246,17 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
             write_json(file, known)
         found[name] = known.get(first.recipe_hash, {})
     return found
+
+
+def read_flops(file: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What flops.json holds; nothing, in words, if it is damaged: all of it can be counted again."""
+    if not file.exists():
+        return {}
+    try:
+        return TypeAdapter(dict[str, dict[str, dict[str, FiniteFloat]]]).validate_python(read_json(file), strict=True)
+    except (ValidationError, RunError):
+        print(f"{file} is damaged; its FLOPs are counted again.")
+        return {}
 
 
 if __name__ == "__main__":

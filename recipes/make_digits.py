@@ -13,11 +13,17 @@ import io
 import sys
 from pathlib import Path
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen(resumes=False)  # before imports that take seconds
+
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
 from hf_cdl.escape import visible, visible_lines
+from hf_cdl.storing import RunError, check_new, fill_folder
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SEED = 0
@@ -29,27 +35,31 @@ def main(arguments: list[str]) -> int:
     folder: Path = parser.parse_args(arguments).folder
     try:
         make(folder)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, RunError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def make(folder: Path) -> None:
-    """Write the three splits. Raises ValueError if there is something in their place, ImportError without sklearn."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is not empty; choose another folder.")
+    """Write the three splits. Raises RunError if there is no place for them, ImportError without sklearn."""
+    check_new(folder)
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("It needs scikit-learn; install it: pip install scikit-learn") from None
     ink, labels = map(np.asarray, load_digits(return_X_y=True))  # 0 ... 16 for each pixel
     grey = np.round(255 * (1 - ink.reshape(-1, 8, 8) / 16)).astype(np.uint8)
-    folder.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
-    for split, rows in draw(labels).items():
-        columns = {"image": [{"bytes": png(grey[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
-        Dataset.from_dict(columns, features=features).to_parquet(str(folder / f"{split}.parquet"))
+    splits = draw(labels)
+
+    def write(path: Path) -> None:
+        for split, rows in splits.items():
+            columns = {"image": [{"bytes": png(grey[i]), "path": None} for i in rows], "label": labels[rows].tolist()}
+            Dataset.from_dict(columns, features=features).to_parquet(str(path / f"{split}.parquet"))
+
+    fill_folder(folder, write)
+    for split, rows in splits.items():
         print(f"{visible(folder / split)}.parquet: {len(rows):,} images")
 
 
@@ -71,4 +81,4 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_with(lambda: main(sys.argv[1:]))

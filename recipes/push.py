@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import stopping
+
+if __name__ == "__main__":
+    stopping.listen()  # before imports that take seconds
+
 import yaml
 
 from hf_cdl.escape import visible_lines
@@ -75,5 +79,4 @@ def true_or_false(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    stopping.listen()
     stopping.leave(main(sys.argv[1:]))

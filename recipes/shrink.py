@@ -14,12 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import stopping
+
+if __name__ == "__main__":
+    stopping.listen(resumes=False)  # before imports that take seconds
+
 import torch
 import transformers  # names from it say things when they are first used, so not before they may
 from transformers.utils import logging
 
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.models.backbone import check_image_size, layers, load_backbone
+from hf_cdl.storing import RunError, check_new, fill_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -33,16 +39,15 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         shrink(options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RunError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
     return 0
 
 
 def shrink(options: argparse.Namespace) -> None:
-    """Write the smaller backbone. Raises ValueError if there is something in its place or it cannot be made."""
-    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
-        raise ValueError(f"{options.folder} is not empty; choose another folder.")
+    """Write the smaller backbone. Raises ValueError if it cannot be made, RunError if there is no place for it."""
+    check_new(options.folder)
     backbone = load_backbone(options.backbone, options.revision)
     depth = len(layers(backbone))
     count = depth if options.layers is None else options.layers
@@ -63,8 +68,7 @@ def shrink(options: argparse.Namespace) -> None:
     fields = {**backbone.config.to_dict(), "num_hidden_layers": count}
     stages = ("stage_names", "out_features", "out_indices")  # of the whole depth
     backbone.config = type(backbone.config).from_dict({key: v for key, v in fields.items() if key not in stages})
-    backbone.save_pretrained(options.folder)
-    processor.save_pretrained(options.folder)
+    fill_folder(options.folder, lambda path: (backbone.save_pretrained(path), processor.save_pretrained(path)))
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     made, source = visible(options.folder), visible(options.backbone)
     print(f"{made}: the first {count} of {depth} layers of {source}, {millions:.1f} M parameters")
@@ -85,4 +89,4 @@ def resize(vit: Any, size: int) -> None:
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_with(lambda: main(sys.argv[1:]))

@@ -1,13 +1,15 @@
 """Ending a command before it is done: what stops it, and the command that goes on.
 
-Ctrl-C and SIGTERM raise Stopped in the main thread, a second signal ends the process at once. A process that a
-launcher started (accelerate launch, torchrun) stops with it, also if that was killed; else it would be left behind, at
-work and with the run's lock. Nothing is stored on the way: a phase goes on from its last stored state.
+Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed; torchrun passes it on) raise Stopped in the main thread, a
+second signal ends the process at once. A process that a launcher started (accelerate launch, torchrun) stops with it,
+also if that was killed; else it would be left behind, at work and with the run's lock. Nothing is stored on the way: a
+phase goes on from its last stored state.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import shutil
@@ -18,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -26,6 +28,9 @@ GRACE, PATIENCE = 1.5, 10.0
 """Seconds from the end of the parent, or from a signal, to the end of this process, whatever it is at."""
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 """What accelerate launch and torchrun set in the environment of those that they start."""
+
+
+_ANEW = "The same command begins again"
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,14 +51,20 @@ class _State:
     """When the first signal came."""
     ready = False
     """Whether the command takes Stopped; before it is imported there is nobody who would."""
+    resumes = True
+    """Whether the command goes on where it was; else it begins again."""
     said = False
     """Whether it was said how to go on."""
 
 
-def listen() -> None:
-    """From now on stop as said above. To be called before slow imports, in the main thread."""
+def listen(resumes: bool = True) -> None:
+    """From now on stop as said above. To be called before slow imports, in the main thread.
+
+    `resumes`: whether the command goes on where it was when it is given again.
+    """
+    _State.resumes = resumes
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ())):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup or a shell's & may want it
             signal.signal(number, _stop)
     if _State.launcher is not None and os.name == "posix":
@@ -82,16 +93,30 @@ def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
 def say_goes_on() -> None:
     """Say, once and by one process of many, how a command goes on that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
-        print(f"\nStopped. Nothing finished is lost; the same command goes on from there:\n  {again()}", flush=True)
+        how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\nStopped. {how}:\n  {again()}", flush=True)
     _State.said = True
 
 
-def leave(code: int) -> None:
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """Do what a command does that begins anew each time, and end the process with its exit code."""
+    ready()
+    try:
+        code = main()
+    except KeyboardInterrupt as stop:
+        say_goes_on()
+        code = getattr(stop, "code", 130)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
     """End the process with an exit code; after a signal without the seconds that Python takes to tidy up."""
     if _State.stopped is not None:
         atexit._run_exitfuncs()  # what trackers and others have left to write
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -132,6 +134,17 @@ def script(name: str, *arguments: Any, env: dict[str, str], **options: Any) -> t
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
     return done.returncode, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def little_room(size: int) -> Iterator[None]:
+    """No file may have more bytes than that, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def interrupt_when(

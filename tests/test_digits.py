@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import TRAIN
+from helpers import TRAIN, little_room
 from transformers import ViTImageProcessor
 
 from hf_cdl.tasks import StreamConfig, TaskStream
@@ -63,6 +63,18 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, capsys: pyt
     assert make([str(tmp_path)]) == 2
     assert f"error: {tmp_path} is not empty; choose another folder." in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "empty").mkdir()
+    for folder in ("new/digits", "empty"):
+        with little_room(20_000):
+            assert make([str(tmp_path / folder)]) == 2
+        assert f"error: Could not write into {tmp_path / folder}: " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+    (tmp_path / "empty" / ".partial").mkdir()  # of a kill
+    assert make([str(tmp_path / "empty")]) == 0
+    assert sorted(path.stem for path in (tmp_path / "empty").iterdir()) == ["test", "train", "validation"]
 
 
 def test_without_scikit_learn_it_says_what_to_install(

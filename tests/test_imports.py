@@ -19,7 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"escape"},
     "serving": {"images"},
     "config": {"types", "checked", "labels", "serving"},
-    "trackers": set(),
+    "trackers": {"storing"},
     "training_args": {"trackers"},
     "metrics": {"types"},
     "tasks": {"types", "images"},

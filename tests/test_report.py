@@ -152,6 +152,15 @@ def test_plots_are_whole_images(results, tmp_path):
             assert sum(shades[:60]) > 500 and shades[255] > 0.1 * sum(shades)  # dark text on white
 
 
+def test_many_tasks_have_no_more_texts_than_there_is_room_for():
+    pytest.importorskip("matplotlib")
+    for tasks, most in ((20, 20), (50, 50), (99, 50), (200, 25)):
+        panel = report._matrix_figure(stream(tasks)).axes[0]
+        assert most - 2 <= len(panel.get_xticklabels()) == len(panel.get_yticklabels()) <= most
+        assert len(panel.texts) == (tasks * (tasks + 1) // 2 if tasks <= 30 else 0)
+        assert panel.get_yticklabels()[-1].get_text().startswith(panel.get_xticklabels()[-1].get_text())
+
+
 def test_plots_show_names_no_font_may_have_as_numbers(tmp_path):
     pytest.importorskip("matplotlib")  # a missing glyph is a warning, and warnings are errors
     results = copy.deepcopy(RESULTS)

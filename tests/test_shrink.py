@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TRAIN, make_backbone
+from helpers import TRAIN, little_room, make_backbone
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from hf_cdl.models.backbone import load_backbone
@@ -84,3 +84,13 @@ def test_a_folder_with_something_in_it_is_left_alone(large: Path, capsys: pytest
     assert shrink([str(large), str(large), "--layers", "1"]) == 2
     assert f"{large} is not empty; choose another folder." in capsys.readouterr().err
     assert {file: file.read_bytes() for file in large.iterdir()} == before
+
+
+def test_a_full_disk_leaves_nothing_behind(large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with little_room(4_000):
+        assert shrink([str(large), str(tmp_path / "small"), "--layers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"error: Could not write into {tmp_path / 'small'}: " in said and "Make room" in said
+    assert not (tmp_path / "small").exists()
+    assert shrink([str(large), str(tmp_path / "small"), "--layers", "1"]) == 0
+    assert not [*(tmp_path / "small").glob(".*")]

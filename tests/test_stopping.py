@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+import stopping
 from helpers import ROOT, TRAIN, make_recipe, write_recipe
 from test_train import assert_same_run
 
@@ -96,7 +98,7 @@ def ended(pid: int, seconds: float) -> bool:
 STOPPED = "Stopped. Nothing finished is lost; the same command goes on from there:\n  "
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begin, number: signal.Signals) -> None:
     words = [sys.executable, *command()]
     process, _ = begin(words, restore_signals=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -107,6 +109,17 @@ def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begi
     assert head == "Stopped\n\n"
     python, *rest = shlex.split(shown)
     assert rest == words[1:] and (python == "python" or Path(python).absolute() == Path(sys.executable))
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(stopping._State, "said", False)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    stopping.say_goes_on()
+    assert stopping._State.said
 
 
 def test_a_second_signal_ends_it_at_once(command: Callable[..., list[str]], begin: Begin) -> None:
@@ -149,6 +162,32 @@ def test_what_is_ignored_stays_ignored(command: Callable[..., list[str]], begin:
     process, pid = begin([sys.executable, *command(before=before)])
     process.send_signal(signal.SIGINT)
     assert not ended(pid, 0.5)
+
+
+def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], begin: Begin) -> None:
+    body = "stopping.listen(resumes=False); stopping.end_with(lambda: time.sleep(60))"
+    process, _ = begin([sys.executable, *command(body)])
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=5)
+    assert process.returncode == 143 and said.startswith("\nStopped. The same command begins again:\n  ")
+
+
+@pytest.mark.parametrize("name", ["add_task", "card", "compare", "make_digits", "push", "shrink", "train", "verify"])
+def test_every_command_listens(name: str) -> None:
+    """Stopped while it is imported, before it has come to its own words."""
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN.with_name(f"{name}.py")), "a", "b"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    status, deadline = Path(f"/proc/{process.pid}/status"), time.monotonic() + 60
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) & 1 << signal.SIGTERM - 1:
+        assert process.poll() is None and time.monotonic() < deadline, "it does not listen"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 143 and "Stopped. " in said and "Traceback" not in said
 
 
 def test_workers_say_nothing(command: Callable[..., list[str]], begin: Begin) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from transformers import TrainerCallback, set_seed
 
 from hf_cdl import CDLTrainer
 from hf_cdl.run import Run
-from hf_cdl.trackers import Tracking
+from hf_cdl.storing import RunError
+from hf_cdl.trackers import TensorBoard, Tracking, _in_netrc
+from hf_cdl.training_args import CDLTrainingArguments
 
 EPOCHS, STEPS = 2, (6, 4)
 """Two tasks of three and two batches."""
@@ -139,6 +142,98 @@ def test_wandb_has_one_run_per_role_offline(tracked: Path, monkeypatch: pytest.M
         while not all(b"loss/loss" in file.read_bytes() for folder in folders for file in folder.glob("*.wandb")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+class Ends(TrainerCallback):
+    """Something ends the training after its first logged step."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        raise self.error
+
+
+def test_a_first_phase_that_is_stopped_leaves_nothing_behind(tracked: Path) -> None:
+    """So that the same command finds a folder of its own."""
+    run = Run(tracked / "runs" / "mine", {})
+    run.bind("0" * 16, [["a"], ["b"]])
+    trainer = trainer_of(tracked / "work", run, **report("tensorboard"))
+    trainer.add_callback(Ends(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.learn(next(stream()))
+    assert [*(run.folder / "logs/trackers/student").glob("events*")]
+    run.close()
+    assert not (tracked / "runs").exists()
+
+
+def damaged(name: str, folder: Path) -> None:
+    place = folder / "logs/trackers/student"
+    if name == "logs is a file":
+        (folder / "logs").write_text("x")
+    elif name == "the role is a file":
+        place.parent.mkdir(parents=True)
+        place.write_text("x")
+    else:
+        place.mkdir(parents=True)
+        contents = {"bytes": b"\xff\xfe", "empty": b"", "a path": b"../../x"}
+        (place / "id").mkdir() if name == "a folder" else (place / "id").write_bytes(contents[name])
+
+
+@pytest.mark.parametrize("name", ["logs is a file", "the role is a file", "a folder", "bytes", "empty", "a path"])
+def test_damaged_files_of_a_tracker_are_named(name: str, tracked: Path) -> None:
+    run = Run(tracked / "run", {})
+    damaged(name, run.folder)
+    with pytest.raises(RunError, match=r"logs/trackers/student.*(remove it|remove what is in the way)"):
+        trainer_of(tracked / "work", run, **report("tensorboard")).learn(next(stream()))
+
+
+@pytest.mark.parametrize("what", ["start", "log", "end"])
+def test_a_tracker_that_fails_is_named(what: str, tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    fields = report("tensorboard")
+    monkeypatch.setattr(TensorBoard, {"start": "__init__", "log": "log", "end": "close"}[what], fail)
+    with pytest.raises(RunError, match=rf"tensorboard \(report_to\) could not {what} in .*No space left"):
+        trainer_of(tracked / "work", Run(tracked / "run", {}), **fields).learn(next(stream()))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "nobody is logged in .* `wandb login` .* WANDB_MODE=offline"),
+        ({"WANDB_MODE": "online"}, "nobody is logged in"),
+        ({"WANDB_MODE": "ofline"}, "WANDB_MODE 'ofline' in the environment; allowed: online, offline"),
+        ({"WANDB_MODE": "offline"}, None),
+        ({"WANDB_API_KEY": "0" * 40}, None),
+        ({"RANK": "1"}, None),  # it does not report
+    ],
+)
+def test_wandb_without_a_login_is_refused_before_anything_is_loaded(
+    environment: dict[str, str], said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = report("wandb")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_LOG_MODEL", "NETRC", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    __import__("wandb").teardown()  # what it has read of the environment of other tests
+    problems = [what for name, what in CDLTrainingArguments.problems(fields) if name == "report_to"]
+    if said is None:
+        assert not problems
+    else:
+        assert len(problems) == 1 and re.search(said, problems[0])
+
+
+def test_a_login_that_wandb_has_stored_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "logins").write_text("machine api.wandb.ai\n  login user\n  password x\n")
+    (tmp_path / "logins").chmod(0o600)
+    for file, found in (("logins", True), ("gone", False)):
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("NETRC", str(tmp_path / file))
+        assert _in_netrc("https://api.wandb.ai") == found and not _in_netrc("https://example.com")
 
 
 @pytest.mark.slow

@@ -28,8 +28,8 @@ from hf_cdl.storing import read_json
 
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")
-_TAKEN = ("logs", "plots", "test")
-"""Names of folders beside those of the variants."""
+_TAKEN = ("logs", "plots", "test", "table.parquet", "table.csv", "table.md", "report.html", "flops.json")
+"""Names of folders and files beside the folders of the variants."""
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -127,6 +127,11 @@ def read_comparison(file: Path, recipes: Path, root: Path) -> Comparison:
     content, problems = read_yaml(file), []
     variants = content.get("variants")
     if isinstance(variants, dict):
+        problems += [
+            f"'variants' has the name {name!r}, which YAML does not read as a text; write it in quotes: '{name}'"
+            for name in variants
+            if not isinstance(name, str)
+        ]
         built = {name: build_typed(Variant, v, f"variants.{name}", problems) for name, v in variants.items()}
         content = {**content, "variants": {}}
     else:

@@ -120,10 +120,13 @@ class Recipe:
     def __post_init__(self) -> None:
         problems: list[str] = []
         place = Path(self.name)
-        if not self.name.strip() or place.is_absolute() or ".." in place.parts:
+        if not self.name.strip() or not place.parts or place.is_absolute() or ".." in place.parts:
             problems.append(f"'name' is {self.name!r}, but becomes the folder runs/NAME; give a name for it")
         if self.output_dir is not None and not self.output_dir.strip():
             problems.append(f"'output_dir' is {self.output_dir!r}; name a folder, or leave it out for runs/NAME")
+        for field_name, value in {"name": self.name, "output_dir": self.output_dir or ""}.items():
+            if "\0" in value:
+                problems.append(f"'{field_name}' is {value!r}; leave out the null byte, which no folder's name has")
         if self.ce_weight < 0:
             problems.append(f"'ce_weight' is {self.ce_weight}, but a weight must be at least 0")
         if problems:

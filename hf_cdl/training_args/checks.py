@@ -14,7 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
 
-from hf_cdl.trackers import TRACKERS
+from hf_cdl.trackers import TRACKERS, wandb_problem
 from hf_cdl.training_args.table import ARGUMENTS, Refused
 
 STEERED = ("reduce_lr_on_plateau", "greedy")
@@ -287,6 +287,8 @@ def _tracking(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
             yield Problem("report_to", f"is {name!r}; allowed: none, {', '.join(TRACKERS)}")
         elif not _installed(name):
             yield Problem("report_to", f"is {name}, which is not installed: pip install {name}")
+        elif name == "wandb" and os.environ.get("RANK", "0") == "0" and (problem := wandb_problem()):
+            yield Problem("report_to", problem)  # of the one process of many that reports
     if "run_name" in given and not names:
         yield Problem("run_name", "names the run for a tracker, but report_to is none; set it, or leave run_name out")
     if "project" in given and "trackio" not in names:

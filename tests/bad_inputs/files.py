@@ -259,8 +259,15 @@ OTHERS = [
 ]
 
 
-def spec(name: str, changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
-    """A comparison with these fields."""
+def in_place() -> None:
+    Path("runs/comparisons").mkdir(parents=True)
+    Path("runs/comparisons/spec").write_text("mine")
+
+
+def spec(
+    name: str, changes: dict[str, Any], *says: str, way: str = WAY, before: Callable[[], Any] = lambda: None
+) -> Row:
+    """A comparison with these fields, after `before()`."""
 
     def make(parts: Parts) -> Act:
         parts.workplace()
@@ -275,6 +282,7 @@ def spec(name: str, changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
             "variants": variants,
         }
         Path("spec.yaml").write_text(yaml.safe_dump({**content, **changes}))
+        before()
         return command("compare.py", "spec.yaml", "--jobs", 1)
 
     return Row(name, make, says, way)
@@ -291,6 +299,12 @@ SPECS = [
     spec("with a role of nothing", {"variants": {"a": {"rows": {"pupil": "a"}}}}, "pupil", way="student"),
     spec("with a variant that leaves the folder", {"variants": {"../a": {"rows": {"student": "a"}}}}, "../a"),
     spec("with a wrong field", {"variants": {"a": {"rows": {"student": "a"}, "set": {"sead": 1}}}}, "sead"),
+    spec("with yes for a seed", {"seeds": [True]}, "seeds"),
+    spec("with a number as a variant", {"variants": {7: {"rows": {"student": "a"}}}}, "7", way="quotes"),
+    spec("with a variant called as a table", {"variants": {"table.csv": {"rows": {"student": "a"}}}}, "table.csv"),
+    spec("with a variant called as its FLOPs", {"variants": {"flops.json": {"rows": {"student": "a"}}}}, "flops.json"),
+    spec("in place of a file", {}, "runs/comparisons/spec", before=in_place),
+    spec("below a file", {}, "runs/comparisons/spec", before=lambda: Path("runs").write_text("mine")),
     spec("with an unknown field", {"variant": {}}, "variant", way="did you mean"),
 ]
 

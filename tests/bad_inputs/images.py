@@ -71,6 +71,7 @@ def put(name: str, content: Callable[[], bytes]) -> Callable[[Path], Any]:
 
 
 IN_FOLDERS = [data(name, photos(put(*file)), file[0]) for name, file in FILES.items()]
+IN_FOLDERS.append(data("an empty file", photos(put("y.png", lambda: b"")), "y.png", "is empty"))
 
 
 def in_table(name: str, cell: Callable[[Parts], Any], *says: str) -> Row:
@@ -130,7 +131,7 @@ DECODED = [
     decoded("nothing", None),
     decoded("a number", 3),
     decoded("a list of numbers", [1, 2, 3]),
-    decoded("no bytes", b""),
+    decoded("no bytes", b"", "the photo", "is empty"),
     decoded("a path to nothing", "gone.png", "gone.png|the photo"),
     decoded("a folder", Path("."), "the photo|."),
     decoded("a pipe", pipe, "pipe|the photo"),

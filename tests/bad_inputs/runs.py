@@ -189,6 +189,8 @@ CHECKPOINTS = [
         }.items()
     ),
     run("verify.py: no data", no_data, "data", words=VERIFY),
+    run("verify.py: other data", other_data, "data changed", "4 -> 5", words=VERIFY),
+    run("verify.py: a class more", one_class_more, "data changed", "new class", words=VERIFY),
     run(
         "verify.py: a plugin that is missing", lambda folder: None, "gone.py", words=(*VERIFY, "--plugins", "gone.py")
     ),
@@ -252,6 +254,7 @@ ADDED = [
         cut_off(LEDGER),
         "run.json",
         words=("add_task.py", "./done", "photos"),
+        way="name another run's folder",
     ),
     run(
         "add_task.py of data that are missing",
