@@ -336,7 +336,7 @@ def test_nothing_pickled_is_pushed(hub: HubServer, tmp_path: Path, name: str) ->
     results, said = saved_run(tmp_path / "run", 1), Said()
     (tmp_path / "run" / "student" / "task-01" / name).write_bytes(b"x")
     assert not pusher(hub, tmp_path / "run", said).finish(results)
-    assert f"{name} is not pushed: a checkpoint has files of .json, .safetensors" in said.text
+    assert f"{name} is not pushed: hf_cdl wrote no such file" in said.text
     assert hub.repository(STUDENT).refs("tags") == {}
 
 
