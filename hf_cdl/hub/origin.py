@@ -75,6 +75,7 @@ class Origin(ABC):
             _check_weights([*folder.glob("*.safetensors")])
             if (index := folder / "model.safetensors.index.json").exists():
                 _check_index(read_json(index))
+            read_json(folder / "preprocessor_config.json")  # what it asks for is checked where it is loaded
         except RunError as error:
             said = str(error).replace(f"{visible(folder)}/", "its ")
             raise HubError(

@@ -58,6 +58,11 @@ def check_processor(processor: Any) -> None:
     Every number is bounded first. Then it is tried on one small image, so that what it does with fields that are not
     known here cannot be of another size than it says, nor fail later.
     """
+    if not hasattr(processor, "to_dict"):
+        raise ValueError(
+            f"{readable(repr(processor), 60)} is no image processor, so it has no size; give one of transformers, as "
+            "AutoImageProcessor.from_pretrained loads it."
+        )
     problems = [*_size_problems(processor)]
     if not problems:
         output_size(processor)
