@@ -113,7 +113,8 @@ def _try(processor: Any) -> None:
     height, width = output_size(processor)
     for image, how in ((_flat(24, 16), {}), (_flat(width, height), {"do_resize": False, "do_center_crop": False})):
         try:
-            made = processor(images=[image], return_tensors="pt", **how)["pixel_values"]
+            with np.errstate(all="ignore"):  # what is no number is told below
+                made = processor(images=[image], return_tensors="pt", **how)["pixel_values"]
             shape, finite = tuple(made.shape), bool(torch.isfinite(made).all())
         except Exception as error:  # of fields that its code took for granted
             reason = f"{type(error).__name__}: {readable(' '.join(str(error).split()), 150)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from helpers import make_data
+from helpers import make_data, picture
 
 from bad_inputs.models import config, filled, put, weights
 from bad_inputs.parts import GONE, Parts, cut
@@ -75,6 +75,16 @@ def other_data(folder: Path) -> None:
 def one_class_more(folder: Path) -> None:
     shutil.rmtree("data")
     make_data(Path("data"), classes=5, train=4, test=2)
+
+
+def new_classes() -> None:
+    """photos/ holds two classes that no run knows."""
+    for split, first in (("train", 0), ("test", 100)):
+        for label, name in enumerate(("owl", "yak")):
+            place = Path("photos", split, name)
+            place.mkdir(parents=True)
+            for number in range(3):
+                picture(10 + label, first + number).save(place / f"{number}.png")
 
 
 def empty_images(folder: Path) -> None:
@@ -272,7 +282,7 @@ ADDED = [
     run("add_task.py of known classes", lambda folder: None, "class a", words=("add_task.py", "./done", "./data")),
     run(
         "add_task.py of a student that answers in tuples",
-        config({"return_dict": False}, "student/task-02/config.json"),
+        lambda folder: [config({"return_dict": False}, "student/task-02/config.json")(folder), new_classes()],
         "return_dict",
         words=("add_task.py", "./done", "photos", "--output_dir", "new"),
     ),
