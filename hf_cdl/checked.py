@@ -25,6 +25,14 @@ _SIZES = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio"),
     *("image_size", "patch_size", "num_channels"),
 }
+_GENERIC: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), (None, "sdpa", "eager")),
+    **dict.fromkeys(("_attn_implementation_internal", "experts_implementation"), (None, "sdpa", "eager")),
+    **dict.fromkeys(("quantization_config", "fusion_config", "distributed_config", "per_layer_config"), (None,)),
+    **dict.fromkeys(("return_dict", "use_return_dict"), (None, True)),
+    **dict.fromkeys(("output_hidden_states", "output_attentions"), (None, False, True)),
+}
+"""Fields of any config.json that change how transformers runs a model, and the values that do so in a known way."""
 _WORDS = {
     bool: "true or false",
     int: "a whole number of at most 9 digits",
@@ -76,12 +84,29 @@ def check_numbers(config: Mapping[str, Any], what: str) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            least = 1 if name in _SIZES else -math.inf
+            least = 1 if name in _SIZES else 0 if str(name).endswith("eps") else -math.inf
             if not (math.isfinite(number) and least <= number and (isinstance(number, float) or abs(number) <= most)):
                 raise ValueError(
                     f"{what}.{name} is {short(number)}; allowed are finite numbers"
-                    f"{f' from {least}' if least == 1 else ''} to {most:,}."
+                    f"{f' from {least}' if least >= 0 else ''} to {most:,}."
                 )
+
+
+def check_generic(stored: Mapping[str, Any], what: str, **others: tuple[Any, ...]) -> None:
+    """Raise ValueError for a field of a stored config, or one nested in it, that would run the model in another way.
+
+    An attention may be a repository, whose code transformers would download and run. `others`: other allowed values.
+    """
+    for name, value in stored.items():
+        allowed = {**_GENERIC, **others}.get(name)
+        if allowed is not None and not any(type(value) is type(known) and value == known for known in allowed):
+            words = ", ".join("null" if known is None else str(known).lower() for known in allowed)
+            raise ValueError(
+                f"{what}.{name} is {short(value)}; allowed: {words}. hf_cdl runs models in no other way: "
+                "take the field out of that file."
+            )
+        if isinstance(value, Mapping):
+            check_generic(value, f"{what}.{name}")
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_cdl.checked import check_numbers, check_types, fits, near, said, short
+from hf_cdl.checked import check_generic, check_numbers, check_types, fits, near, said, short
 from hf_cdl.labels import class_list, is_inverse, label_names, repeated
 
 _GENERIC = {
@@ -193,6 +193,7 @@ class CDLConfig(PreTrainedConfig):
                 f"This is a model of type {short(kind)}, not {cls.model_type}. To make one of a backbone, use "
                 "CDLForImageClassification.from_backbone."
             )
+        check_generic(config_dict, "config.json", output_attentions=(None, False))
         if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
             found = config_dict.get("backbone_config")
             raise ValueError(

@@ -9,6 +9,7 @@ defined black and white and are refused, as are colour modes that Pillow does no
 from __future__ import annotations
 
 import io
+import math
 import os
 import stat
 import struct
@@ -26,6 +27,8 @@ MAX_PIXELS = 100_000_000
 
 _PROGRAMS = ("EPS",)  # formats that Pillow hands to another program (Ghostscript)
 _SIXTEEN = ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
+_PHOTOMETRIC = 262
+"""The tag of a TIFF that is 0 if zero is white."""
 
 
 class ImageError(ValueError):
@@ -144,13 +147,32 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
 
 
+def check_resized(size: tuple[int, int], processor: Any, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise ImageError for an image of `size` (width, height) so thin that its resizing would make too many pixels.
+
+    An image processor that sets the shortest side makes the other one longer by as much.
+    """
+    sides = getattr(processor, "size", None) or {}
+    short, pct = sides.get("shortest_edge"), getattr(processor, "crop_pct", None)
+    if not short or sides.get("height") or (pct and short >= 384):  # ConvNeXt's squeezes into a square from there on
+        return
+    pixels = math.ceil((short / (pct or 1)) ** 2 * max(size) / max(1, min(size)))
+    if pixels > max_pixels:
+        raise ImageError(
+            f"has {size[0]} x {size[1]} pixels, so the image processor, which makes the shortest side {short}, would "
+            f"make {pixels:,} of them, more than the {max_pixels:,} allowed; crop it, or remove it"
+        )
+
+
 def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     _check_size(image, max_pixels)
     sixteen = image.format in _SIXTEEN
+    negative = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = ImageOps.exif_transpose(image)
     _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
+        upper = 255 - upper if negative else upper  # which Pillow does with 8 bits, but not with 16
         return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True)
     if image.mode in ("I", "F"):
         numbers = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"

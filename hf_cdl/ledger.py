@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from hf_cdl.storing import RunError, check_readable, versions
+from hf_cdl.storing import RunError, check_readable, read_numbers, versions
 
 FORMAT = 1
 """Goes up when an older hf_cdl would misread the ledger. Those from before there was one are read as 1."""
@@ -81,7 +80,7 @@ def read_ledger(
     advice = f"Nothing in the folder was touched; restore run.json, or {way}."
     try:
         check_readable(file)
-        ledger = json.loads(file.read_text(encoding="utf-8"))
+        ledger = read_numbers(file.read_text(encoding="utf-8"))
     except RunError as error:  # no regular file, or too large
         raise RunError(f"{error} {advice}") from error
     except (OSError, ValueError, RecursionError) as error:

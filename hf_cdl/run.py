@@ -29,6 +29,7 @@ from hf_cdl.storing import (
     fingerprints,
     make_folder,
     make_way,
+    read_json,
     replace,
     saving,
     sync,
@@ -262,19 +263,18 @@ class Run:
             if self.result("teacher", task) is None:
                 self._source_files("teacher", source, ledger, task, thorough=False)
 
-    def take_over(self, role: str, task: Task) -> Path | None:
-        """Make a phase of the run that the recipe's `ROLE_from` names a phase of this one; its checkpoint, or None.
+    def taken(self, role: str, task: Task) -> tuple[Path, TaskResult, list[dict[str, Any]]] | None:
+        """Of a phase of the run that the recipe's `ROLE_from` names: checkpoint, result and loss curve.
 
-        Raises RunError if that run has other data, or is not that far.
+        None without that field. The checkpoint is for loading, not for copying: it may hold any file. Raises RunError
+        if that run has other data, or is not that far.
         """
         if self.recipe.get(f"{role}_from") is None:
             return None
         source, ledger = self._source(role)
         self._refuse(role, source, differences(ledger["stream"], self.ledger["stream"], "stream"))
         checkpoint, curve = self._source_files(role, source, ledger, task)
-        result = TaskResult(**ledger["entries"][role][task.index])
-        self.save_task(result, task, lambda folder: _copy(checkpoint, folder), json.loads(curve.read_text()))
-        return checkpoint
+        return checkpoint, TaskResult(**ledger["entries"][role][task.index]), read_json(curve)
 
     def _source_files(
         self, role: str, source: Path, ledger: dict[str, Any], task: Task, thorough: bool = True
@@ -290,6 +290,11 @@ class Run:
                 f"run first, or leave '{role}_from' out: then the {role} is trained."
             )
         checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
+        if links := [path for path in (checkpoint, *sorted(checkpoint.rglob("*")), curve) if path.is_symlink()]:
+            raise RunError(
+                f"'{role}_from' is {source}, but {links[0]} is a link, which may stand for any file. Put a copy of "
+                f"the file itself there, or leave out '{role}_from': then the {role} is trained."
+            )
         known = ledger.get("files", {})
         for file in (curve, *(source / path for path in known if path.startswith(f"{role}/{task.name}/"))):
             stored = known.get(file.relative_to(source).as_posix())
@@ -405,10 +410,6 @@ class Run:
     def _write_ledger(self) -> None:
         if self.writer:
             write_json(self.folder / "run.json", self.ledger)
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target, dirs_exist_ok=True)
 
 
 def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 
-from hf_cdl.images import MAX_PIXELS, ImageError, decode, readable
+from hf_cdl.images import MAX_PIXELS, ImageError, check_resized, decode, readable
 
 TASK = "image-classification"
 
@@ -31,8 +31,21 @@ class CDLImageClassificationPipeline(ImageClassificationPipeline):
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
         if self.model.config.model_type == "cdl":
-            image = load(image, timeout, self.max_pixels)
+            name, image = image, load(image, timeout, self.max_pixels)
+            if isinstance(image, Image.Image) or (isinstance(image, np.ndarray) and image.ndim == 3):
+                try:
+                    check_resized(_size(image), self.image_processor, self.max_pixels)
+                except ImageError as error:
+                    raise ImageError(f"{readable(name) if isinstance(name, str) else 'image'}: {error}") from None
         return super().preprocess(image, timeout)
+
+
+def _size(image: Any) -> tuple[int, int]:
+    """(width, height) of a PIL image, or of an array, whose channels come last or first."""
+    if not isinstance(image, np.ndarray):
+        return image.size
+    height, width, *_ = image.shape if image.shape[-1] in (1, 3, 4) else image.shape[1:]
+    return width, height
 
 
 def serve() -> None:

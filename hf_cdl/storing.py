@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,11 @@ from hf_cdl.escape import visible
 
 LARGEST = 64 * 2**20
 """Bytes of a JSON file that is read."""
+CHECKPOINT = re.compile(
+    r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
+)
+"""The files of a checkpoint, none of which holds code or pickles."""
 PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
@@ -226,7 +232,7 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file. Raises RunError for what is none."""
     try:
         check_readable(file)
-        return json.loads(file.read_bytes())
+        return read_numbers(file.read_bytes())
     except OSError as error:
         raise RunError(f"{visible(file)} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
@@ -234,6 +240,17 @@ def read_json(file: Path) -> Any:
         raise RunError(
             f"{visible(file)} is cut short, or was not written by hf_cdl: {reason}. Get it again."
         ) from error
+
+
+def read_numbers(text: str | bytes) -> Any:
+    """The content of a JSON text. Raises ValueError for none, and for a whole number of more than 64 bits."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+            raise ValueError(f"it has a whole number of {len(digits)} digits; allowed are those of 64 bits")
+        return int(digits)
+
+    return json.loads(text, parse_int=whole)
 
 
 def check_readable(file: Path) -> None:

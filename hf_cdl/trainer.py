@@ -39,7 +39,8 @@ class CDLTrainer(PhaseTrainer):
     it could not learn raises ValueError before anything is changed.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
     `eval_split` is the split it reads. Without a `run` nothing is stored. `check(task)` says beforehand what the
-    arguments ask for and the task lacks. Raises FloatingPointError when a loss is no longer a number.
+    arguments ask for and the task lacks. Raises FloatingPointError when a loss is no longer a number,
+    or a head cannot be fitted to what is none.
     """
 
     def __init__(
@@ -113,10 +114,7 @@ class CDLTrainer(PhaseTrainer):
         if done or came_with:
             return
         self._begin(task)
-        learnt = None if self.run is None else self.run.take_over(self.role, task)
-        if learnt is not None:
-            self.model.end_session()
-            self.model.load_state_dict(type(self.model).from_pretrained(learnt).state_dict())
+        if self._take_over(task):
             return
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
@@ -132,6 +130,18 @@ class CDLTrainer(PhaseTrainer):
         if self.run is not None:
             self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
             self.accelerator.wait_for_everyone()
+
+    def _take_over(self, task: Task) -> bool:
+        """Load and save what another run has learnt, if the recipe says so (`ROLE_from`); no file of it is copied."""
+        found = None if self.run is None else self.run.taken(self.role, task)
+        if self.run is None or found is None:
+            return False
+        checkpoint, result, history = found
+        self.model.end_session()
+        self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
+        self.run.save_task(result, task, self._write_checkpoint, history)
+        self.accelerator.wait_for_everyone()
+        return True
 
     def evaluate_seen(self) -> TaskResult:
         """Accuracy in percent on each task seen so far; from the ledger if it is there already."""

@@ -174,9 +174,15 @@ def test_checkpoints_are_plain_ones_and_repeat_their_accuracy(offline: Path, fin
 
 
 def test_a_run_can_take_over_its_teacher(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
-    code, output = run(capfd, offline, "--teacher_from", finished, "--output_dir", tmp_path / "out")
+    """What it has learnt, and no file of the other folder."""
+    source = shutil.copytree(finished, tmp_path / "source")
+    for name in ("notes.txt", "evil.py", "more.json"):
+        (source / "teacher" / "task-01" / name).write_text("1")
+    code, output = run(capfd, offline, "--teacher_from", source, "--output_dir", tmp_path / "out")
     assert code == 0, output
     assert_same_run(tmp_path / "out", finished)
+    files = {file.name for file in (tmp_path / "out" / "teacher" / "task-01").iterdir()}
+    assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
 def test_a_ready_teacher_is_used_as_it_is(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:

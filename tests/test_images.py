@@ -24,7 +24,14 @@ import torch
 from datasets import ClassLabel, Dataset, Features
 from helpers import ROOT, make_backbone, train, write_recipe
 from PIL import Image
-from transformers import ImageClassificationPipeline, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    ConvNextImageProcessorPil,
+    ImageClassificationPipeline,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
 from hf_cdl import CDLForImageClassification
 from hf_cdl.images import MAX_PIXELS, ImageError, decode
@@ -511,3 +518,39 @@ def test_the_demo_hands_on_the_file_as_it_is(tmp_path: Path) -> None:
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{file}\n", done.stderr
+
+
+# ---- thin images, and zero for white ----
+
+
+def test_a_thin_image_is_refused_before_it_is_resized(model: Any, tmp_path: Path) -> None:
+    """By its name, in the check of images, in the evaluation view and in the pipeline: 16 x 32,000 would be made."""
+    processor = ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=0.875)
+    files = [*((64, 48),) * 7, (2000, 1)]
+    for number, size in enumerate(files):
+        place = tmp_path / "data" / ("train", "test")[number % 2] / f"class {number // 2 % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 50).save(place / f"{number}.png")
+    stream = TaskStream(StreamConfig(path=str(tmp_path / "data"), classes_per_task=2, max_pixels=500_000), processor)
+    with pytest.raises(ImageError, match=r"1 images cannot be used:\n- .*7\.png: has 2000 x 1 pixels, so the image"):
+        stream.check_images()
+    with pytest.raises(ImageError, match=r"7\.png: has 2000 x 1 pixels"):
+        stream[0].test[len(stream[0].test) - 1]
+    classify: Any = pipeline("image-classification", model=model, image_processor=processor)
+    classify.max_pixels = 500_000
+    for image in (str(next(tmp_path.rglob("7.png"))), np.zeros((1, 2000, 3), np.uint8), Image.new("RGB", (1, 2000))):
+        with pytest.raises(ImageError, match="2000 pixels|2000 x 1 pixels"):
+            classify(image)
+    assert classify(np.zeros((20, 20, 3), np.uint8))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_zero_is_white_is_turned(bits: int) -> None:
+    """Written by hand: Pillow writes zero as black."""
+    for photometric, expected in ((0, 255 - 200), (1, 200)):
+        data = bytes([200]) * 64 if bits == 8 else struct.pack("<H", 200 << 8) * 64
+        tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 128), (277, 1), (278, 8)]
+        tags.append((279, len(data)))
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        file = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+        assert decode(file.ljust(128, b"\0") + data).getpixel((3, 3)) == (expected,) * 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     ConvNextImageProcessorPil,
+    EfficientNetImageProcessorPil,
     ImageClassificationPipeline,
+    MobileViTImageProcessorPil,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    ViTImageProcessorPil,
 )
 
 from hf_cdl.tasks.transforms import (
@@ -259,3 +263,31 @@ def test_padded_crops_are_flipped_and_nothing_is_cut_without_padding():
 def test_padded_crops_are_the_same_for_teacher_and_student_of_two_sizes():
     small, large = padded(20, 4, flip=0.5)[0].float(), padded(40, 4, flip=0.5, resample=0)[0].float()
     assert torch.equal(large[:, :, ::2, ::2], small)
+
+
+SQUARE: dict[str, Any] = {"size": {"height": 16, "width": 16}}
+PORTRAIT: dict[str, Any] = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (
+            MobileViTImageProcessorPil(**PORTRAIT, do_flip_channel_order=True),
+            MobileViTImageProcessorPil(**PORTRAIT, do_flip_channel_order=False),
+        ),
+        (
+            EfficientNetImageProcessorPil(**SQUARE, rescale_offset=True),
+            EfficientNetImageProcessorPil(**SQUARE, rescale_offset=False),
+        ),
+        (
+            EfficientNetImageProcessorPil(**SQUARE, include_top=True),
+            EfficientNetImageProcessorPil(**SQUARE, include_top=False),
+        ),
+        (ViTImageProcessorPil(**SQUARE), EfficientNetImageProcessorPil(**SQUARE, include_top=True)),
+    ],
+)
+def test_processors_that_treat_colours_otherwise_share_no_view(first: Any, second: Any) -> None:
+    assert not same_view(first, second) and same_view(first, first)
+    with pytest.raises(ValueError, match=r"Set teacher\.query to self"):
+        query_view(first, second)

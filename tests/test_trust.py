@@ -330,16 +330,12 @@ def test_links_and_pipes_are_not_followed(honest: Path, tmp_path: Path, part: st
     assert verify.main(run) == 2 and time.monotonic() - began < 5
 
 
-def test_an_index_and_a_processor_that_reach_out_are_refused(honest: Path, tmp_path: Path) -> None:
-    for name, content, said in (
-        ("model.safetensors.index.json", {"weight_map": {"w": "../../secret.safetensors"}}, "no weights beside it"),
-        ("preprocessor_config.json", {"size": {"height": 10**6, "width": 10**6}}, "sides have 1 to 10,000 pixels"),
-        ("preprocessor_config.json", {"size": "many"}, "sides have 1 to 10,000 pixels"),
-    ):
-        run = shutil.copytree(honest / "run", tmp_path / f"{len(said)}{name}{len(str(content))}")
-        (run / "student" / "task-02" / name).write_text(json.dumps(content))
-        with pytest.raises(HubError, match=said):
-            read_folder(run, "student").copy(run / "copy")
+def test_an_index_that_reaches_out_is_refused(honest: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(honest / "run", tmp_path / "run")
+    index = {"weight_map": {"w": "../../secret.safetensors"}}
+    (run / "student" / "task-02" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(HubError, match="no weights beside it"):
+        read_folder(run, "student").copy(run / "copy")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])

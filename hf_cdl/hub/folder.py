@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.escape import visible
-from hf_cdl.hub.origin import CHECKPOINT, Origin, check_role, told
+from hf_cdl.hub.origin import Origin, check_role, told
 from hf_cdl.hub.repository import HubError
 from hf_cdl.results import checked_results, run_results
-from hf_cdl.storing import RunError, read_json
+from hf_cdl.storing import CHECKPOINT, RunError, read_json
 
 
 @dataclass(frozen=True)

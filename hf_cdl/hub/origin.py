@@ -31,15 +31,7 @@ from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_tasks
 from hf_cdl.hub.repository import HubError
 from hf_cdl.results import checked_results
-from hf_cdl.storing import LARGEST, RunError, read_json
-
-CHECKPOINT = re.compile(
-    r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
-)
-"""The files of a checkpoint that are taken over."""
-_LARGEST_SIDE = 10_000
-"""Pixels of an image that an image processor may ask for."""
+from hf_cdl.storing import CHECKPOINT, LARGEST, RunError, read_json
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class Origin(ABC):
             _check_weights([*folder.glob("*.safetensors")])
             if (index := folder / "model.safetensors.index.json").exists():
                 _check_index(read_json(index))
-            _check_sizes(read_json(folder / "preprocessor_config.json"))
+            read_json(folder / "preprocessor_config.json")  # what it asks for is checked where it is loaded
         except RunError as error:
             said = str(error).replace(f"{visible(folder)}/", "its ")
             raise HubError(
@@ -182,17 +174,6 @@ def _check_index(index: Any) -> None:
     )
     if wrong:
         raise RunError(f"its model.safetensors.index.json names {visible(wrong[0])[:60]}, no weights beside it.")
-
-
-def _check_sizes(processor: Any) -> None:
-    sizes = [processor.get(key) for key in ("size", "crop_size")] if isinstance(processor, dict) else ["nothing"]
-    for size in sizes:
-        sides = size.values() if isinstance(size, dict) else [size]
-        if not all(side is None or isinstance(side, int) and 0 < side <= _LARGEST_SIDE for side in sides):
-            raise RunError(
-                f"its preprocessor_config.json asks for images of {visible(size)[:60]}; sides have 1 to "
-                f"{_LARGEST_SIDE:,} pixels."
-            )
 
 
 def _counted(tasks: Any) -> str:

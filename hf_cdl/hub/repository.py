@@ -16,9 +16,10 @@ from huggingface_hub.hf_api import RepoFile
 
 from hf_cdl.card import card_files
 from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_tasks, results_after
-from hf_cdl.storing import RunError
+from hf_cdl.results import stored_ledger
+from hf_cdl.storing import CHECKPOINT, RunError
 
-_SAFE = (".json", ".safetensors", ".py", ".md", ".txt", ".png")
+_CODE = re.compile(r"[\w.-]+\.py")
 
 
 class HubError(RunError):
@@ -157,20 +158,28 @@ class Repository:
     def _checkpoint(self, number: int) -> dict[str, Path]:
         """Path in the repository -> file, of a task's checkpoint.
 
-        Raises HubError for one that could be pickled, and for a link: what it stands for may be private.
+        Raises HubError for a file that hf_cdl did not write, and for a link: what it stands for may be private.
         """
         folder = self.folder / f"task-{number:02d}"
         files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
         for file in (self.folder, folder, *files):
             if file.is_symlink():
                 raise HubError(f"{file} is not pushed: it is a link. Put the files themselves in its place.")
-        for file in files:
-            if not file.is_file() or file.suffix not in _SAFE:
-                raise HubError(
-                    f"{file} is not pushed: a checkpoint has files of {', '.join(_SAFE)} only. Move it away."
-                )
         names = {file.relative_to(folder).as_posix(): file for file in files}
-        return {name: file for name, file in names.items() if name not in DOCUMENTS}
+        ours = {name: file for name, file in names.items() if name not in DOCUMENTS}
+        for name, file in ours.items():
+            noted = _CODE.fullmatch(name) and file.relative_to(self.folder.parent).as_posix() in self._noted()
+            if not file.is_file() or not (CHECKPOINT.fullmatch(name) or noted):
+                raise HubError(
+                    f"{file} is not pushed: hf_cdl wrote no such file. A checkpoint has a config, weights in "
+                    "safetensors, an image processor, and the model's code if the run saved it. Move it away."
+                )
+        return ours
+
+    def _noted(self) -> Mapping[str, Any]:
+        """The files that the run has stored, by path in its folder."""
+        run = self.folder.parent
+        return stored_ledger(run).get("files", {}) if (run / "run.json").exists() else {}
 
     def _digest(self, file: Path) -> tuple[str, str]:
         if file not in self._digests:

@@ -21,11 +21,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hf_cdl.checked import check_numbers, check_size, listed, short
+from hf_cdl.checked import check_generic, check_numbers, check_size, listed, short
 from hf_cdl.models.stored import (
     HUB,
     at,
     check_complete,
+    check_no_adapters,
     check_revision,
     check_stored,
     check_weights,
@@ -111,6 +112,7 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
         if not isinstance(found, dict):
             raise ValueError(f"it holds no config, but {short(found)}.")
         check_numbers(found, "config.json's value")
+        check_generic(found, "config.json")
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
     except Exception as error:  # transformers and the configs' own checks raise many kinds
         raise ValueError(
@@ -140,9 +142,11 @@ def load_weights(
     """Pre-trained model in float32, from safetensors alone, and which weights its checkpoint lacks or has too much.
 
     `options`: arguments of the model class, cache_dir, token ... Raises ValueError if there are no weights that can be
-    read, if they are of a smaller model than the config's or of other shapes, and if any is NaN or infinite.
+    read, if adapters lie beside them, if they are of a smaller model than the config's or of other shapes, and if any
+    is NaN or infinite.
     """
     hub = {key: options[key] for key in HUB if key in options}
+    check_no_adapters(name, revision, **hub)
     own = {key: value for key, value in options.items() if key not in HUB}
     make = getattr(model_class, "from_config", model_class)  # an Auto class's, or the class itself
     numbers = check_size(f"The model of '{name}'", lambda: make(copy.deepcopy(config), **own))

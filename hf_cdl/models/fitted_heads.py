@@ -62,7 +62,7 @@ class FittedHead(Head):
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
 
-        Raises ValueError for features or answers that are NaN or infinite.
+        Raises FloatingPointError for features or answers that are NaN or infinite.
         `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
         """
 
@@ -210,7 +210,7 @@ class RidgeHead(FittedHead):
             if taught is None:
                 raise ValueError(f"soft_targets is {self.config.soft_targets}, but there are no answers of a teacher.")
             if not torch.isfinite(taught).all():
-                raise ValueError(
+                raise FloatingPointError(
                     "The teacher's answers are NaN or infinite, so they are no targets; check the teacher."
                 )
             targets = torch.lerp(targets, taught.to(mapped), self.config.soft_targets)
@@ -219,13 +219,19 @@ class RidgeHead(FittedHead):
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Solve for all classes. Raises ValueError if the Gram matrix is no such, or singular in spite of lambda."""
-        check_finite(self.numbers(), "The sums of the ridge head")
+        """Solve for all classes.
+
+        Raises FloatingPointError if the Gram matrix is no such, or singular in spite of lambda.
+        """
+        try:
+            check_finite(self.numbers(), "The sums of the ridge head")
+        except ValueError as error:
+            raise FloatingPointError(str(error)) from error
         gram = _read(self.gram).clone()
         gram.diagonal().add_(self.config.strength)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
-            raise ValueError(
+            raise FloatingPointError(
                 f"The ridge head's strength {self.config.strength} is too small for features of this size (diagonal "
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )

@@ -90,7 +90,7 @@ class Standardise(nn.Module):
     def measure(self, features: torch.Tensor) -> None:
         """Add features (B, D) to the statistics (Chan's update of mean and squared deviations).
 
-        Raises ValueError for features that are no numbers.
+        Raises FloatingPointError for features that are no numbers.
         """
         check_features(features)
         features, before, new = features.float(), int(self.count), len(features)
@@ -107,9 +107,9 @@ class Standardise(nn.Module):
 
 
 def check_features(features: torch.Tensor) -> None:
-    """Raise ValueError for features (B, D) that are NaN or infinite: a head fitted to them would answer nothing."""
+    """Raise FloatingPointError for features (B, D) that are NaN or infinite: no head fits them."""
     if (wrong := int((~torch.isfinite(features)).any(dim=-1).sum())) > 0:
-        raise ValueError(
+        raise FloatingPointError(
             f"The backbone's features of {wrong} of {len(features)} images are NaN or infinite, so no head can be "
             "fitted to them. The weights are numbers, so they are too large for these pixels: check the image "
             "processor, or choose another backbone or precision (no fp16)."

@@ -53,6 +53,21 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
     return []
 
 
+def check_no_adapters(name: Any, revision: str | None = None, **hub: Any) -> None:
+    """Raise ValueError if adapters lie beside a model's weights: transformers would load what they name."""
+    quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
+    try:
+        found = cached_file(name, "adapter_config.json", revision=revision, **quiet, **hub)
+    except (OSError, ValueError):  # loading will say what is wrong
+        return
+    if found is not None:
+        raise ValueError(
+            f"'{name}'{at(revision)} has an adapter_config.json beside its weights, so transformers would load "
+            "adapters, perhaps on another model. Merge them first and save what peft's merge_and_unload() gives, or "
+            "take adapter_config.json away if you want the bare model."
+        )
+
+
 def stored_sizes(files: Sequence[str]) -> dict[str, int]:
     """Weight -> how many numbers it is, of all these safetensors files; empty if one cannot be read."""
     sizes: dict[str, int] = {}

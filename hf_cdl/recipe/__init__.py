@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
     content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
     check_finite(content, "", problems)
+    _refuse(problems)  # what computes with them would fail
     parts = check_terms(content, problems)
     if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
         problems.append("'data.path' is missing")
@@ -75,10 +76,14 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     recipe = build_typed(Recipe, content, "", problems)
     if not problems:
         check_idle(recipe, problems)
-    if problems:
-        raise RecipeError("The recipe cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems)))
+    _refuse(problems)
     student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
     return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    if lines := [f"- {line}" for line in dict.fromkeys(problems)]:
+        raise RecipeError("\n".join(["The recipe cannot be run:", *lines]))
 
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:

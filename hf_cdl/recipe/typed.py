@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+LARGEST = 10**18
+"""Below it are the whole numbers of recipes; larger ones are no numbers for arrays, and far larger ones no floats."""
 WRONG: Any = object()  # stands for a value that was reported
 
 
@@ -91,6 +93,8 @@ def check_finite(content: Any, path: str, problems: list[str]) -> None:
             check_finite(value, f"{path}.{key}" if path else str(key), problems)
     elif isinstance(content, float) and not math.isfinite(content):
         problems.append(f"'{path}' is {content}, but must be a finite number")
+    elif isinstance(content, int) and abs(content) >= LARGEST:
+        problems.append(f"'{path}' is a whole number of more than 18 digits; allowed are those below 10^18")
 
 
 def typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:

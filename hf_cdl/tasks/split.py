@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from hf_cdl.images import Decoded, ImageError, readable
+from hf_cdl.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.tasks.cells import Cells
 from hf_cdl.tasks.transforms import Preprocess
 
@@ -88,9 +88,15 @@ class TaskSplit:
     def _decode(self, index: int) -> Decoded:
         (cell,) = self.data[int(self.rows[index])].values()
         try:
-            return self.cells.decode(cell)
+            decoded = self.cells.decode(cell)
         except ImageError as error:
             raise ImageError(f"split {self.name!r}, row {int(self.rows[index])}: {error}") from error
+        try:
+            for view in {id(view): view for view in self.views.values()}.values():
+                check_resized(decoded.image.size, view.processor, self.cells.max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{self.place(index)}: {error}") from error
+        return decoded
 
     def place(self, index: int) -> str:
         """Split, row and file of an image, for messages."""

@@ -8,6 +8,7 @@ student see the same crop, and a view can be computed again at any time.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,14 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_cdl.images import ImageError as ImageError
 from hf_cdl.images import decode as decode
+from hf_cdl.images import readable
 
+MOST_SIDE = 4096
+"""Pixels that a side of an image processor's sizes may have."""
+_SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
+_NAMES = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"}
+"""Fields that name a processor, and change no pixel."""
+_COLOUR = (200, 120, 40)
 _MASK = (1 << 64) - 1
 
 
@@ -45,53 +53,132 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 def check_processor(processor: Any) -> None:
-    """Raise ValueError, naming the field, for an image processor of which no pixels for a model can come."""
-    if min(output_size(processor)) < 1:
-        raise ValueError(f"The image processor's size is {output_size(processor)}; set one of at least 1x1 pixels.")
-    problems = []
+    """Raise ValueError, naming the field, for an image processor of which no pixels for a model can come.
+
+    Every number is bounded first. Then it is tried on one small image, so that what it does with fields that are not
+    known here cannot be of another size than it says, nor fail later.
+    """
+    if not hasattr(processor, "to_dict"):
+        raise ValueError(
+            f"{readable(repr(processor), 60)} is no image processor, so it has no size; give one of transformers, as "
+            "AutoImageProcessor.from_pretrained loads it."
+        )
+    problems = [*_size_problems(processor)]
+    if not problems:
+        output_size(processor)
+        problems = [*_colour_problems(processor)]
+    if problems:
+        raise ValueError(
+            f"The image processor's {'; its '.join(problems)}. Correct its preprocessor_config.json, or give another."
+        )
+    _try(processor)
+
+
+def _size_problems(processor: Any) -> Iterator[str]:
+    """What would make images of no size, or of a huge one, or of other sizes for training than for answers."""
+    if getattr(processor, "do_resize", True) is not True:
+        yield f"do_resize is {processor.do_resize}, but must be true: training resizes every image"
+    for name in ("do_rescale", "do_normalize", "do_center_crop", "do_pad"):
+        if not isinstance(found := getattr(processor, name, None), bool | None):
+            yield f"{name} is {found}, but must be true or false"
+    for name in ("size", "crop_size", "pad_size"):
+        sides = getattr(processor, name, None) or {}
+        sides = {side: sides.get(side) for side in _SIDES} if hasattr(sides, "get") else {"all": sides}
+        if wrong := [value for value in sides.values() if value is not None and not _is_side(value)]:
+            yield f"{name} has a side of {readable(repr(wrong[0]), 60)}, but sides have 1 to {MOST_SIDE:,} pixels"
+    pct = getattr(processor, "crop_pct", None)
+    if pct is not None and not (_finite(pct) and 0.1 <= pct <= 1):
+        yield f"crop_pct is {pct}, but must be a number from 0.1 to 1"
+    for name, value in processor.to_dict().items():
+        if isinstance(value, int) and not -MOST_SIDE <= value <= MOST_SIDE:
+            yield f"{name} is {readable(str(value), 60)}, but must be at most {MOST_SIDE:,}"
+
+
+def _colour_problems(processor: Any) -> Iterator[str]:
     if processor.do_normalize:
         for name in ("image_mean", "image_std"):
             values = getattr(processor, name)
             numbers = [*values] if isinstance(values, list | tuple) else [values] * 3
             if len(numbers) != 3 or not all(map(_finite, numbers)) or (name == "image_std" and min(numbers) <= 0):
                 rule = "3 numbers above 0" if name == "image_std" else "3 finite numbers"
-                problems.append(f"{name} is {values}, but must be {rule}, one a channel")
+                yield f"{name} is {values}, but must be {rule}, one a channel"
     if processor.do_rescale and not (_finite(processor.rescale_factor) and processor.rescale_factor > 0):
-        problems.append(f"rescale_factor is {processor.rescale_factor}, but must be a number above 0, like 1/255")
+        yield f"rescale_factor is {processor.rescale_factor}, but must be a number above 0, like 1/255"
     if processor.resample not in [*Image.Resampling]:
-        problems.append(f"resample is {processor.resample}, but must be one of {[int(r) for r in Image.Resampling]}")
-    if problems:
-        raise ValueError(
-            f"The image processor's {'; its '.join(problems)}. Correct its preprocessor_config.json, or give another."
-        )
+        yield f"resample is {processor.resample}, but must be one of {[int(r) for r in Image.Resampling]}"
+
+
+def _try(processor: Any) -> None:
+    """Raise ValueError unless it makes finite pixels of its own size of an image, as in answers and as in training."""
+    height, width = output_size(processor)
+    for image, how in ((_flat(24, 16), {}), (_flat(width, height), {"do_resize": False, "do_center_crop": False})):
+        try:
+            with np.errstate(all="ignore"):  # what is no number is told below
+                made = processor(images=[image], return_tensors="pt", **how)["pixel_values"]
+            shape, finite = tuple(made.shape), bool(torch.isfinite(made).all())
+        except Exception as error:  # of fields that its code took for granted
+            reason = f"{type(error).__name__}: {readable(' '.join(str(error).split()), 150)}"
+            raise ValueError(
+                f"The image processor fails on an image ({reason}). Correct its preprocessor_config.json, or give "
+                "another."
+            ) from error
+        if shape != (1, 3, height, width) or not finite:
+            raise ValueError(
+                f"The image processor makes {'' if finite else 'infinite '}pixels of shape {shape[1:]} of an image; "
+                f"by its size they must be finite, of shape {(3, height, width)}. Correct its "
+                "preprocessor_config.json (size, crop_size, do_pad, data_format, image_std), or give another."
+            )
+
+
+def _flat(width: int, height: int) -> Image.Image:
+    """An image of one colour, whose channels differ."""
+    return Image.new("RGB", (width, height), _COLOUR)
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST_SIDE
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-_FIELDS = (
-    "do_resize size resample crop_pct do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean "
-    "image_std"
-)
+    """Whether it is a number of float32, that of pixels."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
-    """Whether two image processors make the same pixel values of every image."""
+    """Whether two image processors make the same pixel values of every image, by all their fields."""
 
-    def fields(processor: BaseImageProcessor) -> list[Any]:
-        values = [processor.to_dict().get(name) for name in _FIELDS.split()]
-        return [tuple(value) if isinstance(value, list) else value for value in values]
+    def fields(processor: BaseImageProcessor) -> dict[str, Any]:
+        values = {name: value for name, value in processor.to_dict().items() if name not in _NAMES}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     return type(first) is type(second) and fields(first) == fields(second)
 
 
 def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, list] | None:
-    """How to make pixel values of `query`'s kind from `own`'s, as CDLConfig.query_view; None if they are the same."""
+    """How to make pixel values of `query`'s kind from `own`'s, as CDLConfig.query_view; None if they are the same.
+
+    Raises ValueError if they do more to colours than to scale and shift each channel: exchange channels, say.
+    """
     if same_view(own, query):
         return None
     (a, b), (c, d) = _normalisation(own), _normalisation(query)
-    return {"size": list(output_size(query)), "scale": (c / a).tolist(), "shift": (d - c / a * b).tolist()}
+    scale, shift = c / a, d - c / a * b
+    for colour in (_COLOUR, _COLOUR[::-1]):
+        mine, asked = (_pixel(processor, colour) for processor in (own, query))
+        if not np.allclose(mine * scale + shift, asked, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                "What the student's image processor makes of colours does not follow from the teacher's, so the "
+                "teacher cannot ask the student's backbone (query: student). Set teacher.query to self, or give "
+                "processors that differ in size, rescale_factor, image_mean and image_std alone."
+            )
+    return {"size": list(output_size(query)), "scale": scale.tolist(), "shift": shift.tolist()}
+
+
+def _pixel(processor: Any, colour: tuple[int, ...]) -> np.ndarray:
+    """(3,): what becomes of a colour."""
+    image = Image.new("RGB", (24, 16), colour)
+    made = processor(images=[image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    return made[0, :, made.shape[2] // 2, made.shape[3] // 2].double().numpy()
 
 
 def _normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:

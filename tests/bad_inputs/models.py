@@ -135,6 +135,47 @@ BACKBONES = [
     backbone(
         "with a processor of an unknown type", config({"image_processor_type": "Evil"}, PROCESSOR), "Evil|" + PROCESSOR
     ),
+    *(
+        backbone(f"with {name} for its processor", config(changes, PROCESSOR), says, PROCESSOR)
+        for name, changes, says in (
+            ("no resizing", {"do_resize": False}, "do_resize"),
+            ("null for resizing", {"do_resize": None}, "do_resize"),
+            ("a word for a switch", {"do_normalize": "no"}, "do_normalize"),
+            ("a huge size", {"size": {"height": 10**300, "width": 16}}, "size"),
+            ("a fraction of a size", {"size": {"height": 16.5, "width": 16}}, "16.5"),
+            ("huge padding", {"do_pad": True, "pad_size": {"height": 10**5, "width": 10**5}}, "pad_size"),
+            ("padding", {"do_pad": True, "pad_size": {"height": 32, "width": 32}}, "(3, 32, 32)"),
+            ("a tiny deviation", {"image_std": [1e-45] * 3}, "finite"),
+            (
+                "a tiny crop",
+                {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 16}, "crop_pct": 1e-9},
+                "crop_pct",
+            ),
+            (
+                "a huge divisor",
+                {"image_processor_type": "ViltImageProcessor", "size": {"shortest_edge": 16}, "size_divisor": 10**9},
+                "size_divisor",
+            ),
+        )
+    ),
+    *(
+        backbone(f"with {name} in its config", config({key: value}), key, repr(value)[:20])
+        for name, key, value in (
+            ("an attention of the Hub", "_attn_implementation", "evil/kernels"),
+            ("attentions of the Hub", "attn_implementation", {"": "evil/kernels"}),
+            ("an attention that is not supported", "attn_implementation", "flash_attention_2"),
+            ("a quantisation", "quantization_config", {"quant_method": "gptq", "bits": 4}),
+            ("tuples for answers", "return_dict", False),
+            ("a word for hidden states", "output_hidden_states", "x"),
+            ("a negative epsilon", "layer_norm_eps", -1.0),
+        )
+    ),
+    backbone(
+        "with an attention of the Hub in a nested config",
+        config({"vision_config": {"_attn_implementation": "evil/kernels"}}),
+        "vision_config._attn_implementation",
+    ),
+    backbone("with adapters beside it", put("adapter_config.json", "{}"), "adapter_config.json", way="merge"),
 ]
 
 
@@ -203,6 +244,18 @@ CHECKPOINTS = [
     checkpoint("with a word for a backbone", config({"backbone_config": "vit"}), "backbone_config"),
     checkpoint("with a backbone that ignores prompts", config({"backbone_config.model_type": "swin"}), "swin"),
     checkpoint("with an unknown query", config({"query": "three_pass"}), "three_pass"),
+    *(
+        checkpoint(f"with {key}", config({key: value}), key.split(".")[-1])
+        for key, value in (
+            ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            ("return_dict", False),
+            ("output_attentions", True),
+            ("attn_implementation", "evil/kernels"),
+            ("backbone_config._attn_implementation", "evil/kernels"),
+            ("backbone_config.quantization_config", {}),
+            ("backbone_config.layer_norm_eps", -1.0),
+        )
+    ),
     checkpoint("with a KD prompt that is none", config({"kd_prompt": {"lenght": 3}}), "lenght"),
     checkpoint("with KD prompts and a mapping", config({"mapping": {}}), "mapping"),
     checkpoint(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from helpers import make_data
+from helpers import make_data, picture
 
 from bad_inputs.models import config, filled, put, weights
 from bad_inputs.parts import GONE, Parts, cut
@@ -77,6 +77,16 @@ def one_class_more(folder: Path) -> None:
     make_data(Path("data"), classes=5, train=4, test=2)
 
 
+def new_classes() -> None:
+    """photos/ holds two classes that no run knows."""
+    for split, first in (("train", 0), ("test", 100)):
+        for label, name in enumerate(("owl", "yak")):
+            place = Path("photos", split, name)
+            place.mkdir(parents=True)
+            for number in range(3):
+                picture(10 + label, first + number).save(place / f"{number}.png")
+
+
 def empty_images(folder: Path) -> None:
     (Path("data") / "test.parquet").unlink()
 
@@ -94,6 +104,7 @@ LEDGERS: dict[str, Callable[[Path], Any]] = {
     "with words for entries": ledger({"entries": {"student": "x"}}),
     "with entries of no fields": ledger({"entries": {"student": [{}], "teacher": [{}]}}),
     "with a word for an accuracy": ledger({"entries.student.0.row": ["good"]}),
+    "with a number of hundreds of digits": ledger({"recipe.seed": 10**400}),
     "binary": lambda folder: (folder / LEDGER).write_bytes(bytes(range(256))),
     "a folder": lambda folder: [(folder / LEDGER).unlink(), (folder / LEDGER).mkdir()],
 }
@@ -104,11 +115,12 @@ def read_by(script: str, *names: str) -> list[Row]:
     return [run(f"{script}: a ledger {name}", LEDGERS[name], "run.json", words=(script, "done")) for name in names]
 
 
+HUGE = "with a number of hundreds of digits"
 LEDGER_ROWS = [
     *(run(f"a ledger {name}", damage, "run.json") for name, damage in LEDGERS.items()),
-    *read_by("card.py", "cut off", "a list", "without a recipe", "with words for entries"),
+    *read_by("card.py", "cut off", "a list", "without a recipe", "with words for entries", HUGE),
     *read_by("push.py", "cut off", "null", "with a word for a recipe"),
-    *read_by("verify.py", "cut off", "empty", "a list", "without entries", "with entries of no fields"),
+    *read_by("verify.py", "cut off", "empty", "a list", "without entries", "with entries of no fields", HUGE),
     run("a ledger of a newer version", ledger({"format": 99, "version": 99}), "run.json", "newer|version|format"),
     run("a ledger with a recipe of NaN", ledger({"recipe.train.learning_rate": float("nan")}), "learning_rate"),
     run("a ledger of unknown fields in the recipe", ledger({"recipe.sead": 3}), "sead"),
@@ -186,6 +198,7 @@ CHECKPOINTS = [
             "weights that are cut off": cut_off("student/task-02/model.safetensors"),
             "a config that is cut off": cut_off("student/task-02/config.json"),
             "no processor": missing("student/task-02/preprocessor_config.json"),
+            "a quantisation": config({"quantization_config": {"quant_method": "gptq"}}, "student/task-02/config.json"),
         }.items()
     ),
     run("verify.py: no data", no_data, "data", words=VERIFY),
@@ -234,6 +247,13 @@ TEACHERS = [
         words=(*TAKEN, "done"),
     ),
     run(
+        "teacher_from of a checkpoint with a link",
+        lambda folder: (folder / "teacher" / "task-01" / "secret.json").symlink_to("/etc/hostname"),
+        "secret.json",
+        "link",
+        words=(*TAKEN, "done"),
+    ),
+    run(
         "teacher_from of itself",
         lambda folder: None,
         "teacher_from",
@@ -263,6 +283,18 @@ ADDED = [
         words=("add_task.py", "./done", "./nowhere"),
     ),
     run("add_task.py of known classes", lambda folder: None, "class a", words=("add_task.py", "./done", "./data")),
+    run(
+        "add_task.py of a student that answers in tuples",
+        lambda folder: [config({"return_dict": False}, "student/task-02/config.json")(folder), new_classes()],
+        "return_dict",
+        words=("add_task.py", "./done", "photos", "--output_dir", "new"),
+    ),
+    run(
+        "add_task.py of a student with a huge image",
+        config({"size": {"height": 10**6, "width": 10**6}}, "student/task-02/preprocessor_config.json"),
+        "size",
+        words=("add_task.py", "./done", "photos", "--output_dir", "new"),
+    ),
     run(
         "add_task.py of other prompts",
         lambda folder: None,
