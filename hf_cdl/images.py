@@ -33,10 +33,13 @@ class ImageError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image in RGB; `wide`: its file has 16 bits in one channel, of which the upper eight are left."""
+    """An image in RGB; `deep`: its file has 16 bits a channel, of which the upper eight are left; `wide`: in one
+    channel, which Pillow's own conversion would clip.
+    """
 
     image: Image.Image
     wide: bool
+    deep: bool
 
 
 def decode(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -135,14 +138,25 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not yet read has several channels of 16 bits: Pillow keeps the upper eight of each."""
+    for *_, told in getattr(image, "tile", ()):  # of a PNG or TIFF "RGB;16B", of a PPM ("RGB", 65535)
+        parts = told if isinstance(told, tuple) else (told,)
+        if any(isinstance(part, str) and ";16" in part for part in parts):
+            return True
+        if image.format == "PPM" and any(isinstance(part, int) and part > 255 for part in parts):
+            return True
+    return False
+
+
 def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     _check_size(image, max_pixels)
-    sixteen = image.format in _SIXTEEN
+    sixteen, deep = image.format in _SIXTEEN, _is_deep(image)
     image = ImageOps.exif_transpose(image)
     _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
-        return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True)
+        return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True, deep=True)
     if image.mode in ("I", "F"):
         numbers = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
         raise ImageError(
@@ -152,6 +166,6 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
     try:
-        return Decoded(image.convert("RGB"), wide=False)
+        return Decoded(image.convert("RGB"), wide=False, deep=deep)
     except ValueError as error:
         raise ImageError(f"has the colour mode {image.mode}, which Pillow does not convert; save it as RGB") from error

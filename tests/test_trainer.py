@@ -146,7 +146,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     want = {"student": {(16, 16)}, "teacher": {(24, 24)}, "query": {(16, 16)}}
     assert sides == {name: want[name] for name, part in parts.items() if part is not None}
 
-    alone = CDLTrainer(model_of("coda"), arguments(tmp_path / "alone", num_train_epochs=1), teacher=teacher_model)
+    alone = CDLTrainer(model_of("coda"), arguments(tmp_path / "alone", num_train_epochs=1))
     alone.learn(task)
     assert (processors["teacher"].counted(), processors["student"].counted()) == (0, images)
     ncm = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ncm"}))

@@ -261,6 +261,12 @@ MISSING = [
 ]
 
 AGAINST_EACH_OTHER = [
+    field({"ce_weight": 0, "distill": []}, "ce_weight", "distill"),
+    field({"ce_weight": 0, "distill": [{"type": "kd", "weight": 0}]}, "ce_weight", "distill"),
+    training("tf32", tf32=True),
+    training("torch_empty_cache_steps", torch_empty_cache_steps=2),
+    training("eval_delay", eval_strategy="epoch", eval_delay=5),
+    training("num_train_epochs", num_train_epochs="1:30"),
     field({"teacher": None}, "distill.0", "teacher"),
     field({"distill": [{"type": "kdp"}, {"type": "kd_token"}]}, "distill.1", "kd_prompt"),
     field({"distill": [{"type": "prompt_mapping"}, {"type": "kdp"}]}, "mapping", "kd_prompt"),
