@@ -140,11 +140,8 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 def _is_deep(image: Image.Image) -> bool:
     """Whether a file that is not yet read has several channels of 16 bits: Pillow keeps the upper eight of each."""
-    for *_, told in getattr(image, "tile", ()):  # of a PNG or TIFF "RGB;16B", of a PPM ("RGB", 65535)
-        parts = told if isinstance(told, tuple) else (told,)
-        if any(isinstance(part, str) and ";16" in part for part in parts):
-            return True
-        if image.format == "PPM" and any(isinstance(part, int) and part > 255 for part in parts):
+    for *_, told in getattr(image, "tile", ()):  # what its decoder is told: "RGB;16B", or ("RGB;16L", ...) of a TIFF
+        if any(isinstance(part, str) and ";16" in part for part in (told if isinstance(told, tuple) else (told,))):
             return True
     return False
 

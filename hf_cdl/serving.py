@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -50,9 +51,14 @@ def _dotted(kind: type) -> str:
 def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS) -> Any:
     """What the pipeline takes, in RGB: a path, a URL, base64 text or a PIL image.
 
-    An array of one channel is decoded as a file with its values; arrays of three channels, of type uint8, go on to
-    the image processor as they are. Raises ImageError for what cannot be read.
+    An array of one channel is decoded as a file with its values; arrays and tensors of three channels, of type
+    uint8, go on to the image processor as they are. Raises ImageError for what cannot be read.
     """
+    if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8:
+            kind = f"tensor of shape {tuple(image.shape)} and type {image.dtype}"
+            raise ImageError(f"{kind}: scale its channels to 0 ... 255, as torch.uint8")
+        image = image.cpu().numpy()
     if isinstance(image, np.ndarray):
         return _from_array(image, max_pixels)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
