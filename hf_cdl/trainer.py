@@ -337,6 +337,12 @@ class CDLTrainer(PhaseTrainer):
             check_items(eval_dataset, sum(map(len, self.model.tasks)))
             return {f"{metric_key_prefix}_accuracy": self._accuracy(eval_dataset)}
         task, hits = self._newest, {}
+        if not len(self._watched(task) or ()):
+            beside = " and ".join(self._steering) or "training"
+            raise ValueError(
+                f"{task.name} has no images that evaluate() may read beside {beside}. "
+                "Give one dataset, as evaluate(task.test), or use evaluate_seen()."
+            )
         was_training = self.model.training
         self.model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed

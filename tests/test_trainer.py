@@ -421,3 +421,6 @@ def test_a_callback_of_a_user_s_sees_validation_images_whatever_it_waits_for(eve
     assert trainer._watched(dataclasses.replace(TASK, validation=other)) is other
     with pytest.raises(ValueError, match="Mine of the student would choose by test images"):
         trainer.learn(TASK)
+    trainer.seen = [TASK]
+    with pytest.raises(ValueError, match="task-01 has no images that evaluate.. may read beside Mine"):
+        trainer.evaluate()
