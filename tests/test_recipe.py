@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_cdl.recipe import Recipe, build_recipe, idle_arguments, load_recipe
+from hf_cdl.recipe import BASELINES, Recipe, build_recipe, idle_arguments, load_recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_yaml
+from hf_cdl.tasks.words import ROLES
 from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -272,6 +273,10 @@ def test_the_precision_is_the_recipe_s_and_not_the_launcher_s(monkeypatch: pytes
         monkeypatch.setenv(variable, "true")
         assert all(variable in line for line in problems(changed()))
         monkeypatch.delenv(variable)
+
+
+def test_every_role_of_a_recipe_is_known() -> None:
+    assert {*ROLES} == {"student", "teacher", *BASELINES}
 
 
 def test_a_student_that_trains_has_a_loss_with_a_weight() -> None:

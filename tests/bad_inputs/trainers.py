@@ -33,6 +33,10 @@ def stream(parts: Parts, **fields: Any) -> TaskStream:
     )
 
 
+def first_split(parts: Parts) -> Any:
+    return stream(parts)[0].train
+
+
 def trainer(parts: Parts, args: Any = None, learnt: bool = False, **fields: Any) -> CDLTrainer:
     args = args or CDLTrainingArguments("work", use_cpu=True, num_train_epochs=1, report_to="none")
     made = CDLTrainer(fresh(parts), args, **fields)
@@ -133,7 +137,7 @@ TRAINERS = [
     call("an objective of no weight", lambda parts: trainer(parts, None, True, objective=Objective(0.0)), "ce_weight"),
     call("an objective of a word", lambda parts: Objective("1"), "ce_weight"),  # type: ignore[arg-type]
     call("an objective of a class", lambda parts: Objective(1.0, [("kd", TERMS["kd"])]), "kd"),  # type: ignore[list-item]
-    call("an image for a role that is misspelt", lambda parts: stream(parts)[0].train.seen_by("teahcer"), "teahcer"),
+    call("an image for a role that is misspelt", lambda parts: first_split(parts).seen_by("teahcer"), "teahcer"),
     call(
         "a processor of a role that is misspelt",
         lambda parts: TaskStream(StreamConfig(path=str(parts.data)), {"studnt": object()}),  # type: ignore[dict-item]
