@@ -145,7 +145,7 @@ TYPES = [
     training("lr_scheduler_type|zigzag", lr_scheduler_type="zigzag"),
     training("optim|adammm", optim="adammm"),
     training("save_strategy", save_strategy="sometimes"),
-    training("save_strategy", save_strategy=False),  # YAML's `no`
+    training("save_strategy", save_strategy=True),  # YAML's `no`
     training("eval_strategy", eval_strategy="epochs"),
     training("report_to|tensorbord", report_to="tensorbord"),
 ]
