@@ -1,14 +1,77 @@
-"""What a role could not learn, said before anything is trained."""
+"""What a trainer cannot be made of, and what a role could not learn, said before anything is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
+from transformers.trainer_utils import IntervalStrategy
+
+from hf_cdl.distill import Objective
 from hf_cdl.tasks.sampler import count_rounds
 from hf_cdl.tasks.split import TaskSplit
+from hf_cdl.tasks.words import check_role
 from hf_cdl.training_args import CDLTrainingArguments
 from hf_cdl.types import Task
+
+
+def check_parts(model: Any, args: Any, objective: Any, teacher: Any) -> None:
+    """Raise ValueError if a trainer cannot be made of these, or if a teacher would not be asked anything."""
+    if not isinstance(args, CDLTrainingArguments):
+        raise ValueError(f"args are {type(args).__name__}; give CDLTrainingArguments, whose defaults are others.")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
+    if teacher is not None and not isinstance(teacher, nn.Module):
+        raise ValueError(
+            f"teacher is {teacher!r}, but must be a model: CDLForImageClassification.from_pretrained(...)."
+        )
+    if objective.needs_teacher and teacher is None:
+        raise ValueError(f"The terms {', '.join(objective.terms)} need a teacher, but none was given.")
+    if teacher is not None and not asks_teacher(model, objective):
+        raise ValueError(
+            "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
+            "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
+        )
+
+
+def check_names(role: Any, eval_split: Any, num_tasks: Any) -> None:
+    """Raise ValueError for a misspelt role, a split that no task has, and a number of tasks that is none."""
+    check_role(role)
+    if eval_split not in ("test", "validation"):
+        raise ValueError(f"eval_split is {eval_split!r}, but must be test or validation.")
+    if num_tasks is not None and (isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1):
+        raise ValueError(f"num_tasks is {num_tasks!r}, but must be a whole number of at least 1, or None.")
+
+
+def check_tasks(tasks: Any) -> None:
+    """Raise ValueError for what is no list of at least one task."""
+    wrong = [task for task in tasks if not isinstance(task, Task)] if isinstance(tasks, list | tuple) else [tasks]
+    if wrong or not tasks:
+        got = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
+        raise ValueError(f"Give tasks of a stream: learn(stream[0]), answer([stream[0], stream[1]]); got {got}.")
+
+
+def check_items(data: Any, classes: int) -> None:
+    """Raise ValueError for what is no dataset of images with labels among so many classes, by its first item."""
+    lists = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | bytes | Mapping)
+    item = data[0] if lists and len(data) else None
+    if not isinstance(item, Mapping) or not {"pixel_values", "labels"} <= {*item}:
+        raise ValueError(
+            f"evaluate takes a dataset with images, as task.test, whose items have pixel_values and labels; got "
+            f"{'an empty ' * (lists and not len(data))}{type(data).__name__}. To measure the tasks so far use "
+            "evaluate_seen()."
+        )
+    if not 0 <= int(item["labels"]) < classes:
+        raise ValueError(
+            f"The dataset has the label {item['labels']}, but the model's lie between 0 and {classes - 1}."
+        )
+
+
+def asks_teacher(model: Any, objective: Objective) -> bool:
+    """Whether a term or the model's head learns from a teacher."""
+    return objective.needs_teacher or (model.fitted and model.head.needs_teacher)
 
 
 def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
@@ -42,6 +105,7 @@ def check_training(
     """Raise ValueError if a loss could not train a role on the task `index` with these classes and so many images."""
     _refuse_one_class(role, model, objective, index, class_names)
     processes, batch = args.world_size, args.per_device_train_batch_size
+    _refuse_late(args, images)
     try:
         objective.check(len(class_names), min(batch, -(-images // processes)))
     except ValueError as error:
@@ -51,6 +115,20 @@ def check_training(
         raise ValueError(
             f"A task has {images} training images, fewer than a batch of {batch}{on_each}, but dataloader_drop_last "
             "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
+        )
+
+
+def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
+    """Raise ValueError if an evaluation during training would come after the end of a phase on so many images."""
+    rounds = count_rounds(images, args.per_device_train_batch_size, args.dataloader_drop_last, args.world_size)
+    per_epoch = max(1, -(-rounds // args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    length = steps if args.eval_strategy == IntervalStrategy.STEPS else steps / per_epoch
+    if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > length:
+        unit = "steps" if args.eval_strategy == IntervalStrategy.STEPS else "epochs"
+        raise ValueError(
+            f"eval_delay is {args.eval_delay:g} {unit}, but a task of {images} training images has {length:g}: "
+            "nothing would be evaluated. Lower it, or leave out eval_strategy."
         )
 
 

@@ -36,10 +36,13 @@ class ImageError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image in RGB; `wide`: its file has 16 bits in one channel, of which the upper eight are left."""
+    """An image in RGB; `deep`: its file has 16 bits a channel, of which the upper eight are left; `wide`: in one
+    channel, which Pillow's own conversion would clip.
+    """
 
     image: Image.Image
     wide: bool
+    deep: bool
 
 
 def decode(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -164,16 +167,24 @@ def check_resized(size: tuple[int, int], processor: Any, max_pixels: int = MAX_P
         )
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not yet read has several channels of 16 bits: Pillow keeps the upper eight of each."""
+    for *_, told in getattr(image, "tile", ()):  # what its decoder is told: "RGB;16B", or ("RGB;16L", ...) of a TIFF
+        if any(isinstance(part, str) and ";16" in part for part in (told if isinstance(told, tuple) else (told,))):
+            return True
+    return False
+
+
 def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     _check_size(image, max_pixels)
-    sixteen = image.format in _SIXTEEN
+    sixteen, deep = image.format in _SIXTEEN, _is_deep(image)
     negative = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = ImageOps.exif_transpose(image)
     _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
         upper = 255 - upper if negative else upper  # which Pillow does with 8 bits, but not with 16
-        return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True)
+        return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True, deep=True)
     if image.mode in ("I", "F"):
         numbers = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
         raise ImageError(
@@ -183,6 +194,6 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
     try:
-        return Decoded(image.convert("RGB"), wide=False)
+        return Decoded(image.convert("RGB"), wide=False, deep=deep)
     except ValueError as error:
         raise ImageError(f"has the colour mode {image.mode}, which Pillow does not convert; save it as RGB") from error

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
+from io import IOBase
 from typing import Any
+from unicodedata import normalize
 
 from hf_cdl.checked import short
 
 
 def class_list(names: Any) -> list[str]:
     """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
-    if isinstance(names, str | bytes | Mapping | Set) or not isinstance(names, Iterable):
+    if isinstance(names, str | bytes | Mapping | Set | IOBase) or not isinstance(names, Iterable):
         way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
         kind = "" if isinstance(names, str) or names is None else f"a {type(names).__name__}, "
         raise ValueError(f"The class names of a task are a list of texts; got {kind}{short(names)}. So {way}.")
@@ -52,5 +54,5 @@ def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that come more than once, sorted."""
-    return sorted(name for name, count in Counter(names).items() if count > 1)
+    """The names that come more than once, sorted; the same letters in another way of Unicode's are the same name."""
+    return sorted(name for name, count in Counter(normalize("NFC", name) for name in names).items() if count > 1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -63,14 +64,16 @@ def _dotted(kind: type) -> str:
 def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS) -> Any:
     """What the pipeline takes, in RGB: a path, a URL, base64 text or a PIL image.
 
-    An array of one channel is decoded as a file with its values; other arrays go on to the image processor as they
-    are. Raises ImageError for what cannot be read.
+    An array of one channel is decoded as a file with its values; arrays and tensors of three channels, of type
+    uint8, go on to the image processor as they are. Raises ImageError for what cannot be read.
     """
+    if isinstance(image, torch.Tensor):
+        if image.dtype != torch.uint8:
+            kind = f"tensor of shape {tuple(image.shape)} and type {image.dtype}"
+            raise ImageError(f"{kind}: scale its channels to 0 ... 255, as torch.uint8")
+        image = image.cpu().numpy()
     if isinstance(image, np.ndarray):
-        name = f"array of shape {image.shape} and type {image.dtype}"
-        if image.ndim != 2 and image.dtype.kind in "iu" and image.dtype != np.uint8:
-            raise ImageError(f"{name}: scale its channels to 0 ... 255, as uint8")
-        return decode(Image.fromarray(image), name, max_pixels) if image.ndim == 2 else image
+        return _from_array(image, max_pixels)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         return decode(httpx.get(image, timeout=timeout, follow_redirects=True).content, image, max_pixels)
     if isinstance(image, str) and image.startswith("data:image/"):
@@ -81,6 +84,20 @@ def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS)
         except ImageError as error:
             raise ImageError(f"{readable(image)}: no such file, and no URL or base64 text of an image") from error
     return decode(image, None, max_pixels) if isinstance(image, str | os.PathLike | Image.Image) else image
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Any:
+    name = f"array of shape {array.shape} and type {array.dtype}"
+    if array.dtype.kind not in "biuf" or array.dtype == np.float16:
+        raise ImageError(f"{name}: its numbers are of no image; scale them to 0 ... 255, as uint8")
+    if array.ndim == 2:
+        return decode(Image.fromarray(array), name, max_pixels)
+    if array.dtype != np.uint8:
+        raise ImageError(f"{name}: scale its channels to 0 ... 255, as uint8")
+    if array.ndim == 3 and (array.shape[0] == 3) == (array.shape[2] == 3):
+        what = "may have its channels first or last" if array.shape[0] == 3 else "must have three channels"
+        raise ImageError(f"{name}: it {what}; give a PIL image, as Image.fromarray makes one")
+    return array
 
 
 def _bytes(text: str) -> bytes:

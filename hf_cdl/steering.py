@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -42,7 +42,10 @@ class SteeredTrainer(Trainer):
 
     @property
     def _steering(self) -> list[str]:
-        """What lets the accuracy during training change the training; a callback of a user's is taken to."""
+        """What lets the accuracy during training change the training; every callback of a user's is taken to.
+
+        Whatever event it waits for: what was logged is in the state that it is given, and what it does is its own.
+        """
         args = self.args
         named = {
             f"lr_scheduler_type {args.lr_scheduler_type}": args.lr_scheduler_type in STEERED,
@@ -53,10 +56,7 @@ class SteeredTrainer(Trainer):
             type(callback).__name__
             for callback in self.callback_handler.callbacks
             if isinstance(callback, EarlyStoppingCallback)
-            or not (
-                type(callback).on_evaluate is TrainerCallback.on_evaluate
-                or type(callback).__module__.startswith(("transformers.", "hf_cdl."))
-            )
+            or not type(callback).__module__.startswith(("transformers.", "hf_cdl."))
         ]
 
     def _watched(self, task: Task) -> TaskSplit | None:
@@ -80,6 +80,14 @@ class SteeredTrainer(Trainer):
             raise ValueError(
                 f"eval_strategy is set, but {task.name} has no {self.eval_split} images. Give it some, or set "
                 "eval_strategy no."
+            )
+        self._check_split(task)
+
+    def _check_split(self, task: Task) -> None:
+        if getattr(task, self.eval_split) is None:
+            raise ValueError(
+                f"eval_split is {self.eval_split}, but {task.name} has no such images. Give it some, or choose the "
+                "other: test or validation."
             )
 
     def _begin_callbacks(self) -> None:

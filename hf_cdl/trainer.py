@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import zlib
@@ -19,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
-from hf_cdl.checking import check_task
+from hf_cdl.checking import check_items, check_names, check_parts, check_task, check_tasks
 from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
@@ -55,9 +56,10 @@ class CDLTrainer(PhaseTrainer):
         processor: Any = None,
         num_tasks: int | None = None,
     ):
-        self.objective = objective or Objective()
-        if self.objective.needs_teacher and teacher is None:
-            raise ValueError(f"The terms {', '.join(self.objective.terms)} need a teacher, but none was given.")
+        self.objective = Objective() if objective is None else objective
+        check_parts(model, args, self.objective, teacher)
+        check_names(role, eval_split, num_tasks)
+        args = copy.copy(args)  # what is set below is of this trainer
         if self.objective.needs_teacher:
             self.objective.attach(teacher)
         if args.gradient_checkpointing and not _computes_again(model):
@@ -69,7 +71,7 @@ class CDLTrainer(PhaseTrainer):
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
         super().__init__(model=model, args=args, processing_class=processor, eval_dataset={})  # for eval_strategy
-        self.teacher = teacher if self.objective.needs_teacher else None
+        self.teacher: Any = teacher if self.objective.needs_teacher else None
         self.head_teacher = teacher if model.fitted and model.head.needs_teacher else None
         self.shares_query = self.teacher is not None and _shares_query(model, self.teacher)
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
@@ -101,6 +103,7 @@ class CDLTrainer(PhaseTrainer):
 
     def learn(self, task: Task) -> None:
         """Train on a task, unless the ledger says that it is done, or the model came with it (`known_classes`)."""
+        check_tasks([task])
         if task.index != len(self.seen):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
         if self.model.fitted and self.model.head.needs_teacher and self.head_teacher is None:
@@ -145,7 +148,7 @@ class CDLTrainer(PhaseTrainer):
 
     def evaluate_seen(self) -> TaskResult:
         """Accuracy in percent on each task seen so far; from the ledger if it is there already."""
-        task = self.seen[-1]
+        task = self._newest
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
             return stored
@@ -158,6 +161,9 @@ class CDLTrainer(PhaseTrainer):
 
     def answer(self, tasks: list[Task]) -> dict[str, Any]:
         """How the model answers the images of each task's evaluation split, no task id given: fields of TaskResult."""
+        check_tasks(tasks)
+        for task in tasks:
+            self._check_split(task)
         self.model.eval()
         parts = []
         for task in tasks:
@@ -228,7 +234,7 @@ class CDLTrainer(PhaseTrainer):
         self._begin_callbacks()
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
-        teacher = self.teacher
+        teacher, mode = self.teacher, self.teacher is not None and self.teacher.training
         if teacher is not None:  # its own phase left it in training mode
             self.teacher = self.accelerator.prepare_model(teacher.eval(), evaluation_mode=True)
         try:
@@ -243,6 +249,7 @@ class CDLTrainer(PhaseTrainer):
             self.model = self._unprepare(self.model_wrapped)
             if teacher is not None:
                 self.teacher = self._unprepare(self.teacher)
+                self.teacher.train(mode)
 
     def _measure(self, task: Task) -> None:
         """Fix the statistics of the first task's features, for heads that standardise with them."""
@@ -326,14 +333,26 @@ class CDLTrainer(PhaseTrainer):
         )
         return student, teacher
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Accuracies in percent on images of the newest task, among its own classes: the model's, and those of its
         teacher's path or paths. Runs during training at `eval_strategy`.
 
         The images are validation images if the accuracy has a say in the training (early stopping, the best epoch, a
-        plateau), else those of the evaluation split; then it changes nothing.
+        plateau, a user's callback, whatever it does), else those of the evaluation split; then it changes nothing.
+        With an `eval_dataset`, as task.test: the model's accuracy on it, among all its classes; nothing is logged.
         """
-        task, hits = self.seen[-1], {}
+        if eval_dataset is not None:
+            check_items(eval_dataset, sum(map(len, self.model.tasks)))
+            return {f"{metric_key_prefix}_accuracy": self._accuracy(eval_dataset)}
+        task, hits = self._newest, {}
+        if not len(self._watched(task) or ()):
+            beside = " and ".join(self._steering) or "training"
+            raise ValueError(
+                f"{task.name} has no images that evaluate() may read beside {beside}. "
+                "Give one dataset, as evaluate(task.test), or use evaluate_seen()."
+            )
         was_training = self.model.training
         self.model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed
@@ -347,10 +366,31 @@ class CDLTrainer(PhaseTrainer):
                         hit = logits[:, task.classes].argmax(dim=-1) == batch["labels"] - task.first_class
                         hits.setdefault(name, []).append(self.accelerator.gather_for_metrics(hit))
         self.model.train(was_training)
-        metrics = {f"eval_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
+        metrics = {f"{metric_key_prefix}_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _accuracy(self, data: Any) -> float:
+        was_training = self.model.training
+        self.model.eval()
+        hits = []
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for batch in self._loader(data):
+                hit = self.model(pixel_values=batch["pixel_values"]).logits.argmax(dim=-1) == batch["labels"]
+                hits.append(self.accelerator.gather_for_metrics(hit))
+        self.model.train(was_training)
+        return _percent(torch.cat(hits))
+
+    @property
+    def _newest(self) -> Task:
+        if not self.seen:
+            raise ValueError("No task has been learnt yet; give it one first: learn(task).")
+        return self.seen[-1]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: Trainer's would measure by a loss of the newest task."""
+        raise ValueError("predict is not supported; use evaluate(dataset), answer(tasks), or the model itself.")
 
     def _layers(self, role: Any) -> list[int] | None:
         """The hidden states of a model that the objective asks for."""

@@ -35,7 +35,7 @@ from hf_cdl.build import (  # noqa: E402
     labels,
     load_plugins,
 )
-from hf_cdl.checking import check_task  # noqa: E402
+from hf_cdl.checking import asks_teacher, check_task  # noqa: E402
 from hf_cdl.cost import cost_in_use  # noqa: E402
 from hf_cdl.distill import Objective  # noqa: E402
 from hf_cdl.escape import visible_lines  # noqa: E402
@@ -162,7 +162,8 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     trainers = []
     for role, objective, arguments in roles(recipe, models, run.folder):
         rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
-        model, teacher = models[role], models.get("teacher")
+        model = models[role]
+        teacher = models.get("teacher") if asks_teacher(model, objective) else None
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
         for task in run.to_learn(stream):
             trainers[-1].check(task)

@@ -125,7 +125,7 @@ def distilled(folder: Path, term: str | None, teacher: Any) -> CDLTrainer:
     if term is not None:
         set_seed(2)
         terms.append((term, TERMS[term](TERMS[term].config_class(), model.shape, teacher.shape)))
-    return CDLTrainer(model, arguments(folder), Objective(0.5, terms), teacher=teacher)
+    return CDLTrainer(model, arguments(folder), Objective(0.5, terms), teacher=teacher if terms else None)
 
 
 def test_the_teacher_is_asked_in_the_first_session_alone(tmp_path: Path) -> None:

@@ -282,6 +282,26 @@ def test_a_mode_that_pillow_does_not_convert_is_named() -> None:
         decode(with_alpha("L").convert("La"), "x.tiff")
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_twelve_bits_in_sixteen_are_said_of_every_kind(channels: int, bits: int) -> None:
+    """Grey, grey and alpha, RGB, RGBA; a whole opaque alpha does not hide it."""
+    values = np.random.default_rng(channels).integers(0, 2**bits, (24, 31, channels), dtype=np.uint16)
+    if channels in (2, 4):
+        values[..., -1] = 65535
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in values.byteswap()))
+    split = stream_of(png_file(31, 24, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], lines))[0].train
+    flaw = split.examine(0).flaw
+    assert ("almost black" in flaw) if bits == 12 and flaw else flaw is None and bits == 16
+    refused = split.examine(0, plain=True).problem
+    assert (refused is None) == (channels > 1), "Pillow itself keeps the upper eight of several channels"
+
+
+def test_a_dark_image_of_eight_bits_is_no_fault_of_its_bits() -> None:
+    dark = Image.fromarray((COLOURS // 16).astype(np.uint8))
+    assert stream_of(saved(dark, "PNG"))[0].train.examine(0).flaw is None
+
+
 # ---- the pipeline
 
 
@@ -297,9 +317,20 @@ def test_arrays_and_text_in_the_pipeline(model: Any, tmp_path: Path) -> None:
     stock = ImageClassificationPipeline(model=model, image_processor=PROCESSOR)
     pixels = [p.preprocess(COLOURS)["pixel_values"] for p in (classify, stock)]
     assert torch.equal(*pixels)
+    for given in (COLOURS.transpose(2, 0, 1), torch.tensor(COLOURS)):
+        assert torch.equal(classify.preprocess(given)["pixel_values"], pixels[0])
     for wrong, message in (
         (np.zeros((5, 5, 3), np.uint16), r"type uint16: scale its channels"),
         (np.zeros((5, 5)), "floating-point numbers"),
+        (np.zeros((5, 5, 3)), r"type float64: scale its channels to 0 ... 255, as uint8"),
+        (np.zeros((5, 5, 3), np.float32), r"type float32: scale its channels"),
+        (np.zeros((5, 5, 3), bool), r"type bool: scale its channels"),
+        (torch.zeros(3, 5, 5), r"type torch.float32: scale its channels"),
+        (np.zeros((5, 5), complex), "type complex128: its numbers are of no image; scale them"),
+        (np.zeros((5, 5), np.float16), "type float16: its numbers are of no image"),
+        (np.zeros((5, 5), object), "type object: its numbers are of no image"),
+        (np.zeros((3, 40, 3), np.uint8), r"\(3, 40, 3\).*may have its channels first or last; give a PIL image"),
+        (np.zeros((5, 5, 4), np.uint8), r"\(5, 5, 4\).*must have three channels; give a PIL image"),
         (str(tmp_path / "gone.png"), r"gone.png: no such file, and no URL"),
         ("data:image/png;base64,AAAA", "cannot be read as an image"),
         (str(tmp_path), "is a folder"),

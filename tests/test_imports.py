@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"types", "images"},
     "prompts": {"types", "checked"},
     "models": {"types", "checked", "labels", "config", "prompts"},
-    "distill": {"types", "prompts.mapping"},
+    "distill": {"types", "checked", "prompts.mapping"},
     "escape": set(),
     "places": set(),
     "report": {"types", "metrics", "escape"},
@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "adopt": {"types", "storing", "ledger", "repair"},
     "run": {"types", "report", "results", "storing", "ledger", "repair"},
     "progress": set(),
-    "checking": {"types", "training_args", "tasks"},
+    "checking": {"types", "training_args", "tasks", "distill"},
     "steering": {"types", "training_args", "storing", "run"},
     "phase": {"types", "progress", "tasks", "storing", "steering", "phase_state"},
     "trainer": {

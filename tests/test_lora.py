@@ -160,7 +160,8 @@ def test_a_teacher_helps_in_the_first_session(term: str, tmp_path: Path) -> None
         teach = CDLTrainer(teacher, arguments(tmp_path / "t"), role="teacher")
         set_seed(2)
         terms = [] if name is None else [(name, TERMS[name](TERMS[name].config_class(), student.shape, teacher.shape))]
-        learn = CDLTrainer(student, arguments(tmp_path / "s"), Objective(0.5, terms), teacher=teacher)
+        asked = teacher if terms else None
+        learn = CDLTrainer(student, arguments(tmp_path / "s"), Objective(0.5, terms), teacher=asked)
         for task in stream():
             teach.learn(task)
             learn.learn(task)

@@ -83,7 +83,9 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
     for role in ("teacher", "student"):
         arguments = CDLTrainingArguments(str(tmp_path / "work"), **recipe.training_args(role))
         objective = build_objective(recipe, role, models)
-        trainer = CDLTrainer(models[role], arguments, objective, models["teacher"], role)
+        trainer = CDLTrainer(
+            models[role], arguments, objective, models["teacher"] if role == "student" else None, role
+        )
         trainer.seen = list(stream)
         objective.begin_task(models["teacher"])
         images = [stream[2].train[(number, 0)] for number in range(8)]

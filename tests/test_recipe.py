@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from hf_cdl.recipe import Recipe, build_recipe, idle_arguments, load_recipe
+from hf_cdl.recipe import BASELINES, Recipe, build_recipe, idle_arguments, load_recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_yaml
+from hf_cdl.tasks.words import ROLES
 from hf_cdl.training_args import CDLTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -243,8 +244,56 @@ def test_all_problems_in_one_message() -> None:
 
 def test_problems_of_the_shared_training_arguments_are_said_once() -> None:
     assert len(problems(changed(train={"learning_rat": 1}))) == 1
-    [line] = problems(changed(train={"save_strategy": False}))  # YAML's `no`
-    assert line == "'train.save_strategy' is False, but should be a valid string"
+    [line] = problems(changed(train={"save_strategy": True}))  # YAML's `yes`
+    assert line.startswith("'train.save_strategy' is True, but should be 'no', 'steps', 'epoch' or 'best'")
+
+
+@pytest.mark.parametrize("field", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_no_is_a_word_where_it_is_one_of_the_words(field: str, file: Path) -> None:
+    """YAML takes it for false: on the command line, in a file, and for one model."""
+    assert load(file, f"--train.{field}", "no").train[field] == "no"
+    assert build_recipe(changed(train={field: False})).train[field] == "no"
+    own = load(file, f"--student.train.{field}", "no").student.train
+    assert own is not None and own[field] == "no"
+
+
+def test_the_precision_is_the_recipe_s_and_not_the_launcher_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("no", "bf16", "fp16", "fp8"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+        if value == "no":
+            assert not build_recipe(changed()).train
+        else:
+            assert all("ACCELERATE_MIXED_PRECISION" in line and value in line for line in problems(changed()))
+        own = {"bf16": True, "use_cpu": True}
+        assert build_recipe(changed(train=own)).train == own, "it goes before the launcher's"
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        monkeypatch.setenv(variable, "false")
+        assert build_recipe(changed())
+        monkeypatch.setenv(variable, "true")
+        assert all(variable in line for line in problems(changed()))
+        monkeypatch.delenv(variable)
+
+
+def test_every_role_of_a_recipe_is_known() -> None:
+    assert {*ROLES} == {"student", "teacher", *BASELINES}
+
+
+def test_a_student_that_trains_has_a_loss_with_a_weight() -> None:
+    for terms in ([], [{"type": "kd", "weight": 0}]):
+        [line] = problems(changed(ce_weight=0, distill=terms))
+        assert "'ce_weight' is 0 and no term of 'distill' has a weight above 0" in line
+    assert build_recipe(changed(ce_weight=0)) and build_recipe(changed(ce_weight=0, distill=[{"type": "kd"}]))
+    fitted = {"student__prompt": {"type": "none"}, "student__head": {"type": "ncm"}}
+    assert build_recipe(changed(ce_weight=0, distill=[], **fitted)), "no loss trains it"
+
+
+@pytest.mark.parametrize("value", ["1:30", "1:30.5"])
+def test_minutes_are_no_number(value: str, file: Path) -> None:
+    """In YAML 1.1 they would be 90 and 90.5; a text may be like that."""
+    with pytest.raises(RecipeError, match=f"'train.num_train_epochs' is '{value}', but should be a valid number"):
+        load(file, "--train.num_train_epochs", value)
+    assert load(file, "--name", value).name == value
 
 
 # ---- what is taken ----

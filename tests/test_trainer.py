@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import make_data
 from test_contract import Pictures, arguments, model_of, stream, vit
-from transformers import ViTConfig, ViTImageProcessorPil, set_seed
+from transformers import TrainerCallback, ViTConfig, ViTImageProcessorPil, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
@@ -146,7 +147,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     want = {"student": {(16, 16)}, "teacher": {(24, 24)}, "query": {(16, 16)}}
     assert sides == {name: want[name] for name, part in parts.items() if part is not None}
 
-    alone = CDLTrainer(model_of("coda"), arguments(tmp_path / "alone", num_train_epochs=1), teacher=teacher_model)
+    alone = CDLTrainer(model_of("coda"), arguments(tmp_path / "alone", num_train_epochs=1))
     alone.learn(task)
     assert (processors["teacher"].counted(), processors["student"].counted()) == (0, images)
     ncm = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ncm"}))
@@ -375,3 +376,51 @@ def test_evaluation_knows_no_task_and_counts_every_image_once(tmp_path: Path) ->
         with torch.no_grad():
             predicted = model(pixels).logits.argmax(-1)  # over all classes
         assert (right, count) == (int((predicted == labels).sum()), len(labels))
+
+
+def test_evaluate_measures_the_dataset_that_it_is_given(tmp_path: Path) -> None:
+    """Among all classes of the model, under the name that is asked for; without one the newest task's, as before."""
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=1))
+    tasks = list(stream())[:2]
+    for task in tasks:
+        trainer.learn(task)
+    lines = len(trainer.state.log_history)
+    for task in tasks:
+        found = trainer.evaluate(task.test, metric_key_prefix="test")
+        assert found == {"test_accuracy": trainer.answer([task])["row"][0]}
+    assert len(trainer.state.log_history) == lines
+    assert trainer.evaluate().keys() >= {"eval_accuracy"}
+    assert "now_accuracy" in trainer.evaluate(metric_key_prefix="now")
+
+
+def test_what_a_trainer_is_given_stays_as_it_was(tmp_path: Path) -> None:
+    args = arguments(tmp_path, num_train_epochs=1)
+    before = dict(args.__dict__)
+    CDLTrainer(model_of("coda"), args).learn(TASK)
+    assert {**args.__dict__, "_n_gpu": before["_n_gpu"]} == before
+    teacher, student = pair(tmp_path, num_train_epochs=1)
+    teacher.learn(TASK)
+    for mode in (True, False):
+        fresh = pair(tmp_path, num_train_epochs=1)[1]
+        fresh.teacher = teacher.model.train(mode)
+        fresh.learn(TASK)
+        assert teacher.model.training is mode
+    assert student.args.save_strategy == "no"
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_step_begin", "on_epoch_end"])
+def test_a_callback_of_a_user_s_sees_validation_images_whatever_it_waits_for(event: str, tmp_path: Path) -> None:
+    class Mine(TrainerCallback):
+        pass
+
+    setattr(Mine, event, lambda self, args, state, control, **more: None)
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, eval_strategy="epoch"))
+    assert trainer._watched(TASK) is TASK.test, "a curve alone"
+    trainer.add_callback(Mine())
+    other = Pictures(range(len(TASK.class_names)))
+    assert trainer._watched(dataclasses.replace(TASK, validation=other)) is other
+    with pytest.raises(ValueError, match="Mine of the student would choose by test images"):
+        trainer.learn(TASK)
+    trainer.seen = [TASK]
+    with pytest.raises(ValueError, match="task-01 has no images that evaluate.. may read beside Mine"):
+        trainer.evaluate()

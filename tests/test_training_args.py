@@ -27,6 +27,7 @@ from transformers.utils import logging
 from hf_cdl import CDLTrainer, CDLTrainingArguments
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import RecipeError, build_recipe
+from hf_cdl.training_args import checks
 from hf_cdl.training_args.checks import OPTIMIZERS
 from hf_cdl.training_args.table import ARGUMENTS, NOT_IN_ALL, Refused, Used
 
@@ -140,7 +141,7 @@ KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
     "disable_tqdm": (True, {}, lambda t: t._phase_bar(total=1).disable),
     "eval_strategy": ("epoch", {}, lambda t: lines(t, "eval_accuracy") == 1),
     "eval_steps": (1, {"eval_strategy": "steps", "logging_steps": 3}, lambda t: lines(t, "eval_accuracy") == 3),
-    "eval_delay": (2, {**EVERY, "num_train_epochs": 1}, lambda t: lines(t, "eval_accuracy") == 0),
+    "eval_delay": (2, {"eval_strategy": "steps", "eval_steps": 1}, lambda t: lines(t, "eval_accuracy") == 2),
     "per_device_eval_batch_size": (5, {}, lambda t: answers(t) == 5),
     "dataloader_num_workers": (1, {}, lambda t: os.getpid() not in loaded_by(t)),
 }
@@ -264,7 +265,12 @@ def test_fp16_is_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tf32_is_switched_on_where_there_is_such_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     switched: list[bool] = []
-    monkeypatch.setattr(transformers.training_args, "is_torch_tf32_available", lambda: True)
+    with pytest.raises(
+        ValueError, match="tf32 is true, but this machine has no GPU that computes in it .*leave it out"
+    ):
+        made(tf32=True)
+    for module in (transformers.training_args, checks):
+        monkeypatch.setattr(module, "is_torch_tf32_available", lambda: True)
     monkeypatch.setattr(transformers.training_args, "enable_tf32", switched.append)
     for value in (True, False, None):
         made(tf32=value)
@@ -303,11 +309,15 @@ def test_checkpointing_is_refused_by_a_backbone_without_layers_for_it(tmp_path: 
         CDLTrainer(ImageClassifier(model), arguments(tmp_path, **{field: True}))
 
 
-def test_the_cache_is_emptied_every_so_many_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_emptied_every_so_many_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     emptied: list[int] = []
     monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda *_, **__: emptied.append(1))
-    assert same(trained(torch_empty_cache_steps=2)[1], base())
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=1))
+    trainer.args.torch_empty_cache_steps = 2  # as on a GPU
+    trainer.learn(TASK)
     assert len(emptied) == 2  # of steps 0, 1, 2
+    with pytest.raises(ValueError, match="torch_empty_cache_steps is set, but a CPU has no cache"):
+        made(torch_empty_cache_steps=2)
 
 
 @pytest.mark.parametrize("optim", [name for name, kind in OPTIMIZERS.items() if kind.package is None])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, check_classes, check_images
 from hf_cdl.types import CDLOutput
 
@@ -30,6 +31,7 @@ class DISTConfig:
     temperature: float = field(default=1.0, metadata={"help": "Temperature tau of both softmaxes."})
 
     def __post_init__(self):
+        check_types(self, "dist")
         if min(self.weight, self.beta, self.gamma) < 0 or self.temperature <= 0:
             raise ValueError(
                 f"dist needs weight, beta and gamma >= 0 and temperature > 0; got {self.weight}, {self.beta}, "

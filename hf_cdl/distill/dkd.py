@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, check_classes
 from hf_cdl.types import CDLOutput
 
@@ -31,6 +32,7 @@ class DKDConfig:
     temperature: float = field(default=4.0, metadata={"help": "Temperature tau of all softmaxes."})
 
     def __post_init__(self):
+        check_types(self, "dkd")
         if min(self.weight, self.alpha, self.beta) < 0 or self.temperature <= 0:
             raise ValueError(
                 f"dkd needs weight, alpha and beta >= 0 and temperature > 0; got {self.weight}, {self.alpha}, "

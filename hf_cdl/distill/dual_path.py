@@ -34,6 +34,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import kd_loss
 from hf_cdl.distill.prompt_path import PromptPath
 from hf_cdl.types import CDLOutput, ModelShape
@@ -66,6 +67,7 @@ class DualPathConfig:
     kernels: tuple[int, ...] = _help((3, 5, 7), "Kernel sizes of the partial convolutions.")
 
     def __post_init__(self):
+        check_types(self, "dual_path")
         weights = (self.weight, self.beta_o, self.beta_p, self.lambda_y, self.copy_rate, self.warmup_steps)
         if min(weights) < 0 or not 0 <= self.rho <= 1 or self.temperature <= 0:
             raise ValueError(

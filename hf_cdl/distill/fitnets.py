@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, hidden_state, same_tokens
 from hf_cdl.types import CDLOutput, ModelShape
 
@@ -27,6 +28,7 @@ class FitNetsConfig:
     weight: float = field(default=0.1, metadata={"help": "Weight of the term."})
 
     def __post_init__(self):
+        check_types(self, "fitnets")
         if self.weight < 0:
             raise ValueError(f"fitnets needs weight >= 0; got {self.weight}.")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, check_classes, kd_loss
 from hf_cdl.types import CDLOutput
 
@@ -24,6 +25,7 @@ class KDConfig:
     standardise: bool = field(default=False, metadata={"help": "Standardise the logits of each sample first (LSKD)."})
 
     def __post_init__(self):
+        check_types(self, "kd")
         if self.weight < 0 or self.temperature <= 0:
             raise ValueError(f"kd needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}.")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, kd_loss
 from hf_cdl.types import CDLOutput
 
@@ -22,6 +23,7 @@ class KDHeadConfig:
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
 
     def __post_init__(self):
+        check_types(self, "A KD head")
         if self.weight < 0 or self.temperature <= 0:
             raise ValueError(
                 f"A KD head needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}."

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term
 from hf_cdl.types import CDLOutput
 
@@ -25,6 +26,7 @@ class LabelSmoothingConfig:
     epsilon: float = field(default=0.1, metadata={"help": "Share of the uniform distribution in the labels."})
 
     def __post_init__(self):
+        check_types(self, "label_smoothing")
         if self.weight < 0 or not 0 <= self.epsilon <= 1:
             raise ValueError(
                 f"label_smoothing needs weight >= 0 and epsilon from 0 to 1; got {self.weight} and {self.epsilon}."

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types, fits, short
 from hf_cdl.types import CDLOutput, ModelShape
 
 Role = Literal["student", "teacher"]
@@ -54,6 +55,7 @@ class Term(nn.Module, ABC):
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
         super().__init__()
+        check_types(config, type(config).__name__)  # once more, for the configs of others
         self.config, self.student, self.teacher = config, student, teacher
         self.needs: dict[Role, tuple[int, ...]] = {}
 
@@ -93,14 +95,20 @@ class Objective(nn.Module):
 
     def __init__(self, ce_weight: float = 1.0, terms: Sequence[tuple[str, Term]] = ()):
         super().__init__()
-        if not math.isfinite(ce_weight) or ce_weight < 0:
-            raise ValueError(f"ce_weight is {ce_weight}, but a weight must be a finite number of at least 0.")
+        if not fits(ce_weight, float) or ce_weight < 0:
+            raise ValueError(f"ce_weight is {short(ce_weight)}, but a weight must be a finite number of at least 0.")
+        for name, term in (pairs := list(terms.items() if isinstance(terms, Mapping) else terms)):
+            if not isinstance(term, Term):
+                raise ValueError(
+                    f"The term {name} is {short(term)}, but must be one that was made for both models: "
+                    "TERMS['kd'](config, student.shape, teacher.shape)."
+                )
         self.ce_weight = ce_weight
         self.terms = nn.ModuleDict()
-        for name, term in terms:
+        for name, term in pairs:
             count = sum(key == name or key.startswith(f"{name}_") for key in self.terms)
             self.terms[f"{name}_{count + 1}" if count else name] = term
-        consulted = [name for name, term in terms if type(term).consult is not Term.consult]
+        consulted = [name for name, term in pairs if type(term).consult is not Term.consult]
         if len(consulted) > 1:
             raise ValueError(f"The terms {', '.join(consulted)} each put a path beside the teacher's own; keep one.")
 
@@ -121,7 +129,12 @@ class Objective(nn.Module):
         return self.ce_weight > 0 or any(term.compares_classes for term in terms)
 
     def check(self, classes: int, images: int) -> None:
-        """Raise ValueError if a term learns nothing from so many classes in batches of so many images."""
+        """Raise ValueError if nothing is learnt from so many classes in batches of so many images."""
+        if self.ce_weight <= 0 and all(term.config.weight <= 0 for term in self._terms()):
+            raise ValueError(
+                "ce_weight is 0 and no term has a weight above 0, so nothing would be learnt: give one of "
+                "them a weight."
+            )
         for term in self._terms():
             term.check(classes, images)
 

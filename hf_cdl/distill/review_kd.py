@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, hidden_state, same_tokens
 from hf_cdl.types import CDLOutput, ModelShape
 
@@ -32,6 +33,7 @@ class ReviewKDConfig:
     weight: float = field(default=0.2, metadata={"help": "Weight of the term."})
 
     def __post_init__(self):
+        check_types(self, "review_kd")
         if self.weight < 0:
             raise ValueError(f"review_kd needs weight >= 0; got {self.weight}.")
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_types
 from hf_cdl.distill.objective import Term, check_images
 from hf_cdl.types import CDLOutput
 
@@ -29,6 +30,7 @@ class SimilarityConfig:
     weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
 
     def __post_init__(self):
+        check_types(self, "similarity")
         if self.weight < 0:
             raise ValueError(f"similarity needs weight >= 0; got {self.weight}.")
 

@@ -18,6 +18,7 @@ from hf_cdl.recipe.checks import (
     check_model,
     check_terms,
     check_training,
+    check_weights,
     idle_arguments,
 )
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
@@ -76,6 +77,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
     recipe = build_typed(Recipe, content, "", problems)
     if not problems:
         check_idle(recipe, problems)
+        check_weights(recipe, problems)
     _refuse(problems)
     student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
     return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))

@@ -289,6 +289,17 @@ def check_training(content: dict[str, Any], role: str, problems: list[str]) -> N
             problems.append(f"train ({role}): {error}")
 
 
+def check_weights(recipe: Recipe, problems: list[str]) -> None:
+    """Of the losses of a student that trains, one has a weight."""
+    if _trains(recipe.student) and recipe.ce_weight == 0:
+        defaults = {name: term.config_class().weight for name, term in TERMS.items()}
+        if not any(term.get("weight", defaults[term["type"]]) > 0 for term in recipe.distill):
+            problems.append(
+                "'ce_weight' is 0 and no term of 'distill' has a weight above 0, so nothing would be learnt; give one "
+                "of them a weight"
+            )
+
+
 def idle_arguments(recipe: Recipe) -> list[str]:
     """Training arguments of a recipe that have no effect, since no loss trains what they are of: heads are fitted."""
     sections = {"teacher": recipe.teacher, "student": recipe.student}

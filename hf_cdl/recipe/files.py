@@ -68,6 +68,8 @@ class _Loader(yaml.SafeLoader):
             raise _Refused(_DEEP if self.depth > _DEPTH else _MANY)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
+            node.tag = "tag:yaml.org,2002:str"  # 1:30 is 90 in YAML 1.1, and nobody means that
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
             raise _Refused(f"it has a number of {len(node.value):,} characters")
         return node

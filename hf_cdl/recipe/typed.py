@@ -7,6 +7,7 @@ import difflib
 import math
 import types
 import typing
+from enum import Enum
 from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -64,6 +65,8 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    if value is False and "no" in _words(hint):
+        value = "no"  # which is false in YAML, in a file as on the command line
     try:
         typed = TypeAdapter(hint).validate_python(value)
         if _turned(value, typed):
@@ -77,6 +80,16 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         wanted = "; or ".join(dict.fromkeys(words.replace("Input should", "should") for words in said))
         problems.append(f"'{name}' is {value!r}, but {wanted}")
         return WRONG
+
+
+def _words(hint: Any) -> set[Any]:
+    """The words that a type lists."""
+    kind = typing.get_origin(hint)
+    if kind is typing.Literal:
+        return {*typing.get_args(hint)}
+    if kind in (typing.Union, types.UnionType):
+        return {word for option in typing.get_args(hint) for word in _words(option)}
+    return {member.value for member in hint} if isinstance(hint, type) and issubclass(hint, Enum) else set()
 
 
 def _turned(before: Any, after: Any) -> bool:

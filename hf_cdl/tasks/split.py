@@ -13,6 +13,7 @@ from PIL import Image
 from hf_cdl.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.tasks.cells import Cells
 from hf_cdl.tasks.transforms import Preprocess
+from hf_cdl.tasks.words import check_role
 
 _CLIPPED = (
     "has 16 bits a channel, which the pipeline of a plain checkpoint (model: classifier) would clip at 255; save it "
@@ -52,7 +53,10 @@ class TaskSplit:
         """The same images as the model of the first role sees them, in `pixel_values`.
 
         Each further role with another view of them adds `ROLE_pixel_values`: of an augmented view, the same crop.
+        A role without a view sees what the first one sees; a misspelt one raises ValueError.
         """
+        for role in roles:
+            check_role(role)
         return replace(self, roles=roles)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
@@ -117,7 +121,7 @@ class TaskSplit:
     def examine(self, index: int, plain: bool = False) -> Finding:
         """What is wrong with an image; `plain`: for transformers' own pipeline, too, which clips 16 bits."""
         try:
-            image, wide = self._decode(index)
+            image, wide, deep = self._decode(index)
         except ImageError as error:
             return Finding(str(error))
         if wide and plain:
@@ -125,6 +129,6 @@ class TaskSplit:
         ranges = image.getextrema()
         if all(low == high for low, high in ranges):  # type: ignore[misc]
             return Finding(None, f"is of one colour, {image.getpixel((0, 0))}")
-        if wide and max(high for _, high in ranges) < 16:  # type: ignore[misc]
+        if deep and max(high for _, high in ranges) < 16:  # type: ignore[misc]
             return Finding(None, "is almost black: its 16 bits hold values below 4096 (12-bit data?); multiply by 16")
         return Finding(None)

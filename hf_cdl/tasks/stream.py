@@ -26,7 +26,7 @@ from hf_cdl.tasks.settings import StreamConfig
 from hf_cdl.tasks.split import TaskSplit
 from hf_cdl.tasks.tables import check_tables, choose_columns, choose_splits, draw_rows, load_splits, read_labels
 from hf_cdl.tasks.transforms import Preprocess, same_view
-from hf_cdl.tasks.words import nfc, some
+from hf_cdl.tasks.words import check_role, nfc, some
 from hf_cdl.types import Task
 
 
@@ -53,6 +53,8 @@ class TaskStream:
                 f"config is of the type {type(config).__name__}, but must be a StreamConfig: "
                 "StreamConfig(path=..., classes_per_task=...)."
             )
+        for role in processors if isinstance(processors, Mapping) else ():
+            check_role(role)
         held_out = config.test_fraction
         preset = BENCHMARKS.get(config.path or "", {}) if dataset is None else {}
         config = replace(config, **{k: v for k, v in preset.items() if k == "path" or getattr(config, k) is None})

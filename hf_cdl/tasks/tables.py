@@ -68,7 +68,7 @@ def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Data
     if isinstance(dataset, Dataset):
         if test_fraction is None:
             raise ValueError("dataset is one Dataset, without test images. Set test_fraction, or give a DatasetDict.")
-        return {"train": dataset}
+        dataset = {"train": dataset}
     tables = dataset if isinstance(dataset, Mapping) else {}
     wrong = {f"dataset[{split!r}]": table for split, table in tables.items() if not isinstance(table, Dataset)}
     if not tables or wrong:
@@ -79,6 +79,12 @@ def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Data
             way = "Load it without streaming=True, or make one by Dataset.from_generator"
         empty = "empty and " if given is tables else ""
         raise ValueError(f"{where} is {empty}of the type {kind}, but must be {needed}. {way}.")
+    if changed := [split for split, table in tables.items() if table.format["type"] == "custom"]:
+        raise ValueError(
+            f"dataset[{changed[0]!r}] has a transform (with_transform, set_transform), which would not be used: image "
+            "processors and augmentation make the pixel values. Take it off by with_format(None), or change the "
+            "images themselves by map."
+        )
     return {str(split): table for split, table in tables.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -14,6 +15,8 @@ USUAL_SPLITS = {  # the words of `datasets`, the most usual first
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+ROLES = ("student", "teacher", "nearest_class_mean", "linear_head")
+"""The roles of recipes; who trains without one may name others."""
 USUAL_LABELS = ("label", "labels", "fine_label", "class", "class_name", "target")
 
 
@@ -27,6 +30,15 @@ def some(items: Iterable[Any], limit: int = 10) -> str:
 def nfc(name: str) -> str:
     """The name as Unicode composes it: macOS and Linux write the same letter in two ways."""
     return unicodedata.normalize("NFC", name)
+
+
+def check_role(role: Any) -> None:
+    """Raise ValueError for what is no name of a role, and for a name that is almost one of the known: techer."""
+    near = difflib.get_close_matches(role, ROLES, n=1) if isinstance(role, str) else []
+    if role in ROLES or (isinstance(role, str) and role.strip() and not near):
+        return
+    way = f"did you mean {near[0]!r}?" if near else "it must be a name."
+    raise ValueError(f"The role {readable(repr(role))} is none of {', '.join(ROLES)}; {way}")
 
 
 def role_of(name: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from hf_cdl.training_args.checks import STEERED, Problem, find_problems
 
@@ -52,7 +53,7 @@ class CDLTrainingArguments(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
     )
-    save_strategy: str = field(
+    save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to store the state that a resume starts from."}
     )
     restore_callback_states_from_checkpoint: bool = field(
@@ -90,6 +91,8 @@ class CDLTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 is true, but a CPU does not train in it; use bf16.")
+        if self.torch_empty_cache_steps is not None and self.device.type == "cpu":
+            raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
     def go_by_accuracy(self) -> None:
         """Have the accuracy decide which state is best: evaluation during training measures nothing else."""

@@ -13,6 +13,7 @@ import torch
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import trainer_log_levels
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from hf_cdl.trackers import TRACKERS, wandb_problem
 from hf_cdl.training_args.table import ARGUMENTS, Refused
@@ -62,6 +63,15 @@ _CHOICES: dict[str, list[str]] = {
 }
 
 
+_SHARDED = (
+    ("ACCELERATE_USE_FSDP", "use_fsdp", "fsdp"),
+    ("ACCELERATE_USE_DEEPSPEED", "use_deepspeed", "deepspeed"),
+    ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "parallelism_config"),
+    ("ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
+)
+"""Variables by which `accelerate launch` asks for models in parts, its options, and the arguments of that name."""
+
+
 class Problem(NamedTuple):
     """What is wrong with a field, to be read behind its name."""
 
@@ -76,7 +86,7 @@ def find_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[Prob
     found = [problem for name in values if name in given for problem in _alone(name, values[name])]
     if found:  # the rules between fields count on values that make sense
         return found
-    rules = (_duration, _schedule, _optimizer, _precision, _steps, _steering, _loading, _tracking)
+    rules = (_duration, _schedule, _optimizer, _precision, _launch, _steps, _steering, _loading, _tracking)
     return [problem for rule in rules for problem in rule(values, given)]
 
 
@@ -217,6 +227,36 @@ def _precision(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
         yield Problem("bf16", "and fp16 are both true; keep one of them")
     if v["fp16"] and v["use_cpu"]:
         yield Problem("fp16", "is true, but a CPU (use_cpu) does not train in it; use bf16")
+    if v["tf32"] and not is_torch_tf32_available():
+        yield Problem(
+            "tf32", "is true, but this machine has no GPU that computes in it (Ampere or newer); leave it out"
+        )
+
+
+def _launch(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
+    """What the environment of `accelerate launch` asks for beside the arguments: it would be recorded nowhere."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    own = next((name for name in ("bf16", "fp16") if v[name]), "no")
+    if precision not in ("no", "none", "", own) and own == "no":
+        way = f"set {precision} true (train.{precision} in a recipe)" if precision in ("bf16", "fp16") else "set bf16"
+        yield Problem(
+            precision if precision in ("bf16", "fp16") else "bf16",
+            f"is not set, but ACCELERATE_MIXED_PRECISION is {precision} (accelerate launch --mixed_precision, or "
+            f"accelerate config); the precision is said here alone: {way}, or launch with --mixed_precision no",
+        )
+    for variable, option, name in _SHARDED:
+        if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on"):
+            yield Problem(
+                name,
+                f"is asked for by {variable} (accelerate launch --{option}, or accelerate config), but models are "
+                "small enough for one device; leave it out of the launch",
+            )
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
+        yield Problem(
+            "torch_compile",
+            f"is asked for by ACCELERATE_DYNAMO_BACKEND {backend} (accelerate launch --dynamo_backend, or accelerate "
+            "config), but compiled models are not supported; leave it out of the launch",
+        )
 
 
 def _steps(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:

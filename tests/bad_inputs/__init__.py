@@ -9,7 +9,8 @@ from bad_inputs.parts import Parts, make_parts
 from bad_inputs.recipes import ROWS as RECIPES
 from bad_inputs.runner import Row, check
 from bad_inputs.runs import ROWS as RUNS
+from bad_inputs.trainers import ROWS as TRAINERS
 
-ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *RUNS, *HUB]
+ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *HUB]
 
 __all__ = ["ROWS", "Parts", "Row", "check", "make_parts"]

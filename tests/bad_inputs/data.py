@@ -272,6 +272,11 @@ ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ig
 CALLS = [
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
+    call(
+        "tables with a transform that would not be used",
+        lambda p: TaskStream(ONE_EACH, {}, dataset=both().with_transform(dict)),
+        "with_transform",
+    ),
     call("an image without processors", lambda p: TaskStream(ONE_EACH, {}, dataset=both())[0].train[0], "processor"),
     call("images of known classes", lambda p: TaskStream(KNOWN, p, dataset=both()), "class b (task 1)"),
     call("known classes alone", lambda p: TaskStream(ALL_KNOWN, p, dataset=both()), "known_classes"),

@@ -149,7 +149,7 @@ TYPES = [
     training("lr_scheduler_type|zigzag", lr_scheduler_type="zigzag"),
     training("optim|adammm", optim="adammm"),
     training("save_strategy", save_strategy="sometimes"),
-    training("save_strategy", save_strategy=False),  # YAML's `no`
+    training("save_strategy", save_strategy=True),  # YAML's `no`
     training("eval_strategy", eval_strategy="epochs"),
     training("report_to|tensorbord", report_to="tensorbord"),
 ]
@@ -268,6 +268,12 @@ MISSING = [
 ]
 
 AGAINST_EACH_OTHER = [
+    field({"ce_weight": 0, "distill": []}, "ce_weight", "distill"),
+    field({"ce_weight": 0, "distill": [{"type": "kd", "weight": 0}]}, "ce_weight", "distill"),
+    training("tf32", tf32=True),
+    training("torch_empty_cache_steps", torch_empty_cache_steps=2),
+    training("eval_delay", eval_strategy="epoch", eval_delay=5),
+    training("num_train_epochs", num_train_epochs="1:30"),
     field({"teacher": None}, "distill.0", "teacher"),
     field({"distill": [{"type": "kdp"}, {"type": "kd_token"}]}, "distill.1", "kd_prompt"),
     field({"distill": [{"type": "prompt_mapping"}, {"type": "kdp"}]}, "mapping", "kd_prompt"),

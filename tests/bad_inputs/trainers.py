@@ -1,0 +1,167 @@
+"""Trainers, their arguments and terms, made and asked in Python, as they cannot be meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, TrainerCallback, TrainingArguments
+
+from bad_inputs.models import INF, NAN, begun, fresh
+from bad_inputs.parts import Parts
+from bad_inputs.runner import WAY, Row, rows
+from hf_cdl import CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
+from hf_cdl.distill import TERMS, Objective
+
+
+def call(name: str, act: Callable[[Parts], Any], *says: str) -> Row:
+    def make(parts: Parts) -> Callable[[], Any]:
+        Path("work").mkdir()  # as every Trainer does
+        Path("names.txt").write_text("cat\ndog\n")
+        return lambda: act(parts)
+
+    return Row(name, make, says, WAY)
+
+
+def stream(parts: Parts, **fields: Any) -> TaskStream:
+    return TaskStream(
+        StreamConfig(path=str(parts.data), classes_per_task=2),
+        AutoImageProcessor.from_pretrained(parts.student),
+        **fields,
+    )
+
+
+def first_split(parts: Parts) -> Any:
+    return stream(parts)[0].train
+
+
+def trainer(parts: Parts, args: Any = None, learnt: bool = False, **fields: Any) -> CDLTrainer:
+    args = args or CDLTrainingArguments("work", use_cpu=True, num_train_epochs=1, report_to="none")
+    made = CDLTrainer(fresh(parts), args, **fields)
+    if learnt:
+        made.learn(stream(parts)[0])
+    return made
+
+
+def made(name: str, fields: dict[str, Any], *says: str) -> Row:
+    return call(f"a trainer with {name}", lambda parts: trainer(parts, **fields), *says)
+
+
+def asked(name: str, act: Callable[[CDLTrainer, Parts], Any], *says: str, learnt: bool = False) -> Row:
+    return call(f"a trainer that {name}", lambda parts: act(trainer(parts, learnt=learnt), parts), *says)
+
+
+def configured_term(kind: str, says: str, **fields: Any) -> Row:
+    return call(f"the term {kind} of {fields}", lambda parts: TERMS[kind].config_class(**fields), kind, says)
+
+
+def launched(variable: str, value: str, *says: str) -> Row:
+    """Arguments, in the environment of `accelerate launch`."""
+
+    def act(parts: Parts) -> None:
+        os.environ[variable] = value
+        CDLTrainingArguments("work", use_cpu=True)
+
+    return call(f"arguments beside {variable}={value}", act, variable, *says)
+
+
+def foreign_callback(parts: Parts) -> None:
+    class Mine(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            control.should_training_stop = True
+
+    args = CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch", report_to="none")
+    made = trainer(parts, args)
+    made.add_callback(Mine())
+    made.learn(stream(parts)[0])
+
+
+def late_evaluation(parts: Parts, **fields: Any) -> None:
+    once = {"use_cpu": True, "num_train_epochs": 1, "report_to": "none", **fields}
+    trainer(parts, CDLTrainingArguments("work", **once)).learn(stream(parts)[0])
+
+
+def listed_names(parts: Parts) -> None:
+    with open("names.txt") as file:
+        fresh(parts).begin_task(file)  # type: ignore[arg-type]
+
+
+TRAINERS = [
+    made("a role that is misspelt", {"role": "techer"}, "techer", "did you mean 'teacher'"),
+    made("a baseline that is misspelt", {"role": "linear_haed"}, "linear_haed", "did you mean 'linear_head'"),
+    made("a split that is misspelt", {"eval_split": "vali"}, "vali", "validation"),
+    made("a negative number of tasks", {"num_tasks": -3}, "num_tasks"),
+    made("a share of tasks", {"num_tasks": 1.5}, "num_tasks"),
+    made("arguments of transformers", {"args": TrainingArguments("work", use_cpu=True)}, "CDLTrainingArguments"),
+    made("a number for an objective", {"objective": 0.5}, "objective"),
+    made("a word for a teacher", {"teacher": "dino"}, "teacher"),
+    call(
+        "a trainer with a teacher that nothing asks",
+        lambda parts: trainer(parts, teacher=fresh(parts)),
+        "teacher",
+        "leave the teacher out",
+    ),
+    asked("measures before it learnt", lambda made, parts: made.evaluate(), "learn"),
+    asked("measures the tasks before it learnt", lambda made, parts: made.evaluate_seen(), "learn"),
+    asked("learns None", lambda made, parts: made.learn(None), "None", "Task|tasks"),  # type: ignore[arg-type]
+    asked("learns a stream", lambda made, parts: made.learn(stream(parts)), "TaskStream"),  # type: ignore[arg-type]
+    asked("answers nothing", lambda made, parts: made.answer([]), "empty"),
+    asked("measures a number", lambda made, parts: made.evaluate(5), "int", learnt=True),
+    asked("measures a dict", lambda made, parts: made.evaluate({}), "dict", learnt=True),
+    asked(
+        "measures classes that it does not know",
+        lambda made, parts: made.evaluate(stream(parts)[1].test),
+        "label",
+        learnt=True,
+    ),
+    asked("predicts", lambda made, parts: made.predict(stream(parts)[0].test), "evaluate", learnt=True),
+    call(
+        "a trainer that measures images that are missing",
+        lambda parts: trainer(parts, eval_split="validation").learn(stream(parts)[0]),
+        "eval_split",
+        "validation",
+    ),
+    call("a callback of one's own that could stop by test images", foreign_callback, "Mine", "validation"),
+    call(
+        "an evaluation after the last epoch",
+        lambda parts: late_evaluation(parts, eval_strategy="epoch", eval_delay=2),
+        "eval_delay",
+    ),
+    call(
+        "an evaluation after the last step",
+        lambda parts: late_evaluation(parts, eval_strategy="steps", eval_steps=1, eval_delay=500),
+        "eval_delay",
+    ),
+    call("an objective of no weight", lambda parts: trainer(parts, None, True, objective=Objective(0.0)), "ce_weight"),
+    call("an objective of a word", lambda parts: Objective("1"), "ce_weight"),  # type: ignore[arg-type]
+    call("an objective of a class", lambda parts: Objective(1.0, [("kd", TERMS["kd"])]), "kd"),  # type: ignore[list-item]
+    call("an image for a role that is misspelt", lambda parts: first_split(parts).seen_by("teahcer"), "teahcer"),
+    call(
+        "a processor of a role that is misspelt",
+        lambda parts: TaskStream(StreamConfig(path=str(parts.data)), {"studnt": object()}),  # type: ignore[dict-item]
+        "studnt",
+    ),
+    configured_term("kd", "temperature", temperature=NAN),
+    configured_term("kd", "temperature", temperature="2"),
+    configured_term("kd", "weight", weight=INF),
+    configured_term("kd", "weight", weight=True),
+    configured_term("kd", "standardise", standardise="no"),
+    configured_term("dkd", "beta", beta=NAN),
+    configured_term("dist", "beta", beta=NAN),
+    configured_term("dual_path", "lambda_y", lambda_y=NAN),
+    configured_term("dual_path", "beta_o", beta_o=NAN),
+    configured_term("dual_path", "head_init", head_init="x"),
+    configured_term("dual_path", "copy_rate", copy_rate=NAN),
+    configured_term("dual_path", "warmup_steps", warmup_steps=1.5),
+    launched("ACCELERATE_MIXED_PRECISION", "bf16", "bf16", "recipe"),
+    launched("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
+    launched("ACCELERATE_USE_FSDP", "true", "fsdp"),
+    launched("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+    launched("ACCELERATE_DYNAMO_BACKEND", "EAGER", "torch_compile"),
+    call("begin_task of an open file", listed_names, "TextIOWrapper", "list"),
+    begun("one name in two ways of Unicode's", ["\u00e9", "e\u0301"], "\u00e9"),
+]
+
+ROWS = rows("trainer", TRAINERS)
