@@ -119,7 +119,7 @@ def check_training(
 
 
 def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
-    """Raise ValueError if an evaluation during training would come after the end of a phase on so many images."""
+    """Raise ValueError if the first evaluation during training would come after a phase's end on so many images."""
     rounds = count_rounds(images, args.per_device_train_batch_size, args.dataloader_drop_last, args.world_size)
     per_epoch = max(1, -(-rounds // args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)

@@ -78,7 +78,8 @@ def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) ->
         terms.append((fields["type"], kind(config, student.shape, teacher.shape)))
     epochs = {} if "max_steps" in train else {"num_train_epochs": 3}
     args = arguments(folder, **{**epochs, "optim": "sgd", "learning_rate": 0.05, **train})
-    return CDLTrainer(student, args, Objective(0.5, terms), teacher, run=run)
+    objective = Objective(0.5, terms)
+    return CDLTrainer(student, args, objective, teacher if objective.needs_teacher else None, run=run)
 
 
 def learnt(case: str, images: int, folder: Path, **train: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:

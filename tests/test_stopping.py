@@ -101,7 +101,7 @@ STOPPED = "Stopped. Nothing finished is lost; the same command goes on from ther
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_a_command(command: Callable[..., list[str]], begin: Begin, number: signal.Signals) -> None:
     words = [sys.executable, *command()]
-    process, _ = begin(words, restore_signals=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process, _ = begin(words, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))  # also under nohup
     process.send_signal(number)
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number

@@ -492,7 +492,9 @@ def test_a_wrong_call_as_a_process_says_one_thing_on_stderr(tmp_path: Path) -> N
         [sys.executable, str(TRAIN), "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path, env=_offline()
     )
     assert process.returncode == 2 and process.stdout == ""
-    assert process.stderr == "error: Cannot read the recipe nowhere.yaml: No such file or directory.\n"
+    assert (
+        process.stderr == "error: Cannot read the recipe nowhere.yaml: No such file or directory. Give a YAML file.\n"
+    )
     assert not list(tmp_path.iterdir())
 
 

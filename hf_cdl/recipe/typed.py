@@ -20,7 +20,7 @@ WRONG: Any = object()  # stands for a value that was reported
 def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any:
     """An instance of the dataclass `kind` from a dict; WRONG after adding to `problems` what is wrong with it."""
     if not isinstance(content, dict):
-        problems.append(f"{path or 'the recipe'} must have fields, but is {content!r}")
+        problems.append(f"{path or 'the recipe'} must have fields, but is {_short(content)}")
         return WRONG
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
@@ -70,7 +70,7 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     try:
         typed = TypeAdapter(hint).validate_python(value)
         if _turned(value, typed):
-            problems.append(f"'{name}' is {value!r}, but should be a number, not yes or no")
+            problems.append(f"'{name}' is {_short(value)}, but should be a number, not yes or no")
             return WRONG
         return typed
     except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
@@ -78,7 +78,7 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
     except ValidationError as error:
         said = ("should have more values" if line["type"] == "missing" else line["msg"] for line in error.errors())
         wanted = "; or ".join(dict.fromkeys(words.replace("Input should", "should") for words in said))
-        problems.append(f"'{name}' is {value!r}, but {wanted}")
+        problems.append(f"'{name}' is {_short(value)}, but {wanted}")
         return WRONG
 
 
@@ -90,6 +90,11 @@ def _words(hint: Any) -> set[Any]:
     if kind in (typing.Union, types.UnionType):
         return {word for option in typing.get_args(hint) for word in _words(option)}
     return {member.value for member in hint} if isinstance(hint, type) and issubclass(hint, Enum) else set()
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _turned(before: Any, after: Any) -> bool:
