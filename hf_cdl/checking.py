@@ -74,16 +74,17 @@ def asks_teacher(model: Any, objective: Objective) -> bool:
     return objective.needs_teacher or (model.fitted and model.head.needs_teacher)
 
 
-def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
-    """Raise ValueError if a role could not learn a task with that model, objective and those arguments.
+def check_served(model: Any, task: Task) -> None:
+    """Raise ImageError for training images that a checkpoint served without hf_cdl would see otherwise."""
+    if model.served_plainly and isinstance(task.train, TaskSplit):
+        task.train.check_8_bits()
 
-    So do images that its checkpoint, served without hf_cdl, would see otherwise (ImageError).
-    """
+
+def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
+    """Raise ValueError if a role could not learn a task with that model, objective and those arguments."""
     images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
     if not images:
         raise ValueError(f"{title}: it has no training images.")
-    if model.served_plainly and isinstance(task.train, TaskSplit):
-        task.train.check_8_bits()
     if images < 2 and model.unmeasured:
         raise ValueError(
             f"{title}: its head's standardise is first_task, but the deviation of one image is 0. Give the first task "

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_cdl.answers import calibration_error, class_accuracy, judge
-from hf_cdl.checking import check_items, check_names, check_parts, check_task, check_tasks
+from hf_cdl.checking import check_items, check_names, check_parts, check_served, check_task, check_tasks
 from hf_cdl.distill import Objective
 from hf_cdl.phase import PhaseTrainer, peak_memory
 from hf_cdl.progress import PhaseProgress, progress_bar
@@ -111,6 +111,7 @@ class CDLTrainer(PhaseTrainer):
         done = self.run is not None and self.run.result(self.role, task) is not None
         came_with = self._came_with(task)
         if not done and not came_with:
+            check_served(self.model, task)
             check_task(self.role, self.model, self.objective, self.args, task)
             self.check(task)
         self.seen.append(task)
