@@ -91,7 +91,7 @@ def words(name: str, *arguments: Any, says: tuple[str, ...], way: str = WAY, scr
     """A command line; recipe.yaml in the current folder is right, and `{done}` is a finished run."""
 
     def make(parts: Parts) -> Act:
-        parts.workplace()
+        parts.put_recipe()
         return command(script, *(str(word).replace("{done}", str(parts.done)) for word in arguments))
 
     return Row(name, make, says, way)
@@ -270,7 +270,7 @@ def spec(
     """A comparison with these fields, after `before()`."""
 
     def make(parts: Parts) -> Act:
-        parts.workplace()
+        parts.put_recipe()
         variants = {
             "alone": {"rows": {"student": "alone"}},
             "other": {"rows": {"student": "other"}, "set": {"ce_weight": 0.2}},

@@ -64,7 +64,7 @@ def ask(name: str, *words: Any, says: tuple[str, ...], way: str = WAY, hub: bool
     """A command line about the repositories that are right."""
 
     def make(parts: Parts) -> Act:
-        parts.workplace("done")
+        parts.put_recipe("done")
         parts.copy("photos")
         return command(*words)
 

@@ -42,7 +42,7 @@ class Parts:
         """A copy that may be changed, in the current folder."""
         return Path(shutil.copytree(self.root / name, Path(to or name).absolute()))
 
-    def workplace(self, *runs: str) -> None:
+    def put_recipe(self, *runs: str) -> None:
         """recipe.yaml and all that it names, and the runs of it, in the current folder."""
         shutil.copy(self.root / "recipe.yaml", ".")
         for name in ("data", "teacher", "student", *runs):

@@ -30,7 +30,7 @@ def run(
     """The same command once more, or another one (`words`), for a run's folder that is damaged."""
 
     def make(parts: Parts) -> Command:
-        parts.workplace(of)
+        parts.put_recipe(of)
         damage(Path(of))
         script, *rest = words or ("train.py", "recipe.yaml", "--output_dir", of)
         return command(script, *rest)
