@@ -10,9 +10,9 @@ import base64
 import os
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
+from huggingface_hub.utils import get_session
 from PIL import Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
@@ -75,7 +75,8 @@ def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS)
     if isinstance(image, np.ndarray):
         return _from_array(image, max_pixels)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        return decode(httpx.get(image, timeout=timeout, follow_redirects=True).content, image, max_pixels)
+        answer = get_session().get(image, timeout=timeout, follow_redirects=True)
+        return decode(answer.content, image, max_pixels)
     if isinstance(image, str) and image.startswith("data:image/"):
         return decode(_bytes(image.partition(",")[2]), "data:image", max_pixels)
     if isinstance(image, str) and not os.path.exists(image):

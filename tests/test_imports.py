@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -180,3 +182,27 @@ print(json.dumps([sorted(after - before), sorted(after), names]))
     assert {"hf_cdl.tasks", "hf_cdl.trainer", "hf_cdl.run", "hf_cdl.recipe"}.isdisjoint(loaded)
     assert [name for name in added if not name.startswith(("hf_cdl", "transformers."))] == []
     assert names["TaskStream"] == "hf_cdl.tasks.stream" and names["CDLTrainer"] == "hf_cdl.trainer"
+
+
+def test_what_the_package_imports_is_installed_with_it():
+    """Named in pyproject.toml, or needed by a package that is: tools of development hide what is missing."""
+    named = {"PIL": "pillow", "yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    own = requires("hf-cdl") or []
+    declared = {re.split(r"[^\w-]", line)[0].lower() for line in own}
+    needed = {re.split(r"[^\w-]", line)[0].lower() for line in own if "extra ==" not in line}
+    for package in list(needed):
+        needed |= {re.split(r"[^\w-]", line)[0].lower() for line in requires(package) or [] if "extra ==" not in line}
+    top, inner = set[str](), set[str]()
+    for module, file in MODULES.items():
+        tree = ast.parse(file.read_text())
+        everywhere = imported(file.read_text(), module, file.name == "__init__.py")
+        inner |= {name.split(".")[0] for name in everywhere}
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            top |= {name.split(".")[0] for name in names}
+    known = {*sys.stdlib_module_names, "hf_cdl"}
+    missing = {name for name in top - known if named.get(name, name.replace("_", "-")).lower() not in needed}
+    assert not missing, f"imported by hf_cdl, but not installed with it: {sorted(missing)}"
+    lazy = {named.get(name, name.replace("_", "-")).lower() for name in inner - known}
+    assert lazy - needed - declared <= {"trackio", "wandb", "tensorboard"}
