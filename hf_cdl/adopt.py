@@ -32,6 +32,53 @@ def adopt(
     there is something in its place, and passes on those of `put`; then nothing is left of the try. Returns what takes
     the run away again, as long as nothing was learnt in it.
     """
+    with _started(folder) as made:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
+        count = origin["tasks"]
+        partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with saving(f"start the run in {folder}"):
+                make_folder(partial)
+                for role in origin["roles"]:
+                    put(role, partial / role / f"task-{count:02d}")
+                ledger = {
+                    **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+                    "class_names": results["student"]["class_names"][:count],
+                    "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
+                    "files": fingerprints(partial, partial),
+                    "origin": origin,
+                }
+                for role in origin["roles"]:
+                    publish(partial, ledger, role)
+                write_json(partial / "run.json", ledger)
+                (partial / "recipe.yaml").write_text(recipe_file)
+                sync_tree(partial)
+                if folder.exists():
+                    folder.rmdir()
+                replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+        def undo() -> None:
+            if not (folder / "run.json").exists():  # another process has taken it away
+                return
+            with _alone(folder / ".lock") as alone:
+                if not alone or _learnt(folder, count):  # it is another process's run as well by now
+                    return
+                for path in folder.iterdir():
+                    if path.name != ".lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _remove([] if was_there else [folder, *made])
+
+        return undo
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[list[Path]]:
+    """With nobody else making a run in the folder: the folders above that are new, gone again if that fails."""
     made: list[Path] = []
     with saving(f"start the run in {folder}"):
         made += make_folder(folder.parent)
@@ -39,62 +86,10 @@ def adopt(
         with _alone(folder.with_name(f".{folder.name}.lock")) as alone:
             if not alone:
                 raise RunError(f"Another process is starting a run in {folder}; wait for it or stop it first.")
-            return _adopt(folder, origin, results, put, recipe_file, made)
+            yield made
     except BaseException:
-        _remove(made)  # a try that failed leaves no folder behind
+        _remove(made)
         raise
-
-
-def _adopt(
-    folder: Path,
-    origin: dict[str, Any],
-    results: Mapping[str, dict[str, Any]],
-    put: Callable[[str, Path], Any],
-    recipe_file: str,
-    made: list[Path],
-) -> Callable[[], None]:
-    """As `adopt`, with nobody else at it; `made`: the folders above that are new."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
-    count = origin["tasks"]
-    partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with saving(f"start the run in {folder}"):
-            make_folder(partial)
-            for role in origin["roles"]:
-                put(role, partial / role / f"task-{count:02d}")
-            ledger = {
-                **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
-                "class_names": results["student"]["class_names"][:count],
-                "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
-                "files": fingerprints(partial, partial),
-                "origin": origin,
-            }
-            for role in origin["roles"]:
-                publish(partial, ledger, role)
-            write_json(partial / "run.json", ledger)
-            (partial / "recipe.yaml").write_text(recipe_file)
-            sync_tree(partial)
-            if folder.exists():
-                folder.rmdir()
-            replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-    def undo() -> None:
-        if not (folder / "run.json").exists():  # another process has taken it away
-            return
-        with _alone(folder / ".lock") as alone:
-            if not alone or _learnt(folder, count):  # it is another process's run as well by now
-                return
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _remove([] if was_there else [folder, *made])
-
-    return undo
 
 
 def _learnt(folder: Path, count: int) -> bool:

@@ -178,3 +178,15 @@ def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[
         code, output = train(file, "--output_dir", folder, *more)
         assert code == 0, output
         yield folder
+
+
+def class_means(folder: Path) -> Path:
+    """A recipe file of a student with class means on data of six classes, which lie beside it."""
+    recipe = {
+        "name": "tiny",
+        "data": {"path": str(make_data(folder / "data")), "classes_per_task": 2},
+        "student": {"backbone": str(make_backbone(folder / "backbone")), "head": {"type": "ncm"}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    return write_recipe(folder / "tiny.yaml", recipe)

@@ -9,7 +9,7 @@ from typing import Any
 
 import add_task
 import pytest
-from helpers import make_backbone, make_data, make_recipe, make_table, write_recipe
+from helpers import class_means, make_backbone, make_recipe, make_table, write_recipe
 from hub_server import TOKEN, HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
@@ -26,14 +26,7 @@ KNOWN = [["class a", "class b"], ["class c", "class d"]]
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of 6 classes, a run of all three tasks, and one of the first two, whose student has class means."""
     folder = tmp_path_factory.mktemp("source")
-    recipe = {
-        "name": "tiny",
-        "data": {"path": str(make_data(folder / "data")), "classes_per_task": 2},
-        "student": {"backbone": str(make_backbone(folder / "backbone")), "head": {"type": "ncm"}},
-        "baselines": [],
-        "train": {"use_cpu": True},
-    }
-    file = str(write_recipe(folder / "tiny.yaml", recipe))
+    file = str(class_means(folder))
     assert train_main([file, "--output_dir", str(folder / "whole")]) == 0
     assert train_main([file, "--output_dir", str(folder / "two"), "--data.max_classes", "4"]) == 0
     return folder

@@ -13,7 +13,7 @@ import compare
 import pytest
 import verify
 from filelock import FileLock
-from helpers import little_room, make_backbone, make_data, picture, write_recipe
+from helpers import class_means, little_room, picture
 from train import main as train_main
 
 from hf_cdl.ledger import read_ledger
@@ -23,14 +23,7 @@ from hf_cdl.ledger import read_ledger
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of 6 classes, and a run of four of them."""
     folder = tmp_path_factory.mktemp("source")
-    recipe = {
-        "name": "tiny",
-        "data": {"path": str(make_data(folder / "data")), "classes_per_task": 2},
-        "student": {"backbone": str(make_backbone(folder / "backbone")), "head": {"type": "ncm"}},
-        "baselines": [],
-        "train": {"use_cpu": True},
-    }
-    file = str(write_recipe(folder / "tiny.yaml", recipe))
+    file = str(class_means(folder))
     assert train_main([file, "--output_dir", str(folder / "run"), "--data.max_classes", "4"]) == 0
     return folder
 
