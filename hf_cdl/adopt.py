@@ -62,18 +62,21 @@ def adopt(
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
-        def undo() -> None:
-            if not (folder / "run.json").exists():  # another process has taken it away
-                return
-            with _alone(folder / ".lock") as alone:
-                if not alone or _learnt(folder, count):  # it is another process's run as well by now
-                    return
-                for path in folder.iterdir():
-                    if path.name != ".lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-            _remove([] if was_there else [folder, *made])
+        above = [] if was_there else [folder, *made]
+        return lambda: _take_away(folder, count, above)
 
-        return undo
+
+def _take_away(folder: Path, count: int, above: list[Path]) -> None:
+    """Undo the making of a run, unless something was learnt in it or another process is at it."""
+    if not (folder / "run.json").exists():  # another process has taken it away
+        return
+    with _alone(folder / ".lock") as alone:
+        if not alone or _learnt(folder, count):  # it is another process's run as well by now
+            return
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove(above)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
@@ -190,3 +193,16 @@ def class_means(folder: Path) -> Path:
         "train": {"use_cpu": True},
     }
     return write_recipe(folder / "tiny.yaml", recipe)
+
+
+def run_script(file: Path, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script as a command line runs it, in this process: its exit code."""
+    monkeypatch.setattr(sys, "argv", [str(file), *words])
+    monkeypatch.syspath_prepend(str(file.parent))
+    verbosity = hf_logging.get_verbosity()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(file), run_name="__main__")
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    return ended.value.code

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import runpy
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TRAIN, make_data, make_recipe, script, write_recipe
-from transformers.utils import logging as hf_logging
+from helpers import ROOT, TRAIN, make_data, make_recipe, run_script, script, write_recipe
 
 spec: Any = importlib.util.spec_from_file_location("train_recipe", TRAIN)
 train_recipe = importlib.util.module_from_spec(spec)
@@ -30,17 +27,10 @@ COMMANDS = [file for file in COMMANDS if file.stem != "stopping"]  # which the c
 def test_help(
     file: Path, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(file), word])
-    monkeypatch.syspath_prepend(str(file.parent))
     monkeypatch.chdir(tmp_path)
-    verbosity = hf_logging.get_verbosity()
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(file), run_name="__main__")
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    code = run_script(file, [word], monkeypatch)
     said = capfd.readouterr()
-    assert not ended.value.code and len(said.out.splitlines()) > 3 and not said.err
+    assert not code and len(said.out.splitlines()) > 3 and not said.err
     assert "python recipes/" in said.out or "accelerate launch recipes/" in said.out, "how it is called"
     assert not list(tmp_path.iterdir())
 

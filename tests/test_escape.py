@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
-from helpers import ROOT, make_backbone, picture, png, write_recipe
+from helpers import ROOT, make_backbone, picture, png, run_script, write_recipe
 from huggingface_hub import ModelCard
 from markup import state_html
 from states import Results
 from train import main as train_main
-from transformers.utils import logging as hf_logging
 
 from hf_cdl.card import card_files, model_card, shared
 from hf_cdl.escape import code, markdown, visible, visible_lines
@@ -207,18 +204,11 @@ def test_an_error_names_such_a_folder_as_text(
     backbone = make_backbone(tmp_path / "backbone") if name == "shrink.py" else None
     words = [word.format(bad=BAD, backbone=backbone) for word in COMMANDS[name]]
     file = ROOT / "recipes" / name
-    monkeypatch.setattr(sys, "argv", [str(file), *words])
-    monkeypatch.syspath_prepend(str(file.parent))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    verbosity = hf_logging.get_verbosity()
     capfd.readouterr()
-    try:
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(file), run_name="__main__")
-    finally:
-        hf_logging.set_verbosity(verbosity)
+    ended = run_script(file, words, monkeypatch)
     found = capfd.readouterr()
-    assert ended.value.code == 2 and "error: " in found.err and "Traceback" not in found.err
+    assert ended == 2 and "error: " in found.err and "Traceback" not in found.err
     assert not acting(found.out) and not acting(found.err[found.err.index("error: ") :]), found.err
     assert r"x\x1b[2J" in found.err
 
