@@ -31,8 +31,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processors, load_plugins
 from hf_cdl.recipe import load_recipe
+from hf_cdl.recipe.build import build_models, build_objective, build_processors, load_plugins
 
 disable_progress_bars()
 logging.disable_progress_bar()

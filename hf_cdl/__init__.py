@@ -11,16 +11,16 @@ from hf_cdl.config import CDLConfig
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 
 if TYPE_CHECKING:
-    from hf_cdl.tasks import StreamConfig, TaskStream
-    from hf_cdl.trainer import CDLTrainer
-    from hf_cdl.training_args import CDLTrainingArguments
+    from hf_cdl.data import StreamConfig, TaskStream
+    from hf_cdl.training.arguments import CDLTrainingArguments
+    from hf_cdl.training.trainer import CDLTrainer
 
 # Loaded when first used, so that a deployed student costs no more than transformers itself.
 _LAZY = {
-    "CDLTrainer": "hf_cdl.trainer",
-    "CDLTrainingArguments": "hf_cdl.training_args",
-    "StreamConfig": "hf_cdl.tasks",
-    "TaskStream": "hf_cdl.tasks",
+    "CDLTrainer": "hf_cdl.training.trainer",
+    "CDLTrainingArguments": "hf_cdl.training.arguments",
+    "StreamConfig": "hf_cdl.data",
+    "TaskStream": "hf_cdl.data",
 }
 
 __all__ = [

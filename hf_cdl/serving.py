@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 
-from hf_cdl.images import MAX_PIXELS, ImageError, check_resized, decode, readable
+from hf_cdl.data.images import MAX_PIXELS, ImageError, check_resized, decode, readable
 
 TASK = "image-classification"
 

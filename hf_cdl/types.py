@@ -65,7 +65,7 @@ class CDLOutput(ModelOutput):
 class TaskSplit(Protocol):
     """Images of one task and split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
 
-    It may have `seen_by(*roles)`, if the models of the roles want different pixel values: see hf_cdl.tasks.TaskSplit.
+    It may have `seen_by(*roles)`, if the models of the roles want different pixel values: see hf_cdl.data.TaskSplit.
     """
 
     def __len__(self) -> int: ...
@@ -104,7 +104,7 @@ class TaskResult:
 
     `row`: floats, or None for a task without test images. `within_task`, `task_identification`: the same for other
     questions, `confidence` and `calibration_error` over all images, `class_accuracy` by the class's name; all in
-    percent, see hf_cdl.answers.
+    percent, see hf_cdl.training.evaluation.
     """
 
     role: str

@@ -33,14 +33,14 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.adopt import adopt
-from hf_cdl.build import build_processors, load_model
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe, taken_over
-from hf_cdl.report import difference_lines
-from hf_cdl.run import Run
-from hf_cdl.storing import RunError
+from hf_cdl.recipe.build import build_processors, load_model
+from hf_cdl.runs.adopt import adopt
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.report import difference_lines
+from hf_cdl.runs.run import Run
 
 
 def main(arguments: list[str]) -> int:

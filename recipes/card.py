@@ -19,11 +19,11 @@ import stopping
 if __name__ == "__main__":
     stopping.listen(resumes=False)  # before imports that take seconds
 
-from hf_cdl.card import card_files, shared
 from hf_cdl.escape import visible, visible_lines
+from hf_cdl.hub.card import card_files, shared
 from hf_cdl.recipe import described
-from hf_cdl.results import run_results
-from hf_cdl.storing import RunError, write_whole
+from hf_cdl.runs.files import RunError, write_whole
+from hf_cdl.runs.results import run_results
 
 
 def main(arguments: list[str]) -> int:

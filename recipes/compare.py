@@ -41,13 +41,13 @@ from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 from transformers.utils import logging as hf_logging
 
-from hf_cdl.build import load_plugins
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.compare.table import Measured
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import RecipeError
-from hf_cdl.storing import RunError, make_folder, read_json, saving, write_json
+from hf_cdl.recipe.build import load_plugins
+from hf_cdl.runs.files import RunError, make_folder, read_json, saving, write_json
 
 HERE = Path(__file__).parent
 ROOT = Path("runs", "comparisons")

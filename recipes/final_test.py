@@ -25,13 +25,13 @@ from filelock import FileLock
 from transformers.utils import logging as hf_logging
 from verify import measure_again
 
-from hf_cdl.build import build_processors, load_plugins
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
+from hf_cdl.data import ImageError, TaskStream
 from hf_cdl.escape import visible_lines
-from hf_cdl.metrics import continual_metrics
 from hf_cdl.recipe import RecipeError
-from hf_cdl.storing import RunError, write_json
-from hf_cdl.tasks import ImageError, TaskStream
+from hf_cdl.recipe.build import build_processors, load_plugins
+from hf_cdl.runs.files import RunError, write_json
+from hf_cdl.runs.metrics import continual_metrics
 
 
 @contextlib.contextmanager

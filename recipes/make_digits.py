@@ -23,7 +23,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PIL
 
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.storing import RunError, check_new, fill_folder
+from hf_cdl.runs.files import RunError, check_new, fill_folder
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SEED = 0

@@ -21,18 +21,18 @@ from transformers import AutoModelForImageClassification
 from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
-from hf_cdl.build import build_models, build_objective, build_processors, load_plugins
-from hf_cdl.checking import check_training
+from hf_cdl.backbones.loading import load_config, read_config
+from hf_cdl.backbones.lora import is_adapter
 from hf_cdl.config import CDLConfig
+from hf_cdl.data import nothing_held_out
+from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
+from hf_cdl.data.sampler import count_rounds
+from hf_cdl.data.views import output_size
 from hf_cdl.distill import Objective
-from hf_cdl.models.backbone import load_config, read_config
 from hf_cdl.models.classifier import ImageClassifier
-from hf_cdl.models.lora import is_adapter
 from hf_cdl.recipe import Recipe
-from hf_cdl.tasks import nothing_held_out
-from hf_cdl.tasks.benchmarks import BENCHMARKS, SIZES
-from hf_cdl.tasks.sampler import count_rounds
-from hf_cdl.tasks.transforms import output_size
+from hf_cdl.recipe.build import build_models, build_objective, build_processors, load_plugins
+from hf_cdl.training.checking import check_training
 
 aten: Any = torch.ops.aten
 # torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.

@@ -21,8 +21,8 @@ from transformers import AutoModel, Trainer, TrainingArguments, ViTConfig, ViTFo
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.trainer_callback import TrainerCallback
 
+from hf_cdl.data.views import Preprocess, decode
 from hf_cdl.escape import visible
-from hf_cdl.tasks.transforms import Preprocess, decode
 
 CARD = """---
 license: apache-2.0

@@ -22,9 +22,9 @@ import yaml
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import build_recipe, described, untrained
-from hf_cdl.repair import examine
-from hf_cdl.results import run_results, stored_ledger
-from hf_cdl.storing import RunError
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.repair import examine
+from hf_cdl.runs.results import run_results, stored_ledger
 
 
 def main(arguments: list[str]) -> int:

@@ -23,9 +23,9 @@ import torch
 import transformers  # names from it say things when they are first used, so not before they may
 from transformers.utils import logging
 
+from hf_cdl.backbones.loading import check_image_size, layers, load_backbone
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.models.backbone import check_image_size, layers, load_backbone
-from hf_cdl.storing import RunError, check_new, fill_folder
+from hf_cdl.runs.files import RunError, check_new, fill_folder
 
 
 def main(arguments: list[str]) -> int:

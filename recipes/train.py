@@ -26,7 +26,13 @@ from datasets import disable_progress_bars  # noqa: E402
 from transformers.utils import logging as hf_logging  # noqa: E402
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
-from hf_cdl.build import (  # noqa: E402
+from hf_cdl.data import ImageError, NoDataError  # noqa: E402
+from hf_cdl.data.views import output_size  # noqa: E402
+from hf_cdl.distill import Objective  # noqa: E402
+from hf_cdl.escape import visible_lines  # noqa: E402
+from hf_cdl.hub import HubError, Pusher  # noqa: E402
+from hf_cdl.recipe import Recipe, completed, idle_arguments, load_recipe  # noqa: E402
+from hf_cdl.recipe.build import (  # noqa: E402
     Models,
     build_models,
     build_objective,
@@ -35,18 +41,12 @@ from hf_cdl.build import (  # noqa: E402
     labels,
     load_plugins,
 )
-from hf_cdl.checking import asks_teacher, check_task  # noqa: E402
-from hf_cdl.cost import cost_in_use  # noqa: E402
-from hf_cdl.distill import Objective  # noqa: E402
-from hf_cdl.escape import visible_lines  # noqa: E402
-from hf_cdl.hub import HubError, Pusher  # noqa: E402
-from hf_cdl.ledger import read_ledger  # noqa: E402
-from hf_cdl.recipe import Recipe, completed, idle_arguments, load_recipe  # noqa: E402
-from hf_cdl.report import plotting_available  # noqa: E402
-from hf_cdl.run import Run  # noqa: E402
-from hf_cdl.storing import RunError, first_line  # noqa: E402
-from hf_cdl.tasks import ImageError, NoDataError  # noqa: E402
-from hf_cdl.tasks.transforms import output_size  # noqa: E402
+from hf_cdl.runs.cost import cost_in_use  # noqa: E402
+from hf_cdl.runs.files import RunError, first_line  # noqa: E402
+from hf_cdl.runs.ledger import read_ledger  # noqa: E402
+from hf_cdl.runs.report import plotting_available  # noqa: E402
+from hf_cdl.runs.run import Run  # noqa: E402
+from hf_cdl.training.checking import asks_teacher, check_task  # noqa: E402
 
 HERE = Path(__file__).parent
 

@@ -22,12 +22,12 @@ if __name__ == "__main__":
 from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.build import MODELS, load_plugins, load_processor
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.ledger import data_changes, stored_tasks
 from hf_cdl.recipe import Recipe, build_recipe, untrained
-from hf_cdl.results import stored_ledger
-from hf_cdl.storing import RunError
+from hf_cdl.recipe.build import MODELS, load_plugins, load_processor
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import data_changes, stored_tasks
+from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
 _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")

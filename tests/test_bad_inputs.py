@@ -11,7 +11,7 @@ import pytest
 from bad_inputs import ROWS, Parts, Row, check, make_parts
 from hub_server import HubServer
 
-from hf_cdl.training_args import checks
+from hf_cdl.training.arguments import checks
 
 
 @pytest.fixture(scope="module")

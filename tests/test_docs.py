@@ -13,11 +13,11 @@ import yaml
 from test_imports import ALLOWED
 
 from hf_cdl import CDLTrainingArguments, StreamConfig
+from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.distill import TERMS
-from hf_cdl.models.fitted_heads import FittedConfig
-from hf_cdl.models.head import HeadConfig
-from hf_cdl.models.heads import HEADS
-from hf_cdl.models.lora import LoraOptions
+from hf_cdl.heads.base import HeadConfig
+from hf_cdl.heads.fitted import FittedConfig
+from hf_cdl.heads.trained import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe import CardRecipe, ModelRecipe, Recipe, build_recipe, load_recipe
 
@@ -177,5 +177,5 @@ def test_the_claims_on_security_name_tests_that_are_there():
     named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", text)
     assert len(named) > 20
     for file, test in named:
-        source = (ROOT / "tests" / file).read_text() if (ROOT / "tests" / file).exists() else ""
+        source = "".join(path.read_text() for path in (ROOT / "tests").rglob(file))
         assert f"def {test or 'test'}" in source, f"docs/security.md names {file}::{test}, which is not there"

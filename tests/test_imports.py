@@ -18,64 +18,26 @@ PACKAGE = Path(__file__).parent.parent / "hf_cdl"
 # Part of the package -> the parts it may import, besides its own (within prompts and distill see below).
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
-    "images": {"escape"},
-    "serving": {"images"},
-    "config": {"types", "checked", "labels", "serving"},
-    "trackers": {"storing"},
-    "training_args": {"trackers"},
-    "metrics": {"types"},
-    "tasks": {"types", "images"},
-    "prompts": {"types", "checked"},
-    "models": {"types", "checked", "labels", "config", "prompts"},
-    "distill": {"types", "checked", "prompts.mapping"},
-    "escape": set(),
-    "places": set(),
-    "report": {"types", "metrics", "escape"},
-    "results": {"metrics", "report", "escape", "storing", "ledger"},
-    "answers": set(),
-    "compare": {"metrics", "report", "recipe", "results", "storing"},
-    "card": {"types", "metrics", "report", "escape", "places", "tasks.benchmarks"},
-    "cost": set(),
-    "hub": {"types", "metrics", "report", "results", "escape", "storing", "card"},
-    "storing": {"escape"},
     "checked": set(),
     "labels": {"checked"},
-    "ledger": {"storing"},
-    "repair": {"storing", "ledger"},
-    "phase_state": {"storing"},
-    "adopt": {"types", "storing", "ledger", "repair"},
-    "run": {"types", "report", "results", "storing", "ledger", "repair"},
-    "progress": set(),
-    "checking": {"types", "training_args", "tasks", "distill"},
-    "steering": {"types", "training_args", "storing", "run"},
-    "phase": {"types", "progress", "tasks", "storing", "steering", "phase_state"},
-    "trainer": {
-        "types",
-        "answers",
-        "training_args",
-        "checking",
-        "progress",
-        "trackers",
-        "metrics",
-        "tasks",
-        "distill",
-        "storing",
-        "run",
-        "phase",
-    },
+    "escape": set(),
+    "places": set(),
+    "serving": {"data.images"},
+    "config": {"types", "checked", "labels", "serving"},
+    "data": {"types", "escape"},
+    "backbones": {"types", "checked"},
+    "prompts": {"types", "checked"},
+    "heads": {"types", "checked"},
+    "distill": {"types", "checked", "prompts.mapping"},
+    "models": {"types", "checked", "labels", "config", "data", "backbones", "prompts", "heads", "distill"},
+    "runs": {"types", "escape", "data.benchmarks"},
+    "training": {"types", "data", "distill", "runs"},
+    "hub": {"types", "escape", "places", "runs", "data.benchmarks"},
     "recipe": {
-        "types",
-        "escape",
-        "places",
-        "config",
-        "models.heads",
-        "models.lora",
-        "training_args",
-        "tasks",
-        "prompts",
-        "distill",
+        *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
+        *("models", "training.arguments"),
     },
-    "build": {"types", "checked", "config", "recipe", "models", "tasks", "prompts", "distill"},
+    "compare": {"recipe", "runs"},
 }
 # In these a method is one file: it imports the shared files, never another method. Its __init__ may import all.
 SHARED = {
@@ -149,15 +111,18 @@ def test_module_imports_what_it_may(module: str):
     [
         ("types", "from hf_cdl.config import CDLConfig"),
         ("config", "from hf_cdl import CDLTrainer"),
-        ("metrics", "def f():\n    import hf_cdl.run"),
-        ("models.heads", "from ..tasks import TaskStream"),
-        ("models.heads", "import importlib\nimportlib.import_module('hf_cdl.trainer')"),
+        ("runs.metrics", "def f():\n    import hf_cdl.training.trainer"),
+        ("heads.trained", "from ..tasks import TaskStream"),
+        ("heads.trained", "import importlib\nimportlib.import_module('hf_cdl.training.trainer')"),
         ("prompts.coda", "from .kd_prompt import KDPrompt"),
         ("prompts.coda", "from hf_cdl.prompts import PROMPTS"),
         ("distill.kd", "from hf_cdl.prompts.coda import Coda"),
-        ("recipe", "from hf_cdl.models.modeling_cdl import CDLForImageClassification"),
-        ("trainer", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_cdl.models import backbone"),
-        ("run", "from recipes.train import main"),
+        ("models.classifier", "from hf_cdl.recipe import Recipe"),
+        (
+            "training.trainer",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_cdl.models import backbone",
+        ),
+        ("runs.run", "from recipes.train import main"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str):
@@ -179,9 +144,9 @@ print(json.dumps([sorted(after - before), sorted(after), names]))
     added, loaded, names = json.loads(done.stdout)
     heavy = {"datasets", "evaluate", "matplotlib", "pandas", "pyarrow", "peft", "transformers.trainer"}
     assert heavy.isdisjoint(loaded)
-    assert {"hf_cdl.tasks", "hf_cdl.trainer", "hf_cdl.run", "hf_cdl.recipe"}.isdisjoint(loaded)
+    assert {"hf_cdl.data", "hf_cdl.training.trainer", "hf_cdl.runs.run", "hf_cdl.recipe"}.isdisjoint(loaded)
     assert [name for name in added if not name.startswith(("hf_cdl", "transformers."))] == []
-    assert names["TaskStream"] == "hf_cdl.tasks.stream" and names["CDLTrainer"] == "hf_cdl.trainer"
+    assert names["TaskStream"] == "hf_cdl.data.stream" and names["CDLTrainer"] == "hf_cdl.training.trainer"
 
 
 def test_what_the_package_imports_is_installed_with_it():

@@ -28,8 +28,8 @@ from train import main as train_main
 
 from hf_cdl.hub import HubError, Repository, read_folder, read_origin
 from hf_cdl.recipe import RecipeError, build_recipe, described, load_recipe, taken_over
-from hf_cdl.results import checked_results, run_results
-from hf_cdl.storing import RunError
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.results import checked_results, run_results
 
 FOOTPRINT = "footprint"
 
@@ -157,7 +157,7 @@ def test_reading_numbers_runs_nothing(
     monkeypatch.chdir(evil)
     assert card.main([str(evil), "--output", str(tmp_path / "cards")]) == 0
     assert str(honest) not in "".join(file.read_text() for file in (tmp_path / "cards").rglob("*.[mj]*"))
-    monkeypatch.setattr("hf_cdl.hub.pusher.HfApi", lambda: HfApi(hub.url, token=TOKEN))
+    monkeypatch.setattr("hf_cdl.hub.push.HfApi", lambda: HfApi(hub.url, token=TOKEN))
     assert push.main([str(evil), "--hub_model_id", "me/tiny"]) in (2, 4)  # its pickles are not pushed
     with pytest.raises(Failure, match="not found"):  # none was made for them
         hub.repository("me/tiny")
@@ -218,7 +218,7 @@ def test_pushing_a_folder_runs_nothing_of_it(
     only_safe: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(only_safe)
-    monkeypatch.setattr("hf_cdl.hub.pusher.HfApi", lambda: HfApi(hub.url, token=TOKEN))
+    monkeypatch.setattr("hf_cdl.hub.push.HfApi", lambda: HfApi(hub.url, token=TOKEN))
     assert push.main([str(only_safe), "--hub_model_id", "me/tiny"]) == 0
     assert [*hub.repository("me/tiny").refs("tags")] == ["task-01", "task-02"], "it was pushed, all of it"
     assert not (tmp_path / FOOTPRINT).exists()

@@ -21,8 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from hf_cdl.checked import check_generic, check_numbers, check_size, listed, short
-from hf_cdl.models.stored import (
+from hf_cdl.backbones.stored import (
     HUB,
     at,
     check_complete,
@@ -34,6 +33,7 @@ from hf_cdl.models.stored import (
     quietly,
     weight_files,
 )
+from hf_cdl.checked import check_generic, check_numbers, check_size, listed, short
 
 OURS = "cdl"
 """Model type of CDLForImageClassification."""

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_cdl.backbones import loading as bb
 from hf_cdl.checked import check_types
-from hf_cdl.models import backbone as bb
 
 FOLDER = "adapter"
 """Where a checkpoint has them in peft's format. Not at its top: transformers would take them for its own there."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cdl.compare.statistics import Contrast, mean_of
 from hf_cdl.compare.table import Measured, values
-from hf_cdl.metrics import average_accuracy
-from hf_cdl.report import COLOURS
+from hf_cdl.runs.metrics import average_accuracy
+from hf_cdl.runs.report import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -30,7 +30,7 @@ from hf_cdl.compare.tables import (
     metrics_table,
     p_text,
 )
-from hf_cdl.storing import write_whole
+from hf_cdl.runs.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

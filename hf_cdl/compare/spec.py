@@ -23,8 +23,8 @@ from hf_cdl.compare.table import METRIC_COLUMNS
 from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
 from hf_cdl.recipe.typed import WRONG, build_typed
-from hf_cdl.results import checked_results
-from hf_cdl.storing import read_json
+from hf_cdl.runs.files import read_json
+from hf_cdl.runs.results import checked_results
 
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")

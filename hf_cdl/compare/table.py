@@ -8,15 +8,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hf_cdl.metrics import METRICS
-from hf_cdl.storing import write_whole
+from hf_cdl.runs.files import write_whole
+from hf_cdl.runs.metrics import METRICS
 
 Unit = tuple[int, int | None]
 """(seed, class order): what is paired."""
 
 _ANSWERS = ("within_task_accuracy", "task_identification", "calibration_error", "confidence")
 METRIC_COLUMNS = (*METRICS, "sample_average_accuracy", *_ANSWERS)
-"""Columns that a contrast can be about: see hf_cdl.metrics and hf_cdl.answers; after the last task, in percent."""
+"""Columns that a contrast can be about: see runs.metrics and training.evaluation; after the last task, in percent."""
 
 CHANGING = ("train_seconds", "eval_seconds", "latency_ms", "peak_memory_bytes")
 """Columns that differ when the same run is made again."""

@@ -14,7 +14,7 @@ from datasets import Dataset
 from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from hf_cdl.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, holds_16_bits, readable
+from hf_cdl.data.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, holds_16_bits, readable
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ import datasets
 from datasets import ClassLabel, Dataset, Features
 from PIL import Image
 
-from hf_cdl.images import readable
-from hf_cdl.tasks.files import (
+from hf_cdl.data.files import (
     Tables,
     cut_by_split,
     metadata_table,
@@ -27,7 +26,8 @@ from hf_cdl.tasks.files import (
     saved_table,
     saved_tables,
 )
-from hf_cdl.tasks.words import nfc, role_like, role_of, some
+from hf_cdl.data.images import readable
+from hf_cdl.data.names import nfc, role_like, role_of, some
 
 # What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())

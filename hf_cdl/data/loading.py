@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, load_dataset
 
-from hf_cdl.images import readable
-from hf_cdl.tasks.benchmarks import BENCHMARKS
-from hf_cdl.tasks.folders import read_folder
-from hf_cdl.tasks.words import USUAL_LABELS, USUAL_SPLITS, nfc, some
+from hf_cdl.data.benchmarks import BENCHMARKS
+from hf_cdl.data.folders import read_folder
+from hf_cdl.data.images import readable
+from hf_cdl.data.names import USUAL_LABELS, USUAL_SPLITS, nfc, some
 
 
 class NoDataError(ValueError):

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from hf_cdl.images import readable
+from hf_cdl.data.images import readable
 
 USUAL_SPLITS = {  # the words of `datasets`, the most usual first
     "train": ("train", "training"),

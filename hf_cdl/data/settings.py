@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hf_cdl.images import MAX_PIXELS
-from hf_cdl.tasks.words import nfc, some
+from hf_cdl.data.images import MAX_PIXELS
+from hf_cdl.data.names import nfc, some
 
 _PADDING = 1000
 """Pixels of crop_padding: more would be images of padding alone, and fill the memory."""

@@ -10,10 +10,10 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image
 
-from hf_cdl.images import Decoded, ImageError, check_resized, readable
-from hf_cdl.tasks.cells import Cells
-from hf_cdl.tasks.transforms import Preprocess
-from hf_cdl.tasks.words import check_role
+from hf_cdl.data.cells import Cells
+from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
+from hf_cdl.data.names import check_role
+from hf_cdl.data.views import Preprocess
 
 _CLIPPED = (
     "has 16 bits a channel, which the pipeline of a plain checkpoint (model: classifier) would clip at 255; save it "

@@ -18,15 +18,15 @@ from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_cdl.images import ImageError
-from hf_cdl.tasks.benchmarks import BENCHMARKS
-from hf_cdl.tasks.cells import cells_of
-from hf_cdl.tasks.folders import LAYOUTS, ClassFolders
-from hf_cdl.tasks.settings import StreamConfig
-from hf_cdl.tasks.split import TaskSplit
-from hf_cdl.tasks.tables import check_tables, choose_columns, choose_splits, draw_rows, load_splits, read_labels
-from hf_cdl.tasks.transforms import Preprocess, same_view
-from hf_cdl.tasks.words import check_role, nfc, some
+from hf_cdl.data.benchmarks import BENCHMARKS
+from hf_cdl.data.cells import cells_of
+from hf_cdl.data.folders import LAYOUTS, ClassFolders
+from hf_cdl.data.images import ImageError
+from hf_cdl.data.loading import check_tables, choose_columns, choose_splits, draw_rows, load_splits, read_labels
+from hf_cdl.data.names import check_role, nfc, some
+from hf_cdl.data.settings import StreamConfig
+from hf_cdl.data.split import TaskSplit
+from hf_cdl.data.views import Preprocess, same_view
 from hf_cdl.types import Task
 
 

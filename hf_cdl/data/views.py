@@ -17,9 +17,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hf_cdl.images import ImageError as ImageError
-from hf_cdl.images import decode as decode
-from hf_cdl.images import readable
+from hf_cdl.data.images import ImageError as ImageError
+from hf_cdl.data.images import decode as decode
+from hf_cdl.data.images import readable
 
 MOST_SIDE = 4096
 """Pixels that a side of an image processor's sizes may have."""

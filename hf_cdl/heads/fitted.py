@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
-from hf_cdl.models.head import Head, HeadConfig, check_features, movable
+from hf_cdl.heads.base import Head, HeadConfig, check_features, movable
 
 
 class ClassMeans(nn.Module):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import build_fields, check_size, pick
-from hf_cdl.models.fitted_heads import NearestMeanHead, RidgeHead
-from hf_cdl.models.head import Head, HeadConfig
+from hf_cdl.heads.base import Head, HeadConfig
+from hf_cdl.heads.fitted import NearestMeanHead, RidgeHead
 
 
 class LinearHead(Head):

@@ -7,7 +7,7 @@ that hold no code to unpickle are pushed.
 
 from hf_cdl.hub.folder import read_folder
 from hf_cdl.hub.origin import Origin, read_origin
-from hf_cdl.hub.pusher import Pusher
+from hf_cdl.hub.push import Pusher
 from hf_cdl.hub.repository import HubError, Repository
 
 __all__ = ["HubError", "Origin", "Pusher", "Repository", "read_folder", "read_origin"]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from textwrap import shorten
 from typing import Any
 
-from hf_cdl.card import shared
 from hf_cdl.escape import visible
-from hf_cdl.metrics import continual_metrics
-from hf_cdl.report import number
+from hf_cdl.hub.card import shared
+from hf_cdl.runs.metrics import continual_metrics
+from hf_cdl.runs.report import number
 
 Results = Mapping[str, Any]
 

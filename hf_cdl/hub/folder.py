@@ -11,8 +11,8 @@ from typing import Any
 from hf_cdl.escape import visible
 from hf_cdl.hub.origin import Origin, check_role, told
 from hf_cdl.hub.repository import HubError
-from hf_cdl.results import checked_results, run_results
-from hf_cdl.storing import CHECKPOINT, RunError, read_json
+from hf_cdl.runs.files import CHECKPOINT, RunError, read_json
+from hf_cdl.runs.results import checked_results, run_results
 
 
 @dataclass(frozen=True)

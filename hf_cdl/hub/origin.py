@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_tasks
 from hf_cdl.hub.repository import HubError
-from hf_cdl.results import checked_results
-from hf_cdl.storing import CHECKPOINT, LARGEST, RunError, read_json
+from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
+from hf_cdl.runs.results import checked_results
 
 
 @dataclass(frozen=True)

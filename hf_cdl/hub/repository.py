@@ -14,10 +14,10 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
 
-from hf_cdl.card import card_files
+from hf_cdl.hub.card import card_files
 from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_tasks, results_after
-from hf_cdl.results import stored_ledger
-from hf_cdl.storing import CHECKPOINT, RunError
+from hf_cdl.runs.files import CHECKPOINT, RunError
+from hf_cdl.runs.results import stored_ledger
 
 _CODE = re.compile(r"[\w.-]+\.py")
 

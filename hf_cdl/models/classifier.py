@@ -18,11 +18,11 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from hf_cdl.backbones.loading import OURS, load_weights, read_config
+from hf_cdl.backbones.stored import check_complete
 from hf_cdl.checked import check_size, listed, short
 from hf_cdl.labels import class_list, repeated
-from hf_cdl.models.backbone import OURS, load_weights, read_config
 from hf_cdl.models.inputs import check_labels, check_pixels
-from hf_cdl.models.stored import check_complete
 from hf_cdl.types import CDLOutput, ModelShape
 
 

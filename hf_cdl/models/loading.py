@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_cdl.checked import said
-from hf_cdl.models.head import Head
-from hf_cdl.models.prompted import PromptedBackbone
-from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
-from hf_cdl.models.stored import (
+from hf_cdl.backbones.stored import (
     HUB,
     check_complete,
     check_revision,
@@ -21,6 +17,10 @@ from hf_cdl.models.stored import (
     quietly,
     stored_sizes,
 )
+from hf_cdl.checked import said
+from hf_cdl.heads.base import Head
+from hf_cdl.models.prompted import PromptedBackbone
+from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 
 
 class Loadable(PromptedBackbone):

@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
+from hf_cdl.backbones import lora
+from hf_cdl.backbones.loading import check_image_size, commit_of, digest, load_backbone
 from hf_cdl.checked import build_fields, short
 from hf_cdl.config import CDLConfig, check_names
+from hf_cdl.heads.base import Head, Standardise
+from hf_cdl.heads.fitted import RidgeHead
+from hf_cdl.heads.trained import build_head
 from hf_cdl.labels import class_list
-from hf_cdl.models import lora
-from hf_cdl.models.backbone import check_image_size, commit_of, digest, load_backbone
 from hf_cdl.models.code import put_code
-from hf_cdl.models.fitted_heads import RidgeHead
-from hf_cdl.models.head import Head, Standardise
-from hf_cdl.models.heads import build_head
 from hf_cdl.models.inputs import check_labels, check_pixels, check_task
 from hf_cdl.models.loading import Loadable
 from hf_cdl.models.session import check_session

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
-from hf_cdl.models import backbone as bb
-from hf_cdl.models.one_pass import OnePass
-from hf_cdl.models.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
+from hf_cdl.prompts.one_pass import OnePass
 from hf_cdl.types import KV, ModelShape
 
 

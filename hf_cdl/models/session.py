@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_cdl.config import CDLConfig
-from hf_cdl.models.heads import HEADS
+from hf_cdl.heads.trained import HEADS
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:

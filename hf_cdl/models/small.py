@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from hf_cdl.models import backbone as bb
-from hf_cdl.models.lora import is_adapter, load_frozen
-from hf_cdl.models.stored import HUB, at, check_stored, stored_sizes, weight_files
+from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones.lora import is_adapter, load_frozen
+from hf_cdl.backbones.stored import HUB, at, check_stored, stored_sizes, weight_files
 
 PARTS = {"backbone": "backbone", "query_backbone": "query"}
 """A model's frozen parts, and how the config's fields about each begin (query_name: where query_backbone is from)."""

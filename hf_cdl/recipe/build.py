@@ -12,15 +12,15 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
+from hf_cdl.backbones.loading import check_image_size, load_config, read_config
 from hf_cdl.checked import said
 from hf_cdl.config import CDLConfig
+from hf_cdl.data.views import check_processor, output_size, query_view
 from hf_cdl.distill import TERMS, Objective
-from hf_cdl.models.backbone import check_image_size, load_config, read_config
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
-from hf_cdl.tasks.transforms import check_processor, output_size, query_view
 
 Model = CDLForImageClassification | ImageClassifier
 Models = dict[str, Model]

@@ -14,14 +14,14 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.distill import TERMS
-from hf_cdl.models.heads import HEADS
-from hf_cdl.models.lora import LoraOptions
+from hf_cdl.heads.trained import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
 from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
 from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
-from hf_cdl.training_args import CDLTrainingArguments
-from hf_cdl.training_args.table import IN_PASSES
+from hf_cdl.training.arguments import CDLTrainingArguments
+from hf_cdl.training.arguments.table import IN_PASSES
 
 _CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
 """The fields of a model's section that a classifier has."""

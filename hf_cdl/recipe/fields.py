@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_cdl.tasks import StreamConfig
+from hf_cdl.data import StreamConfig
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_cdl.ledger import new_ledger, read_ledger
-from hf_cdl.repair import publish
-from hf_cdl.storing import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
+from hf_cdl.runs.files import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
+from hf_cdl.runs.ledger import new_ledger, read_ledger
+from hf_cdl.runs.repair import publish
 from hf_cdl.types import TaskResult
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from hf_cdl.storing import RunError, check_readable, read_numbers, versions
+from hf_cdl.runs.files import RunError, check_readable, read_numbers, versions
 
 FORMAT = 1
 """Goes up when an older hf_cdl would misread the ledger. Those from before there was one are read as 1."""

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_cdl.ledger import stored_tasks
-from hf_cdl.storing import RunError, copy_whole, damage, fingerprint, first_line, saving
+from hf_cdl.runs.files import RunError, copy_whole, damage, fingerprint, first_line, saving
+from hf_cdl.runs.ledger import stored_tasks
 
 _REQUIRED = ("config.json", "model.safetensors", "preprocessor_config.json")
 """What a checkpoint holds of which an older version stored no fingerprints."""

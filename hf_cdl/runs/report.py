@@ -19,7 +19,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from hf_cdl.escape import visible
-from hf_cdl.metrics import average_accuracy, continual_metrics
+from hf_cdl.runs.metrics import average_accuracy, continual_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
-from hf_cdl import report
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.ledger import read_ledger
-from hf_cdl.metrics import continual_metrics
-from hf_cdl.storing import RunError
+from hf_cdl.runs import report
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import read_ledger
+from hf_cdl.runs.metrics import continual_metrics
 
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")

@@ -18,11 +18,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_cdl import report
-from hf_cdl.ledger import FORMAT, data_changes, differences, new_ledger, read_ledger, shortened
-from hf_cdl.repair import examine, mend, publish, unreadable
-from hf_cdl.results import ledger_results
-from hf_cdl.storing import (
+from hf_cdl.runs import report
+from hf_cdl.runs.files import (
     RunError,
     damage,
     fingerprint,
@@ -36,6 +33,9 @@ from hf_cdl.storing import (
     sync_tree,
     write_json,
 )
+from hf_cdl.runs.ledger import FORMAT, data_changes, differences, new_ledger, read_ledger, shortened
+from hf_cdl.runs.repair import examine, mend, publish, unreadable
+from hf_cdl.runs.results import ledger_results
 from hf_cdl.types import Task, TaskResult
 
 RESULTS = "results.json"

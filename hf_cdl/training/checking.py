@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_cdl.data.names import check_role
+from hf_cdl.data.sampler import count_rounds
+from hf_cdl.data.split import TaskSplit
 from hf_cdl.distill import Objective
-from hf_cdl.tasks.sampler import count_rounds
-from hf_cdl.tasks.split import TaskSplit
-from hf_cdl.tasks.words import check_role
-from hf_cdl.training_args import CDLTrainingArguments
+from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task
 
 

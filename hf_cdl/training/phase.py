@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_cdl.phase_state import WEIGHTS, loading, newest_state, seal
-from hf_cdl.progress import PhaseProgress
-from hf_cdl.steering import SteeredTrainer
-from hf_cdl.storing import make_folder, replace, saving, sync_tree
-from hf_cdl.tasks.sampler import Rounds, ViewSampler
+from hf_cdl.data.sampler import Rounds, ViewSampler
+from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.training.phase_state import WEIGHTS, loading, newest_state, seal
+from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.types import Task
 
 

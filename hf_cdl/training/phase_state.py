@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hf_cdl.storing import RunError, damage, fingerprints, first_line, saving, versions, write_json
+from hf_cdl.runs.files import RunError, damage, fingerprints, first_line, saving, versions, write_json
 
 SEAL, WEIGHTS = "phase.json", "trained.safetensors"
 _NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json")

@@ -13,9 +13,9 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_cdl.run import Run
-from hf_cdl.storing import RunError
-from hf_cdl.training_args import STEERED, CDLTrainingArguments
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.run import Run
+from hf_cdl.training.arguments import STEERED, CDLTrainingArguments
 from hf_cdl.types import Task, TaskSplit
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, rewrite_logs
 
-from hf_cdl.storing import RunError, first_line, write_whole
+from hf_cdl.runs.files import RunError, first_line, write_whole
 
 
 class TensorBoard:

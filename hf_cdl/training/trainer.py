@@ -19,16 +19,16 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 
-from hf_cdl.answers import calibration_error, class_accuracy, judge
-from hf_cdl.checking import check_items, check_names, check_parts, check_served, check_task, check_tasks
+from hf_cdl.data.sampler import ViewSampler
 from hf_cdl.distill import Objective
-from hf_cdl.phase import PhaseTrainer, peak_memory
-from hf_cdl.progress import PhaseProgress, progress_bar
-from hf_cdl.run import Run
-from hf_cdl.storing import RunError, first_line, write_whole
-from hf_cdl.tasks.sampler import ViewSampler
-from hf_cdl.trackers import close_trackers, replace_trackers
-from hf_cdl.training_args import CDLTrainingArguments
+from hf_cdl.runs.files import RunError, first_line, write_whole
+from hf_cdl.runs.run import Run
+from hf_cdl.training.arguments import CDLTrainingArguments
+from hf_cdl.training.checking import check_items, check_names, check_parts, check_served, check_task, check_tasks
+from hf_cdl.training.evaluation import calibration_error, class_accuracy, judge
+from hf_cdl.training.phase import PhaseTrainer, peak_memory
+from hf_cdl.training.progress import PhaseProgress, progress_bar
+from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 

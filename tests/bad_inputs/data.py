@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from bad_inputs.parts import Parts
 from bad_inputs.runner import WAY, Command, Row, command, rows
-from hf_cdl.tasks import StreamConfig, TaskStream
+from hf_cdl.data import StreamConfig, TaskStream
 
 CLASSES = ClassLabel(names=["ant", "bee"])
 

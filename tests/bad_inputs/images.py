@@ -20,7 +20,7 @@ from PIL import Image
 from bad_inputs.data import data, photos
 from bad_inputs.parts import Parts
 from bad_inputs.runner import WAY, Row, rows
-from hf_cdl.tasks.transforms import decode
+from hf_cdl.data.views import decode
 
 
 def encoded(kind: str, image: Image.Image, **options: Any) -> bytes:

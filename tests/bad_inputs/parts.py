@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_cdl import CDLForImageClassification
 from hf_cdl.hub.content import results_after
-from hf_cdl.phase import PhaseTrainer
+from hf_cdl.training.phase import PhaseTrainer
 
 GONE = object()
 """In place of a field's value: the field is left out."""

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import ModelCard
 
-from hf_cdl import report
-from hf_cdl.card import text
-from hf_cdl.card.metadata import Results, eval_results, metadata, shared, stated
 from hf_cdl.escape import code, markdown, visible_lines
+from hf_cdl.hub.card import text
+from hf_cdl.hub.card.metadata import Results, eval_results, metadata, shared, stated
+from hf_cdl.runs import report
 
 __all__ = ["card_files", "eval_results", "model_card", "shared"]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.escape import visible
-from hf_cdl.metrics import continual_metrics
 from hf_cdl.places import HUB_ID, by_name, shareable
-from hf_cdl.tasks.benchmarks import BENCHMARKS
+from hf_cdl.runs.metrics import continual_metrics
 
 Results = Mapping[str, Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from hf_cdl import report
-from hf_cdl.card.metadata import METRICS, Results, backbone_id, dataset, stated
 from hf_cdl.escape import acts, code, longest_run, markdown
-from hf_cdl.metrics import average_accuracy, continual_metrics
+from hf_cdl.hub.card.metadata import METRICS, Results, backbone_id, dataset, stated
 from hf_cdl.places import HUB_ID, by_name
+from hf_cdl.runs import report
+from hf_cdl.runs.metrics import average_accuracy, continual_metrics
 
 _ADDRESS = re.compile(r"https?://[^\s<>()\[\]`\"'\\]+")
 UNKNOWN_OVERLAP = (

@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_cdl.training_args.checks import STEERED, Problem, find_problems
+from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 

@@ -15,8 +15,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.training_args import trainer_log_levels
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from hf_cdl.trackers import TRACKERS, wandb_problem
-from hf_cdl.training_args.table import ARGUMENTS, Refused
+from hf_cdl.training.arguments.table import ARGUMENTS, Refused
+from hf_cdl.training.trackers import TRACKERS, wandb_problem
 
 STEERED = ("reduce_lr_on_plateau", "greedy")
 """Schedules that go by the accuracy during training."""

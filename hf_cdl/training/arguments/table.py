@@ -1,6 +1,6 @@
 """What becomes of each field of transformers' TrainingArguments here: it is used, within a range, or it is refused.
 
-tests/test_training_args.py asks for a row for every field, and for a check of the effect of every field that is used.
+tests/training/test_arguments.py asks for a row for every field, and for a check of the effect of each that is used.
 """
 
 from __future__ import annotations

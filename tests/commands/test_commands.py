@@ -1,0 +1,186 @@
+"""The commands of recipes/: help, odd words on the command line, and a first try that fails leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, TRAIN, make_data, make_recipe, run_script, script, write_recipe
+
+spec: Any = importlib.util.spec_from_file_location("train_recipe", TRAIN)
+train_recipe = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(train_recipe)
+
+COMMANDS = [*sorted((ROOT / "recipes").glob("*.py")), ROOT / "recipes" / "space" / "app.py"]
+COMMANDS = [file for file in COMMANDS if file.stem != "stopping"]  # which the commands share
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("word", ["--help", "-h"])
+@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: file.stem)
+def test_help(
+    file: Path, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = run_script(file, [word], monkeypatch)
+    said = capfd.readouterr()
+    assert not code and len(said.out.splitlines()) > 3 and not said.err
+    assert "python recipes/" in said.out or "accelerate launch recipes/" in said.out, "how it is called"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_of_a_real_process(tmp_path: Path) -> None:
+    code, said = script("train.py", "some.yaml", "--help", env={}, cwd=tmp_path)
+    assert code == 0 and said.startswith("Teach, distil, evaluate") and "Traceback" not in said
+
+
+# ---- a first try that fails ----
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe = make_recipe(folder, baselines=[])
+    recipe["data"] = {"path": str(make_data(folder / "few", classes=2, train=4, test=2)), "classes_per_task": 2}
+    return write_recipe(folder / "recipe.yaml", recipe)
+
+
+def call(*words: Any) -> int:
+    return train_recipe.main([str(word) for word in words])
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def broken_image(tmp_path: Path) -> list[Any]:
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (tmp_path / "images" / split / name / "0.png").write_bytes(b"no image")
+    return ["--data.path", tmp_path / "images"]
+
+
+BATCH = ("--train.per_device_train_batch_size",)
+FAILURES: dict[str, Any] = {
+    "data that are not there": lambda at: ["--data.path", at / "nowhere"],
+    "too few classes": lambda at: ["--data.classes_per_task", 9],
+    "images that cannot be read": broken_image,
+    "a backbone that is not there": lambda at: ["--student.backbone", at / "nowhere"],
+    "prompts that do not fit": lambda at: ["--student.prompt.layers", "[0, 7]"],
+    "a batch that no task fills": lambda at: [*BATCH, 9, "--train.dataloader_drop_last", "true"],
+    "no way to the Hub": lambda at: ["--push_to_hub", "true", "--hub_model_id", "someone/something"],
+    "a plugin that is not there": lambda at: ["--plugins", "[nowhere.py]"],
+    "a loss that is no number": lambda at: [*BATCH, 2, "--train.learning_rate", "1e38"],
+    "a teacher that is not there": lambda at: ["--teacher_from", at / "nowhere"],
+}
+
+
+@pytest.mark.parametrize("before", ["no folder", "an empty folder", "other runs beside it"])
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_first_try_that_fails_leaves_nothing_behind(
+    name: str, before: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    monkeypatch.setattr("hf_cdl.hub.Pusher.check", refuse if "Hub" in name else lambda *_: None)
+    words = FAILURES[name](tmp_path)
+    folder = tmp_path / "runs" / "mine"
+    if before != "no folder":
+        (folder if before == "an empty folder" else folder.with_name("other")).mkdir(parents=True)
+    found = tree(tmp_path)
+    assert call(tiny, "--output_dir", folder, *words) in (2, 3)
+    assert tree(tmp_path) == found
+
+
+def refuse(*_: Any) -> None:
+    raise train_recipe.HubError("The token is wrong.")
+
+
+def test_what_was_there_before_stays(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger of an earlier try, of a version that left it, and a folder that something is put into meanwhile."""
+    folder = tmp_path / "mine"
+    nan = ("--train.learning_rate", "1e38", *BATCH, 2)  # in the first epoch: no state is stored
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_cdl.runs.run.Run.close", lambda run: run._lock.release(force=True))
+        assert call(tiny, "--output_dir", folder, *nan) == 3
+    assert "run.json" in tree(folder)
+    assert call(tiny, "--output_dir", folder, *nan) == 3
+    assert {"run.json", ".lock"} <= tree(folder).keys()
+
+    other = tmp_path / "other"
+
+    def meanwhile(*_: Any) -> None:
+        (other / "notes.txt").write_text("mine")
+        refuse()
+
+    monkeypatch.setattr("hf_cdl.hub.Pusher.check", meanwhile)
+    assert call(tiny, "--output_dir", other) == 2
+    assert tree(other) == {"notes.txt": b"mine"}
+    assert call(tiny, "--output_dir", other) == 2, "and now it is not empty"
+
+
+def test_what_was_learnt_stays(tiny: Path, tmp_path: Path) -> None:
+    student = ("--student.train.learning_rate", "1e38", *BATCH, 2)
+    assert call(tiny, "--output_dir", tmp_path / "mine", *student) == 3
+    assert {"run.json", "teacher/task-01/model.safetensors"} <= tree(tmp_path / "mine").keys()
+
+
+# ---- odd words ----
+
+
+def odd(tiny: Path, tmp_path: Path) -> Iterator[tuple[str, list[Any], str]]:
+    (tmp_path / "thesis.txt").write_text("important")
+    (tmp_path / "empty.yaml").write_text("")
+    out = ("--output_dir", tmp_path / "out")
+    yield "a folder as recipe", [tmp_path, *out], f"Cannot read the recipe {tmp_path}: Is a directory."
+    yield "a text as recipe", [tmp_path / "thesis.txt", *out], "must hold fields like 'name: ...'"
+    yield "nothing as recipe", [tmp_path / "empty.yaml", *out], "must hold fields like 'name: ...'"
+    yield "a file as folder", [tiny, "--output_dir", tmp_path / "thesis.txt"], "is a file; choose another folder"
+    yield "below a file", [tiny, "--output_dir", tmp_path / "thesis.txt" / "run"], "Could not open the run in"
+    yield "nowhere to write", [tiny, "--output_dir", "/proc/nowhere/run"], "Could not open the run in /proc/nowhere"
+    yield "too long a name", [tiny, "--output_dir", tmp_path / ("x" * 300)], "File name too long"
+    yield "a null byte", [tiny, "--output_dir", '"a\\0b"'], "null byte"
+    yield "no number", [tiny, *out, "--train.learning_rate", ".nan"], "'train.learning_rate' is nan, but must be a"
+    yield "infinite", [tiny, *out, "--distill.0.weight", ".inf"], "'distill.0.weight' is inf, but must be a finite"
+    yield "negative infinite", [tiny, *out, "--ce_weight", "-.inf"], "'ce_weight' is -inf, but must be a finite"
+    yield "no value", [tiny, *out, "--seed"], "--seed has no value"
+
+
+def test_odd_words(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name, words, message in odd(tiny, tmp_path):
+        before = tree(tmp_path)
+        assert call(*words) == 2, name
+        said = capfd.readouterr()
+        assert message in said.err, (name, said.err)
+        assert not said.out and len(said.err.splitlines()) <= 6 and said.err.startswith("error: "), said.err
+        assert tree(tmp_path) == before, name
+
+
+@pytest.mark.parametrize("name", ['it\'s "a" $HOME `b` \\b! *[x]? zwölf 犬\nlines', "-dash", os.fsdecode(b"\xff")])
+def test_a_folder_of_any_name(
+    name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run ends and is found again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_cdl.runs.report.plotting_available", lambda: False)
+    words = [str(tiny), f"--output_dir={as_yaml(name)}", "--train.num_train_epochs", "1"]
+    train_recipe.quiet()
+    code = train_recipe.main(words)
+    said = capfd.readouterr()
+    if "\udcff" in name:  # safetensors takes names in UTF-8 alone
+        assert code == 2 and "Traceback" not in said.err and len(said.err.splitlines()) <= 6
+        return
+    assert code == 0, said.err
+    assert train_recipe.main(words) == 0 and capfd.readouterr().out.startswith("This run is finished.")
+    assert (tmp_path / name / "student" / "model.safetensors").is_file()
+
+
+def as_yaml(name: str) -> str:
+    """A string of YAML for any name."""
+    return '"' + "".join(f"\\U{ord(c):08x}" if ord(c) < 0xD800 or ord(c) > 0xDFFF else c for c in name) + '"'

@@ -1,0 +1,464 @@
+"""Heads: what every one must keep (iterates HEADS), and that fitted ones are the joint solution of all tasks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_contract import CLASSES, arguments, images, stream, vit
+from torch.nn import functional as F
+from transformers import set_seed
+
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
+from hf_cdl.heads.fitted import FittedHead
+from hf_cdl.heads.trained import HEADS, build_head
+
+# Fields that a head is tested with besides its defaults.
+VARIANTS: list[dict[str, Any]] = [
+    *({"type": kind} for kind in HEADS),
+    *({"type": kind, "standardise": "first_task"} for kind in HEADS),
+    {"type": "cosine", "scale": 4.0, "learn_scale": False},
+    {"type": "ridge", "features": 40, "standardise": "first_task", "strength": 0.1},
+]
+FITTED, TRAINED = ([head for head in VARIANTS if HEADS[head["type"]].fitted == fitted] for fitted in (True, False))
+
+
+def name_of(head: dict[str, Any]) -> str:
+    return " ".join(map(str, head.values()))
+
+
+def model_with(head: dict[str, Any], **fields: Any) -> CDLForImageClassification:
+    set_seed(1)
+    return CDLForImageClassification(CDLConfig(backbone_config=vit(32), head=head, **fields))
+
+
+def learnt(head: dict[str, Any], folder: Path, **fields: Any) -> CDLTrainer:
+    """A model with that head that has learnt two tasks."""
+    trainer = CDLTrainer(model_with(head, **fields), arguments(folder))
+    for task in stream():
+        trainer.learn(task)
+    trainer.model.eval()
+    return trainer
+
+
+# ---- every head ----
+
+
+@pytest.mark.parametrize("head", VARIANTS, ids=name_of)
+@pytest.mark.filterwarnings("ignore")  # torch.export warns about its own internals
+def test_a_head_learns_two_tasks_and_is_exported(head: dict[str, Any], tmp_path: Path) -> None:
+    trainer = learnt(head, tmp_path)
+    task = trainer.seen[-1]
+    pixels = torch.stack([task.train[i]["pixel_values"] for i in range(len(task.train))])
+    labels = torch.tensor([task.train[i]["labels"] for i in range(len(task.train))])
+    with torch.no_grad():
+        logits = trainer.model(pixels).logits[:, task.classes]
+    assert (logits.argmax(-1) == labels - task.first_class).float().mean() > 0.7  # of two classes
+    model = trainer.model
+    with torch.no_grad():
+        whole = model(images()).logits
+        alone = torch.cat([model(image[None]).logits for image in images()])
+    torch.testing.assert_close(alone, whole, atol=2e-5, rtol=1e-4)
+    model.requires_grad_(False)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (images(3),), dynamic_shapes={"pixel_values": {0: batch}})
+    torch.testing.assert_close(program.module()(images(5))["logits"], whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", TRAINED, ids=name_of)
+def test_a_second_task_trains_its_own_block_and_what_is_shared(head: dict[str, Any]) -> None:
+    model = model_with(head).train()
+    for names in CLASSES:
+        model.begin_task(names)
+    model(images()).logits.square().sum().backward()
+    names = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert names == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith("head.blocks.0") for name in names)
+    assert any(name.startswith("head.blocks.1") for name in names)
+
+
+LOADER = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file, save_file
+from test_heads import new_task
+from hf_cdl import CDLForImageClassification
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    model = CDLForImageClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        before = model(load_file(folder / "images.safetensors")["images"]).logits
+    save_file({"before": before, "after": new_task(model)}, folder / "logits.safetensors")
+"""
+
+
+def new_task(model: Any) -> torch.Tensor:
+    """The logits after one more task."""
+    set_seed(5)
+    model.begin_task(["fox", "hen"])
+    if model.fitted:
+        features = torch.randn(9, 32, generator=torch.Generator().manual_seed(4))
+        model.head.accumulate(features, torch.arange(9) % 2)
+    model.end_task()
+    with torch.no_grad():
+        return model.eval()(images()).logits
+
+
+def test_a_loaded_head_answers_and_grows_in_a_fresh_process_as_if_never_saved(tmp_path: Path) -> None:
+    want = {}
+    for head in VARIANTS:
+        name, model = name_of(head), learnt(head, tmp_path / "work").model
+        folder = tmp_path / "models" / name
+        model.save_pretrained(folder)
+        save_file({"images": images()}, folder / "images.safetensors")
+        with torch.no_grad():
+            want[name] = {"before": model(images()).logits, "after": new_task(model)}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", LOADER, str(tmp_path / "models")]
+    subprocess.run(command, check=True, env={**os.environ, **threads, "PYTHONPATH": path})
+    for name, logits in want.items():
+        found = load_file(tmp_path / "models" / name / "logits.safetensors")
+        assert torch.equal(found["before"], logits["before"]), name
+        assert torch.equal(found["after"], logits["after"]), name
+
+
+def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_path: Path) -> None:
+    model = learnt({"type": "ridge", "features": 200, "standardise": "first_task"}, tmp_path / "work").model
+    for name in ("whole", "small"):
+        model.save_pretrained(tmp_path / name)
+        model.drop_sums()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
+    assert sizes[0] - sizes[1] > 8 * 200 * 200
+    small = CDLForImageClassification.from_pretrained(tmp_path / "small").eval()
+    whole = CDLForImageClassification.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        assert torch.equal(small(images()).logits, whole(images()).logits)
+    for one in (model, small):
+        with pytest.raises(
+            ValueError, match="can answer, but learn no further task. Load the checkpoint that still has"
+        ):
+            one.begin_task(["fox"])
+    small.save_pretrained(tmp_path / "again")  # it stays one without them
+    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.can_grow
+    assert new_task(whole).shape[-1] == len(small.config.id2label) + 2
+    with pytest.raises(ValueError, match="Only a ridge head keeps such sums; this one is ncm"):
+        model_with({"type": "ncm"}).drop_sums()
+
+
+def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
+    config = model_with({"type": "ridge", "strength": 7.0}).config
+    fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
+    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, **fields}
+    with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, strength"):
+        build_head({"type": "ridge", "lambda": 1}, 8)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        ({"type": "linear", "standardise": "always"}, "standardise is 'always'; allowed: null, first_task"),
+        ({"type": "cosine", "scale": 0.0}, "needs scale > 0; got 0.0"),
+        ({"type": "ncm", "scale": 0.0}, "needs scale > 0; got 0.0"),
+        ({"type": "ridge", "strength": 0.0}, "needs strength > 0 and features >= 1 or null; got 0.0 and None"),
+        ({"type": "ridge", "features": 0}, "got 10.0 and 0"),
+    ],
+)
+def test_impossible_options_are_refused(head: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_head(head, 8)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("head", [*FITTED, {"type": "linear", "standardise": "first_task"}], ids=name_of)
+def test_features_that_are_no_numbers_are_named_and_not_the_strength(head: dict[str, Any], number: float) -> None:
+    built: Any = build_head(head, 8)
+    built.add_task(2)
+    built.init_shared()
+    built.init_task(0)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    features = torch.randn(6, 8)
+    features[2, 3] = features[5, 0] = number
+    fit_to = built.accumulate if isinstance(built, FittedHead) else lambda x, _: built.standard.measure(x)
+    with pytest.raises(FloatingPointError, match="features of 2 of 6 images are NaN or infinite"):
+        fit_to(features, torch.tensor([0, 1, 0, 1, 0, 1]))
+    assert all(torch.equal(value, before[name]) for name, value in built.state_dict().items()), "nothing was added"
+
+
+def test_what_is_no_number_never_becomes_a_solution_of_ridge() -> None:
+    built: Any = build_head({"type": "ridge", "soft_targets": 0.5}, 4)
+    built.add_task(2)
+    features, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
+    with pytest.raises(FloatingPointError, match="The teacher's answers are NaN or infinite"):
+        built.accumulate(features, labels, torch.full((6, 2), float("nan")))
+    built.accumulate(features, labels, torch.full((6, 2), 0.5))
+    built.gram.view(torch.float64)[1, 2] = float("inf")
+    with pytest.raises(FloatingPointError, match="sums of the ridge head are NaN or infinite in 1 of 3 tensors: gram"):
+        built.end_task()
+
+
+# ---- the fitted ones are the joint solution ----
+
+
+def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """300 features of 10 classes, in a far from round cloud, far from zero: the Gram matrix is badly conditioned."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (300,), generator=generator)
+    centres = torch.randn(10, 24, generator=generator)
+    mix = torch.randn(24, 24, generator=generator) * torch.logspace(-3, 2, 24)
+    return (centres[labels] + torch.randn(300, 24, generator=generator)) @ mix + 30, labels
+
+
+def build_fitted(head: dict[str, Any]) -> FittedHead:
+    built = build_head(head, 24)
+    assert isinstance(built, FittedHead)
+    return built
+
+
+def fit(
+    head: dict[str, Any], tasks: Iterator[list[int]] | list[list[int]], batch: int = 32
+) -> tuple[FittedHead, list[int]]:
+    """A head fitted to the data, task by task; and its classes in the order of its logits."""
+    features, labels = data()
+    set_seed(3)
+    built = build_fitted(head)
+    built.init_shared()
+    if built.standard is not None:
+        built.standard.measure(features[:100])
+    order: list[int] = []
+    for task in tasks:
+        built.add_task(len(task))
+        built.init_task(len(built.blocks) - 1)
+        own = torch.cat([(labels == c).nonzero()[:, 0] for c in task])
+        own = own[torch.randperm(len(own))]
+        for rows in own.split(batch):
+            built.accumulate(features[rows], torch.tensor([task.index(c) for c in labels[rows].tolist()]))
+        built.end_task()
+        order += task
+    return built, order
+
+
+def joint(head: FittedHead) -> torch.Tensor:
+    """(10, M) weights of the scores of all data at once, by least squares and not by the head's own sums."""
+    features, labels = data()
+    mapped = head.prepare(features).double()
+    if "strength" not in vars(head.config):
+        return F.normalize(torch.stack([mapped[labels == c].sum(0) for c in range(10)]), dim=-1)
+    root = head.config.strength**0.5
+    stacked = torch.cat([mapped, root * torch.eye(mapped.shape[1], dtype=torch.float64)])
+    targets = torch.cat([F.one_hot(labels, 10), torch.zeros(mapped.shape[1], 10, dtype=torch.int64)])
+    return torch.linalg.lstsq(stacked, targets.double(), driver="gelsd").solution.T
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 10])
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_the_tasks_and_their_order_do_not_matter(head: dict[str, Any], count: int) -> None:
+    features, _ = data()
+    for seed in range(3):
+        classes = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
+        built, order = fit(head, [classes[i::count] for i in range(count)])
+        want = built.prepare(features).double() @ joint(built).T[:, order]
+        error = (built(features) / built.config.scale - want).abs().max() / want.abs().max()
+        assert error < 1e-5, f"order {order}: {error}"
+
+
+def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
+    """Within each task the teacher's answers take the place of a share of the labels; nothing beyond the task."""
+    features, labels = data()
+    answers = torch.randn(300, 10, generator=torch.Generator().manual_seed(5)).softmax(dim=-1)
+    head = build_fitted({"type": "ridge", "soft_targets": 0.3})
+    targets = torch.zeros(300, 10, dtype=torch.float64)
+    for number, task in enumerate(([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])):
+        head.add_task(len(task))
+        head.init_task(number)
+        own = torch.cat([(labels == c).nonzero()[:, 0] for c in task])
+        local = labels[own] - task[0]
+        head.accumulate(features[own], local, answers[own][:, task])
+        head.end_task()
+        targets[own, task[0] : task[-1] + 1] = (
+            0.7 * F.one_hot(local, len(task)).double() + 0.3 * answers[own][:, task].double()
+        )
+    root = torch.cat([features.double(), 10**0.5 * torch.eye(24, dtype=torch.float64)])
+    want = torch.linalg.lstsq(root, torch.cat([targets, torch.zeros(24, 10)]), driver="gelsd").solution
+    torch.testing.assert_close(head(features).double() / 10, features.double() @ want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"soft_targets is 0\.3, but there are no answers of a teacher"):
+        head.accumulate(features, labels % 6)
+
+
+def test_float32_sums_would_not_do() -> None:
+    """The data of these tests are hard enough to tell: the same solution from a Gram matrix in float32 is off."""
+    features, labels = data()
+    head, order = fit({"type": "ridge", "strength": 0.1}, [list(range(10))])
+    gram = features.T @ features + 0.1 * torch.eye(24)
+    weight = torch.linalg.solve(gram, features.T @ F.one_hot(labels, 10).float())
+    want = features.double() @ joint(head).T
+    assert (features @ weight - want).abs().max() / want.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_the_scale_makes_the_scores_logits_and_moves_no_answer(head: dict[str, Any]) -> None:
+    features, labels = data()
+    plain, _ = fit({**head, "scale": 1.0}, [list(range(10))])
+    scaled, _ = fit({**head, "scale": 4.0}, [list(range(10))])
+    assert torch.equal(4 * plain(features), scaled(features))
+    usual, order = fit(head, [list(range(10))])
+    right = (usual(features).argmax(dim=-1) == labels).float().mean()
+    off = [(model(features).softmax(dim=-1).amax(dim=-1).mean() - right).abs() for model in (plain, usual)]
+    assert off[1] < off[0] / 2, "the confidence is nearer to the accuracy"
+
+
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_its_size_does_not_depend_on_the_number_of_images(head: dict[str, Any]) -> None:
+    built, _ = fit(head, [list(range(10))])
+    before = {name: value.shape for name, value in built.state_dict().items()}
+    for _ in range(5):
+        built.accumulate(data()[0], data()[1])
+    assert {name: value.shape for name, value in built.state_dict().items()} == before
+    assert not list(built.parameters())
+
+
+def test_a_change_of_dtype_does_not_round_what_ridge_has_summed() -> None:
+    kept, _ = fit({"type": "ridge"}, [[0, 1, 2], [3, 4]])
+    cast, _ = fit({"type": "ridge"}, [[0, 1, 2], [3, 4]])
+    cast.to(torch.bfloat16).to(torch.float32)
+    for head in (kept, cast):
+        head.end_task()
+    assert torch.equal(kept(data()[0]), cast(data()[0]))
+
+
+def test_a_strength_that_is_too_small_for_the_features_is_refused() -> None:
+    head = build_fitted({"type": "ridge", "strength": 1e-12})
+    head.add_task(2)
+    head.accumulate(torch.full((4, 24), 1e4), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(FloatingPointError, match="strength 1e-12 is too small .* raise head.strength"):
+        head.end_task()
+
+
+# ---- standardised features ----
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_statistics_are_the_first_task_s_and_stay(kind: str, tmp_path: Path) -> None:
+    trainer = CDLTrainer(model_with({"type": kind, "standardise": "first_task"}), arguments(tmp_path, bf16=False))
+    first, second = stream()
+    trainer.learn(first)
+    standard: Any = trainer.model.head.standard
+    pixels = torch.stack([first.train[i]["pixel_values"] for i in range(len(first.train))])
+    with torch.no_grad():
+        features = trainer.model(pixels).features  # the backbone is frozen and has no prompts
+    torch.testing.assert_close(standard.mean, features.mean(0))
+    torch.testing.assert_close(standard.std, features.std(0, unbiased=False))
+    assert standard.count == len(pixels)
+    before = {name: value.clone() for name, value in standard.state_dict().items()}
+    trainer.learn(second)
+    assert all(torch.equal(value, before[name]) for name, value in standard.state_dict().items())
+
+
+def test_given_statistics_are_kept(tmp_path: Path) -> None:
+    model = model_with({"type": "linear", "standardise": "first_task"})
+    standard: Any = model.head.standard
+    given = torch.randn(50, 32) * 3 + 1
+    standard.measure(given)
+    CDLTrainer(model, arguments(tmp_path, num_train_epochs=1)).learn(next(stream()))
+    torch.testing.assert_close(standard.mean, given.mean(0))
+    assert standard.count == 50
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_statistics_of_a_file_are_taken_once_and_belong_to_the_checkpoint(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    given = {"mean": torch.randn(32), "std": torch.rand(32) + 0.5}
+    save_file(given, file)
+    model = model_with({"type": kind, "standardise": str(file)})
+    CDLTrainer(model, arguments(tmp_path, num_train_epochs=1)).learn(next(stream()))
+    standard: Any = model.head.standard
+    torch.testing.assert_close(standard.mean, given["mean"])
+    torch.testing.assert_close(standard.std, given["std"])
+    model.save_pretrained(tmp_path / "model")
+    file.unlink()
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "model")
+    pixels = torch.stack([next(stream()).train[i]["pixel_values"] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(pixels).logits, model.eval()(pixels).logits)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"mean": torch.full((8,), float("nan")), "std": torch.ones(8)}, "NaN or infinite in 1 of 2 tensors: mean"),
+        ({"mean": torch.zeros(8), "std": torch.full((8,), float("inf"))}, "NaN or infinite in 1 of 2 tensors: std"),
+        ({"mean": torch.zeros(8), "std": -torch.ones(8)}, "std below 0|no deviation"),
+        ({"mean": torch.zeros(8), "std": torch.zeros(8)}, "std below 0|no deviation"),
+        (None, "cannot be read"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(found: Any, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"no tensors") if found is None else save_file(found, file)
+    with pytest.raises(ValueError, match=said):
+        build_head({"type": "linear", "standardise": str(file)}, 8).init_shared()
+
+
+@pytest.mark.parametrize("wrong", [None, {"mean": torch.zeros(8), "std": torch.ones(8)}, {"mean": torch.zeros(32)}])
+def test_a_file_of_statistics_that_does_not_fit_is_said_when_the_model_is_made(wrong: Any, tmp_path: Path) -> None:
+    file = tmp_path / "statistics.safetensors"
+    if wrong is not None:
+        save_file(wrong, file)
+    with pytest.raises(ValueError, match="needs mean and std of shape .32,.* or first_task"):
+        model_with({"type": "linear", "standardise": str(file)})
+
+
+def test_statistics_do_not_depend_on_the_batches_and_a_constant_dimension_is_no_danger() -> None:
+    features = torch.randn(40, 24, generator=torch.Generator().manual_seed(0)) * 2 + 100
+    features[:, 3] = 7.0
+    standards = []
+    for size in (40, 16, 3, 1):
+        standard: Any = build_head({"type": "linear", "standardise": "first_task"}, 24).standard
+        for part in features.split(size):
+            standard.measure(part)
+        standards.append(standard)
+    for standard in standards:
+        torch.testing.assert_close(standard.mean, features.mean(0))
+        torch.testing.assert_close(standard.std, features.std(0, unbiased=False), atol=1e-4, rtol=1e-4)
+    moved = features.clone()
+    moved[:, 3] += 0.02
+    assert (standards[0](moved) - standards[0](features)).abs().max() < 2
+
+
+def test_each_head_of_a_kd_student_has_the_statistics_of_what_it_reads(tmp_path: Path) -> None:
+    prompt = {"type": "coda", "components": 3, "length": 4, "layers": (0, 2)}
+    head = {"type": "linear", "standardise": "first_task"}
+    model = model_with(head, prompt=prompt, kd_prompt={"length": 4})
+    model.begin_task(CLASSES[0])
+    pixels = torch.stack([next(stream()).train[i]["pixel_values"] for i in range(24)])
+    with torch.no_grad():
+        output = model.eval()(pixels)
+    model.measure(output)
+    for part, features in ((model.head, output.features), (model.kd_head, output.kd_features)):
+        torch.testing.assert_close(part.standard.mean, features.mean(0))  # type: ignore[union-attr]
+    assert not torch.allclose(output.features, output.kd_features, atol=1e-2)
+
+
+# ---- cosine ----
+
+
+def test_cosine_logits_ignore_lengths_and_their_scale_trains_only_if_asked() -> None:
+    features = torch.randn(6, 24)
+    for learn in (True, False):
+        head: Any = build_head({"type": "cosine", "scale": 4.0, "learn_scale": learn}, 24)
+        head.init_shared()
+        head.add_task(5)
+        head.init_task(0)
+        logits = head(features)
+        want = 4 * F.cosine_similarity(features[:, None], head.blocks[0].weight[None], dim=-1)
+        torch.testing.assert_close(logits, want)
+        head.blocks[0].weight.data *= torch.arange(1.0, 6.0)[:, None]
+        torch.testing.assert_close(head(features * 3), logits)
+        assert ("scale" in dict(head.named_parameters())) == learn
