@@ -79,7 +79,7 @@ class Pusher:
             try:
                 _limit_silence()
                 repository.open()
-                repository.verify(finished_tasks(results, repository.role))
+                repository.compare(finished_tasks(results, repository.role))
             except HubError:
                 raise
             except Exception as error:
