@@ -20,8 +20,8 @@ class ClassificationMetric(evaluate.Metric):
     """`accuracy`, `confidence` and `calibration_error`, all in percent.
 
     The share of images whose largest logit is that of their class, the mean of the largest softmax probability, and
-    the expected error between the two. `add_batch(predictions=logits, references=labels)` takes logits (B, C) and labels
-    (B,), `compute` all of them.
+    the expected error between the two. `add_batch(predictions=logits, references=labels)` takes logits (B, C) and
+    labels (B,), `compute` all of them.
     What was added is kept in memory: no file is left. Raises ValueError if there is no image.
     """
 
