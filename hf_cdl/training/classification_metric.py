@@ -36,7 +36,7 @@ class ClassificationMetric(evaluate.Metric):
             features=Features({"predictions": ListOf(Value("float32")), "references": Value("int64")}),
         )
 
-    def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:
+    def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
         logits, labels = torch.as_tensor(predictions), torch.as_tensor(references)
         if not len(labels):
             raise ValueError("there are no predictions; add logits and labels of at least one image")
