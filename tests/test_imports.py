@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "labels": {"checked"},
     "escape": set(),
     "places": set(),
-    "serving": {"data.images"},
+    "serving": {"types", "data.images"},
     "config": {"types", "checked", "labels", "serving"},
     "data": {"types", "escape"},
     "backbones": {"types", "checked"},

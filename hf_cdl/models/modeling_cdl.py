@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.backbones import lora
-from hf_cdl.backbones.loading import check_image_size, commit_of, digest, load_backbone
+from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.loading import commit_of, digest, load_backbone
 from hf_cdl.checked import build_fields, short
 from hf_cdl.config import CDLConfig, check_names
 from hf_cdl.heads import Head, build_head, drop_sums
