@@ -38,6 +38,10 @@ def _beit_norm(backbone: Any) -> nn.Module | None:
     return backbone.pooler.layernorm if backbone.config.use_mean_pooling else None
 
 
+def _post_norm(backbone: Any) -> nn.Module | None:
+    return backbone.post_layernorm
+
+
 def _pixels_alone(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
     return {}
 
@@ -107,7 +111,7 @@ FAMILIES: dict[str, Family] = {
         random_positions=("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
     ),
     "clip_vision_model": Family(
-        "encoder.layers", attention="self_attn", norm=attrgetter("post_layernorm"), part_of={"clip": "vision_config"}
+        "encoder.layers", attention="self_attn", norm=_post_norm, part_of={"clip": "vision_config"}
     ),
 }
 

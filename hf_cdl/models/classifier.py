@@ -22,7 +22,7 @@ from hf_cdl.backbones.loading import load_weights, read_config
 from hf_cdl.backbones.stored import check_complete
 from hf_cdl.checked import check_size, listed, short
 from hf_cdl.labels import class_list, repeated
-from hf_cdl.models.inputs import check_labels, check_pixels
+from hf_cdl.models.input_checks import check_labels, check_pixels
 from hf_cdl.types import CDLOutput, ModelShape, is_ours
 
 
@@ -35,7 +35,6 @@ class ImageClassifier(nn.Module):
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
     needs_query = False
     fitted = False
-    head = None
     unmeasured = False
     served_plainly = True  # by transformers' own pipeline
     shape = ModelShape(0, 0)  # it shows no hidden states to terms

@@ -283,7 +283,7 @@ class CDLTrainer(PhaseTrainer):
                 if teacher is not None:
                     seen = batch.get("teacher_pixel_values", batch["pixel_values"])
                     taught = teacher(pixel_values=seen).logits[:, task.classes].float()
-                    taught = self.model.head.targets(taught, teacher.head)
+                    taught = self.model.head.targets(taught, teacher.head if teacher.fitted else None)
             found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
             found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
             found = self.accelerator.gather_for_metrics(found)

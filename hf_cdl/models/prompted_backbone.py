@@ -49,7 +49,6 @@ class PromptedBackbone(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
         if not is_ours(config):  # remote code has a class of its own
@@ -63,11 +62,21 @@ class PromptedBackbone(PreTrainedModel):
         self.query_backbone = None if config.query_config is None else build_backbone(config.query_config)
         if self.query_backbone is not None:
             config.query_config = self.query_backbone.config
+        self._build_prompts(config)
+        if config.query == "one_pass":
+            for number, layer in enumerate(families.layers(self.backbone)):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self._with_token = False
+        self.set_attn_implementation(config._attn_implementation or "sdpa")
+
+    def _build_prompts(self, config: CDLConfig) -> None:
+        """Pool, KD prompts or mapping, and all their fields into the config: a later default changes no checkpoint."""
         size, depth = self.shape
         query_size = (self.query_backbone or self.backbone).config.hidden_size
-
         self.pool = build_pool(config.prompt, size, query_size, depth)
-        if self.pool is not None:  # all fields, so that a later change of a default cannot change a checkpoint
+        if self.pool is not None:
             config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
         self.kd_prompt: KDPrompt | None = None
         if config.kd_prompt is not None:
@@ -89,13 +98,6 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-        if config.query == "one_pass":
-            for number, layer in enumerate(families.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
-        self._with_token = False
-        self.set_attn_implementation(config._attn_implementation or "sdpa")
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
