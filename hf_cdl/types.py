@@ -9,6 +9,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from transformers.utils.generic import ModelOutput
 
+OURS = "cdl"
+"""Model type of CDLForImageClassification."""
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config, or the content of a config.json, is of a model of hf_cdl."""
+    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    return kind == OURS
+
 
 class KV(NamedTuple):
     """Extra keys and values of one self-attention layer, used raw (not passed through k_proj / v_proj).

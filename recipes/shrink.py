@@ -23,7 +23,8 @@ import torch
 import transformers  # names from it say things when they are first used, so not before they may
 from transformers.utils import logging
 
-from hf_cdl.backbones.loading import check_image_size, layers, load_backbone
+from hf_cdl.backbones.families import check_image_size, family, layers
+from hf_cdl.backbones.loading import load_backbone
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs.files import RunError, check_new, fill_folder
 
@@ -61,7 +62,7 @@ def shrink(options: argparse.Namespace) -> None:
     if options.size is not None:
         look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
         processor = transformers.ViTImageProcessor(size={"height": options.size, "width": options.size}, **look)
-        if backbone.config.model_type == "vit":
+        if family(backbone.config).resizes:
             resize(backbone, options.size)
         check_image_size(backbone.config, (options.size, options.size))
     del layers(backbone)[count:]

@@ -18,14 +18,15 @@ from test_contract import MAPPING, arguments, images, model_of, stream, vit
 from test_first_session import SESSION, state_of
 from test_hub import STUDENT, Said, pusher, saved_run
 from test_models import images as larger_images
-from test_models import stored_backbone
+from tiny_families import TINY, stored_backbone
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel, pipeline, set_seed
 from transformers.dynamic_module_utils import get_imports
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones import families as bb
+from hf_cdl.backbones.loading import load_config
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.hub import HubError
 from hf_cdl.hub.card import model_card
@@ -62,14 +63,14 @@ def learnt(folder: Path, **fields: Any) -> CDLForImageClassification:
 
 
 @peft_is_late
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
 def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_the_same(
     kind: str, tmp_path: Path
 ) -> None:
     source, x = stored_backbone(tmp_path / "backbone", kind), larger_images()
 
     def bare() -> Any:
-        return AutoModel.from_pretrained(source, **bb.family(bb.load_config(str(source))).init)
+        return AutoModel.from_pretrained(source, **bb.family(load_config(str(source))).init)
 
     def features(backbone: Any, plain: Any) -> torch.Tensor:
         inputs = bb.extra_inputs(plain.config, x)

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones import families
+from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
-from hf_cdl.types import KV, ModelShape
+from hf_cdl.types import KV, ModelShape, is_ours
 
 
 class Encoded(NamedTuple):
@@ -48,29 +49,38 @@ class PromptedBackbone(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
-        if getattr(config, "model_type", None) != CDLConfig.model_type:  # remote code has a class of its own
+        if not is_ours(config):  # remote code has a class of its own
             raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
         config = copy.deepcopy(config)
         config.check()
         _attention(config._attn_implementation or "sdpa")
         super().__init__(config)
-        self.backbone: Any = bb.build_backbone(config.backbone_config, frozen=not config.train_backbone)
+        self.backbone: Any = build_backbone(config.backbone_config, frozen=not config.train_backbone)
         config.backbone_config = self.backbone.config
-        self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
+        self.query_backbone = None if config.query_config is None else build_backbone(config.query_config)
         if self.query_backbone is not None:
             config.query_config = self.query_backbone.config
+        self._build_prompts(config)
+        if config.query == "one_pass":
+            for number, layer in enumerate(families.layers(self.backbone)):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self._with_token = False
+        self.set_attn_implementation(config._attn_implementation or "sdpa")
+
+    def _build_prompts(self, config: CDLConfig) -> None:
+        """Pool, KD prompts or mapping, and all their fields into the config: a later default changes no checkpoint."""
         size, depth = self.shape
         query_size = (self.query_backbone or self.backbone).config.hidden_size
-
         self.pool = build_pool(config.prompt, size, query_size, depth)
-        if self.pool is not None:  # all fields, so that a later change of a default cannot change a checkpoint
+        if self.pool is not None:
             config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
         self.kd_prompt: KDPrompt | None = None
         if config.kd_prompt is not None:
-            bb.check_extra_token(self.backbone.config)
+            families.check_extra_token(self.backbone.config)
             options = build_fields(KDPromptConfig, config.kd_prompt, "kd_prompt")
             check_size("KD prompts", lambda: KDPrompt(options, size, depth))
             self.kd_prompt = KDPrompt(options, size, depth)
@@ -88,13 +98,6 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-        if config.query == "one_pass":
-            for number, layer in enumerate(bb.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
-        self._with_token = False
-        self.set_attn_implementation(config._attn_implementation or "sdpa")
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
@@ -139,7 +142,7 @@ class PromptedBackbone(PreTrainedModel):
     @property
     def shape(self) -> ModelShape:
         """Width and number of layers of the backbone."""
-        return ModelShape(self.backbone.config.hidden_size, len(bb.layers(self.backbone)))
+        return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
@@ -157,7 +160,7 @@ class PromptedBackbone(PreTrainedModel):
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
         if self.config.query_view is not None:
             pixel_values = to_query_view(pixel_values, **self.config.query_view)
-        return bb.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+        return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _encode(
         self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
@@ -171,10 +174,10 @@ class PromptedBackbone(PreTrainedModel):
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
         hidden, token = self._take_token(found.last_hidden_state)
-        features = bb.pool(self.backbone, hidden)
+        features = families.pool(self.backbone, hidden)
         return Encoded(
             features=features,
-            token=features if self.kd_prompt is None else bb.final_norm(self.backbone, token),
+            token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
@@ -186,7 +189,7 @@ class PromptedBackbone(PreTrainedModel):
         self, query: torch.Tensor | None, task_id: int | None
     ) -> tuple[dict[int, list[KV]], torch.Tensor | None]:
         """All layers' prefixes, and the sum of the pool's losses."""
-        found = [self._ask(query, query, task_id, layer) for layer in range(len(bb.layers(self.backbone)))]
+        found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None
@@ -211,7 +214,8 @@ class PromptedBackbone(PreTrainedModel):
         if not isinstance(prefix, OnePass):  # the query pass
             return None
         tokens = args[0] if args else kwargs["hidden_states"]
-        own = tokens[:, 0] if bb.has_cls(self.backbone.config) else self._take_token(tokens)[0].mean(dim=1)
+        has_cls = families.family(self.backbone.config).has_cls
+        own = tokens[:, 0] if has_cls else self._take_token(tokens)[0].mean(dim=1)
         return args, {**kwargs, "prefix": prefix.enter(number, own)}
 
     def _run(
@@ -233,7 +237,7 @@ class PromptedBackbone(PreTrainedModel):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._with_token = with_token
         try:
-            return backbone(pixel_values, **bb.extra_inputs(backbone.config, pixel_values), **kwargs)
+            return backbone(pixel_values, **families.extra_inputs(backbone.config, pixel_values), **kwargs)
         finally:
             self._with_token = False
 
@@ -258,7 +262,7 @@ class PromptedBackbone(PreTrainedModel):
         """Hidden states of CLS and patches alone; None where a layer was not asked for."""
         if hidden_states is None:
             return None
-        skip = bb.num_extra_tokens(self.backbone.config)
+        skip = families.num_extra_tokens(self.backbone.config)
 
         def image_tokens(sequence: torch.Tensor) -> torch.Tensor:
             sequence, _ = self._take_token(sequence)
@@ -267,12 +271,12 @@ class PromptedBackbone(PreTrainedModel):
         return tuple(None if sequence is None else image_tokens(sequence) for sequence in hidden_states)
 
     def _token_index(self, length: int) -> int:
-        return bb.family(self.backbone.config).token_at % length
+        return families.family(self.backbone.config).token_at % length
 
     @torch.no_grad()
     def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
         """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
-        size = bb._pair(self.backbone.config.image_size)
+        size = families.pair(self.backbone.config.image_size)
         image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
         embedded = self.backbone.embeddings(image)
         init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
