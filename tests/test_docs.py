@@ -15,9 +15,8 @@ from test_imports import ALLOWED
 from hf_cdl import CDLTrainingArguments, StreamConfig
 from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.distill import TERMS
-from hf_cdl.heads.base import HeadConfig
-from hf_cdl.heads.fitted import FittedConfig
-from hf_cdl.heads.trained import HEADS
+from hf_cdl.heads import HEADS
+from hf_cdl.heads.base import FittedConfig, HeadConfig
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe import CardRecipe, ModelRecipe, Recipe, build_recipe, load_recipe
 

@@ -35,6 +35,7 @@ class ImageClassifier(nn.Module):
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
     needs_query = False
     fitted = False
+    head = None
     unmeasured = False
     served_plainly = True  # by transformers' own pipeline
     shape = ModelShape(0, 0)  # it shows no hidden states to terms

@@ -18,7 +18,7 @@ from hf_cdl.backbones.stored import (
     stored_sizes,
 )
 from hf_cdl.checked import said
-from hf_cdl.heads.base import Head
+from hf_cdl.heads import Head
 from hf_cdl.models.prompted import PromptedBackbone
 from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 

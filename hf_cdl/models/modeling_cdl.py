@@ -15,9 +15,8 @@ from hf_cdl.backbones import lora
 from hf_cdl.backbones.loading import check_image_size, commit_of, digest, load_backbone
 from hf_cdl.checked import build_fields, short
 from hf_cdl.config import CDLConfig, check_names
-from hf_cdl.heads.base import Head, Standardise
-from hf_cdl.heads.fitted import RidgeHead
-from hf_cdl.heads.trained import build_head
+from hf_cdl.heads import Head, build_head, drop_sums
+from hf_cdl.heads.standardise import Standardise
 from hf_cdl.labels import class_list
 from hf_cdl.models.code import put_code
 from hf_cdl.models.inputs import check_labels, check_pixels, check_task
@@ -161,14 +160,10 @@ class CDLForImageClassification(Loadable):
         """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
 
         New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already,
-        for what is no list of names, or if the sums of a ridge head were dropped.
+        for what is no list of names, or if the head's sums were dropped.
         """
         names = class_list(class_names)
-        if not self.head.can_grow:
-            raise ValueError(
-                "This model's ridge head has no sums (head.sums is false): it can answer, but learn no further task. "
-                "Load the checkpoint that still has them, such as task-05 of its run."
-            )
+        self.head.check_growth()
         device, dtype = self.device, self.dtype
         self.config.set_tasks([*self.tasks, names])
         task = len(self.config.tasks) - 1
@@ -180,14 +175,12 @@ class CDLForImageClassification(Loadable):
         self.freeze()
 
     def drop_sums(self) -> None:
-        """Drop what a ridge head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
+        """Drop what the head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
 
-        Raises ValueError for another head.
+        Raises ValueError for a head that keeps no such sums.
         """
-        if not isinstance(self.head, RidgeHead):
-            raise ValueError(f"Only a ridge head keeps such sums; this one is {self.config.head['type']}.")
-        self.head.drop_sums()
-        self.config.head = {**self.config.head, "sums": False}
+        drop_sums(self.head)
+        self.config.head = {**self.config.head, **dataclasses.asdict(self.head.config)}
 
     def follow(self, teacher: CDLForImageClassification) -> None:
         """Take over what this model keeps of its teacher, which has learnt the newest task: a copy of its pool."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_cdl.config import CDLConfig
-from hf_cdl.heads.trained import HEADS
+from hf_cdl.heads import HEADS, example
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
@@ -21,8 +21,8 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
             raise ValueError(f"lora adapts the backbone alone, but the model has {', '.join(others)} too.")
         if first is None:
             raise ValueError(
-                "lora learns in a first session: give first_session a trained head, as {'type': 'linear'}, and "
-                "`head` a fitted one, as {'type': 'ridge'}."
+                f"lora learns in a first session: give first_session a trained head, as {example(fitted=False)}, and "
+                f"`head` a fitted one, as {example(fitted=True)}."
             )
     if first is not None:
         if not fitted or HEADS[first["type"]].fitted or not learns or has_kd_head:
@@ -33,5 +33,5 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
     elif fitted and (learns or has_kd_head):
         raise ValueError(
             f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
-            "task. Give first_session a trained head, as {'type': 'linear'}: they learn on the first task alone."
+            f"task. Give first_session a trained head, as {example(fitted=False)}: they learn on the first task alone."
         )

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.distill import TERMS
-from hf_cdl.heads.trained import HEADS
+from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
 from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
 from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value

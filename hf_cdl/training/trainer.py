@@ -271,7 +271,7 @@ class CDLTrainer(PhaseTrainer):
 
     def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
         """Of the task's un-augmented images, of all processes, batch by batch: the model's outputs, the labels, and
-        what the head's teacher, if it has one, says over the task's classes: probabilities, or a fitted head's scores.
+        what the head learns of its teacher's answers over the task's classes, if it has one.
         """
         self.model.eval()
         teacher = None if self.head_teacher is None else self.head_teacher.eval()
@@ -283,10 +283,7 @@ class CDLTrainer(PhaseTrainer):
                 if teacher is not None:
                     seen = batch.get("teacher_pixel_values", batch["pixel_values"])
                     taught = teacher(pixel_values=seen).logits[:, task.classes].float()
-                    if teacher.fitted:
-                        taught = taught / teacher.head.config.scale
-                    else:
-                        taught = (taught / self.model.head.config.temperature).softmax(dim=-1)
+                    taught = self.model.head.targets(taught, teacher.head)
             found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
             found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
             found = self.accelerator.gather_for_metrics(found)

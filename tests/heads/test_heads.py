@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
-from hf_cdl.heads.fitted import FittedHead
-from hf_cdl.heads.trained import HEADS, build_head
+from hf_cdl.heads import HEADS, build_head
+from hf_cdl.heads.base import FittedHead
 
 # Fields that a head is tested with besides its defaults.
 VARIANTS: list[dict[str, Any]] = [
@@ -147,7 +147,7 @@ def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_pa
         ):
             one.begin_task(["fox"])
     small.save_pretrained(tmp_path / "again")  # it stays one without them
-    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.can_grow
+    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.config.sums
     assert new_task(whole).shape[-1] == len(small.config.id2label) + 2
     with pytest.raises(ValueError, match="Only a ridge head keeps such sums; this one is ncm"):
         model_with({"type": "ncm"}).drop_sums()

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTI
 from hf_cdl import CDLConfig, CDLForImageClassification
 from hf_cdl.backbones import loading as bb
 from hf_cdl.backbones.lora import LoraOptions
-from hf_cdl.heads.trained import build_head
+from hf_cdl.heads import build_head
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 

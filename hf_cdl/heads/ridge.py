@@ -1,12 +1,8 @@
-r"""Heads that are fitted to fixed features by one pass instead of being trained: class means, and ridge regression.
-
-Both keep sums over the images, never an image, so their size does not depend on how many there were, and the result
-not on the tasks or the order in which they came.
-"""
+"""Ridge regression: one pass over the images of each task gives the solution for all of them."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,81 +12,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
-from hf_cdl.heads.base import Head, HeadConfig, check_features, movable
-
-
-class ClassMeans(nn.Module):
-    """Sum and number of the unit-length features of each class of a task; scores are cosines to the class means."""
-
-    def __init__(self, hidden_size: int, num_classes: int):
-        super().__init__()
-        self.total: torch.Tensor
-        self.count: torch.Tensor
-        self.register_buffer("total", torch.zeros(num_classes, hidden_size))
-        self.register_buffer("count", torch.zeros(num_classes))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return features @ F.normalize(self.total, dim=-1).T
-
-
-@dataclass(frozen=True)
-class FittedConfig(HeadConfig):
-    scale: float = field(
-        default=10.0,
-        metadata={"help": "Factor of the scores, which are about 0 to 1, as logits: for confidence, not accuracy."},
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.scale <= 0:
-            raise ValueError(f"A fitted head needs scale > 0; got {self.scale}.")
-
-
-class FittedHead(Head):
-    """A head without parameters, which accumulates statistics of fixed features instead of being trained.
-
-    Its scores, cosines or a regression's answers, become logits by a factor `scale` (ours): as they are, the softmax
-    over them is nearly uniform.
-    """
-
-    fitted: ClassVar[bool] = True
-    config_class: ClassVar[type] = FittedConfig
-    needs_teacher = False
-    """Whether `accumulate` asks for a teacher's answers."""
-
-    @abstractmethod
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
-        """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
-
-        Raises FloatingPointError for features or answers that are NaN or infinite.
-        `taught` (B, C_t): a teacher's answers over the task's classes, for a head that `needs_teacher`.
-        """
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.config.scale * super().forward(features)
-
-
-class NearestMeanHead(FittedHead):
-    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
-
-    def add_task(self, num_classes: int) -> None:
-        self.blocks.append(ClassMeans(self.hidden_size, num_classes))
-
-    @torch.no_grad()
-    def init_task(self, task: int) -> None:
-        block: Any = self.blocks[task]
-        init.zeros_(block.total)
-        init.zeros_(block.count)
-
-    def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        return F.normalize(super().prepare(features), dim=-1)
-
-    @torch.no_grad()
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
-        check_features(features)
-        block: Any = self.blocks[-1]
-        block.total.index_add_(0, labels, self.prepare(features.float()))
-        block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
+from hf_cdl.heads.base import FittedConfig, FittedHead, Head, movable
+from hf_cdl.heads.standardise import check_features
 
 
 @dataclass(frozen=True)
@@ -154,22 +77,12 @@ class RidgeHead(FittedHead):
 
     config_class: ClassVar[type] = RidgeConfig
     bits: ClassVar[tuple[str, ...]] = ("gram", "total")
+    keeps_sums: ClassVar[bool] = True
     config: RidgeConfig
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
         return self.config.soft_targets > 0
-
-    @property
-    def can_grow(self) -> bool:  # type: ignore[override]
-        return self.config.sums
-
-    def drop_sums(self) -> None:
-        """Keep what answers need: weight rows and random map."""
-        self.config = replace(self.config, sums=False)
-        for module in (self, *self.blocks):
-            for name in {"gram", "total"} & module._buffers.keys():
-                module.register_buffer(name, None)
 
     def __init__(self, config: RidgeConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -179,20 +92,49 @@ class RidgeHead(FittedHead):
         self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.int64) if config.sums else None)
         self.register_buffer("projection", torch.empty(hidden_size, self.width) if config.features else None)
 
+    @classmethod
+    def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
+        problems = []
+        if fields.get("soft_targets") and not has_teacher:
+            problems.append(("soft_targets", "are a teacher's answers, but the model has none; set it to 0"))
+        if fields.get("sums") is False:
+            problems.append(("sums", "is false, but to learn it needs them; drop them from what was learnt"))
+        return problems
+
+    def check_growth(self) -> None:
+        if not self.config.sums:
+            raise ValueError(
+                "This model's ridge head has no sums (head.sums is false): it can answer, but learn no further task. "
+                "Load the checkpoint that still has them, such as task-05 of its run."
+            )
+
+    def drop_sums(self) -> None:
+        """Keep what answers need: weight rows and random map."""
+        self.config = replace(self.config, sums=False)
+        for module in (self, *self.blocks):
+            for name in {*self.bits} & module._buffers.keys():
+                module.register_buffer(name, None)
+
+    def targets(self, logits: torch.Tensor, teacher: Head | None) -> torch.Tensor:
+        """Probabilities, softened by the temperature; a fitted head's scores as they are."""
+        if teacher is not None and teacher.fitted:
+            return logits / teacher.config.scale
+        return (logits / self.config.temperature).softmax(dim=-1)
+
     def init_shared(self) -> None:
         super().init_shared()
-        if self.can_grow:
+        if self.config.sums:
             init.zeros_(self.gram)
         if self.projection is not None:
             init.normal_(self.projection, std=self.hidden_size**-0.5)
 
     def add_task(self, num_classes: int) -> None:
-        self.blocks.append(RidgeBlock(self.width, num_classes, self.can_grow))
+        self.blocks.append(RidgeBlock(self.width, num_classes, self.config.sums))
 
     @torch.no_grad()
     def init_task(self, task: int) -> None:
         block: Any = self.blocks[task]
-        if self.can_grow:
+        if self.config.sums:
             init.zeros_(block.total)
         init.zeros_(block.weight)
 
