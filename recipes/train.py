@@ -39,7 +39,6 @@ from hf_cdl.recipe.build import (  # noqa: E402
     build_processors,
     check_classes,
     labels,
-    load_plugins,
 )
 from hf_cdl.runs.cost import cost_in_use  # noqa: E402
 from hf_cdl.runs.files import RunError, first_line  # noqa: E402
@@ -136,7 +135,6 @@ def bind(run: Run, stream: TaskStream) -> None:
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
     refuse_known(recipe, run.origin)
-    load_plugins(recipe.plugins)
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     run.check_source(stream.fingerprint, run.to_learn(stream))
