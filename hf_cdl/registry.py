@@ -19,8 +19,8 @@ C = TypeVar("C", bound=type)
 class Registry(dict[str, type[T]]):
     """The classes of one kind of method by the name that a recipe's `type` gives them.
 
-    `name` is that of the registry and `what` that of an entry, for messages. Entries derive from `base`, their
-    `config_class` is a dataclass that has `fields`. `bare` are types without a class and without fields.
+    `name` is that of the registry and `what` that of an entry, for messages. Entries derive from `base`; their
+    `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types without class and fields.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Registry(dict[str, type[T]]):
     ):
         super().__init__(own)
         self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
+        self.added: set[str] = set()  # what is not the package's own: its code does not lie beside a checkpoint
 
     @property
     def types(self) -> list[str]:
@@ -74,6 +75,7 @@ class Registry(dict[str, type[T]]):
             return lambda decorated: self.register(name, decorated)
         self._check(name, kind)
         self[name] = kind
+        self.added.add(name)
         return kind
 
     def _check(self, name: str, kind: Any) -> None:
@@ -97,13 +99,15 @@ class Registry(dict[str, type[T]]):
             )
         if problem := self._config_problem(getattr(kind, "config_class", None)):
             raise ValueError(
-                f"{call}: {kind.__qualname__}.config_class {problem}; allowed is a frozen dataclass, whose fields are "
-                f"those of the recipe's section, {', '.join(self.fields)} among them."
+                f"{call}: {kind.__qualname__}.config_class {problem}; allowed is a dataclass, whose fields are those "
+                "of the recipe's section."
             )
 
     def _config_problem(self, config: Any) -> str | None:
         if not isinstance(config, type) or not dataclasses.is_dataclass(config):
             return f"is {short(config)}"
+        if (root := getattr(self.base, "config_class", object)) not in config.__mro__:
+            return f"({config.__qualname__}) is not derived from {root.__module__}.{root.__qualname__}"
         names = [f.name for f in dataclasses.fields(config)]
         if lacking := [field for field in self.fields if field not in names and not hasattr(config, field)]:
             return f"({config.__qualname__}) has no {' and no '.join(lacking)}"

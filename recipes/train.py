@@ -96,8 +96,12 @@ def main(arguments: list[str]) -> int:
 
 def use(recipe: Recipe) -> str:
     """A command that asks the run's student about IMAGE.png."""
-    needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
-    more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
+    plain, more = recipe.student.model == "classifier", ""
+    if recipe.plugins and plain:
+        more = ", trust_remote_code=True"  # the plugin's source lies in the folder
+    needed = "" if plain else "import hf_cdl; "
+    if recipe.plugins and not plain:
+        needed = f"from hf_cdl.recipe import load_plugins; load_plugins({list(recipe.plugins)}); "
     folder = json.dumps(str(recipe.folder / "student"), ensure_ascii=False)
     call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
     return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
@@ -189,7 +193,8 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
-    later = stopping.command("push.py", run.folder)
+    named = ["--plugins", *recipe.plugins] if recipe.plugins else []
+    later = stopping.command("push.py", run.folder, *named)
     pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin, later=later)
     pusher.check(run.results())
     return pusher

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "hub": {"types", "escape", "places", "runs", "data.benchmarks"},
     "recipe": {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
-        *("models", "training.arguments"),
+        *("models", "registry", "training.arguments"),
     },
     "compare": {"recipe", "runs"},
 }

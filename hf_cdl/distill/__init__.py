@@ -37,7 +37,6 @@ TERMS: Registry[Term] = Registry(
         "prompt_mapping": PromptMappingKD,
         "os_prompt": OSPrompt,
     },
-    fields=("weight",),
 )
 
 __all__ = ["TERMS", "Objective", "Term"]

@@ -58,8 +58,8 @@ class Term(nn.Module, ABC):
 
     A loss of several parts may be given as a dict of scalars, of which it is the sum; each is logged beside the sum as
     `term/part`. Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
-    A method file defines a frozen dataclass, derived from TermConfig, and a subclass with it as `config_class` and with
-    `forward`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
+    A method file defines a frozen dataclass, derived from TermConfig, and a subclass with `forward` and with it as
+    `config_class`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's

@@ -24,7 +24,6 @@ HEADS: Registry[Head] = Registry(
         "ridge": RidgeHead,
         "ncm": NearestMeanHead,
     },
-    fields=("standardise", "given_statistics"),
 )
 
 

@@ -18,7 +18,7 @@ from hf_cdl.config import CDLConfig, check_names
 from hf_cdl.heads import Head, build_head, drop_sums
 from hf_cdl.heads.standardise import Standardise
 from hf_cdl.labels import class_list
-from hf_cdl.models.code import put_code
+from hf_cdl.models.code import check_code, put_code
 from hf_cdl.models.inputs import check_labels, check_pixels, check_task
 from hf_cdl.models.loading import Loadable
 from hf_cdl.models.session import check_session
@@ -56,6 +56,7 @@ class CDLForImageClassification(Loadable):
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:
             build_head(config.first_session, self.shape.hidden_size)
+        check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
             adapters = build_fields(lora.LoraOptions, config.lora, "lora")
