@@ -35,8 +35,9 @@ from huggingface_hub import HfApi
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
-from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_recipe, taken_over
+from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
 from hf_cdl.recipe.build import build_processors, load_model
+from hf_cdl.recipe.files import fields_given, read_yaml
 from hf_cdl.runs.adopt import adopt
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.report import difference_lines
@@ -64,9 +65,11 @@ def main(arguments: list[str]) -> int:
         folder = options.output_dir or Path("runs", name)
         fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
         with PartialState().main_process_first():
+            plugins = dict(fields_given(fields)).get("plugins")
+            load_plugins(plugins)
             if not (folder / "run.json").exists():
-                plugins = any(word.split("=")[0] == "--plugins" for word in fields)
-                undo = begin(folder, options.student, options.teacher, options.revision, plugins)
+                undo = begin(folder, options.student, options.teacher, options.revision, bool(plugins))
+        refuse_plugins(folder)
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
     except (OSError, ValueError, RunError, HubError) as error:
@@ -180,11 +183,18 @@ def continued(recipe: Recipe, origin: Origin) -> dict[str, Any]:
     return {**content, **({} if repository is None else {"hub_model_id": repository})}
 
 
+def refuse_plugins(folder: Path) -> None:
+    """Raise RecipeError if the recipe that was taken over names Python files: reading it would run them."""
+    if named := read_yaml(folder / "recipe.yaml").get("plugins"):
+        raise RecipeError(
+            f"{folder / 'recipe.yaml'} names plugins, which nobody asked for here: {visible(named)[:300]}. Take them "
+            "out there; those that you want, name yourself: --plugins '[FILE.py]'."
+        )
+
+
 def checked(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe itself. Raises RecipeError if its models are not those that were taken over."""
     taken = load_recipe([str(folder / "recipe.yaml"), "--data.path", "."], folder / "recipe.yaml")
-    if taken.plugins:
-        raise RecipeError(f"{folder / 'recipe.yaml'} names plugins, which nobody asked for here: {taken.plugins}.")
     changed = []
     for role in ("student", "teacher"):
         ours, theirs = (getattr(r, role) and dataclasses.asdict(getattr(r, role)) for r in (recipe, taken))

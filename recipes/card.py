@@ -1,8 +1,9 @@
 """Write the model cards of a run, with their picture: ROLE/README.md and ROLE/accuracy_matrix.png.
 
-python recipes/card.py RUN [--output FOLDER] [--repo_id OWNER/NAME]
+python recipes/card.py RUN [--output FOLDER] [--repo_id OWNER/NAME] [--plugins FILE ...]
 RUN is a run's folder, such as runs/quickstart, finished or not; --output is by default the same folder. --repo_id:
-where the student will be (its teacher: the same with -teacher).
+where the student will be (its teacher: the same with -teacher). --plugins: Python files of yours with methods that its
+recipe names; no other is run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if __name__ == "__main__":
 
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
-from hf_cdl.recipe import described
+from hf_cdl.recipe import described, load_plugins
 from hf_cdl.runs.files import RunError, write_whole
 from hf_cdl.runs.results import run_results
 
@@ -31,9 +32,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--repo_id")
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
     options = parser.parse_args(arguments)
     output = options.output or options.run
     try:
+        load_plugins(options.plugins)
         results = run_results(options.run, described)
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:

@@ -46,7 +46,6 @@ from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.compare.table import Measured
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import RecipeError
-from hf_cdl.recipe.build import load_plugins
 from hf_cdl.runs.files import RunError, make_folder, read_json, saving, write_json
 
 HERE = Path(__file__).parent
@@ -233,7 +232,6 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
     for name in comparison.spec.variants:
         first = next(run for run in comparison.runs if run.variant == name)
         if not known.get(first.recipe_hash) and first.results() is not None:
-            load_plugins(first.recipe.plugins)
             try:
                 _, costs = measure(first.recipe, read_tasks(first.recipe))
             except (ValueError, NotImplementedError) as error:

@@ -29,7 +29,7 @@ from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.data import ImageError, TaskStream
 from hf_cdl.escape import visible_lines
 from hf_cdl.recipe import RecipeError
-from hf_cdl.recipe.build import build_processors, load_plugins
+from hf_cdl.recipe.build import build_processors
 from hf_cdl.runs.files import RunError, write_json
 from hf_cdl.runs.metrics import continual_metrics
 
@@ -86,7 +86,6 @@ def _file(comparison: Comparison, run: PlannedRun) -> Path:
 def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
     """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
-    load_plugins(run.recipe.plugins)  # those of the spec, not those that the run's folder names
     for _, _, result in measure_again(run.folder, run.recipe, "test", *comparison.spec.variants[run.variant].rows):
         roles.setdefault(result.role, []).append(result)
     results: Any = run.results()
@@ -110,7 +109,6 @@ def _fingerprints(comparison: Comparison) -> list[str]:
     """
     found = set()
     for recipe in {repr(run.recipe.data): run.recipe for run in comparison.runs}.values():
-        load_plugins(recipe.plugins)
         images = []
         for task in TaskStream(recipe.data, build_processors(recipe)):
             split: Any = task.test

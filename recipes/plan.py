@@ -31,7 +31,7 @@ from hf_cdl.data.views import output_size
 from hf_cdl.distill import Objective
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
-from hf_cdl.recipe.build import build_models, build_objective, build_processors, load_plugins
+from hf_cdl.recipe.build import build_models, build_objective, build_processors
 from hf_cdl.training.checking import check_training
 
 aten: Any = torch.ops.aten
@@ -94,7 +94,6 @@ what a step keeps for the way back, with fused attention and without the largest
 def plan(recipe: Recipe) -> str:
     """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read, and for a
     task that a role could not learn."""
-    load_plugins(recipe.plugins)
     tasks = read_tasks(recipe)
     models, costs = measure(recipe, tasks)
     weights = sum(map(_bytes, models.values()))

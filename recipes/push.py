@@ -2,6 +2,7 @@
 
 python recipes/push.py RUN [--hub_model_id NAME] [--push_teacher true] [--hub_private_repo false]
 RUN is a run's folder, such as runs/quickstart; without options it is pushed to where it was last to be pushed.
+--plugins FILE ...: Python files of yours with methods that its recipe names; no other is run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import yaml
 
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
-from hf_cdl.recipe import build_recipe, described, untrained
+from hf_cdl.recipe import build_recipe, described, load_plugins, untrained
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.repair import examine
 from hf_cdl.runs.results import run_results, stored_ledger
@@ -35,10 +36,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--hub_model_id")
     for name in ("--push_teacher", "--hub_private_repo"):
         parser.add_argument(name, type=true_or_false, metavar="true|false")
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
     given = vars(parser.parse_args(arguments))
-    folder = given.pop("run")
+    folder, plugins = given.pop("run"), given.pop("plugins")
     try:
         stopping.ready()
+        load_plugins(plugins)
         ledger = stored_ledger(folder)
         asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
         if not asked:

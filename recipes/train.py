@@ -39,7 +39,6 @@ from hf_cdl.recipe.build import (  # noqa: E402
     build_processors,
     check_classes,
     labels,
-    load_plugins,
 )
 from hf_cdl.runs.cost import cost_in_use  # noqa: E402
 from hf_cdl.runs.files import RunError, first_line  # noqa: E402
@@ -97,8 +96,12 @@ def main(arguments: list[str]) -> int:
 
 def use(recipe: Recipe) -> str:
     """A command that asks the run's student about IMAGE.png."""
-    needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
-    more = ", trust_remote_code=True" if recipe.plugins else ""  # a plugin's source lies in the folder
+    plain, more = recipe.student.model == "classifier", ""
+    if recipe.plugins and plain:
+        more = ", trust_remote_code=True"  # the plugin's source lies in the folder
+    needed = "" if plain else "import hf_cdl; "
+    if recipe.plugins and not plain:
+        needed = f"from hf_cdl.recipe import load_plugins; load_plugins({list(recipe.plugins)}); "
     folder = json.dumps(str(recipe.folder / "student"), ensure_ascii=False)
     call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
     return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
@@ -136,7 +139,6 @@ def bind(run: Run, stream: TaskStream) -> None:
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
     """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
     refuse_known(recipe, run.origin)
-    load_plugins(recipe.plugins)
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     run.check_source(stream.fingerprint, run.to_learn(stream))
@@ -191,7 +193,8 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
-    later = stopping.command("push.py", run.folder)
+    named = ["--plugins", *recipe.plugins] if recipe.plugins else []
+    later = stopping.command("push.py", run.folder, *named)
     pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin, later=later)
     pusher.check(run.results())
     return pusher

@@ -23,8 +23,8 @@ from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.recipe import Recipe, build_recipe, untrained
-from hf_cdl.recipe.build import MODELS, load_plugins, load_processor
+from hf_cdl.recipe import Recipe, build_recipe, load_plugins, untrained
+from hf_cdl.recipe.build import MODELS, load_processor
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import data_changes, stored_tasks
 from hf_cdl.runs.results import stored_ledger
@@ -44,6 +44,7 @@ def main(folder: Path, plugins: Sequence[str] = ()) -> int:
 
 
 def verify(folder: Path, plugins: Sequence[str]) -> int:
+    load_plugins(plugins)
     recipe = stored_recipe(folder)
     named = [Path(file).name for file in plugins]
     if unread := [file for file in recipe.plugins if Path(file).name not in named]:
@@ -52,7 +53,6 @@ def verify(folder: Path, plugins: Sequence[str]) -> int:
             "need them, read them and name them: --plugins FILE ...",
             file=sys.stderr,
         )
-    load_plugins(plugins)
     ledger = stored_ledger(folder)
     check_data(folder, ledger, recipe)
     elsewhere = ledger.get("origin", {}).get("tasks", 0)

@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parent.parent / "hf_cdl"
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "checked": set(),
+    "registry": {"checked"},
     "labels": {"checked"},
     "escape": set(),
     "places": set(),
@@ -26,16 +27,16 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"types", "checked", "labels", "serving"},
     "data": {"types", "escape"},
     "backbones": {"types", "checked"},
-    "prompts": {"types", "checked"},
-    "heads": {"types", "checked"},
-    "distill": {"types", "checked", "prompts.mapping"},
+    "prompts": {"types", "checked", "registry"},
+    "heads": {"types", "checked", "registry"},
+    "distill": {"types", "checked", "registry", "prompts.mapping"},
     "models": {"types", "checked", "labels", "config", "data", "backbones", "prompts", "heads", "distill"},
     "runs": {"types", "escape", "data.benchmarks"},
     "training": {"types", "data", "distill", "runs"},
     "hub": {"types", "escape", "places", "runs", "data.benchmarks"},
     "recipe": {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
-        *("models", "training.arguments"),
+        *("models", "registry", "training.arguments"),
     },
     "compare": {"recipe", "runs"},
 }

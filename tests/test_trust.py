@@ -143,11 +143,20 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
     assert not (tmp_path / FOOTPRINT).exists()
 
 
-def test_a_run_that_somebody_put_in_place_brings_no_plugins(evil: Path, honest: Path, tmp_path: Path) -> None:
+def test_a_run_that_somebody_put_in_place_brings_no_plugins(
+    evil: Path, honest: Path, tmp_path: Path, capsys: Any
+) -> None:
     add_task.begin(tmp_path / "out", str(honest / "run"), None, None)
-    with (tmp_path / "out" / "recipe.yaml").open("a") as file:
-        file.write(f"plugins: [{evil / 'evil.py'}]\n")
-    assert add_task.main([str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]) == 2
+    file = tmp_path / "out" / "recipe.yaml"
+    own = yaml.safe_load(file.read_text())
+    words = [str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "base.yaml").write_text(f"plugins: [{evil / 'evil.py'}]\n")
+    for more in ({"plugins": [str(evil / "evil.py")]}, {"base": "../base.yaml"}):
+        kept = {key: value for key, value in own.items() if key != "plugins"}
+        file.write_text(yaml.safe_dump({**kept, **more}))
+        assert add_task.main(words) == 2
+        assert add_task.main([*words, "--plugins", "[]"]) == 2
+        assert "names plugins, which nobody asked for here" in capsys.readouterr().err
     assert not (tmp_path / FOOTPRINT).exists()
 
 

@@ -1,24 +1,30 @@
-"""Classification heads. A new one is one file here and one line in HEADS."""
+"""Classification heads. A new one is one file and one name in HEADS: here, or by `HEADS.register` in a plugin."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hf_cdl.checked import build_fields, check_size, pick
+from hf_cdl.checked import build_fields, check_size
 from hf_cdl.heads.base import Head
 from hf_cdl.heads.class_means import NearestMeanHead
 from hf_cdl.heads.cosine import CosineHead
 from hf_cdl.heads.linear import LinearHead
 from hf_cdl.heads.ridge import RidgeHead
 from hf_cdl.heads.weight_normalised import WeightNormalisedHead
+from hf_cdl.registry import Registry
 
-HEADS: dict[str, type[Head]] = {
-    "linear": LinearHead,
-    "weight_normalised": WeightNormalisedHead,
-    "cosine": CosineHead,
-    "ridge": RidgeHead,
-    "ncm": NearestMeanHead,
-}
+HEADS: Registry[Head] = Registry(
+    "HEADS",
+    "head",
+    Head,
+    {
+        "linear": LinearHead,
+        "weight_normalised": WeightNormalisedHead,
+        "cosine": CosineHead,
+        "ridge": RidgeHead,
+        "ncm": NearestMeanHead,
+    },
+)
 
 
 def build_head(head: dict[str, Any], hidden_size: int) -> Head:
@@ -26,7 +32,7 @@ def build_head(head: dict[str, Any], hidden_size: int) -> Head:
 
     Raises ValueError for an unknown type or field, and for one that would not fit into memory.
     """
-    kind, fields = pick(head, "head", HEADS)
+    kind, fields = HEADS.pick(head, "head")
     config = build_fields(HEADS[kind].config_class, fields, f"Head type '{kind}'")
 
     def with_a_task() -> Head:

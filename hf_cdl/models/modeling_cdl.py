@@ -24,6 +24,7 @@ from hf_cdl.models.checkpointing import Checkpointed
 from hf_cdl.models.first_session import check_session
 from hf_cdl.models.input_checks import check_labels, check_pixels, check_task
 from hf_cdl.models.prompted_backbone import Encoded
+from hf_cdl.models.remote_code import check_code
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
@@ -57,6 +58,7 @@ class CDLForImageClassification(Checkpointed):
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:
             build_head(config.first_session, self.shape.hidden_size)
+        check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
             adapters = build_fields(lora.LoraOptions, config.lora, "lora")

@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_cdl.heads import HEADS
+from hf_cdl.prompts import PROMPTS
+
 ENTRY = "models.modeling_cdl"
 _IMPORT = re.compile(r"^( *)from hf_cdl\.([\w.]+) import (\w+|\()( as \w+)?", re.MULTILINE)
 _PACKAGE = Path(__file__).parent.parent
@@ -42,6 +45,16 @@ def put_code(config: Any, folder: Path) -> None:
         copy.write_text(head + _IMPORT.sub(_relative, source), encoding="utf-8")
         written.add(module)
         todo |= {_imported(found) for found in _IMPORT.finditer(source)} - written
+
+
+def check_code(config: Any) -> None:
+    """Raise ValueError if checkpoints are to hold the model's code, but a part of it is a plugin's (`save_code`)."""
+    sections = ((PROMPTS, config.prompt), (HEADS, config.head), (HEADS, config.first_session))
+    if config.save_code and (added := [s["type"] for known, s in sections if s and s["type"] in known.added]):
+        raise ValueError(
+            f"save_code is true, but the code of {', '.join(added)} is a plugin's, which is not copied beside the "
+            "weights. Set save_code to false; who loads the model imports the plugin first."
+        )
 
 
 def _file(module: str) -> Path:

@@ -40,8 +40,7 @@ from transformers import (
 )
 
 from hf_cdl import CDLTrainingArguments
-from hf_cdl.recipe import load_recipe
-from hf_cdl.recipe.build import load_plugins
+from hf_cdl.recipe import load_plugins, load_recipe
 
 FOLDER = ROOT / "recipes" / "offline_kd"
 PAIRS = sorted(FOLDER.glob("cifar100_*.yaml"))
