@@ -49,7 +49,7 @@ class Run:
     folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
     that a new field with its default is no difference. `say` prints what was found damaged, and what became of it.
 
-    A run may go on from models that learnt their first tasks elsewhere: see adopt.py.
+    A run may go on from models that learnt their first tasks elsewhere: see continuation.py.
     """
 
     def __init__(
