@@ -221,8 +221,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     teacher.begin_task(model)
     arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
-    views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
-    pixels = views[role]
+    pixels = _batch(role, teacher, processors, batch)["pixel_values"]
     for part in (
         model,
         teacher.model,
@@ -248,15 +247,20 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        batch_of = {"pixel_values": pixels}
-        if teacher.views and not same_view(processors[role], processors["teacher"]):
-            batch_of["teacher_pixel_values"] = views["teacher"]
-        taught = functools.partial(_step, model, objective, batch_of, classes, teacher)
+        taught = functools.partial(_step, model, objective, _batch(role, teacher, processors, batch), classes, teacher)
         flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+
+
+def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
+    """Images as a role sees them, and its teacher, if that is another view."""
+    views = {name: torch.zeros(size, 3, *output_size(processors[name])) for name in (role, *teacher.views)}
+    own = {"pixel_values": views[role]}
+    same = not teacher.views or same_view(processors[role], processors["teacher"])
+    return own if same else {**own, "teacher_pixel_values": views["teacher"]}
 
 
 def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task
 
 
-def check_parts(model: Any, objective: Any, teacher: Any) -> None:
+def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
     """Raise ValueError if a trainer cannot be made of these, or if a teacher would not be asked anything."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
@@ -32,10 +32,6 @@ def check_parts(model: Any, objective: Any, teacher: Any) -> None:
             "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
             "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
         )
-
-
-def check_checkpointing(model: Any, args: CDLTrainingArguments) -> None:
-    """Raise ValueError if layers are to compute their activations again in the backward pass, but cannot."""
     layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
     if args.gradient_checkpointing and not (layers and hasattr(model, "gradient_checkpointing_enable")):
         raise ValueError(

@@ -13,8 +13,8 @@ from hf_cdl.data import TaskStream
 from hf_cdl.types import Task
 
 _OPTIMIZER = (
-    "every task begins with a new optimizer and schedule; set them in args (optim, learning_rate, lr_scheduler_type ...), "
-    "or override create_optimizer in a subclass"
+    "every task begins with a new optimizer and schedule; set them in args (optim, learning_rate, lr_scheduler_type "
+    "...), or override create_optimizer in a subclass"
 )
 KEYWORDS = {
     "data_collator": "samples become batches as transformers' default_data_collator has it; change what the items of "

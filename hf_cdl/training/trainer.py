@@ -23,7 +23,6 @@ from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
-    check_checkpointing,
     check_names,
     check_parts,
     check_served,
@@ -77,29 +76,33 @@ class CDLTrainer(EvaluatingTrainer):
         check_keywords(others, compute_metrics, [*signature(CDLTrainer).parameters][:-1])
         args = CDLTrainingArguments.of(args)  # a copy: what is set below is of this trainer
         self.objective = Objective() if objective is None else objective
-        check_parts(model, self.objective, teacher)
+        check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
-        check_checkpointing(model, args)
         self.tasks = tasks_of(train_dataset)
         self.teacher = Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
-        asked: dict[str, Any] = {"compute_metrics": compute_metrics, "callbacks": callbacks}
-        images = {} if eval_dataset is None else eval_dataset  # it wants some for eval_strategy
-        super().__init__(model=model, args=args, processing_class=processing_class, eval_dataset=images, **asked)
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            eval_dataset={},  # it wants one for eval_strategy
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.role, self.run, self.eval_split = role, run, eval_split
         self.num_tasks = num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Nothing is learnt yet; progress, early stopping and trackers know of tasks, in place of Trainer's own."""
         self.seen: list[Task] = []
         self._best = {}
         self._total, self._steps_learnt = Total(), 0
         self._begin_counting()
-        self._set_up_callbacks()
         self.teacher.place(self.accelerator)
-
-    def _set_up_callbacks(self) -> None:
-        """Progress, early stopping and trackers that know of tasks, in place of Trainer's own."""
         args, run = self.args, self.run
         self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
         self.remove_callback(PrinterCallback)
@@ -150,7 +153,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.seen.append(task)
         if not to_learn:
             return
-        self._begin(task)
+        self._begin_task(task)
         if self._take_over(task):
             return
         result = TaskResult(self.role, task.index)
@@ -199,7 +202,7 @@ class CDLTrainer(EvaluatingTrainer):
         """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
         return not len(task.train) and self.model.tasks[task.index : task.index + 1] == [list(task.class_names)]
 
-    def _begin(self, task: Task) -> None:
+    def _begin_task(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
         known = self.model.tasks
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
