@@ -93,7 +93,8 @@ class CDLTrainingArguments(TrainingArguments):
             )
         unset = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
         values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
-        said = {name for name, row in ARGUMENTS.items() if isinstance(row, Used)} & _with_other_defaults(cls)
+        used = {name for name, row in ARGUMENTS.items() if isinstance(row, Used)}
+        said = {"output_dir", "use_cpu"} | (used & _with_other_defaults(cls))
         said -= {"logging_steps"} if args.logging_strategy != IntervalStrategy.STEPS else set()
         said -= {"num_train_epochs"} if args.max_steps > 0 else set()
         idle = {name for name, value in values.items() if value == getattr(unset, name)} - said
