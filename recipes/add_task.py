@@ -38,7 +38,7 @@ from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
 from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.recipe.files import fields_given, read_yaml
-from hf_cdl.runs.adopt import adopt
+from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.report import difference_lines
 from hf_cdl.runs.run import Run
@@ -133,7 +133,7 @@ def begin(
     training.say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
     if left:
         training.say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
-    return adopt(
+    return continue_elsewhere(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
         {role: origin.results for role, origin in origins.items()},

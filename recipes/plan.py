@@ -27,12 +27,13 @@ from hf_cdl.config import CDLConfig
 from hf_cdl.data import nothing_held_out
 from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
 from hf_cdl.data.sampler import count_rounds
-from hf_cdl.data.views import output_size
+from hf_cdl.data.views import output_size, same_view
 from hf_cdl.distill import Objective
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
 from hf_cdl.recipe.build import build_models, build_objective, build_processors
 from hf_cdl.training.checking import check_training
+from hf_cdl.training.teacher import Teacher
 
 aten: Any = torch.ops.aten
 # torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.
@@ -215,15 +216,15 @@ def _config(name: str, revision: str | None) -> Any:
 
 def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
-    teacher = models["teacher"] if objective.needs_teacher else None
-    if teacher is not None:
-        objective.attach(teacher)
-        objective.begin_task(teacher)
+    teacher = Teacher(models["teacher"] if objective.needs_teacher else None, model, objective, _same_source)
+    teacher.begin_task(model)
     arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
-    views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
-    pixels = views[role]
-    for part in (model, teacher):  # torch's counter cannot follow trainable parameters where no gradient is taken
+    pixels = _batch(role, teacher, processors, batch)["pixel_values"]
+    for part in (
+        model,
+        teacher.model,
+    ):  # torch's counter cannot follow trainable parameters where no gradient is taken
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
@@ -245,12 +246,20 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        taught = functools.partial(_step, model, objective, pixels, classes, teacher, views.get("teacher"))
-        flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
+        taught = functools.partial(_step, model, objective, _batch(role, teacher, processors, batch), classes, teacher)
+        flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+
+
+def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
+    """Images as a role sees them, and its teacher, if that is another view."""
+    views = {name: torch.zeros(size, 3, *output_size(processors[name])) for name in (role, *teacher.views)}
+    own = {"pixel_values": views[role]}
+    same = not teacher.views or same_view(processors[role], processors["teacher"])
+    return own if same else {**own, "teacher_pixel_values": views["teacher"]}
 
 
 def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
@@ -280,26 +289,23 @@ def _arguments(recipe: Recipe, role: str) -> Any:
     return CDLTrainingArguments(output_dir="work", **section)
 
 
-def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; the teacher sees `theirs`."""
+def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    query, answers, asked = None, None, {}
-    shares = False
-    if teacher is not None and teacher.needs_query and teacher.query_backbone is not None:
-        shares = model.needs_query and teacher.config.query_view is None
-    with torch.no_grad():
-        if shares or objective.needs_query:
+    pixels, query = images["pixel_values"], None
+    if objective.needs_query or teacher.shares_query(images):
+        with torch.no_grad():
             query = model.compute_query(pixels)
-        if teacher is not None:
-            hidden = objective.hidden_states("teacher") or None
-            asked = {"pixel_values": theirs, "query": query if shares else None, "task_id": task}
-            answers = teacher(**asked, output_hidden_states=hidden)
-    if answers is not None:
-        answers = objective.consult(answers, asked)
+    answers = teacher.answer(images, query, task)
     hidden = objective.hidden_states("student") or None
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
     labels = torch.full(pixels.shape[:1], current.start)
     objective(student, answers, labels, current)["loss"].backward()
+
+
+def _same_source(student: Any, teacher: Any) -> bool:
+    """Whether both models query the same weights, which are not there to be compared: by the backbones' names."""
+    return student.config.backbone_name == (teacher.config.query_name or teacher.config.backbone_name)
 
 
 def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:

@@ -163,7 +163,7 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
 
     trainers = []
     for role, objective, arguments in roles(recipe, models, run.folder):
-        rest = {"eval_split": stream.config.eval_split, "processor": processors[role], "num_tasks": len(stream)}
+        rest = {"eval_split": stream.config.eval_split, "processing_class": processors[role], "num_tasks": len(stream)}
         model = models[role]
         teacher = models.get("teacher") if asks_teacher(model, objective) else None
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_cdl import CDLForImageClassification
 from hf_cdl.hub.content import results_after
-from hf_cdl.training.phase import PhaseTrainer
+from hf_cdl.training.task_trainer import TaskTrainer
 
 GONE = object()
 """In place of a field's value: the field is left out."""
@@ -131,7 +131,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
             log = os.open(os.devnull, os.O_WRONLY)
             os.dup2(log, 1)
             sys.stdout = sys.stderr = open(os.devnull, "w")
-            stored, store = [], PhaseTrainer._save_checkpoint
+            stored, store = [], TaskTrainer._save_checkpoint
 
             def stop(self: Any, *arguments: Any) -> None:
                 store(self, *arguments)
@@ -139,7 +139,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
                 if len(stored) == stop_at:
                     raise KeyboardInterrupt
 
-            PhaseTrainer._save_checkpoint = stop  # type: ignore[method-assign]
+            TaskTrainer._save_checkpoint = stop  # type: ignore[method-assign]
             train.quiet()
             os._exit(train.main(["recipe.yaml", "--output_dir", name]))
         finally:

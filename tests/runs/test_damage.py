@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer
 from hf_cdl.runs.files import fingerprint
-from hf_cdl.training.phase import PhaseTrainer
+from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.types import Task
 
 spec: Any = importlib.util.spec_from_file_location("train_recipe", TRAIN)
@@ -55,21 +55,21 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     train_recipe.quiet()
     drawn = pytest.MonkeyPatch()
     drawn.setattr("hf_cdl.runs.report.save_plots", draw)  # pictures are not the point here, and take a second
-    learn, save = CDLTrainer.learn, PhaseTrainer._save_checkpoint
+    learn, save = CDLTrainer.learn, TaskTrainer._save_checkpoint
 
     def stop_between(self: CDLTrainer, task: Task) -> None:
         if (self.role, task.index) == ("teacher", 1):
             raise KeyboardInterrupt
         learn(self, task)
 
-    def stop_within(self: PhaseTrainer, model: Any, trial: Any) -> None:
+    def stop_within(self: TaskTrainer, model: Any, trial: Any) -> None:
         save(self, model, trial)
         if (self.role, self.seen[-1].index) == ("student", 1):
             raise KeyboardInterrupt
 
     for name, owner, method, replacement in (
         ("between", CDLTrainer, "learn", stop_between),
-        ("within", PhaseTrainer, "_save_checkpoint", stop_within),
+        ("within", TaskTrainer, "_save_checkpoint", stop_within),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, method, replacement)
