@@ -1,38 +1,27 @@
-"""Teach, distil, evaluate, task after task.
-
-accelerate launch recipes/train.py [RECIPE.yaml ...] [--any.field value ...]     (default: recipes/quickstart.yaml)
-Running the same command again goes on where the run stopped. With --plan it only prints what the run would need.
-"""
+"""hf-cdl train: teach, distil, evaluate, task after task."""
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import stopping
+from accelerate import PartialState
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if __name__ == "__main__":
-    stopping.listen()  # before imports that take seconds
-
-from accelerate import PartialState  # noqa: E402
-from datasets import disable_progress_bars  # noqa: E402
-from transformers.utils import logging as hf_logging  # noqa: E402
-
-from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream  # noqa: E402
-from hf_cdl.data import ImageError, NoDataError  # noqa: E402
-from hf_cdl.data.views import output_size  # noqa: E402
-from hf_cdl.distill import Objective  # noqa: E402
-from hf_cdl.escape import visible_lines  # noqa: E402
-from hf_cdl.hub import HubError, Pusher  # noqa: E402
-from hf_cdl.recipe import Recipe, completed, idle_arguments, load_recipe  # noqa: E402
-from hf_cdl.recipe.build import (  # noqa: E402
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands import stopping
+from hf_cdl.commands.console import say
+from hf_cdl.commands.example import NAMES, write_example
+from hf_cdl.data import ImageError, NoDataError
+from hf_cdl.data.views import output_size
+from hf_cdl.distill import Objective
+from hf_cdl.escape import visible_lines
+from hf_cdl.hub import HubError, Pusher
+from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
+from hf_cdl.recipe.build import (
     Models,
     build_models,
     build_objective,
@@ -41,27 +30,27 @@ from hf_cdl.recipe.build import (  # noqa: E402
     labels,
     load_plugins,
 )
-from hf_cdl.runs.cost import cost_in_use  # noqa: E402
-from hf_cdl.runs.files import RunError, first_line  # noqa: E402
-from hf_cdl.runs.ledger import read_ledger  # noqa: E402
-from hf_cdl.runs.report import plotting_available  # noqa: E402
-from hf_cdl.runs.run import Run  # noqa: E402
-from hf_cdl.training.checking import asks_teacher, check_task  # noqa: E402
-
-HERE = Path(__file__).parent
+from hf_cdl.runs.cost import cost_in_use
+from hf_cdl.runs.files import RunError, first_line
+from hf_cdl.runs.ledger import read_ledger
+from hf_cdl.runs.report import plotting_available
+from hf_cdl.runs.run import Run
+from hf_cdl.training.checking import asks_teacher, check_task
 
 
-def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & {*arguments}:
-        say(f"{(__doc__ or '').strip()}\n\nThe fields of a recipe and their defaults: the tables in README.md.")
-        return 0
+def main(arguments: list[str], default: Path | None = None) -> int:
+    """Train what the words of the command line say; `default`: the recipe where they name none."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run = None
     try:
         stopping.ready()
         try:
-            recipe = load_recipe([word for word in arguments if word != "--plan"], HERE / "quickstart.yaml")
+            if "--example" in arguments:
+                say(write_example(arguments))
+                return 0
+            recipe = read(arguments, default)
             if "--plan" in arguments:
-                from plan import plan
+                from hf_cdl.commands.plan import plan
 
                 file = recipe.folder / "run.json"
                 refuse_known(recipe, read_ledger(recipe.folder).get("origin") if file.exists() else None)
@@ -95,6 +84,17 @@ def main(arguments: list[str]) -> int:
     return 0 if pushed else 4
 
 
+def read(arguments: list[str], default: Path | None) -> Recipe:
+    """The recipe that the words name. Raises RecipeError for one that is wrong, or for none."""
+    words = [word for word in arguments if word != "--plan"]
+    if default is None and (not words or words[0].startswith("--")):
+        raise RecipeError(
+            f"No recipe was named. Name one: {stopping.command('train', 'RECIPE.yaml')}; or write one into this "
+            f"folder to begin with: {stopping.command('train', '--example', NAMES[0])}"
+        )
+    return load_recipe(words, default or "")
+
+
 def use(recipe: Recipe) -> str:
     """A command that asks the run's student about IMAGE.png."""
     needed = "" if recipe.student.model == "classifier" else "import hf_cdl; "
@@ -109,7 +109,7 @@ def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
     if recipe.data.known_classes and not origin:
         raise ValueError(
             "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
-            "out, or go on from a trained student with recipes/add_task.py, which sets it."
+            "out, or go on from a trained student with hf-cdl add, which sets it."
         )
 
 
@@ -191,7 +191,7 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
         run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
     repositories = recipe.repositories if PartialState().is_main_process else {}
     every_task = recipe.hub_strategy == "every_task"
-    later = stopping.command("push.py", run.folder)
+    later = stopping.command("push", run.folder)
     pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin, later=later)
     pusher.check(run.results())
     return pusher
@@ -219,25 +219,3 @@ def said(row: list[float | None]) -> str:
     measured = [value for value in row if value is not None]
     rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {len(row)} tasks)"
     return f"{sum(measured) / len(measured):.1f} %{rest}"
-
-
-def say(*lines: str, **options) -> None:
-    if PartialState().is_main_process:
-        print(*map(visible_lines, lines), flush=True, **options)  # names of classes may hold anything
-
-
-def quiet() -> None:
-    """Leave the console to what is said here, which may be of any alphabet."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-if __name__ == "__main__":
-    quiet()
-    stopping.leave(main(sys.argv[1:]))

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from hf_cdl.compare.records import Measured, values
 from hf_cdl.compare.statistics import Contrast, mean_of
-from hf_cdl.compare.table import Measured, values
 from hf_cdl.runs.metrics import average_accuracy
 from hf_cdl.runs.report import COLOURS
 

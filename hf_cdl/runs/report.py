@@ -1,4 +1,4 @@
-"""What a run looks like to a reader: console tables, plots of the accuracy matrix. Several runs: compare.py.
+"""What a run looks like to a reader: console tables, plots of the accuracy matrix. Several runs: hf_cdl/compare.
 
 Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
 `{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",

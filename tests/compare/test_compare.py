@@ -11,13 +11,13 @@ import pandas
 import pytest
 import yaml
 from helpers import ROOT, make_recipe, write_recipe
+from hf_cdl.compare.table import Measured, class_values, values
+from hf_cdl.compare.tables import CDL, contrasts_table, metrics_table
 from PIL import Image
 
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.spec import Comparison, read_comparison
 from hf_cdl.compare.statistics import contrasts_of
-from hf_cdl.compare.table import Measured, class_values, values
-from hf_cdl.compare.tables import CDL, contrasts_table, metrics_table
 from hf_cdl.recipe import RecipeError
 from hf_cdl.runs.metrics import continual_metrics
 

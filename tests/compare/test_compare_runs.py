@@ -19,7 +19,6 @@ import pytest
 import yaml
 from filelock import FileLock
 from helpers import ROOT, make_recipe, make_table, write_recipe
-
 from hf_cdl.compare.table import CHANGING
 
 for needed in ("matplotlib", "scipy", "statsmodels"):
