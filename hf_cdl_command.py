@@ -5,6 +5,7 @@ takes seconds. A command listens to Ctrl-C and reads its words before that: hf_c
 started here.
 """
 
+from hf_cdl.commands import stopping
 from hf_cdl.commands.main import main, start
 
-__all__ = ["main", "start"]
+__all__ = ["main", "start", "stopping"]

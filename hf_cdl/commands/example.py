@@ -38,10 +38,8 @@ def write_example(words: list[str]) -> str:
     missing = [*_missing(yaml.safe_load(content))]
     said = [f"Wrote {file}."]
     if missing:
-        said.append(
-            "It names files of hf_cdl's repository, which are not here. Run it in a clone, or write others into"
-        )
-        said.append(f"{file}:")
+        said.append("It names files of hf_cdl's repository, which are not here. Run it in a clone, or write")
+        said.append(f"others into {file}:")
         said += [f"  {field}: {value} -> {what}" for field, value, what in missing]
     else:
         said.append("Its data and backbones are in this folder.")

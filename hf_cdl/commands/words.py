@@ -192,10 +192,10 @@ def _shrink(verb: str) -> argparse.ArgumentParser:
     parser = _parser(
         verb,
         "BACKBONE FOLDER [options]",
-        """A smaller backbone from a pre-trained one: its first layers and final norm, at an image size of one's own.
+        """A smaller backbone from a pre-trained one: its first layers and final norm, at another image size.
 
 The first layers of a larger model are a student that needs no pre-training. A smaller size is fewer patches: position
-embeddings are interpolated, a ViT's here and once, those of DINOv2 and of most other families in each forward pass.""",
+embeddings are interpolated, a ViT's here and once, those of DINOv2 and most other families in each forward pass.""",
         "hf-cdl shrink facebook/dinov2-small backbones/dinov2-small-8 --layers 8 --size 56",
     )
     parser.add_argument("backbone", metavar="BACKBONE", help="a Hub id or folder")

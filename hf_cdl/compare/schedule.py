@@ -1,4 +1,4 @@
-"""When each run of a comparison is made: as many at a time as there are workers, a teacher before who takes it over."""
+"""When each run of a comparison is made: as many at a time as there are workers, teachers first."""
 
 from __future__ import annotations
 
