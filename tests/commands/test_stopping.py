@@ -16,14 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
-import stopping
-from helpers import ROOT, TRAIN, make_recipe, write_recipe
+from helpers import ROOT, make_recipe, write_recipe
 from test_train import assert_same_run
+
+from hf_cdl.commands import stopping
+from hf_cdl.commands.words import VERBS
 
 COMMAND = """
 import hashlib, os, sys, time
-sys.path.insert(0, {recipes!r})
-import stopping
+from hf_cdl_command import stopping
 {before}
 stopping.listen()
 print("pid", os.getpid(), flush=True)
@@ -35,7 +36,7 @@ except KeyboardInterrupt as stop:
     {after}
     stopping.leave(stop.code)
 """
-"""What the commands of recipes/ do."""
+"""What the commands do."""
 LAUNCHER = "import os, subprocess, sys\nos.environ |= {environment}\nsubprocess.run([sys.executable, *sys.argv[1:]])"
 
 
@@ -45,7 +46,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
 
     def write(body: str = "stopping.ready(); time.sleep(60)", before: str = "", after: str = "") -> list[str]:
         file = tmp_path / "it's a command.py"
-        file.write_text(COMMAND.format(recipes=str(TRAIN.parent), before=before, body=body, after=after))
+        file.write_text(COMMAND.format(before=before, body=body, after=after))
         return [str(file), "--output_dir", "a folder"]
 
     return write
@@ -172,11 +173,16 @@ def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], b
     assert process.returncode == 143 and said.startswith("\nStopped. The same command begins again:\n  ")
 
 
-@pytest.mark.parametrize("name", ["add_task", "card", "compare", "make_digits", "push", "shrink", "train", "verify"])
+TAKES = {"add": ["a", "b"], "shrink": ["a", "b"], "make_digits": ["a"], "pretrain": ["--data", "a"]}
+
+
+@pytest.mark.parametrize("name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/pretrain.py"])
 def test_every_command_listens(name: str) -> None:
-    """Stopped while it is imported, before it has come to its own words."""
+    """Stopped while it is imported, before it comes to what it does."""
+    program = [str(ROOT / name)] if name.startswith("recipes/") else ["-m", "hf_cdl", name]
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN.with_name(f"{name}.py")), "a", "b"],
+        [sys.executable, *program, *TAKES.get(Path(name).stem, ["a"])],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
