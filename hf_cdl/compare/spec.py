@@ -52,7 +52,7 @@ class Variant:
 class Spec:
     """A comparison as its file describes it."""
 
-    recipe: str | list[str] = _help("Recipe file, or files that are merged, beside the spec or in the folder above.")
+    recipe: str | list[str] = _help("Recipe file, or files that are merged, beside the spec, above it or in recipes/.")
     seeds: list[int] = _help("Seeds: each variant has a run with each.")
     variants: dict[str, Variant] = _help("Name -> rows, set, recipe, teacher_from.")
     class_orders: list[int] | None = _help(
@@ -240,9 +240,10 @@ def _arguments(
 
 
 def _recipe(name: str, spec: Path) -> str:
-    """The path of a recipe that a spec names: beside it, or above, as those of recipes/comparisons/ are."""
-    beside, above = (folder / name for folder in (spec.absolute().parent, spec.absolute().parent.parent))
-    return str(above if above.exists() and not beside.exists() else beside)
+    """The path of a recipe that a spec names: beside it, in the folder above (as in a clone), or in recipes/ here."""
+    places = (spec.absolute().parent, spec.absolute().parent.parent, Path("recipes").absolute())
+    found = [place / name for place in places]
+    return str(next((file for file in found if file.exists()), found[0]))
 
 
 def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:

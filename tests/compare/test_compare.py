@@ -303,7 +303,7 @@ def test_the_fields_of_a_comparison_are_documented():
 
     from hf_cdl.compare.spec import Spec
 
-    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1].split("## Files")[0]
+    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1].split("## Commands")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {f.name for f in dataclasses.fields(Spec)} - {
         "recipe"
     }
