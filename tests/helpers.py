@@ -28,6 +28,7 @@ from transformers.utils import logging as hf_logging
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
 MAIN = ROOT / "hf_cdl" / "__main__.py"
+MODULE = ("-m", "hf_cdl", "train")
 SIZE = 16
 
 
@@ -113,7 +114,7 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
+        [sys.executable, *launcher, *map(str, options.pop("program", (TRAIN,))), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
         env=environment,
         stdout=subprocess.PIPE,

@@ -75,13 +75,8 @@ def begin(
     """
     first = find(student, "student", tag)
     stored = first.results["recipe"]
-    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
-        if not plugins:
-            raise HubError(
-                f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
-                f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
-                "yourself: --plugins '[FILE.py]'."
-            )
+    if not plugins:
+        refuse_plugins(student, stored)
     try:
         recipe, left = taken_over(stored, build_recipe)
     except RecipeError as error:
@@ -111,6 +106,16 @@ def begin(
         lambda role, target: origins[role].copy(target),
         text,
     )
+
+
+def refuse_plugins(student: str, stored: Any) -> None:
+    """Raises HubError for a stored recipe that runs Python files."""
+    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
+        raise HubError(
+            f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
+            f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
+            "yourself: --plugins '[FILE.py]'."
+        )
 
 
 def find(where: str, role: str, tag: str | None) -> Origin:

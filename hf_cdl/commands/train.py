@@ -50,11 +50,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
                 return 0
             recipe = read(arguments, default)
             if "--plan" in arguments:
-                from hf_cdl.commands.plan import plan
-
-                file = recipe.folder / "run.json"
-                refuse_known(recipe, read_ledger(recipe.folder).get("origin") if file.exists() else None)
-                say(plan(recipe))
+                say(planned(recipe))
                 return 0
             with PartialState().main_process_first():  # it repairs what the others read
                 run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed, say)
@@ -93,6 +89,15 @@ def read(arguments: list[str], default: Path | None) -> Recipe:
             f"folder to begin with: {stopping.command('train', '--example', NAMES[0])}"
         )
     return load_recipe(words, default or "")
+
+
+def planned(recipe: Recipe) -> str:
+    """What the run would need. Raises ValueError where it could not be trained."""
+    from hf_cdl.commands.plan import plan
+
+    file = recipe.folder / "run.json"
+    refuse_known(recipe, read_ledger(recipe.folder).get("origin") if file.exists() else None)
+    return plan(recipe)
 
 
 def use(recipe: Recipe) -> str:

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, interrupt_when, make_backbone, make_data, make_recipe, picture, script, write_recipe
+from helpers import (
+    MODULE,
+    ROOT,
+    TRAIN,
+    interrupt_when,
+    make_backbone,
+    make_data,
+    make_recipe,
+    picture,
+    script,
+    write_recipe,
+)
 from helpers import train as train_process
 from hub_server import TOKEN, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -162,15 +173,21 @@ def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_was_stopped_goes_on_by_what_it_says(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "program"), [(signal.SIGINT, (TRAIN,)), (signal.SIGTERM, (TRAIN,)), (signal.SIGTERM, MODULE)]
+)
+def test_a_run_that_was_stopped_goes_on_by_what_it_says(
+    number: signal.Signals, program: tuple[Any, ...], tmp_path: Path
+) -> None:
     """Started by nothing but a shell: the end is that of a run that was not stopped."""
     recipe = make_recipe(tmp_path, baselines=[])
     recipe["train"]["num_train_epochs"] = 6
     file, cut = write_recipe(tmp_path / "it's a recipe.yaml", recipe), tmp_path / "it's cut"
     state = cut / "work" / "student-task-02"
     arrived = lambda: any(state.glob("checkpoint-*"))  # noqa: E731
-    code, said = interrupt_when(arrived, file.name, "--output_dir", cut.name, cwd=tmp_path, kill=number)
+    code, said = interrupt_when(
+        arrived, file.name, "--output_dir", cut.name, cwd=tmp_path, kill=number, program=program
+    )
     assert code == 128 + number and not (cut / "results.json").exists(), said
     line = said.split(STOPPED)[1].splitlines()[0].strip()
     done = execute(line, tmp_path, HF_HUB_OFFLINE="1")

@@ -248,14 +248,43 @@ def test_a_shell_is_no_launcher(command: Callable[..., list[str]], begin: Begin,
     assert not ended(pid, 1)
 
 
+@pytest.mark.parametrize(
+    ("started", "again", "push"),
+    [
+        ("hf_cdl/__main__.py", "python -m hf_cdl train 'a b.yaml'", "python -m hf_cdl push 'a run'"),
+        ("hf-cdl", "hf-cdl train 'a b.yaml'", "hf-cdl push 'a run'"),
+        ("elsewhere/hf-cdl", "'{elsewhere}' train 'a b.yaml'", "'{elsewhere}' push 'a run'"),
+        ("recipes/train.py", "python recipes/train.py 'a b.yaml'", "python -m hf_cdl push 'a run'"),
+    ],
+)
+def test_commands_are_said_as_this_one_was_started(
+    started: str, again: str, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf-cdl by its name alone where the shell finds it by that."""
+    (tmp_path / "elsewhere").mkdir()
+    places = {"hf-cdl": tmp_path / "hf-cdl", "elsewhere/hf-cdl": tmp_path / "elsewhere" / "hf-cdl"}
+    for file in places.values():
+        file.touch(0o755)
+    words = ["a b.yaml"] if started == "recipes/train.py" else ["train", "a b.yaml"]
+    program = places.get(started, started if started == "recipes/train.py" else ROOT / started)
+    monkeypatch.setattr(sys, "argv", [str(program), *words])
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent)]))
+    monkeypatch.setattr(stopping._State, "launcher", None)
+    monkeypatch.setattr(stopping, "python", lambda: "python")
+    elsewhere = str(places["elsewhere/hf-cdl"])
+    assert stopping.again() == again.replace("'{elsewhere}'", shlex.quote(elsewhere))
+    assert stopping.command("push", "a run") == push.replace("'{elsewhere}'", shlex.quote(elsewhere))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGTERM),
-        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGKILL),
-        ("accelerate launch --multi_gpu --num_processes 2 --main_process_port 29561", signal.SIGTERM),
-        ("torchrun --nproc_per_node 2 --master_port 29563", signal.SIGKILL),
+        ("accelerate launch --quiet --num_processes 1 --cpu recipes/train.py", signal.SIGTERM),
+        ("accelerate launch --quiet --num_processes 1 --cpu -m hf_cdl train", signal.SIGTERM),
+        ("accelerate launch --quiet --num_processes 1 --cpu recipes/train.py", signal.SIGKILL),
+        ("accelerate launch --multi_gpu --num_processes 2 --main_process_port 29561 recipes/train.py", signal.SIGTERM),
+        ("torchrun --nproc_per_node 2 --master_port 29563 recipes/train.py", signal.SIGKILL),
     ],
 )
 def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
@@ -273,7 +302,7 @@ def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
         "stderr": subprocess.STDOUT,
         "text": True,
     }
-    words = [*launcher.split(), "recipes/train.py", str(file), "--output_dir"]
+    words = [*launcher.split(), str(file), "--output_dir"]
     process = subprocess.Popen([*words, str(cut)], **options)
     deadline = time.monotonic() + 300
     while not list(cut.glob("work/*/checkpoint-*")):
