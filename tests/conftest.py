@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def forked() -> Iterator[ForkServerContext]:
     """Starts processes that are forked from one that has imported everything, so that none takes seconds for it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.pyplot", "test_hub", "test_kills"])
+    context.set_forkserver_preload(["hf_cdl.commands.train", "matplotlib.pyplot", "test_hub", "test_kills"])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("HF_HUB_OFFLINE", "1")

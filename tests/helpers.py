@@ -27,6 +27,8 @@ from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
+MAIN = ROOT / "hf_cdl" / "__main__.py"
+MODULE = ("-m", "hf_cdl", "train")
 SIZE = 16
 
 
@@ -112,7 +114,7 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
+        [sys.executable, *launcher, *map(str, options.pop("program", (TRAIN,))), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
         env=environment,
         stdout=subprocess.PIPE,
@@ -131,9 +133,9 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
-def script(name: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
-    """Another command of recipes/, to its end; no warning of ours may show."""
-    command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
+def script(verb: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
+    """python -m hf_cdl, to its end; no warning of ours may show."""
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "hf_cdl", verb, *map(str, arguments)]
     options = {"capture_output": True, "text": True, "timeout": 300, **options}
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
     return done.returncode, done.stdout + done.stderr
@@ -195,10 +197,10 @@ def class_means(folder: Path) -> Path:
     return write_recipe(folder / "tiny.yaml", recipe)
 
 
-def run_script(file: Path, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A script as a command line runs it, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(file), *words])
-    monkeypatch.syspath_prepend(str(file.parent))
+def run_script(command: Path | str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script, or a verb of hf-cdl, as a command line runs it, in this process: its exit code."""
+    file = command if isinstance(command, Path) else MAIN
+    monkeypatch.setattr(sys, "argv", [str(file), *([] if isinstance(command, Path) else [command]), *words])
     verbosity = hf_logging.get_verbosity()
     try:
         with pytest.raises(SystemExit) as ended:

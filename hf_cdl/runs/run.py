@@ -163,7 +163,7 @@ class Run:
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
                 f"{fingerprint}): {changes}.\nRestore the data, or start again in another folder with "
-                "--output_dir FOLDER. New classes alone can be learnt on top of it: see recipes/add_task.py."
+                "--output_dir FOLDER. New classes alone can be learnt on top of it: see hf-cdl add."
             )
         if not self.finished:
             self.ledger.update(stream=fingerprint, class_names=class_names)

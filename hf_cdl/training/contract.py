@@ -33,9 +33,9 @@ _LOSS = "it would measure by the loss of the newest task alone; use evaluate(dat
 _SEARCH = "hyperparameter_search"
 METHODS = {
     _SEARCH: "every trial needs a new model and a stream of its own; make a trainer for each, or "
-    "compare variants with recipes/compare.py",
-    "push_to_hub": "model.push_to_hub(...) pushes the model, recipes/push.py a run with its card and tasks",
-    "create_model_card": "the card of a continual model tells its tasks: recipes/card.py writes a run's",
+    "compare variants with hf-cdl compare",
+    "push_to_hub": "model.push_to_hub(...) pushes the model, hf-cdl push a run with its card and tasks",
+    "create_model_card": "the card of a continual model tells its tasks: hf-cdl card writes a run's",
     "evaluation_loop": _LOSS,
     "prediction_step": _LOSS,
 }

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import plan
 import pytest
 import torch
 from helpers import ROOT, killed_and_taken, make_backbone, make_recipe, picture, write_recipe
@@ -27,6 +26,8 @@ from transformers.dynamic_module_utils import get_imports
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.backbones import families as bb
 from hf_cdl.backbones.loading import load_config
+from hf_cdl.commands import costs as counting
+from hf_cdl.commands import plan
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.hub import HubError
 from hf_cdl.hub.card import model_card
@@ -310,7 +311,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
     for role in ("teacher", "student"):
         recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}
     built = build_recipe(recipe)
-    fakes, costs = plan.measure(built, plan.read_tasks(built))
+    fakes, costs = counting.measure(built, counting.read_tasks(built))
     teacher, student = 2 * 3 * 2 * 4 * 48, 2 * 2 * 2 * 4 * 32  # A and B of two projections, by layer, rank and width
     assert costs["teacher"].trained == teacher + 48 * 2 + 2
     assert (costs["student"].steps, costs["student"].images) == (2 * 2, 2 * 16)
@@ -338,7 +339,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
     }
     models["teacher"].eval()
     models["student"].train()
-    with FlopCounterMode(display=False, custom_mapping=plan.FUSED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=counting.FUSED) as counter:
         trainer.compute_loss(models["student"], batch).backward()
     assert costs["student"].training_flops == counter.get_total_flops() / 2 / 8
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import train
 import yaml
 from helpers import make_backbone, make_data, picture
 from hub_server import Entry, Repository, git_oid, lfs_entry, write
 from safetensors.torch import load_file, save_file
 
 from hf_cdl import CDLForImageClassification
+from hf_cdl.commands import console, train
 from hf_cdl.hub.content import results_after
 from hf_cdl.training.task_trainer import TaskTrainer
 
@@ -140,7 +140,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
                     raise KeyboardInterrupt
 
             TaskTrainer._save_checkpoint = stop  # type: ignore[method-assign]
-            train.quiet()
+            console.quiet()
             os._exit(train.main(["recipe.yaml", "--output_dir", name]))
         finally:
             os._exit(99)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import train as script
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from helpers import ROOT, make_backbone, picture, png, train
 
+from hf_cdl.commands import train as script
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import load_recipe
