@@ -297,15 +297,15 @@ def num_extra_tokens(config: PreTrainedConfig) -> int:
     return int(config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
 
 
-def check_extra_token(config: PreTrainedConfig) -> None:
-    """Raise ValueError if no KD token can be put into the sequence of this backbone."""
+def check_extra_token(config: PreTrainedConfig, what: str = "a KD token") -> None:
+    """Raise ValueError if no further token can be put into the sequence of this backbone."""
     bias = getattr(config, "use_relative_position_bias", False) or getattr(
         config, "use_shared_relative_position_bias", False
     )
     if bias:
         raise ValueError(
-            f"A {config.model_type} backbone with a relative position bias has no place for a KD token: the bias is a "
-            "table over its own tokens. Use another backbone, or a distillation term without KD token (kd)."
+            f"A {config.model_type} backbone with a relative position bias has no place for {what}: the bias is a "
+            "table over its own tokens. Use another backbone, or a method that adds none to the sequence (kd, coda)."
         )
 
 

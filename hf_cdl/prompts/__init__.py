@@ -12,12 +12,14 @@ from hf_cdl.prompts.dualprompt import DualPrompt
 from hf_cdl.prompts.kd_prompt import KDPrompt, KDPromptConfig
 from hf_cdl.prompts.l2p import L2P
 from hf_cdl.prompts.mapping import MappingConfig, PromptMapping
+from hf_cdl.prompts.vpt import VPT
 
 PROMPTS: dict[str, type[PromptPool]] = {
     "coda": Coda,
     "dualprompt": DualPrompt,
     "l2p": L2P,
     "apt": APT,
+    "vpt": VPT,
 }
 
 
