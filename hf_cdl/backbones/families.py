@@ -161,12 +161,12 @@ def num_extra_tokens(config: PreTrainedConfig) -> int:
     return getattr(config, count) if isinstance(count, str) else count
 
 
-def check_extra_token(config: PreTrainedConfig) -> None:
-    """Raise ValueError if no KD token can be put into the sequence of this backbone."""
+def check_extra_token(config: PreTrainedConfig, what: str) -> None:
+    """Raise ValueError if no further token can be put into the sequence of this backbone; `what` it would be."""
     if any(getattr(config, name) for name in family(config).position_bias):
         raise ValueError(
-            f"A {config.model_type} backbone with a relative position bias has no place for a KD token: the bias is a "
-            "table over its own tokens. Use another backbone, or a distillation term without KD token (kd)."
+            f"A {config.model_type} backbone with a relative position bias has no place for {what}: the bias is a "
+            "table over its own tokens. Use another backbone, or a method that adds no token to the sequence."
         )
 
 
