@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, metrics
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.prompts.components import orthogonalise
+from hf_cdl.runs import metrics
 from hf_cdl.types import KV, CDLOutput, ModelShape, Task
 
 Tensors = dict[str, torch.Tensor]
