@@ -1,13 +1,11 @@
 import gc
-import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forking import server
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS; read when huggingface_hub is imported
 
@@ -45,16 +43,5 @@ def settle() -> None:
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[ForkServerContext]:
-    """Starts processes that are forked from one that has imported everything, so that none takes seconds for it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "matplotlib.pyplot", "test_hub", "test_kills"])
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OMP_NUM_THREADS", "1")
-        environment.setenv("HF_HUB_OFFLINE", "1")
-        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else modules that are not found are left out
-        process = context.Process(target=exec, args=("import sys; sys.exit('test_kills' not in sys.modules)",))
-        process.start()
-        process.join()
-        assert process.exitcode == 0, "nothing was imported"
-    yield context
+def forked() -> ForkServerContext:
+    return server()

@@ -21,6 +21,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from forking import Forked
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from transformers.utils import logging as hf_logging
@@ -101,8 +102,18 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """recipes/train.py in a process of its own, without a network; `env` adds to its environment."""
+def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
+    """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
+
+    Forked from one that has imported everything, unless a launcher, an environment or more is asked for.
+    """
+    if not launcher and options.keys() <= {"cwd"}:
+        return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
+    return start_anew(*arguments, launcher=launcher, **options)
+
+
+def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """The same by a new interpreter, as a user starts it."""
     prepare = options.pop("preexec_fn", lambda: None)
 
     def begin() -> None:
