@@ -32,7 +32,9 @@ def server() -> ForkServerContext:
         environment.setenv("HF_HUB_OFFLINE", "1")
         environment.setenv("PYTHONUNBUFFERED", "1")
         environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else modules that are not found are left out
-        process = context.Process(target=exec, args=(f"import sys; sys.exit(not {{*{IMPORTED}}} <= {{*sys.modules}})",))
+        process = context.Process(
+            target=exec, args=(f"import sys; sys.exit(not {{*{IMPORTED}}} <= {{*sys.modules}})",)
+        )
         process.start()
         process.join()
         assert process.exitcode == 0, "nothing was imported"
