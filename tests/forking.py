@@ -1,4 +1,4 @@
-"""Scripts of recipes/ as processes of their own, forked from one that has imported everything: seconds less for each."""
+"""Scripts of recipes/ as processes, forked from one that has imported everything: seconds less for each."""
 
 from __future__ import annotations
 
