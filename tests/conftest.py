@@ -4,8 +4,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
-from forking import server
 
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS; read when huggingface_hub is imported
 
@@ -25,8 +25,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("strike", range(kills))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
+    if any(hasattr(getattr(item, "module", None), "train") for item in session.items):  # helpers.train, or the script
+        forking.begin()  # so that it is there when the first of them comes
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -44,4 +46,4 @@ def settle() -> None:
 
 @pytest.fixture(scope="session")
 def forked() -> ForkServerContext:
-    return server()
+    return forking.server()

@@ -105,9 +105,13 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
 def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
     """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
 
-    Forked from one that has imported everything, unless a launcher, an environment or more is asked for.
+    Forked from one that has imported everything, unless a launcher or more than an environment for the Hub is asked for.
     """
-    if not launcher and options.keys() <= {"cwd"}:
+    if (
+        not launcher
+        and options.keys() <= {"cwd", "env"}
+        and all(name.startswith("HF_") for name in options.get("env", ()))
+    ):
         return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
     return start_anew(*arguments, launcher=launcher, **options)
 
@@ -142,12 +146,11 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
-def script(name: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
+def script(name: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
     """Another command of recipes/, to its end; no warning of ours may show."""
-    command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
-    return done.returncode, done.stdout + done.stderr
+    process = Forked(TRAIN.with_name(name), [str(word) for word in arguments], cwd, env, warn=True)
+    output, _ = process.communicate(timeout=300)
+    return process.wait(), output
 
 
 @contextlib.contextmanager
