@@ -105,13 +105,10 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
 def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
     """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
 
-    Forked from one that has imported everything, unless a launcher or more than an environment for the Hub is asked for.
+    Forked from one that has imported everything, unless more than a folder or an environment for the Hub is given.
     """
-    if (
-        not launcher
-        and options.keys() <= {"cwd", "env"}
-        and all(name.startswith("HF_") for name in options.get("env", ()))
-    ):
+    for_hub = all(name.startswith("HF_") for name in options.get("env", ()))
+    if not launcher and options.keys() <= {"cwd", "env"} and for_hub:
         return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
     return start_anew(*arguments, launcher=launcher, **options)
 
