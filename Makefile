@@ -27,10 +27,10 @@ demo: quickstart $(firstword $(wildcard .venv/dev.stamp) .venv/demo.stamp)
 
 # One thread a process: two workers with one thread each are faster than one with two.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -21,12 +21,14 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from forking import Forked
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
+COMMANDS = ROOT / "hf_cdl" / "__main__.py"
 MAIN = ROOT / "hf_cdl" / "__main__.py"
 MODULE = ("-m", "hf_cdl", "train")
 SIZE = 16
@@ -103,8 +105,19 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """recipes/train.py in a process of its own, without a network; `env` adds to its environment."""
+def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
+    """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
+
+    Forked from one that has imported everything, unless more than a folder or an environment for the Hub is given.
+    """
+    for_hub = all(name.startswith("HF_") for name in options.get("env", ()))
+    if not launcher and options.keys() <= {"cwd", "env"} and for_hub:
+        return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
+    return start_anew(*arguments, launcher=launcher, **options)
+
+
+def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """The same by a new interpreter, as a user starts it."""
     prepare = options.pop("preexec_fn", lambda: None)
 
     def begin() -> None:
@@ -133,12 +146,11 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
-def script(verb: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
+def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
     """python -m hf_cdl, to its end; no warning of ours may show."""
-    command = [sys.executable, "-W", "error::UserWarning", "-m", "hf_cdl", verb, *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
-    return done.returncode, done.stdout + done.stderr
+    process = Forked(COMMANDS, [verb, *(str(word) for word in arguments)], cwd, env, warn=True)
+    output, _ = process.communicate(timeout=300)
+    return process.wait(), output
 
 
 @contextlib.contextmanager

@@ -231,14 +231,15 @@ def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
     """Every path below the folders: kind, size and times of its last changes; of the first also sha256 sums."""
     found = {}
     for place in (folder, *others):
-        for path in place.rglob("*"):
-            stat = path.lstat()
-            about: tuple[Any, ...] = (stat.st_mode,)
-            if S_ISREG(stat.st_mode) and path.name != ".lock":  # a lock is opened to be asked
-                about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-                if place == folder and stat.st_size < 2**25:
-                    about += (hashlib.sha256(path.read_bytes()).hexdigest(),)
-            found[str(path.relative_to(place.parent))] = about
+        for inside, folders, files in os.walk(place):
+            for path in (os.path.join(inside, name) for name in (*folders, *files)):
+                stat = os.lstat(path)
+                about: tuple[Any, ...] = (stat.st_mode,)
+                if S_ISREG(stat.st_mode) and os.path.basename(path) != ".lock":  # a lock is opened to be asked
+                    about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+                    if place == folder and stat.st_size < 2**25:
+                        about += (hashlib.sha256(Path(path).read_bytes()).hexdigest(),)
+                found[path.removeprefix(f"{place.parent}{os.sep}")] = about
     return found
 
 
