@@ -11,16 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import card
 import pytest
-import train as training
-import verify
 import yaml
 from helpers import ROOT, make_recipe, write_recipe
 from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
+from hf_cdl.commands import card, verify
+from hf_cdl.commands import train as training
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -48,7 +47,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    kept = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
+    kept: Any = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
     yield
     forget()
     for registry, entries in kept:
@@ -65,10 +64,6 @@ def own_recipe(folder: Path, **fields: Any) -> dict[str, Any]:
 
 def own_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
-
-
-def verify_command(words: list[str]) -> int:
-    return verify.main(Path(words[0]), words[2:])
 
 
 def interrupt(self: CDLTrainer) -> None:
@@ -107,10 +102,10 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     assert known.returncode == 0, known.stderr
 
     forget()
-    for main in (card.main, verify_command):
+    for main in (card.main, verify.main):
         assert main([str(tmp_path / "run")]) == 2
         assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in capsys.readouterr().err
-    assert verify_command([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert card.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
 
