@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, overload
@@ -92,10 +91,10 @@ class Registry(dict[str, type[T]]):
                 f"{call} got {kind.__qualname__}, but the name is taken by {taken.__module__}.{taken.__qualname__}; "
                 "choose a name that is free."
             )
-        if inspect.isabstract(kind):
+        if lacking := sorted(vars(kind).get("__abstractmethods__", ())):
             raise ValueError(
-                f"{call}: {kind.__qualname__} lacks {', '.join(sorted(kind.__abstractmethods__))}, which every "
-                f"{self.what} has; define what is missing."
+                f"{call}: {kind.__qualname__} lacks {', '.join(lacking)}, which every {self.what} has; define what is "
+                "missing."
             )
         if problem := self._config_problem(getattr(kind, "config_class", None)):
             raise ValueError(

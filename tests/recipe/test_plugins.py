@@ -48,7 +48,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    kept = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
+    kept: list[Any] = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
     yield
     forget()
     for registry, entries in kept:
