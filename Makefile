@@ -23,14 +23,14 @@ quickstart: $(INSTALLED)
 	  --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train.py
 
 demo: quickstart $(firstword $(wildcard .venv/dev.stamp) .venv/demo.stamp)
-	HF_HUB_OFFLINE=1 $(BIN)/python recipes/space/app.py runs/quickstart/student
+	HF_HUB_OFFLINE=1 $(BIN)/hf-cdl demo runs/quickstart/student
 
 # One thread a process: two workers with one thread each are faster than one with two.
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -21,12 +21,16 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from forking import Forked
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
+COMMANDS = ROOT / "hf_cdl" / "__main__.py"
+MAIN = ROOT / "hf_cdl" / "__main__.py"
+MODULE = ("-m", "hf_cdl", "train")
 SIZE = 16
 
 
@@ -101,8 +105,19 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
     return file
 
 
-def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """recipes/train.py in a process of its own, without a network; `env` adds to its environment."""
+def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
+    """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
+
+    Forked from one that has imported everything, unless more than a folder or an environment for the Hub is given.
+    """
+    for_hub = all(name.startswith("HF_") for name in options.get("env", ()))
+    if not launcher and options.keys() <= {"cwd", "env"} and for_hub:
+        return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
+    return start_anew(*arguments, launcher=launcher, **options)
+
+
+def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    """The same by a new interpreter, as a user starts it."""
     prepare = options.pop("preexec_fn", lambda: None)
 
     def begin() -> None:
@@ -112,7 +127,7 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
+        [sys.executable, *launcher, *map(str, options.pop("program", (TRAIN,))), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
         env=environment,
         stdout=subprocess.PIPE,
@@ -131,12 +146,11 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.returncode, output
 
 
-def script(name: str, *arguments: Any, env: dict[str, str], **options: Any) -> tuple[int, str]:
-    """Another command of recipes/, to its end; no warning of ours may show."""
-    command = [sys.executable, "-W", "error::UserWarning", str(TRAIN.with_name(name)), *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "timeout": 300, **options}
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **options)
-    return done.returncode, done.stdout + done.stderr
+def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
+    """python -m hf_cdl, to its end; no warning of ours may show."""
+    process = Forked(COMMANDS, [verb, *(str(word) for word in arguments)], cwd, env, warn=True)
+    output, _ = process.communicate(timeout=300)
+    return process.wait(), output
 
 
 @contextlib.contextmanager
@@ -195,10 +209,10 @@ def class_means(folder: Path) -> Path:
     return write_recipe(folder / "tiny.yaml", recipe)
 
 
-def run_script(file: Path, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A script as a command line runs it, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(file), *words])
-    monkeypatch.syspath_prepend(str(file.parent))
+def run_script(command: Path | str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script, or a verb of hf-cdl, as a command line runs it, in this process: its exit code."""
+    file = command if isinstance(command, Path) else MAIN
+    monkeypatch.setattr(sys, "argv", [str(file), *([] if isinstance(command, Path) else [command]), *words])
     verbosity = hf_logging.get_verbosity()
     try:
         with pytest.raises(SystemExit) as ended:

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import ViTConfig
 
-from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, metrics
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.prompts.components import orthogonalise
+from hf_cdl.runs import metrics
 from hf_cdl.types import KV, CDLOutput, ModelShape, Task
 
 Tensors = dict[str, torch.Tensor]
@@ -688,7 +689,7 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
         objective=objective,
         teacher=models["teacher"],
     )
-    assert student.shares_query == models["teacher"].needs_query
+    assert student.teacher.shares_query({}) == models["teacher"].needs_query
     per_task = hyper["classes_per_task"]
     for number in range(hyper["n_tasks"]):
         names = tuple(f"{number}-{i}" for i in range(per_task))

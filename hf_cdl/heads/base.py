@@ -143,10 +143,10 @@ class FittedHead(Head):
         `taught` (B, C_t): the `targets` of a teacher's answers, for a head that `needs_teacher`.
         """
 
-    def targets(self, logits: torch.Tensor, teacher: Head | None) -> torch.Tensor:
+    def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
         """What a head that `needs_teacher` learns of a teacher's logits (B, C_t) over the task's classes.
 
-        `teacher`: the head that they are of, None of a model without such a one.
+        `teacher`: the fitted head that they are of; None for the logits of a model that was trained.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
 

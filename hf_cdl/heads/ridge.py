@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
-from hf_cdl.heads.base import FittedConfig, FittedHead, Head, movable
+from hf_cdl.heads.base import FittedConfig, FittedHead, movable
 from hf_cdl.heads.standardise import check_features
 
 
@@ -115,11 +115,11 @@ class RidgeHead(FittedHead):
             for name in {*self.bits} & module._buffers.keys():
                 module.register_buffer(name, None)
 
-    def targets(self, logits: torch.Tensor, teacher: Head | None) -> torch.Tensor:
+    def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
         """Probabilities, softened by the temperature; a fitted head's scores as they are."""
-        if teacher is not None and teacher.fitted:
-            return logits / teacher.config.scale
-        return (logits / self.config.temperature).softmax(dim=-1)
+        if teacher is None:
+            return (logits / self.config.temperature).softmax(dim=-1)
+        return logits / teacher.config.scale
 
     def init_shared(self) -> None:
         super().init_shared()

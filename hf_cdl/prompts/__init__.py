@@ -12,6 +12,7 @@ from hf_cdl.prompts.dualprompt import DualPrompt
 from hf_cdl.prompts.kd_prompt import KDPrompt, KDPromptConfig
 from hf_cdl.prompts.l2p import L2P
 from hf_cdl.prompts.mapping import MappingConfig, PromptMapping
+from hf_cdl.prompts.vpt import VPT
 from hf_cdl.registry import Registry
 
 PROMPTS: Registry[PromptPool] = Registry(
@@ -23,6 +24,7 @@ PROMPTS: Registry[PromptPool] = Registry(
         "dualprompt": DualPrompt,
         "l2p": L2P,
         "apt": APT,
+        "vpt": VPT,
     },
     fields=("layers",),
     bare=("none",),

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
-from hf_cdl.backbones.loading import check_image_size, load_config, read_config
+from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.loading import load_config, read_config
 from hf_cdl.checked import said
 from hf_cdl.config import CDLConfig
 from hf_cdl.data.views import check_processor, output_size, query_view

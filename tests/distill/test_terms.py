@@ -16,6 +16,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.distill.dist import pearson_distance
 from hf_cdl.distill.objective import kd_loss, same_tokens
+from hf_cdl.distill.similarity import similarities
 from hf_cdl.runs.run import Run
 from hf_cdl.types import CDLOutput, ModelShape
 
@@ -150,6 +151,15 @@ def test_similarity_has_a_finite_gradient_for_one_image_and_for_a_dimension_that
         ours.requires_grad_()
         term(CDLOutput(features=ours), CDLOutput(features=torch.randn(len(ours), 8)), LABELS).backward()
         assert ours.grad is not None and torch.isfinite(ours.grad).all()
+
+
+def test_a_dimension_that_hardly_varies_is_divided_by_a_hundredth_of_the_mean_deviation() -> None:
+    """By hand: deviations 1 and 0.001, so the second is divided by 0.005005 + 0.000001 and is 0.19976 of the first."""
+    signs = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    features = signs * torch.tensor([1.0, 1e-3]) + torch.tensor([5.0, -2.0])
+    unlike = (1 - 0.19976**2) / (1 + 0.19976**2)  # of two images that differ in it alone: 0.92327, not 0
+    wanted = torch.tensor([[1, -unlike, unlike, -1], [-unlike, 1, -1, unlike]])
+    torch.testing.assert_close(similarities(features)[:2], wanted, atol=1e-4, rtol=0)
 
 
 # ---- terms of hidden states ----

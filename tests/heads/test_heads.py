@@ -153,6 +153,29 @@ def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_pa
         model_with({"type": "ncm"}).drop_sums()
 
 
+@pytest.mark.parametrize(
+    ("fields", "has_teacher", "wrong"),
+    [
+        ({}, False, []),
+        ({"soft_targets": 0.5, "sums": True}, True, []),
+        ({"soft_targets": 0.5}, False, ["soft_targets"]),
+        ({"soft_targets": "half", "sums": False}, False, ["soft_targets", "sums"]),
+    ],
+)
+def test_a_head_says_what_is_wrong_with_a_recipe(fields: dict[str, Any], has_teacher: bool, wrong: list[str]) -> None:
+    assert [field for field, _ in HEADS["ridge"].check_recipe(fields, has_teacher)] == wrong
+    assert all(kind.check_recipe({}, has_teacher) == [] for kind in HEADS.values())
+
+
+def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_without_their_scale() -> None:
+    head: Any = build_head({"type": "ridge", "soft_targets": 0.5, "temperature": 2.0}, 4)
+    logits = torch.tensor([[2.0, 4.0], [0.0, -6.0]])
+    odds = torch.tensor([[1.0, torch.e], [torch.e**3, 1.0]])
+    torch.testing.assert_close(head.targets(logits, None), odds / odds.sum(-1, keepdim=True))
+    fitted: Any = build_head({"type": "ncm", "scale": 4.0}, 4)
+    assert torch.equal(head.targets(logits, fitted), torch.tensor([[0.5, 1.0], [0.0, -1.5]]))
+
+
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}

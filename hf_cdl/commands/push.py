@@ -1,25 +1,13 @@
-"""Push what a run has finished and the Hugging Face Hub does not hold yet.
-
-python recipes/push.py RUN [--hub_model_id NAME] [--push_teacher true] [--hub_private_repo false]
-RUN is a run's folder, such as runs/quickstart; without options it is pushed to where it was last to be pushed.
---plugins FILE ...: Python files of yours with methods that its recipe names; no other is run.
-"""
+"""hf-cdl push: push what a run has finished and the Hugging Face Hub does not hold yet."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-import stopping
-
-if __name__ == "__main__":
-    stopping.listen()  # before imports that take seconds
-
-import yaml
-
+from hf_cdl.commands import stopping
+from hf_cdl.commands.words import read
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import build_recipe, described, load_plugins, untrained
@@ -29,18 +17,9 @@ from hf_cdl.runs.results import run_results, stored_ledger
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--hub_model_id")
-    for name in ("--push_teacher", "--hub_private_repo"):
-        parser.add_argument(name, type=true_or_false, metavar="true|false")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
-    given = vars(parser.parse_args(arguments))
+    given = vars(read("push", arguments)[0])
     folder, plugins = given.pop("run"), given.pop("plugins")
     try:
-        stopping.ready()
         load_plugins(plugins)
         ledger = stored_ledger(folder)
         asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
@@ -58,9 +37,6 @@ def main(arguments: list[str]) -> int:
     except (OSError, ValueError, RunError, HubError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        stopping.say_goes_on()
-        return getattr(stop, "code", 130)
 
 
 def check_files(folder: Path, ledger: dict[str, Any]) -> None:
@@ -71,15 +47,3 @@ def check_files(folder: Path, ledger: dict[str, Any]) -> None:
             f"{broken[0]} is missing or damaged, so nothing was pushed. There is a whole copy: run the "
             "training's command again, which restores it, and push then."
         )
-
-
-def true_or_false(text: str) -> bool:
-    """A recipe's yes or no; others raise an error that says so."""
-    with contextlib.suppress(yaml.YAMLError):
-        if isinstance(value := yaml.safe_load(text), bool):
-            return value
-    raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
-
-
-if __name__ == "__main__":
-    stopping.leave(main(sys.argv[1:]))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from hf_cdl.compare.aa import Check
+from hf_cdl.compare.records import Measured, Unit, values
 from hf_cdl.compare.statistics import LEVEL, Contrast, Mean, mean_of
-from hf_cdl.compare.table import Measured, Unit, values
 
 DEFAULT = ("average_accuracy", "forgetting", "average_incremental_accuracy")
 CDL = ("average_accuracy", "official_forgetting", "forgetting", "average_incremental_accuracy")

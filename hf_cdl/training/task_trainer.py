@@ -21,13 +21,14 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Rounds, ViewSampler
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
-from hf_cdl.training.phase_state import WEIGHTS, loading, newest_state, seal
+from hf_cdl.training.contract import Total
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.steering import SteeredTrainer
+from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.types import Task
 
 
-class PhaseTrainer(SteeredTrainer):
+class TaskTrainer(SteeredTrainer):
     """What transformers' Trainer does otherwise where training comes in phases.
 
     Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient
@@ -48,6 +49,25 @@ class PhaseTrainer(SteeredTrainer):
     """Those of the phase before it was cut off."""
     _steps_learnt: int
     """Of this process's phases, without a run to look them up."""
+    _total: Total
+    """What `train()` did so far, over its tasks."""
+
+    # ---- what a phase counts ----
+
+    def _begin_counting(self) -> None:
+        """A phase begins; what it counts starts anew."""
+        self._sampler, self._sums = None, {}
+        self._steps_summed = self._images = 0
+        self._micro_batches, self._seconds_before = 1, 0.0
+
+    def _add_to_total(self) -> None:
+        """A phase is over: add what it counted to that of all tasks."""
+        steps = self.state.global_step
+        self._steps_learnt += steps
+        self._total.steps += steps
+        self._total.own_steps += steps - self._phase.first_step
+        self._total.loss += self._total_loss_scalar
+        self._total.images += self._images
 
     # ---- data order and schedule ----
 
@@ -119,12 +139,6 @@ class PhaseTrainer(SteeredTrainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _unprepare(self, model: Any) -> Any:
-        """The bare model. A mark of Accelerate's left on it would keep it from being wrapped for the next task."""
-        model = self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        model._is_accelerate_prepared = False
-        return model
-
     # ---- losses ----
 
     def _steps_before(self) -> int:
@@ -138,7 +152,7 @@ class PhaseTrainer(SteeredTrainer):
                 steps += max((line.get("step", 0) for line in history), default=0)
         return steps
 
-    def _watch(self, losses: dict[str, torch.Tensor], weight: float) -> None:
+    def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
         """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         if not bool(torch.isfinite(values).all()):

@@ -17,7 +17,7 @@ from hf_cdl.runs.repair import publish
 from hf_cdl.types import TaskResult
 
 
-def adopt(
+def continue_elsewhere(
     folder: Path,
     origin: dict[str, Any],
     results: Mapping[str, dict[str, Any]],
@@ -35,24 +35,11 @@ def adopt(
     with _started(folder) as made:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
-        count = origin["tasks"]
         partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with saving(f"start the run in {folder}"):
-                make_folder(partial)
-                for role in origin["roles"]:
-                    put(role, partial / role / f"task-{count:02d}")
-                ledger = {
-                    **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
-                    "class_names": results["student"]["class_names"][:count],
-                    "entries": {role: _entries(role, results[role], count) for role in origin["roles"]},
-                    "files": fingerprints(partial, partial),
-                    "origin": origin,
-                }
-                for role in origin["roles"]:
-                    publish(partial, ledger, role)
-                write_json(partial / "run.json", ledger)
+                _fill(partial, origin, results, put)
                 (partial / "recipe.yaml").write_text(recipe_file)
                 sync_tree(partial)
                 if folder.exists():
@@ -61,9 +48,31 @@ def adopt(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
         above = [] if was_there else [folder, *made]
-        return lambda: _take_away(folder, count, above)
+        return lambda: _take_away(folder, origin["tasks"], above)
+
+
+def _fill(
+    folder: Path,
+    origin: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    put: Callable[[str, Path], Any],
+) -> None:
+    """Put the checkpoints and the ledger of tasks that were learnt elsewhere into a new folder."""
+    make_folder(folder)
+    count, roles = origin["tasks"], origin["roles"]
+    for role in roles:
+        put(role, folder / role / f"task-{count:02d}")
+    ledger = {
+        **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+        "class_names": results["student"]["class_names"][:count],
+        "entries": {role: _entries(role, results[role], count) for role in roles},
+        "files": fingerprints(folder, folder),
+        "origin": origin,
+    }
+    for role in roles:
+        publish(folder, ledger, role)
+    write_json(folder / "run.json", ledger)
 
 
 def _take_away(folder: Path, count: int, above: list[Path]) -> None:

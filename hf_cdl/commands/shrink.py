@@ -1,42 +1,23 @@
-"""A smaller backbone from a pre-trained one: its first layers and its final norm, at an image size of one's own.
-
-python recipes/shrink.py BACKBONE FOLDER [--layers 8] [--size 56] [--revision main] [--processor ID]
-BACKBONE is a Hub id or folder. The first layers of a larger model are a student that needs no pre-training; --layers
-left out keeps all, so that only the image size changes. A smaller size is fewer patches: position embeddings are
-interpolated, a ViT's here and once, those of DINOv2 and of most other families in every forward pass. --processor:
-where the image processor is from, if BACKBONE has none.
-"""
+"""hf-cdl shrink: a smaller backbone from a pre-trained one, at an image size of one's own."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
-
-import stopping
-
-if __name__ == "__main__":
-    stopping.listen(resumes=False)  # before imports that take seconds
 
 import torch
 import transformers  # names from it say things when they are first used, so not before they may
-from transformers.utils import logging
 
-from hf_cdl.backbones.loading import check_image_size, layers, load_backbone
+from hf_cdl.backbones.families import check_image_size, family, layers
+from hf_cdl.backbones.loading import load_backbone
+from hf_cdl.commands.words import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs.files import RunError, check_new, fill_folder
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--size", type=int)
-    parser.add_argument("--revision")
-    parser.add_argument("--processor")
-    options = parser.parse_args(arguments)
+    options, _ = read("shrink", arguments)
     try:
         shrink(options)
     except (OSError, ValueError, RunError) as error:
@@ -61,7 +42,7 @@ def shrink(options: argparse.Namespace) -> None:
     if options.size is not None:
         look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
         processor = transformers.ViTImageProcessor(size={"height": options.size, "width": options.size}, **look)
-        if backbone.config.model_type == "vit":
+        if family(backbone.config).resizes:
             resize(backbone, options.size)
         check_image_size(backbone.config, (options.size, options.size))
     del layers(backbone)[count:]
@@ -84,9 +65,3 @@ def resize(vit: Any, size: int) -> None:
         positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)
     vit.embeddings.position_embeddings = torch.nn.Parameter(positions)
     vit.config.image_size = size
-
-
-if __name__ == "__main__":
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    stopping.end_with(lambda: main(sys.argv[1:]))

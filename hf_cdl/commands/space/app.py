@@ -1,14 +1,11 @@
 """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
 
-python recipes/space/app.py WHERE [--trust_remote_code]
-WHERE is a repository on the Hub that a run was pushed to, OWNER/NAME, or a model's folder in a run, such as
-runs/quickstart/student; --trust_remote_code runs the code that lies in it, where hf_cdl is not installed. In a Space
-the variables HF_CDL_REPO and HF_CDL_TRUST_REMOTE_CODE (1) say the same. GRADIO_SERVER_PORT chooses the port.
+On a machine `hf-cdl demo` shows it. In a Space the variable HF_CDL_REPO names the repository on the Hub that a run was
+pushed to, OWNER/NAME; HF_CDL_TRUST_REMOTE_CODE=1 runs the code that lies in it, where hf_cdl is not installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -70,21 +67,19 @@ def _told(gr: Any) -> Iterator[None]:
         raise gr.Error(escape(plain(error))) from error  # it is shown as HTML
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    given = os.environ.get("HF_CDL_REPO")
-    parser.add_argument("where", nargs="?" if given else None, default=given)
-    trusted = os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1"
-    parser.add_argument("--trust_remote_code", action="store_true", default=trusted)
-    options = parser.parse_args(arguments)
+def show(where: str, trust_remote_code: bool) -> int:
+    """Show a model's states until the page is stopped; 2 if there are none, or no gradio.
+
+    `where`: OWNER/NAME on the Hub, or a model's folder in a run; `trust_remote_code`: whether its code is run.
+    """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        states = States(options.where, options.trust_remote_code)
+        states = States(where, trust_remote_code)
         states.classifier(states.tasks[-1])  # what cannot be loaded is said here, not on the page
         gr: Any = import_module("gradio")
         page = build(states, gr)
     except ModuleNotFoundError as error:
-        print(f'error: {error}; the demo needs gradio: pip install "hf_cdl[demo]"', file=sys.stderr)
+        print(f'error: {error}; the demo needs gradio: pip install "hf-cdl[demo]"', file=sys.stderr)
         return 2
     except StatesError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
@@ -97,4 +92,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    repository = os.environ.get("HF_CDL_REPO")
+    if not repository:
+        sys.exit("error: set the Space's variable HF_CDL_REPO to the model's repository, OWNER/NAME")
+    sys.exit(show(repository, os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1"))

@@ -1,20 +1,10 @@
-"""Learn one more task with a student and a teacher from the Hugging Face Hub or from a folder; no more is needed.
+"""hf-cdl add: learn one more task with a student and a teacher from the Hugging Face Hub or from a folder.
 
-python recipes/add_task.py STUDENT DATA [--teacher TEACHER] [--revision task-NN] [--any.field value ...]
-STUDENT: OWNER/NAME on the Hub, a run's folder (runs/quickstart) or a checkpoint's (runs/quickstart/student/task-03).
-DATA: images of the new classes, as `data.path` of a recipe: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png. Test
-images of known classes are used too: they tell what was forgotten. The teacher, if there was one, is by default
-OWNER/NAME-teacher, or that in the same run. The run's folder is by default runs/NAME-DATA; the same command goes on
-where it stopped. With --push_to_hub true (and --push_teacher true) the new task is pushed to the repositories it came
-from, or to those of --hub_model_id.
-
-Who made STUDENT may be a stranger: no code of theirs is run, and nothing pickled is loaded. If their recipe needs
-plugins (Python files), read them, then name them yourself: --plugins '[FILE]'.
+Who made the student may be a stranger: no code of theirs is run, and nothing pickled is loaded.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -22,43 +12,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import stopping
-
-if __name__ == "__main__":
-    stopping.listen()  # before imports that take seconds
-
-import train as training
 import yaml
 from accelerate import PartialState
 from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands import train as training
+from hf_cdl.commands.console import say
+from hf_cdl.commands.words import read
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
 from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.recipe.files import fields_given, read_yaml
-from hf_cdl.runs.adopt import adopt
+from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.report import difference_lines
 from hf_cdl.runs.run import Run
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        usage="add_task.py OWNER/NAME DATA [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("student")
-    parser.add_argument("data")
-    parser.add_argument("--teacher")
-    parser.add_argument("--revision")
-    parser.add_argument("--output_dir", type=Path)
-    options, fields = parser.parse_known_args(arguments)
-    if arguments[:2] != [options.student, options.data]:
-        parser.error("the student and the folder of images come first")
+    options, fields = read("add", arguments)
     undo = None
     try:
         name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
@@ -73,7 +47,7 @@ def main(arguments: list[str]) -> int:
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
     except (OSError, ValueError, RunError, HubError) as error:
-        training.say(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         if undo is not None:
             undo()
         return 2
@@ -81,7 +55,7 @@ def main(arguments: list[str]) -> int:
     if code == 2 and undo is not None:  # a first try that fails leaves nothing behind
         undo()
     if code in (0, 4):
-        training.say(differences(recipe))
+        say(differences(recipe))
     return code
 
 
@@ -104,13 +78,8 @@ def begin(
     """
     first = find(student, "student", tag)
     stored = first.results["recipe"]
-    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
-        if not plugins:
-            raise HubError(
-                f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
-                f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
-                "yourself: --plugins '[FILE.py]'."
-            )
+    if not plugins:
+        refuse_theirs(student, stored)
     try:
         recipe, left = taken_over(stored, build_recipe)
     except RecipeError as error:
@@ -130,16 +99,26 @@ def begin(
     text = yaml.safe_dump(
         continued(recipe, first), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
     )
-    training.say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
+    say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
     if left:
-        training.say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
-    return adopt(
+        say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
+    return continue_elsewhere(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
         {role: origin.results for role, origin in origins.items()},
         lambda role, target: origins[role].copy(target),
         text,
     )
+
+
+def refuse_theirs(student: str, stored: Any) -> None:
+    """Raises HubError for a stored recipe that runs Python files."""
+    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
+        raise HubError(
+            f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
+            f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
+            "yourself: --plugins '[FILE.py]'."
+        )
 
 
 def find(where: str, role: str, tag: str | None) -> Origin:
@@ -226,8 +205,3 @@ def differences(recipe: Recipe) -> str:
     shown = zip(old, answers["counts"], answers["row"], strict=True)
     lines = difference_lines([(task.index + 1, task.class_names, n, was, row[task.index]) for task, n, was in shown])
     return "\n".join([f"\nstudent: accuracy (%) on earlier tasks, before and after task {count + 1}", *lines])
-
-
-if __name__ == "__main__":
-    training.quiet()
-    stopping.leave(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What a run would need: parameters, FLOPs, steps, memory and files (recipes/train.py RECIPE.yaml ... --plan).
+"""What training costs: parameters, FLOPs, steps and memory of each role of a recipe.
 
 Models are built from the backbones' configs with fake tensors, which have shapes and no content: no weights are loaded
 and nothing is computed. FLOPs, and what is kept for the way back, are counted on one step of each role, at the
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +21,17 @@ from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
 from hf_cdl.backbones.loading import load_config, read_config
-from hf_cdl.backbones.lora import is_adapter
 from hf_cdl.config import CDLConfig
 from hf_cdl.data import nothing_held_out
 from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
 from hf_cdl.data.sampler import count_rounds
-from hf_cdl.data.views import output_size
+from hf_cdl.data.views import output_size, same_view
 from hf_cdl.distill import Objective
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
 from hf_cdl.recipe.build import build_models, build_objective, build_processors
 from hf_cdl.training.checking import check_training
+from hf_cdl.training.teacher import Teacher
 
 aten: Any = torch.ops.aten
 # torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.
@@ -78,79 +77,6 @@ class Cost:
     @property
     def total_flops(self) -> float:
         return self.training_flops * self.images
-
-
-HEADINGS = [
-    ["", "backbone", "trained", "stored", "GFLOPs per image", "", "total", "kept for", "peak", "check-"],
-    ["role", "params", "a task", "at the end", "inference / step", "steps", "PFLOPs", "way back", "memory", "point"],
-]
-NOTES = """\
-FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
-taught, its own forward and backward pass. Evaluation and the pass that fits a head after a first session are left out.
-Peak memory is an estimate: the weights of all models, gradients and the optimizer's states of what is trained, and
-what a step keeps for the way back, with fused attention and without the largest passing tensors."""
-
-
-def plan(recipe: Recipe) -> str:
-    """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read, and for a
-    task that a role could not learn."""
-    tasks = read_tasks(recipe)
-    models, costs = measure(recipe, tasks)
-    weights = sum(map(_bytes, models.values()))
-    files = {role: _stored_bytes(recipe, model) for role, model in models.items()}
-    lines = [*HEADINGS, *(cells(role, models[role], cost, weights, files[role]) for role, cost in costs.items())]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = []
-    for first, *rest in lines:
-        table.append("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
-    total = sum(cost.total_flops for cost in costs.values())
-    unknown = {args.optim.value for role in costs if optimizer_states(args := _arguments(recipe, role)) is None}
-    notes = [NOTES, *(f"Of {name} two states for each parameter are assumed, as of Adam." for name in sorted(unknown))]
-    return "\n".join(
-        [
-            f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
-            f"{sum(tasks.images):,} training images ({tasks.source})",
-            *(f"note: {note}" for note in tasks.notes),
-            "",
-            *table,
-            "",
-            f"All training: {_peta(total)} PFLOPs. All checkpoints (after every task, and the newest again): "
-            f"{_size(sum(files.values()) * (len(tasks.classes) + 1))}.",
-            *notes,
-        ]
-    )
-
-
-def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:
-    """A role's line of the table; `weights`: bytes of all models of the run, `file`: of its checkpoint."""
-    sizes = _backbone_sizes(model)
-    stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
-    return [
-        role.replace("_", " "),
-        *(f"{number / 1e6:,.2f} M" for number in (sizes[0], cost.trained, stored)),
-        f"{cost.inference_flops / 1e9:.2f} / {cost.training_flops / 1e9:.2f}",
-        f"{cost.steps:,}" if cost.steps else "-",
-        _peta(cost.total_flops),
-        *map(_size, (cost.kept, weights + cost.states + cost.kept, file)),
-    ]
-
-
-def _peta(flops: float) -> str:
-    """In units of 1e15, one decimal or, of less than a tenth, two digits."""
-    return f"{flops / 1e15:,.1f}" if flops >= 1e14 else f"{flops / 1e15:.2g}"
-
-
-def _backbone_sizes(model: Any) -> list[int]:
-    """Parameters of the backbone and of the query's, without adapters."""
-    parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
-    backbones = [part for part in parts if part is not None]
-    return [sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name)) for part in backbones]
-
-
-def _stored_bytes(recipe: Recipe, model: Any) -> int:
-    """What a checkpoint of the model takes: a small one leaves the backbones out."""
-    small = not recipe.save_backbone and not isinstance(model, ImageClassifier)
-    return _bytes(model) - 4 * small * sum(_backbone_sizes(model))
 
 
 def read_tasks(recipe: Recipe) -> Tasks:
@@ -215,15 +141,15 @@ def _config(name: str, revision: str | None) -> Any:
 
 def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
-    teacher = models["teacher"] if objective.needs_teacher else None
-    if teacher is not None:
-        objective.attach(teacher)
-        objective.begin_task(teacher)
+    teacher = Teacher(models["teacher"] if objective.needs_teacher else None, model, objective, _same_source)
+    teacher.begin_task(model)
     arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
-    views = {name: torch.zeros(batch, 3, *output_size(processor)) for name, processor in processors.items()}
-    pixels = views[role]
-    for part in (model, teacher):  # torch's counter cannot follow trainable parameters where no gradient is taken
+    pixels = _batch(role, teacher, processors, batch)["pixel_values"]
+    for part in (
+        model,
+        teacher.model,
+    ):  # torch's counter cannot follow trainable parameters where no gradient is taken
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
@@ -245,12 +171,20 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        taught = functools.partial(_step, model, objective, pixels, classes, teacher, views.get("teacher"))
-        flops, kept = _count(taught, *(part for part in (model, objective, teacher) if part is not None))
+        taught = functools.partial(_step, model, objective, _batch(role, teacher, processors, batch), classes, teacher)
+        flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
-    states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + _bytes(objective)
+    states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
     return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+
+
+def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
+    """Images as a role sees them, and its teacher, if that is another view."""
+    views = {name: torch.zeros(size, 3, *output_size(processors[name])) for name in (role, *teacher.views)}
+    own = {"pixel_values": views[role]}
+    same = not teacher.views or same_view(processors[role], processors["teacher"])
+    return own if same else {**own, "teacher_pixel_values": views["teacher"]}
 
 
 def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
@@ -275,31 +209,34 @@ def optimizer_states(arguments: CDLTrainingArguments) -> int | None:
     return 2 if arguments.optim in ("adamw_torch", "adamw_torch_fused") else None
 
 
+def unknown_optimizers(recipe: Recipe, roles: Iterable[str]) -> list[str]:
+    """Names of the roles' optimizers of which it is assumed how many numbers they keep."""
+    found = (_arguments(recipe, role) for role in roles)
+    return sorted({arguments.optim.value for arguments in found if optimizer_states(arguments) is None})
+
+
 def _arguments(recipe: Recipe, role: str) -> Any:
     section = recipe.training_args("teacher" if role == "teacher" else "student")
     return CDLTrainingArguments(output_dir="work", **section)
 
 
-def _step(model: Any, objective: Objective, pixels: Any, classes: list[int], teacher: Any, theirs: Any) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back; the teacher sees `theirs`."""
+def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    query, answers, asked = None, None, {}
-    shares = False
-    if teacher is not None and teacher.needs_query and teacher.query_backbone is not None:
-        shares = model.needs_query and teacher.config.query_view is None
-    with torch.no_grad():
-        if shares or objective.needs_query:
+    pixels, query = images["pixel_values"], None
+    if objective.needs_query or teacher.shares_query(images):
+        with torch.no_grad():
             query = model.compute_query(pixels)
-        if teacher is not None:
-            hidden = objective.hidden_states("teacher") or None
-            asked = {"pixel_values": theirs, "query": query if shares else None, "task_id": task}
-            answers = teacher(**asked, output_hidden_states=hidden)
-    if answers is not None:
-        answers = objective.consult(answers, asked)
+    answers = teacher.answer(images, query, task)
     hidden = objective.hidden_states("student") or None
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
     labels = torch.full(pixels.shape[:1], current.start)
     objective(student, answers, labels, current)["loss"].backward()
+
+
+def _same_source(student: Any, teacher: Any) -> bool:
+    """Whether both models query the same weights, which are not there to be compared: by the backbones' names."""
+    return student.config.backbone_name == (teacher.config.query_name or teacher.config.backbone_name)
 
 
 def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:
@@ -318,16 +255,6 @@ def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int
     return counter.get_total_flops() / 2, sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
-def _bytes(model: torch.nn.Module) -> int:
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of all that a module stores."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def _size(number: float) -> str:
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
-
-
-if __name__ == "__main__":  # python recipes/plan.py RECIPE.yaml ...: the same
-    import train
-
-    train.quiet()
-    sys.exit(train.main([*sys.argv[1:], "--plan"]))

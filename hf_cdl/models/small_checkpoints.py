@@ -13,6 +13,7 @@ from torch import nn
 from hf_cdl.backbones import loading as bb
 from hf_cdl.backbones.lora import is_adapter, load_frozen
 from hf_cdl.backbones.stored import HUB, at, check_stored, stored_sizes, weight_files
+from hf_cdl.types import is_ours
 
 PARTS = {"backbone": "backbone", "query_backbone": "query"}
 """A model's frozen parts, and how the config's fields about each begin (query_name: where query_backbone is from)."""
@@ -105,7 +106,7 @@ def whole_one(
         which = "each other or themselves" if place in below else f"more than {_DEEPEST} others in turn"
         raise ValueError(f"Small checkpoints that name {which} as backbone have none: {names}.")
     config: Any = bb.read_config(name, revision, **hub)
-    if config.model_type != bb.OURS:
+    if not is_ours(config):
         return name, revision
     absent = absent_parts(config, stored_sizes(weight_files(name, revision, **hub)))
     on = {part: whole_one(*place_of(config, prefix), (*below, place), **hub) for part, prefix in absent.items()}

@@ -1,12 +1,19 @@
-"""from_pretrained that gives a whole model or none: what a checkpoint lacks is never left at random, nor allocated."""
+"""Saving and loading. A checkpoint is whole, or small (what was learnt alone), and may have the code beside it.
+
+from_pretrained gives a whole model or none: what a checkpoint lacks is never left at random, nor allocated.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
     HUB,
     check_complete,
@@ -19,15 +26,38 @@ from hf_cdl.backbones.stored import (
 )
 from hf_cdl.checked import said
 from hf_cdl.heads import Head
-from hf_cdl.models.prompted import PromptedBackbone
-from hf_cdl.models.small import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
+from hf_cdl.models.prompted_backbone import PromptedBackbone
+from hf_cdl.models.remote_code import put_code
+from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 
 
-class Loadable(PromptedBackbone):
+class Checkpointed(PromptedBackbone):
     """A model with heads whose checkpoints hold its weights, or those but its frozen backbones'."""
 
     head: Head
     kd_head: Head | None
+    scaffold: nn.Module | None
+    session_head: Head | None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
+
+        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
+        could not be loaded again.
+        """
+        self.config.check_saving()
+        if not self.is_remote_code():  # transformers takes remote code along by itself
+            put_code(self.config, Path(save_directory))
+        if self.config.lora is not None:
+            place = Path(save_directory) / lora.FOLDER
+            lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
+        scaffold, self.scaffold = self.scaffold, None
+        session_head, self.session_head = self.session_head, None
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.scaffold, self.session_head = scaffold, session_head
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +74,7 @@ class Loadable(PromptedBackbone):
             check_revision(place, kwargs.get("revision"))
         kwargs = {"use_safetensors": True, **kwargs}
         with_info = kwargs.pop("output_loading_info", False)
-        try:
+        with _explained(place):
             with torch.random.fork_rng(devices=[]), quietly():  # what a small one lacks is drawn at random first
                 loaded: Any = super().from_pretrained(
                     *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -57,21 +87,6 @@ class Loadable(PromptedBackbone):
             check_complete(info, "It")
             fetch_backbones(model, absent, **kwargs)
             check_weights(model._numbers(), "this checkpoint")
-        except ImportError:
-            raise
-        except ValueError as error:
-            raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
-        except Exception as error:  # transformers and safetensors raise many kinds
-            if isinstance(error, OSError) and (place is None or not is_folder(place)):
-                raise
-            if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():
-                raise ValueError(
-                    f"There is no folder '{place}'; give a checkpoint by its folder or Hub id."
-                ) from error
-            raise ValueError(
-                f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-                "model.safetensors are there and whole; get them again if they were cut short."
-            ) from error
         model.freeze()
         return (model, info) if with_info else model
 
@@ -96,3 +111,23 @@ class Loadable(PromptedBackbone):
 def _is_of(name: str, parts: Any) -> bool:
     """Whether a weight is of one of these frozen parts."""
     return left_out(name) and name.partition(".")[0] in parts
+
+
+@contextmanager
+def _explained(place: Any) -> Iterator[None]:
+    """Errors of loading say which checkpoint it is and what to do; `place`: its folder or Hub id, if it is known."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds
+        if isinstance(error, OSError) and (place is None or not is_folder(place)):
+            raise
+        if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():
+            raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
+        raise ValueError(
+            f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
+            "model.safetensors are there and whole; get them again if they were cut short."
+        ) from error

@@ -1,25 +1,14 @@
-"""Write the model cards of a run, with their picture: ROLE/README.md and ROLE/accuracy_matrix.png.
-
-python recipes/card.py RUN [--output FOLDER] [--repo_id OWNER/NAME] [--plugins FILE ...]
-RUN is a run's folder, such as runs/quickstart, finished or not; --output is by default the same folder. --repo_id:
-where the student will be (its teacher: the same with -teacher). --plugins: Python files of yours with methods that its
-recipe names; no other is run.
-"""
+"""hf-cdl card: write the model cards of a run, with their picture."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import stopping
-
-if __name__ == "__main__":
-    stopping.listen(resumes=False)  # before imports that take seconds
-
+from hf_cdl.commands.words import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
 from hf_cdl.recipe import described, load_plugins
@@ -28,12 +17,7 @@ from hf_cdl.runs.results import run_results
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--repo_id")
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
-    options = parser.parse_args(arguments)
+    options, _ = read("card", arguments)
     output = options.output or options.run
     try:
         load_plugins(options.plugins)
@@ -69,7 +53,3 @@ def put(file: Path, content: bytes) -> None:
         if path.is_symlink():
             raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")
     write_whole(file, lambda path: path.write_bytes(content))
-
-
-if __name__ == "__main__":
-    stopping.end_with(lambda: main(sys.argv[1:]))

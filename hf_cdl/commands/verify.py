@@ -1,27 +1,18 @@
-"""Load every checkpoint of a run again and compare its accuracies with the ones that the run recorded.
+"""hf-cdl verify: load every checkpoint of a run again and compare its accuracies with the ones that it recorded.
 
-python recipes/verify.py RUN [--plugins FILE ...]      (a run's folder, such as runs/quickstart)
-Nothing that the run's files name is executed. If its recipe has plugins (Python files that register models), read
-them, then name them here.
+Nothing that the run's files name is executed, but for plugins that are named on the command line.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import stopping
-
-if __name__ == "__main__":
-    stopping.listen(resumes=False)  # before imports that take seconds
-
-from transformers.utils import logging as hf_logging
-
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands.words import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, load_plugins, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
@@ -34,16 +25,18 @@ _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "f
 """The training arguments that matter when nothing is trained; of those that a stranger wrote, no other is used."""
 
 
-def main(folder: Path, plugins: Sequence[str] = ()) -> int:
-    """Measure a run again, after running `plugins`; 1 if anything differs, 2 if it cannot be measured."""
+def main(arguments: list[str]) -> int:
+    """Measure a run again; 1 if anything differs, 2 if it cannot be measured."""
+    options, _ = read("verify", arguments)
     try:
-        return verify(folder, plugins)
+        return verify(options.run, options.plugins)
     except (OSError, ValueError, RunError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
 
 
 def verify(folder: Path, plugins: Sequence[str]) -> int:
+    """Measure a run again, after running `plugins`."""
     load_plugins(plugins)
     recipe = stored_recipe(folder)
     named = [Path(file).name for file in plugins]
@@ -145,13 +138,3 @@ def measure_again(
                 tasks = [stream[i] for i in range(entry["task"] + 1)]
                 answers = trainer.answer(tasks) if any(len(getattr(task, split)) for task in tasks) else {}
             yield checkpoint, entry, TaskResult(role, entry["task"], **answers)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE")
-    options = parser.parse_args()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    stopping.end_with(lambda: main(options.run, options.plugins))

@@ -123,12 +123,29 @@ def leave(code: int) -> NoReturn:
 
 def again() -> str:
     """The command that started this process, with its launcher."""
-    return shown(_short(_State.launcher) if _State.launcher else [python(), *sys.argv])
+    return shown(_short(_State.launcher) if _State.launcher else [*_program(), *sys.argv[1:]])
 
 
-def command(script: str, *words: Any) -> str:
-    """A command of this folder, as the shell that started this one takes it."""
-    return shown([python(), _near(Path(__file__).with_name(script)), *map(str, words)])
+def command(verb: str, *words: Any) -> str:
+    """Another command, as the shell that started this one takes it."""
+    program = _program() if _is_script("hf-cdl") else [python(), "-m", "hf_cdl"]
+    return shown([*program, verb, *map(str, words)])
+
+
+def _program() -> list[str]:
+    """What this process's command line begins with: hf-cdl, python -m hf_cdl, or python and a script."""
+    if _is_module():
+        return [python(), "-m", "hf_cdl"]
+    return [_name(sys.argv[0])] if _is_script("hf-cdl") else [python(), sys.argv[0]]
+
+
+def _is_module() -> bool:
+    """Whether it is python -m hf_cdl."""
+    return Path(sys.argv[0]) == Path(__file__).parent.with_name("__main__.py")
+
+
+def _is_script(name: str) -> bool:
+    return Path(sys.argv[0]).stem == name
 
 
 def shown(words: Sequence[str]) -> str:
@@ -171,7 +188,8 @@ def _find_launcher() -> list[str] | None:
         words = psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return None
-    return words if words[-len(sys.argv) :] == sys.argv else None
+    started = ["hf_cdl"] if _is_module() else sys.argv[:1]
+    return words if words[-len(sys.argv) :] == [*started, *sys.argv[1:]] else None
 
 
 def _wait_until(arrived: Callable[[], bool]) -> None:

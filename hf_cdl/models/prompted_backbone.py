@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones import families
+from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
-from hf_cdl.types import KV, ModelShape
+from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
 
 
 class Encoded(NamedTuple):
@@ -37,8 +38,8 @@ class Encoded(NamedTuple):
 class PromptedBackbone(PreTrainedModel):
     """Backbone, prompt pool, KD prompts or mapped prompts; the base of the models with heads.
 
-    Sequence layout: [CLS, patches, KD token]; keys and values of a layer: [pool's and mapped prefix, sequence, KD
-    prompt]. Raises ValueError for an unsupported backbone, prompt type or combination of prompts.
+    Sequence layout: [CLS, pool's tokens, patches, KD token]; keys and values of a layer: [pool's and mapped prefix,
+    sequence, KD prompt]. Raises ValueError for an unsupported backbone, prompt type or combination of prompts.
     """
 
     config_class = CDLConfig
@@ -48,34 +49,45 @@ class PromptedBackbone(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["ViTLayer", "Dinov2Layer"]
 
     def __init__(self, config: CDLConfig):
-        if getattr(config, "model_type", None) != CDLConfig.model_type:  # remote code has a class of its own
+        if not is_ours(config):  # remote code has a class of its own
             raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
         config = copy.deepcopy(config)
         config.check()
         _attention(config._attn_implementation or "sdpa")
         super().__init__(config)
-        self.backbone: Any = bb.build_backbone(config.backbone_config, frozen=not config.train_backbone)
+        self.backbone: Any = build_backbone(config.backbone_config, frozen=not config.train_backbone)
         config.backbone_config = self.backbone.config
-        self.query_backbone = None if config.query_config is None else bb.build_backbone(config.query_config)
+        self.query_backbone = None if config.query_config is None else build_backbone(config.query_config)
         if self.query_backbone is not None:
             config.query_config = self.query_backbone.config
+        self._build_prompts(config)
+        if config.query == "one_pass" or self.num_tokens:
+            for number, layer in enumerate(families.layers(self.backbone)):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self._with_token = False
+        self.set_attn_implementation(config._attn_implementation or "sdpa")
+
+    def _build_prompts(self, config: CDLConfig) -> None:
+        """Pool, KD prompts or mapping, and all their fields into the config: a later default changes no checkpoint."""
         size, depth = self.shape
         query_size = (self.query_backbone or self.backbone).config.hidden_size
-
         self.pool = build_pool(config.prompt, size, query_size, depth)
-        if self.pool is not None:  # all fields, so that a later change of a default cannot change a checkpoint
+        if self.pool is not None:
             config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
         self.kd_prompt: KDPrompt | None = None
         if config.kd_prompt is not None:
-            bb.check_extra_token(self.backbone.config)
+            families.check_extra_token(self.backbone.config, "a KD token")
             options = build_fields(KDPromptConfig, config.kd_prompt, "kd_prompt")
             check_size("KD prompts", lambda: KDPrompt(options, size, depth))
             self.kd_prompt = KDPrompt(options, size, depth)
             config.kd_prompt = dataclasses.asdict(options)
             self.backbone.embeddings.register_forward_hook(self._add_kd_token)
+        if self.num_tokens:
+            families.check_extra_token(self.backbone.config, f"prompt tokens ({config.prompt['type']})")
         self.mapping: PromptMapping | None = None
         if config.mapping is not None:
             mapped = build_fields(MappingConfig, config.mapping, "mapping")
@@ -88,13 +100,6 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-        if config.query == "one_pass":
-            for number, layer in enumerate(bb.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
-        self._with_token = False
-        self.set_attn_implementation(config._attn_implementation or "sdpa")
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
@@ -131,6 +136,11 @@ class PromptedBackbone(PreTrainedModel):
         return self.backbone
 
     @property
+    def num_tokens(self) -> int:
+        """How many tokens of the pool stand in the sequence, from its first layer on."""
+        return 0 if self.pool is None else self.pool.num_tokens
+
+    @property
     def needs_query(self) -> bool:
         """Whether a forward pass needs the query of an un-prompted pass."""
         own = self.pool is not None and self.pool.needs_query and self.config.query == "two_pass"
@@ -139,7 +149,7 @@ class PromptedBackbone(PreTrainedModel):
     @property
     def shape(self) -> ModelShape:
         """Width and number of layers of the backbone."""
-        return ModelShape(self.backbone.config.hidden_size, len(bb.layers(self.backbone)))
+        return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
@@ -157,7 +167,7 @@ class PromptedBackbone(PreTrainedModel):
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
         if self.config.query_view is not None:
             pixel_values = to_query_view(pixel_values, **self.config.query_view)
-        return bb.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+        return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _encode(
         self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
@@ -170,11 +180,11 @@ class PromptedBackbone(PreTrainedModel):
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
-        hidden, token = self._take_token(found.last_hidden_state)
-        features = bb.pool(self.backbone, hidden)
+        hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
+        features = families.pool(self.backbone, hidden)
         return Encoded(
             features=features,
-            token=features if self.kd_prompt is None else bb.final_norm(self.backbone, token),
+            token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
@@ -184,19 +194,19 @@ class PromptedBackbone(PreTrainedModel):
 
     def _prefixes(
         self, query: torch.Tensor | None, task_id: int | None
-    ) -> tuple[dict[int, list[KV]], torch.Tensor | None]:
-        """All layers' prefixes, and the sum of the pool's losses."""
-        found = [self._ask(query, query, task_id, layer) for layer in range(len(bb.layers(self.backbone)))]
+    ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
+        """All layers' prompts, and the sum of the pool's losses."""
+        found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None
 
-    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[KV], torch.Tensor | None]:
-        """A layer's prefixes and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
+    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[Prompt], torch.Tensor | None]:
+        """A layer's prompts and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
         prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
         mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
         kd = None if self.kd_prompt is None else self.kd_prompt(layer)
-        return [kv for kv in (prefix, mapped, kd) if kv is not None], loss
+        return [prompt for prompt in (prefix, mapped, kd) if prompt is not None], loss
 
     def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
         """The same when the layer is entered; with a `query` also how the pool's keys match it and `own`."""
@@ -206,20 +216,57 @@ class PromptedBackbone(PreTrainedModel):
         return prefixes, loss, similarity if similarity and similarity[0] is not None else None
 
     def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Forward pre-hook of a layer: in a one-pass run its prefixes are made now, from the tokens that enter it."""
-        prefix = kwargs.get("prefix")
-        if not isinstance(prefix, OnePass):  # the query pass
+        """Forward pre-hook of a layer: puts the pool's tokens into the sequence, and leaves the prefixes to attention.
+
+        In a one-pass run both are made now, from the sequence that enters the layer.
+        """
+        prompts = kwargs.get("prefix")
+        if prompts is None:  # the query pass
             return None
-        tokens = args[0] if args else kwargs["hidden_states"]
-        own = tokens[:, 0] if bb.has_cls(self.backbone.config) else self._take_token(tokens)[0].mean(dim=1)
-        return args, {**kwargs, "prefix": prefix.enter(number, own)}
+        rest = {name: value for name, value in kwargs.items() if name not in ("prefix", "hidden_states")}
+        sequence = args[0] if args else kwargs["hidden_states"]
+        if isinstance(prompts, OnePass):
+            prompts = prompts.enter(number, self._own_query(number, sequence))
+        found = prompts.get(number, [])
+        for prompt in found:
+            if isinstance(prompt, Tokens):
+                sequence = self._put_tokens(number, sequence, prompt.tokens)
+        rest["prefix"] = {number: [prompt for prompt in found if not isinstance(prompt, Tokens)]}
+        return (sequence, *args[1:]), rest
+
+    def _own_query(self, number: int, sequence: torch.Tensor) -> torch.Tensor:
+        """The one-pass query (B, D) of a layer: CLS as it enters, or the mean of the patches where there is none."""
+        if families.family(self.backbone.config).has_cls:
+            return sequence[:, 0]
+        return self._take_token(self._cut_tokens(sequence, number))[0].mean(dim=1)
+
+    def _put_tokens(self, number: int, sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The sequence that enters a layer with these tokens (B or 1, P, D) behind CLS, instead of earlier ones."""
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"The prompt pool gave layer {number} {tokens.shape[1]} tokens, but its num_tokens is "
+                f"{self.num_tokens}; give every layer that many."
+            )
+        at, there = self._tokens_at(number)
+        tokens = tokens.to(sequence.dtype).expand(sequence.shape[0], -1, -1)  # len would fix the batch in an export
+        return torch.cat([sequence[:, :at], tokens, sequence[:, at + there :]], dim=1)
+
+    def _cut_tokens(self, sequence: torch.Tensor, number: int | None = None) -> torch.Tensor:
+        """The sequence that enters layer `number`, or leaves the last one, without the pool's tokens."""
+        at, there = self._tokens_at(number)
+        return torch.cat([sequence[:, :at], sequence[:, at + there :]], dim=1) if there else sequence
+
+    def _tokens_at(self, number: int | None) -> tuple[int, int]:
+        """Where the pool's tokens stand in the sequence that enters a layer, and how many there are."""
+        entered = self.pool is not None and (number is None or number > min(self.pool.layers))
+        return int(families.family(self.backbone.config).has_cls), self.num_tokens if entered else 0
 
     def _run(
         self,
         backbone: Any,
         pixel_values: torch.Tensor,
         with_token: bool = False,
-        prefix: dict[int, list[KV]] | OnePass | None = None,
+        prefix: Prompts | OnePass | None = None,
         **kwargs: Any,
     ) -> Any:
         """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
@@ -233,7 +280,7 @@ class PromptedBackbone(PreTrainedModel):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         self._with_token = with_token
         try:
-            return backbone(pixel_values, **bb.extra_inputs(backbone.config, pixel_values), **kwargs)
+            return backbone(pixel_values, **families.extra_inputs(backbone.config, pixel_values), **kwargs)
         finally:
             self._with_token = False
 
@@ -258,21 +305,23 @@ class PromptedBackbone(PreTrainedModel):
         """Hidden states of CLS and patches alone; None where a layer was not asked for."""
         if hidden_states is None:
             return None
-        skip = bb.num_extra_tokens(self.backbone.config)
+        skip = families.num_extra_tokens(self.backbone.config)
 
-        def image_tokens(sequence: torch.Tensor) -> torch.Tensor:
-            sequence, _ = self._take_token(sequence)
+        def image_tokens(number: int, sequence: torch.Tensor) -> torch.Tensor:
+            sequence, _ = self._take_token(self._cut_tokens(sequence, number))
             return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
 
-        return tuple(None if sequence is None else image_tokens(sequence) for sequence in hidden_states)
+        return tuple(
+            None if state is None else image_tokens(number, state) for number, state in enumerate(hidden_states)
+        )
 
     def _token_index(self, length: int) -> int:
-        return bb.family(self.backbone.config).token_at % length
+        return families.family(self.backbone.config).token_at % length
 
     @torch.no_grad()
     def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
         """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
-        size = bb._pair(self.backbone.config.image_size)
+        size = families.pair(self.backbone.config.image_size)
         image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
         embedded = self.backbone.embeddings(image)
         init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])

@@ -1,6 +1,6 @@
-"""recipes/compare.py --test: a finished comparison's stored checkpoints on the test images, once.
+"""hf-cdl compare --test: a finished comparison's stored checkpoints on the test images, once.
 
-As a script, python recipes/final_test.py SPEC VARIANT UNIT, it measures one run: compare.py starts it for each.
+python -m hf_cdl.compare.test_split SPEC VARIANT UNIT measures one run: the comparison starts it for each.
 
 What was compared was chosen by validation images; who looks at test images again chooses by them. So it is recorded
 in a ledger that they are read, before they are: when, by whom, for which comparison and recipes. A comparison that has
@@ -23,8 +23,8 @@ from typing import Any
 
 from filelock import FileLock
 from transformers.utils import logging as hf_logging
-from verify import measure_again
 
+from hf_cdl.commands.verify import measure_again
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
 from hf_cdl.data import ImageError, TaskStream
 from hf_cdl.escape import visible_lines
@@ -136,25 +136,34 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Measure the run that the words name; 2 if that cannot be done."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m hf_cdl.compare.test_split",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("spec", type=Path)
     parser.add_argument("variant")
     parser.add_argument("unit", help="name of the run's folder")
-    options = parser.parse_args()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    options = parser.parse_args(arguments)
     try:
-        whole = read_comparison(options.spec, Path(__file__).parent, Path("runs", "comparisons"))
+        whole = read_comparison(options.spec)
         runs = {(run.variant, run.folder.name): run for run in whole.runs}
         if (chosen := runs.get((options.variant, options.unit))) is None:
             known = ", ".join(map(" ".join, runs))
             raise RecipeError(f"{options.spec} has no run '{options.variant} {options.unit}'; it has {known[:300]}.")
         if chosen.results() is None:
-            raise RecipeError(f"{chosen.folder} is not finished. Run compare.py without --test first.")
+            raise RecipeError(f"{chosen.folder} is not finished. Run the comparison without --test first.")
         measure_on_test(whole, chosen)
     except (ValueError, RunError, ImageError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    sys.exit(main(sys.argv[1:]))
