@@ -11,16 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import card
 import pytest
-import train as training
-import verify
 import yaml
 from helpers import ROOT, make_recipe, write_recipe
 from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
+from hf_cdl.commands import card, train, verify
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -67,10 +65,6 @@ def own_process(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
-def verify_command(words: list[str]) -> int:
-    return verify.main(Path(words[0]), words[2:])
-
-
 def interrupt(self: CDLTrainer) -> None:
     raise KeyboardInterrupt
 
@@ -80,8 +74,8 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     file = write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
-        assert training.main([str(file), "--train.logging_steps", "1"]) == 130
-    assert training.main([str(file), "--train.logging_steps", "1"]) == 0
+        assert train.main([str(file), "--train.logging_steps", "1"]) == 130
+    assert train.main([str(file), "--train.logging_steps", "1"]) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["finished"] and results["recipe"]["distill"] == SECTIONS["distill"]
@@ -107,10 +101,10 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     assert known.returncode == 0, known.stderr
 
     forget()
-    for main in (card.main, verify_command):
+    for main in (card.main, verify.main):
         assert main([str(tmp_path / "run")]) == 2
         assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in capsys.readouterr().err
-    assert verify_command([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert card.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
 
