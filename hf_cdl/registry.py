@@ -65,7 +65,8 @@ class Registry(dict[str, type[T]]):
         A class that is defined again, in a notebook, takes the place of the old one. Raises ValueError for a name that
         is no word or taken, and for a class that lacks what every method of its kind has.
         """
-        if not isinstance(name, str) or not name.isidentifier() or name in self.bare or hasattr(nn.ModuleDict, name):
+        taken = name in self.bare or hasattr(nn.ModuleDict, str(name))  # in which an objective holds its terms
+        if not isinstance(name, str) or not name.isidentifier() or taken:
             raise ValueError(
                 f"{self.name}.register: {short(name)} cannot be the name of a {self.what}; allowed are words of "
                 "letters, digits and _ without another meaning. Choose one, as 'my_method'."

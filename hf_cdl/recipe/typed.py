@@ -33,7 +33,8 @@ def method(registry: Registry[Any]) -> Check:
         kind = section.get("type")
         fields = {key: value for key, value in section.items() if key != "type"}
         if not isinstance(kind, str) or kind not in registry.types:
-            problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join(registry.types)}")
+            able = f"{', '.join(registry.types)}, and what a file in 'plugins' registers"
+            problems.append(f"'{path}.type' is {kind!r}; allowed: {able}")
         elif kind in registry:
             return {**section, **_typed_fields(registry[kind].config_class, fields, path, problems)}
         else:
