@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, overload
@@ -66,7 +65,8 @@ class Registry(dict[str, type[T]]):
         A class that is defined again, in a notebook, takes the place of the old one. Raises ValueError for a name that
         is no word or taken, and for a class that lacks what every method of its kind has.
         """
-        if not isinstance(name, str) or not name.isidentifier() or name in self.bare or hasattr(nn.ModuleDict, name):
+        taken = name in self.bare or hasattr(nn.ModuleDict, str(name))  # in which an objective holds its terms
+        if not isinstance(name, str) or not name.isidentifier() or taken:
             raise ValueError(
                 f"{self.name}.register: {short(name)} cannot be the name of a {self.what}; allowed are words of "
                 "letters, digits and _ without another meaning. Choose one, as 'my_method'."
@@ -92,10 +92,10 @@ class Registry(dict[str, type[T]]):
                 f"{call} got {kind.__qualname__}, but the name is taken by {taken.__module__}.{taken.__qualname__}; "
                 "choose a name that is free."
             )
-        if inspect.isabstract(kind):
+        if lacking := sorted(vars(kind).get("__abstractmethods__", ())):
             raise ValueError(
-                f"{call}: {kind.__qualname__} lacks {', '.join(sorted(kind.__abstractmethods__))}, which every "
-                f"{self.what} has; define what is missing."
+                f"{call}: {kind.__qualname__} lacks {', '.join(lacking)}, which every {self.what} has; define what is "
+                "missing."
             )
         if problem := self._config_problem(getattr(kind, "config_class", None)):
             raise ValueError(

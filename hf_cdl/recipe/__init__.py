@@ -11,16 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.recipe.checks import (
-    check_classifiers,
-    check_hub,
-    check_idle,
-    check_model,
-    check_terms,
-    check_training,
-    check_weights,
-    idle_arguments,
-)
+from hf_cdl.recipe.checks import broken_rules, idle_arguments, student_parts, without_effect
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.plugins import load_plugins
@@ -64,28 +55,22 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
 
 def build_recipe(content: dict[str, Any]) -> Recipe:
     """Recipe from a plain dict. Raises RecipeError with all problems at once."""
-    problems: list[str] = []
     protocol = content.get("protocol")
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
-    content = copy.deepcopy(merge(preset, content))  # the checks put values of the right type into it: 8 for 8.0
+    content = copy.deepcopy(merge(preset, content))
+    problems: list[str] = []
     check_finite(content, "", problems)
     _refuse(problems)  # what computes with them would fail
-    parts = check_terms(content, problems)
-    if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
-        problems.append("'data.path' is missing")
-    for role in ("teacher", "student"):
-        if isinstance(content.get(role), dict):
-            check_model(content, role, parts, problems)
-            check_training(content, role, problems)
-    check_classifiers(content, problems)
-    check_hub(content, problems)
+    if isinstance(content.get("student"), dict) and content["student"].get("model") == "classifier":
+        content.setdefault("baselines", [])  # those are of a frozen backbone
     recipe = build_typed(Recipe, content, "", problems)
-    if not problems:
-        check_idle(recipe, problems)
-        check_weights(recipe, problems)
-    _refuse(problems)
-    student = {name: {**defaults, **(getattr(recipe.student, name) or {})} for name, defaults in parts.items()}
-    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **student))
+    _refuse([*problems, *broken_rules(content)])
+    _refuse(without_effect(recipe))
+    parts = {
+        name: {**defaults, **(getattr(recipe.student, name) or {})}
+        for name, defaults in student_parts(content).items()
+    }
+    return dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, **parts))
 
 
 def _refuse(problems: Iterable[str]) -> None:

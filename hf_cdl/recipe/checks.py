@@ -1,41 +1,27 @@
 """What makes a recipe impossible, by the rules between its fields; every problem in words, none raised.
 
-Each check looks at a section only as far as it has the right kind: `build_typed` reports it otherwise. The checks put
-values of the right type into the content: 8 for 8.0.
+The rules look at the recipe as it was written, at a section only as far as it has the right kind: what is wrong with
+single fields says typed.py. What one method alone asks of a recipe says its own `check_recipe`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import typing
+from collections.abc import Iterator
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_cdl.backbones.lora import LoraOptions
-from hf_cdl.distill import TERMS
+from hf_cdl.distill import TERMS, Term
 from hf_cdl.distill.objective import Asks
 from hf_cdl.heads import HEADS
-from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
-from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
-from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
+from hf_cdl.prompts import PROMPTS
+from hf_cdl.recipe.fields import BASELINES, ModelRecipe, Recipe
+from hf_cdl.recipe.training import training_problems
+from hf_cdl.recipe.typed import default_of
 from hf_cdl.registry import Registry
-from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.arguments.table import IN_PASSES
-
-_CLASSIFIER = ("backbone", "revision", "model", "pretrained", "train")
-"""The fields of a model's section that a classifier has."""
-
-_PARTS = {"kd_prompt": KDPromptConfig, "mapping": MappingConfig}
-"""Sections of the student that terms ask for."""
-
-
-def _section(content: dict[str, Any], name: str, default: Any) -> Any:
-    """A section as far as it has the right kind; `build_typed` reports it otherwise."""
-    value = content.get(name)
-    return value if isinstance(value, type(default)) else default
 
 
 def _known(registry: Registry[Any], section: Any) -> Any:
@@ -44,268 +30,258 @@ def _known(registry: Registry[Any], section: Any) -> Any:
     return registry.get(kind) if isinstance(kind, str) else None
 
 
-def _check_typed(registry: Registry[Any], content: Any, path: str, problems: list[str]) -> None:
-    """Check a `{type: ..., fields}` section by its registry."""
-    kind = content.get("type") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in registry.types:
-        problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join(registry.types)}")
-    elif (known := registry.get(kind)) is not None:
-        fields = {key: value for key, value in content.items() if key != "type"}
-        content.update(typed_fields(known.config_class, fields, path, problems))
-    else:
-        problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in content if key != "type"]
-
-
-def check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
-    """Check the distillation terms; the parts that they ask of the student, with defaults."""
-    parts: dict[str, dict[str, Any]] = {}
-    terms, teacher = _section(content, "distill", []), content.get("teacher")
-    student, taught = _asks(content.get("student")), _asks(teacher) if isinstance(teacher, dict) else None
-    for number, term in enumerate(terms):
-        _check_typed(TERMS, term, f"distill.{number}", problems)
-        if (known := _known(TERMS, term)) is None:
-            continue
-        name = f"'distill.{number}' ({term['type']})"
-        for part, defaults in known.student_parts.items():
-            if parts.setdefault(part, defaults) != defaults:
-                problems.append(f"{name} wants another '{part}' than the terms before; keep one")
-        if known.needs_teacher and teacher is None:
-            problems.append(f"{name} has no teacher to learn from; give one or leave it out")
-        if known.needs_query and student.query != "one_pass":
-            problems.append(
-                f"{name} compares one-pass queries with keys; it needs 'student.query' one_pass and a prompt type "
-                "with keys"
-            )
-        problems += [f"'{path}' {what}" for path, what in known.check_recipe(student, taught)]
-    if content.get("teacher_from") is not None and teacher is None:
-        problems.append("'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does")
-    if len(parts) > 1:
-        problems.append(f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term")
-    return parts
-
-
-def _asks(section: Any) -> Asks:
-    """What the prompts of a model's section ask of whom."""
-    section = section if isinstance(section, dict) else {}
-    pool = _known(PROMPTS, section.get("prompt"))
-    return Asks(pool is not None, section.get("query", "student") if pool and pool.needs_query else None)
-
-
-def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
-    section = content[role]
-    prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
-    _check_typed(PROMPTS, prompt, f"{role}.prompt", problems)
-    _check_typed(HEADS, head, f"{role}.head", problems)
-    if (known := _known(HEADS, head)) is not None:
-        taught = role == "student" and content.get("teacher") is not None
-        problems += [f"'{role}.head.{name}' {what}" for name, what in known.check_recipe(head, taught)]
-    trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
-    if trains and prompted:
-        problems.append(
-            f"'{role}.train_backbone' with prompts: their queries come from the frozen backbone; set prompt.type none"
-        )
-    adapts = section.get("lora") is not None
-    if adapts:
-        _check_lora(section, role, prompted, problems)
-    _check_session(content, role, prompted or trains or adapts, problems)
-    named = ((PROMPTS, "prompt"), (HEADS, "head"), (HEADS, "first_session"))
-    if content.get("save_code") is True:
-        problems += [
-            f"'save_code' is true, but '{role}.{part}.type' {section[part]['type']} is a plugin's, whose code is not "
-            "copied beside the weights; set save_code false"
-            for registry, part in named
-            if _known(registry, section.get(part)) and section[part]["type"] in registry.added
-        ]
-    if trains and content.get("save_backbone") is False:
-        problems.append(
-            f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost; change one"
-        )
-    for part, kind in _PARTS.items():
-        if section.get(part) is None:
-            continue
-        if role == "teacher":
-            problems.append(f"'teacher.{part}': only a student has it; leave it out")
-        elif part not in parts:
-            problems.append(
-                f"'student.{part}' is set, but no term of 'distill' trains it; add one of: "
-                + ", ".join(name for name, term in TERMS.items() if part in term.student_parts)
-            )
-        if isinstance(section[part], dict):
-            section[part].update(typed_fields(kind, section[part], f"{role}.{part}", problems))
-
-
 def _fitted(head: Any) -> bool:
     known = _known(HEADS, head)
     return known is not None and known.fitted
 
 
-def _check_lora(section: dict[str, Any], role: str, prompted: bool, problems: list[str]) -> None:
-    """Adapters learn in a first session, and nothing but they; a KD head is refused there anyway."""
-    if isinstance(section["lora"], dict):
-        section["lora"].update(typed_fields(LoraOptions, section["lora"], f"{role}.lora", problems))
-    if prompted:
-        problems.append(f"'{role}.lora' with prompts: it adapts the backbone in their place; set prompt.type none")
-    if section.get("train_backbone") is True:
-        problems.append(f"'{role}.lora' with train_backbone, which trains what it would adapt; keep one of them")
-    if section.get("first_session") is None:
-        problems.append(
+def _heads(fitted: bool) -> list[str]:
+    return [name for name, head in HEADS.items() if head.fitted == fitted]
+
+
+_DEFAULTS = {f.name: default_of(f) for f in dataclasses.fields(ModelRecipe)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model's section as it was written."""
+
+    role: str
+    section: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A `{type: ..., fields}` section."""
+        value = self.section.get(name)
+        return value if isinstance(value, dict) else _DEFAULTS[name] or {}
+
+    def has(self, name: str) -> bool:
+        return self.section.get(name) is not None
+
+    @property
+    def prompted(self) -> bool:
+        return self.part("prompt").get("type") != "none"
+
+    @property
+    def trains(self) -> bool:
+        return self.section.get("train_backbone") is True
+
+    @property
+    def plain(self) -> bool:
+        return self.section.get("model") == "classifier"
+
+    @property
+    def ready(self) -> bool:
+        return "train" in self.section and self.section["train"] is None
+
+    @property
+    def asks(self) -> Asks:
+        pool = _known(PROMPTS, self.section.get("prompt"))
+        return Asks(pool is not None, self.section.get("query", "student") if pool and pool.needs_query else None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Term:
+    """A distillation term that exists, and what messages call it."""
+
+    name: str
+    kind: type[Term]
+
+
+def broken_rules(content: dict[str, Any]) -> Iterator[str]:
+    """What is wrong between the fields of a recipe as it was written."""
+    models = {r: _Model(r, content[r]) for r in ("teacher", "student") if isinstance(content.get(r), dict)}
+    terms = [
+        _Term(f"'distill.{number}' ({term['type']})", known)
+        for number, term in enumerate(_terms(content))
+        if (known := _known(TERMS, term)) is not None
+    ]
+    if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
+        yield "'data.path' is missing"
+    yield from _term_rules(content, models, terms)
+    for model in models.values():
+        yield from _head_rules(model, content.get("teacher") is not None)
+        yield from _learning_rules(model, content)
+        yield from _session_rules(model, terms if model.role == "student" else [], _terms(content))
+        yield from _part_rules(model, student_parts(content))
+        yield from _classifier_rules(model)
+        yield from training_problems(content, model.role)
+    yield from _teacher_rules(content, models)
+    yield from _plain_rules(content, models, terms)
+    yield from _hub_rules(content)
+
+
+def _terms(content: dict[str, Any]) -> list[Any]:
+    terms = content.get("distill")
+    return terms if isinstance(terms, list) else []
+
+
+def student_parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts that the terms ask of the student, with defaults."""
+    parts: dict[str, dict[str, Any]] = {}
+    for term in _terms(content):
+        if (known := _known(TERMS, term)) is not None:
+            parts = {**known.student_parts, **parts}
+    return parts
+
+
+def _term_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[_Term]) -> Iterator[str]:
+    parts: dict[str, dict[str, Any]] = {}
+    student, teacher = models.get("student", _Model("student", {})).asks, models.get("teacher")
+    for term in terms:
+        for part, defaults in term.kind.student_parts.items():
+            if parts.setdefault(part, defaults) != defaults:
+                yield f"{term.name} wants another '{part}' than the terms before; keep one"
+        if term.kind.needs_teacher and content.get("teacher") is None:
+            yield f"{term.name} has no teacher to learn from; give one or leave it out"
+        if term.kind.needs_query and student.query != "one_pass":
+            yield (
+                f"{term.name} compares one-pass queries with keys; it needs 'student.query' one_pass and a prompt "
+                "type with keys"
+            )
+        for path, what in term.kind.check_recipe(student, teacher.asks if teacher else None):
+            yield f"'{path}' {what}"
+    if len(parts) > 1:
+        yield f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term"
+
+
+def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:
+    head = model.part("head")
+    if (known := _known(HEADS, head)) is not None:
+        for name, what in known.check_recipe(head, model.role == "student" and has_teacher):
+            yield f"'{model.role}.head.{name}' {what}"
+
+
+def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
+    """Prompts, adapters and backbone: one of them learns; adapters do so in a first session, which no KD head has."""
+    role = model.role
+    if model.trains and model.prompted:
+        why = "their queries come from the frozen backbone"
+        yield f"'{role}.train_backbone' with prompts: {why}; set prompt.type none"
+    if model.trains and content.get("save_backbone") is False:
+        why = "what it learns would be lost"
+        yield f"'save_backbone' is false, but '{role}.train_backbone' is true: {why}; change one"
+    if model.has("lora") and model.prompted:
+        yield f"'{role}.lora' with prompts: it adapts the backbone in their place; set prompt.type none"
+    if model.has("lora") and model.trains:
+        yield f"'{role}.lora' with train_backbone, which trains what it would adapt; keep one of them"
+    if model.has("lora") and not model.has("first_session"):
+        yield (
             f"'{role}.lora' learns on the first task alone; set '{role}.first_session' to a trained head, as "
-            "{type: linear}, and head to a fitted one, as {type: ridge}"
+            f"{{type: {_heads(False)[0]}}}, and head to a fitted one, as {{type: {_heads(True)[0]}}}"
         )
+    if content.get("save_code") is True:
+        for part, registry in (("prompt", PROMPTS), ("head", HEADS), ("first_session", HEADS)):
+            if (kind := model.part(part).get("type")) in registry.added:
+                yield (
+                    f"'save_code' is true, but '{role}.{part}.type' {kind} is a plugin's, whose code is not copied "
+                    "beside the weights; set save_code false"
+                )
 
 
-def _check_session(content: dict[str, Any], role: str, learns: bool, problems: list[str]) -> None:
-    """Beside a fitted head nothing learns, but in a first session; `learns`: prompts, adapters or backbone would."""
-    section = content[role]
-    head, first = _section(section, "head", {"type": "linear"}), section.get("first_session")
-    terms = _section(content, "distill", []) if role == "student" else []
+def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iterator[str]:
+    """Beside a fitted head nothing learns, but in a first session. `listed`: the recipe's terms, known or not."""
+    role, head, first = model.role, model.part("head"), model.section.get("first_session")
+    learns = model.prompted or model.trains or model.has("lora")
     if first is None:
-        if _fitted(head) and (learns or terms):
-            problems.append(
+        if _fitted(head) and (learns or (role == "student" and listed)):
+            yield (
                 f"'{role}.head.type' {head['type']} is fitted without training: prompts, backbone and terms can learn "
-                f"on the first task alone. Set '{role}.first_session' to a trained head, as {{type: linear}}; or "
-                "prompt.type none, train_backbone false and distill []"
+                f"on the first task alone. Set '{role}.first_session' to a trained head, as "
+                f"{{type: {_heads(False)[0]}}}; or prompt.type none, train_backbone false and distill []"
             )
         return
-    _check_typed(HEADS, first, f"{role}.first_session", problems)
-    fitted, trained = ([name for name in HEADS if HEADS[name].fitted == wanted] for wanted in (True, False))
     if _fitted(first):
-        problems.append(f"'{role}.first_session.type' {first['type']} is not trained; use one of {', '.join(trained)}")
+        yield f"'{role}.first_session.type' {first['type']} is not trained; use one of {', '.join(_heads(False))}"
     if not _fitted(head):
-        problems.append(
+        yield (
             f"'{role}.first_session' is set, but '{role}.head.type' {head.get('type')} is not fitted after it; use "
-            f"one of {', '.join(fitted)}, or leave first_session out"
+            f"one of {', '.join(_heads(True))}, or leave first_session out"
         )
     if not learns:
-        problems.append(f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone")
-    for number, term in enumerate(terms):
-        if (known := _known(TERMS, term)) and known.student_parts:
-            problems.append(
-                f"'distill.{number}' ({term['type']}) trains a KD head, which is not fitted after a first session; "
-                "use a term on the student's own head, as kd"
+        yield f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone"
+    for term in terms:
+        if term.kind.student_parts:
+            yield (
+                f"{term.name} trains a KD head, which is not fitted after a first session; use a term on the "
+                f"student's own head, as {next(name for name in TERMS if not TERMS[name].student_parts)}"
             )
 
 
-def check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
-    """A classifier has none of the parts of a cdl model; a student's has no baselines and no KD head."""
-    models = {role: _section(content, role, {}) for role in ("teacher", "student")}
-    plain = {role for role, section in models.items() if section.get("model") == "classifier"}
-    for role, section in models.items():
-        if role in plain:
-            given = [
-                f.name
-                for f in dataclasses.fields(ModelRecipe)
-                if f.name not in _CLASSIFIER and section.get(f.name, _default(f)) != _default(f)
-            ]
-            problems += [f"'{role}.{name}': a model: classifier has none; leave it out" for name in given]
-        elif section.get("pretrained") is False:
-            problems.append(f"'{role}.pretrained' is false, but only a model: classifier starts from random weights")
-        if "train" in section and section["train"] is None and (role == "student" or role not in plain):
-            problems.append(f"'{role}.train' is null, but only a teacher that is a model: classifier is used as it is")
-    if "train" in models["teacher"] and models["teacher"]["train"] is None and content.get("teacher_from") is not None:
-        problems.append("'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them")
-    if models["teacher"].get("pretrained") is False and models["teacher"].get("train", {}) is None:
-        problems.append("'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance")
-    logits_alone = [
+def _part_rules(model: _Model, asked: dict[str, Any]) -> Iterator[str]:
+    """Parts of the student that terms train."""
+    for part in dict.fromkeys(part for term in TERMS.values() for part in term.student_parts):
+        if model.has(part) and model.role == "teacher":
+            yield f"'teacher.{part}': only a student has it; leave it out"
+        elif model.has(part) and part not in asked:
+            able = ", ".join(name for name, term in TERMS.items() if part in term.student_parts)
+            yield f"'student.{part}' is set, but no term of 'distill' trains it; add one of: {able}"
+
+
+def _classifier_rules(model: _Model) -> Iterator[str]:
+    """A classifier has none of the parts of a cdl model, and only a classifier may be used as it is."""
+    role, section = model.role, model.section
+    if model.plain:
+        for f in dataclasses.fields(ModelRecipe):
+            if not f.metadata["classifier"] and section.get(f.name, _DEFAULTS[f.name]) != _DEFAULTS[f.name]:
+                yield f"'{role}.{f.name}': a model: classifier has none; leave it out"
+    elif section.get("pretrained") is False:
+        yield f"'{role}.pretrained' is false, but only a model: classifier starts from random weights"
+    if model.ready and (role == "student" or not model.plain):
+        yield f"'{role}.train' is null, but only a teacher that is a model: classifier is used as it is"
+
+
+def _teacher_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+    teacher, taken = models.get("teacher"), content.get("teacher_from") is not None
+    if taken and content.get("teacher") is None:
+        yield "'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does"
+    if teacher and teacher.ready and taken:
+        yield "'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them"
+    if teacher and teacher.ready and teacher.section.get("pretrained") is False:
+        yield "'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance"
+
+
+def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[_Term]) -> Iterator[str]:
+    """A classifier shows its logits alone and answers no queries; a student's has no baselines and no KD head."""
+    plain = {role for role, model in models.items() if model.plain}
+    able = ", ".join(
         name
         for name, term in TERMS.items()
         if not (term.student_parts or term.needs_hidden_states or term.needs_features or term.needs_query)
-    ]
-    for number, term in enumerate(_section(content, "distill", [])):
-        known = _known(TERMS, term)
-        if known and known.student_parts and "student" in plain:
-            problems.append(
-                f"'distill.{number}' ({term['type']}) trains a KD head, which a model: classifier has not; use one of "
-                + ", ".join(logits_alone)
-            )
-        if known and (known.needs_hidden_states or known.needs_features) and plain:
-            compared = "hidden states" if known.needs_hidden_states else "features"
-            problems.append(
-                f"'distill.{number}' ({term['type']}) compares {compared}, but a model: classifier shows its logits "
-                f"alone; use one of {', '.join(logits_alone)}"
-            )
+    )
+    for term in terms:
+        if term.kind.student_parts and "student" in plain:
+            yield f"{term.name} trains a KD head, which a model: classifier has not; use one of {able}"
+        if (term.kind.needs_hidden_states or term.kind.needs_features) and plain:
+            seen = "hidden states" if term.kind.needs_hidden_states else "features"
+            yield f"{term.name} compares {seen}, but a model: classifier shows its logits alone; use one of {able}"
     if "student" in plain:
-        if content.setdefault("baselines", []):
-            problems.append(
-                "'baselines' are of a frozen backbone, which a student of model: classifier has not; set []"
-            )
-        if _asks(models["teacher"]).query == "student":
-            problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
+        if content.get("baselines", []):
+            yield "'baselines' are of a frozen backbone, which a student of model: classifier has not; set []"
+        if "teacher" in models and models["teacher"].asks.query == "student":
+            yield "'teacher.query' is student, but a model: classifier answers no queries; set it to self"
 
 
-def check_hub(content: dict[str, Any], problems: list[str]) -> None:
+def _hub_rules(content: dict[str, Any]) -> Iterator[str]:
     """Where to push: a name that the Hub takes, and a teacher if it is to be pushed."""
     if content.get("push_to_hub") is not True:
         return
     if content.get("push_teacher") is True and content.get("teacher") is None:
-        problems.append("'push_teacher' is true, but there is no teacher; leave it out")
+        yield "'push_teacher' is true, but there is no teacher; leave it out"
     source = "name" if content.get("hub_model_id") is None else "hub_model_id"
     try:
         validate_repo_id(f"{content.get(source)}{'-teacher' if content.get('push_teacher') else ''}")
     except HFValidationError as error:
-        problems.append(f"'{source}' cannot name a repository on the Hub: {error} Set hub_model_id OWNER/NAME.")
+        yield f"'{source}' cannot name a repository on the Hub: {error} Set hub_model_id OWNER/NAME."
 
 
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def check_training(content: dict[str, Any], role: str, problems: list[str]) -> None:
-    """Names and types of the training arguments, then what each does alone and beside the others.
-
-    null is the default of a field that cannot be null.
-    """
-    before = len(problems)
-    hints = typing.get_type_hints(CDLTrainingArguments)
-    fields = {f.name: f for f in dataclasses.fields(CDLTrainingArguments) if f.init}
-    values: dict[str, Any] = {}
-    places: dict[str, str] = {}
-    for path, section in (("train", content), (f"{role}.train", content[role])):
-        for key, value in _section(section, "train", {}).items():
-            if key in ("seed", *PLACES):
-                problems.append(f"'{path}.{key}': set '{key}' at the top level of the recipe")
-            elif key.startswith("hub_"):
-                problems.append(
-                    f"'{path}.{key}' has no place in a recipe; log in with `hf auth login` or set HF_TOKEN"
-                )
-            elif key not in fields:
-                near = difflib.get_close_matches(key, fields, n=1)
-                problems.append(f"unknown field '{path}.{key}'" + (f"; did you mean '{near[0]}'?" if near else ""))
-            else:
-                if value is None and type(None) not in typing.get_args(hints[key]):
-                    value = _default(fields[key])
-                values[key] = typed_value(hints[key], value, f"{path}.{key}", problems)
-                places[key] = f"{path}.{key}"
-                if values[key] is not WRONG:
-                    section["train"][key] = values[key]
-    if isinstance(content.get("seed", 0), int):
-        values["seed"], places["seed"] = content.get("seed", 0), "seed"
-    if len(problems) > before:
-        return
-    for name, what in CDLTrainingArguments.problems(values):
-        problems.append(f"'{places.get(name, f'{role}.train.{name}')}' {what}")
-    if len(problems) == before:
-        try:
-            CDLTrainingArguments(output_dir="work", **values)
-        except (ValueError, TypeError) as error:
-            problems.append(f"train ({role}): {error}")
-
-
-def check_weights(recipe: Recipe, problems: list[str]) -> None:
-    """Of the losses of a student that trains, one has a weight."""
-    if _trains(recipe.student) and recipe.ce_weight == 0:
-        if not any(term.get("weight", TERMS[term["type"]].config_class.weight) > 0 for term in recipe.distill):
-            problems.append(
-                "'ce_weight' is 0 and no term of 'distill' has a weight above 0, so nothing would be learnt; give one "
-                "of them a weight"
-            )
+# ---- of a recipe whose fields are right ----
 
 
 def idle_arguments(recipe: Recipe) -> list[str]:
     """Training arguments of a recipe that have no effect, since no loss trains what they are of: heads are fitted."""
     sections = {"teacher": recipe.teacher, "student": recipe.student}
     trained = {role for role, section in sections.items() if section is not None and _trains(section)}
-    trained |= {"student"} if "linear_head" in recipe.baselines else set()
+    trained |= {"student"} if any(not _fitted(BASELINES[name]) for name in recipe.baselines) else set()
     given = {
         f"{role}.train": section.train or {} for role, section in sections.items() if section and role not in trained
     }
@@ -320,10 +296,14 @@ def _trains(section: ModelRecipe) -> bool:
     return section.first_session is not None or not _fitted(section.head)
 
 
-def check_idle(recipe: Recipe, problems: list[str]) -> None:
-    """A model's own training arguments need something that trains; the shared ones may come with a base file."""
-    problems += [
-        f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"
-        for name in idle_arguments(recipe)
-        if not name.startswith("train.")
-    ]
+def without_effect(recipe: Recipe) -> Iterator[str]:
+    """What trains nothing: a model's own training arguments (the shared ones may come with a base file), weights."""
+    for name in idle_arguments(recipe):
+        if not name.startswith("train."):
+            yield f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"
+    weights = [term.get("weight", TERMS[term["type"]].config_class.weight) for term in recipe.distill]
+    if _trains(recipe.student) and recipe.ce_weight == 0 and not any(weight > 0 for weight in weights):
+        yield (
+            "'ce_weight' is 0 and no term of 'distill' has a weight above 0, so nothing would be learnt; give one of "
+            "them a weight"
+        )

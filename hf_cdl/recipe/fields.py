@@ -5,53 +5,69 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.data import StreamConfig
+from hf_cdl.distill import TERMS
+from hf_cdl.heads import HEADS
+from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
+from hf_cdl.recipe.training import PLACES, training
+from hf_cdl.recipe.typed import fields_of, method
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""
 
-PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
-"""The fields of a recipe that do not define the run's numbers."""
+
+Prompt = Annotated[dict[str, Any], method(PROMPTS)]
+Head = Annotated[dict[str, Any], method(HEADS)]
+Term = Annotated[dict[str, Any], method(TERMS)]
+Training = Annotated[dict[str, Any], training]
 
 
-def _help(text: str, **default: Any) -> Any:
-    return field(**default, metadata={"help": text})
+def _help(text: str, classifier: bool = False, **default: Any) -> Any:
+    """A field with its description; `classifier`: of a model's section, one that a model: classifier has too."""
+    return field(**default, metadata={"help": text, "classifier": classifier})
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
     """One model: the `teacher` or the `student` section."""
 
-    backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.")
-    revision: str | None = _help("Commit, tag or branch of the backbone.", default=None)
+    backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.", True)
+    revision: str | None = _help("Commit, tag or branch of the backbone.", True, default=None)
     model: Literal["cdl", "classifier"] = _help(
         "cdl: frozen backbone, prompts and heads; classifier: transformers' image classifier, trained whole on the "
         "stream's only task.",
+        True,
         default="cdl",
     )
-    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", default=True)
-    prompt: dict[str, Any] = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
-    head: dict[str, Any] = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
-    first_session: dict[str, Any] | None = _help(
+    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", True, default=True)
+    prompt: Prompt = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
+    head: Head = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
+    first_session: Head | None = _help(
         "Trained head with which prompts, adapters or backbone learn on the first task alone; then `head` is fitted.",
         default=None,
     )
-    lora: dict[str, Any] | None = _help(
+    lora: Annotated[dict[str, Any], fields_of(LoraOptions)] | None = _help(
         "Low-rank adapters (LoRA) on the backbone: fields of it; they learn on the first task alone.", default=None
     )
-    kd_prompt: dict[str, Any] | None = _help("KD token and prompts; set by the terms that use them.", default=None)
-    mapping: dict[str, Any] | None = _help("Mapping of the teacher's prompts; set by its term.", default=None)
+    kd_prompt: Annotated[dict[str, Any], fields_of(KDPromptConfig)] | None = _help(
+        "KD token and prompts; set by the terms that use them.", default=None
+    )
+    mapping: Annotated[dict[str, Any], fields_of(MappingConfig)] | None = _help(
+        "Mapping of the teacher's prompts; set by its term.", default=None
+    )
     query: Literal["student", "self", "one_pass"] = _help(
         "What selects prompts: the CLS feature of the student's frozen backbone (shared by both models), of the "
         "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
         default="student",
     )
     train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
-    train: dict[str, Any] | None = _help(
+    train: Training | None = _help(
         "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "
         "is used as it is.",
+        True,
         default_factory=dict,
     )
 
@@ -81,9 +97,9 @@ class Recipe:
         "Folder of a run with the same teacher, data and seed: its teacher is taken over instead of trained again.",
         default=None,
     )
-    distill: list[dict[str, Any]] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
+    distill: list[Term] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
     ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
-    train: dict[str, Any] = _help("Training arguments of both models.", default_factory=dict)
+    train: Training = _help("Training arguments of both models.", default_factory=dict)
     protocol: Literal["default", "cdl"] = _help(
         "cdl: the CDL authors' choices (raw pixels, their schedule, full batches only) where the recipe has none, and "
         "their forgetting first in tables.",

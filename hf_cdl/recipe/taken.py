@@ -12,8 +12,9 @@ from typing import Any
 
 from hf_cdl.escape import acts, visible
 from hf_cdl.places import by_name, is_private
-from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
+from hf_cdl.recipe.fields import ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError
+from hf_cdl.recipe.training import PLACES
 
 _WHOLE = ("distill", "ce_weight", "protocol", "normalise", "seed", "save_backbone", "save_code")
 _DATA = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")

@@ -1,4 +1,8 @@
-"""Dataclasses from plain dicts, every problem with them named in words and none raised."""
+"""Dataclasses from plain dicts, every problem with them named in words and none raised.
+
+pydantic reads the values. A field's annotation may say more of a section: `Annotated[dict, method(PROMPTS)]` is one of
+a registry, `{type: ..., fields}`, and `Annotated[dict, fields_of(LoraOptions)]` one with the fields of a dataclass.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +11,92 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+from hf_cdl.registry import Registry
+
 LARGEST = 10**18
 """Below it are the whole numbers of recipes; larger ones are no numbers for arrays, and far larger ones no floats."""
 WRONG: Any = object()  # stands for a value that was reported
+Check = Callable[[dict[str, Any], str, list[str]], dict[str, Any]]
+"""(section, its path, problems) -> the section with values of the right types; as it was, if they are not."""
+
+
+def method(registry: Registry[Any]) -> Check:
+    """The check of a section `{type: ..., fields}`, whose fields are those of the type's `config_class`."""
+
+    def check(section: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+        kind = section.get("type")
+        fields = {key: value for key, value in section.items() if key != "type"}
+        if not isinstance(kind, str) or kind not in registry.types:
+            able = f"{', '.join(registry.types)}, and what a file in 'plugins' registers"
+            problems.append(f"'{path}.type' is {kind!r}; allowed: {able}")
+        elif kind in registry:
+            return {**section, **_typed_fields(registry[kind].config_class, fields, path, problems)}
+        else:
+            problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in fields]
+        return section
+
+    return check
+
+
+def fields_of(kind: type) -> Check:
+    """The check of a section with the fields of a dataclass."""
+    return lambda section, path, problems: {**section, **_typed_fields(kind, section, path, problems)}
 
 
 def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `kind` from a dict; WRONG after adding to `problems` what is wrong with it."""
+    """An instance of the dataclass `kind` from a dict, WRONG if none can be made; to `problems` what is wrong."""
     if not isinstance(content, dict):
         problems.append(f"{path or 'the recipe'} must have fields, but is {_short(content)}")
         return WRONG
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    before, values, missing, unknown = len(problems), {}, False, []
-    for key, value in content.items():
-        name = f"{path}.{key}" if path else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            if near:
-                problems.append(f"unknown field '{name}'; did you mean '{near[0]}'?")
-            else:
-                unknown.append(f"'{name}'")
-            continue
-        nested = _dataclass_in(hints[key])
-        if nested is not None and value is not None:
-            values[key] = build_typed(nested, value, name, problems)
-        else:
-            values[key] = typed_value(hints[key], value, name, problems)
-    if unknown:
-        problems.append(f"unknown field{'s' * (len(unknown) > 1)} {', '.join(unknown)}{_allowed(fields)}")
-    for key, f in fields.items():
-        if key not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            problems.append(f"'{path}.{key}' is missing" if path else f"'{key}' is missing")
-            missing = True
+    at = f"{path}." if path else ""
+    values = {key: typed_value(hints[key], content[key], f"{at}{key}", problems) for key in content if key in fields}
+    unknown = [key for key in content if key not in fields]
+    near = {key: found for key in unknown if (found := near_name(key, fields))}
+    problems += [f"unknown field '{at}{key}'; did you mean '{found}'?" for key, found in near.items()]
+    if rest := [f"'{at}{key}'" for key in unknown if key not in near]:
+        allowed = f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
+        problems.append(f"unknown field{'s' * (len(rest) > 1)} {', '.join(rest)}{allowed}")
+    missing = [key for key, f in fields.items() if key not in content and default_of(f) is dataclasses.MISSING]
+    problems += [f"'{at}{key}' is missing" for key in missing]
     if any(value is WRONG for value in values.values()) or missing:
         return WRONG
     try:
-        built = kind(**values)  # even beside unknown fields: its own checks may find more
+        return kind(**values)  # even beside unknown fields: its own checks may find more
     except (ValueError, TypeError) as error:
         problems.append(f"{path}: {error}" if path else str(error))
         return WRONG
-    return WRONG if len(problems) > before else built
 
 
-def _allowed(fields: Any) -> str:
-    return f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
+def _typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
+    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
+    before, built = len(problems), build_typed(kind, fields, path, problems)
+    return {} if len(problems) > before else {key: getattr(built, key) for key in fields}
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[return-value]
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass's field; MISSING if it has none."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    """The value as its type has it, 8 for 8.0; WRONG after adding to `problems` why it is none."""
+    for option in _options(hint):
+        if dataclasses.is_dataclass(option) and value is not None:
+            return build_typed(option, value, name, problems)  # type: ignore[arg-type]
+        if (check := _check(option)) and isinstance(value, dict):
+            return check(value, name, problems)
+        item = _check(*typing.get_args(option)) if typing.get_origin(option) is list else None
+        if item and isinstance(value, list):
+            checked = [item(v if isinstance(v, dict) else {}, f"{name}.{i}", problems) for i, v in enumerate(value)]
+            value = [new if isinstance(old, dict) else old for old, new in zip(value, checked, strict=True)]
     if value is False and "no" in _words(hint):
         value = "no"  # which is false in YAML, in a file as on the command line
     try:
@@ -82,13 +114,25 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         return WRONG
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _check(hint: Any) -> Check | None:
+    return hint.__metadata__[0] if typing.get_origin(hint) is typing.Annotated else None
+
+
+def near_name(name: Any, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one is nearly; None if it is far from all."""
+    return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
+
+
 def _words(hint: Any) -> set[Any]:
     """The words that a type lists."""
-    kind = typing.get_origin(hint)
-    if kind is typing.Literal:
+    if typing.get_origin(hint) is typing.Literal:
         return {*typing.get_args(hint)}
-    if kind in (typing.Union, types.UnionType):
-        return {word for option in typing.get_args(hint) for word in _words(option)}
+    if len(options := _options(hint)) > 1:
+        return {word for option in options for word in _words(option)}
     return {member.value for member in hint} if isinstance(hint, type) and issubclass(hint, Enum) else set()
 
 
@@ -113,9 +157,3 @@ def check_finite(content: Any, path: str, problems: list[str]) -> None:
         problems.append(f"'{path}' is {content}, but must be a finite number")
     elif isinstance(content, int) and abs(content) >= LARGEST:
         problems.append(f"'{path}' is a whole number of more than 18 digits; allowed are those below 10^18")
-
-
-def typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
-    built = build_typed(kind, fields, path, problems)
-    return {} if built is WRONG else {key: getattr(built, key) for key in fields}

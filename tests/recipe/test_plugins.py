@@ -18,8 +18,7 @@ from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
-from hf_cdl.commands import card, verify
-from hf_cdl.commands import train as training
+from hf_cdl.commands import card, train, verify
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -47,7 +46,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    kept: Any = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
+    kept: list[Any] = [(registry, dict(registry)) for registry in (PROMPTS, TERMS, HEADS)]
     yield
     forget()
     for registry, entries in kept:
@@ -75,8 +74,8 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     file = write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
-        assert training.main([str(file), "--train.logging_steps", "1"]) == 130
-    assert training.main([str(file), "--train.logging_steps", "1"]) == 0
+        assert train.main([str(file), "--train.logging_steps", "1"]) == 130
+    assert train.main([str(file), "--train.logging_steps", "1"]) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["finished"] and results["recipe"]["distill"] == SECTIONS["distill"]
