@@ -140,7 +140,7 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     """Run recipes/train.py to its end: its exit code, and all that it said."""
     process = start(*arguments, **options)
     output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def script(name: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
@@ -174,7 +174,7 @@ def interrupt_when(
         time.sleep(0.0005)
     process.send_signal(kill)
     output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[Path]:
