@@ -27,7 +27,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
-    if any(hasattr(getattr(item, "module", None), "train") for item in session.items):  # helpers.train, or the script
+    modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]
+    if any({"train", "script", "python"} & names.keys() for names in modules):  # of helpers, or the command itself
         forking.begin()  # so that it is there when the first of them comes
 
 

@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -148,6 +149,17 @@ def script(name: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".
     process = Forked(TRAIN.with_name(name), [str(word) for word in arguments], cwd, env, warn=True)
     output, _ = process.communicate(timeout=300)
     return process.wait(), output
+
+
+def python(code: str, *words: Any, env: dict[str, str] | None = None, cwd: Path | str = ".") -> str:
+    """What Python code says in a process of its own, in which hf_cdl and all that it needs are imported already."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code.py"
+        file.write_text(code)
+        process = Forked(file, [str(word) for word in words], cwd, env)
+        output, _ = process.communicate(timeout=300)
+    assert process.wait() == 0, output
+    return output
 
 
 @contextlib.contextmanager
