@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.recipe import load_recipe
-from hf_cdl.recipe.build import build_models, build_objective, build_processors, load_plugins
+from hf_cdl.recipe.build import build_models, build_objective, build_processors
 
 disable_progress_bars()
 logging.disable_progress_bar()
@@ -103,7 +103,6 @@ def measure(words: list[str], steps: int) -> Cost:
     """The median of so many steps of a recipe's student, after one that warms up."""
     with tempfile.TemporaryDirectory() as work:
         recipe = load_recipe(words, "unused.yaml")
-        load_plugins(recipe.plugins)
         processors = build_processors(recipe)
         models: Any = build_models(recipe, processors)
         task = TaskStream(recipe.data, processors, seed=recipe.seed)[0]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModelForImageClassification
-
-from hf_cdl.config import CDLConfig
-from hf_cdl.models.modeling_cdl import CDLForImageClassification
-
 if TYPE_CHECKING:
+    from hf_cdl.config import CDLConfig
     from hf_cdl.data import StreamConfig, TaskStream
+    from hf_cdl.models.modeling_cdl import CDLForImageClassification
     from hf_cdl.training.arguments import CDLTrainingArguments
     from hf_cdl.training.trainer import CDLTrainer
 
+__version__ = "0.1.0"
+
 # Loaded when first used, so that a deployed student costs no more than transformers itself.
 _LAZY = {
+    "CDLConfig": "hf_cdl.config",
+    "CDLForImageClassification": "hf_cdl.models.modeling_cdl",
     "CDLTrainer": "hf_cdl.training.trainer",
     "CDLTrainingArguments": "hf_cdl.training.arguments",
     "StreamConfig": "hf_cdl.data",
@@ -39,5 +41,23 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'hf_cdl' has no attribute {name!r}")
 
 
-AutoConfig.register("cdl", CDLConfig, exist_ok=True)
-AutoModelForImageClassification.register(CDLConfig, CDLForImageClassification, exist_ok=True)
+def register() -> None:
+    """Tell transformers about the model type: `import hf_cdl` does, a command once it has read its words."""
+    from transformers import AutoConfig, AutoModelForImageClassification
+
+    from hf_cdl.config import CDLConfig
+    from hf_cdl.models.modeling_cdl import CDLForImageClassification
+
+    AutoConfig.register("cdl", CDLConfig, exist_ok=True)
+    AutoModelForImageClassification.register(CDLConfig, CDLForImageClassification, exist_ok=True)
+
+
+def _is_command() -> bool:
+    """Whether this process is a command, which reads its words before anything slow is imported."""
+    if sys.argv[:1] == ["-m"]:  # so it is called until python -m has found its module
+        return sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "hf_cdl"
+    return "hf_cdl_command" in sys.modules
+
+
+if not _is_command():
+    register()

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from types import NoneType, UnionType
 from typing import Any, Literal
@@ -59,17 +59,9 @@ def build_fields(kind: Any, content: Any, what: str) -> Any:
     known = [f.name for f in dataclasses.fields(kind)]
     if unknown := [str(key) for key in content if key not in known]:
         raise ValueError(f"{what} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
-    return kind(**content)
-
-
-def pick(section: Any, what: str, kinds: Collection[str]) -> tuple[str, dict[str, Any]]:
-    """Type and fields of a section `{type: ..., fields}`. Raises ValueError unless its type is one of `kinds`."""
-    fields = dict(section) if isinstance(section, Mapping) else {}
-    kind = fields.pop("type", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        said = f"'{kind}'" if isinstance(kind, str) else f"in {short(section)}"
-        raise ValueError(f"Unknown {what} type {said}; allowed: {', '.join(kinds)}. Write it as {{'type': ...}}.")
-    return kind, fields
+    built = kind(**content)
+    check_types(built, what)  # which a method of somebody's own may leave out
+    return built
 
 
 def check_numbers(config: Mapping[str, Any], what: str) -> None:

@@ -14,6 +14,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from hf_cdl.checked import check_generic, check_numbers, check_types, fits, near, said, short
 from hf_cdl.labels import class_list, is_inverse, label_names, repeated
+from hf_cdl.types import OURS
 
 _GENERIC = {
     *("model_type", "auto_map", "name_or_path", "_name_or_path", "_commit_hash", "torch_dtype", "num_labels"),
@@ -45,7 +46,7 @@ class CDLConfig(PreTrainedConfig):
     could not be loaded again.
     """
 
-    model_type = "cdl"
+    model_type = OURS
     sub_configs_defaults = {
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "query_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True),

@@ -18,6 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 
 from hf_cdl.data.images import MAX_PIXELS, ImageError, check_resized, decode, readable
+from hf_cdl.types import is_ours
 
 TASK = "image-classification"
 
@@ -31,7 +32,7 @@ class CDLImageClassificationPipeline(ImageClassificationPipeline):
     max_pixels = MAX_PIXELS
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
-        if self.model.config.model_type == "cdl":
+        if is_ours(self.model.config):
             name, image = image, load(image, timeout, self.max_pixels)
             if isinstance(image, Image.Image) or (isinstance(image, np.ndarray) and image.ndim == 3):
                 try:

@@ -1,4 +1,4 @@
-"""The values that travel between the parts: prefixes, model outputs, tasks and what was measured on them."""
+"""The values that travel between the parts: prompts, model outputs, tasks and what was measured on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from transformers.utils.generic import ModelOutput
+
+OURS = "cdl"
+"""Model type of CDLForImageClassification."""
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config, or the content of a config.json, is of a model of hf_cdl."""
+    kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
+    return kind == OURS
 
 
 class KV(NamedTuple):
@@ -23,6 +32,19 @@ class KV(NamedTuple):
     where: Literal["prepend", "append", "add_to_cls"] = "prepend"
 
 
+class Tokens(NamedTuple):
+    """Extra tokens that enter a layer behind CLS: (B or 1, P, D), as embedded tokens are.
+
+    They take the place of those that an earlier layer was given, if any; else these go on.
+    """
+
+    tokens: torch.Tensor
+
+
+Prompt = KV | Tokens
+"""What a pool gives a layer."""
+
+
 class ModelShape(NamedTuple):
     """The sizes of a model's backbone, for terms that own layers: width D and number of layers L."""
 
@@ -30,8 +52,8 @@ class ModelShape(NamedTuple):
     num_layers: int
 
 
-Prefixes = Mapping[int, "list[KV]"]
-"""Layer number -> the prefixes of that layer."""
+Prompts = Mapping[int, "list[Prompt]"]
+"""Layer number -> what prompts that layer."""
 
 
 @dataclass

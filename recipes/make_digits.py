@@ -13,7 +13,7 @@ import io
 import sys
 from pathlib import Path
 
-import stopping
+from hf_cdl_command import stopping
 
 if __name__ == "__main__":
     stopping.listen(resumes=False)  # before imports that take seconds

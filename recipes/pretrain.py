@@ -11,8 +11,14 @@ import json
 import shlex
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
+
+from hf_cdl_command import stopping
+
+if __name__ == "__main__":
+    stopping.listen(resumes=False)  # before imports that take seconds
 
 import torch
 from datasets import Image, load_dataset
@@ -22,7 +28,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from transformers.trainer_callback import TrainerCallback
 
 from hf_cdl.data.views import Preprocess, decode
-from hf_cdl.escape import visible
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.runs.files import RunError, saving
 
 CARD = """---
 license: apache-2.0
@@ -108,7 +115,8 @@ def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> di
     return {"classes": classes, **{s: 100 * float((guess[s] == data[s].labels).float().mean()) for s in guess}}
 
 
-if __name__ == "__main__":
+def options(arguments: list[str]) -> Namespace:
+    """What the words say; ends the process with exit code 2 at words that are wrong and files that are missing."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with base-{train,validation,test}.parquet")
     parser.add_argument("--stream", type=Path, required=True, help="folder with {train,validation,test}.parquet")
@@ -118,11 +126,26 @@ if __name__ == "__main__":
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    a = parser.parse_args()
+    a = parser.parse_args(arguments)
     needed = [a.data / f"base-{split}.parquet" for split in ("train", "validation", "test")]
     needed += [a.stream / f"{split}.parquet" for split in ("train", "validation", "test")]
     if missing := [str(file) for file in needed if not file.is_file()]:
         parser.error(f"there is no {visible(missing[0])}; --data and --stream must hold the files that --help names")
+    return a
+
+
+def main(arguments: list[str]) -> int:
+    a = options(arguments)
+    try:
+        pretrain(a)
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def pretrain(a: Namespace) -> None:
+    """Train and write the backbone. Raises ValueError for data or sizes that will not do, RunError for a full disk."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
 
@@ -136,7 +159,21 @@ if __name__ == "__main__":
     shape |= {"intermediate_size": 4 * a.hidden_size, "image_size": a.image_size, "patch_size": a.patch_size}
     model = ViTForImageClassification(ViTConfig(**shape, id2label=dict(enumerate(train.names))))
     initialise(model)
-    arguments = TrainingArguments(
+    arguments = training_arguments(a, len(train))
+    trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=accuracy, callbacks=[CountEpochs()])
+    start = time.perf_counter()
+    trainer.train()
+    numbers: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    numbers |= {"images": len(train), "classes": len(train.names)}
+    for split, data in {"validation": validation, "test": test}.items():
+        numbers[split] = trainer.evaluate(data)["eval_accuracy"]
+    with saving(f"write the backbone into {a.output}"):
+        save(a, model, processor, preprocess, numbers)
+    print(numbers)
+
+
+def training_arguments(a: Namespace, images: int) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(a.output),
         num_train_epochs=a.epochs,
         per_device_train_batch_size=a.batch_size,
@@ -144,7 +181,7 @@ if __name__ == "__main__":
         weight_decay=0.05,
         label_smoothing_factor=0.1,
         lr_scheduler_type="cosine",
-        warmup_steps=len(train) // a.batch_size,
+        warmup_steps=images // a.batch_size,
         bf16=a.bf16,
         use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU wants to be asked for it
         dataloader_drop_last=True,
@@ -154,13 +191,16 @@ if __name__ == "__main__":
         disable_tqdm=True,
         seed=a.seed,
     )
-    trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=accuracy, callbacks=[CountEpochs()])
-    start = time.perf_counter()
-    trainer.train()
-    numbers: dict = {"seconds": time.perf_counter() - start, "images": len(train), "classes": len(train.names)}
-    for split, data in {"validation": validation, "test": test}.items():
-        numbers[split] = trainer.evaluate(data)["eval_accuracy"]
 
+
+def save(
+    a: Namespace,
+    model: ViTForImageClassification,
+    processor: ViTImageProcessorPil,
+    preprocess: Preprocess,
+    numbers: dict[str, Any],
+) -> None:
+    """Write backbone, processor and card, and put what its features are worth into `numbers`."""
     backbone = model.vit.half()  # a small file; config.json says float32, so that loading gives a float32 model
     backbone.config.num_labels = 2  # HF's default, so that no list of classes is written
     backbone.save_pretrained(a.output)
@@ -170,4 +210,7 @@ if __name__ == "__main__":
     numbers |= {"ncm": nearest_class_mean(a.output, a.stream, preprocess), "parameters": backbone.num_parameters()}
     command = shlex.join(["python", *(a.data.name if word == str(a.data) else word for word in sys.argv)])
     (a.output / "README.md").write_text(CARD.format(a=a, command=command, **numbers))
-    print(numbers)
+
+
+if __name__ == "__main__":
+    stopping.end_with(lambda: main(sys.argv[1:]))

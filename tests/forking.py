@@ -1,4 +1,4 @@
-"""Scripts of recipes/ as processes, forked from one that has imported everything: seconds less for each."""
+"""Commands as processes, forked from one that has imported everything: seconds less for each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from pathlib import Path
 
 import pytest
 
-IMPORTED = ("helpers", "test_hub", "test_kills", "train", "hf_cdl.training.trainer", "matplotlib.pyplot")
+IMPORTED = (
+    "helpers",
+    "test_hub",
+    "test_kills",
+    "hf_cdl.commands.train",
+    "hf_cdl.training.trainer",
+    "matplotlib.pyplot",
+)
 """Modules that the process has imported from which others are forked."""
 
 

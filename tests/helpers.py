@@ -29,6 +29,9 @@ from transformers.utils import logging as hf_logging
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "recipes" / "train.py"
+COMMANDS = ROOT / "hf_cdl" / "__main__.py"
+MAIN = ROOT / "hf_cdl" / "__main__.py"
+MODULE = ("-m", "hf_cdl", "train")
 SIZE = 16
 
 
@@ -125,7 +128,7 @@ def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) ->
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     environment.update(options.pop("env", {}))
     return subprocess.Popen(
-        [sys.executable, *launcher, str(TRAIN), *map(str, arguments)],
+        [sys.executable, *launcher, *map(str, options.pop("program", (TRAIN,))), *map(str, arguments)],
         cwd=options.pop("cwd", ROOT),
         env=environment,
         stdout=subprocess.PIPE,
@@ -144,9 +147,9 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     return process.wait(), output
 
 
-def script(name: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
-    """Another command of recipes/, to its end; no warning of ours may show."""
-    process = Forked(TRAIN.with_name(name), [str(word) for word in arguments], cwd, env, warn=True)
+def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
+    """python -m hf_cdl, to its end; no warning of ours may show."""
+    process = Forked(COMMANDS, [verb, *(str(word) for word in arguments)], cwd, env, warn=True)
     output, _ = process.communicate(timeout=300)
     return process.wait(), output
 
@@ -218,10 +221,10 @@ def class_means(folder: Path) -> Path:
     return write_recipe(folder / "tiny.yaml", recipe)
 
 
-def run_script(file: Path, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A script as a command line runs it, in this process: its exit code."""
-    monkeypatch.setattr(sys, "argv", [str(file), *words])
-    monkeypatch.syspath_prepend(str(file.parent))
+def run_script(command: Path | str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A script, or a verb of hf-cdl, as a command line runs it, in this process: its exit code."""
+    file = command if isinstance(command, Path) else MAIN
+    monkeypatch.setattr(sys, "argv", [str(file), *([] if isinstance(command, Path) else [command]), *words])
     verbosity = hf_logging.get_verbosity()
     try:
         with pytest.raises(SystemExit) as ended:

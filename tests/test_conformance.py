@@ -689,7 +689,7 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
         objective=objective,
         teacher=models["teacher"],
     )
-    assert student.shares_query == models["teacher"].needs_query
+    assert student.teacher.shares_query({}) == models["teacher"].needs_query
     per_task = hyper["classes_per_task"]
     for number in range(hyper["n_tasks"]):
         names = tuple(f"{number}-{i}" for i in range(per_task))

@@ -21,13 +21,14 @@ from transformers import ViTConfig, set_seed
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.prompts import PROMPTS, PromptPool
-from hf_cdl.types import CDLOutput, ModelShape, Task
+from hf_cdl.types import CDLOutput, ModelShape, Task, Tokens
 
 # Fields that make a method small enough for a three-layer backbone; a new method adds its row here.
 SMALL: dict[str, dict[str, Any]] = {
     "coda": {"components": 3, "length": 4, "layers": (0, 2), "orthogonality": 0.1},
     "dualprompt": {"general_length": 4, "general_layers": (0,), "expert_length": 4, "expert_layers": (1, 2)},
     "apt": {"layers": (0, 2)},
+    "vpt": {"length": 2, "layers": (0, 2)},
     "l2p": {"pool_size": 6, "length": 4, "top_k": 2, "layers": (0, 2)},
     "dummy": {},
 }
@@ -114,7 +115,10 @@ def test_prefixes_have_the_contract_s_shapes(method: str) -> None:
     for layer in range(3):
         prefix, loss = pool(layer, query, 1)
         assert (prefix is None) == (layer not in pool.layers)
-        if prefix is not None:
+        if isinstance(prefix, Tokens):
+            assert prefix.tokens.shape[0] in (1, 5) and prefix.tokens.shape[1:] == (pool.num_tokens, 32)
+        elif prefix is not None:
+            assert pool.num_tokens == 0
             assert prefix.key.shape == prefix.value.shape
             assert prefix.key.shape[0] in (1, 5) and prefix.key.shape[2] == 32
             assert prefix.where in ("prepend", "append", "add_to_cls")

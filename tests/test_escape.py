@@ -15,8 +15,9 @@ from helpers import ROOT, make_backbone, picture, png, run_script, write_recipe
 from huggingface_hub import ModelCard
 from markup import state_html
 from states import Results
-from train import main as train_main
 
+from hf_cdl.commands.train import main as train_main
+from hf_cdl.commands.words import VERBS
 from hf_cdl.escape import code, markdown, visible, visible_lines
 from hf_cdl.hub.card import card_files, model_card, shared
 from hf_cdl.hub.content import commit_message, results_after
@@ -172,25 +173,27 @@ def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest
 
 
 COMMANDS: dict[str, list[str]] = {
-    "add_task.py": ["{bad}", "{bad}"],
-    "card.py": ["{bad}"],
-    "compare.py": ["{bad}"],
-    "final_test.py": ["{bad}", "variant", "unit"],
-    "make_digits.py": ["{bad}"],
-    "pretrain.py": ["--data", "{bad}", "--stream", "{bad}", "--output", "out"],
-    "push.py": ["{bad}"],
-    "shrink.py": ["{backbone}", "{bad}"],
-    "train.py": ["{bad}/r.yaml"],
-    "verify.py": ["{bad}"],
-    "space/app.py": ["{bad}"],
+    "add": ["{bad}", "{bad}"],
+    "card": ["{bad}"],
+    "compare": ["{bad}"],
+    "demo": ["{bad}"],
+    "plan": ["{bad}/r.yaml"],
+    "push": ["{bad}"],
+    "shrink": ["{backbone}", "{bad}"],
+    "train": ["{bad}/r.yaml"],
+    "verify": ["{bad}"],
+    "hf_cdl/compare/test_split.py": ["{bad}", "variant", "unit"],
+    "recipes/make_digits.py": ["{bad}"],
+    "recipes/pretrain.py": ["--data", "{bad}", "--stream", "{bad}", "--output", "out"],
+    "recipes/train.py": ["{bad}/r.yaml"],
 }
 
 
 def test_every_command_is_here() -> None:
     """But for parts of others, and what is run once to make the quickstart's data."""
-    scripts = {by.relative_to(ROOT / "recipes").as_posix() for by in (ROOT / "recipes").rglob("*.py")}
-    parts = {"plan.py", "stopping.py", "watched.py", "space/markup.py", "space/states.py"}
-    assert scripts == COMMANDS.keys() | parts | {"quickstart/make_data.py", "offline_kd/models.py"}
+    scripts = {by.relative_to(ROOT).as_posix() for by in (ROOT / "recipes").rglob("*.py")}
+    others = {"recipes/quickstart/make_data.py", "recipes/offline_kd/models.py"}
+    assert {*VERBS, *scripts} - others == COMMANDS.keys() - {"hf_cdl/compare/test_split.py"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -201,12 +204,11 @@ def test_an_error_names_such_a_folder_as_text(
     monkeypatch.chdir(tmp_path)
     Path(BAD).mkdir()
     Path(BAD, "r.yaml").write_text(f'"{BAD.encode("unicode_escape").decode()}": 1')
-    backbone = make_backbone(tmp_path / "backbone") if name == "shrink.py" else None
+    backbone = make_backbone(tmp_path / "backbone") if name == "shrink" else None
     words = [word.format(bad=BAD, backbone=backbone) for word in COMMANDS[name]]
-    file = ROOT / "recipes" / name
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     capfd.readouterr()
-    ended = run_script(file, words, monkeypatch)
+    ended = run_script(name if name in VERBS else ROOT / name, words, monkeypatch)
     found = capfd.readouterr()
     assert ended == 2 and "error: " in found.err and "Traceback" not in found.err
     assert not acting(found.out) and not acting(found.err[found.err.index("error: ") :]), found.err

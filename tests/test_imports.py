@@ -19,26 +19,28 @@ PACKAGE = Path(__file__).parent.parent / "hf_cdl"
 ALLOWED: dict[str, set[str]] = {
     "types": set(),
     "checked": set(),
+    "registry": {"checked"},
     "labels": {"checked"},
     "escape": set(),
     "places": set(),
-    "serving": {"data.images"},
+    "serving": {"types", "data.images"},
     "config": {"types", "checked", "labels", "serving"},
     "data": {"types", "escape"},
     "backbones": {"types", "checked"},
-    "prompts": {"types", "checked"},
-    "heads": {"types", "checked"},
-    "distill": {"types", "checked", "prompts.mapping"},
+    "prompts": {"types", "checked", "registry"},
+    "heads": {"types", "checked", "registry"},
+    "distill": {"types", "checked", "registry", "prompts.mapping"},
     "models": {"types", "checked", "labels", "config", "data", "backbones", "prompts", "heads", "distill"},
     "runs": {"types", "escape", "data.benchmarks"},
     "training": {"types", "data", "distill", "runs"},
     "hub": {"types", "escape", "places", "runs", "data.benchmarks"},
     "recipe": {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
-        *("models", "training.arguments"),
+        *("models", "registry", "training.arguments"),
     },
-    "compare": {"recipe", "runs"},
 }
+ANYTHING = {"__main__", "commands", "compare"}
+"""Parts that stand on top: they may import all, and no other part imports them."""
 # In these a method is one file: it imports the shared files, never another method. Its __init__ may import all.
 SHARED = {
     "prompts": {"base", "components"},
@@ -52,7 +54,9 @@ def module_name(file: Path, package: Path = PACKAGE) -> str:
     return ".".join(parts if len(parts) == 1 or parts[-1] != "__init__" else parts[:-1])
 
 
-MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+SPACE = PACKAGE / "commands" / "space"
+"""No part of the package: files of a Space, where the package may be missing."""
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py")) if SPACE not in file.parents}
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[str]:
@@ -94,14 +98,16 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
             siblings = SHARED.get(part)
             if siblings is not None and not is_package and to.removeprefix(f"{part}.") not in siblings:
                 wrong.append(f"{module} imports {to}: a method imports only {sorted(siblings)} of {part}/")
-        elif not any(to == allowed or to.startswith(f"{allowed}.") for allowed in ALLOWED[part]):
+        elif part not in ANYTHING and not any(
+            to == allowed or to.startswith(f"{allowed}.") for allowed in ALLOWED[part]
+        ):
             wrong.append(f"{module} imports {to}: {part} may import only {sorted(ALLOWED[part])}")
     return wrong
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
 def test_module_imports_what_it_may(module: str):
-    assert module.split(".")[0] in ALLOWED, f"{module}: say in ALLOWED what this new part may import"
+    assert module.split(".")[0] in ALLOWED.keys() | ANYTHING, f"{module}: say in ALLOWED what this new part may import"
     file = MODULES[module]
     assert violations(module, file.read_text(), file.name == "__init__.py") == []
 
@@ -112,8 +118,8 @@ def test_module_imports_what_it_may(module: str):
         ("types", "from hf_cdl.config import CDLConfig"),
         ("config", "from hf_cdl import CDLTrainer"),
         ("runs.metrics", "def f():\n    import hf_cdl.training.trainer"),
-        ("heads.trained", "from ..tasks import TaskStream"),
-        ("heads.trained", "import importlib\nimportlib.import_module('hf_cdl.training.trainer')"),
+        ("heads.linear", "from ..tasks import TaskStream"),
+        ("heads.linear", "import importlib\nimportlib.import_module('hf_cdl.training.trainer')"),
         ("prompts.coda", "from .kd_prompt import KDPrompt"),
         ("prompts.coda", "from hf_cdl.prompts import PROMPTS"),
         ("distill.kd", "from hf_cdl.prompts.coda import Coda"),
@@ -123,6 +129,9 @@ def test_module_imports_what_it_may(module: str):
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from hf_cdl.models import backbone",
         ),
         ("runs.run", "from recipes.train import main"),
+        ("compare.worker", "from recipes.train import main"),
+        ("hub.push", "from hf_cdl.commands import stopping"),
+        ("recipe.build", "from hf_cdl.compare.spec import Spec"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, source: str):
@@ -166,7 +175,7 @@ def test_what_the_package_imports_is_installed_with_it():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             top |= {name.split(".")[0] for name in names}
-    known = {*sys.stdlib_module_names, "hf_cdl"}
+    known = {*sys.stdlib_module_names, "hf_cdl", "app"}  # app: of the Space
     missing = {name for name in top - known if named.get(name, name.replace("_", "-")).lower() not in needed}
     assert not missing, f"imported by hf_cdl, but not installed with it: {sorted(missing)}"
     lazy = {named.get(name, name.replace("_", "-")).lower() for name in inner - known}

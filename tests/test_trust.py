@@ -14,18 +14,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import add_task
-import card
-import push
 import pytest
-import verify
 import yaml
 from helpers import ROOT, make_backbone, make_data, make_recipe, write_recipe
 from hub_server import TOKEN, Failure, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from states import States, StatesError
-from train import main as train_main
 
+from hf_cdl.commands import add, card, push, verify
+from hf_cdl.commands.train import main as train_main
 from hf_cdl.hub import HubError, Repository, read_folder, read_origin
 from hf_cdl.recipe import RecipeError, build_recipe, described, load_recipe, taken_over
 from hf_cdl.runs.files import RunError
@@ -119,10 +116,10 @@ def test_a_repository_s_plugins_are_named_and_not_run(
     evil: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = publish(hub, evil)
-    monkeypatch.setattr(add_task, "HfApi", lambda: api)
+    monkeypatch.setattr(add, "HfApi", lambda: api)
     monkeypatch.chdir(evil)  # evil.py is even here
     with pytest.raises(HubError, match=r"'evil\.py'.* read them, then name them yourself: --plugins '\[FILE\.py\]'"):
-        add_task.begin(tmp_path / "new", "me/tiny", None, None)
+        add.begin(tmp_path / "new", "me/tiny", None, None)
     assert not (tmp_path / "new").exists() and not (tmp_path / FOOTPRINT).exists()
 
 
@@ -132,8 +129,8 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
 ) -> None:
     if where == "hub":
         api = publish(hub, evil)
-        monkeypatch.setattr(add_task, "HfApi", lambda: api)
-    add_task.begin(tmp_path / "new", "me/tiny" if where == "hub" else str(evil), None, None, plugins=True)
+        monkeypatch.setattr(add, "HfApi", lambda: api)
+    add.begin(tmp_path / "new", "me/tiny" if where == "hub" else str(evil), None, None, plugins=True)
     checkpoint = {f"student/{place}{name}" for place in ("", "task-02/") for name in CHECKPOINT}
     assert took(tmp_path / "new") == {"run.json", "recipe.yaml", *checkpoint}
     recipe = yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
@@ -143,11 +140,20 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
     assert not (tmp_path / FOOTPRINT).exists()
 
 
-def test_a_run_that_somebody_put_in_place_brings_no_plugins(evil: Path, honest: Path, tmp_path: Path) -> None:
-    add_task.begin(tmp_path / "out", str(honest / "run"), None, None)
-    with (tmp_path / "out" / "recipe.yaml").open("a") as file:
-        file.write(f"plugins: [{evil / 'evil.py'}]\n")
-    assert add_task.main([str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]) == 2
+def test_a_run_that_somebody_put_in_place_brings_no_plugins(
+    evil: Path, honest: Path, tmp_path: Path, capsys: Any
+) -> None:
+    add.begin(tmp_path / "out", str(honest / "run"), None, None)
+    file = tmp_path / "out" / "recipe.yaml"
+    own = yaml.safe_load(file.read_text())
+    words = [str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]
+    (tmp_path / "base.yaml").write_text(f"plugins: [{evil / 'evil.py'}]\n")
+    for more in ({"plugins": [str(evil / "evil.py")]}, {"base": "../base.yaml"}):
+        kept = {key: value for key, value in own.items() if key != "plugins"}
+        file.write_text(yaml.safe_dump({**kept, **more}))
+        assert add.main(words) == 2
+        assert add.main([*words, "--plugins", "[]"]) == 2
+        assert "names plugins, which nobody asked for here" in capsys.readouterr().err
     assert not (tmp_path / FOOTPRINT).exists()
 
 
@@ -161,13 +167,13 @@ def test_reading_numbers_runs_nothing(
     assert push.main([str(evil), "--hub_model_id", "me/tiny"]) in (2, 4)  # its pickles are not pushed
     with pytest.raises(Failure, match="not found"):  # none was made for them
         hub.repository("me/tiny")
-    assert verify.main(evil) in (0, 1)
+    assert verify.main([str(evil)]) in (0, 1)
     assert "plugins that are not run here: evil.py" in capsys.readouterr().err
     states = States(str(evil / "student"))
     assert states.results(2).name == "tiny"
     assert len(states.classifier(2)(picture_file(tmp_path))) == 4
     assert not (tmp_path / FOOTPRINT).exists()
-    assert verify.main(evil, ["evil.py"]) in (0, 1)  # the check itself: this is how code is run
+    assert verify.main([str(evil), "--plugins", "evil.py"]) in (0, 1)  # the check itself: this is how code is run
     assert (tmp_path / FOOTPRINT).exists()
 
 
@@ -177,15 +183,15 @@ def test_plugins_that_a_user_names_are_run_and_no_others(
     """On the own command line: that one file, though the repository names some and holds them."""
     data = make_data(tmp_path / "data", classes=6)
     api = publish(hub, evil)
-    monkeypatch.setattr(add_task, "HfApi", lambda: api)
+    monkeypatch.setattr(add, "HfApi", lambda: api)
     monkeypatch.chdir(evil)
     mine = tmp_path / "mine.py"
     mine.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'mine')!r}).touch()\n")
     words = ["me/tiny", str(data), "--data.known_train", "ignore", "--output_dir", str(tmp_path / "out")]
-    assert add_task.main(words) == 2, "it has plugins, which nobody has named"
+    assert add.main(words) == 2, "it has plugins, which nobody has named"
     assert not (tmp_path / "out").exists() and not (tmp_path / "mine").exists()
     words += ["--data.classes_per_task", "[[class e, class f]]"]
-    assert add_task.main([*words, "--plugins", f"[{mine}]"]) == 0
+    assert add.main([*words, "--plugins", f"[{mine}]"]) == 0
     assert (tmp_path / "mine").exists() and not (tmp_path / FOOTPRINT).exists()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["recipe"]["plugins"] == [str(mine)] and len(results["class_names"]) == 3
@@ -199,7 +205,7 @@ def test_a_file_of_the_repository_is_run_if_the_user_names_it(
     data = make_data(tmp_path / "data", classes=6)
     words = [str(evil), str(data), "--data.known_train", "ignore", "--output_dir", str(tmp_path / "out")]
     monkeypatch.chdir(evil)
-    assert add_task.main([*words, "--plugins", "[evil.py]"]) == 0
+    assert add.main([*words, "--plugins", "[evil.py]"]) == 0
     assert (tmp_path / FOOTPRINT).exists()
 
 
@@ -276,7 +282,7 @@ print(len(states.classifier(2)(sys.argv[2])))
 def test_the_demo_of_a_repository_runs_nothing_of_it(evil: Path, hub: HubServer, tmp_path: Path) -> None:
     """In a process that starts in a folder of the user's, with a Hub that holds code, pickles and auto_map."""
     publish(hub, evil)
-    demo = [sys.executable, "-c", _DEMO, str(ROOT / "recipes" / "space"), picture_file(tmp_path)]
+    demo = [sys.executable, "-c", _DEMO, str(ROOT / "hf_cdl" / "commands" / "space"), picture_file(tmp_path)]
     env = {**os.environ, **environment(hub, tmp_path / "home")}
     done = subprocess.run(demo, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.stdout.split("\n")[-3:] == ["[2] tiny", "4", ""], done.stdout + done.stderr
@@ -327,7 +333,7 @@ def test_links_and_pipes_are_not_followed(honest: Path, tmp_path: Path, part: st
     os.mkfifo(run / "run.json")
     for command in (card.main, push.main):
         assert command([str(run)]) == 2
-    assert verify.main(run) == 2 and time.monotonic() - began < 5
+    assert verify.main([str(run)]) == 2 and time.monotonic() - began < 5
 
 
 def test_an_index_that_reaches_out_is_refused(honest: Path, tmp_path: Path) -> None:
@@ -345,7 +351,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(honest: Path, tmp_path: Pat
     for content in (file.read_bytes()[: file.stat().st_size // 2], None):
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(HubError, match=name) as raised:
-            add_task.begin(tmp_path / "runs" / "new", str(run), None, None)
+            add.begin(tmp_path / "runs" / "new", str(run), None, None)
         assert str(raised.value).count("\n") < 6 and not (tmp_path / "runs").exists()
 
 
@@ -425,7 +431,8 @@ def test_files_that_hold_no_results(honest: Path, hub: HubServer, tmp_path: Path
     with pytest.raises(StatesError, match=r"results\.json of .* cannot be read"):
         States(str(run / "student")).results(1)
     (run / "run.json").write_bytes(content)
-    assert [card.main([str(run)]), push.main([str(run), "--hub_model_id", "me/x"]), verify.main(run)] == [2, 2, 2]
+    codes = [card.main([str(run)]), push.main([str(run), "--hub_model_id", "me/x"]), verify.main([str(run)])]
+    assert codes == [2, 2, 2]
 
 
 def test_results_of_another_state_are_refused(honest: Path, hub: HubServer, tmp_path: Path) -> None:

@@ -1,17 +1,9 @@
-"""Backbones: which families work, how to load one, and where its layers, norm and CLS feature are.
-
-A family belongs on the list if its encoder hands keywords down to the attention interface (so that prefixes arrive)
-and its tokens attend globally. Each was checked against hand-written attention; families whose encoder swallows
-keywords or whose attention is windowed (SigLIP, AIMv2, YOLOS, Data2Vec, Swin, timm wrappers) would silently ignore
-the prompts and are refused.
-"""
+"""Loading a backbone: its config, its weights and whether they are whole, and a new one of a config."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 from hashlib import sha256
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from hf_cdl.backbones.families import FAMILIES, family, layers, vision_part
 from hf_cdl.backbones.stored import (
     HUB,
     at,
@@ -34,51 +27,7 @@ from hf_cdl.backbones.stored import (
     weight_files,
 )
 from hf_cdl.checked import check_generic, check_numbers, check_size, listed, short
-
-OURS = "cdl"
-"""Model type of CDLForImageClassification."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """How to reach into one family of backbones.
-
-    `layers`: path of its layer list; `attention`: name of the attention module in a layer; `norm`: path of a final
-    norm that the backbone's own forward leaves out; `token_at`: index at which an extra token is put into the sequence
-    (DINOv3 rotates the last tokens as patches, so there it goes right behind CLS); `any_size`: takes any image size
-    that is a multiple of its patch size; `init`: arguments of the model class (poolers are not used).
-    """
-
-    layers: str
-    attention: str = "attention"
-    norm: str | None = None
-    token_at: int = -1
-    any_size: bool = False
-    init: dict[str, Any] = field(default_factory=dict)
-
-
-FAMILIES: dict[str, Family] = {
-    "vit": Family("layers", init={"add_pooling_layer": False}),
-    "deit": Family("layers", init={"add_pooling_layer": False}),
-    "vit_msn": Family("layers"),
-    "vit_mae": Family("layers"),
-    "ijepa": Family("layers"),
-    "beit": Family("layers"),
-    "dinov2": Family("encoder.layer", any_size=True),
-    "dinov2_with_registers": Family("encoder.layer", any_size=True),
-    "dinov3_vit": Family("model.layer", token_at=1, any_size=True),
-    "clip_vision_model": Family("encoder.layers", attention="self_attn", norm="post_layernorm"),
-}
-
-
-def family(config: PreTrainedConfig) -> Family:
-    """The family of a backbone config. Raises ValueError for one that would ignore the prompts."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"A backbone of type '{config.model_type}' is not supported: prefixes would not reach its attention "
-            f"layers. Supported types: {', '.join(sorted(FAMILIES))}."
-        )
-    return FAMILIES[config.model_type]
+from hf_cdl.types import is_ours
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
@@ -127,11 +76,8 @@ def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
 
     Of a checkpoint of ours it is that of its own backbone.
     """
-    config = read_config(name, revision, **hub)
-    if config.model_type == "clip":
-        config = config.vision_config
-    elif config.model_type == OURS:
-        config = config.backbone_config
+    found = read_config(name, revision, **hub)
+    config = found.backbone_config if is_ours(found) else vision_part(found)
     family(config)
     return config
 
@@ -174,7 +120,7 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
     some, or if it has adapters.
     """
     config = load_config(name, revision, **hub)
-    if read_config(name, revision, **hub).model_type == OURS:
+    if is_ours(read_config(name, revision, **hub)):
         return _learnt_backbone(config, name, revision, **hub)
     model_class = cast(Any, MODEL_MAPPING[type(config)])
     backbone, info = load_weights(model_class, config, name, revision, **family(config).init, **hub)
@@ -229,88 +175,13 @@ def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedM
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
                 setattr(config, name, 0.0)
-            elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+            elif name in kind.random_positions:
                 setattr(config, name, None)
     check_size(f"A {config.model_type} backbone of this config", lambda: AutoModel.from_config(config, **kind.init))
     backbone = AutoModel.from_config(config, **kind.init)
     for number, layer in enumerate(layers(backbone)):
         getattr(layer, kind.attention).layer_idx = number
     return backbone
-
-
-def layers(backbone: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers."""
-    return attrgetter(family(backbone.config).layers)(backbone)
-
-
-def check_image_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
-    """Raise ValueError unless the backbone takes images of `size` = (height, width) in pixels."""
-    patch, image = _pair(config.patch_size), _pair(config.image_size)
-    if family(config).any_size:
-        if any(side % step for side, step in zip(size, patch, strict=True)):
-            raise ValueError(f"Image size {size} is not a multiple of the backbone's patch size {patch}.")
-    elif size != image:
-        raise ValueError(
-            f"The image processor gives images of {size[0]}x{size[1]} pixels, but the backbone ({config.model_type}) "
-            f"was trained on {image[0]}x{image[1]}. Set the processor's size to {image[0]}x{image[1]}, or choose a "
-            "backbone of that resolution."
-        )
-
-
-def extra_inputs(config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """Inputs beside the pixels. ViT-MAE would mask and shuffle patches: ascending noise keeps them all, in order."""
-    if config.model_type != "vit_mae":
-        return {}
-    (height, width), batch = _pair(config.patch_size), pixel_values.shape[0]
-    count = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
-    noise = torch.arange(count, device=pixel_values.device, dtype=pixel_values.dtype)
-    return {"noise": noise.expand(batch, -1)}
-
-
-def pool(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """(B, D) feature of images from final tokens (B, N, D): normed CLS, or the mean where a family has no CLS."""
-    config = backbone.config
-    if not has_cls(config):
-        return hidden.mean(dim=1)
-    if config.model_type == "beit" and config.use_mean_pooling:
-        return backbone.pooler.layernorm(hidden[:, 1:].mean(dim=1))
-    return final_norm(backbone, hidden[:, 0])
-
-
-def has_cls(config: PreTrainedConfig) -> bool:
-    """Whether the family's sequence starts with a CLS token."""
-    return config.model_type != "ijepa"
-
-
-def final_norm(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Tokens (..., D) after the final norm, where the backbone's own forward left it out."""
-    norm = family(backbone.config).norm
-    if norm is not None:
-        return attrgetter(norm)(backbone)(hidden)
-    if backbone.config.model_type == "beit" and backbone.config.use_mean_pooling:
-        return backbone.pooler.layernorm(hidden)
-    return hidden
-
-
-def num_extra_tokens(config: PreTrainedConfig) -> int:
-    """Tokens of the family's own between CLS and patches: registers, or DeiT's distillation token."""
-    return int(config.model_type == "deit") + getattr(config, "num_register_tokens", 0)
-
-
-def check_extra_token(config: PreTrainedConfig) -> None:
-    """Raise ValueError if no KD token can be put into the sequence of this backbone."""
-    bias = getattr(config, "use_relative_position_bias", False) or getattr(
-        config, "use_shared_relative_position_bias", False
-    )
-    if bias:
-        raise ValueError(
-            f"A {config.model_type} backbone with a relative position bias has no place for a KD token: the bias is a "
-            "table over its own tokens. Use another backbone, or a distillation term without KD token (kd)."
-        )
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _first_line(error: Exception) -> str:

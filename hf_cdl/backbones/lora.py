@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones.families import family, layers
 from hf_cdl.checked import check_types
 
 FOLDER = "adapter"
@@ -54,8 +54,8 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
 
     Raises ValueError for a target that is no linear layer of the backbone's layers, and ImportError without peft.
     """
-    path, attention = bb.family(backbone.config).layers, bb.family(backbone.config).attention
-    linear = [n for n, module in bb.layers(backbone)[0].named_modules() if isinstance(module, nn.Linear)]
+    path, attention = family(backbone.config).layers, family(backbone.config).attention
+    linear = [n for n, module in layers(backbone)[0].named_modules() if isinstance(module, nn.Linear)]
     names = {name: name.rpartition(".")[2] for name in linear}
     found = tuple(leaf for name, leaf in names.items() if name.startswith(f"{attention}.") and leaf[0] in "qv")
     targets = tuple(sorted(found if options.targets is None else options.targets))
@@ -64,7 +64,7 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
             f"lora.targets names {', '.join(unknown)}, but the linear layers in each layer of a "
             f"{backbone.config.model_type} backbone are {', '.join(names.values())}."
         )
-    layer = dict(bb.layers(backbone)[0].named_modules())
+    layer = dict(layers(backbone)[0].named_modules())
     narrow = min(min(layer[name].weight.shape) for name, leaf in names.items() if leaf in targets)  # type: ignore
     if options.r > narrow:
         raise ValueError(

@@ -8,6 +8,7 @@ patched, and keywords survive gradient checkpointing, torch.compile and torch.ex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from hf_cdl.types import KV, Prefixes
+from hf_cdl.types import KV
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 
@@ -28,7 +29,8 @@ def prefix_sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torc
         return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # fused, the way back takes far longer
     key, value, pad = _extend(module, key, value, kwargs.pop("prefix", None))
     bias = kwargs.pop("position_bias", None)
-    return sdpa_attention_forward(module, query, key, value, _pad(mask, pad), position_bias=_pad(bias, pad), **kwargs)
+    mask = _pad(_with_tokens(mask, query.shape[2]), pad)
+    return sdpa_attention_forward(module, query, key, value, mask, position_bias=_pad(bias, pad), **kwargs)
 
 
 def prefix_eager(
@@ -40,13 +42,13 @@ def prefix_eager(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
-    prefix: Prefixes | None = None,
+    prefix: Mapping[int, list[KV]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same in plain matrix products; also returns the attention weights (B, H, N, P + N)."""
     key, value, pad = _extend(module, key, value, prefix)
     weights = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    for bias in (_pad(mask, pad), _pad(position_bias, pad)):
+    for bias in (_pad(_with_tokens(mask, query.shape[2]), pad), _pad(position_bias, pad)):
         if bias is not None:
             weights = weights + bias
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -55,7 +57,7 @@ def prefix_eager(
 
 
 def _extend(
-    module: Any, key: torch.Tensor, value: torch.Tensor, prefix: Prefixes | None
+    module: Any, key: torch.Tensor, value: torch.Tensor, prefix: Mapping[int, list[KV]] | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     """Keys and values with the layer's prefixes, and how many were put before and after the sequence's own."""
     before, after = 0, 0
@@ -81,9 +83,15 @@ def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _pad(mask: torch.Tensor | None, pad: tuple[int, int]) -> torch.Tensor | None:
+def _with_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """A mask (..., N, N) for a sequence of `length`: it was made before prompt tokens came, and forbids nothing."""
+    missing = 0 if mask is None else length - mask.shape[-2]
+    return _pad(mask, (missing, 0, missing, 0)) if missing else mask
+
+
+def _pad(mask: torch.Tensor | None, pad: tuple[int, ...]) -> torch.Tensor | None:
     """A mask or bias (..., N) that lets every token attend to the prefixes too."""
-    if mask is None or pad == (0, 0):
+    if mask is None or not any(pad):
         return mask
     return F.pad(mask, pad, value=True if mask.dtype == torch.bool else 0.0)
 

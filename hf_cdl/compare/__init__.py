@@ -1,3 +1,3 @@
-"""Many runs beside each other: `spec` says which, `table` what they gave, `statistics` what that proves, `page` shows
-it; recipes/compare.py runs them.
+"""Many runs beside each other: `spec` says which, `schedule` has them made by `worker`s, `collect` gathers what they
+gave as `records`, `statistics` says what that proves, `page` shows it; `test_split` reads test images, once.
 """

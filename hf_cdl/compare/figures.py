@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
+from hf_cdl.compare.records import Measured, values
 from hf_cdl.compare.statistics import Contrast, mean_of
-from hf_cdl.compare.table import Measured, values
-from hf_cdl.runs.metrics import average_accuracy
-from hf_cdl.runs.report import COLOURS
+from hf_cdl.runs.report import COLOURS, draw_curve, draw_matrix, finish_curves, seen_so_far
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,19 +40,17 @@ def curves_figure(measured: Sequence[Measured]) -> Figure:
     """Average accuracy over the tasks seen so far, after each task: a line with its band for every row."""
     figure, panel = _figure(8.0, 3.6 + 0.12 * len(_by_row(measured)))
     for number, (label, runs) in enumerate(_by_row(measured).items()):
-        curves = [_seen_so_far(run.entry["accuracy_matrix"]) for run in runs]
+        curves = [seen_so_far(run.entry["accuracy_matrix"]) for run in runs]
         points = [[value for value in point if not math.isnan(value)] for point in zip(*curves, strict=True)]
         steps = [step for step, point in enumerate(points, 1) if point]
         means = [mean_of(point) for point in points if point]
         colour, marker, line = _style(number)
         middle = [mean.mean for mean in means]
-        panel.plot(steps, middle, line, color=colour, marker=marker, markersize=4, label=_plain(label))
+        draw_curve(panel, steps, middle, line, color=colour, marker=marker, label=_plain(label))
         panel.fill_between(steps, *_limits(means), color=colour, alpha=0.15, linewidth=0)
     tasks = max(len(run.entry["accuracy_matrix"]) for run in measured)
-    panel.set_xticks(range(1, tasks + 1, 1 + (tasks - 1) // 20))
-    panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
+    finish_curves(panel, tasks)
     panel.set_ylim(0, min(panel.get_ylim()[1], 102))  # the interval of two units knows no bounds
-    panel.grid(alpha=0.3)
     _legend(figure)
     return figure
 
@@ -109,22 +106,9 @@ def matrices_figure(measured: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(across * side + 1.6, down * (side + 0.4) + 0.3), dpi=150, layout="constrained")
     panels = [panel for line in figure.subplots(down, across, squeeze=False) for panel in line]
     for panel, (label, runs) in zip(panels, rows.items(), strict=False):
-        cells = [[math.nan] * tasks for _ in range(tasks)]
-        for t in range(tasks):
-            for i in range(t + 1):
-                found = _known([_cell(run.entry["accuracy_matrix"], t, i) for run in runs])
-                if found:
-                    value = cells[t][i] = fmean(found)
-                    if tasks <= 20:
-                        colour = "white" if value < 42 else "black"
-                        size = 8 if tasks <= 10 else 5
-                        panel.text(i, t, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=size)
-        panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
+        digits, sizes = None if tasks > 20 else 0, (8 if tasks <= 10 else 5, 7)
+        draw_matrix(panel, _mean_matrix(runs, tasks), tasks, digits, range(0, tasks, 1 + (tasks - 1) // 10), sizes)
         panel.set_title("\n".join(_wrapped(label, int(8 * side))), fontsize=8)
-        ticks = range(0, tasks, 1 + (tasks - 1) // 10)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_ticks(ticks, [i + 1 for i in ticks], fontsize=7)
-        panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(rows) :]:
         panel.set_visible(False)
     figure.supxlabel("accuracy on task", fontsize=9)
@@ -249,8 +233,13 @@ def _by_row(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
     }
 
 
-def _seen_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float]:
-    return [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
+def _mean_matrix(runs: Sequence[Measured], tasks: int) -> list[list[float | None]]:
+    """The mean over the runs that measured it; None if none did."""
+    found = [
+        [_known([_cell(run.entry["accuracy_matrix"], t, i) for run in runs]) for i in range(t + 1)]
+        for t in range(tasks)
+    ]
+    return [[fmean(values) if values else None for values in row] for row in found]
 
 
 def _cell(matrix: Sequence[Sequence[float | None]], t: int, i: int) -> float | None:

@@ -15,10 +15,10 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_cdl.compare import figures
 from hf_cdl.compare.aa import halves, relabelled
+from hf_cdl.compare.records import Measured, class_values, save_table, values
 from hf_cdl.compare.spec import Comparison, PlannedRun
 from hf_cdl.compare.statistics import LEVEL, Contrast, contrasts_of, pairs_needed, smallest_p
-from hf_cdl.compare.table import Measured, class_values, save_table, values
-from hf_cdl.compare.tables import (
+from hf_cdl.compare.summary import (
     CDL,
     DECOMPOSITION,
     DEFAULT,

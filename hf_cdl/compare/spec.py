@@ -19,13 +19,15 @@ from typing import Any, Literal
 
 import yaml
 
-from hf_cdl.compare.table import METRIC_COLUMNS
+from hf_cdl.compare.records import METRIC_COLUMNS
 from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
 from hf_cdl.recipe.typed import WRONG, build_typed
 from hf_cdl.runs.files import read_json
 from hf_cdl.runs.results import checked_results
 
+ROOT = Path("runs", "comparisons")
+"""Where comparisons are, each in a folder of its name."""
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")
 _TAKEN = ("logs", "plots", "test", "table.parquet", "table.csv", "table.md", "report.html", "flops.json")
@@ -50,7 +52,7 @@ class Variant:
 class Spec:
     """A comparison as its file describes it."""
 
-    recipe: str | list[str] = _help("Recipe file, or files that are merged, seen from recipes/.")
+    recipe: str | list[str] = _help("Recipe file, or files that are merged, beside the spec, above it or in recipes/.")
     seeds: list[int] = _help("Seeds: each variant has a run with each.")
     variants: dict[str, Variant] = _help("Name -> rows, set, recipe, teacher_from.")
     class_orders: list[int] | None = _help(
@@ -69,7 +71,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: where it is, how it is started (`arguments` of train.py), and the hash of what defines its numbers."""
+    """One run: where it is, the `arguments` of hf-cdl train, and the hash of what defines its numbers."""
 
     variant: str
     seed: int
@@ -119,8 +121,8 @@ class Comparison:
         return [(label, name, role) for name, v in self.spec.variants.items() for role, label in v.rows.items()]
 
 
-def read_comparison(file: Path, recipes: Path, root: Path) -> Comparison:
-    """The comparison in a spec file, with its runs below `root`/NAME; recipe files are looked for in `recipes`.
+def read_comparison(file: Path, root: Path = ROOT) -> Comparison:
+    """The comparison in a spec file, with its runs below `root`/NAME.
 
     Raises RecipeError with everything that is wrong, each run's recipe included.
     """
@@ -145,7 +147,7 @@ def read_comparison(file: Path, recipes: Path, root: Path) -> Comparison:
         problems += _wrong_names(spec)
         if not problems:
             comparison = Comparison(file.stem, root / file.stem, spec, [])
-            comparison.runs.extend(_runs(comparison, recipes, problems))
+            comparison.runs.extend(_runs(comparison, file, problems))
     if problems or comparison is None:
         raise RecipeError(
             f"The comparison {file} cannot be run:\n" + "\n".join(f"- {line}" for line in dict.fromkeys(problems))
@@ -193,7 +195,7 @@ def _seed_fields(spec: Spec) -> list[str]:
     return ["seed"] + ([] if spec.class_orders else [ORDER]) if spec.seed_fields is None else spec.seed_fields
 
 
-def _runs(comparison: Comparison, recipes: Path, problems: list[str]) -> Iterable[PlannedRun]:
+def _runs(comparison: Comparison, file: Path, problems: list[str]) -> Iterable[PlannedRun]:
     """All runs, with their recipes built and checked; of a variant with problems none."""
     spec, made = comparison.spec, {}
     for name, variant in sorted(spec.variants.items(), key=lambda item: item[1].teacher_from is not None):
@@ -201,7 +203,7 @@ def _runs(comparison: Comparison, recipes: Path, problems: list[str]) -> Iterabl
             unit = f"seed-{seed}" + ("" if order is None else f"-order-{order}")
             folder = comparison.root / name / unit
             source = made.get((variant.teacher_from, unit))
-            arguments = _arguments(spec, variant, seed, order, folder, source, recipes)
+            arguments = _arguments(spec, variant, seed, order, folder, source, file)
             try:
                 recipe = load_recipe(arguments, "")
             except RecipeError as error:
@@ -222,7 +224,7 @@ def _arguments(
     order: int | None,
     folder: Path,
     source: PlannedRun | None,
-    recipes: Path,
+    file: Path,
 ) -> list[str]:
     files = spec.recipe if variant.recipe is None else variant.recipe
     fields = {**variant.set, **dict.fromkeys(_seed_fields(spec), seed), "data.eval_split": spec.split}
@@ -232,9 +234,16 @@ def _arguments(
         fields["teacher_from"] = str(source.folder)
     fields["output_dir"] = str(folder)
     return [
-        *(str(recipes / name) for name in ([files] if isinstance(files, str) else files)),
+        *(_recipe(name, file) for name in ([files] if isinstance(files, str) else files)),
         *itertools.chain.from_iterable((f"--{name}", _as_yaml(value)) for name, value in fields.items()),
     ]
+
+
+def _recipe(name: str, spec: Path) -> str:
+    """The path of a recipe that a spec names: beside it, in the folder above (as in a clone), or in recipes/ here."""
+    places = (spec.absolute().parent, spec.absolute().parent.parent, Path("recipes").absolute())
+    found = [place / name for place in places]
+    return str(next((file for file in found if file.exists()), found[0]))
 
 
 def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
@@ -251,7 +260,7 @@ def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
     if name in spec.curves and recipe.training_args("student").get("eval_strategy", "no") == "no":
         yield "'curves' shows its accuracies over training; set student.train: {eval_strategy: epoch}"
     if recipe.push_to_hub:
-        yield "'push_to_hub' is true, but its runs would overwrite each other; push one of them with recipes/push.py"
+        yield "'push_to_hub' is true, but its runs would overwrite each other; push one of them with hf-cdl push"
 
 
 def _defining(recipe: Mapping[str, Any]) -> dict[str, Any]:

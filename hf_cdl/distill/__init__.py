@@ -1,4 +1,4 @@
-"""Distillation terms. A new one is one file here and one line in TERMS."""
+"""Distillation terms. A new one is one file and one name in TERMS: here, or by `TERMS.register` in a plugin."""
 
 from __future__ import annotations
 
@@ -16,21 +16,27 @@ from hf_cdl.distill.os_prompt import OSPrompt
 from hf_cdl.distill.prompt_mapping import PromptMappingKD
 from hf_cdl.distill.review_kd import ReviewKD
 from hf_cdl.distill.similarity import Similarity
+from hf_cdl.registry import Registry
 
-TERMS: dict[str, type[Term]] = {
-    "kd": KD,
-    "dkd": DKD,
-    "dist": DIST,
-    "kd_token": KDToken,
-    "kdp": KDP,
-    "kdp_labels": KDPLabels,
-    "fitnets": FitNets,
-    "review_kd": ReviewKD,
-    "similarity": Similarity,
-    "dual_path": DualPath,
-    "label_smoothing": LabelSmoothing,
-    "prompt_mapping": PromptMappingKD,
-    "os_prompt": OSPrompt,
-}
+TERMS: Registry[Term] = Registry(
+    "TERMS",
+    "distillation term",
+    Term,
+    {
+        "kd": KD,
+        "dkd": DKD,
+        "dist": DIST,
+        "kd_token": KDToken,
+        "kdp": KDP,
+        "kdp_labels": KDPLabels,
+        "fitnets": FitNets,
+        "review_kd": ReviewKD,
+        "similarity": Similarity,
+        "dual_path": DualPath,
+        "label_smoothing": LabelSmoothing,
+        "prompt_mapping": PromptMappingKD,
+        "os_prompt": OSPrompt,
+    },
+)
 
 __all__ = ["TERMS", "Objective", "Term"]

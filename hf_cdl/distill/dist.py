@@ -15,27 +15,28 @@ Columns are those of a micro-batch on its process.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, check_classes, check_images
+from hf_cdl.distill.objective import Term, TermConfig, check_classes, check_images
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class DISTConfig:
+class DISTConfig(TermConfig):
     weight: float = field(default=1.0, metadata={"help": "Weight of the term beside its beta and gamma."})
     beta: float = field(default=2.0, metadata={"help": "Weight of the rows (inter-class); the authors' code: 1."})
     gamma: float = field(default=2.0, metadata={"help": "Weight of the columns (intra-class); the authors' code: 1."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature tau of both softmaxes."})
+    said: ClassVar[str] = "dist"
 
     def __post_init__(self):
-        check_types(self, "dist")
-        if min(self.weight, self.beta, self.gamma) < 0 or self.temperature <= 0:
+        super().__post_init__()
+        if min(self.beta, self.gamma) < 0 or self.temperature <= 0:
             raise ValueError(
-                f"dist needs weight, beta and gamma >= 0 and temperature > 0; got {self.weight}, {self.beta}, "
-                f"{self.gamma} and {self.temperature}."
+                f"dist needs beta and gamma >= 0 and temperature > 0; got {self.beta}, {self.gamma} and "
+                f"{self.temperature}."
             )
 
 

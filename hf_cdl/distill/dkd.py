@@ -15,28 +15,29 @@ y, so that NCKD is 0 and TCKD is KD. Ours: its warm-up over the first
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, check_classes
+from hf_cdl.distill.objective import Term, TermConfig, check_classes
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class DKDConfig:
+class DKDConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (CDL: 1 - the weight of CE)."})
     alpha: float = field(default=1.0, metadata={"help": "Weight of the target class's part (TCKD)."})
     beta: float = field(default=4.0, metadata={"help": "Weight of the other classes' part (NCKD)."})
     temperature: float = field(default=4.0, metadata={"help": "Temperature tau of all softmaxes."})
+    said: ClassVar[str] = "dkd"
 
     def __post_init__(self):
-        check_types(self, "dkd")
-        if min(self.weight, self.alpha, self.beta) < 0 or self.temperature <= 0:
+        super().__post_init__()
+        if min(self.alpha, self.beta) < 0 or self.temperature <= 0:
             raise ValueError(
-                f"dkd needs weight, alpha and beta >= 0 and temperature > 0; got {self.weight}, {self.alpha}, "
-                f"{self.beta} and {self.temperature}."
+                f"dkd needs alpha and beta >= 0 and temperature > 0; got {self.alpha}, {self.beta} and "
+                f"{self.temperature}."
             )
 
 

@@ -28,14 +28,13 @@ How the path is made: prompt_path.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import kd_loss
+from hf_cdl.distill.objective import TermConfig, kd_loss
 from hf_cdl.distill.prompt_path import PromptPath
 from hf_cdl.types import CDLOutput, ModelShape
 
@@ -45,7 +44,7 @@ def _help(default: Any, text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class DualPathConfig:
+class DualPathConfig(TermConfig):
     weight: float = _help(1.0, "Weight of the whole term; the losses have weights of their own.")
     beta_o: float = _help(0.45, "Weight of the teacher's own logits for the student.")
     beta_p: float = _help(0.45, "Weight of the prompt path's logits for the student.")
@@ -65,15 +64,16 @@ class DualPathConfig:
     reduction: float | None = _help(None, "Rate r1 of a block's narrowing; null: 4 for maps, 8 for tokens.")
     fraction: float = _help(0.25, "Share r2 of its channels that a partial convolution sees.")
     kernels: tuple[int, ...] = _help((3, 5, 7), "Kernel sizes of the partial convolutions.")
+    said: ClassVar[str] = "dual_path"
 
     def __post_init__(self):
-        check_types(self, "dual_path")
-        weights = (self.weight, self.beta_o, self.beta_p, self.lambda_y, self.copy_rate, self.warmup_steps)
+        super().__post_init__()
+        weights = (self.beta_o, self.beta_p, self.lambda_y, self.copy_rate, self.warmup_steps)
         if min(weights) < 0 or not 0 <= self.rho <= 1 or self.temperature <= 0:
             raise ValueError(
                 "dual_path needs weights, copy_rate and warmup_steps >= 0, rho from 0 to 1 and temperature > 0; got "
-                f"{self.weight}, {self.beta_o}, {self.beta_p}, {self.lambda_y}; {self.copy_rate}, "
-                f"{self.warmup_steps}; {self.rho}; {self.temperature}."
+                f"{self.beta_o}, {self.beta_p}, {self.lambda_y}; {self.copy_rate}, {self.warmup_steps}; {self.rho}; "
+                f"{self.temperature}."
             )
         narrow = self.reduction is None or self.reduction > 0
         if not narrow or not 0 < self.fraction <= 1 or any(size < 1 or size % 2 == 0 for size in self.kernels):

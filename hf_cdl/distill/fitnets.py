@@ -13,24 +13,20 @@ interpolated to the teacher's grid; KD tokens, registers and the like are not co
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, hidden_state, same_tokens
+from hf_cdl.distill.objective import Term, TermConfig, hidden_state, same_tokens
 from hf_cdl.types import CDLOutput, ModelShape
 
 
 @dataclass(frozen=True)
-class FitNetsConfig:
+class FitNetsConfig(TermConfig):
     weight: float = field(default=0.1, metadata={"help": "Weight of the term."})
-
-    def __post_init__(self):
-        check_types(self, "fitnets")
-        if self.weight < 0:
-            raise ValueError(f"fitnets needs weight >= 0; got {self.weight}.")
+    said: ClassVar[str] = "fitnets"
 
 
 class FitNets(Term):

@@ -10,24 +10,25 @@ always +-0.7, whatever the student says.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, check_classes, kd_loss
+from hf_cdl.distill.objective import Term, TermConfig, check_classes, kd_loss
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class KDConfig:
+class KDConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
     standardise: bool = field(default=False, metadata={"help": "Standardise the logits of each sample first (LSKD)."})
+    said: ClassVar[str] = "kd"
 
     def __post_init__(self):
-        check_types(self, "kd")
-        if self.weight < 0 or self.temperature <= 0:
-            raise ValueError(f"kd needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}.")
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"kd needs temperature > 0; got {self.temperature}.")
 
 
 class KD(Term):

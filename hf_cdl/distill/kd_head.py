@@ -9,25 +9,24 @@ head reads, and by which prompts it is reached, is what the terms differ in. `we
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, kd_loss
+from hf_cdl.distill.objective import Term, TermConfig, kd_loss
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class KDHeadConfig:
+class KDHeadConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
+    said: ClassVar[str] = "A KD head"
 
     def __post_init__(self):
-        check_types(self, "A KD head")
-        if self.weight < 0 or self.temperature <= 0:
-            raise ValueError(
-                f"A KD head needs weight >= 0 and temperature > 0; got {self.weight} and {self.temperature}."
-            )
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"A KD head needs temperature > 0; got {self.temperature}.")
 
 
 class KDHead(Term):

@@ -14,19 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term
+from hf_cdl.distill.objective import Term, TermConfig
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class KDPLabelsConfig:
+class KDPLabelsConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the CLS head's CE gets 1 - weight)."})
-
-    def __post_init__(self):
-        check_types(self, "kdp_labels")
-        if self.weight < 0:
-            raise ValueError(f"kdp_labels needs weight >= 0; got {self.weight}.")
+    said: ClassVar[str] = "kdp_labels"
 
 
 class KDPLabels(Term):

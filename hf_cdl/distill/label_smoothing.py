@@ -15,22 +15,20 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term
+from hf_cdl.distill.objective import Term, TermConfig
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class LabelSmoothingConfig:
+class LabelSmoothingConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (CE gets 1 - weight)."})
     epsilon: float = field(default=0.1, metadata={"help": "Share of the uniform distribution in the labels."})
+    said: ClassVar[str] = "label_smoothing"
 
     def __post_init__(self):
-        check_types(self, "label_smoothing")
-        if self.weight < 0 or not 0 <= self.epsilon <= 1:
-            raise ValueError(
-                f"label_smoothing needs weight >= 0 and epsilon from 0 to 1; got {self.weight} and {self.epsilon}."
-            )
+        super().__post_init__()
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"label_smoothing needs epsilon from 0 to 1; got {self.epsilon}.")
 
 
 class LabelSmoothing(Term):

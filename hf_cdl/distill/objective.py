@@ -13,10 +13,10 @@ columns of `dist`, batch norms in `dual_path` and in classifiers, and match loss
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,13 +29,37 @@ from hf_cdl.types import CDLOutput, ModelShape
 Role = Literal["student", "teacher"]
 
 
+@dataclass(frozen=True)
+class Asks:
+    """What a recipe says of a model's prompts: whether it has any, and who answers their queries (None: none do)."""
+
+    prompted: bool
+    query: str | None
+
+
+@dataclass(frozen=True)
+class TermConfig:
+    """The fields of a term's section. A subclass gives `weight` its default and names itself in messages by `said`.
+
+    Raises ValueError for a value of another type, and for a negative weight.
+    """
+
+    weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
+    said: ClassVar[str] = "A term"
+
+    def __post_init__(self):
+        check_types(self, self.said)
+        if self.weight < 0:
+            raise ValueError(f"{self.said} needs weight >= 0; got {self.weight}.")
+
+
 class Term(nn.Module, ABC):
     r"""Base of the distillation terms: term(student, teacher, labels) -> scalar, before its weight.
 
     A loss of several parts may be given as a dict of scalars, of which it is the sum; each is logged beside the sum as
     `term/part`. Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
-    A method file defines a frozen dataclass `Config` with at least `weight`, and a subclass with `config_class` and
-    `forward`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
+    A method file defines a frozen dataclass, derived from TermConfig, and a subclass with `forward` and with it as
+    `config_class`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
     hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
     layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
     the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
@@ -45,7 +69,7 @@ class Term(nn.Module, ABC):
     false) learns from a task of one class too.
     """
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[type[TermConfig]] = TermConfig
     needs_teacher: ClassVar[bool] = True
     needs_query: ClassVar[bool] = False
     needs_hidden_states: ClassVar[bool] = False
@@ -55,7 +79,6 @@ class Term(nn.Module, ABC):
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
         super().__init__()
-        check_types(config, type(config).__name__)  # once more, for the configs of others
         self.config, self.student, self.teacher = config, student, teacher
         self.needs: dict[Role, tuple[int, ...]] = {}
 
@@ -63,6 +86,14 @@ class Term(nn.Module, ABC):
     def forward(
         self, student: CDLOutput, teacher: Any, labels: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]: ...
+
+    @classmethod
+    def check_recipe(cls, student: Asks, teacher: Asks | None) -> list[tuple[str, str]]:
+        """What is wrong with a recipe that has this term: pairs of a field, and what is wrong and what to do.
+
+        By what the prompts of both models ask of whom; `teacher` is None where there is none.
+        """
+        return []
 
     def check(self, classes: int, images: int) -> None:
         """Raise ValueError if nothing can be learnt from a task of so many classes in batches of so many images."""
@@ -207,7 +238,7 @@ def current_classes(output: CDLOutput, classes: slice) -> CDLOutput:
         for name in ("logits", "kd_logits", "path_logits")
         if (value := getattr(output, name)) is not None
     }
-    return dataclasses.replace(output, **cut)
+    return replace(output, **cut)
 
 
 def kd_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

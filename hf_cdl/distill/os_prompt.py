@@ -15,19 +15,14 @@ from typing import ClassVar
 
 import torch
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term
+from hf_cdl.distill.objective import Term, TermConfig
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class OSPromptConfig:
+class OSPromptConfig(TermConfig):
     weight: float = field(default=1e-4, metadata={"help": "Weight lambda of the regulariser."})
-
-    def __post_init__(self):
-        check_types(self, "os_prompt")
-        if self.weight < 0:
-            raise ValueError(f"os_prompt needs weight >= 0; got {self.weight}.")
+    said: ClassVar[str] = "os_prompt"
 
 
 class OSPrompt(Term):

@@ -12,7 +12,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 from hf_cdl.distill.kd_head import KDHead
+from hf_cdl.distill.objective import Asks
 
 
 class PromptMappingKD(KDHead):
     student_parts: ClassVar = {"mapping": {}}
+
+    @classmethod
+    def check_recipe(cls, student: Asks, teacher: Asks | None) -> list[tuple[str, str]]:
+        if teacher is not None and not teacher.prompted:
+            return [("teacher.prompt.type", "is none, but a mapping needs a teacher with prompts")]
+        if teacher is not None and teacher.query not in (None, "student"):
+            what = "but a mapping asks the teacher's prompts with the student's query; set it to student"
+            return [("teacher.query", f"is {teacher.query!r}, {what}")]
+        return []

@@ -18,24 +18,20 @@ FitNets. The authors add KD to it: write `distill: [{type: kd}, {type: review_kd
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, hidden_state, same_tokens
+from hf_cdl.distill.objective import Term, TermConfig, hidden_state, same_tokens
 from hf_cdl.types import CDLOutput, ModelShape
 
 
 @dataclass(frozen=True)
-class ReviewKDConfig:
+class ReviewKDConfig(TermConfig):
     weight: float = field(default=0.2, metadata={"help": "Weight of the term."})
-
-    def __post_init__(self):
-        check_types(self, "review_kd")
-        if self.weight < 0:
-            raise ValueError(f"review_kd needs weight >= 0; got {self.weight}.")
+    said: ClassVar[str] = "review_kd"
 
 
 class ABF(nn.Module):

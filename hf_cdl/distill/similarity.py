@@ -15,24 +15,19 @@ standardised images are always each other's opposite.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
-from hf_cdl.checked import check_types
-from hf_cdl.distill.objective import Term, check_images
+from hf_cdl.distill.objective import Term, TermConfig, check_images
 from hf_cdl.types import CDLOutput
 
 
 @dataclass(frozen=True)
-class SimilarityConfig:
+class SimilarityConfig(TermConfig):
     weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
-
-    def __post_init__(self):
-        check_types(self, "similarity")
-        if self.weight < 0:
-            raise ValueError(f"similarity needs weight >= 0; got {self.weight}.")
+    said: ClassVar[str] = "similarity"
 
 
 class Similarity(Term):

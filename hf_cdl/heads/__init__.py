@@ -1,0 +1,61 @@
+"""Classification heads. A new one is one file and one name in HEADS: here, or by `HEADS.register` in a plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_cdl.checked import build_fields, check_size
+from hf_cdl.heads.base import Head
+from hf_cdl.heads.class_means import NearestMeanHead
+from hf_cdl.heads.cosine import CosineHead
+from hf_cdl.heads.linear import LinearHead
+from hf_cdl.heads.ridge import RidgeHead
+from hf_cdl.heads.weight_normalised import WeightNormalisedHead
+from hf_cdl.registry import Registry
+
+HEADS: Registry[Head] = Registry(
+    "HEADS",
+    "head",
+    Head,
+    {
+        "linear": LinearHead,
+        "weight_normalised": WeightNormalisedHead,
+        "cosine": CosineHead,
+        "ridge": RidgeHead,
+        "ncm": NearestMeanHead,
+    },
+)
+
+
+def build_head(head: dict[str, Any], hidden_size: int) -> Head:
+    """The head of a config's `head` section.
+
+    Raises ValueError for an unknown type or field, and for one that would not fit into memory.
+    """
+    kind, fields = HEADS.pick(head, "head")
+    config = build_fields(HEADS[kind].config_class, fields, f"Head type '{kind}'")
+
+    def with_a_task() -> Head:
+        made = HEADS[kind](config, hidden_size)
+        made.add_task(1)
+        return made
+
+    check_size(f"A head of type '{kind}'", with_a_task)
+    return HEADS[kind](config, hidden_size)
+
+
+def example(fitted: bool) -> str:
+    """`{'type': 'linear'}`: a fitted head, or a trained one, as a message shows it."""
+    return str({"type": next(name for name, head in HEADS.items() if head.fitted == fitted)})
+
+
+def drop_sums(head: Head) -> None:
+    """Drop what a head needs to learn further tasks and not to answer. Raises ValueError for one that keeps none."""
+    if not head.keeps_sums:
+        names = {kind: name for name, kind in HEADS.items()}
+        able = " or ".join(name for name, kind in HEADS.items() if kind.keeps_sums)
+        raise ValueError(f"Only a {able} head keeps such sums; this one is {names[type(head)]}.")
+    head.drop_sums()
+
+
+__all__ = ["HEADS", "Head", "build_head", "drop_sums", "example"]

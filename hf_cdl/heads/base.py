@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from transformers import initialization as init
 
-from hf_cdl.checked import check_finite, check_types, said
+from hf_cdl.checked import check_types
+from hf_cdl.heads.standardise import Standardise
 
 
 @dataclass(frozen=True)
@@ -38,84 +37,6 @@ class HeadConfig:
         return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
 
 
-class Standardise(nn.Module):
-    """Features (B, D) -> (x - mean) / std, by statistics of `count` features that stay once a head uses them.
-
-    `given`: a file of such statistics. Without any (`count` 0) the features stay as they are. A dimension that hardly
-    varies is divided by a hundredth of the mean deviation, so that later tasks do not find it blown up.
-    """
-
-    def __init__(self, hidden_size: int, given: Path | None = None):
-        super().__init__()
-        self.given = given
-        self.mean: torch.Tensor
-        self.std: torch.Tensor
-        self.count: torch.Tensor
-        self.register_buffer("mean", torch.zeros(hidden_size))
-        self.register_buffer("std", torch.ones(hidden_size))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-
-    def reset(self) -> None:
-        """To the given statistics or to none, by transformers' functions that leave loaded ones alone.
-
-        Raises ValueError if the file is not there, does not fit or has no such numbers.
-        """
-        if all(getattr(value, "_is_hf_initialized", False) for value in (self.mean, self.std, self.count)):
-            return  # loaded: the file may be gone
-        if self.given is None:
-            init.zeros_(self.mean)
-            init.ones_(self.std)
-            init.zeros_(self.count)
-            return
-        try:
-            found = load_file(self.given) if self.given.is_file() else {}
-        except SafetensorError as error:
-            raise ValueError(f"The file of statistics '{self.given}' cannot be read: {said(error)}") from error
-        shapes = {name: tuple(value.shape) for name, value in found.items()}
-        if any(shapes.get(name) != self.mean.shape for name in ("mean", "std")):
-            raise ValueError(
-                f"The file of statistics '{self.given}' has {shapes or 'no tensors, or is not there'}, but a head on "
-                f"this backbone needs mean and std of shape {tuple(self.mean.shape)}. Give such a file, or first_task."
-            )
-        check_finite({name: found[name] for name in ("mean", "std")}, f"The file of statistics '{self.given}'")
-        if (found["std"] < 0).any() or not (found["std"] > 0).any():
-            raise ValueError(
-                f"The file of statistics '{self.given}' has a std that is no deviation: below 0, or all 0."
-            )
-        init.copy_(self.mean, found["mean"])
-        init.copy_(self.std, found["std"])
-        init.ones_(self.count)
-
-    @torch.no_grad()
-    def measure(self, features: torch.Tensor) -> None:
-        """Add features (B, D) to the statistics (Chan's update of mean and squared deviations).
-
-        Raises FloatingPointError for features that are no numbers.
-        """
-        check_features(features)
-        features, before, new = features.float(), int(self.count), len(features)
-        mean, shift = features.mean(dim=0), features.mean(dim=0) - self.mean.float()
-        squares = (features - mean).square().sum(dim=0)
-        if before:
-            squares += self.std.float().square() * before + shift.square() * before * new / (before + new)
-        self.mean.add_(shift * new / (before + new))
-        self.std.copy_((squares / (before + new)).sqrt())
-        self.count.add_(new)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return (features - self.mean) / torch.maximum(self.std, 0.01 * self.std.mean() + 1e-6)
-
-
-def check_features(features: torch.Tensor) -> None:
-    """Raise FloatingPointError for features (B, D) that are NaN or infinite: no head fits them."""
-    if (wrong := int((~torch.isfinite(features)).any(dim=-1).sum())) > 0:
-        raise FloatingPointError(
-            f"The backbone's features of {wrong} of {len(features)} images are NaN or infinite, so no head can be "
-            "fitted to them. The weights are numbers, so they are too large for these pixels: check the image "
-            "processor, or choose another backbone or precision (no fp16)."
-        )
-
-
 def movable(tensor: torch.Tensor) -> torch.Tensor:
     """On its device, or on the CPU for one without float64."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
@@ -132,8 +53,10 @@ class Head(nn.Module, ABC):
     config_class: ClassVar[type] = HeadConfig
     bits: ClassVar[tuple[str, ...]] = ()
     """Names of buffers, of the head and its blocks, that hold the bits of float64 numbers."""
-    can_grow = True
-    """Whether it can learn another task."""
+    keeps_sums: ClassVar[bool] = False
+    """Whether its checkpoints hold what it needs to learn further tasks and not to answer: `drop_sums` drops it."""
+    needs_teacher = False
+    """Whether it learns from a teacher's answers."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()
@@ -141,6 +64,14 @@ class Head(nn.Module, ABC):
         self.hidden_size = hidden_size
         self.standard = Standardise(hidden_size, config.given_statistics) if config.standardise else None
         self.blocks = nn.ModuleList()
+
+    @classmethod
+    def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
+        """What is wrong with a recipe's fields of this head: pairs of a field and what is wrong and what to do.
+
+        The values of `fields` may be of any type: types are checked elsewhere. `has_teacher`: it learns beside one.
+        """
+        return []
 
     def init_shared(self) -> None:
         """Initialise what all tasks share (outside `blocks`)."""
@@ -163,7 +94,14 @@ class Head(nn.Module, ABC):
         }
 
     def end_task(self) -> None:
-        """What the head does when a task is learnt (ridge solves here); nothing by default."""
+        """What the head does when a task is learnt (a regression solves here); nothing by default."""
+
+    def check_growth(self) -> None:
+        """Raise ValueError if it can learn no further task."""
+
+    def drop_sums(self) -> None:
+        """Of a head that `keeps_sums`: drop them for good, and say so in its `config`."""
+        raise NotImplementedError(f"{type(self).__name__} keeps sums, but does not say how to drop them.")
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
         """Features (B, D) as the blocks read them."""
@@ -172,3 +110,45 @@ class Head(nn.Module, ABC):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         features = self.prepare(features)
         return torch.cat([block(features) for block in self.blocks], dim=-1)
+
+
+@dataclass(frozen=True)
+class FittedConfig(HeadConfig):
+    scale: float = field(
+        default=10.0,
+        metadata={"help": "Factor of the scores, which are about 0 to 1, as logits: for confidence, not accuracy."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.scale <= 0:
+            raise ValueError(f"A fitted head needs scale > 0; got {self.scale}.")
+
+
+class FittedHead(Head):
+    """A head without parameters, which accumulates statistics of fixed features instead of being trained.
+
+    Its scores, cosines or a regression's answers, become logits by a factor `scale` (ours): as they are, the softmax
+    over them is nearly uniform.
+    """
+
+    fitted: ClassVar[bool] = True
+    config_class: ClassVar[type] = FittedConfig
+
+    @abstractmethod
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
+
+        Raises FloatingPointError for features or answers that are NaN or infinite.
+        `taught` (B, C_t): the `targets` of a teacher's answers, for a head that `needs_teacher`.
+        """
+
+    def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
+        """What a head that `needs_teacher` learns of a teacher's logits (B, C_t) over the task's classes.
+
+        `teacher`: the fitted head that they are of; None for the logits of a model that was trained.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.config.scale * super().forward(features)

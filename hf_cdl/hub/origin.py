@@ -32,6 +32,7 @@ from hf_cdl.hub.content import finished_tasks
 from hf_cdl.hub.repository import HubError
 from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
 from hf_cdl.runs.results import checked_results
+from hf_cdl.types import is_ours
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Origin(ABC):
     def _check(self, folder: Path) -> None:
         try:
             config = read_json(folder / "config.json")
-            if not isinstance(config, dict) or config.get("model_type") != "cdl":
+            if not is_ours(config):
                 raise RunError("its config.json is not of a model of hf_cdl (model_type: cdl).")
             known, ours = config.get("tasks"), self.results["class_names"][: self.tasks]
             if known != ours:

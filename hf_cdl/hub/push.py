@@ -50,7 +50,7 @@ class Pusher:
         later: str | None = None,
     ):
         self.folder, self.every_task, self.say, self.patience = Path(folder), every_task, say, patience
-        self.later = later or shlex.join(["python", "recipes/push.py", str(folder)])
+        self.later = later or shlex.join(["python", "-m", "hf_cdl", "push", str(folder)])
         self.delay = float(os.environ.get("HF_CDL_PUSH_DELAY", 2)) if delay is None else delay
         api = api or HfApi()
         if repositories:  # beside training: no bars, and no addresses (they may be signed) of attempts that fail
@@ -79,7 +79,7 @@ class Pusher:
             try:
                 _limit_silence()
                 repository.open()
-                repository.verify(finished_tasks(results, repository.role))
+                repository.compare(finished_tasks(results, repository.role))
             except HubError:
                 raise
             except Exception as error:

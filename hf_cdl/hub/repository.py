@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -26,6 +27,26 @@ class HubError(RunError):
     """What the Hub refuses, and another attempt would not change; the message says what is there and what to do."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the run has learnt, what its repository holds of it, and so what is to do.
+
+    `learnt`: tasks that are finished here. `tagged`: the newest task that has a tag there. `held`: the task whose
+    checkpoint main holds, tagged or not; None if it holds none yet. `head`: the commit of main; `files`: path -> hash.
+    """
+
+    learnt: int
+    tagged: int
+    held: int | None
+    head: str
+    files: Mapping[str, str]
+
+    @property
+    def to_do(self) -> range:
+        """The tasks that are not tagged yet. The first of them may be held already: then only its tag is missing."""
+        return range(self.tagged + 1, self.learnt + 1)
+
+
 class Repository:
     """The repository of one role of the run in `folder`. `name` may lack the owner: then it is the token's.
 
@@ -43,13 +64,13 @@ class Repository:
         """That of the run's other model, for the cards' links."""
         self.pushed = 0
         """Tasks known to be on the Hub."""
-        self._open = False
-        self._verified: set[str] = set()  # commits of tags
+        self._opened = False
+        self._ours: set[str] = set()  # commits of tags that were found to be this run's
         self._digests: dict[Path, tuple[str, str]] = {}
 
     def open(self) -> None:
         """Make the repository unless it is there. Raises HubError if it may not be written."""
-        if self._open:
+        if self._opened:
             return
         if self.api.token is None and get_token() is None:
             raise HubError(
@@ -60,7 +81,7 @@ class Repository:
             self.id = f"{owner}/{self.id}"
         self.api.create_repo(self.id, private=self.private, exist_ok=True)
         self.api.auth_check(self.id, write=True)
-        self._open = True
+        self._opened = True
 
     def push(self, results: Results) -> Iterator[int]:
         """Commit and tag all finished tasks that are not there yet, in order; yields after each how many there are.
@@ -68,43 +89,59 @@ class Repository:
         Raises HubError if the repository holds something else.
         """
         self.open()
-        learnt = finished_tasks(results, self.role)
-        head, there = self.verify(learnt)
-        while self.pushed < learnt:
-            number = self.pushed + 1
-            if not self._is_task(there, number):
-                head = self._commit(results, number, head, there)
-                there = self._files(head)
+        found = self.compare(finished_tasks(results, self.role))
+        head, files = found.head, found.files
+        for number in found.to_do:
+            if number != found.held:
+                head = self._commit(results, number, head, files)
+                files = self._files(head)
             self.api.create_tag(self.id, tag=f"task-{number:02d}", revision=head)
-            self._verified.add(head)
+            self._ours.add(head)
             self.pushed = number
             yield number
 
-    def verify(self, learnt: int) -> tuple[str, dict[str, str]]:
-        """Count the tasks that are on the Hub; the commit of main, and its files.
+    def compare(self, learnt: int) -> Comparison:
+        """What is here, there, and to do, with `learnt` tasks finished here.
 
-        Raises HubError unless everything there is of this run, of which `learnt` tasks are finished.
+        Raises HubError unless everything there is of this run.
         """
         refs = self.api.list_repo_refs(self.id)
         head = next(branch.target_commit for branch in refs.branches if branch.name == "main")
         tags = {tag.name: tag.target_commit for tag in refs.tags if re.fullmatch(r"task-\d+", tag.name)}
-        self.pushed = self.start
+        self.pushed = self._tagged(tags, learnt)
+        files = self._files(head)
+        held = self._held(files, learnt)
+        is_tagged = (
+            tags.get(f"task-{self.pushed:02d}") == head
+        )  # as it was pushed; elsewhere main may hold more by now
+        is_new = self.pushed == self.start and not set(files) - {".gitattributes"}
+        if held is None and not (is_tagged or is_new):
+            raise self._foreign(f"{len(files)} files in main that are not this run's", sorted(files))
+        return Comparison(learnt, self.pushed, held, head, files)
+
+    def _tagged(self, tags: Mapping[str, str], learnt: int) -> int:
+        """The newest task that has a tag. Raises HubError for tags that this run did not make."""
+        newest = self.start
         for tag in sorted(tags, key=lambda name: int(name[5:])):
-            commit, before = tags[tag], int(tag[5:]) <= self.start
-            number = int(tag[5:]) if before else self.pushed + 1
-            if tag != f"task-{number:02d}" or number > learnt:
+            number, commit = int(tag[5:]), tags[tag]
+            learnt_here = number > self.start
+            if number > learnt or tag != f"task-{number:02d}" or (learnt_here and number != newest + 1):
                 raise self._foreign(f"the tag {tag}, which this run has not come to", [*tags])
-            known = self.known.get(tag) == commit or (not before and commit in self._verified)
-            if not known and (before or not self._is_task(self._files(commit), number)):
+            if self.known.get(tag) != commit and not (learnt_here and self._is_ours(commit, number)):
                 raise self._foreign(f"the tag {tag} with another model", [*tags])
-            self._verified.add(commit)
-            self.pushed = max(number, self.start)
-        there, near = self._files(head), range(max(self.pushed, self.start + 1), min(self.pushed + 1, learnt) + 1)
-        ours = tags.get(f"task-{self.pushed:02d}") == head  # as verified: where others learnt it, main may hold more
-        ours |= self.pushed == self.start and not set(there) - {".gitattributes"}
-        if not ours and not any(self._is_task(there, number) for number in near):
-            raise self._foreign(f"{len(there)} files in main that are not this run's", sorted(there))
-        return head, there
+            newest = max(number, newest)
+        return newest
+
+    def _is_ours(self, commit: str, number: int) -> bool:
+        """Whether a commit holds the checkpoint of a task; looked at once."""
+        if commit not in self._ours and self._is_task(self._files(commit), number):
+            self._ours.add(commit)
+        return commit in self._ours
+
+    def _held(self, files: Mapping[str, str], learnt: int) -> int | None:
+        """The newest tagged task, or the one after it, if these are its files: a push may end before its tag."""
+        first, last = max(self.pushed, self.start + 1), min(self.pushed + 1, learnt)
+        return next((number for number in range(first, last + 1) if self._is_task(files, number)), None)
 
     def _foreign(self, what: str, listed: list[str]) -> HubError:
         shown = shorten(", ".join(listed), 100, placeholder=" ...")

@@ -18,12 +18,12 @@ from transformers import AutoModelForImageClassification, PreTrainedConfig, PreT
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from hf_cdl.backbones.loading import OURS, load_weights, read_config
+from hf_cdl.backbones.loading import load_weights, read_config
 from hf_cdl.backbones.stored import check_complete
 from hf_cdl.checked import check_size, listed, short
 from hf_cdl.labels import class_list, repeated
-from hf_cdl.models.inputs import check_labels, check_pixels
-from hf_cdl.types import CDLOutput, ModelShape
+from hf_cdl.models.input_checks import check_labels, check_pixels
+from hf_cdl.types import CDLOutput, ModelShape, is_ours
 
 
 class ImageClassifier(nn.Module):
@@ -76,7 +76,7 @@ class ImageClassifier(nn.Module):
         Raises ValueError for one that is not whole, or has weights that are NaN or infinite.
         """
         config = read_config(str(folder))
-        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or config.model_type == OURS:
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or is_ours(config):
             raise ValueError(f"'{folder}' holds a model of type '{config.model_type}', not an ordinary classifier.")
         model, info = load_weights(AutoModelForImageClassification, config, str(folder))
         check_complete(info, f"The checkpoint '{folder}'")

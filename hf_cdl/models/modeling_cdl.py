@@ -9,26 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.backbones import lora
-from hf_cdl.backbones.loading import check_image_size, commit_of, digest, load_backbone
+from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.loading import commit_of, digest, load_backbone
 from hf_cdl.checked import build_fields, short
 from hf_cdl.config import CDLConfig, check_names
-from hf_cdl.heads.base import Head, Standardise
-from hf_cdl.heads.fitted import RidgeHead
-from hf_cdl.heads.trained import build_head
+from hf_cdl.heads import Head, build_head, drop_sums
+from hf_cdl.heads.standardise import Standardise
 from hf_cdl.labels import class_list
-from hf_cdl.models.code import put_code
-from hf_cdl.models.inputs import check_labels, check_pixels, check_task
-from hf_cdl.models.loading import Loadable
-from hf_cdl.models.session import check_session
-from hf_cdl.models.small import left_out
+from hf_cdl.models.checkpointing import Checkpointed
+from hf_cdl.models.first_session import check_session
+from hf_cdl.models.input_checks import check_labels, check_pixels, check_task
+from hf_cdl.models.prompted_backbone import Encoded
+from hf_cdl.models.remote_code import check_code
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
 
-class CDLForImageClassification(Loadable):
+class CDLForImageClassification(Checkpointed):
     """Image classifier that learns one task after another.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
@@ -57,6 +58,7 @@ class CDLForImageClassification(Loadable):
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:
             build_head(config.first_session, self.shape.hidden_size)
+        check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
             adapters = build_fields(lora.LoraOptions, config.lora, "lora")
@@ -86,30 +88,14 @@ class CDLForImageClassification(Loadable):
         are NaN or infinite.
         """
         check_names(fields, but={"backbone_config", "backbone_digest", "query_config", "query_digest"})
-        name, query_name = str(name), None if query_name is None else str(query_name)
         if query_name is None and query_revision is not None:
             raise ValueError(
                 f"query_revision is '{query_revision}', but there is no query_name that it is of. Give that too, "
                 "or leave query_revision out."
             )
-        revision = commit_of(name, revision)
-        backbone = load_backbone(name, revision)
-        query = None
-        if query_name is not None:
-            query_revision = commit_of(query_name, query_revision)
-            query = load_backbone(query_name, query_revision)
-        config = CDLConfig(
-            backbone_config=backbone.config,
-            backbone_name=name,
-            backbone_revision=revision,
-            backbone_digest=digest(backbone),
-            query_config=None if query is None else query.config,
-            query_name=query_name,
-            query_revision=query_revision,
-            query_digest=None if query is None else digest(query),
-            **fields,
-        )
-        model = cls(config)
+        backbone, of_backbone = _fetched("backbone", name, revision)
+        query, of_query = (None, {}) if query_name is None else _fetched("query", query_name, query_revision)
+        model = cls(CDLConfig(**of_backbone, **of_query, **fields))
         lora.load_frozen(model.backbone, backbone.state_dict())
         if model.query_backbone is not None and query is not None:
             model.query_backbone.load_state_dict(query.state_dict())
@@ -137,38 +123,14 @@ class CDLForImageClassification(Loadable):
         """Whether a loss trains anything in that task, numbered from 0: always, but beside a fitted head."""
         return not self.fitted or (self.config.first_session is not None and task == 0)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
-
-        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
-        could not be loaded again.
-        """
-        self.config.check_saving()
-        if not self.is_remote_code():  # transformers takes remote code along by itself
-            put_code(self.config, Path(save_directory))
-        if self.config.lora is not None:
-            place = Path(save_directory) / lora.FOLDER
-            lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
-        scaffold, self.scaffold = self.scaffold, None
-        session_head, self.session_head = self.session_head, None
-        self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.scaffold, self.session_head = scaffold, session_head
-
     def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
         """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
 
         New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already,
-        for what is no list of names, or if the sums of a ridge head were dropped.
+        for what is no list of names, or if the head's sums were dropped.
         """
         names = class_list(class_names)
-        if not self.head.can_grow:
-            raise ValueError(
-                "This model's ridge head has no sums (head.sums is false): it can answer, but learn no further task. "
-                "Load the checkpoint that still has them, such as task-05 of its run."
-            )
+        self.head.check_growth()
         device, dtype = self.device, self.dtype
         self.config.set_tasks([*self.tasks, names])
         task = len(self.config.tasks) - 1
@@ -180,14 +142,12 @@ class CDLForImageClassification(Loadable):
         self.freeze()
 
     def drop_sums(self) -> None:
-        """Drop what a ridge head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
+        """Drop what the head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
 
-        Raises ValueError for another head.
+        Raises ValueError for a head that keeps no such sums.
         """
-        if not isinstance(self.head, RidgeHead):
-            raise ValueError(f"Only a ridge head keeps such sums; this one is {self.config.head['type']}.")
-        self.head.drop_sums()
-        self.config.head = {**self.config.head, "sums": False}
+        drop_sums(self.head)
+        self.config.head = {**self.config.head, **dataclasses.asdict(self.head.config)}
 
     def follow(self, teacher: CDLForImageClassification) -> None:
         """Take over what this model keeps of its teacher, which has learnt the newest task: a copy of its pool."""
@@ -296,22 +256,6 @@ class CDLForImageClassification(Loadable):
 
     # ---- forward ----
 
-    def _check_inputs(self, pixel_values: Any, labels: Any, query: Any, task_id: Any, states: Any) -> None:
-        """Raise ValueError for what the model cannot answer; `states`: the hidden states that are asked for."""
-        config = self.backbone.config
-        check_pixels(pixel_values, config.num_channels)
-        check_image_size(config, (pixel_values.shape[2], pixel_values.shape[3]))
-        check_task(task_id, len(self.config.tasks))
-        if labels is not None:
-            check_labels(labels, len(pixel_values), self.config.num_labels)
-        if query is not None and (query.dim() != 2 or len(query) != len(pixel_values)):
-            raise ValueError(f"query has shape {tuple(query.shape)}; give one of compute_query for these images.")
-        depth = self.shape.num_layers
-        if isinstance(states, list | tuple) and not all(-depth - 1 <= number <= depth for number in states):
-            raise ValueError(
-                f"output_hidden_states lists {short(states)}, but there are 0 to {depth}, or -1 for the last."
-            )
-
     @can_return_tuple
     def forward(
         self,
@@ -329,15 +273,11 @@ class CDLForImageClassification(Loadable):
         (1 - alpha) * CLS head + alpha * KD head.
         `output_hidden_states` may list the numbers of those to keep: 0 the embeddings, -1 the last layer.
         """
-        if not self.config.tasks:
-            raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None
-        self._check_inputs(pixel_values, labels, query, task_id, output_hidden_states)
         if output_attentions is None:
             output_attentions = self.config.output_attentions or None
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError("Attention weights are shown by 'eager' alone: model.set_attn_implementation('eager').")
+        self._check_inputs(pixel_values, labels, query, task_id, output_hidden_states, output_attentions)
         found = self._encode(
             pixel_values,
             query,
@@ -345,6 +285,32 @@ class CDLForImageClassification(Loadable):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
+        return self._classify(found, labels)
+
+    def _check_inputs(
+        self, pixel_values: Any, labels: Any, query: Any, task_id: Any, states: Any, attentions: Any
+    ) -> None:
+        """Raise ValueError for what the model cannot answer; `states`: the hidden states that are asked for."""
+        if not self.config.tasks:
+            raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
+        config = self.backbone.config
+        check_pixels(pixel_values, config.num_channels)
+        check_image_size(config, (pixel_values.shape[2], pixel_values.shape[3]))
+        check_task(task_id, len(self.config.tasks))
+        if labels is not None:
+            check_labels(labels, len(pixel_values), self.config.num_labels)
+        if query is not None and (query.dim() != 2 or len(query) != len(pixel_values)):
+            raise ValueError(f"query has shape {tuple(query.shape)}; give one of compute_query for these images.")
+        depth = self.shape.num_layers
+        if isinstance(states, list | tuple) and not all(-depth - 1 <= number <= depth for number in states):
+            raise ValueError(
+                f"output_hidden_states lists {short(states)}, but there are 0 to {depth}, or -1 for the last."
+            )
+        if attentions and self.config._attn_implementation != "eager":
+            raise ValueError("Attention weights are shown by 'eager' alone: model.set_attn_implementation('eager').")
+
+    def _classify(self, found: Encoded, labels: torch.Tensor | None) -> CDLOutput:
+        """The answer of the heads to an encoded batch."""
         logits = self._heads()[0](found.features)
         kd_features: Any = None
         kd_logits: Any = None
@@ -365,3 +331,12 @@ class CDLForImageClassification(Loadable):
             attentions=found.attentions,
             similarities=found.similarities,
         )
+
+
+def _fetched(part: str, name: str | Path, revision: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A pre-trained backbone, and what the config says about it in the fields `backbone_...` or `query_...`."""
+    name = str(name)
+    revision = commit_of(name, revision)
+    backbone = load_backbone(name, revision)
+    about = {"config": backbone.config, "name": name, "revision": revision, "digest": digest(backbone)}
+    return backbone, {f"{part}_{field}": value for field, value in about.items()}

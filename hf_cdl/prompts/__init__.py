@@ -1,10 +1,10 @@
-"""Prompt pools. A new method is one file here and one line in PROMPTS."""
+"""Prompt pools. A new method is one file and one name in PROMPTS: here, or by `PROMPTS.register` in a plugin."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hf_cdl.checked import build_fields, check_size, pick
+from hf_cdl.checked import build_fields, check_size
 from hf_cdl.prompts.apt import APT
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.prompts.coda import Coda
@@ -12,13 +12,23 @@ from hf_cdl.prompts.dualprompt import DualPrompt
 from hf_cdl.prompts.kd_prompt import KDPrompt, KDPromptConfig
 from hf_cdl.prompts.l2p import L2P
 from hf_cdl.prompts.mapping import MappingConfig, PromptMapping
+from hf_cdl.prompts.vpt import VPT
+from hf_cdl.registry import Registry
 
-PROMPTS: dict[str, type[PromptPool]] = {
-    "coda": Coda,
-    "dualprompt": DualPrompt,
-    "l2p": L2P,
-    "apt": APT,
-}
+PROMPTS: Registry[PromptPool] = Registry(
+    "PROMPTS",
+    "prompt pool",
+    PromptPool,
+    {
+        "coda": Coda,
+        "dualprompt": DualPrompt,
+        "l2p": L2P,
+        "apt": APT,
+        "vpt": VPT,
+    },
+    fields=("layers",),
+    bare=("none",),
+)
 
 
 def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_layers: int) -> PromptPool | None:
@@ -26,7 +36,7 @@ def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_la
 
     Raises ValueError for an unknown type or field, and for a pool that would not fit into memory.
     """
-    kind, fields = pick(prompt, "prompt", ("none", *PROMPTS))
+    kind, fields = PROMPTS.pick(prompt, "prompt")
     pool = PROMPTS.get(kind)
     if pool is None:
         if fields:

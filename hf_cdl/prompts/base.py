@@ -1,4 +1,10 @@
-"""What every prompt pool is: parameters in one block per task, and prefixes for a layer given a query."""
+"""What every prompt pool is: parameters in one block per task, and a prompt for a layer given a query.
+
+A pool returns one of two kinds of prompt (hf_cdl.types): `KV`, extra keys and values of a layer's attention, or
+`Tokens`, which enter the layer's sequence. `models/prompted.py` puts either in its place. A third kind, such as the
+weights of adapters, is a class of its own there and one more case in `PromptedBackbone._enter_layer`, which sees a
+layer's input before the layer does.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_cdl.types import KV
+from hf_cdl.types import Prompt
 
 
 class PromptPool(nn.Module, ABC):
     """Base of the prompt pools.
 
     A method file defines a frozen dataclass `Config` (its fields are the recipe's) and a subclass with `config_class`,
-    `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prefixes (None: all).
+    `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prompts (None: all). A pool that
+    gives `Tokens` sets `num_tokens`, how many of them stand in the sequence from its first layer on.
 
     Growth: `blocks` holds one module of parameters per task. The model freezes all blocks but the newest, so what a
     task learnt is never touched again; parameters outside `blocks` are shared and train in every task (`init_shared`
@@ -25,6 +32,7 @@ class PromptPool(nn.Module, ABC):
 
     config_class: ClassVar[type]
     needs_query: ClassVar[bool] = True
+    num_tokens: int = 0
 
     def __init__(self, config: Any, hidden_size: int, query_size: int, num_layers: int):
         super().__init__()
@@ -51,8 +59,8 @@ class PromptPool(nn.Module, ABC):
     @abstractmethod
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None
-    ) -> tuple[KV | None, torch.Tensor | None]:
-        """Prefix of `layer` (None if it gets none) for queries (B, D_q), and the pool's loss there (None if none).
+    ) -> tuple[Prompt | None, torch.Tensor | None]:
+        """Prompt of `layer` (None if it gets none) for queries (B, D_q), and the pool's loss there (None if none).
 
         `task_id` is the current task, in training; given to a pool in evaluation mode, it says that the model teaches
         that task to a student. Evaluation never knows the task.

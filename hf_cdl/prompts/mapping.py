@@ -1,7 +1,8 @@
 r"""Prompt mapping: the teacher's prompts become student prompts (CDL-Prompt, arXiv 2407.13911, v1).
 
-In every layer where the teacher has a prefix, its key and value tokens are averaged to one vector, and an attention
-over components like CODA-Prompt's turns that into a prefix of the student's width, concatenated beside its own:
+In every layer where the teacher has a prompt, its key and value tokens (or [ours] its tokens in the sequence) are
+averaged to one vector, and an attention over components like CODA-Prompt's turns that into a prefix of the student's
+width, concatenated beside its own:
 
     \bar p = mean([P^t_K; P^t_V]),    p^{s} = \sum_m \gamma(\bar p \odot A_m, K_m) P_m
 
@@ -86,7 +87,8 @@ class PromptMapping(nn.Module):
             return None
         with torch.no_grad():
             teacher, _ = self.teacher_pool(layer, query, task_id)
-            mean = torch.cat([teacher.key, teacher.value], dim=1).mean(dim=1)  # (B or 1, D_t)
+            # its keys and values, or its tokens
+            mean = torch.cat(teacher[:2], dim=1).mean(dim=1)  # (B or 1, D_t)
         index = self.layers.index(layer)
         prompt = weighted_sum(weights(self.blocks, index, mean), rows(self.blocks, "prompt", index))
         half = prompt.shape[1] // 2

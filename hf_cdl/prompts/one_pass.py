@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import torch
 
-from hf_cdl.types import KV
+from hf_cdl.types import Prompt
 
-Answer = tuple["list[KV]", "torch.Tensor | None", "tuple[torch.Tensor, torch.Tensor] | None"]
+Answer = tuple["list[Prompt]", "torch.Tensor | None", "tuple[torch.Tensor, torch.Tensor] | None"]
 
 
 class OnePass:
@@ -27,7 +27,7 @@ class OnePass:
         self.losses: dict[int, torch.Tensor] = {}
         self.similarities: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def enter(self, layer: int, query: torch.Tensor) -> dict[int, list[KV]]:
+    def enter(self, layer: int, query: torch.Tensor) -> dict[int, list[Prompt]]:
         """The keyword `prefix` of a layer whose query is (B, D)."""
         prefixes, loss, similarity = self.ask(layer, query.detach())
         if loss is not None:

@@ -23,6 +23,7 @@ from hf_cdl.recipe.checks import (
 )
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
+from hf_cdl.recipe.plugins import load_plugins
 from hf_cdl.recipe.taken import taken_over
 from hf_cdl.recipe.typed import build_typed, check_finite
 
@@ -36,6 +37,7 @@ __all__ = [
     "completed",
     "described",
     "idle_arguments",
+    "load_plugins",
     "load_recipe",
     "taken_over",
     "untrained",
@@ -51,10 +53,13 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
     """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
 
-    Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Raises RecipeError with
-    all problems at once.
+    Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Its `plugins` are run
+    before it is checked, so that it can name what they register: arguments and files must be the user's own. Raises
+    RecipeError with all problems at once.
     """
-    return build_recipe(read_recipe(arguments, default))
+    content = read_recipe(arguments, default)
+    load_plugins(content.get("plugins"))
+    return build_recipe(content)
 
 
 def build_recipe(content: dict[str, Any]) -> Recipe:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +9,8 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
-from hf_cdl.backbones.loading import check_image_size, load_config, read_config
+from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.loading import load_config, read_config
 from hf_cdl.checked import said
 from hf_cdl.config import CDLConfig
 from hf_cdl.data.views import check_processor, output_size, query_view
@@ -26,35 +24,6 @@ Model = CDLForImageClassification | ImageClassifier
 Models = dict[str, Model]
 MODELS: dict[str, Any] = {"cdl": CDLForImageClassification, "classifier": ImageClassifier}
 CREATE: dict[str, Callable[..., Model]] = {kind: model.from_backbone for kind, model in MODELS.items()}
-
-
-def load_plugins(files: Sequence[str]) -> None:
-    """Run Python files that the user named, once in a process; never those that a stranger's recipe names.
-
-    Raises ValueError for a file that is not there, or fails.
-    """
-    for file in map(Path, files):
-        name = f"hf_cdl_plugins.{file.stem}"
-        if name in sys.modules and Path(str(sys.modules[name].__file__)) == file.resolve():
-            continue
-        spec = importlib.util.spec_from_file_location(name, file.resolve())
-        if not file.is_file() or spec is None or spec.loader is None:
-            raise ValueError(
-                f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}). Give the path of one."
-            )
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file.resolve())]
-            lines += [error.lineno] if isinstance(error, SyntaxError) else []
-            where = f" at line {lines[-1]}" if lines else ""
-            text = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"The plugin '{file}' failed{where}: {type(error).__name__}: {text}. Mend it, or leave it out of "
-                "'plugins'."
-            ) from error
 
 
 def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lambda role: None) -> dict[str, Any]:

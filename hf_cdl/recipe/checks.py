@@ -16,10 +16,12 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.distill import TERMS
-from hf_cdl.heads.trained import HEADS
-from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig, PromptPool
+from hf_cdl.distill.objective import Asks
+from hf_cdl.heads import HEADS
+from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe.fields import PLACES, ModelRecipe, Recipe
 from hf_cdl.recipe.typed import WRONG, typed_fields, typed_value
+from hf_cdl.registry import Registry
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.arguments.table import IN_PASSES
 
@@ -36,17 +38,20 @@ def _section(content: dict[str, Any], name: str, default: Any) -> Any:
     return value if isinstance(value, type(default)) else default
 
 
-def _check_typed(registry: Any, content: Any, path: str, problems: list[str], extra: tuple[str, ...] = ()) -> None:
-    """Check a `{type: ..., fields}` section by its registry (name -> class with `config_class`).
+def _known(registry: Registry[Any], section: Any) -> Any:
+    """The class that a `{type: ..., fields}` section names; None if it names none that exists."""
+    kind = section.get("type") if isinstance(section, dict) else None
+    return registry.get(kind) if isinstance(kind, str) else None
 
-    A type without a `config_class`, or of `extra`, has no fields.
-    """
+
+def _check_typed(registry: Registry[Any], content: Any, path: str, problems: list[str]) -> None:
+    """Check a `{type: ..., fields}` section by its registry."""
     kind = content.get("type") if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in (*extra, *registry):
-        problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join([*extra, *registry])}")
-    elif hasattr(registry.get(kind), "config_class"):
+    if not isinstance(kind, str) or kind not in registry.types:
+        problems.append(f"'{path}.type' is {kind!r}; allowed: {', '.join(registry.types)}")
+    elif (known := registry.get(kind)) is not None:
         fields = {key: value for key, value in content.items() if key != "type"}
-        content.update(typed_fields(registry[kind].config_class, fields, path, problems))
+        content.update(typed_fields(known.config_class, fields, path, problems))
     else:
         problems += [f"unknown field '{path}.{key}'; type {kind} has none" for key in content if key != "type"]
 
@@ -54,45 +59,46 @@ def _check_typed(registry: Any, content: Any, path: str, problems: list[str], ex
 def check_terms(content: dict[str, Any], problems: list[str]) -> dict[str, dict[str, Any]]:
     """Check the distillation terms; the parts that they ask of the student, with defaults."""
     parts: dict[str, dict[str, Any]] = {}
-    terms = _section(content, "distill", [])
+    terms, teacher = _section(content, "distill", []), content.get("teacher")
+    student, taught = _asks(content.get("student")), _asks(teacher) if isinstance(teacher, dict) else None
     for number, term in enumerate(terms):
         _check_typed(TERMS, term, f"distill.{number}", problems)
-        kind = term.get("type") if isinstance(term, dict) else None
-        known = TERMS.get(kind) if isinstance(kind, str) else None
-        for part, defaults in (known.student_parts if known else {}).items():
+        if (known := _known(TERMS, term)) is None:
+            continue
+        name = f"'distill.{number}' ({term['type']})"
+        for part, defaults in known.student_parts.items():
             if parts.setdefault(part, defaults) != defaults:
-                problems.append(f"'distill.{number}' ({kind}) wants another '{part}' than the terms before; keep one")
-        if known and known.needs_teacher and content.get("teacher") is None:
-            problems.append(f"'distill.{number}' ({kind}) has no teacher to learn from; give one or leave it out")
-        student = _section(content, "student", {})
-        pool = _pool_class(student)
-        if known and known.needs_query and not (student.get("query") == "one_pass" and pool and pool.needs_query):
+                problems.append(f"{name} wants another '{part}' than the terms before; keep one")
+        if known.needs_teacher and teacher is None:
+            problems.append(f"{name} has no teacher to learn from; give one or leave it out")
+        if known.needs_query and student.query != "one_pass":
             problems.append(
-                f"'distill.{number}' ({kind}) compares one-pass queries with keys; it needs 'student.query' one_pass "
-                "and a prompt type with keys"
+                f"{name} compares one-pass queries with keys; it needs 'student.query' one_pass and a prompt type "
+                "with keys"
             )
-    if content.get("teacher_from") is not None and content.get("teacher") is None:
+        problems += [f"'{path}' {what}" for path, what in known.check_recipe(student, taught)]
+    if content.get("teacher_from") is not None and teacher is None:
         problems.append("'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does")
     if len(parts) > 1:
         problems.append(f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term")
     return parts
 
 
-def _pool_class(section: dict[str, Any]) -> type[PromptPool] | None:
-    """The prompt pool that a model's section names; None if it names none that exists."""
-    kind = _section(section, "prompt", {}).get("type")
-    return PROMPTS.get(kind) if isinstance(kind, str) else None
+def _asks(section: Any) -> Asks:
+    """What the prompts of a model's section ask of whom."""
+    section = section if isinstance(section, dict) else {}
+    pool = _known(PROMPTS, section.get("prompt"))
+    return Asks(pool is not None, section.get("query", "student") if pool and pool.needs_query else None)
 
 
 def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], problems: list[str]) -> None:
     section = content[role]
     prompt, head = _section(section, "prompt", {"type": "none"}), _section(section, "head", {"type": "linear"})
-    _check_typed(PROMPTS, prompt, f"{role}.prompt", problems, extra=("none",))
+    _check_typed(PROMPTS, prompt, f"{role}.prompt", problems)
     _check_typed(HEADS, head, f"{role}.head", problems)
-    if head.get("soft_targets") and (role == "teacher" or content.get("teacher") is None):
-        problems.append(f"'{role}.head.soft_targets' are a teacher's answers, but the {role} has none; set it to 0")
-    if head.get("sums") is False:
-        problems.append(f"'{role}.head.sums' is false, but to learn it needs them; drop them from what was learnt")
+    if (known := _known(HEADS, head)) is not None:
+        taught = role == "student" and content.get("teacher") is not None
+        problems += [f"'{role}.head.{name}' {what}" for name, what in known.check_recipe(head, taught)]
     trains, prompted = section.get("train_backbone") is True, prompt.get("type") != "none"
     if trains and prompted:
         problems.append(
@@ -102,6 +108,14 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
     if adapts:
         _check_lora(section, role, prompted, problems)
     _check_session(content, role, prompted or trains or adapts, problems)
+    named = ((PROMPTS, "prompt"), (HEADS, "head"), (HEADS, "first_session"))
+    if content.get("save_code") is True:
+        problems += [
+            f"'save_code' is true, but '{role}.{part}.type' {section[part]['type']} is a plugin's, whose code is not "
+            "copied beside the weights; set save_code false"
+            for registry, part in named
+            if _known(registry, section.get(part)) and section[part]["type"] in registry.added
+        ]
     if trains and content.get("save_backbone") is False:
         problems.append(
             f"'save_backbone' is false, but '{role}.train_backbone' is true: what it learns would be lost; change one"
@@ -118,20 +132,11 @@ def check_model(content: dict[str, Any], role: str, parts: dict[str, Any], probl
             )
         if isinstance(section[part], dict):
             section[part].update(typed_fields(kind, section[part], f"{role}.{part}", problems))
-    if role == "teacher" and "mapping" in parts:
-        known = _pool_class(section)
-        if known is None:
-            problems.append("'teacher.prompt.type' is none, but a mapping needs a teacher with prompts")
-        elif known.needs_query and section.get("query", "student") != "student":
-            problems.append(
-                f"'teacher.query' is {section['query']!r}, but a mapping asks the teacher's prompts with the "
-                "student's query; set it to student"
-            )
 
 
 def _fitted(head: Any) -> bool:
-    kind = head.get("type") if isinstance(head, dict) else None
-    return isinstance(kind, str) and kind in HEADS and HEADS[kind].fitted
+    known = _known(HEADS, head)
+    return known is not None and known.fitted
 
 
 def _check_lora(section: dict[str, Any], role: str, prompted: bool, problems: list[str]) -> None:
@@ -174,11 +179,10 @@ def _check_session(content: dict[str, Any], role: str, learns: bool, problems: l
     if not learns:
         problems.append(f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone")
     for number, term in enumerate(terms):
-        kind = term.get("type") if isinstance(term, dict) else None
-        if isinstance(kind, str) and kind in TERMS and TERMS[kind].student_parts:
+        if (known := _known(TERMS, term)) and known.student_parts:
             problems.append(
-                f"'distill.{number}' ({kind}) trains a KD head, which is not fitted after a first session; use a term "
-                "on the student's own head, as kd"
+                f"'distill.{number}' ({term['type']}) trains a KD head, which is not fitted after a first session; "
+                "use a term on the student's own head, as kd"
             )
 
 
@@ -208,26 +212,24 @@ def check_classifiers(content: dict[str, Any], problems: list[str]) -> None:
         if not (term.student_parts or term.needs_hidden_states or term.needs_features or term.needs_query)
     ]
     for number, term in enumerate(_section(content, "distill", [])):
-        kind = term.get("type") if isinstance(term, dict) else None
-        known = TERMS.get(kind) if isinstance(kind, str) else None
+        known = _known(TERMS, term)
         if known and known.student_parts and "student" in plain:
             problems.append(
-                f"'distill.{number}' ({kind}) trains a KD head, which a model: classifier has not; use one of "
+                f"'distill.{number}' ({term['type']}) trains a KD head, which a model: classifier has not; use one of "
                 + ", ".join(logits_alone)
             )
         if known and (known.needs_hidden_states or known.needs_features) and plain:
             compared = "hidden states" if known.needs_hidden_states else "features"
             problems.append(
-                f"'distill.{number}' ({kind}) compares {compared}, but a model: classifier shows its logits alone; "
-                f"use one of {', '.join(logits_alone)}"
+                f"'distill.{number}' ({term['type']}) compares {compared}, but a model: classifier shows its logits "
+                f"alone; use one of {', '.join(logits_alone)}"
             )
     if "student" in plain:
         if content.setdefault("baselines", []):
             problems.append(
                 "'baselines' are of a frozen backbone, which a student of model: classifier has not; set []"
             )
-        pool = _pool_class(models["teacher"])
-        if pool and pool.needs_query and models["teacher"].get("query", "student") == "student":
+        if _asks(models["teacher"]).query == "student":
             problems.append("'teacher.query' is student, but a model: classifier answers no queries; set it to self")
 
 
@@ -292,8 +294,7 @@ def check_training(content: dict[str, Any], role: str, problems: list[str]) -> N
 def check_weights(recipe: Recipe, problems: list[str]) -> None:
     """Of the losses of a student that trains, one has a weight."""
     if _trains(recipe.student) and recipe.ce_weight == 0:
-        defaults = {name: term.config_class().weight for name, term in TERMS.items()}
-        if not any(term.get("weight", defaults[term["type"]]) > 0 for term in recipe.distill):
+        if not any(term.get("weight", TERMS[term["type"]].config_class.weight) > 0 for term in recipe.distill):
             problems.append(
                 "'ce_weight' is 0 and no term of 'distill' has a weight above 0, so nothing would be learnt; give one "
                 "of them a weight"

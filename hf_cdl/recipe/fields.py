@@ -96,9 +96,7 @@ class Recipe:
         "The student's bare backbone, measured beside the models (a classifier has none).",
         default_factory=lambda: ["nearest_class_mean"],
     )
-    plugins: list[str] = _help(
-        "Python files that register models of your own with transformers.", default_factory=list
-    )
+    plugins: list[str] = _help("Python files that register models and methods of your own.", default_factory=list)
     save_backbone: bool = _help(
         "Checkpoints hold the frozen backbones; false: what was learnt alone, and loading fetches the backbones.",
         default=True,

@@ -40,7 +40,7 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     names = [str(part["name"]) for part in parts if part.get("name") is not None]
     if len(names) > 1:
         content["name"] = "-".join(names)
-    for name, value in _pairs(arguments):
+    for name, value in fields_given(arguments):
         _override(content, name.split("."), value, name)
     return content
 
@@ -170,8 +170,9 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _pairs(arguments: list[str]) -> list[tuple[str, Any]]:
-    pairs = []
+def fields_given(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Dotted name and value of every `--any.field value`. Raises RecipeError for what is none."""
+    arguments, pairs = list(arguments), []
     while arguments:
         name = arguments.pop(0)
         if not name.startswith("--"):

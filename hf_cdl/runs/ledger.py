@@ -70,7 +70,7 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_ledger(
-    folder: Path, way: str = "choose another folder to train in (train.py --output_dir FOLDER)"
+    folder: Path, way: str = "choose another folder to train in (hf-cdl train --output_dir FOLDER)"
 ) -> dict[str, Any]:
     """The ledger in a run's folder. Raises RunError if it is not there, newer, or not as a run writes it.
 

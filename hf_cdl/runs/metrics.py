@@ -1,4 +1,4 @@
-"""Metrics of continual learning: pure functions of an accuracy matrix, and `evaluate.Metric` classes around them.
+"""Metrics of continual learning: pure functions of an accuracy matrix. continual_metric.py has them for `evaluate`.
 
 The accuracy matrix R: `R[t][i]` is the accuracy in percent on the test images of task i after learning task t, counted
 from 0. Row t has t + 1 entries; what stands right of the diagonal is ignored. T is the number of rows: a stream that
@@ -12,10 +12,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
-
-import evaluate
-from datasets import Features, Value
-from datasets import Sequence as ListOf
 
 AccuracyMatrix = Iterable[Iterable[float | None]]
 
@@ -136,35 +132,3 @@ def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
 def _best(values: list[float]) -> float:
     """The largest value; NaN if one is, which max() would tell by its place alone."""
     return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-_CITATION = """\
-Rebuffi et al., iCaRL: Incremental Classifier and Representation Learning, CVPR 2017, arXiv:1611.07725
-Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, NeurIPS 2017, arXiv:1706.08840
-Chaudhry et al., Riemannian Walk for Incremental Learning, ECCV 2018, arXiv:1801.10112
-Smith et al., CODA-Prompt, CVPR 2023, arXiv:2211.13218"""
-
-
-class ContinualMetric(evaluate.Metric):
-    """The metrics as an `evaluate.Metric`: `ContinualMetric("forgetting")` one of METRICS, `ContinualMetric()` all.
-
-    `add(accuracies=row)` once per task, or `compute(accuracies=R)`; the latter also takes `counts=`, as
-    `continual_metrics` does. Raises ValueError for another name. What was added is kept in memory: no file is left.
-    """
-
-    def __init__(self, config_name: str | None = None, **options: Any) -> None:
-        if config_name is not None and config_name not in METRICS:
-            raise ValueError(f"there is no metric {config_name!r}; allowed: {', '.join(METRICS)}")
-        super().__init__(config_name, keep_in_memory=True, **options)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__ or "",
-            citation=_CITATION,
-            inputs_description="accuracies: rows of the accuracy matrix in percent, row t with t + 1 entries.",
-            features=Features({"accuracies": ListOf(Value("float64"))}),
-        )
-
-    def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, Any]:
-        values = continual_metrics(accuracies, **options)
-        return {name: value for name, value in values.items() if self.config_name in (None, "default", name)}

@@ -138,5 +138,5 @@ def _refuse(folder: Path, ledger: Mapping[str, Any], lost: list[str]) -> None:
         f"{len(states) - len(bad)} of {len(states)} checkpoints.\n"
         + "\n".join(f"  {line}" for line in lost[:2])
         + f"{more}\nPut them back from a copy of yours (or from the Hub, if they were pushed), or train again in "
-        "another folder (train.py --output_dir FOLDER)."
+        "another folder (hf-cdl train --output_dir FOLDER)."
     )

@@ -1,4 +1,4 @@
-"""What a run looks like to a reader: console tables, plots of the accuracy matrix. Several runs: compare.py.
+"""What a run looks like to a reader: console tables, plots of the accuracy matrix. Several runs: hf_cdl/compare.
 
 Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
 `{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
@@ -206,31 +206,63 @@ def _matrix_figure(results: Results) -> Figure:
     shown = [role for role in ("teacher", "student") if role in roles] or [next(iter(roles))]
     side = min(max(planned * (0.55 if planned <= 10 else 0.37), 2.0), 11.0)
     ticks = range(0, planned, 1 + (planned - 1) // (50 if planned < 100 else 25))  # as many as there is room for
+    digits = None if planned > 30 else int(planned <= 10)  # no room, and their number grows with the square
     figure = Figure(figsize=(len(shown) * side + 3.5, side + 1.5), dpi=150, layout="compressed")
     figure.suptitle(_title(results), parse_math=False)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for panel, role in zip(panels, shown, strict=True):
-        cells = [[float("nan")] * planned for _ in range(planned)]
-        for t, row in enumerate(roles[role]["accuracy_matrix"]):
-            for i, value in enumerate(row[: t + 1]):
-                if value is None:
-                    continue
-                cells[t][i] = value
-                if planned > 30:  # no room, and their number grows with the square
-                    continue
-                text = number(value, 1 if planned <= 10 else 0)
-                panel.text(i, t, text, ha="center", va="center", color="white" if value < 42 else "black", fontsize=8)
-        panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
+        draw_matrix(panel, roles[role]["accuracy_matrix"], planned, digits, ticks)
         panel.set_title(_label(role, roles[role], int(14 * side)), fontsize=9, parse_math=False)
         panel.set_xlabel("accuracy on task")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_ticks(ticks, [place + 1 for place in ticks], fontsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
     names = _task_names(results)
     panels[0].set_yticks(ticks, [names[place] for place in ticks], fontsize=8, parse_math=False)
     panels[0].set_ylabel("after learning task")
     figure.colorbar(panels[0].images[0], ax=list(panels), label="accuracy (%)")
     return figure
+
+
+def draw_matrix(
+    panel: Any,
+    matrix: Sequence[Sequence[float | None]],
+    tasks: int,
+    digits: int | None,
+    ticks: Sequence[int],
+    sizes: tuple[float, float] = (8, 8),
+) -> None:
+    """Draw the lower triangle of an accuracy matrix of `tasks` tasks; NaN and None were not measured.
+
+    `digits` of the numbers in it (None: no numbers), `ticks`: the tasks that are numbered, from 0, `sizes`: of both.
+    """
+    cells = [[math.nan] * tasks for _ in range(tasks)]
+    for t, row in enumerate(matrix):
+        for i, value in enumerate(row[: t + 1]):
+            if value is None:
+                continue
+            cells[t][i] = value
+            if digits is not None:
+                colour = "white" if value < 42 else "black"
+                panel.text(i, t, number(value, digits), ha="center", va="center", color=colour, fontsize=sizes[0])
+    panel.imshow(cells, vmin=0, vmax=100, cmap="viridis")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_ticks(ticks, [place + 1 for place in ticks], fontsize=sizes[1])
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def seen_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float]:
+    """After each task the average accuracy on the tasks until then; NaN where it was not measured."""
+    return [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
+
+
+def draw_curve(panel: Any, steps: Sequence[int], values: Sequence[float], line: str, **options: Any) -> None:
+    """Draw accuracies after `steps` tasks; `options` as matplotlib's: colour, marker, label."""
+    panel.plot(steps, values, line, markersize=4, **options)
+
+
+def finish_curves(panel: Any, tasks: int) -> None:
+    """Name the axes of a panel of curves over `tasks` tasks."""
+    panel.set_xticks(range(1, tasks + 1, 1 + (tasks - 1) // 20))
+    panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
+    panel.grid(alpha=0.3)
 
 
 def _task_names(results: Results) -> list[str]:
@@ -249,21 +281,18 @@ def _curve_figure(results: Results) -> Figure:
     roles = _measured(results)
     order = sorted(roles, key=lambda role: {"teacher": 0, "student": 1}.get(role, 2))
     for place, role in enumerate(order):
-        matrix = roles[role]["accuracy_matrix"]
-        curve = [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
+        curve = seen_so_far(roles[role]["accuracy_matrix"])
         style = "-" if role in ("teacher", "student") else "--"
         colour = COLOURS[place % len(COLOURS)]
         label = _label(role, roles[role], 32)
-        panel.plot(range(1, len(curve) + 1), curve, style, color=colour, marker="o", markersize=4, label=label)
+        draw_curve(panel, range(1, len(curve) + 1), curve, style, color=colour, marker="o", label=label)
     sizes = [len(names) for names in results.get("class_names", ())]
     chance = [100 / sum(sizes[: t + 1]) for t in range(len(sizes))]
     if chance:
         panel.plot(range(1, len(chance) + 1), chance, color="0.5", linestyle=":", marker=".", label="chance")
     planned = _planned(results)
-    panel.set_xticks(range(1, planned + 1, 1 + (planned - 1) // 20))
     panel.set(xlim=(0.5, planned + 0.5), ylim=(0, 102))
-    panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
-    panel.grid(alpha=0.3)
+    finish_curves(panel, planned)
     for text in figure.legend(loc="outside right center", frameon=False).get_texts():
         text.set_parse_math(False)
     return figure

@@ -36,6 +36,7 @@ from hf_cdl.runs.files import (
 from hf_cdl.runs.ledger import FORMAT, data_changes, differences, new_ledger, read_ledger, shortened
 from hf_cdl.runs.repair import examine, mend, publish, unreadable
 from hf_cdl.runs.results import ledger_results
+from hf_cdl.runs.source import Source
 from hf_cdl.types import Task, TaskResult
 
 RESULTS = "results.json"
@@ -49,7 +50,7 @@ class Run:
     folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
     that a new field with its default is no difference. `say` prints what was found damaged, and what became of it.
 
-    A run may go on from models that learnt their first tasks elsewhere: see adopt.py.
+    A run may go on from models that learnt their first tasks elsewhere: see continuation.py.
     """
 
     def __init__(
@@ -68,9 +69,7 @@ class Run:
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one for this process
         self._open()
         if self.recipe.get("teacher_from") is not None and not self.finished:
-            source, ledger = self._source("teacher")
-            ours, theirs = _makes(self.recipe, "teacher"), _makes(self._completed(ledger["recipe"]), "teacher")
-            self._refuse("teacher", source, differences(theirs, ours))
+            Source(self.recipe, "teacher").check_recipe(self._completed)
         if writer and not self.finished:
             self._made = [path for path in (self.folder / "run.json", self.folder / ".lock") if not path.exists()]
             self._acquire()
@@ -164,7 +163,7 @@ class Run:
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
                 f"{fingerprint}): {changes}.\nRestore the data, or start again in another folder with "
-                "--output_dir FOLDER. New classes alone can be learnt on top of it: see recipes/add_task.py."
+                "--output_dir FOLDER. New classes alone can be learnt on top of it: see hf-cdl add."
             )
         if not self.finished:
             self.ledger.update(stream=fingerprint, class_names=class_names)
@@ -257,11 +256,11 @@ class Run:
         """
         if self.recipe.get("teacher_from") is None or self.finished:
             return
-        source, ledger = self._source("teacher")
-        self._refuse("teacher", source, differences(ledger["stream"], fingerprint, "stream"))
+        source = Source(self.recipe, "teacher")
+        source.check_stream(fingerprint)
         for task in tasks:
             if self.result("teacher", task) is None:
-                self._source_files("teacher", source, ledger, task, thorough=False)
+                source.files(task, thorough=False)
 
     def taken(self, role: str, task: Task) -> tuple[Path, TaskResult, list[dict[str, Any]]] | None:
         """Of a phase of the run that the recipe's `ROLE_from` names: checkpoint, result and loss curve.
@@ -271,55 +270,10 @@ class Run:
         """
         if self.recipe.get(f"{role}_from") is None:
             return None
-        source, ledger = self._source(role)
-        self._refuse(role, source, differences(ledger["stream"], self.ledger["stream"], "stream"))
-        checkpoint, curve = self._source_files(role, source, ledger, task)
-        return checkpoint, TaskResult(**ledger["entries"][role][task.index]), read_json(curve)
-
-    def _source_files(
-        self, role: str, source: Path, ledger: dict[str, Any], task: Task, thorough: bool = True
-    ) -> tuple[Path, Path]:
-        """Checkpoint and loss curve of a task in the run that a role is taken from.
-
-        Raises RunError if it is not that far, or they are not what it stored (if `thorough`, by their content).
-        """
-        count = len(ledger["entries"].get(role, []))
-        if task.index >= count:
-            raise RunError(
-                f"'{role}_from' is {source}, which has learnt {count} tasks so far, not yet {task.name}. Finish that "
-                f"run first, or leave '{role}_from' out: then the {role} is trained."
-            )
-        checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
-        if links := [path for path in (checkpoint, *sorted(checkpoint.rglob("*")), curve) if path.is_symlink()]:
-            raise RunError(
-                f"'{role}_from' is {source}, but {links[0]} is a link, which may stand for any file. Put a copy of "
-                f"the file itself there, or leave out '{role}_from': then the {role} is trained."
-            )
-        known = ledger.get("files", {})
-        for file in (curve, *(source / path for path in known if path.startswith(f"{role}/{task.name}/"))):
-            stored = known.get(file.relative_to(source).as_posix())
-            if problem := unreadable(file) if stored is None else damage(file, stored, thorough):
-                raise RunError(
-                    f"'{role}_from' is {source}, but {file} {problem}. Run its own command again, which restores what "
-                    "can be restored, or leave out this field: then the role is trained."
-                )
-        return checkpoint, curve
-
-    def _source(self, role: str) -> tuple[Path, dict[str, Any]]:
-        """The run that a role is taken from: its folder and ledger."""
-        source = Path(self.recipe[f"{role}_from"])
-        try:
-            return source, read_ledger(source)
-        except RunError as error:
-            raise RunError(f"'{role}_from' is {source}, which holds no readable run.json: {error}") from error
-
-    def _refuse(self, role: str, source: Path, differences: Iterable[str]) -> None:
-        if found := list(differences):
-            raise RunError(
-                f"'{role}_from' is {source}, but its {role} learns something else. Differences (there -> asked):\n"
-                + shortened(found)
-                + f"\nAsk for the same as there, or leave '{role}_from' out: then the {role} is trained."
-            )
+        source = Source(self.recipe, role)
+        source.check_stream(self.ledger["stream"])
+        checkpoint, curve = source.files(task)
+        return checkpoint, source.result(task), read_json(curve)
 
     def save_result(self, result: TaskResult) -> None:
         """Add the measured accuracies to the ledger entry of a learnt task."""
@@ -410,12 +364,3 @@ class Run:
     def _write_ledger(self) -> None:
         if self.writer:
             write_json(self.folder / "run.json", self.ledger)
-
-
-def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
-    """What a role's phases depend on in a recipe."""
-    student = recipe["student"]
-    return {
-        **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
-        "student": {key: student[key] for key in ("backbone", "revision")},
-    }

@@ -17,10 +17,8 @@ from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task
 
 
-def check_parts(model: Any, args: Any, objective: Any, teacher: Any) -> None:
+def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
     """Raise ValueError if a trainer cannot be made of these, or if a teacher would not be asked anything."""
-    if not isinstance(args, CDLTrainingArguments):
-        raise ValueError(f"args are {type(args).__name__}; give CDLTrainingArguments, whose defaults are others.")
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
     if teacher is not None and not isinstance(teacher, nn.Module):
@@ -33,6 +31,12 @@ def check_parts(model: Any, args: Any, objective: Any, teacher: Any) -> None:
         raise ValueError(
             "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
             "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
+        )
+    layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
+    if args.gradient_checkpointing and not (layers and hasattr(model, "gradient_checkpointing_enable")):
+        raise ValueError(
+            f"activation_checkpointing is true, but the layers of this {type(model).__name__} cannot compute "
+            "their activations again; leave it out."
         )
 
 
@@ -53,20 +57,32 @@ def check_tasks(tasks: Any) -> None:
         raise ValueError(f"Give tasks of a stream: learn(stream[0]), answer([stream[0], stream[1]]); got {got}.")
 
 
-def check_items(data: Any, classes: int) -> None:
-    """Raise ValueError for what is no dataset of images with labels among so many classes, by its first item."""
+def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool = True) -> None:
+    """Raise ValueError for what is no dataset of images with labels among so many classes, by its first item.
+
+    `taker`: what takes it, for the message. Unless `labelled`, its items need no labels.
+    """
+    if not classes:
+        raise ValueError(
+            f"The model knows no class yet that {taker} could measure; give it a task first: learn(task)."
+        )
     lists = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, str | bytes | Mapping)
     item = data[0] if lists and len(data) else None
-    if not isinstance(item, Mapping) or not {"pixel_values", "labels"} <= {*item}:
+    needed = {"pixel_values", "labels"} if labelled else {"pixel_values"}
+    if not isinstance(item, Mapping) or not needed <= {*item}:
         raise ValueError(
-            f"evaluate takes a dataset with images, as task.test, whose items have pixel_values and labels; got "
-            f"{'an empty ' * (lists and not len(data))}{type(data).__name__}. To measure the tasks so far use "
+            f"{taker} takes a dataset with images, as task.test, whose items have {' and '.join(sorted(needed)[::-1])}"
+            f"; got {'an empty ' * (lists and not len(data))}{type(data).__name__}. To measure the tasks so far use "
             "evaluate_seen()."
         )
-    if not 0 <= int(item["labels"]) < classes:
-        raise ValueError(
-            f"The dataset has the label {item['labels']}, but the model's lie between 0 and {classes - 1}."
-        )
+    if "labels" in item:
+        check_label(int(item["labels"]), classes)
+
+
+def check_label(label: int, classes: int) -> None:
+    """Raise ValueError for a label that is none of so many classes."""
+    if not 0 <= label < classes:
+        raise ValueError(f"The dataset has the label {label}, but the model's lie between 0 and {classes - 1}.")
 
 
 def asks_teacher(model: Any, objective: Objective) -> bool:

@@ -10,11 +10,216 @@ Confidence is the largest softmax probability over all classes seen. For heads w
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
+
+from hf_cdl.training.checking import check_items, check_label, check_tasks
+from hf_cdl.training.progress import progress_bar
+from hf_cdl.training.task_trainer import TaskTrainer
+from hf_cdl.training.teacher import Teacher
+from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
+
+
+class EvaluatingTrainer(TaskTrainer):
+    """What transformers' Trainer does otherwise where it measures: classes come in tasks, and accuracy is measured.
+
+    Whatever is measured, every image counts once, and no task is told to the model. A subclass sets the attributes.
+    """
+
+    teacher: Teacher
+
+    # ---- Trainer's ways to measure ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Accuracy in percent among all classes on a dataset, as task.test, and what `compute_metrics` says of it.
+
+        Nothing is logged then. Without a dataset it measures, and logs, what it does during training at
+        `eval_strategy`: the trainer's `eval_dataset` in the same way, or else images of the newest task, among its own
+        classes: the model's accuracy, and those of its teacher's path or paths. They are validation images if the
+        accuracy has a say in the training (early stopping, the best epoch, a plateau, a user's callback, whatever it
+        does), else those of the evaluation split; then it changes nothing. Raises ValueError without any images.
+        """
+        _refuse_keys(ignore_keys)
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        if given is None:
+            metrics = self._measure_newest(metric_key_prefix)
+        else:
+            check_items(given, self._known_classes)
+            logits, labels = self._predictions(given)
+            metrics = self._metrics(logits, labels, metric_key_prefix)
+        if eval_dataset is None:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """As Trainer's: `predictions`, logits (N, C) over all classes in the order of the dataset; `label_ids` (N,).
+
+        `metrics` are accuracy in percent and those of `compute_metrics`, if the dataset has labels, and times. Raises
+        ValueError for what is no dataset of images, and for labels of classes that the model does not know.
+        """
+        _refuse_keys(ignore_keys)
+        check_items(test_dataset, self._known_classes, "predict", labelled=False)
+        start = time.time()
+        logits, labels = self._predictions(test_dataset)
+        metrics: dict[str, Any] = {} if labels is None else self._metrics(logits, labels, metric_key_prefix)
+        batches = math.ceil(len(logits) / (self.args.eval_batch_size * self.args.world_size))
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(logits), num_steps=batches)
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(_array(logits), None if labels is None else _array(labels), metrics)
+
+    def _predictions(self, data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits (N, C) over all classes, and labels (N,) if it has some, of a dataset in its order."""
+        was_training, parts = self.model.training, []
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed
+            for batch in self._loader(data):
+                found = {"logits": self.model(pixel_values=batch["pixel_values"]).logits}
+                found |= {"labels": batch["labels"]} if "labels" in batch else {}
+                parts.append(self.accelerator.gather_for_metrics(found))
+        self.model.train(was_training)
+        logits = torch.cat([part["logits"] for part in parts])
+        if "labels" not in parts[0]:
+            return logits, None
+        labels = torch.cat([part["labels"] for part in parts])
+        for label in (labels.min(), labels.max()):
+            check_label(int(label), logits.shape[1])
+        return logits, labels
+
+    def _measure_newest(self, prefix: str) -> dict[str, float]:
+        """Accuracies on images of the newest task among its own classes: the model's, and its teacher's."""
+        task = self._newest
+        images, hits, said = self._evaluation_images(task), {}, []
+        if not len(images or ()):
+            beside = " and ".join(self._steering) or "training"
+            raise ValueError(
+                f"{task.name} has no images that evaluate() may read beside {beside}. "
+                "Give one dataset, as evaluate(task.test), or use evaluate_seen()."
+            )
+        was_training = self.model.training
+        self.model.eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            for batch in self._loader(images, *self.teacher.views):
+                student, teacher = self._student_and_teacher(self.model, batch, None)
+                answers = {"": student.logits}
+                if teacher is not None:
+                    answers |= {"teacher_": teacher.logits, "prompt_path_": teacher.path_logits}
+                for name, logits in answers.items():
+                    if logits is not None:
+                        hit = logits[:, task.classes].argmax(dim=-1) == batch["labels"] - task.first_class
+                        hits.setdefault(name, []).append(self.accelerator.gather_for_metrics(hit))
+                if self.compute_metrics is not None:
+                    said.append(self.accelerator.gather_for_metrics((student.logits, batch["labels"])))
+        self.model.train(was_training)
+        metrics = {f"{prefix}_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
+        return metrics | (self._users_metrics(*map(torch.cat, zip(*said, strict=True)), prefix) if said else {})
+
+    def _student_and_teacher(
+        self, model: Any, batch: dict[str, Any], task_id: int | None
+    ) -> tuple[CDLOutput, CDLOutput | None]:
+        """What the model and its teacher, if terms look at one, say to a batch."""
+        raise NotImplementedError
+
+    def _metrics(self, logits: torch.Tensor, labels: Any, prefix: str) -> dict[str, float]:
+        accuracy = _percent(logits.argmax(dim=-1) == labels)
+        return {f"{prefix}_accuracy": accuracy, **self._users_metrics(logits, labels, prefix)}
+
+    def _users_metrics(self, logits: torch.Tensor, labels: torch.Tensor, prefix: str) -> dict[str, float]:
+        """Those of `compute_metrics`; one that it calls `accuracy` comes before ours."""
+        if self.compute_metrics is None:
+            return {}
+        found = denumpify_detensorize(self.compute_metrics(EvalPrediction(_array(logits), _array(labels))))
+        return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in found.items()}
+
+    # ---- a continual learner's ----
+
+    def evaluate_seen(self) -> TaskResult:
+        """Accuracy in percent on each task seen so far; from the ledger if it is there already."""
+        task = self._newest
+        stored = self.run.result(self.role, task) if self.run is not None else None
+        if stored is not None and stored.row:
+            return stored
+        start = time.perf_counter()
+        result = replace(stored or TaskResult(self.role, task.index), **self.answer(self.seen))
+        result.eval_seconds = time.perf_counter() - start
+        if self.run is not None:
+            self.run.save_result(result)
+        return result
+
+    def answer(self, tasks: list[Task]) -> dict[str, Any]:
+        """How the model answers the images of each task's evaluation split, no task id given: fields of TaskResult."""
+        check_tasks(tasks)
+        for task in tasks:
+            self._check_split(task)
+        self.model.eval()
+        parts = []
+        for task in tasks:
+            split, found = getattr(task, self.eval_split), []
+            loader = self._loader(split) if len(split) else ()
+            for batch in self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}", iterable=loader):
+                with torch.no_grad():
+                    logits = self.model(pixel_values=batch["pixel_values"]).logits
+                found.append(self.accelerator.gather_for_metrics(judge(logits, batch["labels"], task.classes)))
+            names = found[0] if found else ()
+            parts.append({name: torch.cat([batch[name] for batch in found]).cpu() for name in names})
+        correct, confidence = (torch.cat([p[key] for p in parts if p]) for key in ("correct", "confidence"))
+        rows = {"row": "correct", "within_task": "within_task", "task_identification": "task_identification"}
+        return {
+            "correct": [int(part["correct"].sum()) if part else 0 for part in parts],
+            "counts": [len(part["correct"]) if part else 0 for part in parts],
+            **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
+            "confidence": 100 * confidence.double().mean().item(),
+            "calibration_error": calibration_error(confidence, correct),
+            "class_accuracy": {
+                name: value
+                for task, part in zip(tasks, parts, strict=True)
+                if part
+                for name, value in class_accuracy(
+                    part["correct"], part["label"], task.class_names, task.first_class
+                ).items()
+            },
+        }
+
+    @property
+    def _newest(self) -> Task:
+        if not self.seen:
+            raise ValueError(
+                "No task has been learnt yet; give it one first: learn(task). What a loaded model knows is measured "
+                "by evaluate(dataset), as evaluate(task.test)."
+            )
+        return self.seen[-1]
+
+    @property
+    def _known_classes(self) -> int:
+        return sum(map(len, self.model.tasks))
+
+    # ---- images ----
+
+    def _loader(self, split: Any, *others: str) -> Any:
+        """Every image once, as the role (and the `others`) see it: Trainer would drop the last incomplete batch."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self.get_test_dataloader(self._as_seen(split, *others))
+        finally:
+            self.args.dataloader_drop_last = dropping
+
+    def _as_seen(self, split: Any, *others: str) -> Any:
+        """A split as this role's model sees it, and the `others` too; most users' own splits look the same to all."""
+        return split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
+
+    def _bar(self, title: str, **options: Any) -> Any:
+        return progress_bar(title, self.args.disable_tqdm or not self.is_world_process_zero(), **options)
 
 
 def judge(logits: torch.Tensor, labels: torch.Tensor, classes: slice) -> dict[str, torch.Tensor]:
@@ -48,3 +253,17 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct.cpu().double() - confidence)
     return 100 * gap.abs().sum().item() / len(confidence)
+
+
+def _percent(hits: torch.Tensor) -> float:
+    return 100 * int(hits.sum()) / len(hits)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """In float32, if it is of numbers that NumPy does not have."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+
+
+def _refuse_keys(ignore_keys: Any) -> None:
+    if ignore_keys:
+        raise ValueError(f"ignore_keys is {ignore_keys!r}, but predictions are the logits alone; leave it out.")

@@ -11,6 +11,11 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 
+def phase_title(index: int, num_tasks: int | None, role: str) -> str:
+    """What a bar and messages call a phase: `task 2/5 · student` is of the task with index 1."""
+    return f"task {index + 1}{f'/{num_tasks}' if num_tasks else ''} · {role}"
+
+
 def progress_bar(title: str, hidden: bool, **options: Any) -> Any:
     """A progress bar on a terminal; in a log file a line a minute."""
     pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
@@ -26,6 +31,7 @@ class PhaseProgress(TrainerCallback):
     def __init__(self, make_bar: Callable[..., Any], set_epoch: Callable[[int], None]):
         self.make_bar, self.set_epoch = make_bar, set_epoch
         self.bar: Any = None
+        self.first_step = 0  # the step that this process began or went on from
         self.started = 0.0
 
     @property
@@ -34,7 +40,7 @@ class PhaseProgress(TrainerCallback):
         return time.perf_counter() - self.started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started, self.first_step = time.perf_counter(), state.global_step
         if state.global_step:  # Trainer does not ask whether a phase that goes on had been stopped already
             stored = state.stateful_callbacks["TrainerControl"]["args"]
             control.should_training_stop = stored["should_training_stop"]

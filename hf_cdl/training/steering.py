@@ -16,6 +16,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import STEERED, CDLTrainingArguments
+from hf_cdl.training.checking import check_items
+from hf_cdl.training.progress import phase_title
 from hf_cdl.types import Task, TaskSplit
 
 
@@ -59,8 +61,13 @@ class SteeredTrainer(Trainer):
             or not type(callback).__module__.startswith(("transformers.", "hf_cdl."))
         ]
 
-    def _watched(self, task: Task) -> TaskSplit | None:
-        """The images that evaluation during training reads: validation images, if their accuracy changes anything."""
+    def _evaluation_images(self, task: Task) -> TaskSplit | None:
+        """Those of a task that evaluation during training reads: for validation, if their accuracy changes anything.
+
+        A dataset of a user's own (`eval_dataset`) comes before them.
+        """
+        if self.eval_dataset is not None:
+            return self.eval_dataset
         return task.validation if self._steering else getattr(task, self.eval_split)
 
     def check(self, task: Task) -> None:
@@ -70,7 +77,15 @@ class SteeredTrainer(Trainer):
         if self.args.eval_strategy == IntervalStrategy.NO:
             if stopping:
                 raise ValueError("EarlyStoppingCallback goes by the accuracy in training; set eval_strategy epoch.")
-        elif not fixed and not len(self._watched(task) or ()):
+        elif not fixed and self.eval_dataset is not None:
+            check_items(self.eval_dataset, task.classes.stop, "eval_dataset")
+            if steering and self.eval_dataset is task.test:
+                raise ValueError(
+                    f"{' and '.join(steering)} of the {self.role} would choose by test images: eval_dataset is those "
+                    f"of {task.name}, and nothing else may change the training. Give it images for validation, or "
+                    f"leave out {' and '.join(steering)}."
+                )
+        elif not fixed and not len(self._evaluation_images(task) or ()):
             if steering:
                 raise ValueError(
                     f"{' and '.join(steering)} of the {self.role} would choose by test images: {task.name} has no "
@@ -146,4 +161,4 @@ class SteeredTrainer(Trainer):
                 value.copy_(stored[name])
 
     def _title(self, task: Task) -> str:
-        return f"task {task.index + 1}{f'/{self.num_tasks}' if self.num_tasks else ''} · {self.role}"
+        return phase_title(task.index, self.num_tasks, self.role)

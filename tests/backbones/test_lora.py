@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import plan
 import pytest
 import torch
 from helpers import ROOT, killed_and_taken, make_backbone, make_recipe, picture, write_recipe
@@ -18,14 +17,17 @@ from test_contract import MAPPING, arguments, images, model_of, stream, vit
 from test_first_session import SESSION, state_of
 from test_hub import STUDENT, Said, pusher, saved_run
 from test_models import images as larger_images
-from test_models import stored_backbone
+from tiny_families import TINY, stored_backbone
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, ViTConfig, ViTImageProcessorPil, ViTModel, pipeline, set_seed
 from transformers.dynamic_module_utils import get_imports
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones import families as bb
+from hf_cdl.backbones.loading import load_config
+from hf_cdl.commands import costs as counting
+from hf_cdl.commands import plan
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.hub import HubError
 from hf_cdl.hub.card import model_card
@@ -62,14 +64,14 @@ def learnt(folder: Path, **fields: Any) -> CDLForImageClassification:
 
 
 @peft_is_late
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
 def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_the_same(
     kind: str, tmp_path: Path
 ) -> None:
     source, x = stored_backbone(tmp_path / "backbone", kind), larger_images()
 
     def bare() -> Any:
-        return AutoModel.from_pretrained(source, **bb.family(bb.load_config(str(source))).init)
+        return AutoModel.from_pretrained(source, **bb.family(load_config(str(source))).init)
 
     def features(backbone: Any, plain: Any) -> torch.Tensor:
         inputs = bb.extra_inputs(plain.config, x)
@@ -309,7 +311,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
     for role in ("teacher", "student"):
         recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}
     built = build_recipe(recipe)
-    fakes, costs = plan.measure(built, plan.read_tasks(built))
+    fakes, costs = counting.measure(built, counting.read_tasks(built))
     teacher, student = 2 * 3 * 2 * 4 * 48, 2 * 2 * 2 * 4 * 32  # A and B of two projections, by layer, rank and width
     assert costs["teacher"].trained == teacher + 48 * 2 + 2
     assert (costs["student"].steps, costs["student"].images) == (2 * 2, 2 * 16)
@@ -337,7 +339,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path) -> None:
     }
     models["teacher"].eval()
     models["student"].train()
-    with FlopCounterMode(display=False, custom_mapping=plan.FUSED) as counter:
+    with FlopCounterMode(display=False, custom_mapping=counting.FUSED) as counter:
         trainer.compute_loss(models["student"], batch).backward()
     assert costs["student"].training_flops == counter.get_total_flops() / 2 / 8
 

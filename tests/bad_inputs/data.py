@@ -27,7 +27,7 @@ def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY
         build(parts)
         section = {"path": "bad", "classes_per_task": None, **fields}
         recipe = parts.write({f"data.{key}": value for key, value in section.items()})
-        return command("train.py", recipe, "--output_dir", "run")
+        return command("train", recipe, "--output_dir", "run")
 
     return Row(name, make, says or ("bad",), way)
 

@@ -30,7 +30,7 @@ def file(name: str, content: str | bytes | Callable[[Parts], Any], *says: str, w
         else:
             parts.write()
             recipe.write_text((recipe.read_text() if content.startswith("+") else "") + content.removeprefix("+"))
-        return command("train.py", recipe)
+        return command("train", recipe)
 
     return Row(name, make, says or ("recipe.yaml",), way)
 
@@ -87,7 +87,10 @@ FILES = [
 ]
 
 
-def words(name: str, *arguments: Any, says: tuple[str, ...], way: str = WAY, script: str = "train.py") -> Row:
+TEST_SPLIT = "hf_cdl/compare/test_split.py"
+
+
+def words(name: str, *arguments: Any, says: tuple[str, ...], way: str = WAY, script: str = "train") -> Row:
     """A command line; recipe.yaml in the current folder is right, and `{done}` is a finished run."""
 
     def make(parts: Parts) -> Act:
@@ -138,31 +141,31 @@ OTHERS = [
     *(
         words(f"{script} without words", says=(missing,), way="required|usage|RUN|FOLDER", script=script)
         for script, missing in {
-            "add_task.py": "student",
-            "card.py": "run",
-            "push.py": "run",
-            "verify.py": "RUN",
-            "shrink.py": "backbone",
-            "compare.py": "SPEC",
-            "make_digits.py": "folder",
-            "pretrain.py": "--data",
+            "add": "student",
+            "card": "run",
+            "push": "run",
+            "verify": "RUN",
+            "shrink": "backbone",
+            "compare": "SPEC",
+            "recipes/make_digits.py": "folder",
+            "recipes/pretrain.py": "--data",
         }.items()
     ),
     *(
         words(f"{script} with an unknown option", *before, "--colour", "red", says=("colour",), script=script)
         for script, before in {
-            "add_task.py": ("{done}", "photos"),
-            "card.py": ("{done}",),
-            "push.py": ("{done}",),
-            "verify.py": ("{done}",),
-            "shrink.py": ("student", "small"),
-            "compare.py": ("recipe.yaml",),
-            "make_digits.py": ("digits",),
+            "add": ("{done}", "photos"),
+            "card": ("{done}",),
+            "push": ("{done}",),
+            "verify": ("{done}",),
+            "shrink": ("student", "small"),
+            "compare": ("recipe.yaml",),
+            "recipes/make_digits.py": ("digits",),
         }.items()
     ),
     *(
         words(f"{script} of a folder that is no run", "data", says=("data",), way="no run|run.json", script=script)
-        for script in ("card.py", "push.py", "verify.py")
+        for script in ("card", "push", "verify")
     ),
     *(
         words(
@@ -172,75 +175,89 @@ OTHERS = [
             way="no run|no such|run.json",
             script=script,
         )
-        for script in ("card.py", "push.py", "verify.py")
+        for script in ("card", "push", "verify")
     ),
-    words("add_task.py without data", "{done}", says=("data",), way="required", script="add_task.py"),
-    words("add_task.py with options first", "--revision", "x", "a", "b", says=("first",), script="add_task.py"),
-    words("card.py with two runs", "{done}", "{done}", says=("done",), script="card.py"),
+    words("hf-cdl add without data", "{done}", says=("data",), way="required", script="add"),
+    words("hf-cdl add with options first", "--revision", "x", "a", "b", says=("first",), script="add"),
+    words("hf-cdl card with two runs", "{done}", "{done}", says=("done",), script="card"),
     words(
-        "push.py with perhaps",
+        "hf-cdl push with perhaps",
         "{done}",
         "--push_teacher",
         "perhaps",
         says=("push_teacher",),
         way="true|choose|invalid",
-        script="push.py",
+        script="push",
     ),
-    words("push.py with a wrong name", "{done}", "--hub_model_id", "a/b/c", says=("hub_model_id",), script="push.py"),
-    words("shrink.py into a full folder", "student", "data", says=("data", "not empty"), script="shrink.py"),
+    words("hf-cdl push with a wrong name", "{done}", "--hub_model_id", "a/b/c", says=("hub_model_id",), script="push"),
+    words("hf-cdl shrink into a full folder", "student", "data", says=("data", "not empty"), script="shrink"),
     words(
-        "shrink.py to no layers",
+        "hf-cdl shrink to no layers",
         "student",
         "small",
         "--layers",
         0,
         says=("--layers",),
         way="has 2",
-        script="shrink.py",
+        script="shrink",
     ),
     words(
-        "shrink.py to more layers",
+        "hf-cdl shrink to more layers",
         "student",
         "small",
         "--layers",
         3,
         says=("--layers",),
         way="has 2",
-        script="shrink.py",
+        script="shrink",
     ),
     words(
-        "shrink.py to half a layer",
+        "hf-cdl shrink to half a layer",
         "student",
         "small",
         "--layers",
         1.5,
         says=("--layers",),
         way="int",
-        script="shrink.py",
+        script="shrink",
     ),
-    words("shrink.py to no size", "student", "small", "--size", 0, says=("--size",), script="shrink.py"),
-    words("shrink.py to a negative size", "student", "small", "--size", -16, says=("--size",), script="shrink.py"),
+    words("hf-cdl shrink to no size", "student", "small", "--size", 0, says=("--size",), script="shrink"),
+    words("hf-cdl shrink to a negative size", "student", "small", "--size", -16, says=("--size",), script="shrink"),
     words(
-        "shrink.py to no whole patches",
+        "hf-cdl shrink to no whole patches",
         "student",
         "small",
         "--size",
         20,
         says=("--size",),
         way="multiple",
-        script="shrink.py",
+        script="shrink",
     ),
-    words("shrink.py of nothing", "./gone", "small", says=("gone",), script="shrink.py"),
-    words("shrink.py of a folder without model", "data", "small", says=("data",), script="shrink.py"),
-    words("shrink.py of a data file", "data/train.parquet", "small", says=("data/train.parquet",), script="shrink.py"),
-    words("make_digits.py into a full folder", "data", says=("data", "not empty"), script="make_digits.py"),
-    words("make_digits.py into a file", "recipe.yaml", says=("recipe.yaml",), script="make_digits.py"),
-    words("compare.py of a recipe", "recipe.yaml", says=("recipe.yaml",), way="missing|allowed", script="compare.py"),
-    words("compare.py of nothing", "gone.yaml", says=("gone.yaml",), way="No such file", script="compare.py"),
-    words("compare.py with no jobs", "recipe.yaml", "--jobs", 0, says=("--jobs",), script="compare.py"),
-    words("final_test.py alone", says=("compare.py|SPEC",), script="final_test.py"),
-    words("final_test.py of nothing", "gone.yaml", "a", "b", says=("gone.yaml",), script="final_test.py"),
-    words("final_test.py of a recipe", "recipe.yaml", "a", "b", says=("recipe.yaml",), script="final_test.py"),
+    words("hf-cdl shrink of nothing", "./gone", "small", says=("gone",), script="shrink"),
+    words("hf-cdl shrink of a folder without model", "data", "small", says=("data",), script="shrink"),
+    words("hf-cdl shrink of a table", "data/train.parquet", "small", says=("data/train.parquet",), script="shrink"),
+    words("make_digits.py into a full folder", "data", says=("data", "not empty"), script="recipes/make_digits.py"),
+    words("make_digits.py into a file", "recipe.yaml", says=("recipe.yaml",), script="recipes/make_digits.py"),
+    words("hf-cdl compare of a recipe", "recipe.yaml", says=("recipe.yaml",), way="missing|allowed", script="compare"),
+    words("hf-cdl compare of nothing", "gone.yaml", says=("gone.yaml",), way="No such file", script="compare"),
+    words("hf-cdl compare with no jobs", "recipe.yaml", "--jobs", 0, says=("--jobs",), script="compare"),
+    words("test_split alone", says=("SPEC",), script=TEST_SPLIT),
+    words(
+        "test_split of nothing",
+        "gone.yaml",
+        "a",
+        "b",
+        says=("gone.yaml",),
+        script=TEST_SPLIT,
+    ),
+    words(
+        "test_split of a recipe",
+        "recipe.yaml",
+        "a",
+        "b",
+        says=("recipe.yaml",),
+        script=TEST_SPLIT,
+    ),
     words(
         "pretrain.py of nothing",
         "--data",
@@ -250,12 +267,12 @@ OTHERS = [
         "--output",
         "new",
         says=("gone",),
-        script="pretrain.py",
+        script="recipes/pretrain.py",
     ),
     words("the plan of a recipe with a typo", "recipe.yaml", "--plan", "--sead", 3, says=("sead",)),
-    words("the demo of nothing", "gone", says=("gone",), way="offline|folder", script="space/app.py"),
-    words("the demo of a folder of data", "data", says=("data",), script="space/app.py"),
-    words("the demo without words", says=("where",), way="required", script="space/app.py"),
+    words("the demo of nothing", "gone", says=("gone",), way="offline|folder", script="demo"),
+    words("the demo of a folder of data", "data", says=("data",), script="demo"),
+    words("the demo without words", says=("where",), way="required", script="demo"),
 ]
 
 
@@ -283,7 +300,7 @@ def spec(
         }
         Path("spec.yaml").write_text(yaml.safe_dump({**content, **changes}))
         before()
-        return command("compare.py", "spec.yaml", "--jobs", 1)
+        return command("compare", "spec.yaml", "--jobs", 1)
 
     return Row(name, make, says, way)
 

@@ -47,7 +47,7 @@ def half(name: str) -> Callable[[Files], Any]:
 def add(
     name: str, damage: Callable[[Files], Any], *says: str, tag: str | None = "task-02", words: Any = (), way: str = WAY
 ) -> Row:
-    """add_task.py on a student whose repository is damaged, beside a teacher that is right."""
+    """hf-cdl add on a student whose repository is damaged, beside a teacher that is right."""
 
     def make(parts: Parts) -> Act:
         parts.copy("photos")
@@ -55,7 +55,7 @@ def add(
         files = pushed(parts, "student")
         damage(files)
         publish(parts.hub, repository, files, tag)
-        return command("add_task.py", repository, "photos", "--teacher", "me/tiny-teacher", *words)
+        return command("add", repository, "photos", "--teacher", "me/tiny-teacher", *words)
 
     return Row(name, make, says or (re.sub(r"\W+", "-", name),), way, hub=True)
 
@@ -139,21 +139,21 @@ FILES = [
 ]
 
 ASKED = [
-    ask("nobody's repository", "add_task.py", "me/nothing", "photos", says=("me/nothing",)),
-    ask("somebody's private name", "add_task.py", "someone/secret", "photos", says=("someone/secret",)),
-    ask("a repository of three names", "add_task.py", "a/b/c", "photos", says=("a/b/c",), way="OWNER/NAME|."),
+    ask("nobody's repository", "add", "me/nothing", "photos", says=("me/nothing",)),
+    ask("somebody's private name", "add", "someone/secret", "photos", says=("someone/secret",)),
+    ask("a repository of three names", "add", "a/b/c", "photos", says=("a/b/c",), way="OWNER/NAME|."),
     ask(
         "an address",
-        "add_task.py",
+        "add",
         "https://huggingface.co/me/tiny",
         "photos",
         says=("https://huggingface.co/me/tiny",),
     ),
-    ask("an empty name", "add_task.py", "", "photos", says=("repository|OWNER/NAME|''|neither",)),
-    ask("a name of wrong letters", "add_task.py", "me/ti ny!", "photos", says=("me/ti ny!",)),
+    ask("an empty name", "add", "", "photos", says=("repository|OWNER/NAME|''|neither",)),
+    ask("a name of wrong letters", "add", "me/ti ny!", "photos", says=("me/ti ny!",)),
     ask(
         "no network",
-        "add_task.py",
+        "add",
         "me/tiny",
         "photos",
         says=("me/tiny",),
@@ -162,22 +162,22 @@ ASKED = [
     ),
     ask(
         "no teacher",
-        "add_task.py",
+        "add",
         "me/tiny",
         "photos",
         "--teacher",
         "me/no-teacher",
         says=("me/no-teacher", "teacher"),
     ),
-    ask("a student for a teacher", "add_task.py", "me/tiny", "photos", "--teacher", "me/tiny", says=("teacher",)),
-    ask("a teacher for a student", "add_task.py", "me/tiny-teacher", "photos", says=("student",)),
-    ask("data that are missing", "add_task.py", "me/tiny", "./nowhere", says=("./nowhere",), way="data.path"),
-    ask("data of known classes", "add_task.py", "me/tiny", "data", says=("class a",), way="known_train"),
-    ask("other prompts", "add_task.py", "me/tiny", "photos", "--student.prompt.length", 8, says=("student.prompt",)),
-    ask("a misspelt field", "add_task.py", "me/tiny", "photos", "--train.epochs", 8, says=("train.epochs",)),
+    ask("a student for a teacher", "add", "me/tiny", "photos", "--teacher", "me/tiny", says=("teacher",)),
+    ask("a teacher for a student", "add", "me/tiny-teacher", "photos", says=("student",)),
+    ask("data that are missing", "add", "me/tiny", "./nowhere", says=("./nowhere",), way="data.path"),
+    ask("data of known classes", "add", "me/tiny", "data", says=("class a",), way="known_train"),
+    ask("other prompts", "add", "me/tiny", "photos", "--student.prompt.length", 8, says=("student.prompt",)),
+    ask("a misspelt field", "add", "me/tiny", "photos", "--train.epochs", 8, says=("train.epochs",)),
     ask(
         "a folder that is in use",
-        "add_task.py",
+        "add",
         "me/tiny",
         "photos",
         "--output_dir",
@@ -187,7 +187,7 @@ ASKED = [
     ),
     ask(
         "push to a repository of somebody",
-        "push.py",
+        "push",
         "done",
         "--hub_model_id",
         "someone/x",
@@ -196,7 +196,7 @@ ASKED = [
     ),
     ask(
         "push to a repository of another run",
-        "push.py",
+        "push",
         "done",
         "--hub_model_id",
         "me/foreign",
@@ -205,7 +205,7 @@ ASKED = [
     ),
     ask(
         "push to tags of another run",
-        "push.py",
+        "push",
         "done",
         "--hub_model_id",
         "me/other-run",
@@ -214,7 +214,7 @@ ASKED = [
     ),
     ask(
         "train and push to a repository of another run",
-        "train.py",
+        "train",
         "recipe.yaml",
         "--output_dir",
         "new",
@@ -227,7 +227,7 @@ ASKED = [
     ),
     ask(
         "train and push to somebody",
-        "train.py",
+        "train",
         "recipe.yaml",
         "--output_dir",
         "new",
@@ -238,7 +238,7 @@ ASKED = [
         says=("someone/x",),
         way="allowed|rights|write",
     ),
-    ask("the demo of nobody's repository", "space/app.py", "me/nothing", says=("me/nothing",)),
+    ask("the demo of nobody's repository", "demo", "me/nothing", says=("me/nothing",)),
 ]
 
 ROWS = rows("repository", RESULTS, FILES, ASKED)

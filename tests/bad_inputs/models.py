@@ -89,7 +89,7 @@ def backbone(name: str, damage: Callable[[Path], Any], *says: str, way: str = WA
     def make(parts: Parts) -> Command:
         damage(parts.copy("student", "bad"))
         section = {"student.backbone": "./bad", **{f"student.{key}": value for key, value in fields.items()}}
-        return command("train.py", parts.write(section), "--output_dir", "run")
+        return command("train", parts.write(section), "--output_dir", "run")
 
     return Row(name, make, ("bad", *says), way)
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import train
 import yaml
 from helpers import make_backbone, make_data, picture
 from hub_server import Entry, Repository, git_oid, lfs_entry, write
 from safetensors.torch import load_file, save_file
 
 from hf_cdl import CDLForImageClassification
+from hf_cdl.commands import console, train
 from hf_cdl.hub.content import results_after
-from hf_cdl.training.phase import PhaseTrainer
+from hf_cdl.training.task_trainer import TaskTrainer
 
 GONE = object()
 """In place of a field's value: the field is left out."""
@@ -131,7 +131,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
             log = os.open(os.devnull, os.O_WRONLY)
             os.dup2(log, 1)
             sys.stdout = sys.stderr = open(os.devnull, "w")
-            stored, store = [], PhaseTrainer._save_checkpoint
+            stored, store = [], TaskTrainer._save_checkpoint
 
             def stop(self: Any, *arguments: Any) -> None:
                 store(self, *arguments)
@@ -139,8 +139,8 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
                 if len(stored) == stop_at:
                     raise KeyboardInterrupt
 
-            PhaseTrainer._save_checkpoint = stop  # type: ignore[method-assign]
-            train.quiet()
+            TaskTrainer._save_checkpoint = stop  # type: ignore[method-assign]
+            console.quiet()
             os._exit(train.main(["recipe.yaml", "--output_dir", name]))
         finally:
             os._exit(99)

@@ -20,7 +20,7 @@ def field(changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
     folder = () if {*changes} & {"name", "output_dir"} else ("--output_dir", "run")
 
     def make(parts: Parts) -> Command:
-        return command("train.py", parts.write(changes), *folder)
+        return command("train", parts.write(changes), *folder)
 
     shown = {name: "left out" if value is GONE else value for name, value in changes.items() if name not in ALONE}
     name = ", ".join(f"{name} {value}" for name, value in (shown or changes).items())
@@ -57,7 +57,7 @@ def plugin(name: str, source: str, says: str) -> Row:
 
     def make(parts: Parts) -> Command:
         Path("mine.py").write_text(source)
-        return command("train.py", parts.write({"plugins": ["mine.py"]}), "--output_dir", "run")
+        return command("train", parts.write({"plugins": ["mine.py"]}), "--output_dir", "run")
 
     return Row(f"a plugin {name}", make, ("mine.py", says), way="Mend it, or leave it out")
 

@@ -25,7 +25,7 @@ import datasets.config
 import huggingface_hub.constants as hub_constants
 import torch
 from accelerate.state import AcceleratorState
-from helpers import ROOT
+from helpers import MAIN, ROOT
 
 from bad_inputs.parts import Parts
 
@@ -45,7 +45,7 @@ NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
 
 
 class Command(NamedTuple):
-    """A script of recipes/ and its words."""
+    """A verb of hf-cdl, or a script by its path, and its words."""
 
     script: str
     words: list[str]
@@ -122,7 +122,7 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
     if isinstance(act, Command):
         if result.code != 2:
             wrong.append(f"exit code {result.code} instead of 2")
-        _, *messages = re.split(r"^(?:[\w.]+: )?error: ", result.output, flags=re.MULTILINE)
+        _, *messages = re.split(r"^(?:[\w. -]+: )?error: ", result.output, flags=re.MULTILINE)
         if len(messages) != 1:
             return [*wrong, f"{len(messages)} messages 'error: ...' instead of one"]
         [message] = messages
@@ -196,8 +196,8 @@ def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None
     _use_hub(hub, folder.with_name(f"{folder.name}.cache"))
     try:
         if isinstance(act, Command):
-            sys.argv = [str(ROOT / "recipes" / act.script), *act.words]
-            sys.path.insert(0, os.path.dirname(sys.argv[0]))
+            script = act.script.endswith(".py")
+            sys.argv = [str(ROOT / act.script), *act.words] if script else [str(MAIN), act.script, *act.words]
             runpy.run_path(sys.argv[0], run_name="__main__")
             return 0, None, ""
         act()

@@ -32,7 +32,7 @@ def run(
     def make(parts: Parts) -> Command:
         parts.put_recipe(of)
         damage(Path(of))
-        script, *rest = words or ("train.py", "recipe.yaml", "--output_dir", of)
+        script, *rest = words or ("train", "recipe.yaml", "--output_dir", of)
         return command(script, *rest)
 
     return Row(name, make, says, way, hub)
@@ -118,9 +118,9 @@ def read_by(script: str, *names: str) -> list[Row]:
 HUGE = "with a number of hundreds of digits"
 LEDGER_ROWS = [
     *(run(f"a ledger {name}", damage, "run.json") for name, damage in LEDGERS.items()),
-    *read_by("card.py", "cut off", "a list", "without a recipe", "with words for entries", HUGE),
-    *read_by("push.py", "cut off", "null", "with a word for a recipe"),
-    *read_by("verify.py", "cut off", "empty", "a list", "without entries", "with entries of no fields", HUGE),
+    *read_by("card", "cut off", "a list", "without a recipe", "with words for entries", HUGE),
+    *read_by("push", "cut off", "null", "with a word for a recipe"),
+    *read_by("verify", "cut off", "empty", "a list", "without entries", "with entries of no fields", HUGE),
     run("a ledger of a newer version", ledger({"format": 99, "version": 99}), "run.json", "newer|version|format"),
     run("a ledger with a recipe of NaN", ledger({"recipe.train.learning_rate": float("nan")}), "learning_rate"),
     run("a ledger of unknown fields in the recipe", ledger({"recipe.sead": 3}), "sead"),
@@ -128,26 +128,26 @@ LEDGER_ROWS = [
     run("no ledger", missing(LEDGER), "done", "run.json", way="--output_dir"),
     run("the recipe of another run", lambda folder: change_yaml("seed: 7"), "seed", way="--output_dir"),
     run("a finished run in use", hold, "Another process", of="cut", way="wait|stop"),
-    run("push.py of nowhere", lambda folder: None, "done", words=("push.py", "done"), way="--hub_model_id"),
+    run("hf-cdl push of nowhere", lambda folder: None, "done", words=("push", "done"), way="--hub_model_id"),
     run(
-        "push.py of a finished run that has lost its weights",
+        "hf-cdl push of a finished run that has lost its weights",
         missing("student/task-02"),
         "task-02",
-        words=("push.py", "done", "--hub_model_id", "me/x"),
+        words=("push", "done", "--hub_model_id", "me/x"),
         hub=True,
     ),
     run(
-        "push.py of a finished run whose weights are cut off",
+        "hf-cdl push of a finished run whose weights are cut off",
         cut_off("student/model.safetensors", "student/task-02/model.safetensors"),
         "task-02",
-        words=("push.py", "done", "--hub_model_id", "me/x"),
+        words=("push", "done", "--hub_model_id", "me/x"),
         hub=True,
     ),
     run(
-        "push.py of a finished run that has lost its first task",
+        "hf-cdl push of a finished run that has lost its first task",
         missing("student/task-01/config.json"),
         "task-01",
-        words=("push.py", "done", "--hub_model_id", "me/x"),
+        words=("push", "done", "--hub_model_id", "me/x"),
         hub=True,
     ),
 ]
@@ -167,7 +167,7 @@ def in_both(damage: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return lambda folder: [damage(folder / name) for name in ("teacher/task-01", "teacher")]
 
 
-VERIFY = ("verify.py", "done")
+VERIFY = ("verify", "done")
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 CHECKPOINTS = [
     run("no checkpoint", missing("teacher"), "teacher", of="cut"),
@@ -192,7 +192,7 @@ CHECKPOINTS = [
         "task-02",
     ),
     *(
-        run(f"verify.py: {name}", damage, "task-02", words=VERIFY)
+        run(f"hf-cdl verify: {name}", damage, "task-02", words=VERIFY)
         for name, damage in {
             "no checkpoint": missing("student/task-02"),
             "weights that are cut off": cut_off("student/task-02/model.safetensors"),
@@ -201,11 +201,14 @@ CHECKPOINTS = [
             "a quantisation": config({"quantization_config": {"quant_method": "gptq"}}, "student/task-02/config.json"),
         }.items()
     ),
-    run("verify.py: no data", no_data, "data", words=VERIFY),
-    run("verify.py: other data", other_data, "data changed", "4 -> 5", words=VERIFY),
-    run("verify.py: a class more", one_class_more, "data changed", "new class", words=VERIFY),
+    run("hf-cdl verify: no data", no_data, "data", words=VERIFY),
+    run("hf-cdl verify: other data", other_data, "data changed", "4 -> 5", words=VERIFY),
+    run("hf-cdl verify: a class more", one_class_more, "data changed", "new class", words=VERIFY),
     run(
-        "verify.py: a plugin that is missing", lambda folder: None, "gone.py", words=(*VERIFY, "--plugins", "gone.py")
+        "hf-cdl verify: a missing plugin",
+        lambda folder: None,
+        "gone.py",
+        words=(*VERIFY, "--plugins", "gone.py"),
     ),
 ]
 
@@ -218,7 +221,7 @@ DATA = [
     run("going on, its backbone gone", lambda folder: shutil.rmtree("student"), "student", of="cut"),
 ]
 
-TAKEN = ("train.py", "recipe.yaml", "--output_dir", "new", "--teacher_from")
+TAKEN = ("train", "recipe.yaml", "--output_dir", "new", "--teacher_from")
 TEACHERS = [
     run(
         "teacher_from of a run that is not that far",
@@ -257,49 +260,49 @@ TEACHERS = [
         "teacher_from of itself",
         lambda folder: None,
         "teacher_from",
-        words=("train.py", "recipe.yaml", "--output_dir", "new", "--teacher_from", "new"),
+        words=("train", "recipe.yaml", "--output_dir", "new", "--teacher_from", "new"),
     ),
 ]
 
 ADDED = [
     run(
-        "add_task.py of a folder that is no run",
+        "hf-cdl add of a folder that is no run",
         lambda folder: None,
         "data",
-        words=("add_task.py", "./data", "photos"),
+        words=("add", "./data", "photos"),
     ),
-    run("add_task.py of a missing folder", lambda folder: None, "gone", words=("add_task.py", "./gone", "photos")),
+    run("hf-cdl add of a missing folder", lambda folder: None, "gone", words=("add", "./gone", "photos")),
     run(
-        "add_task.py of a ledger that is cut off",
+        "hf-cdl add of a ledger that is cut off",
         cut_off(LEDGER),
         "run.json",
-        words=("add_task.py", "./done", "photos"),
+        words=("add", "./done", "photos"),
         way="name another run's folder",
     ),
     run(
-        "add_task.py of data that are missing",
+        "hf-cdl add of data that are missing",
         lambda folder: None,
         "nowhere",
-        words=("add_task.py", "./done", "./nowhere"),
+        words=("add", "./done", "./nowhere"),
     ),
-    run("add_task.py of known classes", lambda folder: None, "class a", words=("add_task.py", "./done", "./data")),
+    run("hf-cdl add of known classes", lambda folder: None, "class a", words=("add", "./done", "./data")),
     run(
-        "add_task.py of a student that answers in tuples",
+        "hf-cdl add of a student that answers in tuples",
         lambda folder: [config({"return_dict": False}, "student/task-02/config.json")(folder), new_classes()],
         "return_dict",
-        words=("add_task.py", "./done", "photos", "--output_dir", "new"),
+        words=("add", "./done", "photos", "--output_dir", "new"),
     ),
     run(
-        "add_task.py of a student with a huge image",
+        "hf-cdl add of a student with a huge image",
         config({"size": {"height": 10**6, "width": 10**6}}, "student/task-02/preprocessor_config.json"),
         "size",
-        words=("add_task.py", "./done", "photos", "--output_dir", "new"),
+        words=("add", "./done", "photos", "--output_dir", "new"),
     ),
     run(
-        "add_task.py of other prompts",
+        "hf-cdl add of other prompts",
         lambda folder: None,
         "prompt",
-        words=("add_task.py", "./done", "./data", "--student.prompt.length", 8),
+        words=("add", "./done", "./data", "--student.prompt.length", 8),
     ),
 ]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, TrainerCallback, TrainingArguments
+from transformers import AutoImageProcessor, Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
 
 from bad_inputs.models import INF, NAN, begun, fresh
 from bad_inputs.parts import Parts
@@ -83,6 +83,20 @@ def late_evaluation(parts: Parts, **fields: Any) -> None:
     trainer(parts, CDLTrainingArguments("work", **once)).learn(stream(parts)[0])
 
 
+def evaluated_on(parts: Parts, of: Callable[[Any], Any]) -> None:
+    """A trainer that stops early by a dataset of one's own."""
+    args = CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch", early_stopping_patience=1)
+    task = stream(parts)[0]
+    trainer(parts, args, eval_dataset=of(task)).learn(task)
+
+
+def ignorant_teacher(parts: Parts) -> None:
+    student, teacher = fresh(parts), fresh(parts)
+    term = TERMS["kd"](TERMS["kd"].config_class(), student.shape, teacher.shape)
+    args = CDLTrainingArguments("work", use_cpu=True)
+    CDLTrainer(student, args, Objective(0.5, [("kd", term)]), teacher, train_dataset=stream(parts)).train()
+
+
 def listed_names(parts: Parts) -> None:
     with open("names.txt") as file:
         fresh(parts).begin_task(file)  # type: ignore[arg-type]
@@ -94,7 +108,9 @@ TRAINERS = [
     made("a split that is misspelt", {"eval_split": "vali"}, "vali", "validation"),
     made("a negative number of tasks", {"num_tasks": -3}, "num_tasks"),
     made("a share of tasks", {"num_tasks": 1.5}, "num_tasks"),
-    made("arguments of transformers", {"args": TrainingArguments("work", use_cpu=True)}, "CDLTrainingArguments"),
+    made(
+        "arguments of another kind", {"args": Seq2SeqTrainingArguments("work", use_cpu=True)}, "CDLTrainingArguments"
+    ),
     made("a number for an objective", {"objective": 0.5}, "objective"),
     made("a word for a teacher", {"teacher": "dino"}, "teacher"),
     call(
@@ -116,7 +132,85 @@ TRAINERS = [
         "label",
         learnt=True,
     ),
-    asked("predicts", lambda made, parts: made.predict(stream(parts)[0].test), "evaluate", learnt=True),
+    asked("predicts a number", lambda made, parts: made.predict(5), "int", "predict", learnt=True),
+    asked(
+        "predicts classes that it does not know",
+        lambda made, parts: made.predict(stream(parts)[1].test),
+        "label",
+        learnt=True,
+    ),
+    asked("predicts before it learnt", lambda made, parts: made.predict(stream(parts)[0].test), "learn", "predict"),
+    asked(
+        "measures without a key",
+        lambda made, parts: made.evaluate(stream(parts)[0].test, ignore_keys=["query"]),
+        "ignore_keys",
+        learnt=True,
+    ),
+    asked("trains on nothing", lambda made, parts: made.train(), "train_dataset", "TaskStream"),
+    made("a plain dataset to train on", {"train_dataset": [{"pixel_values": 1, "labels": 0}]}, "list", "TaskStream"),
+    made("an empty list to train on", {"train_dataset": []}, "empty list", "TaskStream"),
+    call(
+        "a trainer with tasks in another order",
+        lambda parts: trainer(parts, train_dataset=[*stream(parts)][::-1]),
+        "train_dataset",
+        "order",
+    ),
+    call(
+        "a trainer that resumes what nothing stored",
+        lambda parts: trainer(parts, train_dataset=stream(parts)).train(resume_from_checkpoint=True),
+        "resume_from_checkpoint",
+        "run",
+    ),
+    call(
+        "a trainer that resumes a folder",
+        lambda parts: trainer(parts, train_dataset=stream(parts)).train(resume_from_checkpoint="work/checkpoint-3"),
+        "resume_from_checkpoint",
+    ),
+    call(
+        "a trainer with a trial",
+        lambda parts: trainer(parts, train_dataset=stream(parts)).train(trial={"learning_rate": 1}),
+        "trial",
+    ),
+    made("metrics that are none", {"compute_metrics": "accuracy"}, "compute_metrics", "EvalPrediction"),
+    *(
+        made(f"transformers' {name}", {name: object()}, name)
+        for name in (
+            *("data_collator", "model_init", "compute_loss_func", "optimizers", "optimizer_cls_and_kwargs"),
+            "preprocess_logits_for_metrics",
+        )
+    ),
+    *(
+        asked(f"is asked for {name}", lambda made, parts, name=name: getattr(made, name)(), name)
+        for name in ("hyperparameter_search", "push_to_hub", "create_model_card", "evaluation_loop", "prediction_step")
+    ),
+    call(
+        "a trainer with images for evaluation in a dict",
+        lambda parts: evaluated_on(parts, lambda task: {"a": task.test}),
+        "eval_dataset",
+        "dict",
+    ),
+    call(
+        "a stop by test images that are given",
+        lambda parts: evaluated_on(parts, lambda task: task.test),
+        "eval_dataset",
+    ),
+    call("a teacher that knows less than its student", ignorant_teacher, "teacher", "0 classes"),
+    call(
+        "transformers' arguments with a field of no effect",
+        lambda parts: trainer(parts, TrainingArguments("work", use_cpu=True, label_names=["x"])),
+        "label_names",
+    ),
+    call(
+        "transformers' arguments that go by a loss",
+        lambda parts: trainer(
+            parts,
+            TrainingArguments(
+                "work", use_cpu=True, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+            ),
+        ),
+        "metric_for_best_model",
+        "accuracy",
+    ),
     call(
         "a trainer that measures images that are missing",
         lambda parts: trainer(parts, eval_split="validation").learn(stream(parts)[0]),

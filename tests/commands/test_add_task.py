@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import TRAIN, make_recipe, picture, script, train, write_recipe
+from helpers import make_recipe, picture, script, train, write_recipe
 from hub_server import HubServer, environment
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
@@ -59,7 +59,7 @@ def empty(tmp_path: Path) -> Path:
 
 def add_task(hub: HubServer, empty: Path, data: Any, *words: Any, student: str = STUDENT) -> tuple[int, str]:
     env = environment(hub, empty.parent / "home")
-    return script("add_task.py", student, data, *words, env=env, cwd=empty)
+    return script("add", student, data, *words, env=env, cwd=empty)
 
 
 def class_folders(folder: Path, train: dict[str, int], test: dict[str, int], count: int = 6) -> Path:
@@ -141,7 +141,7 @@ def test_a_stranger_loads_the_new_tag(hub: HubServer, empty: Path, tmp_path: Pat
 def test_killed_and_going_on(source: Path, hub: HubServer, empty: Path) -> None:
     """Killed at the download, in training and while pushing: the same command ends as if nothing had happened."""
     words = ("--data.known_train", "ignore", "--train.num_train_epochs", "2", *PUSH)
-    command = [sys.executable, str(TRAIN.with_name("add_task.py")), STUDENT, str(source / "data"), *words]
+    command = [sys.executable, "-m", "hf_cdl", "add", STUDENT, str(source / "data"), *words]
     folder = empty / "runs" / "tiny-data"
     env = {**os.environ, **environment(hub, empty.parent / "home", OMP_NUM_THREADS="1")}
     hub.stall_seconds = 120

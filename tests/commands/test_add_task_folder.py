@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import add_task
 import pytest
 from helpers import class_means, make_backbone, make_recipe, make_table, write_recipe
 from hub_server import TOKEN, HubServer
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
-from train import main as train_main
 from transformers import AutoImageProcessor
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
+from hf_cdl.commands import add
+from hf_cdl.commands.train import main as train_main
 from hf_cdl.hub import HubError, read_folder
 
 KNOWN = [["class a", "class b"], ["class c", "class d"]]
@@ -36,9 +36,9 @@ def state(folder: Path) -> dict[str, Any]:
     return {name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()}
 
 
-def add(student: Path, source: Path, out: Path, *words: str) -> int:
+def add_to(student: Path, source: Path, out: Path, *words: str) -> int:
     known = ("--data.known_train", "ignore", "--output_dir", str(out), "--train.use_cpu", "true")
-    return add_task.main([str(student), str(source / "data"), *known, *words])
+    return add.main([str(student), str(source / "data"), *known, *words])
 
 
 @pytest.mark.parametrize("where", ["run", "role", "state", "bare"])
@@ -53,7 +53,7 @@ def test_it_is_what_the_run_itself_would_have_learnt(source: Path, tmp_path: Pat
     if where == "bare":
         shutil.copytree(source / "two" / "student" / "task-02", student)
     before = {path: path.read_bytes() for path in (source / "two").rglob("*") if path.is_file()}
-    assert add(student, source, tmp_path / "out") == 0
+    assert add_to(student, source, tmp_path / "out") == 0
     assert state(tmp_path / "out" / "student" / "task-03") == state(source / "whole" / "student" / "task-03")
     results, whole = (json.loads((run / "results.json").read_text()) for run in (tmp_path / "out", source / "whole"))
     assert results["class_names"] == whole["class_names"]
@@ -79,15 +79,15 @@ def test_a_relative_folder_that_looks_like_a_repository_is_the_folder(
     def asked(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(add_task, "HfApi", asked)
+    monkeypatch.setattr(add, "HfApi", asked)
     words = ["runs/flowers", "photos", "--data.known_train", "ignore", "--train.use_cpu", "true"]
-    assert add_task.main(words) == 0
+    assert add.main(words) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"flowers", "flowers-photos"}
     added = tmp_path / "runs" / "flowers-photos"
     assert state(added / "student" / "task-03") == state(source / "whole" / "student" / "task-03")
     assert json.loads((added / "results.json").read_text())["origin"]["roles"]["student"]["folder"] == "flowers"
     before = {path: path.read_bytes() for path in added.rglob("*") if path.is_file()}
-    assert add_task.main(words) == 0, "the same once more: it is finished"
+    assert add.main(words) == 0, "the same once more: it is finished"
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -115,7 +115,7 @@ def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsy
     places = (tmp_path / "two", tmp_path / "two" / "student" / "task-02") if head else (tmp_path / "two",)
     for number, student in enumerate(places):
         out = tmp_path / f"out {number}"
-        assert add(student, tmp_path, out) == 0
+        assert add_to(student, tmp_path, out) == 0
         for role in ("teacher", "student"):
             assert state(out / role / "task-03") == state(tmp_path / "whole" / role / "task-03"), role
         ours, theirs = (json.loads((run / "results.json").read_text())["roles"] for run in (out, tmp_path / "whole"))
@@ -124,7 +124,7 @@ def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsy
     assert {path: path.read_bytes() for path in before} == before, "what it went on from stays"
     capsys.readouterr()
     shutil.rmtree(tmp_path / "two" / "teacher")
-    assert add(tmp_path / "two", tmp_path, tmp_path / "other") == 2
+    assert add_to(tmp_path / "two", tmp_path, tmp_path / "other") == 2
     said = capsys.readouterr().err
     assert "The student had a teacher, which is needed for the next task" in said and said.count("\n") <= 6
     assert not (tmp_path / "other").exists()
@@ -133,7 +133,7 @@ def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsy
 def test_an_earlier_state(source: Path, tmp_path: Path) -> None:
     origin = read_folder(source / "whole", "student", "task-01")
     assert (origin.tasks, origin.folder.name) == (1, "task-01")
-    assert add(source / "whole", source, tmp_path / "out", "--revision", "task-01") == 0
+    assert add_to(source / "whole", source, tmp_path / "out", "--revision", "task-01") == 0
     tasks = json.loads((tmp_path / "out" / "results.json").read_text())["class_names"]
     assert tasks == [KNOWN[0], ["class c", "class d", "class e", "class f"]]
 
@@ -152,7 +152,7 @@ def test_an_earlier_state(source: Path, tmp_path: Path) -> None:
 def test_folders_that_cannot_be_gone_on_from(
     source: Path, tmp_path: Path, where: str, words: tuple[str, ...], said: str, capsys: Any
 ) -> None:
-    assert add(source / where if where != "nowhere/at/all" else Path(where), source, tmp_path / "out", *words) == 2
+    assert add_to(source / where if where != "nowhere/at/all" else Path(where), source, tmp_path / "out", *words) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and error.count("\n") <= 6
     assert not (tmp_path / "out").exists()
@@ -220,7 +220,7 @@ def test_what_comes_of_it_is_pushed(source: Path, tmp_path: Path, where: str, mo
     """From a folder to repositories of one's own; from a repository to itself, though not all in it was taken over."""
     with HubServer(tmp_path / "hub") as hub:
         api = HfApi(hub.url, token=TOKEN)
-        for module in ("add_task", "hf_cdl.hub.push"):
+        for module in ("hf_cdl.commands.add", "hf_cdl.hub.push"):
             monkeypatch.setattr(f"{module}.HfApi", lambda: api)
         student, words = str(source / "two"), ("--push_to_hub", "true", "--hub_model_id", "me/mine")
         if where != "a folder":
@@ -236,7 +236,7 @@ def test_what_comes_of_it_is_pushed(source: Path, tmp_path: Path, where: str, mo
             commit = api.create_commit("me/mine", operations, commit_message="x").oid
             api.create_tag("me/mine", tag="task-02", revision=commit)
         before = hub.repository("me/mine").refs("tags") if where != "a folder" else {}
-        assert add(student, source, tmp_path / "out", *words) == 0  # type: ignore[arg-type]
+        assert add_to(student, source, tmp_path / "out", *words) == 0  # type: ignore[arg-type]
         repository = hub.repository("me/mine")
         tags = repository.refs("tags")
         assert list(tags) == ["task-02", "task-03"] and repository.refs("heads")["main"] == tags["task-03"]

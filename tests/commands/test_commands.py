@@ -1,43 +1,122 @@
-"""The commands of recipes/: help, odd words on the command line, and a first try that fails leaves nothing behind."""
+"""The commands: help, odd words on the command line, and a first try that fails leaves nothing behind."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import resource
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, TRAIN, make_data, make_recipe, run_script, script, write_recipe
+from helpers import ROOT, make_backbone, make_data, make_recipe, run_script, script, write_recipe
 
-spec: Any = importlib.util.spec_from_file_location("train_recipe", TRAIN)
-train_recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_recipe)
+import hf_cdl
+from hf_cdl.commands import console
+from hf_cdl.commands import train as train_recipe
+from hf_cdl.commands.words import VERBS, read
 
-COMMANDS = [*sorted((ROOT / "recipes").glob("*.py")), ROOT / "recipes" / "space" / "app.py"]
-COMMANDS = [file for file in COMMANDS if file.stem != "stopping"]  # which the commands share
+SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
 
 
 # ---- help ----
 
 
 @pytest.mark.parametrize("word", ["--help", "-h"])
-@pytest.mark.parametrize("file", COMMANDS, ids=lambda file: file.stem)
-def test_help(
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_help_of_a_script(
     file: Path, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code = run_script(file, [word], monkeypatch)
     said = capfd.readouterr()
     assert not code and len(said.out.splitlines()) > 3 and not said.err
-    assert "python recipes/" in said.out or "accelerate launch recipes/" in said.out, "how it is called"
+    assert "python recipes/" in said.out or "accelerate launch" in said.out, "how it is called"
     assert not list(tmp_path.iterdir())
 
 
-def test_help_of_a_real_process(tmp_path: Path) -> None:
-    code, said = script("train.py", "some.yaml", "--help", env={}, cwd=tmp_path)
-    assert code == 0 and said.startswith("Teach, distil, evaluate") and "Traceback" not in said
+def run(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
+    """python -m hf_cdl, and the seconds of processors that it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "hf_cdl", *words], cwd=cwd, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_takes_no_time_and_shows_how(verb: str | None, tmp_path: Path) -> None:
+    """Usage, every option with what stands for it where it is not given, and an example that the command takes."""
+    words = ["--help"] if verb is None else [verb, "--help"]
+    done, seconds = run(*words, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr and seconds < 0.5, (done.stderr, seconds)
+    assert done.stdout.startswith(f"usage: hf-cdl {verb or 'VERB'} ") and not list(tmp_path.iterdir())
+    if verb is None:
+        assert all(f"  {name} " in done.stdout and each.about in done.stdout for name, each in VERBS.items())
+        return
+    parser = VERBS[verb].parser(verb)
+    for action in parser._actions:
+        if action.option_strings and action.nargs != 0:
+            assert action.help is not None and ("(default: " in action.help or action.dest == "example"), action.dest
+    example = shlex.split(done.stdout.split("example:\n")[1])
+    assert example[:2] == ["hf-cdl", verb]
+    read(verb, example[2:])
+
+
+def test_words_before_a_verb(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path)[0].stdout == f"hf-cdl {hf_cdl.__version__}\n"
+    for words, said in (([], "required: VERB"), (["trian"], "invalid choice: 'trian'")):
+        done, seconds = run(*words, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and seconds < 0.5
+
+
+def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
+    for words in ((), ("--seed", "3")):
+        code, said = script("train", *words, env={}, cwd=tmp_path)
+        assert code == 2 and said.startswith("error: No recipe was named.") and "RECIPE.yaml" in said, said
+    assert not list(tmp_path.iterdir())
+
+
+# ---- an example to begin with ----
+
+
+@pytest.mark.parametrize("clone", [False, True])
+def test_the_example_is_the_recipe_of_the_repository(
+    clone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if clone:
+        (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    assert train_recipe.main(["--example", "quickstart"]) == 0
+    said, file = capfd.readouterr().out, tmp_path / "quickstart.yaml"
+    assert file.read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
+    assert ("are in this folder" in said) == clone
+    fields = ("data.path", "teacher.backbone", "student.backbone", "card.data_card")
+    assert [field in said for field in fields] == [not clone] * 4, said
+    file.write_text("mine")
+    assert train_recipe.main(["--example", "quickstart"]) == 2
+    assert "is here already" in capfd.readouterr().err and file.read_text() == "mine"
+    for words in (["--example"], ["--example", "nothing"], ["--example", "quickstart", "--seed", "1"]):
+        assert train_recipe.main(words) == 2
+        assert "allowed: quickstart" in capfd.readouterr().err
+
+
+def test_the_example_trains_with_other_data_and_backbones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What it says is missing is all that is missing."""
+    monkeypatch.chdir(tmp_path)
+    assert train_recipe.main(["--example", "quickstart"]) == 0
+    assert call("quickstart.yaml", "--plan") == 2
+    make_data(tmp_path / "data", classes=20, train=4, test=2)
+    for role, depth in (("teacher", 5), ("student", 4)):
+        make_backbone(tmp_path / role, depth=depth)
+    words = ("--data.path", "data", "--teacher.backbone", "./teacher", "--student.backbone", "./student")
+    capfd.readouterr()
+    assert call("quickstart.yaml", *words, "--card.data_card", "null", "--plan") == 0, capfd.readouterr().err
+    assert "quickstart: 2 tasks, 20 classes" in capfd.readouterr().out
 
 
 # ---- a first try that fails ----
@@ -170,7 +249,7 @@ def test_a_folder_of_any_name(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_cdl.runs.report.plotting_available", lambda: False)
     words = [str(tiny), f"--output_dir={as_yaml(name)}", "--train.num_train_epochs", "1"]
-    train_recipe.quiet()
+    console.quiet()
     code = train_recipe.main(words)
     said = capfd.readouterr()
     if "\udcff" in name:  # safetensors takes names in UTF-8 alone

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import verify
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from helpers import (
@@ -40,8 +39,8 @@ from transformers import (
 )
 
 from hf_cdl import CDLTrainingArguments
-from hf_cdl.recipe import load_recipe
-from hf_cdl.recipe.build import load_plugins
+from hf_cdl.commands import verify
+from hf_cdl.recipe import load_plugins, load_recipe
 
 FOLDER = ROOT / "recipes" / "offline_kd"
 PAIRS = sorted(FOLDER.glob("cifar100_*.yaml"))
@@ -265,7 +264,7 @@ def test_every_pair_runs_two_steps(pair: Path, cifar: Path, tmp_path: Path, monk
     assert output.rstrip().endswith('trust_remote_code=True)("IMAGE.png"))\'')
     monkeypatch.chdir(cifar)
     assert set(results(tmp_path / "out")["roles"]) == {"teacher", "student"}
-    assert verify.main(tmp_path / "out") == 0
+    assert verify.main([str(tmp_path / "out")]) == 0
     student = tmp_path / "out" / "student"
     assert (student / "models.py").read_bytes() == (FOLDER / "models.py").read_bytes()
     pixels = torch.rand(2, 3, 32, 32)

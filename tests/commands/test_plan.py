@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import plan
 import pytest
 import torch
 from helpers import ROOT, make_recipe, train, write_recipe
@@ -13,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTConfig, ViTImageProcessor
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands import costs as counting
+from hf_cdl.commands import plan
 from hf_cdl.recipe import Recipe, build_recipe, load_recipe
 from hf_cdl.recipe.build import build_models, build_objective, build_processors
 
@@ -45,7 +46,7 @@ def giga(flops: float) -> float:
 def test_full_size_vits(vits: Path) -> None:
     """The known sizes: ViT-B/16 has 85.8 M parameters and 17.6 GFLOPs, ViT-S/16 21.7 M and 4.6."""
     recipe = cifar(vits, "coda", "kd")
-    models, costs = plan.measure(recipe, plan.read_tasks(recipe))
+    models, costs = counting.measure(recipe, counting.read_tasks(recipe))
     teacher, student = costs["teacher"], costs["student"]
     params = {role: sum(p.numel() for p in models[role].backbone.parameters()) for role in ("teacher", "student")}
     assert params == {"teacher": 85_798_656, "student": 21_665_664}
@@ -58,13 +59,13 @@ def test_full_size_vits(vits: Path) -> None:
     assert student.images == 20 * 10 * (5000 // 64) * 64  # whole batches alone
     rows, layers = 10 * (8 * 384 + 2 * 384), 5
     assert student.trained == rows * layers + 10 * 384 + 10  # CODA's rows and the head of one task
-    _, costs = plan.measure(cifar(vits, "coda", "kd", "--teacher_from", "elsewhere"), plan.read_tasks(recipe))
+    _, costs = counting.measure(cifar(vits, "coda", "kd", "--teacher_from", "elsewhere"), counting.read_tasks(recipe))
     assert (costs["teacher"].total_flops, costs["teacher"].steps) == (0, 0)
     assert costs["student"] == student
     for query, flops in (("student", 35.1), ("one_pass", 17.6)):
         options = ("--student.backbone", str(vits / "base"), "--student.query", query)
         alone = cifar(vits, "coda", "none", *options)
-        _, costs = plan.measure(alone, plan.read_tasks(alone))
+        _, costs = counting.measure(alone, counting.read_tasks(alone))
         assert giga(costs["student"].inference_flops) == pytest.approx(flops, rel=0.005)
 
 
@@ -74,7 +75,7 @@ def test_full_size_vits(vits: Path) -> None:
 def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
     """FLOPs and the bytes kept for the way back: those of fake tensors are those of real ones."""
     recipe = build_recipe(make_recipe(tmp_path, distill=[term]))
-    _, costs = plan.measure(recipe, plan.read_tasks(recipe))
+    _, costs = counting.measure(recipe, counting.read_tasks(recipe))
     processors = build_processors(recipe)
     models, stream = build_models(recipe, processors), TaskStream(recipe.data, processors)
     for task in stream:
@@ -104,7 +105,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        counter = FlopCounterMode(display=False, custom_mapping=plan.FUSED)
+        counter = FlopCounterMode(display=False, custom_mapping=counting.FUSED)
         with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             trainer.compute_loss(models[role], batch).backward()
         assert costs[role].training_flops == counter.get_total_flops() / 2 / 8
@@ -128,8 +129,8 @@ def test_the_optimizer_s_states_are_counted(tmp_path: Path, options: dict[str, s
     recipe = make_recipe(tmp_path, teacher=None, distill=[], baselines=[])
     recipe["train"] |= {**options, "max_steps": 1, "num_train_epochs": None}
     built = build_recipe(recipe)
-    tasks = plan.read_tasks(built)
-    student = plan.measure(built, tasks)[1]["student"]
+    tasks = counting.read_tasks(built)
+    student = counting.measure(built, tasks)[1]["student"]
     assert student.states == 4 * student.trained * (1 + (2 if want is None else want))
     note = "Of rmsprop two states for each parameter are assumed, as of Adam."
     assert (note in plan.plan(built)) == (want is None)
@@ -150,7 +151,7 @@ def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
     full = build_recipe(recipe)
     recipe["student"] |= {"head": {"type": "ridge"}, "first_session": {"type": "linear"}}
     session = build_recipe(recipe)
-    (_, every), (_, once) = (plan.measure(r, plan.read_tasks(r)) for r in (full, session))
+    (_, every), (_, once) = (counting.measure(r, counting.read_tasks(r)) for r in (full, session))
     assert once["teacher"] == every["teacher"]
     assert (once["student"].steps, once["student"].images) == (4, 32)  # 2 epochs of 16 images
     assert every["student"].steps == 3 * 4
@@ -168,15 +169,15 @@ def test_small_checkpoints_are_planned_small(tmp_path: Path) -> None:
 
 
 def test_data_are_counted_and_benchmarks_are_known(tmp_path: Path, vits: Path) -> None:
-    counted = plan.read_tasks(build_recipe(make_recipe(tmp_path)))
+    counted = counting.read_tasks(build_recipe(make_recipe(tmp_path)))
     assert (counted.classes, counted.images, counted.source) == ([2] * 3, [16] * 3, "counted in the data")
     recipe = cifar(vits, "l2p", "none", "--data.classes_per_task", "30", "--data.max_train_per_class", "100")
-    known = plan.read_tasks(recipe)
+    known = counting.read_tasks(recipe)
     assert (known.classes, known.images) == ([30, 30, 30, 10], [3000, 3000, 3000, 1000])
     assert known.source == "cifar100 as published; the data were not read"
-    renditions = plan.read_tasks(cifar(vits, "l2p", "none", "--data.path", "imagenet_r"))
+    renditions = counting.read_tasks(cifar(vits, "l2p", "none", "--data.path", "imagenet_r"))
     assert sum(renditions.images) == 24_000 and not renditions.notes
-    split = plan.read_tasks(cifar(vits, "l2p", "none", "--data.test_fraction", "0.5"))
+    split = counting.read_tasks(cifar(vits, "l2p", "none", "--data.test_fraction", "0.5"))
     assert sum(split.images) == 50_000
     assert split.notes == ["nothing is held out by test_fraction, since there is a test split, 'test'"]
 

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import stopping
-import train
 import yaml
-from helpers import ROOT, interrupt_when, make_backbone, make_data, make_recipe, picture, script, write_recipe
+from helpers import (
+    MODULE,
+    ROOT,
+    TRAIN,
+    interrupt_when,
+    make_backbone,
+    make_data,
+    make_recipe,
+    picture,
+    script,
+    write_recipe,
+)
 from helpers import train as train_process
 from hub_server import TOKEN, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -27,6 +36,7 @@ from test_stopping import STOPPED
 from transformers import ViTImageProcessor
 
 from hf_cdl import StreamConfig, TaskStream
+from hf_cdl.commands import stopping, train
 from hf_cdl.training.arguments.checks import OPTIMIZERS
 from hf_cdl.training.trackers import TRACKERS
 
@@ -39,7 +49,7 @@ def test_what_is_to_be_installed_can_be() -> None:
     lines = re.findall(r"pip install ((?:-\w+ )*)[\"']?([^\s\"'`.,;)]+)", source)
     assert {options.strip() for options, _ in lines} == {"", "-U"} and len(lines) == source.count("pip install ")
     found = {name for _, name in lines}
-    assert {"hf-cdl", "hf-cdl[report]", "hf_cdl[demo]", "scikit-learn", "peft"} <= found
+    assert {"hf-cdl", "hf-cdl[report]", "hf-cdl[demo]", "hf_cdl[report]", "scikit-learn", "peft"} <= found
     placeholders = {name for name in found if "{" in name}
     assert placeholders == {"{name}", "{kind"}, "the trackers, and the optimizers' packages"
     optional = {*TRACKERS, *(kind.package for kind in OPTIMIZERS.values() if kind.package is not None)}
@@ -144,7 +154,7 @@ def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
     with HubServer(tmp_path / "gone") as gone:
         pass
     words = (folder, "--hub_model_id", "me/mine", "--hub_private_repo", "false")
-    code, output = script("push.py", *words, env=environment(gone, tmp_path / "home"), cwd=tmp_path)
+    code, output = script("push", *words, env=environment(gone, tmp_path / "home"), cwd=tmp_path)
     assert code == 4 and "NOT PUSHED: the student." in output, output
     line = output.split("Push it later with:\n")[1].splitlines()[0].strip()
     with HubServer(tmp_path / "hub", stall_seconds=3) as hub:
@@ -154,7 +164,7 @@ def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
         assert not hub.repository("me/mine").private, "its options are among the words"
         hub.faults = [("commit", "stall")]
         words = (folder, "--hub_model_id", "me/slow")
-        code, output = script("push.py", *words, env=environment(hub, tmp_path / "home"), cwd=tmp_path)
+        code, output = script("push", *words, env=environment(hub, tmp_path / "home"), cwd=tmp_path)
         found = re.search(r"Waiting for the Hub\. Ctrl-C ends the waiting; later: (.*)", output)
         assert found is not None, output
         done = execute(found[1], tmp_path, **environment(hub, tmp_path / "home"))
@@ -163,15 +173,21 @@ def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_was_stopped_goes_on_by_what_it_says(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "program"), [(signal.SIGINT, (TRAIN,)), (signal.SIGTERM, (TRAIN,)), (signal.SIGTERM, MODULE)]
+)
+def test_a_run_that_was_stopped_goes_on_by_what_it_says(
+    number: signal.Signals, program: tuple[Any, ...], tmp_path: Path
+) -> None:
     """Started by nothing but a shell: the end is that of a run that was not stopped."""
     recipe = make_recipe(tmp_path, baselines=[])
     recipe["train"]["num_train_epochs"] = 6
     file, cut = write_recipe(tmp_path / "it's a recipe.yaml", recipe), tmp_path / "it's cut"
     state = cut / "work" / "student-task-02"
     arrived = lambda: any(state.glob("checkpoint-*"))  # noqa: E731
-    code, said = interrupt_when(arrived, file.name, "--output_dir", cut.name, cwd=tmp_path, kill=number)
+    code, said = interrupt_when(
+        arrived, file.name, "--output_dir", cut.name, cwd=tmp_path, kill=number, program=program
+    )
     assert code == 128 + number and not (cut / "results.json").exists(), said
     line = said.split(STOPPED)[1].splitlines()[0].strip()
     done = execute(line, tmp_path, HF_HUB_OFFLINE="1")

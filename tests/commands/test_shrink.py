@@ -1,19 +1,17 @@
-"""recipes/shrink.py: the first layers of a real backbone file, with its final norm, at another size."""
+"""hf-cdl shrink: the first layers of a real backbone file, with its final norm, at another size."""
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import TRAIN, little_room, make_backbone
+from helpers import little_room, make_backbone
 from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Model, ViTImageProcessor
 
 from hf_cdl.backbones.loading import load_backbone
-
-shrink = runpy.run_path(str(TRAIN.with_name("shrink.py")))["main"]
+from hf_cdl.commands.shrink import main as shrink
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from states import Results, States, StatesError
 from test_hub import STUDENT, TEACHER, TOKEN, Said, environment, hub, pushed, pusher, saved_run, tiny  # noqa: F401
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-SPACE = ROOT / "recipes" / "space"
+SPACE = ROOT / "hf_cdl" / "commands" / "space"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

@@ -16,14 +16,15 @@ from typing import Any
 
 import psutil
 import pytest
-import stopping
-from helpers import ROOT, TRAIN, make_recipe, write_recipe
+from helpers import ROOT, make_recipe, write_recipe
 from test_train import assert_same_run
+
+from hf_cdl.commands import stopping
+from hf_cdl.commands.words import VERBS
 
 COMMAND = """
 import hashlib, os, sys, time
-sys.path.insert(0, {recipes!r})
-import stopping
+from hf_cdl_command import stopping
 {before}
 stopping.listen()
 print("pid", os.getpid(), flush=True)
@@ -35,7 +36,7 @@ except KeyboardInterrupt as stop:
     {after}
     stopping.leave(stop.code)
 """
-"""What the commands of recipes/ do."""
+"""What the commands do."""
 LAUNCHER = "import os, subprocess, sys\nos.environ |= {environment}\nsubprocess.run([sys.executable, *sys.argv[1:]])"
 
 
@@ -45,7 +46,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
 
     def write(body: str = "stopping.ready(); time.sleep(60)", before: str = "", after: str = "") -> list[str]:
         file = tmp_path / "it's a command.py"
-        file.write_text(COMMAND.format(recipes=str(TRAIN.parent), before=before, body=body, after=after))
+        file.write_text(COMMAND.format(before=before, body=body, after=after))
         return [str(file), "--output_dir", "a folder"]
 
     return write
@@ -172,11 +173,16 @@ def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], b
     assert process.returncode == 143 and said.startswith("\nStopped. The same command begins again:\n  ")
 
 
-@pytest.mark.parametrize("name", ["add_task", "card", "compare", "make_digits", "push", "shrink", "train", "verify"])
+TAKES = {"add": ["a", "b"], "shrink": ["a", "b"], "make_digits": ["a"], "pretrain": ["--data", "a"]}
+
+
+@pytest.mark.parametrize("name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/pretrain.py"])
 def test_every_command_listens(name: str) -> None:
-    """Stopped while it is imported, before it has come to its own words."""
+    """Stopped while it is imported, before it comes to what it does."""
+    program = [str(ROOT / name)] if name.startswith("recipes/") else ["-m", "hf_cdl", name]
     process = subprocess.Popen(
-        [sys.executable, str(TRAIN.with_name(f"{name}.py")), "a", "b"],
+        [sys.executable, *program, *TAKES.get(Path(name).stem, ["a"])],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -242,14 +248,43 @@ def test_a_shell_is_no_launcher(command: Callable[..., list[str]], begin: Begin,
     assert not ended(pid, 1)
 
 
+@pytest.mark.parametrize(
+    ("started", "again", "push"),
+    [
+        ("hf_cdl/__main__.py", "python -m hf_cdl train 'a b.yaml'", "python -m hf_cdl push 'a run'"),
+        ("hf-cdl", "hf-cdl train 'a b.yaml'", "hf-cdl push 'a run'"),
+        ("elsewhere/hf-cdl", "'{elsewhere}' train 'a b.yaml'", "'{elsewhere}' push 'a run'"),
+        ("recipes/train.py", "python recipes/train.py 'a b.yaml'", "python -m hf_cdl push 'a run'"),
+    ],
+)
+def test_commands_are_said_as_this_one_was_started(
+    started: str, again: str, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf-cdl by its name alone where the shell finds it by that."""
+    (tmp_path / "elsewhere").mkdir()
+    places = {"hf-cdl": tmp_path / "hf-cdl", "elsewhere/hf-cdl": tmp_path / "elsewhere" / "hf-cdl"}
+    for file in places.values():
+        file.touch(0o755)
+    words = ["a b.yaml"] if started == "recipes/train.py" else ["train", "a b.yaml"]
+    program = places.get(started, started if started == "recipes/train.py" else ROOT / started)
+    monkeypatch.setattr(sys, "argv", [str(program), *words])
+    monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent)]))
+    monkeypatch.setattr(stopping._State, "launcher", None)
+    monkeypatch.setattr(stopping, "python", lambda: "python")
+    elsewhere = str(places["elsewhere/hf-cdl"])
+    assert stopping.again() == again.replace("'{elsewhere}'", shlex.quote(elsewhere))
+    assert stopping.command("push", "a run") == push.replace("'{elsewhere}'", shlex.quote(elsewhere))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
-        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGTERM),
-        ("accelerate launch --quiet --num_processes 1 --cpu", signal.SIGKILL),
-        ("accelerate launch --multi_gpu --num_processes 2 --main_process_port 29561", signal.SIGTERM),
-        ("torchrun --nproc_per_node 2 --master_port 29563", signal.SIGKILL),
+        ("accelerate launch --quiet --num_processes 1 --cpu recipes/train.py", signal.SIGTERM),
+        ("accelerate launch --quiet --num_processes 1 --cpu -m hf_cdl train", signal.SIGTERM),
+        ("accelerate launch --quiet --num_processes 1 --cpu recipes/train.py", signal.SIGKILL),
+        ("accelerate launch --multi_gpu --num_processes 2 --main_process_port 29561 recipes/train.py", signal.SIGTERM),
+        ("torchrun --nproc_per_node 2 --master_port 29563 recipes/train.py", signal.SIGKILL),
     ],
 )
 def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
@@ -267,7 +302,7 @@ def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
         "stderr": subprocess.STDOUT,
         "text": True,
     }
-    words = [*launcher.split(), "recipes/train.py", str(file), "--output_dir"]
+    words = [*launcher.split(), str(file), "--output_dir"]
     process = subprocess.Popen([*words, str(cut)], **options)
     deadline = time.monotonic() + 300
     while not list(cut.glob("work/*/checkpoint-*")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -50,21 +49,11 @@ from transformers import (
     pipeline,
 )
 
+from hf_cdl.commands import train as train_recipe
+from hf_cdl.commands import verify
 from hf_cdl.runs.metrics import continual_metrics
 
 ROLES = ("teacher", "student", "nearest_class_mean")
-
-
-def script(file: Path) -> Any:
-    """A script of recipes/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"{file.stem}_recipe", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_recipe, verify_recipe = script(TRAIN), script(TRAIN.with_name("verify.py"))
 
 
 @pytest.fixture(scope="module")
@@ -686,7 +675,7 @@ def test_a_teacher_can_be_taken_from_another_run(
     del taken["cost"], trained["cost"]  # measured anew, on whatever machine
     assert taken == trained, "seconds too: it was not trained"
     assert {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.is_file()} == before
-    assert verify_recipe.main(folder) == 0
+    assert verify.main([str(folder)]) == 0
 
 
 def test_a_teacher_of_something_else_is_refused(
@@ -899,7 +888,7 @@ def test_teacher_and_student_of_different_views(
     assert found["teacher"]["accuracy_matrix"][0][0] > 80, "the teacher learnt something of its own pictures"
 
     capfd.readouterr()
-    assert verify_recipe.main(folder) == 0
+    assert verify.main([str(folder)]) == 0
     said = capfd.readouterr().out.splitlines()
     assert len(said) == 2 * len(ROLES) and all(line.endswith(", as recorded") for line in said)
 

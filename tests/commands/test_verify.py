@@ -1,4 +1,4 @@
-"""recipes/verify.py: runs that are whole, that go on, that went on from elsewhere, and whose data are others now."""
+"""hf-cdl verify: runs that are whole, that go on, that went on from elsewhere, and whose data are others now."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import add_task
-import card
-import compare
 import pytest
-import verify
 from filelock import FileLock
 from helpers import class_means, little_room, picture
-from train import main as train_main
 
+from hf_cdl.commands import add, card, verify
+from hf_cdl.commands.train import main as train_main
+from hf_cdl.compare import collect
 from hf_cdl.runs.ledger import read_ledger
 
 
@@ -43,20 +41,20 @@ def change(folder: Path, **fields: Any) -> None:
 
 
 def test_a_run_is_as_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verify.main(run) == 0
+    assert verify.main([str(run)]) == 0
     assert [line.split(", ")[-1] for line in capsys.readouterr().out.splitlines()] == ["as recorded"] * 2
 
 
 def test_what_the_run_has_not_measured_is_no_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its phase was ended, and then it was stopped."""
     change(run, row=[], correct=[], counts=[])
-    assert verify.main(run) == 0
+    assert verify.main([str(run)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("right, not measured yet by the run")
 
 
 def test_other_answers_may_be_of_other_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(run, correct=[0, 0])
-    assert verify.main(run) == 1
+    assert verify.main([str(run)]) == 1
     said = capsys.readouterr().out
     assert "right, NOT as recorded\nThe data may have changed" in said
 
@@ -64,9 +62,9 @@ def test_other_answers_may_be_of_other_data(run: Path, capsys: pytest.CaptureFix
 def test_a_run_that_went_on_from_elsewhere(source: Path, run: Path, tmp_path: Path, capsys: Any) -> None:
     """The first task's checkpoint is not there; the second one's was measured on images of there."""
     known = ("--data.known_train", "ignore", "--train.use_cpu", "true")
-    assert add_task.main([str(run), str(source / "data"), "--output_dir", str(tmp_path / "out"), *known]) == 0
+    assert add.main([str(run), str(source / "data"), "--output_dir", str(tmp_path / "out"), *known]) == 0
     capsys.readouterr()
-    assert verify.main(tmp_path / "out") == 0
+    assert verify.main([str(tmp_path / "out")]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
     assert first.startswith("The first 2 tasks were learnt elsewhere")
     assert [(line.split(":")[0][-7:], line.split("right, ")[1]) for line in lines] == [
@@ -83,16 +81,16 @@ def test_images_of_new_classes_alone(source: Path, run: Path, tmp_path: Path, ca
             for number in range(3):
                 picture(10 + label, first + number).save(tmp_path / "new" / split / name / f"{number}.png")
     words = [str(run), str(tmp_path / "new"), "--output_dir", str(tmp_path / "out"), "--train.use_cpu", "true"]
-    assert add_task.main(words) == 0
+    assert add.main(words) == 0
     capsys.readouterr()
-    assert verify.main(tmp_path / "out") == 0
+    assert verify.main([str(tmp_path / "out")]) == 0
     assert "task-02: 0 of 0 right, no images of its tasks are in these data" in capsys.readouterr().out
 
 
 def test_a_run_is_taken_away_only_if_nobody_else_is_in_it(run: Path, tmp_path: Path) -> None:
     """Two add_task.py at once: the one that comes too late leaves the other's run alone."""
     out = tmp_path / "runs" / "out"
-    undo = add_task.begin(out, str(run), None, None)
+    undo = add.begin(out, str(run), None, None)
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"], "no lock stays"
     other = FileLock(out / ".lock")
     with other.acquire(timeout=0):
@@ -106,7 +104,7 @@ def test_a_run_is_taken_away_only_if_nobody_else_is_in_it(run: Path, tmp_path: P
 def test_a_folder_in_which_another_process_begins_a_run(run: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "runs").mkdir()
     with FileLock(tmp_path / "runs" / ".out.lock"):
-        assert add_task.main([str(run), "data", "--output_dir", str(tmp_path / "runs" / "out")]) == 2
+        assert add.main([str(run), "data", "--output_dir", str(tmp_path / "runs" / "out")]) == 2
     assert "Another process is starting a run in" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "out").exists()
 
@@ -126,9 +124,9 @@ def test_a_card_on_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsy
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 3}', '{"a": {"student": {"training_flops": "x"}}}', "1"])
 def test_damaged_flops_are_counted_again(content: str, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "flops.json"
-    assert compare.read_flops(file) == {} and not capsys.readouterr().out
+    assert collect.read_flops(file) == {} and not capsys.readouterr().out
     file.write_text(content)
-    assert compare.read_flops(file) == {} and "counted again" in capsys.readouterr().out
+    assert collect.read_flops(file) == {} and "counted again" in capsys.readouterr().out
     known = {"a": {"student": {"training_flops": 3.0}}, "b": {}}
     file.write_text(json.dumps(known))
-    assert compare.read_flops(file) == known and not capsys.readouterr().out
+    assert collect.read_flops(file) == known and not capsys.readouterr().out

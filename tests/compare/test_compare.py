@@ -14,10 +14,10 @@ from helpers import ROOT, make_recipe, write_recipe
 from PIL import Image
 
 from hf_cdl.compare.page import save_report
+from hf_cdl.compare.records import Measured, class_values, values
 from hf_cdl.compare.spec import Comparison, read_comparison
 from hf_cdl.compare.statistics import contrasts_of
-from hf_cdl.compare.table import Measured, class_values, values
-from hf_cdl.compare.tables import CDL, contrasts_table, metrics_table
+from hf_cdl.compare.summary import CDL, contrasts_table, metrics_table
 from hf_cdl.recipe import RecipeError
 from hf_cdl.runs.metrics import continual_metrics
 
@@ -45,13 +45,13 @@ def small(**fields: Any) -> dict[str, Any]:
 
 def read(folder: Path, spec: dict[str, Any]) -> Comparison:
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
-    return read_comparison(folder / "spec.yaml", RECIPES, folder / "runs")
+    return read_comparison(folder / "spec.yaml", folder / "runs")
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("comparisons/*.yaml")), ids=lambda file: file.stem)
 def test_the_comparisons_of_the_repository_can_be_run(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
-    comparison = read_comparison(file, RECIPES, Path("runs/comparisons"))
+    comparison = read_comparison(file)
     assert len(comparison.runs) == len(comparison.spec.seeds) * len(comparison.spec.variants)
     assert f"recipes/comparisons/{file.stem.split('_')[0]}" in file.read_text()
 
@@ -303,7 +303,7 @@ def test_the_fields_of_a_comparison_are_documented():
 
     from hf_cdl.compare.spec import Spec
 
-    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1].split("## Files")[0]
+    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1].split("## Commands")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {f.name for f in dataclasses.fields(Spec)} - {
         "recipe"
     }
@@ -314,7 +314,7 @@ def test_the_fields_of_a_comparison_are_documented():
 def test_the_documented_comparison_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     text = (RECIPES / "README.md").read_text().split("## Comparisons")[1]
     (tmp_path / "spec.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
-    assert len(read_comparison(tmp_path / "spec.yaml", RECIPES, tmp_path).runs) == 30
+    assert len(read_comparison(tmp_path / "spec.yaml", tmp_path).runs) == 30
 
 
 def test_a_recipe_of_files_and_one_of_a_variants_own(tmp_path: Path):

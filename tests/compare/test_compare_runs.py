@@ -1,4 +1,4 @@
-"""recipes/compare.py as real processes on tiny recipes: shared teachers, failures, kills, the test split read once."""
+"""hf-cdl compare as real processes on tiny recipes: shared teachers, failures, kills, the test split read once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
-from helpers import ROOT, make_recipe, make_table, write_recipe
+from helpers import make_recipe, make_table, write_recipe
 
-from hf_cdl.compare.table import CHANGING
+from hf_cdl.compare.records import CHANGING
 
 for needed in ("matplotlib", "scipy", "statsmodels"):
     pytest.importorskip(needed)
@@ -42,7 +42,7 @@ def tiny_spec(folder: Path, variants: dict[str, Any], **fields: Any) -> Path:
 
 def start(folder: Path, *arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "recipes/compare.py"), *map(str, arguments)],
+        [sys.executable, "-m", "hf_cdl", "compare", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -73,11 +73,12 @@ def gone(pid: int, seconds: float = 20) -> bool:
     return False
 
 
-def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path):
-    """Also if that one is killed; its arguments and exit code are the script's own."""
+def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also if that one is killed; its arguments and exit code are the module's own."""
     script = tmp_path / "script.py"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     script.write_text("import os, sys, time\nprint(os.getpid(), *sys.argv[1:], flush=True)\ntime.sleep(60)")
-    command = [sys.executable, str(ROOT / "recipes/watched.py"), str(script), "--a", "b"]
+    command = [sys.executable, "-m", "hf_cdl.compare.worker", "script", "--a", "b"]
     parent = "import subprocess, sys, time\nsubprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)\ntime.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", parent, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -93,7 +94,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path):
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path: Path):
-    from compare import in_use
+    from hf_cdl.compare.schedule import in_use
 
     assert not in_use(tmp_path / "nowhere") and not (tmp_path / "nowhere").exists()
     holder = f"import filelock, time\nwith filelock.FileLock({str(tmp_path / '.lock')!r}):\n print(1, flush=True)"
@@ -108,7 +109,7 @@ def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path: Path):
 
 
 def test_there_are_as_many_workers_as_gpus_or_cores():
-    from compare import workers
+    from hf_cdl.compare.schedule import workers
 
     assert workers(None, [], 2) == [{"OMP_NUM_THREADS": "1"}] * 2
     assert workers(3, [], 8) == [{"OMP_NUM_THREADS": "2"}] * 3
@@ -227,7 +228,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_shown(tmp_path: Path):
 
 @pytest.mark.slow
 def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
-    """The table is that of an undisturbed comparison, wherever the kills hit: compare.py alone, or its runs with it.
+    """The table is that of an undisturbed comparison, wherever the kills hit: hf-cdl alone, or its runs with it.
 
     When a comparison comes to its end in spite of them, it starts anew in an empty folder.
     """

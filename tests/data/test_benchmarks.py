@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import train as script
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from helpers import ROOT, make_backbone, picture, png, train
 
+from hf_cdl.commands import train as script
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import load_recipe
@@ -80,7 +80,7 @@ def test_the_recipe_files_are_those_that_are_tested() -> None:
     parts = {Path(file).relative_to(RECIPES).as_posix() for c in COMBINATIONS for file in files(*c)}
     parts |= {SINGLE, *(f"{folder}/base.yaml" for folder in FOLDERS)}
     assert {file for file in found if not file.startswith(("comparisons/", "offline_kd/"))} == parts
-    assert set(METHODS) == set(PROMPTS)
+    assert set(METHODS) == set(PROMPTS) - {"vpt"}, "the authors' tables have all of them but VPT"
 
 
 PARTS = sorted(file for folder in (*FOLDERS, "pairs", "terms") for file in (RECIPES / folder).glob("*.yaml"))

@@ -545,7 +545,7 @@ def test_the_demo_hands_on_the_file_as_it_is(tmp_path: Path) -> None:
         pytest.skip("the demo needs the extra `demo`")
     file = tmp_path / "deep.png"
     file.write_bytes(WIDE["I;16 png"]())
-    command = [sys.executable, "-c", HANDED_ON, str(ROOT / "recipes/space"), str(file)]
+    command = [sys.executable, "-c", HANDED_ON, str(ROOT / "hf_cdl/commands/space"), str(file)]
     environment = {**os.environ, "GRADIO_ANALYTICS_ENABLED": "False"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout == f"{file}\n", done.stderr

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
-from hf_cdl.heads.fitted import FittedHead
-from hf_cdl.heads.trained import HEADS, build_head
+from hf_cdl.heads import HEADS, build_head
+from hf_cdl.heads.base import FittedHead
 
 # Fields that a head is tested with besides its defaults.
 VARIANTS: list[dict[str, Any]] = [
@@ -147,10 +147,33 @@ def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_pa
         ):
             one.begin_task(["fox"])
     small.save_pretrained(tmp_path / "again")  # it stays one without them
-    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.can_grow
+    assert not CDLForImageClassification.from_pretrained(tmp_path / "again").head.config.sums
     assert new_task(whole).shape[-1] == len(small.config.id2label) + 2
     with pytest.raises(ValueError, match="Only a ridge head keeps such sums; this one is ncm"):
         model_with({"type": "ncm"}).drop_sums()
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_teacher", "wrong"),
+    [
+        ({}, False, []),
+        ({"soft_targets": 0.5, "sums": True}, True, []),
+        ({"soft_targets": 0.5}, False, ["soft_targets"]),
+        ({"soft_targets": "half", "sums": False}, False, ["soft_targets", "sums"]),
+    ],
+)
+def test_a_head_says_what_is_wrong_with_a_recipe(fields: dict[str, Any], has_teacher: bool, wrong: list[str]) -> None:
+    assert [field for field, _ in HEADS["ridge"].check_recipe(fields, has_teacher)] == wrong
+    assert all(kind.check_recipe({}, has_teacher) == [] for kind in HEADS.values())
+
+
+def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_without_their_scale() -> None:
+    head: Any = build_head({"type": "ridge", "soft_targets": 0.5, "temperature": 2.0}, 4)
+    logits = torch.tensor([[2.0, 4.0], [0.0, -6.0]])
+    odds = torch.tensor([[1.0, torch.e], [torch.e**3, 1.0]])
+    torch.testing.assert_close(head.targets(logits, None), odds / odds.sum(-1, keepdim=True))
+    fitted: Any = build_head({"type": "ncm", "scale": 4.0}, 4)
+    assert torch.equal(head.targets(logits, fitted), torch.tensor([[0.5, 1.0], [0.0, -1.5]]))
 
 
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:

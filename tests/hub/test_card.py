@@ -234,7 +234,7 @@ def test_what_a_fitted_head_computes_with_counts_and_its_sums_do_not(tmp_path: P
 @pytest.mark.slow
 def test_a_run_s_cards_at_any_stage_by_the_command(tmp_path: Path) -> None:
     file, out = write_recipe(tmp_path / "recipe.yaml", make_recipe(tmp_path)), tmp_path / "out"
-    command = [sys.executable, str(ROOT / "recipes" / "card.py"), str(out)]
+    command = [sys.executable, "-m", "hf_cdl", "card", str(out)]
     arguments: tuple[Any, ...] = (file, "--output_dir", out)
     interrupt_when((out / "student" / "task-02").exists, *arguments)
     subprocess.run(command, check=True)

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.utils._http
-import push as push_recipe
 import pytest
 import torch
 import yaml
@@ -31,6 +30,7 @@ from hub_server import TOKEN, Failure, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save_file
 
+from hf_cdl.commands import push as push_recipe
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import RecipeError, build_recipe
 from hf_cdl.runs.ledger import new_ledger
@@ -197,7 +197,7 @@ def test_a_push_that_fails_is_said_with_its_reason_and_command(hub: HubServer, t
     assert not pusher(hub, folder, said).finish(results)
     assert "NOT PUSHED: the student. me/tiny: the Hub answers 507 (injected 507)." in said.text
     assert f"The run itself is whole in {folder}/. Push it later with:" in said.text
-    assert said.text.endswith(f"\n  python recipes/push.py {folder}")
+    assert said.text.endswith(f"\n  hf-cdl push {folder}")
     assert len(titles(hub)) == 2 and list(hub.repository(STUDENT).refs("tags")) == ["task-01"]
     hub.faults = []
     assert pusher(hub, folder, said).finish(results)
@@ -452,7 +452,7 @@ def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     assert_whole(hub, folder, 3, "me/again")
     assert not hub.repository("me/again").private
     with HubServer(tmp_path / "another hub") as another:
-        code, output = script("push.py", folder, env=environment(another, tmp_path / "home"))
+        code, output = script("push", folder, env=environment(another, tmp_path / "home"))
         assert code == 0, output
         assert_whole(another, folder, 3, "me/again")
         assert not another.repository("me/again").private and len(list((another.root / "repos").glob("*/*"))) == 1
@@ -465,14 +465,12 @@ def test_a_push_that_is_killed_goes_on(
 ) -> None:
     folder, env = pushed[0], environment(hub, tmp_path / "home")
     hub.stall_seconds, hub.faults = 120, [(operation, "stall")]
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN.with_name("push.py")), str(folder)], env={**os.environ, **env}
-    )
+    process = subprocess.Popen([sys.executable, "-m", "hf_cdl", "push", str(folder)], env={**os.environ, **env})
     wait_until(lambda: hub.faults == [])
     process.kill()
     process.wait()
     assert hub.repository(STUDENT).refs("tags") == {}
-    code, output = script("push.py", folder, env=env)
+    code, output = script("push", folder, env=env)
     assert code == 0, output
     assert_whole(hub, folder, 3)
     assert_whole(hub, folder, 3, TEACHER, "teacher")
@@ -492,7 +490,7 @@ def test_push_refuses_a_token_without_the_right(
     """Also for a repository that exists, which a reading token can see."""
     HfApi(hub.url, token=TOKEN).create_repo(STUDENT)
     env = environment(hub, tmp_path / "home", HF_TOKEN=token)
-    code, output = script("push.py", pushed[0], "--hub_model_id", STUDENT, env=env)
+    code, output = script("push", pushed[0], "--hub_model_id", STUDENT, env=env)
     assert code == 2 and message in output and "Traceback" not in output, output
     assert not token or token not in output
     assert titles(hub) == ["initial commit"]
@@ -500,7 +498,7 @@ def test_push_refuses_a_token_without_the_right(
 
 @pytest.mark.slow
 def test_push_says_what_it_needs(tmp_path: Path, hub: HubServer) -> None:
-    code, output = script("push.py", tmp_path, env=environment(hub, tmp_path / "home"))
+    code, output = script("push", tmp_path, env=environment(hub, tmp_path / "home"))
     assert code == 2 and f"error: {tmp_path} holds no run" in output
 
 

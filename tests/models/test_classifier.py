@@ -15,8 +15,6 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train as script
-import verify
 from helpers import interrupt_when, make_data, make_table, train, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
@@ -41,6 +39,8 @@ from transformers import (
 )
 
 from hf_cdl import CDLTrainer
+from hf_cdl.commands import train as script
+from hf_cdl.commands import verify
 from hf_cdl.data import ImageError, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.classifier import ImageClassifier, class_dimensions
@@ -166,7 +166,7 @@ def test_checkpoints_are_plain_ones_and_repeat_their_accuracy(offline: Path, fin
         "teacher": ["ResNetForImageClassification", roles["teacher"]["correct"][0][0]],
         "student": ["MobileNetV2ForImageClassification", roles["student"]["correct"][0][0]],
     }
-    assert verify.main(finished) == 0
+    assert verify.main([str(finished)]) == 0
     config = json.loads((finished / "student" / "config.json").read_text())
     assert list(config["id2label"].values()) == NAMES and "tasks" not in config
     files = {file.name for file in (finished / "student").iterdir() if file.is_file()}
@@ -205,7 +205,7 @@ def test_a_ready_teacher_is_used_as_it_is(offline: Path, finished: Path, tmp_pat
     pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(one(pixels).logits[:, [NAMES.index(name) for name in order]], two(pixels).logits)
-    assert verify.main(folder) == 0
+    assert verify.main([str(folder)]) == 0
 
 
 @pytest.mark.parametrize(

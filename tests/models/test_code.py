@@ -16,7 +16,7 @@ from test_small import as_cached, logits, student, teacher
 from transformers import AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from hf_cdl.models.code import ENTRY
+from hf_cdl.models.remote_code import ENTRY
 
 # -I -S: no PYTHONPATH, no .pth files (editable installs); the None keeps an ordinary install from being found too.
 WITHOUT_HF_CDL = """

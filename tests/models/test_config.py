@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_backbone
-from test_models import SIZES, family_config, images, stored_backbone
+from test_models import images
+from tiny_families import SIZES, family_config, stored_backbone
 from transformers import AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessorPil, pipeline
 
 from hf_cdl import CDLConfig, CDLForImageClassification
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones.families import FAMILIES
+from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.backbones.lora import LoraOptions
-from hf_cdl.heads.trained import build_head
+from hf_cdl.heads import build_head
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 
@@ -373,14 +375,14 @@ def test_sections_of_the_wrong_kind_or_size_are_refused(kind: str, fields: dict[
 # ---- what a caller passes stays as it is ----
 
 
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_no_object_of_the_caller_s_is_changed(kind: str, tmp_path: Path) -> None:
     backbone: Any = family_config(kind)
     random = [name for name in vars(backbone) if "drop" in name and isinstance(vars(backbone)[name], float)]
     for name in random:
         setattr(backbone, name, 0.3)
-    if kind == "dinov3_vit":
-        backbone.pos_embed_shift = 0.2
+    for name in FAMILIES[kind].random_positions:
+        setattr(backbone, name, 0.2)
     sections: dict[str, Any] = {
         "prompt": {"type": "coda", "layers": [0, 1], "length": 4},
         "kd_prompt": {"length": 4},
@@ -399,7 +401,7 @@ def test_no_object_of_the_caller_s_is_changed(kind: str, tmp_path: Path) -> None
     assert config.to_dict() == config_before and vars(config).keys() == vars_before.keys()
     assert config._attn_implementation is None and config.backbone_config._attn_implementation is None
     assert all(getattr(model.config.backbone_config, name) == 0 for name in random)
-    made = bb.build_backbone(backbone)
+    made = build_backbone(backbone)
     assert vars(backbone) == vars(before) and made.config is not backbone
 
     model.config.prompt["layers"].pop()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_families import SIZES, TINY, family_config, stored_backbone
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -25,35 +26,13 @@ from transformers import (
 )
 
 from hf_cdl import CDLConfig, CDLForImageClassification
-from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones import families as bb
+from hf_cdl.backbones.loading import build_backbone, digest, load_backbone
 from hf_cdl.data.views import Preprocess, query_view
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.types import KV
 
 CODA = {"type": "coda", "components": 3, "length": 4, "layers": (0, 1, 2)}
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-
-def family_config(kind: str) -> Any:
-    mlp = {"mlp_ratio": 2} if kind in ("dinov2", "dinov2_with_registers") else {"intermediate_size": 64}
-    return AutoConfig.for_model(kind, **SIZES, **mlp)
-
-
-def stored_backbone(folder: Path, kind: str = "vit") -> Path:
-    """A backbone folder with weights large enough that every part of it matters."""
-    set_seed(3)
-    model = bb.build_backbone(family_config(kind))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +69,15 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: stored_backbone(tmp_path_factory.mktemp(kind), kind) for kind in bb.FAMILIES}
+    return {kind: stored_backbone(tmp_path_factory.mktemp(kind), kind) for kind in TINY}
+
+
+def test_every_family_has_its_tiny_config() -> None:
+    assert [*TINY] == [*bb.FAMILIES]
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
 def test_every_family_takes_every_kind_of_prompt(
     kind: str, way: str, families: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -124,7 +107,7 @@ def test_every_family_takes_every_kind_of_prompt(
         assert torch.equal(loaded(images()).logits, model.eval()(images()).logits)
 
 
-@pytest.mark.parametrize(("own", "query"), [(kind, "vit") for kind in bb.FAMILIES] + [("vit", k) for k in bb.FAMILIES])
+@pytest.mark.parametrize(("own", "query"), [(kind, "vit") for kind in TINY] + [("vit", k) for k in TINY])
 def test_a_query_backbone_of_any_family_is_in_the_checkpoint(
     own: str, query: str, families: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -173,7 +156,13 @@ def test_a_model_made_with_tasks_has_no_weight_left_as_memory_was(way: str, vit:
     assert not [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
 
 
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
+def test_on_several_devices_no_layer_is_cut_in_two(kind: str) -> None:
+    model = CDLForImageClassification(CDLConfig(backbone_config=family_config(kind)))
+    assert {type(layer).__name__ for layer in bb.layers(model.backbone)} <= {*model._no_split_modules}
+
+
+@pytest.mark.parametrize("kind", TINY)
 def test_without_prompts_a_model_is_its_backbone_with_a_head(kind: str, families: dict[str, Path]) -> None:
     bare = student(families[kind], prompt={"type": "none"}, kd_prompt=None)
     with torch.no_grad():
@@ -184,7 +173,7 @@ QUERIES = ("two_pass", "one_pass")
 
 
 @pytest.mark.parametrize("query", QUERIES)
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
 def test_every_family_serves_and_checkpoints(kind: str, query: str, families: dict[str, Path], tmp_path: Path) -> None:
     model = student(families[kind], query=query)
     model.save_pretrained(tmp_path)
@@ -232,8 +221,8 @@ def test_every_family_compiles(kind: str, query: str, families: dict[str, Path])
 def test_a_frozen_backbone_has_no_randomness(kind: str, tmp_path: Path) -> None:
     """BEiT drops, DINOv3 rescales positions at random: in training the query must still be the un-prompted feature."""
     drops = {"attention_dropout": 0.3, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3}
-    config = AutoConfig.for_model(kind, **SIZES, intermediate_size=64, **drops)
-    bb.build_backbone(config, frozen=False).save_pretrained(tmp_path)
+    config = family_config(kind, **drops)
+    build_backbone(config, frozen=False).save_pretrained(tmp_path)
     model = student(tmp_path, kd_prompt=None).train()
     torch.testing.assert_close(model.compute_query(images()), model.compute_query(images()))
     torch.testing.assert_close(model(images(), task_id=1).logits, model(images(), task_id=1).logits)
@@ -259,8 +248,8 @@ def test_dinov3_keeps_its_patch_positions_beside_the_kd_token(tmp_path: Path) ->
 
 
 def test_beit_with_relative_position_bias_takes_prompts_but_no_kd_token(tmp_path: Path) -> None:
-    config = AutoConfig.for_model("beit", **SIZES, intermediate_size=64, use_relative_position_bias=True)
-    bb.build_backbone(config).save_pretrained(tmp_path)
+    config = family_config("beit", use_relative_position_bias=True)
+    build_backbone(config).save_pretrained(tmp_path)
     for implementation in ("sdpa", "eager"):
         model = student(tmp_path, kd_prompt=None)
         model.set_attn_implementation(implementation)
@@ -435,7 +424,7 @@ def test_a_classifier_s_checkpoint_is_a_backbone(tmp_path: Path) -> None:
     assert model.config.num_labels == 3
 
 
-@pytest.mark.parametrize("kind", bb.FAMILIES)
+@pytest.mark.parametrize("kind", TINY)
 def test_a_checkpoint_of_ours_is_the_backbone_that_it_has_become(
     kind: str, families: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -445,8 +434,8 @@ def test_a_checkpoint_of_ours_is_the_backbone_that_it_has_become(
         for parameter in tuned.backbone.parameters():
             parameter.add_(0.01)
     tuned.save_pretrained(tmp_path / "tuned")
-    plain = bb.load_backbone(str(tmp_path / "tuned"))
-    assert bb.digest(plain) == bb.digest(tuned.backbone) != bb.digest(bb.load_backbone(str(families[kind])))
+    plain = load_backbone(str(tmp_path / "tuned"))
+    assert digest(plain) == digest(tuned.backbone) != digest(load_backbone(str(families[kind])))
     plain.save_pretrained(tmp_path / "plain")
     for folder in ("tuned", "plain"):
         model = student(tmp_path / folder, **fields).eval()

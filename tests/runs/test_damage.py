@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import random
@@ -13,22 +12,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import add_task
 import pytest
 import torch
 from datasets import enable_progress_bars
-from helpers import TRAIN, make_data, make_recipe, picture, write_recipe
+from helpers import make_data, make_recipe, picture, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLTrainer
+from hf_cdl.commands import add, console
+from hf_cdl.commands import train as train_recipe
 from hf_cdl.runs.files import fingerprint
-from hf_cdl.training.phase import PhaseTrainer
+from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.types import Task
-
-spec: Any = importlib.util.spec_from_file_location("train_recipe", TRAIN)
-train_recipe = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(train_recipe)
 
 STATE = "work/student-task-02/checkpoint-1"
 ROLES = ("teacher", "student")
@@ -52,24 +48,24 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     recipe["distill"] = [{"type": "kdp", "weight": 0.5}, {"type": "fitnets"}]  # a term with layers of its own
     found = {"recipe": write_recipe(folder / "recipe.yaml", recipe), "run": folder / "run", "data": folder / "few"}
     verbosity = hf_logging.get_verbosity()
-    train_recipe.quiet()
+    console.quiet()
     drawn = pytest.MonkeyPatch()
     drawn.setattr("hf_cdl.runs.report.save_plots", draw)  # pictures are not the point here, and take a second
-    learn, save = CDLTrainer.learn, PhaseTrainer._save_checkpoint
+    learn, save = CDLTrainer.learn, TaskTrainer._save_checkpoint
 
     def stop_between(self: CDLTrainer, task: Task) -> None:
         if (self.role, task.index) == ("teacher", 1):
             raise KeyboardInterrupt
         learn(self, task)
 
-    def stop_within(self: PhaseTrainer, model: Any, trial: Any) -> None:
+    def stop_within(self: TaskTrainer, model: Any, trial: Any) -> None:
         save(self, model, trial)
         if (self.role, self.seen[-1].index) == ("student", 1):
             raise KeyboardInterrupt
 
     for name, owner, method, replacement in (
         ("between", CDLTrainer, "learn", stop_between),
-        ("within", PhaseTrainer, "_save_checkpoint", stop_within),
+        ("within", TaskTrainer, "_save_checkpoint", stop_within),
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, method, replacement)
@@ -455,7 +451,7 @@ def test_what_is_taken_over_from_another_run_is_on_the_disk(
     """The folder appears when all in it is there to stay: models, their copies, ledger and recipe."""
     folder = tmp_path / "new" / "runs" / "mine"
     disk = Disk(folder, monkeypatch)
-    add_task.begin(folder, str(points["finished"]), None, None)
+    add.begin(folder, str(points["finished"]), None, None)
     assert "." in disk.renamed, "it was looked at when it got its name"
     for path in (folder, *folder.rglob("*")):
         disk.must_be_on_disk(path)
@@ -498,7 +494,7 @@ def test_a_finished_run_of_changed_data(
     change_data(points, **{**FEW, **data})
     if named:
         said = refused(points, capfd)
-        assert "The data changed since" in said and named in said and "add_task.py" in said
+        assert "The data changed since" in said and named in said and "hf-cdl add" in said
     else:  # the same images and classes: the same data
         assert goes_on(points, capfd).startswith("This run is finished.")
 
@@ -549,7 +545,7 @@ def test_a_finished_run_of_class_folders_that_changed(
     assert "The data changed since" in said and "Classes without test images: kind 4" in said
     put("test", 4, 1)
     said = refused(found, capfd)
-    assert "The data changed since" in said and "new class 'kind 4'" in said and "add_task.py" in said
+    assert "The data changed since" in said and "new class 'kind 4'" in said and "hf-cdl add" in said
     for split in ("train", "test"):
         shutil.rmtree(tmp_path / "photos" / split / "kind 4")
     put("train", 0, 4)

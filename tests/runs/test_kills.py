@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import train
 import yaml
 from helpers import make_recipe, write_recipe
 from test_classifier import write as write_classifiers
+
+from hf_cdl.commands import console, train
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +92,7 @@ def run_train(words: list[str], log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    train.quiet()
+    console.quiet()
     sys.exit(train.main(words))
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_cdl.runs import metrics
+from hf_cdl.runs import continual_metric
+from hf_cdl.runs.continual_metric import ContinualMetric
 from hf_cdl.runs.metrics import METRICS, continual_metrics
 
 # Task 0 gets better before it gets worse, so its best accuracy (90) is not the one right after learning it (80).
@@ -123,7 +124,7 @@ def test_bad_counts(counts):
 
 @pytest.mark.parametrize("name", [*METRICS, None])
 def test_the_evaluate_class_agrees_with_the_functions_however_the_rows_arrive(name):
-    metric = metrics.ContinualMetric(name)
+    metric = ContinualMetric(name)
     for R in (HAND, random_matrix(1)):
         values = continual_metrics(R)
         expected = pytest.approx(values if name is None else {name: values[name]})
@@ -133,28 +134,33 @@ def test_the_evaluate_class_agrees_with_the_functions_however_the_rows_arrive(na
         assert metric.compute() == expected
         metric.add_batch(accuracies=R[:2])
         metric.add_batch(accuracies=R[2:])
-        assert pickle.loads(pickle.dumps(metrics.ContinualMetric(name))).compute(accuracies=R) == expected
+        assert pickle.loads(pickle.dumps(ContinualMetric(name))).compute(accuracies=R) == expected
         assert metric.compute() == expected
 
 
 def test_the_evaluate_class_takes_counts_combines_and_knows_its_names():
-    assert metrics.ContinualMetric().compute(accuracies=HAND, counts=HAND_COUNTS) == pytest.approx(HAND_VALUES)
+    assert ContinualMetric().compute(accuracies=HAND, counts=HAND_COUNTS) == pytest.approx(HAND_VALUES)
     names = ["average_accuracy", "forgetting"]
-    combined = evaluate.combine([metrics.ContinualMetric(name) for name in names])
+    combined = evaluate.combine([ContinualMetric(name) for name in names])
     assert combined.compute(accuracies=HAND) == pytest.approx({name: HAND_VALUES[name] for name in names})
     with pytest.raises(ValueError, match="no metric 'forgeting'; allowed: average_accuracy, .*forgetting"):
-        metrics.ContinualMetric("forgeting")
+        ContinualMetric("forgeting")
 
 
 def test_the_evaluate_class_is_usable_after_an_error():
-    metric = metrics.ContinualMetric("forgetting")
+    metric = ContinualMetric("forgetting")
     with pytest.raises(ValueError, match="percentages"):
         metric.compute(accuracies=[[101.0]])
     assert metric.compute(accuracies=HAND) == {"forgetting": 15.0}
 
 
+def test_evaluate_loads_it_from_its_file(tmp_path):
+    metric = evaluate.load(continual_metric.__file__, "forgetting", cache_dir=tmp_path)
+    assert metric.compute(accuracies=HAND) == {"forgetting": 15.0}
+
+
 def test_the_evaluate_class_leaves_no_files(tmp_path):
-    metric = metrics.ContinualMetric()
+    metric = ContinualMetric(cache_dir=str(tmp_path))
     metric.compute(accuracies=HAND)
     metric.add(accuracies=HAND[0])
     assert [path for path in tmp_path.rglob("*") if not path.is_dir()] == []

@@ -75,7 +75,7 @@ def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> No
     kind = TERMS["kdp"]
     objective = Objective(0.5, [("kdp", kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path), objective=objective, teacher=teacher_model)
-    assert not student.shares_query
+    assert not student.teacher.shares_query({})
     teacher_model.begin_task(TASK.class_names)
     student.learn(TASK)
     assert losses(student)
@@ -123,7 +123,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t", num_train_epochs=1), role="teacher")
     rest = arguments(tmp_path / "s", num_train_epochs=1)
     student = CDLTrainer(student_model, rest, objective=objective, teacher=teacher_model)
-    assert not student.shares_query
+    assert not student.teacher.shares_query({})
     for processor in processors.values():
         processor.counted()  # those of its own check
 
@@ -404,7 +404,7 @@ def test_what_a_trainer_is_given_stays_as_it_was(tmp_path: Path) -> None:
     teacher.learn(TASK)
     for mode in (True, False):
         fresh = pair(tmp_path, num_train_epochs=1)[1]
-        fresh.teacher = teacher.model.train(mode)
+        fresh.teacher.model = teacher.model.train(mode)
         fresh.learn(TASK)
         assert teacher.model.training is mode
     assert student.args.save_strategy == "no"
@@ -417,10 +417,10 @@ def test_a_callback_of_a_user_s_sees_validation_images_whatever_it_waits_for(eve
 
     setattr(Mine, event, lambda self, args, state, control, **more: None)
     trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, eval_strategy="epoch"))
-    assert trainer._watched(TASK) is TASK.test, "a curve alone"
+    assert trainer._evaluation_images(TASK) is TASK.test, "a curve alone"
     trainer.add_callback(Mine())
     other = Pictures(range(len(TASK.class_names)))
-    assert trainer._watched(dataclasses.replace(TASK, validation=other)) is other
+    assert trainer._evaluation_images(dataclasses.replace(TASK, validation=other)) is other
     with pytest.raises(ValueError, match="Mine of the student would choose by test images"):
         trainer.learn(TASK)
     trainer.seen = [TASK]

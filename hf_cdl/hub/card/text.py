@@ -81,8 +81,7 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
         if _code(recipe, role):
             notes.append("Its code lies beside its weights: read it before you trust it, or install hf_cdl instead.")
         notes.append("`CDLForImageClassification.from_pretrained(...).begin_task(class_names)` adds a task to learn.")
-        if recipe[role]["head"]["type"] == "ridge":
-            notes.append("`drop_sums()` leaves out what only further tasks need: the same answers, a smaller file.")
+        notes += [note for entry in _papers(recipe, role) for note in re.findall(r"annote = {(.*)}", entry)]
     return "\n".join(notes)
 
 
@@ -220,7 +219,12 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def citations(recipe: Mapping[str, Any], role: str) -> str:
-    """The BibTeX entries of papers.bib whose keywords name a method that this model uses."""
+    """The BibTeX entries of the methods that this model uses."""
+    return "\n".join(re.sub(r"\n *(keywords|annote) = .*", "", entry) for entry in _papers(recipe, role))
+
+
+def _papers(recipe: Mapping[str, Any], role: str) -> list[str]:
+    """The entries of papers.bib whose keywords name a method that this model uses; what its user must know: annote."""
     section = recipe[role]
     parts = {section[part]["type"] for part in ("prompt", "head")}
     used = {"cdl", section["query"], *parts} if section["model"] == "cdl" else set[str]()
@@ -230,5 +234,4 @@ def citations(recipe: Mapping[str, Any], role: str) -> str:
         used |= {"lskd" for term in recipe["distill"] if term.get("standardise")}
     entries = re.split(r"\n(?=@)", Path(__file__).with_name("papers.bib").read_text(encoding="utf-8").strip())
     keyed = [(set(re.findall(r"\w+", re.findall(r"keywords = {(.*?)}", e)[0])), e) for e in entries]
-    chosen = [re.sub(r"\n *keywords = .*", "", entry) for keywords, entry in keyed if keywords & used]
-    return "\n".join(chosen)
+    return [entry for keywords, entry in keyed if keywords & used]

@@ -5,6 +5,7 @@ table.py says what becomes of each of their fields, checks.py which of them do n
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
+from hf_cdl.training.arguments.table import ARGUMENTS, Used
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 
@@ -75,6 +77,31 @@ class CDLTrainingArguments(TrainingArguments):
         }
         return find_problems({**defaults, **given}, defaults)
 
+    @classmethod
+    def of(cls, args: Any) -> CDLTrainingArguments:
+        """A copy of these arguments. Of transformers' own TrainingArguments: the same training, or a ValueError.
+
+        Every field of theirs that has an effect keeps it, also by its default, which may be another one than here
+        (rate, batch, epochs, schedule, clipping). What was set and can have no effect raises, all in one message.
+        """
+        if isinstance(args, cls):
+            return copy.copy(args)
+        if type(args) is not TrainingArguments:
+            raise ValueError(
+                f"args are {type(args).__name__}; give CDLTrainingArguments, whose defaults are others, or "
+                "transformers' TrainingArguments."
+            )
+        unset = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
+        values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+        used = {name for name, row in ARGUMENTS.items() if isinstance(row, Used)}
+        said = {"output_dir", "use_cpu"} | (used & _with_other_defaults(cls))
+        said -= {"logging_steps"} if args.logging_strategy != IntervalStrategy.STEPS else set()
+        said -= {"num_train_epochs"} if args.max_steps > 0 else set()
+        idle = {name for name, value in values.items() if value == getattr(unset, name)} - said
+        if "activation_checkpointing" in values:  # they are the same by an older name
+            idle |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
+        return cls(**{name: value for name, value in values.items() if name not in idle})
+
     def __post_init__(self):
         wrong = self.problems({f.name: getattr(self, f.name) for f in fields(self) if f.init})
         if wrong:
@@ -110,3 +137,9 @@ class CDLTrainingArguments(TrainingArguments):
         if self.lr_steps:
             return lambda epoch: self.lr_decay ** sum(epoch >= step for step in self.lr_steps)
         return None
+
+
+def _with_other_defaults(kind: type[TrainingArguments]) -> set[str]:
+    """The fields of TrainingArguments whose defaults are others in a subclass."""
+    theirs, ours = ({f.name: f.default for f in fields(of)} for of in (TrainingArguments, kind))
+    return {name for name, default in theirs.items() if ours[name] != default}

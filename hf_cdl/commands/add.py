@@ -1,0 +1,207 @@
+"""hf-cdl add: learn one more task with a student and a teacher from the Hugging Face Hub or from a folder.
+
+Who made the student may be a stranger: no code of theirs is run, and nothing pickled is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import PartialState
+from huggingface_hub import HfApi
+
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands import train as training
+from hf_cdl.commands.console import say
+from hf_cdl.commands.words import read
+from hf_cdl.escape import visible
+from hf_cdl.hub import HubError, Origin, read_folder, read_origin
+from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
+from hf_cdl.recipe.build import build_processors, load_model
+from hf_cdl.recipe.files import fields_given, read_yaml
+from hf_cdl.runs.continuation import continue_elsewhere
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.report import difference_lines
+from hf_cdl.runs.run import Run
+
+
+def main(arguments: list[str]) -> int:
+    options, fields = read("add", arguments)
+    undo = None
+    try:
+        name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
+        folder = options.output_dir or Path("runs", name)
+        fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
+        with PartialState().main_process_first():
+            plugins = dict(fields_given(fields)).get("plugins")
+            load_plugins(plugins)
+            if not (folder / "run.json").exists():
+                undo = begin(folder, options.student, options.teacher, options.revision, bool(plugins))
+        refuse_plugins(folder)
+        words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
+        recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
+    except (OSError, ValueError, RunError, HubError) as error:
+        say(f"error: {error}", file=sys.stderr)
+        if undo is not None:
+            undo()
+        return 2
+    code = training.main(words)
+    if code == 2 and undo is not None:  # a first try that fails leaves nothing behind
+        undo()
+    if code in (0, 4):
+        say(differences(recipe))
+    return code
+
+
+def short_name(student: str) -> str:
+    """The name of a repository, or of the folder of a run."""
+    place = Path(student)
+    if not place.is_dir():
+        return student.split("/")[-1]
+    parts = place.resolve().parts
+    inside = 2 if parts[-1].startswith("task-") else 1 if parts[-1] in ("student", "teacher") else 0
+    return parts[-1 - inside] if len(parts) > inside + 1 else parts[-1]
+
+
+def begin(
+    folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False
+) -> Callable[[], None]:
+    """Make the run: the models, the ledger, and a recipe that goes on with theirs. Returns what takes it away again.
+
+    `plugins`: whether some were named on the command line.
+    """
+    first = find(student, "student", tag)
+    stored = first.results["recipe"]
+    if not plugins:
+        refuse_theirs(student, stored)
+    try:
+        recipe, left = taken_over(stored, build_recipe)
+    except RecipeError as error:
+        raise HubError(f"The recipe of {visible(student)} cannot be gone on with: {error}.") from error
+    if "classifier" in {recipe.student.model, recipe.teacher and recipe.teacher.model}:
+        raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
+    origins = {}
+    if recipe.teacher is not None:
+        try:
+            origins["teacher"] = find(teacher or beside(student), "teacher", f"task-{first.tasks:02d}")
+        except HubError as error:
+            raise HubError(f"The student had a teacher, which is needed for the next task: {error}") from error
+        check_pair(first, origins["teacher"])
+    elif teacher is not None:
+        raise HubError(f"The student had no teacher, so --teacher {visible(teacher)} has none to be. Leave it out.")
+    origins["student"] = first
+    text = yaml.safe_dump(
+        continued(recipe, first), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )
+    say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
+    if left:
+        say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
+    return continue_elsewhere(
+        folder,
+        {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
+        {role: origin.results for role, origin in origins.items()},
+        lambda role, target: origins[role].copy(target),
+        text,
+    )
+
+
+def refuse_theirs(student: str, stored: Any) -> None:
+    """Raises HubError for a stored recipe that runs Python files."""
+    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
+        raise HubError(
+            f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
+            f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
+            "yourself: --plugins '[FILE.py]'."
+        )
+
+
+def find(where: str, role: str, tag: str | None) -> Origin:
+    """A model in a folder or on the Hub. Raises HubError if there is none."""
+    if not (place := Path(where)).is_dir():
+        return read_origin(HfApi(), where, role, tag)
+    one = (place / "config.json").exists() and role == "teacher"
+    return read_folder(place, role, None if one else tag)  # a teacher's checkpoint is compared with the student
+
+
+def beside(student: str) -> str:
+    """Where the teacher of a student is by default."""
+    place = Path(student)
+    if not place.is_dir():
+        return f"{student}-teacher"
+    if not (place / "config.json").exists():
+        return student
+    parts = place.resolve().parts
+    return str(
+        Path(*("teacher" if part == "student" and i >= len(parts) - 2 else part for i, part in enumerate(parts)))
+    )
+
+
+def check_pair(student: Origin, teacher: Origin) -> None:
+    """Raises HubError unless both learnt the same classes in the same tasks."""
+    ours, theirs = (origin.results["class_names"][: origin.tasks] for origin in (student, teacher))
+    if ours != theirs:
+        shown = [", ".join(map(visible, names[0][:3])) for names in (theirs, ours)]
+        raise HubError(
+            f"{teacher.place} learnt other classes than {student.place}: {shown[0]} ... ({len(theirs)} tasks) in "
+            f"place of {shown[1]} ... ({len(ours)} tasks). Name the teacher of this student with --teacher."
+        )
+
+
+def continued(recipe: Recipe, origin: Origin) -> dict[str, Any]:
+    """The recipe that goes on with one that was taken over: other data, behind the classes known."""
+    content = json.loads(json.dumps(recipe.as_dict()))
+    content["data"]["known_classes"] = origin.results["class_names"][: origin.tasks]
+    del content["data"]["path"]  # it and the name are given anew
+    repository = origin.as_dict().get("repository")
+    return {**content, **({} if repository is None else {"hub_model_id": repository})}
+
+
+def refuse_plugins(folder: Path) -> None:
+    """Raise RecipeError if the recipe that was taken over names Python files: reading it would run them."""
+    if named := read_yaml(folder / "recipe.yaml").get("plugins"):
+        raise RecipeError(
+            f"{folder / 'recipe.yaml'} names plugins, which nobody asked for here: {visible(named)[:300]}. Take them "
+            "out there; those that you want, name yourself: --plugins '[FILE.py]'."
+        )
+
+
+def checked(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe itself. Raises RecipeError if its models are not those that were taken over."""
+    taken = load_recipe([str(folder / "recipe.yaml"), "--data.path", "."], folder / "recipe.yaml")
+    changed = []
+    for role in ("student", "teacher"):
+        ours, theirs = (getattr(r, role) and dataclasses.asdict(getattr(r, role)) for r in (recipe, taken))
+        free = {"train"} if recipe.save_backbone else {"train", "backbone", "revision"}  # its fingerprint is checked
+        for field in (ours or theirs or {}).keys() - free:
+            if (ours or {}).get(field) != (theirs or {}).get(field):
+                changed.append(f"{role}.{field}")
+    if changed:
+        raise RecipeError(
+            f"{', '.join(sorted(changed))}: the models are as they were published. For the new task `data`, `train`, "
+            "`ce_weight`, weights in `distill` and where to push may be set."
+        )
+    return recipe
+
+
+def differences(recipe: Recipe) -> str:
+    """The student's accuracy on earlier tasks before and after the new one, as far as test images were given."""
+    run = Run(recipe.folder, recipe.as_dict(), writer=False)
+    count, split = run.origin["tasks"], recipe.data.eval_split
+    stream = TaskStream(recipe.data, build_processors(recipe, run.checkpoint), seed=recipe.seed)
+    old = [task for task in stream if task.index < count and len(getattr(task, split))]
+    if not old:
+        return "There are no test images of earlier tasks in the data: what was forgotten is not known."
+    model = load_model(recipe, recipe.student, recipe.folder / "student" / f"task-{count:02d}")
+    arguments = CDLTrainingArguments(**{**recipe.training_args("student"), "output_dir": str(recipe.folder)})
+    before = CDLTrainer(model, arguments, eval_split=split, num_tasks=len(stream))
+    answers = before.answer(old)
+    row = run.results()["roles"]["student"]["accuracy_matrix"][-1]
+    shown = zip(old, answers["counts"], answers["row"], strict=True)
+    lines = difference_lines([(task.index + 1, task.class_names, n, was, row[task.index]) for task, n, was in shown])
+    return "\n".join([f"\nstudent: accuracy (%) on earlier tasks, before and after task {count + 1}", *lines])

@@ -1,0 +1,55 @@
+"""hf-cdl card: write the model cards of a run, with their picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.commands.words import read
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.hub.card import card_files, shared
+from hf_cdl.recipe import described, load_plugins
+from hf_cdl.runs.files import RunError, write_whole
+from hf_cdl.runs.results import run_results
+
+
+def main(arguments: list[str]) -> int:
+    options, _ = read("card", arguments)
+    output = options.output or options.run
+    try:
+        load_plugins(options.plugins)
+        results = run_results(options.run, described)
+        names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
+        for role in [role for role in names if role in results["roles"]]:
+            other = names["teacher" if role == "student" else "student"]
+            for name, content in made(results, role, names[role], other).items():
+                put(output / role / name, content)
+        if options.output is not None:
+            put(output / "results.json", f"{json.dumps(shared(results), indent=1)}\n".encode())
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
+    print(f"Wrote the cards to {visible(output)}/")
+    return 0
+
+
+def made(results: dict[str, Any], role: str, name: str | None, other: str | None) -> dict[str, bytes]:
+    """The files of a role's card, whose picture is drawn in the folder for temporary files."""
+    try:
+        return card_files(results, role, name, other)
+    except OSError as error:
+        raise RunError(
+            f"Could not draw the picture of the {role} in {tempfile.gettempdir()}: {error}. Make room there, or set "
+            "TMPDIR to another folder; then run the same command again."
+        ) from error
+
+
+def put(file: Path, content: bytes) -> None:
+    """Write a file. Raises RunError for a link in its place, which would lead somewhere else."""
+    for path in (file.parent, file):
+        if path.is_symlink():
+            raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")
+    write_whole(file, lambda path: path.write_bytes(content))

@@ -1,0 +1,260 @@
+"""What training costs: parameters, FLOPs, steps and memory of each role of a recipe.
+
+Models are built from the backbones' configs with fake tensors, which have shapes and no content: no weights are loaded
+and nothing is computed. FLOPs, and what is kept for the way back, are counted on one step of each role, at the
+recipe's batch size and in the last task, when prompts and heads are largest.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoModelForImageClassification
+from transformers import initialization as init
+
+from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
+from hf_cdl.backbones.loading import load_config, read_config
+from hf_cdl.config import CDLConfig
+from hf_cdl.data import nothing_held_out
+from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
+from hf_cdl.data.sampler import count_rounds
+from hf_cdl.data.views import output_size, same_view
+from hf_cdl.distill import Objective
+from hf_cdl.models.classifier import ImageClassifier
+from hf_cdl.recipe import Recipe
+from hf_cdl.recipe.build import build_models, build_objective, build_processors
+from hf_cdl.training.checking import check_training
+from hf_cdl.training.teacher import Teacher
+
+aten: Any = torch.ops.aten
+# torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.
+FUSED: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *rest, **more: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Class names and number of training images of every task, where they are from, and what a user should know."""
+
+    names: list[list[str]]
+    images: list[int]
+    source: str
+    notes: Sequence[str]
+
+    @property
+    def classes(self) -> list[int]:
+        """How many each task has."""
+        return [len(task) for task in self.names]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training a role takes. FLOPs are per image, a multiply-add being one.
+
+    `kept`: bytes for the way back; `states`: bytes of gradients, the optimizer's states and the terms' own layers;
+    `trained`: parameters, with the terms' layers; `images`: in all epochs.
+    """
+
+    inference_flops: float
+    training_flops: float
+    kept: int
+    states: int
+    trained: int
+    steps: int
+    images: int
+
+    @property
+    def total_flops(self) -> float:
+        return self.training_flops * self.images
+
+
+def read_tasks(recipe: Recipe) -> Tasks:
+    """The tasks' sizes: of a benchmark as published, so that nothing is downloaded; else counted in the data."""
+    data = recipe.data
+    if data.path not in SIZES:
+        stream = TaskStream(data, build_processors(recipe), seed=recipe.seed)
+        names = [list(task.class_names) for task in stream]
+        return Tasks(names, [len(task.train) for task in stream], "counted in the data", stream.notes)
+    classes, images = SIZES[data.path]
+    held_out, notes = data.test_fraction or BENCHMARKS[data.path].get("test_fraction") or 0.0, []
+    if held_out and (test := data.test_split or BENCHMARKS[data.path].get("test_split")):
+        held_out, notes = 0.0, [nothing_held_out(test)]
+    per_class = min(images * (1 - held_out) / classes, data.max_train_per_class or math.inf)
+    if isinstance(data.classes_per_task, list):
+        sizes = [size if isinstance(size, int) else len(size) for size in data.classes_per_task]
+    else:
+        count = data.max_classes or classes
+        size = data.classes_per_task or count
+        sizes = [min(size, count - first) for first in range(0, count, size)]
+    names = [[f"class {number + 1} of task {task + 1}" for number in range(size)] for task, size in enumerate(sizes)]
+    counts = [round(size * per_class) for size in sizes]
+    return Tasks(names, counts, f"{data.path} as published; the data were not read", notes)
+
+
+def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:
+    """The models after the last task, as fake tensors, and what training each of them takes."""
+    processors, names = build_processors(recipe), tasks.names
+
+    def classifier(name: str, revision: Any = None, pretrained: bool = True) -> ImageClassifier:
+        config = read_config(name, revision)
+        config.num_labels = len(names[0])
+        with init.no_init_weights():
+            model = ImageClassifier(AutoModelForImageClassification.from_config(config, dtype=torch.float32))
+        model.tasks = names[:1]
+        for task in names[1:]:  # which it refuses
+            model.begin_task(task)
+        return model
+
+    def cdl(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
+        config = CDLConfig(
+            backbone_name=name,
+            backbone_config=_config(name, revision),
+            query_name=query_name,
+            query_config=None if query_name is None else _config(query_name, query_revision),
+            tasks=names,
+            **fields,
+        )
+        with init.no_init_weights():
+            return CDLForImageClassification(config)
+
+    with FakeTensorMode():
+        models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
+        return models, {role: _cost(recipe, role, models, tasks, processors) for role in models}
+
+
+def _config(name: str, revision: str | None) -> Any:
+    config = load_config(name, revision)
+    config.dtype = torch.float32  # what the weights are loaded as
+    return config
+
+
+def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
+    model, objective = models[role], build_objective(recipe, role, models)
+    teacher = Teacher(models["teacher"] if objective.needs_teacher else None, model, objective, _same_source)
+    teacher.begin_task(model)
+    arguments = _arguments(recipe, role)
+    batch = arguments.per_device_train_batch_size
+    pixels = _batch(role, teacher, processors, batch)["pixel_values"]
+    for part in (
+        model,
+        teacher.model,
+    ):  # torch's counter cannot follow trainable parameters where no gradient is taken
+        if part is not None:
+            part.eval().requires_grad_(False)
+    inference, _ = _count(lambda: model(pixels), model)
+    if role == "teacher" and (recipe.teacher_from is not None or (recipe.teacher and recipe.teacher.train is None)):
+        return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
+    for index, (names, count) in enumerate(zip(tasks.names, tasks.images, strict=True)):
+        if count and model.trains(index):  # a task without images was learnt elsewhere
+            check_training(role, model, objective, arguments, index, names, count)
+    classes, images = tasks.classes, tasks.images
+    section = getattr(recipe, "teacher" if role == "teacher" else "student")
+    if role in ("teacher", "student") and section.first_session is not None:
+        classes, images = classes[:1], images[:1]
+        model.begin_session()
+    model.freeze()
+    trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
+    if not trained:  # the head is fitted by one pass
+        return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
+    steps, seen = map(sum, zip(*(_phase(arguments, count) for count in images), strict=True))
+    model.train()
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        taught = functools.partial(_step, model, objective, _batch(role, teacher, processors, batch), classes, teacher)
+        flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
+    count = sum(parameter.numel() for parameter in trained)
+    kept_by_optimizer = optimizer_states(arguments)
+    states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
+    return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+
+
+def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
+    """Images as a role sees them, and its teacher, if that is another view."""
+    views = {name: torch.zeros(size, 3, *output_size(processors[name])) for name in (role, *teacher.views)}
+    own = {"pixel_values": views[role]}
+    same = not teacher.views or same_view(processors[role], processors["teacher"])
+    return own if same else {**own, "teacher_pixel_values": views["teacher"]}
+
+
+def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
+    """The steps of a phase with so many training images, and the images it learns from, counted in every epoch."""
+    batch, processes = arguments.per_device_train_batch_size, arguments.world_size
+    rounds = count_rounds(images, batch, arguments.dataloader_drop_last, processes)
+    per_epoch = math.ceil(rounds / arguments.gradient_accumulation_steps)
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * per_epoch)
+    if not per_epoch:
+        return 0, 0
+    epochs, rest = divmod(steps, per_epoch)
+    whole = arguments.gradient_accumulation_steps * batch * processes
+    in_epoch = min(images, rounds * batch * processes)
+    return steps, epochs * in_epoch + min(rest * whole, in_epoch)
+
+
+def optimizer_states(arguments: CDLTrainingArguments) -> int | None:
+    """How many numbers the optimizer keeps of each parameter; None where that is not known here."""
+    if arguments.optim == "sgd":
+        options = dict(pair.split("=") for pair in (arguments.optim_args or "").replace(" ", "").split(",") if pair)
+        return int(float(options.get("momentum", 0)) > 0)
+    return 2 if arguments.optim in ("adamw_torch", "adamw_torch_fused") else None
+
+
+def unknown_optimizers(recipe: Recipe, roles: Iterable[str]) -> list[str]:
+    """Names of the roles' optimizers of which it is assumed how many numbers they keep."""
+    found = (_arguments(recipe, role) for role in roles)
+    return sorted({arguments.optim.value for arguments in found if optimizer_states(arguments) is None})
+
+
+def _arguments(recipe: Recipe, role: str) -> Any:
+    section = recipe.training_args("teacher" if role == "teacher" else "student")
+    return CDLTrainingArguments(output_dir="work", **section)
+
+
+def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
+    task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
+    pixels, query = images["pixel_values"], None
+    if objective.needs_query or teacher.shares_query(images):
+        with torch.no_grad():
+            query = model.compute_query(pixels)
+    answers = teacher.answer(images, query, task)
+    hidden = objective.hidden_states("student") or None
+    student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
+    labels = torch.full(pixels.shape[:1], current.start)
+    objective(student, answers, labels, current)["loss"].backward()
+
+
+def _same_source(student: Any, teacher: Any) -> bool:
+    """Whether both models query the same weights, which are not there to be compared: by the backbones' names."""
+    return student.config.backbone_name == (teacher.config.query_name or teacher.config.backbone_name)
+
+
+def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:
+    """(FLOPs, bytes kept for the way back) of a step: of tensors that are no weights of `parts`."""
+    own = {tensor.untyped_storage()._cdata for part in parts for tensor in part.state_dict().values()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    counter = FlopCounterMode(display=False, custom_mapping=FUSED)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return counter.get_total_flops() / 2, sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Bytes of all that a module stores."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values())

@@ -1,0 +1,67 @@
+"""hf-cdl shrink: a smaller backbone from a pre-trained one, at an image size of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import torch
+import transformers  # names from it say things when they are first used, so not before they may
+
+from hf_cdl.backbones.families import check_image_size, family, layers
+from hf_cdl.backbones.loading import load_backbone
+from hf_cdl.commands.words import read
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.runs.files import RunError, check_new, fill_folder
+
+
+def main(arguments: list[str]) -> int:
+    options, _ = read("shrink", arguments)
+    try:
+        shrink(options)
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def shrink(options: argparse.Namespace) -> None:
+    """Write the smaller backbone. Raises ValueError if it cannot be made, RunError if there is no place for it."""
+    check_new(options.folder)
+    backbone = load_backbone(options.backbone, options.revision)
+    depth = len(layers(backbone))
+    count = depth if options.layers is None else options.layers
+    if not 1 <= count <= depth:
+        raise ValueError(f"--layers is {count}, but {options.backbone} has {depth}.")
+    if options.size is not None and options.size < 1:
+        raise ValueError(f"--size is {options.size}, but an image must have at least one pixel a side.")
+    source, revision = (options.processor, None) if options.processor else (options.backbone, options.revision)
+    found = transformers.AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    processor = found
+    if options.size is not None:
+        look = {"image_mean": found.image_mean, "image_std": found.image_std, "resample": found.resample}
+        processor = transformers.ViTImageProcessor(size={"height": options.size, "width": options.size}, **look)
+        if family(backbone.config).resizes:
+            resize(backbone, options.size)
+        check_image_size(backbone.config, (options.size, options.size))
+    del layers(backbone)[count:]
+    fields = {**backbone.config.to_dict(), "num_hidden_layers": count}
+    stages = ("stage_names", "out_features", "out_indices")  # of the whole depth
+    backbone.config = type(backbone.config).from_dict({key: v for key, v in fields.items() if key not in stages})
+    fill_folder(options.folder, lambda path: (backbone.save_pretrained(path), processor.save_pretrained(path)))
+    millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
+    made, source = visible(options.folder), visible(options.backbone)
+    print(f"{made}: the first {count} of {depth} layers of {source}, {millions:.1f} M parameters")
+
+
+def resize(vit: Any, size: int) -> None:
+    """Make it a ViT for images of `size` pixels a side. Raises ValueError if these are no whole patches."""
+    patch = vit.config.patch_size
+    if size % patch:
+        raise ValueError(f"--size is {size}, which is not a multiple of the backbone's patch size {patch}.")
+    tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)
+    with torch.no_grad():
+        positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)
+    vit.embeddings.position_embeddings = torch.nn.Parameter(positions)
+    vit.config.image_size = size

@@ -1,0 +1,98 @@
+"""A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
+
+On a machine `hf-cdl demo` shows it. In a Space the variable HF_CDL_REPO names the repository on the Hub that a run was
+pushed to, OWNER/NAME; HF_CDL_TRUST_REMOTE_CODE=1 runs the code that lies in it, where hf_cdl is not installed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from html import escape
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from markup import CSS, answers_html, plain, state_html
+from states import States, StatesError
+
+
+def build(states: States, gr: Any) -> Any:
+    """The page; `gr` is gradio."""
+    first, last = states.tasks[0], states.tasks[-1]
+    newest = states.results(last)
+    title = f"{plain(newest.name)}, task after task"
+    about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {last} tasks"
+
+    def classify(image: Any, task: int) -> str:
+        if image is None:
+            return "Upload an image, or choose an example."
+        with _told(gr):
+            return answers_html(states.classifier(task)(image), states.results(task).class_names)
+
+    def describe(task: int) -> str:
+        with _told(gr):
+            return state_html(states.results(task))
+
+    with gr.Blocks(title=title) as page:
+        gr.HTML(
+            f"<h1>{escape(title)}</h1><p>{about}. "
+            "The slider goes back to the model as it was after an earlier task.</p>"
+        )
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)  # decoded by the model's
+                if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
+                    gr.Examples(examples, image)
+                if first == last:  # a slider of one place fails
+                    task = gr.Number(last, label="The model after task", interactive=False, precision=0)
+                else:
+                    task = gr.Slider(first, last, last, step=1, label="The model after task")
+                answers = gr.HTML(classify(None, last))
+            with gr.Column():
+                state = gr.HTML(describe(last))
+        gr.on([image.change, task.change], classify, [image, task], answers, trigger_mode="always_last")
+        task.change(describe, task, state, trigger_mode="always_last")
+    return page
+
+
+@contextmanager
+def _told(gr: Any) -> Iterator[None]:
+    """Says on the page what went wrong."""
+    try:
+        yield
+    except (StatesError, ValueError) as error:  # the latter: an image that cannot be read
+        raise gr.Error(escape(plain(error))) from error  # it is shown as HTML
+
+
+def show(where: str, trust_remote_code: bool) -> int:
+    """Show a model's states until the page is stopped; 2 if there are none, or no gradio.
+
+    `where`: OWNER/NAME on the Hub, or a model's folder in a run; `trust_remote_code`: whether its code is run.
+    """
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        states = States(where, trust_remote_code)
+        states.classifier(states.tasks[-1])  # what cannot be loaded is said here, not on the page
+        gr: Any = import_module("gradio")
+        page = build(states, gr)
+    except ModuleNotFoundError as error:
+        print(f'error: {error}; the demo needs gradio: pip install "hf-cdl[demo]"', file=sys.stderr)
+        return 2
+    except StatesError as error:
+        print(f"error: {plain(error)}", file=sys.stderr)
+        return 2
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )  # nothing to fetch
+    page.launch(css=CSS, theme=theme, footer_links=["gradio", "settings"])
+    return 0
+
+
+if __name__ == "__main__":
+    repository = os.environ.get("HF_CDL_REPO")
+    if not repository:
+        sys.exit("error: set the Space's variable HF_CDL_REPO to the model's repository, OWNER/NAME")
+    sys.exit(show(repository, os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1"))

@@ -1,0 +1,229 @@
+"""hf-cdl train: teach, distil, evaluate, task after task."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands import stopping
+from hf_cdl.commands.console import say
+from hf_cdl.commands.example import NAMES, write_example
+from hf_cdl.data import ImageError, NoDataError
+from hf_cdl.data.views import output_size
+from hf_cdl.distill import Objective
+from hf_cdl.escape import visible_lines
+from hf_cdl.hub import HubError, Pusher
+from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
+from hf_cdl.recipe.build import (
+    Models,
+    build_models,
+    build_objective,
+    build_processors,
+    check_classes,
+    labels,
+)
+from hf_cdl.runs.cost import cost_in_use
+from hf_cdl.runs.files import RunError, first_line
+from hf_cdl.runs.ledger import read_ledger
+from hf_cdl.runs.report import plotting_available
+from hf_cdl.runs.run import Run
+from hf_cdl.training.checking import asks_teacher, check_task
+
+
+def main(arguments: list[str], default: Path | None = None) -> int:
+    """Train what the words of the command line say; `default`: the recipe where they name none."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    run = None
+    try:
+        stopping.ready()
+        try:
+            if "--example" in arguments:
+                say(write_example(arguments))
+                return 0
+            recipe = read(arguments, default)
+            if "--plan" in arguments:
+                say(planned(recipe))
+                return 0
+            with PartialState().main_process_first():  # it repairs what the others read
+                run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed, say)
+            prepared = check(recipe, run) if run.finished else prepare(recipe, run)
+            pusher = push_from(run, recipe)
+        except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
+            raise RunError(str(error)) from error
+        if prepared is None:
+            say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
+        else:
+            train(run, pusher, *prepared)
+        pushed = pusher.finish(run.results())
+    except (RunError, ImageError, HubError) as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        said = visible_lines(error)  # by every process: one alone may have met it
+        print(f"error: {said} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt as stop:
+        stopping.say_goes_on()
+        return getattr(stop, "code", 130)
+    finally:
+        if run is not None:
+            run.close()
+    say(f"Use the student:\n  {use(recipe)}")
+    return 0 if pushed else 4
+
+
+def read(arguments: list[str], default: Path | None) -> Recipe:
+    """The recipe that the words name. Raises RecipeError for one that is wrong, or for none."""
+    words = [word for word in arguments if word != "--plan"]
+    if default is None and (not words or words[0].startswith("--")):
+        raise RecipeError(
+            f"No recipe was named. Name one: {stopping.command('train', 'RECIPE.yaml')}; or write one into this "
+            f"folder to begin with: {stopping.command('train', '--example', NAMES[0])}"
+        )
+    return load_recipe(words, default or "")
+
+
+def planned(recipe: Recipe) -> str:
+    """What the run would need. Raises ValueError where it could not be trained."""
+    from hf_cdl.commands.plan import plan
+
+    file = recipe.folder / "run.json"
+    refuse_known(recipe, read_ledger(recipe.folder).get("origin") if file.exists() else None)
+    return plan(recipe)
+
+
+def use(recipe: Recipe) -> str:
+    """A command that asks the run's student about IMAGE.png."""
+    plain, more = recipe.student.model == "classifier", ""
+    if recipe.plugins and plain:
+        more = ", trust_remote_code=True"  # the plugin's source lies in the folder
+    needed = "" if plain else "import hf_cdl; "
+    if recipe.plugins and not plain:
+        needed = f"from hf_cdl.recipe import load_plugins; load_plugins({list(recipe.plugins)}); "
+    folder = json.dumps(str(recipe.folder / "student"), ensure_ascii=False)
+    call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
+    return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
+
+
+def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
+    """Raise ValueError for known classes in a run that has no models which know them."""
+    if recipe.data.known_classes and not origin:
+        raise ValueError(
+            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
+            "out, or go on from a trained student with hf-cdl add, which sets it."
+        )
+
+
+def check(recipe: Recipe, run: Run) -> None:
+    """Whether a finished run is what it was. Raises RunError if its data changed, or files of it are lost."""
+    run.check()
+    try:
+        stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # no image is looked at
+    except (NoDataError, OSError) as error:
+        say(f"The data of this run could not be checked; its results stand. {first_line(error)}")
+        return
+    except ValueError as error:
+        raise RunError(
+            f"The data changed since {run.folder} was finished, and make no stream now: {error}\nRestore the data, or "
+            "start again in another folder with --output_dir FOLDER."
+        ) from error
+    bind(run, stream)
+
+
+def bind(run: Run, stream: TaskStream) -> None:
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
+
+
+def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
+    """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
+    refuse_known(recipe, run.origin)
+    processors = build_processors(recipe, run.checkpoint)
+    stream = TaskStream(recipe.data, processors, seed=recipe.seed)
+    run.check_source(stream.fingerprint, run.to_learn(stream))
+    models = build_models(recipe, processors, run.checkpoint)
+    check_classes(recipe, models, [task.class_names for task in stream])
+    for role, objective, arguments in roles(recipe, models, run.folder):
+        for task in run.to_learn(stream):
+            if run.result(role, task) is None:
+                check_task(role, models[role], objective, arguments, task)
+    if not run.started:
+        plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+        for note in (*stream.notes, *stream.check_images(plain)):
+            say(f"note: {note}")
+    bind(run, stream)
+    run.set_labels(labels(recipe))
+    if not plotting_available():
+        say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
+    if idle := idle_arguments(recipe):
+        say(f"note: the heads are fitted in one pass, no loss trains; without effect: {', '.join(idle)}")
+    size = f"{len(stream)} tasks, {len(stream.class_names)} classes"
+    say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
+
+    trainers = []
+    for role, objective, arguments in roles(recipe, models, run.folder):
+        rest = {"eval_split": stream.config.eval_split, "processing_class": processors[role], "num_tasks": len(stream)}
+        model = models[role]
+        teacher = models.get("teacher") if asks_teacher(model, objective) else None
+        trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
+        for task in run.to_learn(stream):
+            trainers[-1].check(task)
+    return stream, trainers
+
+
+def roles(recipe: Recipe, models: Models, folder: Path) -> Iterator[tuple[str, Objective, CDLTrainingArguments]]:
+    """What each role is trained with, in the order of the phases of a task."""
+    for role in models:
+        section = recipe.training_args("teacher" if role == "teacher" else "student")
+        yield role, build_objective(recipe, role, models), CDLTrainingArguments(str(folder / "work"), **section)
+
+
+def push_from(run: Run, recipe: Recipe) -> Pusher:
+    """What pushes the run, beside its training. Raises HubError if that will not do."""
+    if recipe.push_to_hub:
+        for role in recipe.repositories:
+            backbone = getattr(recipe, role).backbone
+            if not recipe.save_backbone and Path(backbone).exists():
+                say(
+                    f"The {role}'s backbone '{backbone}' is a folder of this machine, and small checkpoints only name "
+                    "it: who loads them elsewhere needs it too. Push the backbone and name it by its Hub id, or leave "
+                    "out save_backbone: false."
+                )
+        run.set_hub({name: getattr(recipe, name) for name in ("hub_model_id", "push_teacher", "hub_private_repo")})
+    repositories = recipe.repositories if PartialState().is_main_process else {}
+    every_task = recipe.hub_strategy == "every_task"
+    named = ["--plugins", *recipe.plugins] if recipe.plugins else []
+    later = stopping.command("push", run.folder, *named)
+    pusher = Pusher(run.folder, repositories, recipe.hub_private_repo, every_task, say, origin=run.origin, later=later)
+    pusher.check(run.results())
+    return pusher
+
+
+def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
+    to_learn = run.to_learn(stream)
+    for task in stream:
+        for trainer in trainers:
+            trainer.learn(task)
+        if task not in to_learn:
+            continue
+        rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
+        averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
+        say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+        if task is to_learn[-1]:  # before its push, whose card tells it
+            sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
+            run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
+        pusher.push(run.results())
+    say(f"\n{run.finish()}")
+
+
+def said(row: list[float | None]) -> str:
+    """The mean of the accuracies that were measured."""
+    measured = [value for value in row if value is not None]
+    rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {len(row)} tasks)"
+    return f"{sum(measured) / len(measured):.1f} %{rest}"

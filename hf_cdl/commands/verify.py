@@ -1,0 +1,140 @@
+"""hf-cdl verify: load every checkpoint of a run again and compare its accuracies with the ones that it recorded.
+
+Nothing that the run's files name is executed, but for plugins that are named on the command line.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands.words import read
+from hf_cdl.escape import visible, visible_lines
+from hf_cdl.recipe import Recipe, build_recipe, load_plugins, untrained
+from hf_cdl.recipe.build import MODELS, load_processor
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import data_changes, stored_tasks
+from hf_cdl.runs.results import stored_ledger
+from hf_cdl.types import TaskResult
+
+_MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
+"""The training arguments that matter when nothing is trained; of those that a stranger wrote, no other is used."""
+
+
+def main(arguments: list[str]) -> int:
+    """Measure a run again; 1 if anything differs, 2 if it cannot be measured."""
+    options, _ = read("verify", arguments)
+    try:
+        return verify(options.run, options.plugins)
+    except (OSError, ValueError, RunError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
+
+
+def verify(folder: Path, plugins: Sequence[str]) -> int:
+    """Measure a run again, after running `plugins`."""
+    load_plugins(plugins)
+    recipe = stored_recipe(folder)
+    named = [Path(file).name for file in plugins]
+    if unread := [file for file in recipe.plugins if Path(file).name not in named]:
+        print(
+            f"The run's recipe has plugins that are not run here: {visible(', '.join(unread))[:300]}. If its models "
+            "need them, read them and name them: --plugins FILE ...",
+            file=sys.stderr,
+        )
+    ledger = stored_ledger(folder)
+    check_data(folder, ledger, recipe)
+    elsewhere = ledger.get("origin", {}).get("tasks", 0)
+    if elsewhere:
+        print(f"The first {elsewhere} tasks were learnt elsewhere; of them only the last one's checkpoint is here.")
+    different = 0
+    for checkpoint, entry, result in measure_again(folder, recipe, recipe.data.eval_split):
+        found = compared(entry, result, elsewhere)
+        different += found == DIFFERENT
+        print(f"{visible(checkpoint)}: {sum(result.correct)} of {sum(result.counts)} right, {found}", flush=True)
+    if different:
+        print(
+            "The data may have changed: images of as many bytes as before are not told apart from them. Another "
+            "machine or other packages may answer a few images differently, too."
+        )
+    return 1 if different else 0
+
+
+DIFFERENT = "NOT as recorded"
+
+
+def compared(entry: dict[str, Any], result: TaskResult, elsewhere: int) -> str:
+    """What a new measurement says of the recorded one, in words; `elsewhere`: tasks that other runs have learnt."""
+    if not result.counts:
+        return "no images of its tasks are in these data"
+    if not entry.get("row"):
+        return "not measured yet by the run"
+    if result.task < elsewhere:
+        return "learnt and recorded elsewhere, maybe with other images"
+    recorded = {name: entry[name] for name in ("row", "correct", "counts") if name in entry}
+    if "correct" in recorded:
+        del recorded["row"]  # it is their quotient
+    return "as recorded" if all(getattr(result, name) == recorded[name] for name in recorded) else DIFFERENT
+
+
+def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
+    """Raises RunError if the data make another stream than the run was trained on."""
+    if ledger["stream"] is None:
+        return
+    stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # no image is looked at
+    if stream.fingerprint != ledger["stream"]:
+        changes = data_changes(ledger, [list(task.class_names) for task in stream], stream.images)
+        raise RunError(
+            f"The data changed since {visible(folder)} was trained (stream {visible(ledger['stream'])}, now "
+            f"{stream.fingerprint}): {visible(changes)}. Restore the data; its checkpoints can be compared on them "
+            "alone."
+        )
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe in a run's ledger, its training arguments as far as they matter here."""
+    stored = stored_ledger(folder)["recipe"]
+    bare = untrained(stored)
+    bare["train"] = _measuring(stored.get("train"))
+    for role in ("student", "teacher"):
+        if isinstance(bare.get(role), dict) and bare[role].get("train") is not None:
+            bare[role] = {**bare[role], "train": _measuring(stored[role]["train"])}
+    return build_recipe({**bare, "teacher_from": None})
+
+
+def _measuring(train: Any) -> dict[str, Any]:
+    return {key: train[key] for key in _MEASURING if key in train} if isinstance(train, dict) else {}
+
+
+def measure_again(
+    folder: Path, recipe: Recipe, split: str, *only: str
+) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
+    """Each checkpoint of a run (of the roles `only`, or all), its ledger entry, and what it answers on a split now.
+
+    `recipe`: the run's. Its plugins are not run here.
+    """
+    ledger = stored_ledger(folder)
+    for role, entries in ledger["entries"].items():
+        for entry in entries if not only or role in only else ():
+            checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
+            if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt elsewhere
+                continue
+            processor = load_processor(checkpoint)
+            stream = TaskStream(recipe.data, processor, seed=recipe.seed)
+            with tempfile.TemporaryDirectory() as work:
+                given = recipe.training_args("teacher" if role == "teacher" else "student")
+                given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}
+                arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
+                section = getattr(recipe, role, None)  # a baseline has none
+                try:
+                    model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
+                except ValueError as error:  # of a file that is cut off, it names the file's line alone
+                    raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
+                trainer = CDLTrainer(model, arguments, eval_split=split)
+                tasks = [stream[i] for i in range(entry["task"] + 1)]
+                answers = trainer.answer(tasks) if any(len(getattr(task, split)) for task in tasks) else {}
+            yield checkpoint, entry, TaskResult(role, entry["task"], **answers)

@@ -1,0 +1,270 @@
+"""The words that each command takes, with their help. They are read before anything slow is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command. `parser` makes what reads its words; `open`: any --field of a recipe may be among them.
+
+    `resumes`: whether the same command goes on where it was stopped; `quiet`: whether transformers' own messages and
+    bars are left out.
+    """
+
+    about: str
+    parser: Callable[[str], argparse.ArgumentParser]
+    open: bool = False
+    resumes: bool = False
+    quiet: bool = True
+
+
+def main_parser(version: str) -> argparse.ArgumentParser:
+    """What reads a command line without a verb."""
+    verbs = "\n".join(f"  {name:8} {verb.about}" for name, verb in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="hf-cdl",
+        usage="hf-cdl VERB ...",
+        description=f"Continual distillation learning: a large and a small model learn task after task.\n\n{verbs}",
+        epilog="hf-cdl VERB --help: its options and an example.\nFrom nothing: hf-cdl train --example quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"hf-cdl {version}")
+    return parser
+
+
+def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the words of a command say, and those that are a recipe's fields.
+
+    Ends the process with exit code 0 at --help, and with 2 at words that are wrong.
+    """
+    parser = VERBS[verb].parser(verb)
+    if not VERBS[verb].open:
+        return parser.parse_args(words), []
+    if verb in ("train", "plan"):  # recipe/files.py reads them
+        parser.parse_args(["--help"] if {"-h", "--help"} & {*words} else [])
+        return argparse.Namespace(), list(words)
+    options, fields = parser.parse_known_args(words)
+    if list(words[:2]) != [options.student, options.data]:
+        parser.error("the student and the folder of images come first")
+    return options, fields
+
+
+def _parser(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"hf-cdl {verb}",
+        usage=f"hf-cdl {verb} {usage}",
+        description=about,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _train(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "[RECIPE.yaml ...] [--any.field value ...] [--plan]\n       hf-cdl train --example quickstart",
+        """Teach, distil, evaluate, task after task. Running the same command again goes on where the run stopped.
+
+Of several recipe files a later one overrides an earlier one; values on the command line override all. The fields of a
+recipe and their defaults: the tables in README.md. On several GPUs: accelerate launch -m hf_cdl train RECIPE.yaml""",
+        "hf-cdl train flowers.yaml --train.num_train_epochs 5 --output_dir runs/flowers-5",
+    )
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what is trained")
+    parser.add_argument("--any.field", metavar="value", help="a field of the recipe, as YAML (default: the recipe's)")
+    parser.add_argument("--plan", action="store_true", help="only print what the run would need: hf-cdl plan")
+    parser.add_argument("--example", metavar="NAME", help="write the recipe NAME.yaml into this folder: quickstart")
+    return parser
+
+
+def _plan(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "RECIPE.yaml ... [--any.field value ...]",
+        "What a run would need: parameters, FLOPs, steps, memory and files. Nothing is trained.",
+        "hf-cdl plan flowers.yaml --train.per_device_train_batch_size 64",
+    )
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what would be trained")
+    parser.add_argument("--any.field", metavar="value", help="a field of the recipe, as YAML (default: the recipe's)")
+    return parser
+
+
+def _add(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "STUDENT DATA [options] [--any.field value ...]",
+        """Learn one more task with a student and a teacher from the Hugging Face Hub or a folder; no more is needed.
+
+The same command goes on where it stopped. With --push_to_hub true (and --push_teacher true) the new task is pushed to
+the repositories it came from, or to those of --hub_model_id.
+
+Who made STUDENT may be a stranger: no code of theirs is run, and nothing pickled is loaded. If their recipe needs
+plugins (Python files), read them, then name them yourself: --plugins '[FILE]'.""",
+        "hf-cdl add runs/quickstart birds --train.num_train_epochs 5",
+    )
+    parser.add_argument(
+        "student",
+        metavar="STUDENT",
+        help="OWNER/NAME on the Hub, a run's folder (runs/quickstart), or a checkpoint's (its student/task-03)",
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="images of the new classes, as data.path of a recipe: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png; "
+        "test images of known classes are used too: they tell what was forgotten",
+    )
+    parser.add_argument("--teacher", help="its teacher, if it had one (default: OWNER/NAME-teacher, or the run's)")
+    parser.add_argument("--revision", metavar="task-NN", help="the state to go on from (default: the newest)")
+    parser.add_argument("--output_dir", type=Path, metavar="FOLDER", help="the new run's (default: runs/NAME-DATA)")
+    return parser
+
+
+def _push(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "RUN [--hub_model_id NAME] [--push_teacher true|false] [--hub_private_repo true|false] [options]",
+        "Push what a run has finished and the Hugging Face Hub does not hold yet.",
+        "hf-cdl push runs/quickstart --hub_model_id me/quickstart --push_teacher true",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    last = "(default: as it was last to be pushed)"
+    parser.add_argument("--hub_model_id", metavar="NAME", help=f"the student's repository {last}")
+    parser.add_argument(
+        "--push_teacher", type=_true_or_false, metavar="true|false", help=f"the teacher, too: NAME-teacher {last}"
+    )
+    parser.add_argument(
+        "--hub_private_repo", type=_true_or_false, metavar="true|false", help=f"whether others see it {last}"
+    )
+    _plugins(parser)
+    return parser
+
+
+def _plugins(parser: argparse.ArgumentParser) -> None:
+    """Files with methods that a run's recipe names; no other is run."""
+    text = "Python files of yours with methods that the run's recipe names; no other is run (default: none)"
+    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=text)
+
+
+def _true_or_false(text: str) -> bool:
+    """A recipe's yes or no; others raise an error that says so."""
+    import yaml
+
+    try:
+        if isinstance(value := yaml.safe_load(text), bool):
+            return value
+    except yaml.YAMLError:
+        pass
+    raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
+
+
+def _card(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "RUN [--output FOLDER] [--repo_id OWNER/NAME] [--plugins FILE ...]",
+        "Write the model cards of a run, with their picture: ROLE/README.md and ROLE/accuracy_matrix.png.",
+        "hf-cdl card runs/quickstart --repo_id me/quickstart",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where they are written (default: RUN)")
+    parser.add_argument(
+        "--repo_id",
+        metavar="OWNER/NAME",
+        help="where the student will be; its teacher: NAME-teacher (default: none)",
+    )
+    _plugins(parser)
+    return parser
+
+
+def _verify(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "RUN [--plugins FILE ...]",
+        """Load every checkpoint of a run again and compare its accuracies with the ones that the run recorded.
+
+Nothing that the run's files name is executed. If its recipe has plugins (Python files that register models), read
+them, then name them here.""",
+        "hf-cdl verify runs/quickstart",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    _plugins(parser)
+    return parser
+
+
+def _shrink(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "BACKBONE FOLDER [options]",
+        """A smaller backbone from a pre-trained one: its first layers and final norm, at another image size.
+
+The first layers of a larger model are a student that needs no pre-training. A smaller size is fewer patches: position
+embeddings are interpolated, a ViT's here and once, those of DINOv2 and most other families in each forward pass.""",
+        "hf-cdl shrink facebook/dinov2-small backbones/dinov2-small-8 --layers 8 --size 56",
+    )
+    parser.add_argument("backbone", metavar="BACKBONE", help="a Hub id or folder")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the smaller one is written")
+    parser.add_argument("--layers", type=int, metavar="N", help="how many are kept (default: all)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="an image's side (default: as it was)")
+    parser.add_argument("--revision", help="of BACKBONE on the Hub (default: main)")
+    parser.add_argument("--processor", metavar="ID", help="where the image processor is from (default: BACKBONE)")
+    return parser
+
+
+def _compare(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "SPEC.yaml [SPEC.yaml ...] [--jobs N] [--test]",
+        """Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
+
+SPEC (recipes/comparisons/, fields in recipes/README.md) names a recipe, seeds, and variants: fields that differ, and
+which roles of a run fill which rows. Every run is an `hf-cdl train` of its own below runs/comparisons/NAME/, so the
+same command goes on where it stopped, also after a kill. There it writes table.parquet and table.csv (every run with
+its recipe's hash), table.md, report.html and the report's pictures in plots/.
+
+Accuracy is measured on validation images. --test measures the stored checkpoints of the finished runs on the test
+images, writes the same files to runs/comparisons/NAME/test/, and records in runs/comparisons/test_split.json that they
+were read; it does so once, at the very end.""",
+        "hf-cdl compare recipes/comparisons/quickstart_baselines.yaml --jobs 2",
+    )
+    parser.add_argument("specs", type=Path, nargs="+", metavar="SPEC", help="a comparison's file")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: GPUs, or cores without one)")
+    parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
+    return parser
+
+
+def _demo(verb: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        verb,
+        "WHERE [--trust_remote_code]",
+        """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
+
+The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).""",
+        "hf-cdl demo runs/quickstart/student",
+    )
+    parser.add_argument(
+        "where",
+        metavar="WHERE",
+        help="a repository on the Hub that a run was pushed to, OWNER/NAME, or a model's folder in a run",
+    )
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code that lies in it (default: it is not run)"
+    )
+    return parser
+
+
+VERBS = {
+    "train": Verb("teach, distil, evaluate, task after task", _train, open=True, resumes=True),
+    "plan": Verb("what a run would need: parameters, FLOPs, steps, memory and files", _plan, open=True),
+    "add": Verb("one more task for a student and a teacher, from the Hub or a folder", _add, open=True, resumes=True),
+    "push": Verb("push what the Hub lacks of a run", _push, resumes=True),
+    "card": Verb("write a run's model cards", _card),
+    "verify": Verb("load a run's checkpoints again and compare their accuracies", _verify),
+    "shrink": Verb("the first layers of a pre-trained backbone, at an image size of one's own", _shrink),
+    "compare": Verb("variants of a recipe over seeds and class orders, with tests", _compare, resumes=True),
+    "demo": Verb("a page with a slider over a student's tasks", _demo, quiet=False),
+}

@@ -1,0 +1,50 @@
+"""Class means: the nearest one answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_cdl.heads.base import FittedHead
+from hf_cdl.heads.standardise import check_features
+
+
+class ClassMeans(nn.Module):
+    """Sum and number of the unit-length features of each class of a task; scores are cosines to the class means."""
+
+    def __init__(self, hidden_size: int, num_classes: int):
+        super().__init__()
+        self.total: torch.Tensor
+        self.count: torch.Tensor
+        self.register_buffer("total", torch.zeros(num_classes, hidden_size))
+        self.register_buffer("count", torch.zeros(num_classes))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features @ F.normalize(self.total, dim=-1).T
+
+
+class NearestMeanHead(FittedHead):
+    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+
+    def add_task(self, num_classes: int) -> None:
+        self.blocks.append(ClassMeans(self.hidden_size, num_classes))
+
+    @torch.no_grad()
+    def init_task(self, task: int) -> None:
+        block: Any = self.blocks[task]
+        init.zeros_(block.total)
+        init.zeros_(block.count)
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        return F.normalize(super().prepare(features), dim=-1)
+
+    @torch.no_grad()
+    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+        check_features(features)
+        block: Any = self.blocks[-1]
+        block.total.index_add_(0, labels, self.prepare(features.float()))
+        block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))

@@ -1,0 +1,35 @@
+"""A linear layer per task, and the same with weight rows of unit length, which other heads build on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hf_cdl.heads.base import Head
+
+
+class LinearHead(Head):
+    """A linear layer per task, with PyTorch's own initialisation as in the authors' code."""
+
+    def add_task(self, num_classes: int) -> None:
+        self.blocks.append(nn.Linear(self.hidden_size, num_classes))
+
+    @torch.no_grad()
+    def init_task(self, task: int) -> None:
+        linear: Any = self.blocks[task]
+        bound = 1 / math.sqrt(self.hidden_size)
+        init.uniform_(linear.weight, -bound, bound)
+        if linear.bias is not None:
+            init.uniform_(linear.bias, -bound, bound)
+
+
+class NormalisedLinear(nn.Linear):
+    """A linear layer whose weight rows have unit length; the bias stays."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, F.normalize(self.weight, dim=-1), self.bias)

@@ -1,0 +1,133 @@
+"""Saving and loading. A checkpoint is whole, or small (what was learnt alone), and may have the code beside it.
+
+from_pretrained gives a whole model or none: what a checkpoint lacks is never left at random, nor allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_cdl.backbones import lora
+from hf_cdl.backbones.stored import (
+    HUB,
+    check_complete,
+    check_revision,
+    check_stored,
+    check_weights,
+    is_folder,
+    quietly,
+    stored_sizes,
+)
+from hf_cdl.checked import said
+from hf_cdl.heads import Head
+from hf_cdl.models.prompted_backbone import PromptedBackbone
+from hf_cdl.models.remote_code import put_code
+from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
+
+
+class Checkpointed(PromptedBackbone):
+    """A model with heads whose checkpoints hold its weights, or those but its frozen backbones'."""
+
+    head: Head
+    kd_head: Head | None
+    scaffold: nn.Module | None
+    session_head: Head | None
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
+
+        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
+        could not be loaded again.
+        """
+        self.config.check_saving()
+        if not self.is_remote_code():  # transformers takes remote code along by itself
+            put_code(self.config, Path(save_directory))
+        if self.config.lora is not None:
+            place = Path(save_directory) / lora.FOLDER
+            lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
+        scaffold, self.scaffold = self.scaffold, None
+        session_head, self.session_head = self.session_head, None
+        self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.scaffold, self.session_head = scaffold, session_head
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
+
+        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a folder or its weights are
+        missing, if a backbone is gone, if config and weights do not belong together (naming those that are missing,
+        unknown or of another shape), and for weights that are NaN or infinite; what the Hub answers stays an OSError.
+        """
+        place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if kwargs.pop("ignore_mismatched_sizes", False):
+            raise ValueError("ignore_mismatched_sizes would leave weights at random; a checkpoint fits its config.")
+        if place is not None:
+            check_revision(place, kwargs.get("revision"))
+        kwargs = {"use_safetensors": True, **kwargs}
+        with_info = kwargs.pop("output_loading_info", False)
+        with _explained(place):
+            with torch.random.fork_rng(devices=[]), quietly():  # what a small one lacks is drawn at random first
+                loaded: Any = super().from_pretrained(
+                    *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            model, info = loaded
+            absent = absent_parts(model.config, model.state_dict().keys() - info["missing_keys"])
+            absent |= misnamed_parts(model.config, info)
+            for kind in ("missing_keys", "unexpected_keys"):
+                info[kind] = {name for name in info[kind] if not _is_of(name, absent)}
+            check_complete(info, "It")
+            fetch_backbones(model, absent, **kwargs)
+            check_weights(model._numbers(), "this checkpoint")
+        model.freeze()
+        return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
+        """As PreTrainedModel's, which allocates whatever the config claims: so first of all the claim is checked."""
+        if checkpoint_files:
+            absent = absent_parts(model.config, stored_sizes(checkpoint_files))
+            own = [value.numel() for name, value in model.state_dict().items() if not _is_of(name, absent)]
+            check_stored("this checkpoint", sum(own), checkpoint_files)
+            hub = getattr(args[0] if args else kwargs.get("load_config"), "download_kwargs", None) or {}
+            check_backbones(model, absent, **{name: hub[name] for name in HUB if name in hub})
+        return PromptedBackbone._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
+    def _numbers(self) -> dict[str, torch.Tensor]:
+        """The weights by name; those of a fitted head that are stored as bits as the numbers that they are."""
+        heads = {"head": self.head, "kd_head": self.kd_head}
+        parts = [(name, head.numbers()) for name, head in heads.items() if head is not None]
+        return self.state_dict() | {f"{part}.{name}": value for part, found in parts for name, value in found.items()}
+
+
+def _is_of(name: str, parts: Any) -> bool:
+    """Whether a weight is of one of these frozen parts."""
+    return left_out(name) and name.partition(".")[0] in parts
+
+
+@contextmanager
+def _explained(place: Any) -> Iterator[None]:
+    """Errors of loading say which checkpoint it is and what to do; `place`: its folder or Hub id, if it is known."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
+    except Exception as error:  # transformers and safetensors raise many kinds
+        if isinstance(error, OSError) and (place is None or not is_folder(place)):
+            raise
+        if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():
+            raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
+        raise ValueError(
+            f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
+            "model.safetensors are there and whole; get them again if they were cut short."
+        ) from error

@@ -1,0 +1,37 @@
+"""Which models a fitted head allows: fixed features, or those that a first session on the first task adapts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_cdl.config import CDLConfig
+from hf_cdl.heads import HEADS, example
+
+
+def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless head, first session and what learns fit together.
+
+    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last two come with a KD head.
+    """
+    first, kind = config.first_session, config.head["type"]
+    fitted, has_kd_head = HEADS[kind].fitted, not {*prompts} <= {"prompts"}
+    learns = "prompts" in prompts or config.train_backbone or config.lora is not None
+    if config.lora is not None:
+        if others := [*prompts, *["train_backbone"] * config.train_backbone]:
+            raise ValueError(f"lora adapts the backbone alone, but the model has {', '.join(others)} too.")
+        if first is None:
+            raise ValueError(
+                f"lora learns in a first session: give first_session a trained head, as {example(fitted=False)}, and "
+                f"`head` a fitted one, as {example(fitted=True)}."
+            )
+    if first is not None:
+        if not fitted or HEADS[first["type"]].fitted or not learns or has_kd_head:
+            raise ValueError(
+                f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts, "
+                "lora or train_backbone, and no KD head."
+            )
+    elif fitted and (learns or has_kd_head):
+        raise ValueError(
+            f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
+            f"task. Give first_session a trained head, as {example(fitted=False)}: they learn on the first task alone."
+        )

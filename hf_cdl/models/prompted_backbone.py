@@ -1,0 +1,344 @@
+"""A frozen backbone with prompts: its query, its prefixes layer by layer, and the KD token in its sequence."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from hf_cdl.backbones import families
+from hf_cdl.backbones.loading import build_backbone
+from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
+from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
+from hf_cdl.config import CDLConfig
+from hf_cdl.models.query_view import to_query_view
+from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
+from hf_cdl.prompts.one_pass import OnePass
+from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
+
+
+class Encoded(NamedTuple):
+    """A prompted pass: feature (B, D) of CLS, output (B, D) of the KD token (CLS's own without one), and the rest."""
+
+    features: torch.Tensor
+    token: torch.Tensor
+    query: torch.Tensor | None
+    prompt_loss: torch.Tensor | None
+    similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None
+    hidden_states: tuple[torch.Tensor | None, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+
+
+class PromptedBackbone(PreTrainedModel):
+    """Backbone, prompt pool, KD prompts or mapped prompts; the base of the models with heads.
+
+    Sequence layout: [CLS, pool's tokens, patches, KD token]; keys and values of a layer: [pool's and mapped prefix,
+    sequence, KD prompt]. Raises ValueError for an unsupported backbone, prompt type or combination of prompts.
+    """
+
+    config_class = CDLConfig
+    config: CDLConfig
+    base_model_prefix = ""  # with "backbone", transformers' older names of its weights are the query backbone's too
+    main_input_name = "pixel_values"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: CDLConfig):
+        if not is_ours(config):  # remote code has a class of its own
+            raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
+        config = copy.deepcopy(config)
+        config.check()
+        _attention(config._attn_implementation or "sdpa")
+        super().__init__(config)
+        self.backbone: Any = build_backbone(config.backbone_config, frozen=not config.train_backbone)
+        config.backbone_config = self.backbone.config
+        self.query_backbone = None if config.query_config is None else build_backbone(config.query_config)
+        if self.query_backbone is not None:
+            config.query_config = self.query_backbone.config
+        self._build_prompts(config)
+        if config.query == "one_pass" or self.num_tokens:
+            for number, layer in enumerate(families.layers(self.backbone)):
+                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self._with_token = False
+        self.set_attn_implementation(config._attn_implementation or "sdpa")
+
+    def _build_prompts(self, config: CDLConfig) -> None:
+        """Pool, KD prompts or mapping, and all their fields into the config: a later default changes no checkpoint."""
+        size, depth = self.shape
+        query_size = (self.query_backbone or self.backbone).config.hidden_size
+        self.pool = build_pool(config.prompt, size, query_size, depth)
+        if self.pool is not None:
+            config.prompt = {"type": config.prompt["type"], **dataclasses.asdict(self.pool.config)}
+        self.kd_prompt: KDPrompt | None = None
+        if config.kd_prompt is not None:
+            families.check_extra_token(self.backbone.config, "a KD token")
+            options = build_fields(KDPromptConfig, config.kd_prompt, "kd_prompt")
+            check_size("KD prompts", lambda: KDPrompt(options, size, depth))
+            self.kd_prompt = KDPrompt(options, size, depth)
+            config.kd_prompt = dataclasses.asdict(options)
+            self.backbone.embeddings.register_forward_hook(self._add_kd_token)
+        if self.num_tokens:
+            families.check_extra_token(self.backbone.config, f"prompt tokens ({config.prompt['type']})")
+        self.mapping: PromptMapping | None = None
+        if config.mapping is not None:
+            mapped = build_fields(MappingConfig, config.mapping, "mapping")
+            check_size("A prompt mapping", lambda: self._mapping(mapped, query_size, tasks=1))
+            self.mapping = self._mapping(mapped, query_size)
+            config.mapping = dataclasses.asdict(mapped)
+        elif config.teacher_pool is not None:
+            raise ValueError(
+                "teacher_pool is of a mapping, but the model has none; give mapping too, or leave it out."
+            )
+        if self.kd_prompt is not None and self.mapping is not None:
+            raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
+
+    def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
+        made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
+        for _ in range(tasks):
+            made.add_task()
+        return made
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As PreTrainedModel's, which takes a module without weights of its own (a pool of blocks) for initialised."""
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        super()._initialize_weights(module, is_custom_code and bool(own))
+
+    def _teacher_pool(self, query_size: int) -> PromptPool:
+        if self.config.teacher_pool is None:
+            raise ValueError("A mapping needs the teacher's prompts: give teacher_pool=teacher.pool_config.")
+        fields = self.config.teacher_pool
+        sizes: list[Any] = [fields.get(name) for name in ModelShape._fields]
+        if {*fields} != {"prompt", *ModelShape._fields} or not all(fits(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"teacher_pool is {short(fields)}; give teacher_pool=teacher.pool_config.")
+        check_numbers(fields, "teacher_pool")
+        pool = build_pool(fields["prompt"], fields["hidden_size"], query_size, fields["num_layers"])
+        if pool is None:
+            raise ValueError("The teacher has no prompts (type none), so there is nothing to map.")
+        return pool
+
+    @property
+    def pool_config(self) -> dict[str, Any]:
+        """What rebuilds this model's prompt pool in a student that maps its prompts (CDLConfig.teacher_pool)."""
+        return {"prompt": self.config.prompt, **self.shape._asdict()}
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The backbone, as base_model_prefix would say."""
+        return self.backbone
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of the pool stand in the sequence, from its first layer on."""
+        return 0 if self.pool is None else self.pool.num_tokens
+
+    @property
+    def needs_query(self) -> bool:
+        """Whether a forward pass needs the query of an un-prompted pass."""
+        own = self.pool is not None and self.pool.needs_query and self.config.query == "two_pass"
+        return own or (self.mapping is not None and self.mapping.teacher_pool.needs_query)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Width and number of layers of the backbone."""
+        return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
+        name = _attention(attn_implementation)
+        self.config._attn_implementation_internal = name
+        for backbone in (self.backbone, self.query_backbone):
+            if backbone is not None:
+                backbone.config._attn_implementation = f"prefix_{name}"
+
+    # ---- the query and the prompted pass ----
+
+    @torch.no_grad()
+    def compute_query(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, D_q) query of the pools: the CLS feature of the frozen, un-prompted query backbone."""
+        backbone = self.backbone if self.query_backbone is None else self.query_backbone
+        if self.config.query_view is not None:
+            pixel_values = to_query_view(pixel_values, **self.config.query_view)
+        return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+
+    def _encode(
+        self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
+    ) -> Encoded:
+        """One prompted pass of the backbone, after a query pass if the prompts need one and `query` is None."""
+        if query is None and self.needs_query:
+            query = self.compute_query(pixel_values)
+        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
+        prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
+        found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
+        if one_pass.losses:
+            loss = torch.stack([*one_pass.losses.values()]).sum()
+        hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
+        features = families.pool(self.backbone, hidden)
+        return Encoded(
+            features=features,
+            token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
+            query=query,
+            prompt_loss=loss,
+            similarities=tuple(one_pass.similarities.values()) or None,
+            hidden_states=self._image_tokens(found.hidden_states),
+            attentions=found.attentions,
+        )
+
+    def _prefixes(
+        self, query: torch.Tensor | None, task_id: int | None
+    ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
+        """All layers' prompts, and the sum of the pool's losses."""
+        found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
+        losses = [loss for _, loss in found if loss is not None]
+        prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
+        return prefix, torch.stack(losses).sum() if losses else None
+
+    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[Prompt], torch.Tensor | None]:
+        """A layer's prompts and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
+        prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
+        mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
+        kd = None if self.kd_prompt is None else self.kd_prompt(layer)
+        return [prompt for prompt in (prefix, mapped, kd) if prompt is not None], loss
+
+    def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
+        """The same when the layer is entered; with a `query` also how the pool's keys match it and `own`."""
+        prefixes, loss = self._ask(own, query, task_id, layer)
+        pairs = () if query is None or self.pool is None else (own, query)
+        similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
+        return prefixes, loss, similarity if similarity and similarity[0] is not None else None
+
+    def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Forward pre-hook of a layer: puts the pool's tokens into the sequence, and leaves the prefixes to attention.
+
+        In a one-pass run both are made now, from the sequence that enters the layer.
+        """
+        prompts = kwargs.get("prefix")
+        if prompts is None:  # the query pass
+            return None
+        rest = {name: value for name, value in kwargs.items() if name not in ("prefix", "hidden_states")}
+        sequence = args[0] if args else kwargs["hidden_states"]
+        if isinstance(prompts, OnePass):
+            prompts = prompts.enter(number, self._own_query(number, sequence))
+        found = prompts.get(number, [])
+        for prompt in found:
+            if isinstance(prompt, Tokens):
+                sequence = self._put_tokens(number, sequence, prompt.tokens)
+        rest["prefix"] = {number: [prompt for prompt in found if not isinstance(prompt, Tokens)]}
+        return (sequence, *args[1:]), rest
+
+    def _own_query(self, number: int, sequence: torch.Tensor) -> torch.Tensor:
+        """The one-pass query (B, D) of a layer: CLS as it enters, or the mean of the patches where there is none."""
+        if families.family(self.backbone.config).has_cls:
+            return sequence[:, 0]
+        return self._take_token(self._cut_tokens(sequence, number))[0].mean(dim=1)
+
+    def _put_tokens(self, number: int, sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The sequence that enters a layer with these tokens (B or 1, P, D) behind CLS, instead of earlier ones."""
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(
+                f"The prompt pool gave layer {number} {tokens.shape[1]} tokens, but its num_tokens is "
+                f"{self.num_tokens}; give every layer that many."
+            )
+        at, there = self._tokens_at(number)
+        tokens = tokens.to(sequence.dtype).expand(sequence.shape[0], -1, -1)  # len would fix the batch in an export
+        return torch.cat([sequence[:, :at], tokens, sequence[:, at + there :]], dim=1)
+
+    def _cut_tokens(self, sequence: torch.Tensor, number: int | None = None) -> torch.Tensor:
+        """The sequence that enters layer `number`, or leaves the last one, without the pool's tokens."""
+        at, there = self._tokens_at(number)
+        return torch.cat([sequence[:, :at], sequence[:, at + there :]], dim=1) if there else sequence
+
+    def _tokens_at(self, number: int | None) -> tuple[int, int]:
+        """Where the pool's tokens stand in the sequence that enters a layer, and how many there are."""
+        entered = self.pool is not None and (number is None or number > min(self.pool.layers))
+        return int(families.family(self.backbone.config).has_cls), self.num_tokens if entered else 0
+
+    def _run(
+        self,
+        backbone: Any,
+        pixel_values: torch.Tensor,
+        with_token: bool = False,
+        prefix: Prompts | OnePass | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
+        if prefix:
+            if not backbone.config._attn_implementation.startswith("prefix_"):
+                raise RuntimeError(
+                    f"The backbone's attention is '{backbone.config._attn_implementation}', which ignores prompts. "
+                    "Change it with model.set_attn_implementation('sdpa' or 'eager'), not on the backbone."
+                )
+            kwargs["prefix"] = prefix
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        self._with_token = with_token
+        try:
+            return backbone(pixel_values, **families.extra_inputs(backbone.config, pixel_values), **kwargs)
+        finally:
+            self._with_token = False
+
+    def _add_kd_token(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of the embeddings: the sequence (B, N, D) with the KD token in it."""
+        if not self._with_token or self.kd_prompt is None:
+            return output
+        sequence = output[0] if isinstance(output, tuple) else output
+        token = self.kd_prompt.token.to(sequence.dtype).expand(sequence.shape[0], 1, -1)
+        at = self._token_index(sequence.shape[1] + 1)
+        sequence = torch.cat([sequence[:, :at], token, sequence[:, at:]], dim=1)
+        return (sequence, *output[1:]) if isinstance(output, tuple) else sequence
+
+    def _take_token(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final tokens without the KD token, and the KD token's own output (B, D); the sequence itself if none."""
+        if self.kd_prompt is None:
+            return sequence, sequence[:, 0]
+        at = self._token_index(sequence.shape[1])
+        return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
+
+    def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
+        """Hidden states of CLS and patches alone; None where a layer was not asked for."""
+        if hidden_states is None:
+            return None
+        skip = families.num_extra_tokens(self.backbone.config)
+
+        def image_tokens(number: int, sequence: torch.Tensor) -> torch.Tensor:
+            sequence, _ = self._take_token(self._cut_tokens(sequence, number))
+            return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
+
+        return tuple(
+            None if state is None else image_tokens(number, state) for number, state in enumerate(hidden_states)
+        )
+
+    def _token_index(self, length: int) -> int:
+        return families.family(self.backbone.config).token_at % length
+
+    @torch.no_grad()
+    def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
+        """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
+        size = families.pair(self.backbone.config.image_size)
+        image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
+        embedded = self.backbone.embeddings(image)
+        init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
+
+
+def _attention(name: Any) -> str:
+    """The name of an attention implementation for the whole model. Raises ValueError for one that ignores prompts."""
+    if isinstance(name, dict) and {*name} <= {""}:
+        name = name.get("", "sdpa")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"attn_implementation is {short(name)}, but it is one name for the whole model; allowed: "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+    name = name.removeprefix("prefix_")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
+        )
+    return name

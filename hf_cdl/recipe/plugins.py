@@ -1,0 +1,45 @@
+"""Plugins: Python files of the user's own that a recipe names, run before it is checked."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from hf_cdl.recipe.files import RecipeError
+
+
+def load_plugins(files: Any) -> None:
+    """Run Python files that the user named, once in a process; never those that a stranger's recipe names.
+
+    They register methods (`PROMPTS.register` and the like) and models (with transformers' Auto classes). Of what is no
+    list of texts nothing is run: the recipe's checks refuse it. Raises RecipeError for a file that is not there, or
+    fails.
+    """
+    if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+        return
+    for file in map(Path, files):
+        name = f"hf_cdl_plugins.of_{crc32(bytes(file.resolve())):08x}.{file.stem}"  # of one name in two folders: both
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, file.resolve())
+        if not file.is_file() or spec is None or spec.loader is None:
+            raise RecipeError(
+                f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}). Give the path of one."
+            )
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file.resolve())]
+            lines += [error.lineno] if isinstance(error, SyntaxError) else []
+            where = f" at line {lines[-1]}" if lines else ""
+            text = " ".join(str(error).split())[:200]
+            raise RecipeError(
+                f"The plugin '{file}' failed{where}: {type(error).__name__}: {text}. Mend it, or leave it out of "
+                "'plugins'."
+            ) from error

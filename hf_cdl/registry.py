@@ -1,0 +1,120 @@
+"""Open registries: the methods that a recipe can name, the package's own and those of plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar, overload
+
+from torch import nn
+
+from hf_cdl.checked import short
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(dict[str, type[T]]):
+    """The classes of one kind of method by the name that a recipe's `type` gives them.
+
+    `name` is that of the registry and `what` that of an entry, for messages. Entries derive from `base`; their
+    `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types without class and fields.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        what: str,
+        base: type[T],
+        own: Mapping[str, type[T]],
+        fields: Collection[str] = (),
+        bare: Collection[str] = (),
+    ):
+        super().__init__(own)
+        self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
+        self.added: set[str] = set()  # what is not the package's own: its code does not lie beside a checkpoint
+
+    @property
+    def types(self) -> list[str]:
+        """What a section's `type` may be."""
+        return [*self.bare, *self]
+
+    def pick(self, section: Any, what: str) -> tuple[str, dict[str, Any]]:
+        """Type and fields of the section `{type: ..., fields}` of a model's config.
+
+        Raises ValueError unless its type is known.
+        """
+        fields = dict(section) if isinstance(section, Mapping) else {}
+        kind = fields.pop("type", None)
+        if not isinstance(kind, str) or kind not in self.types:
+            said = f"'{kind}'" if isinstance(kind, str) else f"in {short(section)}"
+            raise ValueError(
+                f"Unknown {what} type {said}; allowed: {', '.join(self.types)}. Write it as {{'type': ...}}. A method "
+                f"of your own is known once the file that calls {self.name}.register has run: import it first."
+            )
+        return kind, fields
+
+    @overload
+    def register(self, name: str) -> Callable[[C], C]: ...
+    @overload
+    def register(self, name: str, kind: C) -> C: ...
+    def register(self, name: str, kind: Any = None) -> Any:
+        """Add a class under a name that recipes give as `type`: `@TERMS.register("mine")`, or with the class.
+
+        A class that is defined again, in a notebook, takes the place of the old one. Raises ValueError for a name that
+        is no word or taken, and for a class that lacks what every method of its kind has.
+        """
+        if not isinstance(name, str) or not name.isidentifier() or name in self.bare or hasattr(nn.ModuleDict, name):
+            raise ValueError(
+                f"{self.name}.register: {short(name)} cannot be the name of a {self.what}; allowed are words of "
+                "letters, digits and _ without another meaning. Choose one, as 'my_method'."
+            )
+        if kind is None:
+            return lambda decorated: self.register(name, decorated)
+        self._check(name, kind)
+        self[name] = kind
+        self.added.add(name)
+        return kind
+
+    def _check(self, name: str, kind: Any) -> None:
+        """Raise ValueError unless a class can be registered under a name."""
+        base, call = self.base, f"{self.name}.register('{name}')"
+        if not isinstance(kind, type) or not issubclass(kind, base):
+            raise ValueError(
+                f"{call} got {short(kind)}, which is no {self.what}: allowed are classes derived from "
+                f"{base.__module__}.{base.__name__}. Derive yours from it."
+            )
+        taken = self.get(name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(
+                f"{call} got {kind.__qualname__}, but the name is taken by {taken.__module__}.{taken.__qualname__}; "
+                "choose a name that is free."
+            )
+        if inspect.isabstract(kind):
+            raise ValueError(
+                f"{call}: {kind.__qualname__} lacks {', '.join(sorted(kind.__abstractmethods__))}, which every "
+                f"{self.what} has; define what is missing."
+            )
+        if problem := self._config_problem(getattr(kind, "config_class", None)):
+            raise ValueError(
+                f"{call}: {kind.__qualname__}.config_class {problem}; allowed is a dataclass, whose fields are those "
+                "of the recipe's section."
+            )
+
+    def _config_problem(self, config: Any) -> str | None:
+        if not isinstance(config, type) or not dataclasses.is_dataclass(config):
+            return f"is {short(config)}"
+        if (root := getattr(self.base, "config_class", object)) not in config.__mro__:
+            return f"({config.__qualname__}) is not derived from {root.__module__}.{root.__qualname__}"
+        names = [f.name for f in dataclasses.fields(config)]
+        if lacking := [field for field in self.fields if field not in names and not hasattr(config, field)]:
+            return f"({config.__qualname__}) has no {' and no '.join(lacking)}"
+        if "type" in names:
+            return f"({config.__qualname__}) has a field 'type', which says of what type the section is"
+        try:
+            typing.get_type_hints(config)
+        except NameError as error:
+            return f"({config.__qualname__}) has an annotation that is unknown where the class is defined: {error}"
+        return None

@@ -1,0 +1,152 @@
+"""A run that goes on from models which learnt their first tasks elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hf_cdl.runs.files import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
+from hf_cdl.runs.ledger import new_ledger, read_ledger
+from hf_cdl.runs.repair import publish
+from hf_cdl.types import TaskResult
+
+
+def continue_elsewhere(
+    folder: Path,
+    origin: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    put: Callable[[str, Path], Any],
+    recipe_file: str,
+) -> Callable[[], None]:
+    """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
+
+    `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
+    results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
+    text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
+    there is something in its place, and passes on those of `put`; then nothing is left of the try. Returns what takes
+    the run away again, as long as nothing was learnt in it.
+    """
+    with _started(folder) as made:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder} is not empty. Choose another folder with --output_dir FOLDER.")
+        partial, was_there = folder.with_name(f".{folder.name}.partial"), folder.exists()
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with saving(f"start the run in {folder}"):
+                _fill(partial, origin, results, put)
+                (partial / "recipe.yaml").write_text(recipe_file)
+                sync_tree(partial)
+                if folder.exists():
+                    folder.rmdir()
+                replace(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        above = [] if was_there else [folder, *made]
+        return lambda: _take_away(folder, origin["tasks"], above)
+
+
+def _fill(
+    folder: Path,
+    origin: dict[str, Any],
+    results: Mapping[str, dict[str, Any]],
+    put: Callable[[str, Path], Any],
+) -> None:
+    """Put the checkpoints and the ledger of tasks that were learnt elsewhere into a new folder."""
+    make_folder(folder)
+    count, roles = origin["tasks"], origin["roles"]
+    for role in roles:
+        put(role, folder / role / f"task-{count:02d}")
+    ledger = {
+        **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+        "class_names": results["student"]["class_names"][:count],
+        "entries": {role: _entries(role, results[role], count) for role in roles},
+        "files": fingerprints(folder, folder),
+        "origin": origin,
+    }
+    for role in roles:
+        publish(folder, ledger, role)
+    write_json(folder / "run.json", ledger)
+
+
+def _take_away(folder: Path, count: int, above: list[Path]) -> None:
+    """Undo the making of a run, unless something was learnt in it or another process is at it."""
+    if not (folder / "run.json").exists():  # another process has taken it away
+        return
+    with _alone(folder / ".lock") as alone:
+        if not alone or _learnt(folder, count):  # it is another process's run as well by now
+            return
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove(above)
+
+
+@contextlib.contextmanager
+def _started(folder: Path) -> Iterator[list[Path]]:
+    """With nobody else making a run in the folder: the folders above that are new, gone again if that fails."""
+    made: list[Path] = []
+    with saving(f"start the run in {folder}"):
+        made += make_folder(folder.parent)
+    try:
+        with _alone(folder.with_name(f".{folder.name}.lock")) as alone:
+            if not alone:
+                raise RunError(f"Another process is starting a run in {folder}; wait for it or stop it first.")
+            yield made
+    except BaseException:
+        _remove(made)
+        raise
+
+
+def _learnt(folder: Path, count: int) -> bool:
+    """Whether a run of `count` tasks that were learnt elsewhere has gone on."""
+    entries = read_ledger(folder)["entries"].values()
+    return any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*"))
+
+
+@contextlib.contextmanager
+def _alone(file: Path) -> Iterator[bool]:
+    """Whether no other process holds a lock; if so, it is held, and gone afterwards."""
+    lock = FileLock(file, is_singleton=True)  # one for this process
+    try:
+        with saving(f"lock {file}"):
+            lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        with contextlib.suppress(OSError):  # while it is held: nobody else's goes
+            file.unlink()
+        lock.release()
+
+
+def _remove(folders: list[Path]) -> None:
+    for path in folders:
+        with contextlib.suppress(OSError):  # one that holds something else stays
+            path.rmdir()
+
+
+def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The ledger's entries behind a role's results."""
+    of_role = results["roles"][role]
+    lists = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes", "correct")
+    return [
+        dataclasses.asdict(
+            TaskResult(
+                role,
+                task,
+                row=of_role["accuracy_matrix"][task],
+                counts=of_role["counts"][: task + 1],
+                **{name: of_role[name][task] for name in lists if of_role.get(name)},
+            )
+        )
+        for task in range(count)
+    ]

@@ -1,0 +1,86 @@
+"""Another run, of which a role takes what it has learnt instead of learning it (`teacher_from` in a recipe)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.runs.files import RunError, damage
+from hf_cdl.runs.ledger import differences, read_ledger, shortened
+from hf_cdl.runs.repair import unreadable
+from hf_cdl.types import Task, TaskResult
+
+
+class Source:
+    """The run that `ROLE_from` of a recipe names; nothing is written there.
+
+    Raises RunError if it holds no run, and, when asked, if its role learns something else or its files are not whole.
+    """
+
+    def __init__(self, recipe: dict[str, Any], role: str):
+        self.recipe, self.role = recipe, role
+        self.folder = Path(recipe[f"{role}_from"])
+        try:
+            self.ledger = read_ledger(self.folder)
+        except RunError as error:
+            raise RunError(f"'{role}_from' is {self.folder}, which holds no readable run.json: {error}") from error
+
+    def check_recipe(self, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Whether the role learns there what it is to learn here; `complete` puts a stored recipe in today's terms."""
+        theirs = _makes(complete(self.ledger["recipe"]), self.role)
+        self._refuse(differences(theirs, _makes(self.recipe, self.role)))
+
+    def check_stream(self, fingerprint: str | None) -> None:
+        """Whether the tasks there are those of the stream here."""
+        self._refuse(differences(self.ledger["stream"], fingerprint, "stream"))
+
+    def result(self, task: Task) -> TaskResult:
+        """What was measured after a task."""
+        return TaskResult(**self.ledger["entries"][self.role][task.index])
+
+    def files(self, task: Task, thorough: bool = True) -> tuple[Path, Path]:
+        """Checkpoint and loss curve of a task.
+
+        Raises RunError if it is not that far, or they are not what it stored (if `thorough`, by their content).
+        """
+        role, source, ledger = self.role, self.folder, self.ledger
+        count = len(ledger["entries"].get(role, []))
+        if task.index >= count:
+            raise RunError(
+                f"'{role}_from' is {source}, which has learnt {count} tasks so far, not yet {task.name}. Finish that "
+                f"run first, or leave '{role}_from' out: then the {role} is trained."
+            )
+        checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
+        if links := [path for path in (checkpoint, *sorted(checkpoint.rglob("*")), curve) if path.is_symlink()]:
+            raise RunError(
+                f"'{role}_from' is {source}, but {links[0]} is a link, which may stand for any file. Put a copy of "
+                f"the file itself there, or leave out '{role}_from': then the {role} is trained."
+            )
+        known = ledger.get("files", {})
+        for file in (curve, *(source / path for path in known if path.startswith(f"{role}/{task.name}/"))):
+            stored = known.get(file.relative_to(source).as_posix())
+            if problem := unreadable(file) if stored is None else damage(file, stored, thorough):
+                raise RunError(
+                    f"'{role}_from' is {source}, but {file} {problem}. Run its own command again, which restores what "
+                    "can be restored, or leave out this field: then the role is trained."
+                )
+        return checkpoint, curve
+
+    def _refuse(self, differences: Iterable[str]) -> None:
+        if found := list(differences):
+            raise RunError(
+                f"'{self.role}_from' is {self.folder}, but its {self.role} learns something else. Differences (there "
+                "-> asked):\n"
+                + shortened(found)
+                + f"\nAsk for the same as there, or leave '{self.role}_from' out: then the {self.role} is trained."
+            )
+
+
+def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
+    """What a role's phases depend on in a recipe."""
+    student = recipe["student"]
+    return {
+        **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
+        "student": {key: student[key] for key in ("backbone", "revision")},
+    }

@@ -1,0 +1,54 @@
+"""Accuracy and calibration of logits as an `evaluate.Metric`, and as a trainer's `compute_metrics`.
+
+`evaluate.load(hf_cdl.training.classification_metric.__file__)` loads it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import evaluate
+import torch
+from datasets import Features, Value
+from datasets import Sequence as ListOf
+from transformers import EvalPrediction
+
+from hf_cdl.training.evaluation import calibration_error
+
+
+class ClassificationMetric(evaluate.Metric):
+    """`accuracy`, `confidence` and `calibration_error`, all in percent.
+
+    The share of images whose largest logit is that of their class, the mean of the largest softmax probability, and
+    the expected error between the two. `add_batch(predictions=logits, references=labels)` takes logits (B, C) and
+    labels (B,), `compute` all of them.
+    What was added is kept in memory: no file is left. Raises ValueError if there is no image.
+    """
+
+    def __init__(self, config_name: str | None = None, **options: Any) -> None:
+        super().__init__(config_name, **{**options, "keep_in_memory": True})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=__doc__ or "",
+            citation="Guo et al., On Calibration of Modern Neural Networks, ICML 2017, arXiv:1706.04599",
+            inputs_description="predictions: logits, a row for each image; references: the labels.",
+            features=Features({"predictions": ListOf(Value("float32")), "references": Value("int64")}),
+        )
+
+    def _compute(self, *, predictions: Any, references: Any) -> dict[str, float]:  # type: ignore[override]
+        logits, labels = torch.as_tensor(predictions), torch.as_tensor(references)
+        if not len(labels):
+            raise ValueError("there are no predictions; add logits and labels of at least one image")
+        confidence, answers = logits.softmax(dim=-1).max(dim=-1)
+        return {
+            "accuracy": 100 * (answers == labels).double().mean().item(),
+            "confidence": 100 * confidence.double().mean().item(),
+            "calibration_error": calibration_error(confidence, answers == labels),
+        }
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """The metrics of ClassificationMetric, as `CDLTrainer(..., compute_metrics=compute_metrics)` reports them."""
+    found = ClassificationMetric().compute(predictions=prediction.predictions, references=prediction.label_ids)
+    return {} if found is None else found  # evaluate's answer on the processes that gather nothing

@@ -1,0 +1,288 @@
+"""A Trainer for phases: data order, optimizer, schedule and losses of one role on one task, and the stored state."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Sampler
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_cdl.data.sampler import Rounds, ViewSampler
+from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.training.contract import Total
+from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.steering import SteeredTrainer
+from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
+from hf_cdl.types import Task
+
+
+class TaskTrainer(SteeredTrainer):
+    """What transformers' Trainer does otherwise where training comes in phases.
+
+    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient
+    of a step is the mean over its images, however they are split into micro-batches and over processes; only what the
+    phase changes is stored, and never half. A subclass sets the attributes below.
+    """
+
+    objective: Any
+    _sums: dict[str, torch.Tensor]
+    """Of the losses by name, over the `_steps_summed` steps since the last log line; of each step the images' mean."""
+    _steps_summed: int
+    _images: int
+    """Those that this process and the others learnt from in this phase, since it began or went on."""
+    _phase: PhaseProgress
+    _sampler: ViewSampler | None
+    _rounds: Rounds
+    _seconds_before: float
+    """Those of the phase before it was cut off."""
+    _steps_learnt: int
+    """Of this process's phases, without a run to look them up."""
+    _total: Total
+    """What `train()` did so far, over its tasks."""
+
+    # ---- what a phase counts ----
+
+    def _begin_counting(self) -> None:
+        """A phase begins; what it counts starts anew."""
+        self._sampler, self._sums = None, {}
+        self._steps_summed = self._images = 0
+        self._micro_batches, self._seconds_before = 1, 0.0
+
+    def _add_to_total(self) -> None:
+        """A phase is over: add what it counted to that of all tasks."""
+        steps = self.state.global_step
+        self._steps_learnt += steps
+        self._total.steps += steps
+        self._total.own_steps += steps - self._phase.first_step
+        self._total.loss += self._total_loss_scalar
+        self._total.images += self._images
+
+    # ---- data order and schedule ----
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As Trainer.create_optimizer, with groups for what model and terms want to train at other rates."""
+        if self.optimizer is None:
+            rates = {**self.model.rates(), **self.objective.rates()}
+            optimizer = super().create_optimizer(model)
+            for group in [*optimizer.param_groups]:
+                for factor in sorted({rates[p] for p in group["params"] if p in rates}):
+                    moved = [p for p in group["params"] if rates.get(p) == factor]
+                    group["params"] = [p for p in group["params"] if rates.get(p) != factor]
+                    optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        task = self.seen[-1]
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
+        self._sampler = ViewSampler(len(task.train), seed, shuffle)
+        return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, but where Accelerate would show several processes some images twice to make them even."""
+        loader = super().get_train_dataloader()
+        assert self._sampler is not None
+        drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
+        self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
+        shard: Any = loader.batch_sampler
+        if isinstance(shard, BatchSamplerShard):  # without a batch_size it deals out batches of any, as they come
+            shard.batch_sampler, shard.batch_size = self._rounds, None  # type: ignore[assignment]
+            shard.drop_last = False
+        return loader
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step, each with the `weight` of its loss: n_i k P / N.
+
+        n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k, and
+        gradients are averaged over the processes, so the mean losses of micro-batches add up to that of all N images.
+        """
+        batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
+        per_epoch = -(-self._rounds.count // self.args.gradient_accumulation_steps)
+        first = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
+        sizes = [self._rounds.sizes(first + number) for number in range(len(batches))]
+        images = sum(map(sum, sizes))
+        for batch, of_all in zip(batches, sizes, strict=True):
+            own = of_all[self.accelerator.process_index]
+            batch["weight"] = own * len(batches) * len(of_all) / images
+        self._micro_batches = len(batches)
+        self._steps_summed += 1
+        self._images += images
+        self.objective.begin_step()
+        return batches, counted
+
+    def _set_epoch(self, epoch: int) -> None:
+        """Not left to Accelerate, which does not reach a sampler below the skipping and sharding of a resumed run."""
+        if self._sampler is not None:
+            self._sampler.epoch = epoch
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
+        epochs = math.ceil(self.args.num_train_epochs)
+        rate = self.args.epoch_factor(epochs)
+        if rate is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        per_epoch = math.ceil(num_training_steps / epochs)
+        target: Any = optimizer or self.optimizer
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(target, lambda step: rate(step // per_epoch))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # ---- losses ----
+
+    def _steps_before(self) -> int:
+        """Optimizer steps of the tasks before this one, which the trackers' steps go on from."""
+        if self.run is None:
+            return self._steps_learnt
+        steps = 0
+        for task in self.seen[:-1]:
+            with contextlib.suppress(OSError, ValueError):  # a curve that is lost was said when the run was opened
+                history = json.loads(self.run.history_file(self.role, task).read_text())
+                steps += max((line.get("step", 0) for line in history), default=0)
+        return steps
+
+    def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
+        """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
+        names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
+        if not bool(torch.isfinite(values).all()):
+            bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
+            terms = [name for name in bad if name != "loss"] or bad
+            raise FloatingPointError(
+                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step "
+                f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
+                "step. Lower the learning rate or the term's weight, or check the images of this task."
+            )
+        for name, value in zip(names, values * (weight / self._micro_batches), strict=True):
+            self._sums[name] = self._sums.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line.
+
+        The phase's images a second are of those that it learnt from; Trainer counts incomplete batches as whole ones.
+        """
+        if self._seconds_before:
+            logs.pop("train_loss", None)  # at the end: the losses since this process began, by all steps
+        if "loss" in logs and self._steps_summed:
+            for name, total in self._sums.items():
+                mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
+                logs[f"loss/{name}"] = mean.item()
+            self._sums, self._steps_summed = {}, 0
+        if "train_samples_per_second" in logs:
+            logs["train_samples_per_second"] = round(self._images / logs["train_runtime"], 3)
+        super().log(logs, start_time)
+
+    # ---- files ----
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Store the phase's state under its name only when it is whole; then drop those before, but the best one.
+
+        Without a run nothing is stored.
+        """
+        if self.run is None:
+            return
+        partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(f"store the state of {self._title(self.seen[-1])} in {partial}"):
+            if self.args.should_save:
+                make_folder(partial)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seconds = self._seconds_before + self._phase.seconds
+                self.state.best_model_checkpoint = self._best_checkpoint
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+                seal(partial, self._state_of(self.seen[-1]), seconds)
+                sync_tree(partial)
+                work = partial.parent.parent
+                for old in work.glob(partial.name):
+                    shutil.rmtree(old)
+                replace(partial, work / partial.name)
+                rotate_checkpoints(str(work), self.args.save_total_limit or 1, self._best_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        if self.run is None:
+            return str(self.args.output_dir)
+        return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Within a phase only what it changes is stored: all else is in the backbone or the last task's checkpoint."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self._get_output_dir(None))
+        folder.mkdir(parents=True, exist_ok=True)
+        changed = {name: value.detach().contiguous() for name, value in self._changing().items()}
+        save_file(changed, folder / WEIGHTS)
+
+    def _stored_state(self, task: Task) -> str | None:
+        """Folder of the state that the phase goes on from; None: from its start. Says what is no use."""
+        found: list[Any] = [None]
+        if self.run is not None and self.is_world_process_zero():
+            work = self.run.work_folder(self.role, task)
+            with saving(f"clear {work / 'partial'}"):
+                if (work / "partial").exists():  # of a kill
+                    shutil.rmtree(work / "partial")
+            shapes = {name: list(value.shape) for name, value in self._changing().items()}
+            state, discarded = newest_state(work, self._state_of(task), shapes, self.args.load_best_model_at_end)
+            start = "the phase starts again from the last finished task" if state is None else f"{state} is taken"
+            if discarded:
+                self.run.say("\n".join([*discarded, f"{self._title(task)}: {start}."]))
+            found = [state and str(state)]
+        return broadcast_object_list(found)[0]
+
+    def _state_of(self, task: Task) -> dict[str, Any]:
+        """What a stored state must be of to go on from it exactly."""
+        run: Any = self.run
+        recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
+        return {
+            "role": self.role,
+            "task": task.name,
+            "processes": self.args.world_size,
+            "device": f"{max(1, self.args.n_gpu)} {self.args.device.type}",
+            "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
+            "stream": None if run is None else run.ledger["stream"],
+        }
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put back what the phase had changed. Raises RunError if it does not fit the model."""
+        with loading(resume_from_checkpoint):
+            self._put_back(load_file(Path(resume_from_checkpoint) / WEIGHTS))
+
+    def _changing(self) -> dict[str, torch.Tensor]:
+        """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
+
+        Not by a checkpoint's: of some families it has older names, which only from_pretrained knows.
+        """
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return {**trained, **dict(self.model.named_buffers())}
+
+
+def peak_memory() -> int:
+    """Bytes: the most this phase held on the GPU, or on a CPU the most that the process held so far."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
