@@ -37,6 +37,7 @@ from transformers import (
 from hf_cdl import CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.distill.dual_path import DualPath, DualPathConfig
+from hf_cdl.distill.kd import KD, KDConfig
 from hf_cdl.distill.prompt_blocks import MapBlock, PartialConv, TokenBlock
 from hf_cdl.distill.stages import find_stages, token_grid
 from hf_cdl.runs.run import Run
@@ -283,7 +284,7 @@ def test_free_logits_of_the_prompt_path_become_the_mixture_of_teacher_and_studen
 def test_without_the_prompt_path_s_weight_the_student_learns_as_with_kd() -> None:
     path = logits(4, grad=True)
     teacher = CDLOutput(logits=logits(1), path_logits=path)
-    kd = TERMS["kd"](TERMS["kd"].config_class(weight=0.9, temperature=4.0), SHAPE, SHAPE)
+    kd = KD(KDConfig(weight=0.9, temperature=4.0), SHAPE, SHAPE)
     found = []
     for term in (kd, term_of(beta_o=0.9, beta_p=0.0), term_of(beta_o=0.0, beta_p=0.0)):
         ours = logits(2, grad=True)
