@@ -1,5 +1,6 @@
 import gc
 import os
+import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
-    if any(hasattr(getattr(item, "module", None), "train") for item in session.items):  # helpers.train, or the script
+    modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]
+    if any({"train", "script", "python"} & names.keys() for names in modules):  # of helpers, or the command itself
         forking.begin()  # so that it is there when the first of them comes
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    if nextitem is not None and nextitem.path != item.path:
+def pytest_runtest_teardown() -> None:
+    if len(sys.modules) != SETTLED:
         settle()
+
+
+SETTLED = 0
+"""How many modules there were when `settle` was called last."""
 
 
 def settle() -> None:
     """Takes what is imported by now out of the garbage collector's sight: accelerate collects before every phase of
     training, and went through millions of objects of modules each time, two thirds of the tests' time.
     """
+    global SETTLED
+    SETTLED = len(sys.modules)
     gc.collect()
     gc.freeze()
 

@@ -10,6 +10,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -143,7 +144,7 @@ def train(*arguments: Any, **options: Any) -> tuple[int, str]:
     """Run recipes/train.py to its end: its exit code, and all that it said."""
     process = start(*arguments, **options)
     output, _ = process.communicate(timeout=300)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
@@ -151,6 +152,17 @@ def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".
     process = Forked(COMMANDS, [verb, *(str(word) for word in arguments)], cwd, env, warn=True)
     output, _ = process.communicate(timeout=300)
     return process.wait(), output
+
+
+def python(code: str, *words: Any, env: dict[str, str] | None = None, cwd: Path | str = ".") -> str:
+    """What Python code says in a process of its own, in which hf_cdl and all that it needs are imported already."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "code.py"
+        file.write_text(code)
+        process = Forked(file, [str(word) for word in words], cwd, env)
+        output, _ = process.communicate(timeout=300)
+    assert process.wait() == 0, output
+    return output
 
 
 @contextlib.contextmanager
@@ -177,7 +189,7 @@ def interrupt_when(
         time.sleep(0.0005)
     process.send_signal(kill)
     output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
+    return process.wait(), output
 
 
 def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[Path]:

@@ -84,8 +84,9 @@ def read(arguments: list[str], default: Path | None) -> Recipe:
     words = [word for word in arguments if word != "--plan"]
     if default is None and (not words or words[0].startswith("--")):
         raise RecipeError(
-            f"No recipe was named. Name one: {stopping.command('train', 'RECIPE.yaml')}; or write one into this "
-            f"folder to begin with: {stopping.command('train', '--example', NAMES[0])}"
+            "No recipe was named; its file comes before every --field VALUE:\n"
+            f"  {stopping.command('train', 'RECIPE.yaml')}\nThis writes one into the current folder, to begin with:\n"
+            f"  {stopping.command('train', '--example', NAMES[0])}"
         )
     return load_recipe(words, default or "")
 

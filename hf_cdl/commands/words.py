@@ -232,9 +232,16 @@ were read; it does so once, at the very end.""",
         "hf-cdl compare recipes/comparisons/quickstart_baselines.yaml --jobs 2",
     )
     parser.add_argument("specs", type=Path, nargs="+", metavar="SPEC", help="a comparison's file")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: GPUs, or cores without one)")
+    parser.add_argument("--jobs", type=_jobs, metavar="N", help="runs at a time (default: GPUs, or cores without one)")
     parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
     return parser
+
+
+def _jobs(text: str) -> int:
+    """A number of runs; others raise an error that says so."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but takes a number of runs, one at least")
+    return int(text)
 
 
 def _demo(verb: str) -> argparse.ArgumentParser:

@@ -48,35 +48,17 @@ class TaskStream:
         seed: int = 0,
         dataset: Mapping[str, Dataset] | Dataset | None = None,
     ):
-        if not isinstance(config, StreamConfig):
-            raise ValueError(
-                f"config is of the type {type(config).__name__}, but must be a StreamConfig: "
-                "StreamConfig(path=..., classes_per_task=...)."
-            )
-        for role in processors if isinstance(processors, Mapping) else ():
-            check_role(role)
-        held_out = config.test_fraction
+        _check_arguments(config, processors)
         preset = BENCHMARKS.get(config.path or "", {}) if dataset is None else {}
+        held_out = config.test_fraction
         config = replace(config, **{k: v for k, v in preset.items() if k == "path" or getattr(config, k) is None})
         self.config = config
         named = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
-        if dataset is None:
-            name = None if preset and Path(str(config.path)).is_dir() else config.name  # a benchmark's copy has none
-            found = load_splits(config.path, name, config.revision, named.values(), config.label_column)
-        else:
-            if given := [name for name in ("path", "name", "revision") if getattr(config, name) is not None]:
-                raise ValueError(
-                    f"{some(given)} in the config would not be used beside `dataset`; leave out one of them."
-                )
-            found = check_tables(dataset, config.test_fraction)
+        found = _load(config, [*named.values()], bool(preset)) if dataset is None else _given(config, dataset)
         needed = {"train", "test", config.eval_split} - ({"test"} if config.test_fraction else set())
         splits = choose_splits(found, named, needed)
         tables = {role: found[name] for role, name in splits.items()}
-        self.notes: list[str] = [*getattr(found, "notes", ())]
-        if unused := [name for name in found if name not in splits.values()]:
-            self.notes.append(f"not read are the splits {some(unused)} of the data")
-        if held_out is not None and "test" in splits:
-            self.notes.append(nothing_held_out(splits["test"]))
+        self.notes = _notes(found, splits, held_out is not None)
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
         names, labels = read_labels(tables, label_column)
         known = config.known_classes or []
@@ -87,42 +69,12 @@ class TaskStream:
         limit = config.max_eval_per_class
         limits = {"train": config.max_train_per_class, "validation": limit, "test": limit}
         rows = draw_rows(names, labels, range(len(names)), config.split_seed, config.test_fraction, limits)
-        for role in ("train", "test", config.eval_split):
-            if empty := [names[c] for classes in plan for c in classes if not len(rows[role][c])]:
-                way = "remove the names from the ClassLabel"
-                if isinstance(found, ClassFolders):
-                    way = f"put some into their folders in {splits.get(role, splits['train'])}/, remove their folders"
-                raise ValueError(
-                    f"Classes without {role} images: {some(empty)}. Every class needs some (two for test_fraction): "
-                    f"{way}, or name the classes to learn in classes_per_task."
-                )
-        tasks = [*known, *([names[c] for c in classes] for classes in plan)]
-        number = {nfc(name): i for i, name in enumerate(chain.from_iterable(tasks))}
-        class_of = {name: c for c, name in enumerate(names)}
+        _check_filled(names, plan, rows, config.eval_split, splits if isinstance(found, ClassFolders) else {})
+        images = {role: _undecoded(table, image_column) for role, table in tables.items()}
         cells = cells_of(config.path if dataset is None else None, config.max_pixels)
-        views: dict[str, Preprocess] = {}  # of a role; roles that see the same share one object
-        for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
-            crop = (config.crop_scale, config.crop_ratio, config.flip, config.crop_padding)
-            own = Preprocess(processor, seed, *crop)
-            views[role] = next((view for view in views.values() if same_view(view.processor, processor)), own)
-        images: dict[str, Dataset] = {}  # not decoded here but by TaskSplit, so that errors name the image
-        for role, table in tables.items():
-            column = table.with_format(None).select_columns([image_column])
-            images[role] = column.cast_column(image_column, ImageFeature(decode=False))
-        self._tasks: list[Task] = []
-        for index, class_names in enumerate(tasks):
-            classes = [class_of[name] for name in map(nfc, class_names) if name in class_of]
-            old = index < len(known)
-            parts: dict[str, TaskSplit] = {}
-            for role, own in rows.items():
-                source = role if role in tables else "train"  # a held-out test set is a part of train
-                used = () if old and source == "train" else (own[c] for c in classes)  # they were learnt from such
-                where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
-                targets = [number[names[c]] for c in labels[source][where].tolist()]
-                if targets or role in ("train", "test", config.eval_split):  # a task may have no validation images
-                    parts[role] = TaskSplit(images[source], splits[source], index, where, targets, views, cells)
-            splits_of = (parts["train"], parts.get("validation"), parts["test"])
-            self._tasks.append(Task(index, tuple(class_names), number[nfc(class_names[0])], *splits_of))
+        source = _Source(images, splits, rows, labels, names, _views(config, processors, seed), cells)
+        tasks = [*known, *([names[c] for c in classes] for classes in plan)]
+        self._tasks = list(source.cut(tasks, len(known), config.eval_split))
 
     def __getitem__(self, index: int) -> Task:
         return self._tasks[index]
@@ -199,6 +151,101 @@ class TaskStream:
             )
         seen = [image for found in flat.values() for image in found.images]
         return [f"training images that show nothing once decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What tasks are cut from: by role undecoded images, split names, rows and labels; names of classes; views."""
+
+    images: dict[str, Dataset]
+    splits: dict[str, str]
+    rows: dict[str, dict[int, np.ndarray]]
+    labels: dict[str, np.ndarray]
+    names: list[str]
+    views: dict[str, Preprocess]
+    cells: Any
+
+    def cut(self, tasks: list[list[str]], known: int, eval_split: str) -> Iterator[Task]:
+        """The tasks with these class names; of the first `known` there are no training images."""
+        number = {nfc(name): i for i, name in enumerate(chain.from_iterable(tasks))}
+        class_of = {name: c for c, name in enumerate(self.names)}
+        for index, class_names in enumerate(tasks):
+            classes = [class_of[name] for name in map(nfc, class_names) if name in class_of]
+            parts: dict[str, TaskSplit] = {}
+            for role, own in self.rows.items():
+                source = role if role in self.images else "train"  # a held-out test set is a part of train
+                learnt = index < known and source == "train"
+                used = () if learnt else (own[c] for c in classes)
+                where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
+                targets = [number[self.names[c]] for c in self.labels[source][where].tolist()]
+                if targets or role in ("train", "test", eval_split):  # a task may have no validation images
+                    data = (self.images[source], self.splits[source])
+                    parts[role] = TaskSplit(*data, index, where, targets, self.views, self.cells)
+            splits = (parts["train"], parts.get("validation"), parts["test"])
+            yield Task(index, tuple(class_names), number[nfc(class_names[0])], *splits)
+
+
+def _check_arguments(config: Any, processors: Any) -> None:
+    if not isinstance(config, StreamConfig):
+        raise ValueError(
+            f"config is of the type {type(config).__name__}, but must be a StreamConfig: "
+            "StreamConfig(path=..., classes_per_task=...)."
+        )
+    for role in processors if isinstance(processors, Mapping) else ():
+        check_role(role)
+
+
+def _load(config: StreamConfig, named: list[str | None], is_benchmark: bool) -> Mapping[str, Dataset]:
+    """The splits at the config's path."""
+    name = None if is_benchmark and Path(str(config.path)).is_dir() else config.name  # a benchmark's copy has none
+    return load_splits(config.path, name, config.revision, named, config.label_column)
+
+
+def _given(config: StreamConfig, dataset: Mapping[str, Dataset] | Dataset) -> Mapping[str, Dataset]:
+    """The splits of data that were given. Raises ValueError if the config names others."""
+    if given := [name for name in ("path", "name", "revision") if getattr(config, name) is not None]:
+        raise ValueError(f"{some(given)} in the config would not be used beside `dataset`; leave out one of them.")
+    return check_tables(dataset, config.test_fraction)
+
+
+def _notes(found: Mapping[str, Dataset], splits: Mapping[str, str], holds_out: bool) -> list[str]:
+    """What of the data or settings is not used."""
+    notes = [*getattr(found, "notes", ())]
+    if unused := [name for name in found if name not in splits.values()]:
+        notes.append(f"not read are the splits {some(unused)} of the data")
+    if holds_out and "test" in splits:
+        notes.append(nothing_held_out(splits["test"]))
+    return notes
+
+
+def _check_filled(
+    names: list[str], plan: list[list[int]], rows: Mapping[str, Any], eval_split: str, folders: Mapping[str, str]
+) -> None:
+    """Raise ValueError for classes of the plan without images; `folders`: of each role, if classes are folders."""
+    for role in ("train", "test", eval_split):
+        if empty := [names[c] for classes in plan for c in classes if not len(rows[role][c])]:
+            way = "remove the names from the ClassLabel"
+            if folders:
+                way = f"put some into their folders in {folders.get(role, folders['train'])}/, remove their folders"
+            raise ValueError(
+                f"Classes without {role} images: {some(empty)}. Every class needs some (two for test_fraction): "
+                f"{way}, or name the classes to learn in classes_per_task."
+            )
+
+
+def _views(config: StreamConfig, processors: Any, seed: int) -> dict[str, Preprocess]:
+    """The view of each role; roles that see the same share one object."""
+    views: dict[str, Preprocess] = {}
+    for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
+        crop = (config.crop_scale, config.crop_ratio, config.flip, config.crop_padding)
+        own = Preprocess(processor, seed, *crop)
+        views[role] = next((view for view in views.values() if same_view(view.processor, processor)), own)
+    return views
+
+
+def _undecoded(table: Dataset, column: str) -> Dataset:
+    """The images of a table; TaskSplit decodes them, so that errors name the image."""
+    return table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
 @dataclass

@@ -123,7 +123,10 @@ class EvaluatingTrainer(TaskTrainer):
                     said.append(self.accelerator.gather_for_metrics((student.logits, batch["labels"])))
         self.model.train(was_training)
         metrics = {f"{prefix}_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
-        return metrics | (self._users_metrics(*map(torch.cat, zip(*said, strict=True)), prefix) if said else {})
+        if said:
+            logits, labels = map(torch.cat, zip(*said, strict=True))
+            metrics |= self._users_metrics(logits, labels, prefix)
+        return metrics
 
     def _student_and_teacher(
         self, model: Any, batch: dict[str, Any], task_id: int | None
@@ -139,7 +142,7 @@ class EvaluatingTrainer(TaskTrainer):
         """Those of `compute_metrics`; one that it calls `accuracy` comes before ours."""
         if self.compute_metrics is None:
             return {}
-        found = denumpify_detensorize(self.compute_metrics(EvalPrediction(_array(logits), _array(labels))))
+        found: Any = denumpify_detensorize(self.compute_metrics(EvalPrediction(_array(logits), _array(labels))))
         return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in found.items()}
 
     # ---- a continual learner's ----

@@ -34,6 +34,8 @@ class SteeredTrainer(Trainer):
     eval_split: str
     seen: list[Task]
     """The tasks so far; the last one is the phase's."""
+    eval_dataset: Any
+    """A user's own images for evaluation during training, in place of the newest task's."""
     num_tasks: int | None
     _best: dict[str, torch.Tensor]
     """What the phase's best evaluation had learnt, without a run to store it."""

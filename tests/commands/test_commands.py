@@ -75,7 +75,7 @@ def test_words_before_a_verb(tmp_path: Path) -> None:
 def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
     for words in ((), ("--seed", "3")):
         code, said = script("train", *words, env={}, cwd=tmp_path)
-        assert code == 2 and said.startswith("error: No recipe was named.") and "RECIPE.yaml" in said, said
+        assert code == 2 and said.startswith("error: No recipe was named") and "RECIPE.yaml" in said, said
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, picture, png
+from helpers import ROOT, picture, png, python
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from markup import answers_html, state_html
@@ -60,11 +60,8 @@ print(json.dumps({where: ask(where) for where in sys.argv[2:]}))
 
 
 def ask(*repositories: str, env: dict[str, str]) -> dict[str, Any]:
-    """What a fresh process finds out of repositories: their results by task, or the error."""
-    command = [sys.executable, "-c", _ASK, str(SPACE), *repositories]
-    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """What a process of its own finds out of repositories: their results by task, or the error."""
+    return json.loads(python(_ASK, SPACE, *repositories, env=env).splitlines()[-1])
 
 
 def test_the_states_of_a_repository_and_what_is_said_where_there_are_none(hub: HubServer, tmp_path: Path) -> None:  # noqa: F811
@@ -131,10 +128,8 @@ def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None
     for tasks in (1, 3):
         (run := tmp_path / str(tasks)).mkdir()
         (run / "results.json").write_text(json.dumps(saved_run(run, tasks)))
-    command = [sys.executable, "-c", _BUILD, str(SPACE), str(tmp_path / "1/student"), str(tmp_path / "3/student")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    one, several = json.loads(done.stdout.splitlines()[-1])
+    said = python(_BUILD, SPACE, tmp_path / "1/student", tmp_path / "3/student")
+    one, several = json.loads(said.splitlines()[-1])
     assert ("slider" in one, "number" in one) == (False, True)
     assert ("slider" in several, "number" in several) == (True, False)
 

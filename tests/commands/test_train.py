@@ -332,6 +332,20 @@ def entries(folder: Path) -> dict[str, int]:
     return {role: len(done) for role, done in json.loads((folder / "run.json").read_text())["entries"].items()}
 
 
+def test_ctrl_c_stops_a_run_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    command = (tiny, "--train.num_train_epochs", 2, "--output_dir", folder)
+    code, output = interrupt_when(stored_epoch(folder, "student", 1), *command, kill=signal.SIGINT)
+    assert code == 130 and "Traceback" not in output, output
+    assert "Stopped. Nothing finished is lost; the same command goes on from there:" in output
+    assert f"recipes/train.py {tiny} --train.num_train_epochs 2 --output_dir '{folder}'" in output
+    before = entries(folder)
+    code, output = train(*command)
+    assert code == 0 and before["teacher"] == 1, output
+    assert entries(folder) == dict.fromkeys(ROLES, 3) and not (folder / "work").exists()
+
+
+@pytest.mark.slow
 def test_interruptions_do_not_change_a_run(tiny: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in a student's phase, then a full disk while it is saved, then Ctrl-C, then to the end."""
     folder = tmp_path / "a run"

@@ -57,7 +57,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 
 
 def test_the_commands_work_where_there_is_no_clone(installed: Path, tmp_path: Path) -> None:
-    path = os.pathsep.join([str(installed / "bin"), os.environ["PATH"]])
+    path = os.pathsep.join([str(installed / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {**os.environ, "PYTHONPATH": str(installed), "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(*words: str, code: int = 0) -> str:

@@ -25,7 +25,7 @@ import huggingface_hub.utils._http
 import pytest
 import torch
 import yaml
-from helpers import TRAIN, interrupt_when, make_recipe, script, train, write_recipe
+from helpers import TRAIN, interrupt_when, make_recipe, python, script, train, write_recipe
 from hub_server import TOKEN, Failure, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load, save_file
@@ -389,7 +389,7 @@ print(json.dumps(rows))
 def assert_reproduced(
     folder: Path, hub: HubServer, repositories: dict[str, str], home: Path, cwd: Path | None = None
 ) -> None:
-    """A fresh process with an empty cache loads every tag and repeats its accuracies."""
+    """A process of its own with an empty cache loads every tag and repeats its accuracies."""
     results = json.loads((folder / "results.json").read_text())
     stored = {
         f"{repo}@task-{number:02d}": row
@@ -397,11 +397,8 @@ def assert_reproduced(
         for number, row in enumerate(results["roles"][role]["accuracy_matrix"], 1)
     }
     data = json.dumps(results["recipe"]["data"])
-    command = [sys.executable, "-c", _FRESH, data, *stored]
-    env = {**os.environ, **environment(hub, home)}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == stored
+    said = python(_FRESH, data, *stored, env=environment(hub, home), cwd=cwd or ".")
+    assert json.loads(said.splitlines()[-1]) == stored
 
 
 def test_a_run_is_pushed_while_it_goes_on(pushed: tuple[Path, HubServer, str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from helpers import make_backbone
+from helpers import make_backbone, python
 from hub_server import HubServer, Repository
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -87,7 +86,7 @@ def test_an_upload_without_changes_makes_no_commit(api: HfApi, tmp_path: Path) -
     assert api.upload_folder(repo_id=REPO, folder_path=folder).oid == first.oid
 
 
-def test_a_model_is_loaded_by_tag_in_a_fresh_process(api: HfApi, hub: HubServer, tmp_path: Path) -> None:
+def test_a_model_is_loaded_by_tag_in_another_process(api: HfApi, hub: HubServer, tmp_path: Path) -> None:
     api.create_repo(REPO, private=True)
     for seed in (1, 2):
         api.upload_folder(repo_id=REPO, folder_path=make_backbone(tmp_path / "vit", seed=seed))
@@ -98,9 +97,7 @@ def test_a_model_is_loaded_by_tag_in_a_fresh_process(api: HfApi, hub: HubServer,
     code += "model.save_pretrained(sys.argv[1])"
     given = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_write", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     loaded = tmp_path / "loaded"
-    command = [sys.executable, "-c", code, str(loaded)]
-    done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(code, loaded, env=given)
     first = load_file(make_backbone(tmp_path / "again", seed=1) / "model.safetensors")
     ours = load_file(loaded / "model.safetensors")
     assert ours.keys() == first.keys() and all(torch.equal(ours[name], first[name]) for name in first)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from helpers import interrupt_when, make_backbone, make_recipe, train, write_recipe
+from helpers import interrupt_when, make_backbone, make_recipe, python, train, write_recipe
 from safetensors import safe_open
 from transformers import AutoModelForImageClassification, ViTModel, set_seed
 
@@ -103,8 +100,7 @@ model = CDLForImageClassification.from_backbone("org/tiny", prompt={"type": "l2p
 model.begin_task(["cat", "dog"])
 model.save_pretrained(sys.argv[1])
 """
-    offline = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", code, folder], env=offline, check=True)
+    python(code, folder, env={"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
     assert json.loads((folder / "config.json").read_text())["backbone_revision"] == COMMIT
     as_cached(make_backbone(tmp_path / "new", seed=1), cache, NEWER)  # main moves on
     options: dict[str, Any] = {"cache_dir": cache, "local_files_only": True}

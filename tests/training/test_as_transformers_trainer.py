@@ -176,7 +176,7 @@ def test_metrics_are_those_that_one_computes_by_hand(tmp_path: Path) -> None:
 def test_metrics_are_computed_during_training_and_one_of_our_name_comes_before_ours(tmp_path: Path) -> None:
     shapes = []
 
-    def metrics(found: EvalPrediction) -> dict[str, float]:
+    def metrics(found: Any) -> dict[str, float]:
         shapes.append((found.predictions.shape, sorted({*found.label_ids.tolist()})))
         return {"accuracy": 0.25, "eval_own": 3.0}
 
@@ -232,12 +232,12 @@ def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_p
     mode, lines = trainer.model.training, len(trainer.state.log_history)
     for task in TASKS:
         logits, labels = by_hand(trainer.model, task.test)
-        found = trainer.predict(task.test)
-        assert isinstance(found, PredictionOutput) and found.predictions.shape == (len(task.test), 5)
+        found: Any = trainer.predict(task.test)
+        assert type(found) is PredictionOutput and found.predictions.shape == (len(task.test), 5)
         np.testing.assert_allclose(found.predictions, logits, atol=1e-5)
         np.testing.assert_array_equal(found.label_ids, labels)
-        assert (found.metrics or {})["test_accuracy"] == trainer.evaluate(task.test)["eval_accuracy"]
-        assert "test_loss" not in (found.metrics or {}) and (found.metrics or {})["test_samples_per_second"] > 0
+        assert found.metrics["test_accuracy"] == trainer.evaluate(task.test)["eval_accuracy"]
+        assert "test_loss" not in found.metrics and found.metrics["test_samples_per_second"] > 0
     trainer.model.train(mode)
     assert len(trainer.state.log_history) == lines
     bare = trainer.predict(Unlabelled(range(3)), metric_key_prefix="now")
