@@ -505,7 +505,7 @@ def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str,
     right = [0, 0]
     for batch in watched.get_test_dataloader(task.test):
         with torch.no_grad():
-            own = watched.teacher.eval()(pixel_values=batch["pixel_values"]).logits[:, task.classes]
+            own = watched.teacher.model.eval()(pixel_values=batch["pixel_values"]).logits[:, task.classes]
         right = [right[0] + int((own.argmax(-1) == batch["labels"]).sum()), right[1] + len(own)]
     original = 100 * right[0] / right[1]
     assert all(entry["eval_teacher_accuracy"] == pytest.approx(original) for entry in curve)
@@ -515,7 +515,7 @@ def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str,
 @pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])
 def test_copied_stages_are_a_group_of_their_own_and_the_teacher_stays(fields: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **fields)
-    before = state(trainer.teacher)
+    before = state(trainer.teacher.model)
     seen: dict[str, Any] = {}
     plain = trainer.compute_loss
 
@@ -536,7 +536,7 @@ def test_copied_stages_are_a_group_of_their_own_and_the_teacher_stays(fields: di
             assert rate == pytest.approx(0.001 if keys & seen["copied"] else 0.01)
             assert not keys & seen["copied"] or keys <= seen["copied"]
         assert seen["parts"] == {"prompts", "head", "copied"}
-        assert same(before, trainer.teacher.state_dict())
+        assert same(before, trainer.teacher.model.state_dict())
     assert all(
         name.split(".")[3] in ("prompts", "batches") for name in trainer.model.state_dict() if "scaffold" in name
     )
