@@ -1,4 +1,4 @@
-"""recipes/verify.py: runs that are whole, that go on, that went on from elsewhere, and whose data are others now."""
+"""hf-cdl verify: runs that are whole, that go on, that went on from elsewhere, and whose data are others now."""
 
 from __future__ import annotations
 
