@@ -1,4 +1,4 @@
-"""hf-cdl demo, and the files of a Space: a real process, a Hub on this machine, and a browser that a person could sit at."""
+"""hf-cdl demo and the files of a Space: real processes, a Hub on this machine, a browser as a person has it."""
 
 from __future__ import annotations
 
