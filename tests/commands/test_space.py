@@ -1,4 +1,4 @@
-"""The demo in recipes/space: a real process, a Hub on this machine, and a browser that a person could sit at."""
+"""hf-cdl demo and the files of a Space: real processes, a Hub on this machine, a browser as a person has it."""
 
 from __future__ import annotations
 
@@ -79,9 +79,19 @@ def test_the_states_of_a_repository_and_what_is_said_where_there_are_none(hub: H
 
 
 def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
-    command = [sys.executable, str(SPACE / "app.py"), str(tmp_path)]
+    command = [sys.executable, "-m", "hf_cdl", "demo", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no folders task-01"), done.stderr
+
+
+def test_a_space_that_names_no_repository_says_so(tmp_path: Path) -> None:
+    """As a Space runs it: its files alone, and variables in place of words."""
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    command, env = [sys.executable, "app.py"], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    for variables, said in (({}, "set the Space's variable HF_CDL_REPO"), ({"HF_CDL_REPO": "me/gone"}, "me/gone")):
+        options: dict[str, Any] = {"cwd": tmp_path / "space", "env": {**env, **variables}}
+        done = subprocess.run(command, capture_output=True, text=True, **options)
+        assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
 
 
 def test_names_are_text_not_markup_and_what_was_not_measured_is_a_dash() -> None:
@@ -141,7 +151,7 @@ def demo(*arguments: str, env: dict[str, str]) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, str(SPACE / "app.py"), *arguments],
+        [sys.executable, "-m", "hf_cdl", "demo", *arguments],
         env={**os.environ, **env, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -197,7 +197,7 @@ def test_a_push_that_fails_is_said_with_its_reason_and_command(hub: HubServer, t
     assert not pusher(hub, folder, said).finish(results)
     assert "NOT PUSHED: the student. me/tiny: the Hub answers 507 (injected 507)." in said.text
     assert f"The run itself is whole in {folder}/. Push it later with:" in said.text
-    assert said.text.endswith(f"\n  hf-cdl push {folder}")
+    assert said.text.endswith(f"\n  python -m hf_cdl push {folder}")
     assert len(titles(hub)) == 2 and list(hub.repository(STUDENT).refs("tags")) == ["task-01"]
     hub.faults = []
     assert pusher(hub, folder, said).finish(results)
