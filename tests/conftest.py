@@ -33,6 +33,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         forking.begin()  # so that it is there when the first of them comes
 
 
+@pytest.hookimpl(trylast=True)  # when the fixtures are gone
 def pytest_runtest_teardown() -> None:
     if len(sys.modules) != SETTLED:
         settle()

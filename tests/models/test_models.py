@@ -162,6 +162,15 @@ def test_on_several_devices_no_layer_is_cut_in_two(kind: str) -> None:
     assert {type(layer).__name__ for layer in bb.layers(model.backbone)} <= {*(model._no_split_modules or ())}
 
 
+@pytest.mark.parametrize("kind", ["clip_vision_model", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
+def test_the_feature_is_what_the_family_s_own_pooler_gives(kind: str, families: dict[str, Path]) -> None:
+    """With its final norm: for CLIP and BEiT that stands outside of the last hidden state."""
+    plain = AutoModel.from_pretrained(families[kind]).eval()
+    with torch.no_grad():
+        wanted = plain(images()).pooler_output
+        torch.testing.assert_close(student(families[kind]).compute_query(images()), wanted)
+
+
 @pytest.mark.parametrize("kind", TINY)
 def test_without_prompts_a_model_is_its_backbone_with_a_head(kind: str, families: dict[str, Path]) -> None:
     bare = student(families[kind], prompt={"type": "none"}, kd_prompt=None)
