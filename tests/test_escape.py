@@ -22,7 +22,8 @@ from hf_cdl.escape import code, markdown, visible, visible_lines
 from hf_cdl.hub.card import card_files, model_card, shared
 from hf_cdl.hub.content import commit_message, results_after
 from hf_cdl.places import by_name, is_private, shareable
-from hf_cdl.runs.report import difference_lines, save_plots, table
+from hf_cdl.runs.pictures import save_plots
+from hf_cdl.runs.report import difference_lines, table
 
 NASTY = [
     "<script>alert(1)</script>",

@@ -32,7 +32,7 @@ from hf_cdl.recipe.build import (
 from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.files import RunError, first_line
 from hf_cdl.runs.ledger import read_ledger
-from hf_cdl.runs.report import plotting_available
+from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.run import Run
 from hf_cdl.training.checking import asks_teacher, check_task
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cdl.compare.records import Measured, values
 from hf_cdl.compare.statistics import Contrast, mean_of
-from hf_cdl.runs.report import COLOURS, draw_curve, draw_matrix, finish_curves, seen_so_far
+from hf_cdl.runs.pictures import COLOURS, draw_curve, draw_matrix, finish_curves, seen_so_far
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

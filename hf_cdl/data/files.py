@@ -15,7 +15,8 @@ import numpy as np
 from datasets import Dataset, load_dataset
 
 from hf_cdl.data.images import check_regular, readable
-from hf_cdl.data.names import USUAL_LABELS, USUAL_SPLITS, role_of, some
+from hf_cdl.data.names import some
+from hf_cdl.data.splits_and_columns import USUAL_LABELS, USUAL_SPLITS, role_of
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _SPLIT_NAMES = sum(USUAL_SPLITS.values(), ())

@@ -27,7 +27,8 @@ from hf_cdl.data.files import (
     saved_tables,
 )
 from hf_cdl.data.images import readable
-from hf_cdl.data.names import nfc, role_like, role_of, some
+from hf_cdl.data.names import nfc, some
+from hf_cdl.data.splits_and_columns import role_like, role_of
 
 # What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())

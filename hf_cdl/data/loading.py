@@ -1,4 +1,4 @@
-"""From a path to tables and labels: which splits a data set has, and which column holds the images and the classes."""
+"""From a path to tables and labels: what is loaded, its class names, and which rows are used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.folders import read_folder
 from hf_cdl.data.images import readable
-from hf_cdl.data.names import USUAL_LABELS, USUAL_SPLITS, nfc, some
+from hf_cdl.data.names import nfc, some
 
 
 class NoDataError(ValueError):
@@ -86,69 +86,6 @@ def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Data
             "images themselves by map."
         )
     return {str(split): table for split, table in tables.items()}
-
-
-def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
-    """Role (train, validation, test) -> split name; a role without a split is left out.
-
-    The usual names count in whatever case, the most usual first. Raises ValueError if a `named` split does not exist,
-    a `needed` role has none, or two differ in their case alone.
-    """
-    chosen = {role: name for role, name in named.items() if name is not None}
-    for role, name in chosen.items():
-        if name not in found:
-            raise ValueError(f"{role}_split is {name!r}, but the splits are {some(found)}.")
-    for role, usual in USUAL_SPLITS.items():
-        if role in chosen:
-            continue
-        free = [name for name in found if name not in chosen.values()]
-        order = [[name for name in free if name.casefold() == word] for word in usual]
-        alike = next(filter(None, order), [])
-        if len(alike) > 1:
-            raise ValueError(f"Several splits could be {role}: {some(alike)}. Name one with {role}_split.")
-        if alike:
-            chosen[role] = alike[0]
-        elif role in needed:
-            instead = ", or hold images out with test_fraction" if role == "test" else ""
-            raise ValueError(
-                f"There is no split for {role} (usual names: {some(usual)}); the splits are {some(found)}. "
-                f"Name one with {role}_split{instead}."
-            )
-    return chosen
-
-
-def choose_columns(tables: Mapping[str, Dataset], image: str | None, label: str | None) -> tuple[str, str]:
-    """(image column, label column); one without a name is found by its type, labels also by their name.
-
-    Raises ValueError if a column does not exist in all splits, is not of images or is not the only candidate.
-    """
-    features = tables["train"].features
-    images = [column for column, feature in features.items() if _holds_images(feature)]
-    labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [column for column in USUAL_LABELS if column in features]
-    chosen = []
-    for what, named, candidates in (("image", image, images), ("label", label, labels)):
-        column = candidates[0] if named is None and len(candidates) == 1 else named
-        if column is None:
-            raise ValueError(
-                f"{'Several columns' if candidates else 'No column'} could be the {what}; candidates: "
-                f"{some(candidates)}; columns: {some(features)}. Name it with {what}_column."
-            )
-        for role, table in tables.items():
-            if column not in table.column_names:
-                raise ValueError(
-                    f"The {role} split has no {what} column {column!r}; columns: {some(table.column_names)}. "
-                    f"Name it with {what}_column."
-                )
-        chosen.append(column)
-    if chosen[0] not in images:
-        raise ValueError(f"image_column {chosen[0]!r} holds {features[chosen[0]]}, not images; with images: {images}.")
-    return chosen[0], chosen[1]
-
-
-def _holds_images(feature: Any) -> bool:
-    """Whether a column is of type Image, or has its fields (a parquet file that `datasets` did not write)."""
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
 
 def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], dict[str, np.ndarray]]:

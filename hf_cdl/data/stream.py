@@ -22,10 +22,11 @@ from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.cells import cells_of
 from hf_cdl.data.folders import LAYOUTS, ClassFolders
 from hf_cdl.data.images import ImageError
-from hf_cdl.data.loading import check_tables, choose_columns, choose_splits, draw_rows, load_splits, read_labels
+from hf_cdl.data.loading import check_tables, draw_rows, load_splits, read_labels
 from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
-from hf_cdl.data.split import TaskSplit
+from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
+from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.views import Preprocess, same_view
 from hf_cdl.types import Task
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_cdl.runs import report
+from hf_cdl.runs import pictures, report
 from hf_cdl.runs.files import (
     RunError,
     damage,
@@ -318,10 +318,10 @@ class Run:
 
     def _draw(self, results: dict[str, Any]) -> dict[str, list[Any]]:
         """Draw the pictures, if they can be; their fingerprints."""
-        if not report.plotting_available():
+        if not pictures.plotting_available():
             return {}
         with saving(f"draw the pictures in {self.folder}"):
-            drawn = report.save_plots(results, self.folder)
+            drawn = pictures.save_plots(results, self.folder)
             for picture in drawn:
                 sync(picture)
         return {picture.name: fingerprint(picture) for picture in drawn}

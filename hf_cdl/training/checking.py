@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
-from hf_cdl.data.split import TaskSplit
+from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task

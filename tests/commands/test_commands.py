@@ -247,7 +247,7 @@ def test_a_folder_of_any_name(
 ) -> None:
     """The run ends and is found again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_cdl.runs.report.plotting_available", lambda: False)
+    monkeypatch.setattr("hf_cdl.runs.pictures.plotting_available", lambda: False)
     words = [str(tiny), f"--output_dir={as_yaml(name)}", "--train.num_train_epochs", "1"]
     console.quiet()
     code = train_recipe.main(words)

@@ -111,7 +111,7 @@ def test_a_folder_in_which_another_process_begins_a_run(run: Path, tmp_path: Pat
 
 def test_a_card_on_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The old one stays."""
-    monkeypatch.setattr("hf_cdl.runs.report.plotting_available", lambda: False)
+    monkeypatch.setattr("hf_cdl.runs.pictures.plotting_available", lambda: False)
     (run / "student" / "README.md").write_text("mine")
     with little_room(1_000):
         assert card.main([str(run)]) == 2

@@ -34,7 +34,7 @@ from hf_cdl.commands import push as push_recipe
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import RecipeError, build_recipe
 from hf_cdl.runs.ledger import new_ledger
-from hf_cdl.runs.report import plotting_available
+from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.run import Run
 
 STUDENT, TEACHER = "me/tiny", "me/tiny-teacher"

@@ -50,7 +50,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]
     verbosity = hf_logging.get_verbosity()
     console.quiet()
     drawn = pytest.MonkeyPatch()
-    drawn.setattr("hf_cdl.runs.report.save_plots", draw)  # pictures are not the point here, and take a second
+    drawn.setattr("hf_cdl.runs.pictures.save_plots", draw)  # pictures are not the point here, and take a second
     learn, save = CDLTrainer.learn, TaskTrainer._save_checkpoint
 
     def stop_between(self: CDLTrainer, task: Task) -> None:

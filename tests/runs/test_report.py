@@ -9,7 +9,7 @@ import random
 import pytest
 from PIL import Image
 
-from hf_cdl.runs import report
+from hf_cdl.runs import pictures, report
 
 MATRIX = [[80.0], [90.0, 60.0], [70.0, 50.0, 100.0]]
 RESULTS = {
@@ -131,15 +131,15 @@ def test_tables_are_at_most_119_wide_and_aligned(tasks):
 
 def test_without_matplotlib_plots_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not report.plotting_available()
+    assert not pictures.plotting_available()
     with pytest.raises(ImportError, match=r"pip install .*\[report\]"):
-        report.save_plots(RESULTS, tmp_path)
+        pictures.save_plots(RESULTS, tmp_path)
 
 
 @pytest.mark.parametrize("results", [stream(1), stream(5, 3), stream(12)], ids=["1", "3 of 5", "12"])
 def test_plots_are_whole_images(results, tmp_path):
     pytest.importorskip("matplotlib")
-    paths = report.save_plots(results, tmp_path / "new" / "folder")
+    paths = pictures.save_plots(results, tmp_path / "new" / "folder")
     assert [path.name for path in paths] == ["accuracy_matrix.png", "accuracy_curve.png"]
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["accuracy_curve.png", "accuracy_matrix.png"]
     for path in paths:
@@ -155,7 +155,7 @@ def test_plots_are_whole_images(results, tmp_path):
 def test_many_tasks_have_no_more_texts_than_there_is_room_for():
     pytest.importorskip("matplotlib")
     for tasks, most in ((20, 20), (50, 50), (99, 50), (200, 25)):
-        panel = report._matrix_figure(stream(tasks)).axes[0]
+        panel = pictures._matrix_figure(stream(tasks)).axes[0]
         assert most - 2 <= len(panel.get_xticklabels()) == len(panel.get_yticklabels()) <= most
         assert len(panel.texts) == (tasks * (tasks + 1) // 2 if tasks <= 30 else 0)
         assert panel.get_yticklabels()[-1].get_text().startswith(panel.get_xticklabels()[-1].get_text())
@@ -166,12 +166,12 @@ def test_plots_show_names_no_font_may_have_as_numbers(tmp_path):
     results = copy.deepcopy(RESULTS)
     results["class_names"] = [["猫", "犬"], ["crème brûlée"], ["$x^$", "line\nbreak"]]
     results["name"] = results["roles"]["teacher"]["label"] = "$x^$"  # as a formula it would be an error
-    assert len(report.save_plots(results, tmp_path)) == 2
+    assert len(pictures.save_plots(results, tmp_path)) == 2
 
 
 def test_nothing_is_plotted_before_the_first_task(tmp_path):
     pytest.importorskip("matplotlib")
-    assert report.save_plots(stream(5, 0), tmp_path / "folder") == []
+    assert pictures.save_plots(stream(5, 0), tmp_path / "folder") == []
     assert not (tmp_path / "folder").exists()
 
 
@@ -185,12 +185,12 @@ def test_a_failed_save_leaves_the_old_plot(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", full_disk)
     with pytest.raises(OSError, match="no space"):
-        report.save_plots(RESULTS, tmp_path)
+        pictures.save_plots(RESULTS, tmp_path)
     assert (tmp_path / "accuracy_matrix.png").read_bytes() == b"old"
 
 
 def test_plots_leave_the_users_backend_alone(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     before = matplotlib.rcParams.copy()
-    report.save_plots(RESULTS, tmp_path)
+    pictures.save_plots(RESULTS, tmp_path)
     assert matplotlib.rcParams.copy() == before

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from hf_cdl.escape import code, markdown, visible_lines
 from hf_cdl.hub.card import text
 from hf_cdl.hub.card.metadata import Results, eval_results, metadata, shared, stated
-from hf_cdl.runs import report
+from hf_cdl.runs import pictures
 
 __all__ = ["card_files", "eval_results", "model_card", "shared"]
 
@@ -65,10 +65,10 @@ def card_files(
     results: Results, role: str, repo_id: str | None = None, other_id: str | None = None
 ) -> dict[str, bytes]:
     """The files of a card, by name: README.md and, where matplotlib is installed, accuracy_matrix.png."""
-    picture = report.plotting_available()
+    picture = pictures.plotting_available()
     files = {"README.md": model_card(results, role, repo_id, other_id, picture).encode()}
     if picture:
         with TemporaryDirectory() as folder:
-            report.save_plots(results, folder)
+            pictures.save_plots(results, folder)
             files["accuracy_matrix.png"] = Path(folder, "accuracy_matrix.png").read_bytes()
     return files
