@@ -26,7 +26,7 @@ def prefix_sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torc
     """Scaled-dot-product attention over the layer's own and its prefixes' keys and values (B, H, N, d)."""
     slow = key.device.type == "cpu" and key.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if slow and mask is None:
-        return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # fused, the way back takes far longer
+        return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # fused, its backward is far slower
     key, value, pad = _extend(module, key, value, kwargs.pop("prefix", None))
     bias = kwargs.pop("position_bias", None)
     mask = _pad(_with_tokens(mask, query.shape[2]), pad)

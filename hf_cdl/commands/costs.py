@@ -1,7 +1,7 @@
 """What training costs: parameters, FLOPs, steps and memory of each role of a recipe.
 
 Models are built from the backbones' configs with fake tensors, which have shapes and no content: no weights are loaded
-and nothing is computed. FLOPs, and what is kept for the way back, are counted on one step of each role, at the
+and nothing is computed. FLOPs, and what is kept for the backward pass, are counted on one step of each role, at the
 recipe's batch size and in the last task, when prompts and heads are largest.
 """
 
@@ -62,8 +62,8 @@ class Tasks:
 class Cost:
     """What training a role takes. FLOPs are per image, a multiply-add being one.
 
-    `kept`: bytes for the way back; `states`: bytes of gradients, the optimizer's states and the terms' own layers;
-    `trained`: parameters, with the terms' layers; `images`: in all epochs.
+    `kept`: bytes for the backward pass; `states`: bytes of gradients, the optimizer's states and the terms' own
+    layers; `trained`: parameters, with the terms' layers; `images`: in all epochs.
     """
 
     inference_flops: float
@@ -221,7 +221,7 @@ def _arguments(recipe: Recipe, role: str) -> Any:
 
 
 def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the way back."""
+    """What CDLTrainer.compute_loss does with a batch of the last task, and the backward pass."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
     pixels, query = images["pixel_values"], None
     if objective.needs_query or teacher.shares_query(images):
@@ -240,7 +240,7 @@ def _same_source(student: Any, teacher: Any) -> bool:
 
 
 def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:
-    """(FLOPs, bytes kept for the way back) of a step: of tensors that are no weights of `parts`."""
+    """(FLOPs, bytes kept for the backward pass) of a step: of tensors that are no weights of `parts`."""
     own = {tensor.untyped_storage()._cdata for part in parts for tensor in part.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -1,6 +1,7 @@
 """A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded.
 
-files.py reads, fields.py says what there is, typed.py and checks.py say what is wrong; all together, in one message.
+files.py reads, plugins.py runs the user's own files, fields.py says what there is; typed.py says what is wrong with
+single fields, training.py with training arguments, checks.py between fields; all together, in one message.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
 
 
 def build_recipe(content: dict[str, Any]) -> Recipe:
-    """Recipe from a plain dict. Raises RecipeError with all problems at once."""
+    """Recipe from a plain dict, whose plugins are not run. Raises RecipeError with all problems at once."""
     protocol = content.get("protocol")
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
     content = copy.deepcopy(merge(preset, content))

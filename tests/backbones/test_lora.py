@@ -106,7 +106,7 @@ def test_only_adapters_and_the_session_s_head_learn_and_only_on_the_first_task(t
     trainer = CDLTrainer(model, arguments(tmp_path))
     new = state_of(model)
     first, second = stream()
-    trainer._begin(first)
+    trainer._begin_task(first)
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[0] for name in trains} == {"backbone", "session_head"}
     assert {name for name in trains if name.startswith("backbone")} == set(adapters(model))

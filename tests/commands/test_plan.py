@@ -73,7 +73,7 @@ def test_full_size_vits(vits: Path) -> None:
     "term", [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}]
 )
 def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
-    """FLOPs and the bytes kept for the way back: those of fake tensors are those of real ones."""
+    """FLOPs and the bytes kept for the backward pass: those of fake tensors are those of real ones."""
     recipe = build_recipe(make_recipe(tmp_path, distill=[term]))
     _, costs = counting.measure(recipe, counting.read_tasks(recipe))
     processors = build_processors(recipe)
@@ -202,7 +202,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path: Path, vits: Path
 
 
 def test_a_plan_of_classifiers_has_the_costs_that_papers_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet56 and ResNet20 at 32 px: 126 and 41 million multiply-adds; the way back takes twice the way there."""
+    """ResNet56 and ResNet20 at 32 px: 126 and 41 million multiply-adds; backward twice as many as forward."""
     monkeypatch.chdir(ROOT)
     said = plan.plan(load_recipe(["recipes/offline_kd/cifar100_resnet56_resnet20.yaml"], "unused.yaml"))
     teacher, student = (line.split() for line in said.splitlines() if line.startswith(("teacher", "student")))

@@ -37,6 +37,7 @@ from transformers import (
 from hf_cdl import CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.distill.dual_path import DualPath, DualPathConfig
+from hf_cdl.distill.kd import KD, KDConfig
 from hf_cdl.distill.prompt_blocks import MapBlock, PartialConv, TokenBlock
 from hf_cdl.distill.stages import find_stages, token_grid
 from hf_cdl.runs.run import Run
@@ -283,7 +284,7 @@ def test_free_logits_of_the_prompt_path_become_the_mixture_of_teacher_and_studen
 def test_without_the_prompt_path_s_weight_the_student_learns_as_with_kd() -> None:
     path = logits(4, grad=True)
     teacher = CDLOutput(logits=logits(1), path_logits=path)
-    kd = TERMS["kd"](TERMS["kd"].config_class(weight=0.9, temperature=4.0), SHAPE, SHAPE)
+    kd = KD(KDConfig(weight=0.9, temperature=4.0), SHAPE, SHAPE)
     found = []
     for term in (kd, term_of(beta_o=0.9, beta_p=0.0), term_of(beta_o=0.0, beta_p=0.0)):
         ours = logits(2, grad=True)
@@ -504,7 +505,7 @@ def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str,
     right = [0, 0]
     for batch in watched.get_test_dataloader(task.test):
         with torch.no_grad():
-            own = watched.teacher.eval()(pixel_values=batch["pixel_values"]).logits[:, task.classes]
+            own = watched.teacher.model.eval()(pixel_values=batch["pixel_values"]).logits[:, task.classes]
         right = [right[0] + int((own.argmax(-1) == batch["labels"]).sum()), right[1] + len(own)]
     original = 100 * right[0] / right[1]
     assert all(entry["eval_teacher_accuracy"] == pytest.approx(original) for entry in curve)
@@ -514,7 +515,7 @@ def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str,
 @pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])
 def test_copied_stages_are_a_group_of_their_own_and_the_teacher_stays(fields: dict[str, Any], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, **fields)
-    before = state(trainer.teacher)
+    before = state(trainer.teacher.model)
     seen: dict[str, Any] = {}
     plain = trainer.compute_loss
 
@@ -535,7 +536,7 @@ def test_copied_stages_are_a_group_of_their_own_and_the_teacher_stays(fields: di
             assert rate == pytest.approx(0.001 if keys & seen["copied"] else 0.01)
             assert not keys & seen["copied"] or keys <= seen["copied"]
         assert seen["parts"] == {"prompts", "head", "copied"}
-        assert same(before, trainer.teacher.state_dict())
+        assert same(before, trainer.teacher.model.state_dict())
     assert all(
         name.split(".")[3] in ("prompts", "batches") for name in trainer.model.state_dict() if "scaffold" in name
     )

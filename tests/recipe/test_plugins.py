@@ -141,6 +141,24 @@ def test_what_own_methods_need_is_refused_where_it_lacks(tmp_path: Path) -> None
         assert said in str(raised.value)
 
 
+def test_what_one_method_asks_of_a_recipe_its_own_class_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_plugins([str(OWN)])
+    kind: Any = TERMS["logit_regression"]
+    asked = []
+
+    def check_recipe(cls: Any, *asks: Any) -> list[tuple[str, str]]:
+        asked.extend(asks)
+        return [("teacher.query", "is what it is; set it to self")]
+
+    monkeypatch.setattr(kind, "check_recipe", classmethod(check_recipe))
+    monkeypatch.setattr(HEADS["dropout_linear"], "check_recipe", lambda fields, taught: [("dropout", f"is {taught}")])
+    with pytest.raises(RecipeError) as raised:
+        build_recipe(own_recipe(tmp_path))
+    said = ["- 'teacher.query' is what it is; set it to self", "- 'student.head.dropout' is True"]
+    assert str(raised.value).splitlines()[1:] == said
+    assert [(asks.prompted, asks.query) for asks in asked] == [(True, None)] * 2, "prefix asks no query"
+
+
 def test_without_the_plugin_the_recipe_is_refused(tmp_path: Path) -> None:
     file = write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path, plugins=[]))
     with pytest.raises(RecipeError, match="'student.prompt.type' is 'prefix'; allowed: none, coda"):

@@ -233,7 +233,7 @@ def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_p
     for task in TASKS:
         logits, labels = by_hand(trainer.model, task.test)
         found: Any = trainer.predict(task.test)
-        assert type(found) is PredictionOutput and found.predictions.shape == (len(task.test), 5)
+        assert found.__class__ is PredictionOutput and found.predictions.shape == (len(task.test), 5)
         np.testing.assert_allclose(found.predictions, logits, atol=1e-5)
         np.testing.assert_array_equal(found.label_ids, labels)
         assert found.metrics["test_accuracy"] == trainer.evaluate(task.test)["eval_accuracy"]
