@@ -23,6 +23,7 @@ from hf_cdl.data.sampler import Rounds, ViewSampler
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.training.contract import Total
 from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.types import Task
@@ -130,7 +131,7 @@ class TaskTrainer(SteeredTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
         epochs = math.ceil(self.args.num_train_epochs)
-        rate = self.args.epoch_factor(epochs)
+        rate = epoch_factor(self.args, epochs)  # type: ignore[arg-type]  # CDLTrainingArguments
         if rate is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         per_epoch = math.ceil(num_training_steps / epochs)

@@ -125,19 +125,6 @@ class CDLTrainingArguments(TrainingArguments):
         """Have the accuracy decide which state is best: evaluation during training measures nothing else."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
 
-    def epoch_factor(self, epochs: int) -> Callable[[int], float] | None:
-        """Factor of the learning rate in epoch e = 0 .. epochs - 1, for schedules that go by epochs; else None.
-
-        `epoch_cosine`: cos(99 pi max(e - 1, 0) / (200 (K - 1))), K epochs. The CDL authors' scheduler starts one count
-        late, so their second epoch still runs at the full rate and the last one does not reach the formula's end;
-        trained models depend on it.
-        """
-        if self.epoch_cosine:
-            return lambda epoch: math.cos(99 * math.pi * max(epoch - 1, 0) / (200 * max(epochs - 1, 1)))
-        if self.lr_steps:
-            return lambda epoch: self.lr_decay ** sum(epoch >= step for step in self.lr_steps)
-        return None
-
 
 def _with_other_defaults(kind: type[TrainingArguments]) -> set[str]:
     """The fields of TrainingArguments whose defaults are others in a subclass."""
