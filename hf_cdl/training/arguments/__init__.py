@@ -6,8 +6,6 @@ table.py says what becomes of each of their fields, checks.py which of them do n
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
