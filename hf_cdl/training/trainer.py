@@ -178,11 +178,21 @@ class CDLTrainer(EvaluatingTrainer):
         done = self.run is not None and self.run.result(self.role, task) is not None
         if done or self._came_with(task):
             return False
+        self._check_measured()
         check_served(self.model, task)
         check_task(self.role, self.model, self.objective, self.args, task)
         self.check(task)
         self.teacher.check(task)
         return True
+
+    def _check_measured(self) -> None:
+        """Raise ValueError if the task before was stored and not measured: no other model could be measured for it."""
+        before = self.run.result(self.role, self.seen[-1]) if self.run is not None and self.seen else None
+        if before is not None and not before.row:
+            raise ValueError(
+                f"{self.seen[-1].name} has not been measured yet, but a run keeps the accuracies after every task. "
+                "Call evaluate_seen() after each learn(task); train() does it by itself."
+            )
 
     def _take_over(self, task: Task) -> bool:
         """Load and save what another run has learnt, if the recipe says so (`ROLE_from`); no file of it is copied."""

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.run import Run
 from hf_cdl.training.contract import KEYWORDS, METHODS
 
@@ -203,6 +204,22 @@ def test_a_phase_shorter_than_eval_steps_is_evaluated_at_its_end(tmp_path: Path)
     trainer = trainer_of(tmp_path, TASKS[:1], eval_strategy="steps", eval_steps=500)
     trainer.train()
     assert [line["step"] for line in trainer.state.log_history if "eval_accuracy" in line] == [3]
+
+
+def test_a_run_s_next_task_waits_until_the_last_one_is_measured(tmp_path: Path) -> None:
+    """Else its ledger would lack a row for ever, and could not be read again."""
+    run = Run(tmp_path / "run", {"name": "tiny"})
+    run.bind("stream", [list(task.class_names) for task in TASKS])
+    trainer = trainer_of(tmp_path, None, run=run)
+    first, second = TASKS[:2]
+    trainer.learn(first)
+    with pytest.raises(ValueError, match=r"task-01 has not been measured yet.*evaluate_seen\(\) after each learn"):
+        trainer.learn(second)
+    trainer.evaluate_seen()
+    trainer.learn(second)
+    trainer.evaluate_seen()
+    run.close()
+    assert [len(entry["row"]) for entry in read_ledger(tmp_path / "run")["entries"]["student"]] == [1, 2]
 
 
 # ---- evaluate() and predict() ----
