@@ -19,7 +19,7 @@ from hf_cdl.commands import console
 from hf_cdl.commands import train as train_recipe
 from hf_cdl.commands.words import VERBS, read
 
-SCRIPTS = sorted((ROOT / "recipes").glob("*.py"))
+SCRIPTS = sorted({*(ROOT / "recipes").glob("*.py")} - {ROOT / "recipes" / "own_methods.py"})  # which is a plugin
 
 
 # ---- help ----
