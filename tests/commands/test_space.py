@@ -84,14 +84,20 @@ def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no folders task-01"), done.stderr
 
 
-def test_a_space_that_names_no_repository_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({}, "set the Space's variable HF_CDL_REPO"),
+        pytest.param({"HF_CDL_REPO": "me/gone"}, "me/gone", marks=pytest.mark.slow),
+    ],
+)
+def test_a_space_that_names_no_repository_says_so(variables: dict[str, str], said: str, tmp_path: Path) -> None:
     """As a Space runs it: its files alone, and variables in place of words."""
     shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     command, env = [sys.executable, "app.py"], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for variables, said in (({}, "set the Space's variable HF_CDL_REPO"), ({"HF_CDL_REPO": "me/gone"}, "me/gone")):
-        options: dict[str, Any] = {"cwd": tmp_path / "space", "env": {**env, **variables}}
-        done = subprocess.run(command, capture_output=True, text=True, **options)
-        assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    options: dict[str, Any] = {"cwd": tmp_path / "space", "env": {**env, **variables}}
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode in (1, 2) and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
 
 
 def test_names_are_text_not_markup_and_what_was_not_measured_is_a_dash() -> None:

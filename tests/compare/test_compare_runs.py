@@ -73,6 +73,7 @@ def gone(pid: int, seconds: float = 20) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also if that one is killed; its arguments and exit code are the module's own."""
     script = tmp_path / "script.py"

@@ -549,6 +549,7 @@ def test_blocks_stay_warm_for_the_next_task_and_out_of_the_student_s_files(
     first, second = stream()
     whole = trainer_of(tmp_path, Run(tmp_path / "whole", {}), **fields)
     whole.learn(first)
+    whole.evaluate_seen()
     whole.learn(second)
 
     cut = trainer_of(tmp_path, Run(tmp_path / "cut", {}), **fields)
@@ -567,6 +568,7 @@ def test_blocks_stay_warm_for_the_next_task_and_out_of_the_student_s_files(
         for value in resumed.objective.state_dict().values():
             value.zero_()
     resumed.learn(first)
+    resumed.evaluate_seen()
     resumed.learn(second)
     assert same(whole.model.state_dict(), resumed.model.state_dict())
 

@@ -286,6 +286,7 @@ def test_a_projector_is_trained_kept_for_resuming_and_left_out_of_the_student_s_
     whole.learn(first)
     learnt = whole.objective.terms["fitnets"].projection.weight.detach().clone()  # type: ignore[union-attr]
     assert not torch.equal(start, learnt)
+    whole.evaluate_seen()
     whole.learn(second)
 
     cut = trainer_of(tmp_path, Run(tmp_path / "cut", {}))
@@ -302,6 +303,7 @@ def test_a_projector_is_trained_kept_for_resuming_and_left_out_of_the_student_s_
     with torch.no_grad():
         resumed.objective.terms["fitnets"].projection.weight.zero_()  # type: ignore[union-attr]
     resumed.learn(first)  # done: returns at once
+    resumed.evaluate_seen()
     resumed.learn(second)
     want, got = whole.model.state_dict(), resumed.model.state_dict()
     assert any("scaffold" in name for name in want)

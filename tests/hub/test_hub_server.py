@@ -203,6 +203,7 @@ def test_chaos_is_drawn_by_its_seed(tmp_path: Path) -> None:
     assert 10 < sum(fault is not None for fault in drawn[0]) < 30
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_commits(tmp_path: Path) -> None:
     """The server as a process, killed while a client commits as fast as it can."""
     root = tmp_path / "hub"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, make_recipe, write_recipe
+from helpers import ROOT, make_recipe, python, write_recipe
 from test_docs import code_blocks
 from torch import nn
 
@@ -61,10 +60,6 @@ def own_recipe(folder: Path, **fields: Any) -> dict[str, Any]:
     return {**recipe, "distill": SECTIONS["distill"], **fields}
 
 
-def own_process(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
-
-
 def interrupt(self: CDLTrainer) -> None:
     raise KeyboardInterrupt
 
@@ -89,16 +84,13 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     [use] = [line for line in said.splitlines() if "pipeline(" in line]
     assert f"load_plugins(['{OWN}'])" in use.replace("'\"'\"'", "'")
 
-    elsewhere = own_process(f"from hf_cdl import CDLForImageClassification as M; M.from_pretrained({str(student)!r})")
-    assert elsewhere.returncode != 0
-    last = elsewhere.stderr.strip().splitlines()[-1]
+    load = f"from hf_cdl import CDLForImageClassification as M; M.from_pretrained({str(student)!r})"
+    with pytest.raises(AssertionError) as failed:
+        python(load)
+    last = str(failed.value).strip().splitlines()[-1]
     assert "Unknown prompt type 'prefix'; allowed: none, coda" in last
     assert "once the file that calls PROMPTS.register has run: import it first" in last
-    known = own_process(
-        "import sys; sys.path.insert(0, 'recipes'); import own_methods\n"
-        f"from hf_cdl import CDLForImageClassification as M; M.from_pretrained({str(student)!r})"
-    )
-    assert known.returncode == 0, known.stderr
+    python(f"import sys; sys.path.insert(0, {str(OWN.parent)!r}); import own_methods\n{load}")
 
     forget()
     for main in (card.main, verify.main):

@@ -265,6 +265,7 @@ def test_a_phase_ends_with_its_best_state(option: str, stored: bool, tmp_path: P
                 right += int((logits.argmax(-1) + task.first_class == batch["labels"]).sum())
         assert 100 * right / len(task.validation or ()) == pytest.approx(max(found))
         assert trainer.state.best_metric == max(found)
+        trainer.evaluate_seen()
     assert before_the_end, "the last state was the best every time: this shows nothing"
 
 

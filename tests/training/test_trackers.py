@@ -57,6 +57,7 @@ def test_tensorboard_has_one_curve_over_all_tasks(stored: bool, tracked: Path) -
     trainer, plain = trainer_of(tracked / "work", run, **fields), trainer_of(tracked / "plain")
     for task in stream():
         trainer.learn(task)
+        trainer.evaluate_seen()
         plain.learn(task)
     for name, value in plain.model.state_dict().items():
         assert value.equal(trainer.model.state_dict()[name]), "a tracker changed what was learnt"
@@ -83,6 +84,7 @@ def test_a_run_that_was_killed_goes_on_with_its_curve(tracked: Path) -> None:
     run = Run(tracked / "run", {})
     cut = trainer_of(tracked / "work", run, **fields)
     cut.learn(first)
+    cut.evaluate_seen()
     cut.add_callback(Killer())
     with pytest.raises(Killed):
         cut.learn(second)
@@ -92,6 +94,7 @@ def test_a_run_that_was_killed_goes_on_with_its_curve(tracked: Path) -> None:
     resumed = CDLTrainer(model, arguments(tracked / "work", num_train_epochs=EPOCHS, **fields), run=run)
     for task in (first, second):
         resumed.learn(task)
+        resumed.evaluate_seen()
     curve = scalars(tracked / "run/logs/trackers/student")
     assert [step for step, _ in curve] == list(range(1, 1 + sum(STEPS)))
 
@@ -107,6 +110,7 @@ def test_trackio_has_one_run_per_role(tracked: Path, monkeypatch: pytest.MonkeyP
     trainer = trainer_of(tracked / "work", run, **fields, project="cdl-test", run_name=None)
     for task in stream():
         trainer.learn(task)
+        trainer.evaluate_seen()
     [name] = SQLiteStorage.get_runs("cdl-test")
     assert name == f"pair-student-{(run.folder / 'logs/trackers/student/id').read_text()}"
     lines = [line for line in SQLiteStorage.get_logs("cdl-test", name) if "train/loss/loss" in line]
@@ -132,6 +136,7 @@ def test_wandb_has_one_run_per_role_offline(tracked: Path, monkeypatch: pytest.M
     teacher.learn(next(stream()))
     for task in stream():
         student.learn(task)
+        student.evaluate_seen()
     keys = {role: (run.folder / f"logs/trackers/{role}/id").read_text() for role in ("student", "t")}
     assert sorted({*steps[keys["student"]]}) == list(range(1, 1 + sum(STEPS)))
     assert sorted({*steps[keys["t"]]}) == [1, 2, 3]
