@@ -16,8 +16,8 @@ from huggingface_hub import ModelCard
 from markup import state_html
 from states import Results
 
+from hf_cdl.commands.parsers import VERBS
 from hf_cdl.commands.train import main as train_main
-from hf_cdl.commands.words import VERBS
 from hf_cdl.escape import code, markdown, visible, visible_lines
 from hf_cdl.hub.card import card_files, model_card, shared
 from hf_cdl.hub.content import commit_message, results_after

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import train as training
 from hf_cdl.commands.console import say
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
 from hf_cdl.recipe import described, load_plugins

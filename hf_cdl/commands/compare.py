@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.compare.collect import collect
 from hf_cdl.compare.page import save_report
 from hf_cdl.compare.schedule import make

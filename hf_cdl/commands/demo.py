@@ -9,7 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 
 SPACE = Path(__file__).with_name("space")
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import hf_cdl
 from hf_cdl.commands import stopping
-from hf_cdl.commands.words import VERBS, main_parser, read
+from hf_cdl.commands.parsers import VERBS, main_parser, read
 
 
 def main() -> NoReturn:

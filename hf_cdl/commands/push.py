@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import build_recipe, described, load_plugins, untrained

@@ -11,7 +11,7 @@ import transformers  # names from it say things when they are first used, so not
 
 from hf_cdl.backbones.families import check_image_size, family, layers
 from hf_cdl.backbones.loading import load_backbone
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs.files import RunError, check_new, fill_folder
 

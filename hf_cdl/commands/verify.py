@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.commands.words import read
+from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, load_plugins, untrained
 from hf_cdl.recipe.build import MODELS, load_processor

@@ -22,7 +22,7 @@ import yaml
 from hf_cdl.compare.records import METRIC_COLUMNS
 from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
-from hf_cdl.recipe.typed import WRONG, build_typed
+from hf_cdl.recipe.type_checks import WRONG, build_typed
 from hf_cdl.runs.files import read_json
 from hf_cdl.runs.results import checked_results
 

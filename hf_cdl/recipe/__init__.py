@@ -1,7 +1,7 @@
 """A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded.
 
-files.py reads, plugins.py runs the user's own files, fields.py says what there is; typed.py says what is wrong with
-single fields, training.py with training arguments, checks.py between fields; all together, in one message.
+files.py reads, plugins.py runs the user's own files, fields.py says what there is. type_checks.py says what is wrong
+with single fields, training.py with training arguments, checks.py between fields; all together, in one message.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.recipe.checks import broken_rules, idle_arguments, student_parts, without_effect
+from hf_cdl.recipe.continuation import taken_over
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.plugins import load_plugins
-from hf_cdl.recipe.taken import taken_over
-from hf_cdl.recipe.typed import build_typed, check_finite
+from hf_cdl.recipe.type_checks import build_typed, check_finite
 
 __all__ = [
     "BASELINES",

@@ -1,7 +1,7 @@
 """What makes a recipe impossible, by the rules between its fields; every problem in words, none raised.
 
 The rules look at the recipe as it was written, at a section only as far as it has the right kind: what is wrong with
-single fields says typed.py. What one method alone asks of a recipe says its own `check_recipe`.
+single fields says type_checks.py. What one method alone asks of a recipe says its own `check_recipe`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe.fields import BASELINES, ModelRecipe, Recipe
 from hf_cdl.recipe.training import training_problems
-from hf_cdl.recipe.typed import default_of
+from hf_cdl.recipe.type_checks import default_of
 from hf_cdl.registry import Registry
 from hf_cdl.training.arguments.table import IN_PASSES
 

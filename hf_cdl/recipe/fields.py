@@ -13,7 +13,7 @@ from hf_cdl.distill import TERMS
 from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe.training import PLACES, training
-from hf_cdl.recipe.typed import fields_of, method
+from hf_cdl.recipe.type_checks import fields_of, method
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
 """The heads of the baselines: without any training, and trained alone on the frozen features."""

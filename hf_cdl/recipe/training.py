@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from hf_cdl.recipe.typed import default_of, near_name, typed_value
+from hf_cdl.recipe.type_checks import default_of, near_name, typed_value
 from hf_cdl.training.arguments import CDLTrainingArguments
 
 PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")

@@ -21,11 +21,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Rounds, ViewSampler
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
-from hf_cdl.training.contract import Total
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
+from hf_cdl.training.trainer_contract import Total
 from hf_cdl.types import Task
 
 

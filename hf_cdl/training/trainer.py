@@ -29,12 +29,12 @@ from hf_cdl.training.checking import (
     check_task,
     check_tasks,
 )
-from hf_cdl.training.contract import Total, check_keywords, check_train, refused, tasks_of
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.task_trainer import peak_memory
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
+from hf_cdl.training.trainer_contract import Total, check_keywords, check_train, refused, tasks_of
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 

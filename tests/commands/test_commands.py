@@ -17,7 +17,7 @@ from helpers import ROOT, make_backbone, make_data, make_recipe, run_script, scr
 import hf_cdl
 from hf_cdl.commands import console
 from hf_cdl.commands import train as train_recipe
-from hf_cdl.commands.words import VERBS, read
+from hf_cdl.commands.parsers import VERBS, read
 
 SCRIPTS = sorted({*(ROOT / "recipes").glob("*.py")} - {ROOT / "recipes" / "own_methods.py"})  # which is a plugin
 

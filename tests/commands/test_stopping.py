@@ -20,7 +20,7 @@ from helpers import ROOT, make_recipe, write_recipe
 from test_train import assert_same_run
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.words import VERBS
+from hf_cdl.commands.parsers import VERBS
 
 COMMAND = """
 import hashlib, os, sys, time

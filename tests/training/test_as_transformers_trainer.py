@@ -24,7 +24,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTraining
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.run import Run
-from hf_cdl.training.contract import KEYWORDS, METHODS
+from hf_cdl.training.trainer_contract import KEYWORDS, METHODS
 
 TASKS = list(stream())
 
