@@ -1,6 +1,7 @@
-"""Saving and loading. A checkpoint is whole, or small (what was learnt alone), and may have the code beside it.
+"""Saving and loading. A checkpoint is full or small (only what was learnt) and may include the code.
 
-from_pretrained gives a whole model or none: what a checkpoint lacks is never left at random, nor allocated.
+from_pretrained returns a complete model or fails: missing weights are never left random, and nothing is allocated for
+a checkpoint that does not hold what its config claims.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch
 
 
 class Checkpointed(PromptedBackbone):
-    """A model with heads whose checkpoints hold its weights, or those but its frozen backbones'."""
+    """A model with heads whose checkpoints hold all weights, or all but those of the frozen backbones."""
 
     head: Head
     kd_head: Head | None
@@ -40,13 +41,13 @@ class Checkpointed(PromptedBackbone):
     session_head: Head | None
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.save_pretrained, without the scaffold of training and the head of the first session.
+        """Save like PreTrainedModel.save_pretrained, but without the training scaffold and first-session head.
 
-        The config says what a checkpoint holds: `save_backbone`, `save_code`. Raises ValueError for a config that
-        could not be loaded again.
+        The config fields `save_backbone` and `save_code` decide what a checkpoint holds. Raises ValueError for a
+        config that could not be loaded again.
         """
         self.config.check_saving()
-        if not self.is_remote_code():  # transformers takes remote code along by itself
+        if not self.is_remote_code():  # transformers copies remote code itself
             put_code(self.config, Path(save_directory))
         if self.config.lora is not None:
             place = Path(save_directory) / lora.FOLDER
@@ -61,11 +62,11 @@ class Checkpointed(PromptedBackbone):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel.from_pretrained, from safetensors alone; a small checkpoint's backbones are fetched.
+        """Load like PreTrainedModel.from_pretrained, only from safetensors; fetch a small checkpoint's backbones.
 
-        It forgets what was frozen, so the backbone is frozen again. Raises ValueError if a folder or its weights are
-        missing, if a backbone is gone, if config and weights do not belong together (naming those that are missing,
-        unknown or of another shape), and for weights that are NaN or infinite; what the Hub answers stays an OSError.
+        Loading forgets what was frozen, so the backbone is frozen again. Raises ValueError if a folder or its weights
+        are missing, if a backbone is gone, if config and weights do not match (naming weights that are missing,
+        unexpected or of another shape), and for NaN or infinite weights; errors from the Hub remain OSErrors.
         """
         place = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         if kwargs.pop("ignore_mismatched_sizes", False):
@@ -75,7 +76,7 @@ class Checkpointed(PromptedBackbone):
         kwargs = {"use_safetensors": True, **kwargs}
         with_info = kwargs.pop("output_loading_info", False)
         with _explained(place):
-            with torch.random.fork_rng(devices=[]), quietly():  # what a small one lacks is drawn at random first
+            with torch.random.fork_rng(devices=[]), quietly():  # missing weights are first drawn at random
                 loaded: Any = super().from_pretrained(
                     *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
                 )
@@ -92,7 +93,7 @@ class Checkpointed(PromptedBackbone):
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, checkpoint_files: Any, *args: Any, **kwargs: Any) -> Any:
-        """As PreTrainedModel's, which allocates whatever the config claims: so first of all the claim is checked."""
+        """As in PreTrainedModel, which allocates whatever the config claims; so check the claim first."""
         if checkpoint_files:
             absent = absent_parts(model.config, stored_sizes(checkpoint_files))
             own = [value.numel() for name, value in model.state_dict().items() if not _is_of(name, absent)]
@@ -102,20 +103,20 @@ class Checkpointed(PromptedBackbone):
         return PromptedBackbone._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def _numbers(self) -> dict[str, torch.Tensor]:
-        """The weights by name; those of a fitted head that are stored as bits as the numbers that they are."""
+        """The weights by name; a fitted head's weights that are stored as bits are given as numbers."""
         heads = {"head": self.head, "kd_head": self.kd_head}
         parts = [(name, head.numbers()) for name, head in heads.items() if head is not None]
         return self.state_dict() | {f"{part}.{name}": value for part, found in parts for name, value in found.items()}
 
 
 def _is_of(name: str, parts: Any) -> bool:
-    """Whether a weight is of one of these frozen parts."""
+    """Whether a weight belongs to one of these frozen parts."""
     return left_out(name) and name.partition(".")[0] in parts
 
 
 @contextmanager
 def _explained(place: Any) -> Iterator[None]:
-    """Errors of loading say which checkpoint it is and what to do; `place`: its folder or Hub id, if it is known."""
+    """Make loading errors name the checkpoint and a remedy; `place`: its folder or Hub id, if known."""
     try:
         yield
     except ImportError:

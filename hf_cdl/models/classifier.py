@@ -1,6 +1,6 @@
-"""ImageClassifier: an ordinary image classifier of transformers, trained whole, for offline distillation.
+"""ImageClassifier: a plain transformers image classifier, fully trained, for offline distillation.
 
-Its checkpoint is the plain model's: `AutoModelForImageClassification` and `pipeline` load it without hf_cdl.
+Its checkpoint is that of the plain model: `AutoModelForImageClassification` and `pipeline` load it without hf_cdl.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from hf_cdl.types import CDLOutput, ModelShape, is_ours
 
 
 class ImageClassifier(nn.Module):
-    """What CDLTrainer asks of a model, around a plain classifier `model`; it learns one task, with all its weights.
+    """Wrapper that gives a plain classifier `model` the interface of CDLTrainer; learns one task with all weights.
 
-    `begin_task` gives it the task's classes; `use_as_is` takes a ready classifier of these classes instead, frozen.
+    `begin_task` sets the task's classes; `use_as_is` instead freezes a classifier already trained on these classes.
     """
 
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
@@ -37,7 +37,7 @@ class ImageClassifier(nn.Module):
     fitted = False
     unmeasured = False
     served_plainly = True  # by transformers' own pipeline
-    shape = ModelShape(0, 0)  # it shows no hidden states to terms
+    shape = ModelShape(0, 0)  # loss terms get no hidden states
 
     def __init__(self, model: Any, pretrained: bool = True):
         super().__init__()
@@ -48,10 +48,10 @@ class ImageClassifier(nn.Module):
 
     @classmethod
     def from_backbone(cls, name: str | Path, revision: str | None = None, pretrained: bool = True) -> ImageClassifier:
-        """The classifier at a Hub id or folder, without tasks; with `pretrained` false its config, random weights.
+        """Load a classifier from a Hub id or folder, without tasks; `pretrained=False`: its config, random weights.
 
-        A backbone without a head will do, as `begin_task` makes a new one. Raises ValueError for a type without image
-        classifier, and for a checkpoint that lacks other weights.
+        A backbone without a head will do, since `begin_task` makes a new one. Raises ValueError for a type without an
+        image classifier, and for a checkpoint that lacks weights other than the head's.
         """
         name = str(name)
         config = read_config(name, revision)
@@ -71,9 +71,9 @@ class ImageClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ImageClassifier:
-        """A classifier that has learnt its task, from its plain checkpoint.
+        """Load a classifier that has learnt its task from its plain checkpoint.
 
-        Raises ValueError for one that is not whole, or has weights that are NaN or infinite.
+        Raises ValueError for a checkpoint that is incomplete or has NaN or infinite weights.
         """
         config = read_config(str(folder))
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or is_ours(config):
@@ -85,24 +85,24 @@ class ImageClassifier(nn.Module):
         return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """The plain model alone."""
+        """Save the plain model."""
         self.model.save_pretrained(folder)
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The plain model's."""
+        """The plain model's config."""
         return self.model.config
 
     def trains(self, task: int) -> bool:
-        """Whether a loss trains it: unless it is used as it is."""
+        """Whether a loss trains the model: yes, unless it is used as is."""
         return not self.tasks or any(parameter.requires_grad for parameter in self.parameters())
 
     # ---- its one task ----
 
     def begin_task(self, class_names: Sequence[str]) -> None:
-        """A new head for these classes and, unless pre-trained, new weights, from PyTorch's global generator.
+        """Create a head for these classes and, unless pre-trained, new weights, from PyTorch's global generator.
 
-        Raises ValueError if it knows classes already, and for what is no list of names.
+        Raises ValueError if it already knows classes, and for anything but a list of names.
         """
         class_names = _distinct(class_names)
         if self.tasks:
@@ -121,9 +121,9 @@ class ImageClassifier(nn.Module):
         self.freeze()
 
     def use_as_is(self, class_names: Sequence[str]) -> None:
-        """Freeze a ready classifier whose classes are these, by name, and bring its logits into their order.
+        """Freeze a classifier already trained on exactly these classes and reorder its logits to match.
 
-        Raises ValueError if it knows other classes, and for what is no list of names.
+        Classes match by name. Raises ValueError if it knows other classes, and for anything but a list of names.
         """
         class_names = _distinct(class_names)
         own = labels_of(self.config)
@@ -144,22 +144,22 @@ class ImageClassifier(nn.Module):
         self.requires_grad_(False)
 
     def freeze(self) -> None:
-        """Leave everything trainable but parameters that never reach the output."""
+        """Make everything trainable except parameters that never reach the output."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_("mask_token" not in name)
 
     def follow(self, teacher: Any) -> None:
-        """It keeps nothing of its teacher."""
+        """Do nothing: it keeps nothing of its teacher."""
 
     def rates(self) -> dict[nn.Parameter, float]:
-        """All of it trains at the full learning rate."""
+        """No learning-rate factors: everything trains at the full rate."""
         return {}
 
     def end_session(self) -> None:
-        """It has no first session."""
+        """Do nothing: there is no first session."""
 
     def end_task(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
     def forward(
         self,
@@ -169,9 +169,9 @@ class ImageClassifier(nn.Module):
         task_id: int | None = None,
         output_hidden_states: Any = None,
     ) -> CDLOutput:
-        """Logits of images (B, 3, H, W); with labels (B,) also their cross-entropy. Query and task do not matter.
+        """Compute logits of images (B, 3, H, W) and, given labels (B,), cross-entropy; query and task are ignored.
 
-        Raises ValueError if hidden states are asked for.
+        Raises ValueError if hidden states are requested.
         """
         if output_hidden_states:
             raise ValueError("An ordinary classifier shows its logits alone; use terms that compare logits.")
@@ -183,7 +183,7 @@ class ImageClassifier(nn.Module):
 
 
 def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
-    """Weights with an entry per class, and the dimension that counts the classes: what one class more would change."""
+    """Weights with a class dimension, and that dimension: found by comparing shapes with a model of one more class."""
     config: Any = copy.deepcopy(model.config)
     config.num_labels += 1
     with torch.device("meta"), init.no_init_weights():
@@ -196,14 +196,14 @@ def class_dimensions(model: PreTrainedModel) -> dict[str, int]:
 
 
 def labels_of(config: Any) -> list[str]:
-    """The names of a classifier's classes, in the order of its logits. Raises ValueError unless each has one."""
+    """A classifier's class names in the order of its logits. Raises ValueError unless every class has a name."""
     if sorted(config.id2label) != [*range(config.num_labels)]:
         raise ValueError(f"Its id2label is {short(config.id2label)}; it must name the classes 0, 1, ... by number.")
     return [config.id2label[number] for number in range(config.num_labels)]
 
 
 def _distinct(names: Any) -> list[str]:
-    """A list of class names. Raises ValueError for what is none, and for a name that comes twice."""
+    """The class names as a list. Raises ValueError for anything else, and for repeated names."""
     names = class_list(names)
     if twice := repeated(names):
         raise ValueError(f"Classes have different names; got {listed(twice)} more than once.")

@@ -1,4 +1,4 @@
-"""Which models a fitted head allows: fixed features, or those that a first session on the first task adapts."""
+"""Check that a fitted head gets fixed features, or features adapted by a first session on the first task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_cdl.heads import HEADS, example
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless head, first session and what learns fit together.
+    """Raise ValueError unless the head, the first session and the trainable parts fit together.
 
     `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last two come with a KD head.
     """

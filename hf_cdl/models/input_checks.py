@@ -1,4 +1,4 @@
-"""Whether images, labels and a task are such that a model can answer; what is wrong with them, in words."""
+"""Checks of a model's inputs: images, labels and task."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_cdl.checked import short
 
 
 def check_pixels(pixel_values: Any, channels: int) -> None:
-    """Raise ValueError unless these are images (B, channels, H, W) of floating point."""
+    """Raise ValueError unless these are floating-point images (B, channels, H, W)."""
     if not isinstance(pixel_values, torch.Tensor):
         raise ValueError(f"pixel_values is a {type(pixel_values).__name__}; give a tensor (B, {channels}, H, W).")
     if pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.is_floating_point():
@@ -21,7 +21,7 @@ def check_pixels(pixel_values: Any, channels: int) -> None:
 
 
 def check_labels(labels: Any, batch: int, classes: int) -> None:
-    """Raise ValueError unless these are labels (B,) from 0 to classes - 1, or -100: the image does not count."""
+    """Raise ValueError unless these are labels (B,) from 0 to classes - 1, or -100 for images to ignore."""
     if not isinstance(labels, torch.Tensor) or labels.shape != (batch,) or labels.dtype not in _WHOLE:
         got = (tuple(labels.shape), labels.dtype) if isinstance(labels, torch.Tensor) else short(labels)
         raise ValueError(f"labels is {got}; give a tensor of {batch} whole numbers, one for each image.")
@@ -36,7 +36,7 @@ def check_labels(labels: Any, batch: int, classes: int) -> None:
 
 
 def check_task(task_id: Any, tasks: int) -> None:
-    """Raise ValueError unless this is None or the number of one of the tasks."""
+    """Raise ValueError unless this is None or the index of a task."""
     if task_id is not None and (isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < tasks):
         raise ValueError(f"task_id is {short(task_id)}; the model has {tasks} tasks, 0 to {tasks - 1}. None: any.")
 

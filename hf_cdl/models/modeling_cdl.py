@@ -1,4 +1,4 @@
-"""CDLForImageClassification: a frozen backbone, a prompt pool and heads; teacher and student alike."""
+"""CDLForImageClassification: a frozen backbone, a prompt pool and heads, for both teacher and student."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from hf_cdl.types import CDLOutput
 
 
 class CDLForImageClassification(Checkpointed):
-    """Image classifier that learns one task after another.
+    """Image classifier that learns tasks sequentially.
 
-    `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier ones.
-    A KD head, if there is one, reads the KD token, or CLS beside mapped prompts. With a fitted head all else is fixed,
-    but in a first session: on the first task it trains with a head of its own, until `end_session()`. Raises
-    ValueError for an unsupported backbone, prompt type, head or combination of them.
+    `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier blocks. The
+    KD head, if there is one, reads the KD token, or CLS if prompts are mapped. With a fitted head everything else is
+    fixed, except in a first session: on the first task the rest trains with a temporary head until `end_session()`.
+    Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
     accepts_loss_kwargs = False  # the loss is a batch mean: Trainer must divide it for gradient accumulation
 
-    served_plainly = False  # its pipeline decodes images as training does
+    served_plainly = False  # the pipeline must decode images the way training does
 
     def __init__(self, config: CDLConfig, **fields: Any):
-        if fields:  # of from_pretrained's arguments those that are neither a field of the config nor its own
+        if fields:  # from_pretrained arguments that it does not know and that are not config fields
             check_names(fields)
             raise ValueError(f"{', '.join(fields)}: a field of the config is set there, not beside it.")
         super().__init__(config)
@@ -54,7 +54,7 @@ class CDLForImageClassification(Checkpointed):
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
-        self.session_head: Head | None = None  # that of the first session while it lasts; never saved
+        self.session_head: Head | None = None  # the head of a first session while it runs; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:
             build_head(config.first_session, self.shape.hidden_size)
@@ -67,7 +67,7 @@ class CDLForImageClassification(Checkpointed):
             self._grow(number, len(task))
         self.post_init()
         if config.lora is not None:
-            lora.reset_adapters(self.backbone)  # post_init drew them as if they were the backbone's own layers
+            lora.reset_adapters(self.backbone)  # post_init initialised them like ordinary backbone layers
         self.freeze()
 
     # ---- building, growing, freezing ----
@@ -81,11 +81,11 @@ class CDLForImageClassification(Checkpointed):
         query_revision: str | None = None,
         **fields: Any,
     ) -> CDLForImageClassification:
-        """New model without tasks on a pre-trained backbone (Hub id or folder); `fields` are CDLConfig's.
+        """Create a model without tasks on a pre-trained backbone (Hub id or folder); `fields` are CDLConfig's.
 
-        With `query_name` a second frozen backbone answers the queries: the student's, for a teacher that shares them.
-        Raises ValueError for an unknown field, a folder's revision, and a backbone that lacks weights or has such as
-        are NaN or infinite.
+        With `query_name` a second frozen backbone computes the queries: the student's, for a teacher that shares them.
+        Raises ValueError for an unknown field, a revision given with a folder, and a backbone whose weights are
+        incomplete, NaN or infinite.
         """
         check_names(fields, but={"backbone_config", "backbone_digest", "query_config", "query_digest"})
         if query_name is None and query_revision is not None:
@@ -105,29 +105,29 @@ class CDLForImageClassification(Checkpointed):
 
     @property
     def tasks(self) -> list[list[str]]:
-        """Class names of every task learnt or begun, in stream order; those of id2label, where they were renamed."""
+        """Class names of every task learnt or begun, in stream order; renaming a class in id2label renames it here."""
         self.config.agree()
         return self.config.tasks
 
     @property
     def num_labels(self) -> int:
-        """How many classes the model knows: as many as it gives logits."""
+        """Number of classes the model knows, which is its number of logits."""
         return self.config.num_labels
 
     @property
     def fitted(self) -> bool:
-        """Whether the head is fitted by one pass over a task's images instead of being trained."""
+        """Whether the head is fitted in one pass over a task's images instead of being trained."""
         return self.head.fitted
 
     def trains(self, task: int) -> bool:
-        """Whether a loss trains anything in that task, numbered from 0: always, but beside a fitted head."""
+        """Whether a loss trains anything in this task (from 0): a fitted head trains only in a first session."""
         return not self.fitted or (self.config.first_session is not None and task == 0)
 
     def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
-        """Add a task: its classes, its prompt block, its head block; freeze what earlier tasks learnt.
+        """Add a task (its classes, prompt block and head block) and freeze what earlier tasks learnt.
 
-        New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is known already,
-        for what is no list of names, or if the head's sums were dropped.
+        New parameters are drawn from PyTorch's global generator. Raises ValueError for a class that is already known,
+        for anything but a list of names, or if the head's sums were dropped.
         """
         names = class_list(class_names)
         self.head.check_growth()
@@ -142,7 +142,7 @@ class CDLForImageClassification(Checkpointed):
         self.freeze()
 
     def drop_sums(self) -> None:
-        """Drop what the head needs to learn further tasks and not to answer: most of the bytes of a checkpoint.
+        """Drop what the head needs only to learn further tasks, which is most of a checkpoint's size.
 
         Raises ValueError for a head that keeps no such sums.
         """
@@ -150,23 +150,23 @@ class CDLForImageClassification(Checkpointed):
         self.config.head = {**self.config.head, **dataclasses.asdict(self.head.config)}
 
     def follow(self, teacher: CDLForImageClassification) -> None:
-        """Take over what this model keeps of its teacher, which has learnt the newest task: a copy of its pool."""
+        """Update this model's copy of the teacher's prompt pool, once the teacher has learnt the newest task."""
         if self.mapping is not None and teacher.pool is not None:
             self.mapping.teacher_pool.load_state_dict(teacher.pool.state_dict())
 
     @property
     def unmeasured(self) -> bool:
-        """Whether a head standardises its features, but has no statistics of them yet."""
+        """Whether a head standardises its features but has no statistics yet."""
         return any(head.standard is not None and not head.standard.count for head in self._heads())
 
     def measure(self, output: CDLOutput) -> None:
-        """Add the features of un-augmented images to the statistics that the heads standardise with."""
+        """Add the features of un-augmented images to the heads' standardisation statistics."""
         for head, features in zip(self._heads(), (output.features, output.kd_features), strict=False):
             if head.standard is not None and features is not None:
                 head.standard.measure(features)
 
     def begin_session(self) -> None:
-        """Make the head of the first session, and new adapters if it has any; `freeze` lets them train."""
+        """Create the first session's head and re-initialise any adapters; `freeze` then makes them trainable."""
         first: Any = self.config.first_session
         self.session_head = build_head(first, self.shape.hidden_size)
         self.session_head.add_task(len(self.config.tasks[0]))
@@ -175,7 +175,7 @@ class CDLForImageClassification(Checkpointed):
             lora.reset_adapters(self.backbone)
 
     def end_session(self) -> None:
-        """End the first session, if it lasts: what it trained stays as it is, and `head` can be fitted."""
+        """End the first session, if one is running: what it trained is now fixed, and `head` can be fitted."""
         if self.session_head is not None:
             self.session_head = None
             if self.pool is not None:
@@ -183,16 +183,16 @@ class CDLForImageClassification(Checkpointed):
             self.freeze()
 
     def end_task(self) -> None:
-        """Tell pool and heads that the newest task is learnt."""
+        """Tell the pool and the heads that the newest task has been learnt."""
         for part in (None if self.config.first_session else self.pool, *self._heads()):
             if part is not None:
                 part.end_task()
 
     def freeze(self) -> None:
-        """Leave trainable: the newest blocks, what all tasks share (KD prompts, the scaffold), and no backbone.
+        """Freeze everything but the newest blocks and what all tasks share (KD prompts, the scaffold).
 
-        With `train_backbone` the backbone trains too, but for its parameters that never reach the output. Beside a
-        fitted head nothing trains, except in the first session.
+        With `train_backbone` the backbone trains too, except for parameters that never reach the output. With a fitted
+        head nothing trains outside the first session.
         """
         self.requires_grad_(False)
         if self.fitted and self.session_head is None:
@@ -215,18 +215,18 @@ class CDLForImageClassification(Checkpointed):
                 part.requires_grad_(True)
 
     def rates(self) -> dict[nn.Parameter, float]:
-        """Factors of the learning rate, of parameters that do not train at the full one in the newest task."""
+        """Learning-rate factors of the parameters that train at a reduced rate in the newest task."""
         if self.kd_prompt is None or len(self.tasks) == 1 or self.kd_prompt.config.later_rate == 1:
             return {}
         return dict.fromkeys(self.kd_prompt.parameters(), self.kd_prompt.config.later_rate)
 
     def _heads(self) -> list[Head]:
-        """The heads that answer now."""
+        """The heads currently in use."""
         head = self.head if self.session_head is None else self.session_head
         return [head] if self.kd_head is None else [head, self.kd_head]
 
     def _prompts(self, task: int) -> list[PromptPool | PromptMapping]:
-        """The prompts that get a block for a task: none after a first session."""
+        """The prompts that get a block for this task: none after a first session."""
         parts = [] if task and self.config.first_session is not None else [self.pool, self.mapping]
         return [part for part in parts if part is not None]
 
@@ -266,12 +266,12 @@ class CDLForImageClassification(Checkpointed):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> CDLOutput:
-        """Logits of images (B, 3, H, W) over all classes seen so far; with labels (B,) also their cross-entropy.
+        """Compute logits of images (B, 3, H, W) over all classes seen so far, and given labels (B,) their loss.
 
-        `query` (B, D_q) saves the query pass when it is known already; `task_id` is the current task, for a model that
-        trains on it or, in evaluation mode, teaches it. In training `logits` are the CLS head's; in evaluation
-        (1 - alpha) * CLS head + alpha * KD head.
-        `output_hidden_states` may list the numbers of those to keep: 0 the embeddings, -1 the last layer.
+        The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
+        model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
+        evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
+        those to keep: 0 for the embeddings, -1 for the last layer.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None
@@ -281,7 +281,7 @@ class CDLForImageClassification(Checkpointed):
         found = self._encode(
             pixel_values,
             query,
-            None if self.fitted and self.session_head is None else task_id,  # its prompts are of no task any more
+            None if self.fitted and self.session_head is None else task_id,  # fixed prompts no longer belong to a task
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -290,7 +290,7 @@ class CDLForImageClassification(Checkpointed):
     def _check_inputs(
         self, pixel_values: Any, labels: Any, query: Any, task_id: Any, states: Any, attentions: Any
     ) -> None:
-        """Raise ValueError for what the model cannot answer; `states`: the hidden states that are asked for."""
+        """Raise ValueError for inputs the model cannot handle; `states`: the requested hidden states."""
         if not self.config.tasks:
             raise ValueError("The model knows no classes yet; call begin_task(class_names) first.")
         config = self.backbone.config
@@ -310,7 +310,7 @@ class CDLForImageClassification(Checkpointed):
             raise ValueError("Attention weights are shown by 'eager' alone: model.set_attn_implementation('eager').")
 
     def _classify(self, found: Encoded, labels: torch.Tensor | None) -> CDLOutput:
-        """The answer of the heads to an encoded batch."""
+        """The heads' output for an encoded batch."""
         logits = self._heads()[0](found.features)
         kd_features: Any = None
         kd_logits: Any = None
@@ -334,7 +334,7 @@ class CDLForImageClassification(Checkpointed):
 
 
 def _fetched(part: str, name: str | Path, revision: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A pre-trained backbone, and what the config says about it in the fields `backbone_...` or `query_...`."""
+    """A pre-trained backbone, and the config fields that describe it (`backbone_...` or `query_...`)."""
     name = str(name)
     revision = commit_of(name, revision)
     backbone = load_backbone(name, revision)

@@ -1,4 +1,4 @@
-"""A frozen backbone with prompts: its query, its prefixes layer by layer, and the KD token in its sequence."""
+"""A frozen backbone with prompts: the query, the prefixes of each layer, and the KD token in the sequence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
 
 
 class Encoded(NamedTuple):
-    """A prompted pass: feature (B, D) of CLS, output (B, D) of the KD token (CLS's own without one), and the rest."""
+    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest."""
 
     features: torch.Tensor
     token: torch.Tensor
@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 class PromptedBackbone(PreTrainedModel):
-    """Backbone, prompt pool, KD prompts or mapped prompts; the base of the models with heads.
+    """Backbone with a prompt pool and KD prompts or mapped prompts; the base of the models with heads.
 
     Sequence layout: [CLS, pool's tokens, patches, KD token]; keys and values of a layer: [pool's and mapped prefix,
     sequence, KD prompt]. Raises ValueError for an unsupported backbone, prompt type or combination of prompts.
@@ -44,14 +44,14 @@ class PromptedBackbone(PreTrainedModel):
 
     config_class = CDLConfig
     config: CDLConfig
-    base_model_prefix = ""  # with "backbone", transformers' older names of its weights are the query backbone's too
+    base_model_prefix = ""  # "backbone" would apply transformers' renaming of old weights to the query backbone too
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: CDLConfig):
-        if not is_ours(config):  # remote code has a class of its own
+        if not is_ours(config):  # remote code defines its own config class
             raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
         config = copy.deepcopy(config)
         config.check()
@@ -72,7 +72,7 @@ class PromptedBackbone(PreTrainedModel):
         self.set_attn_implementation(config._attn_implementation or "sdpa")
 
     def _build_prompts(self, config: CDLConfig) -> None:
-        """Pool, KD prompts or mapping, and all their fields into the config: a later default changes no checkpoint."""
+        """Build pool, KD prompts or mapping; store all fields in the config, so new defaults change no checkpoint."""
         size, depth = self.shape
         query_size = (self.query_backbone or self.backbone).config.hidden_size
         self.pool = build_pool(config.prompt, size, query_size, depth)
@@ -108,7 +108,7 @@ class PromptedBackbone(PreTrainedModel):
         return made
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        """As PreTrainedModel's, which takes a module without weights of its own (a pool of blocks) for initialised."""
+        """As in PreTrainedModel, which would skip modules without direct weights (a pool of blocks)."""
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         super()._initialize_weights(module, is_custom_code and bool(own))
 
@@ -127,22 +127,22 @@ class PromptedBackbone(PreTrainedModel):
 
     @property
     def pool_config(self) -> dict[str, Any]:
-        """What rebuilds this model's prompt pool in a student that maps its prompts (CDLConfig.teacher_pool)."""
+        """Settings from which a student that maps prompts rebuilds this pool (CDLConfig.teacher_pool)."""
         return {"prompt": self.config.prompt, **self.shape._asdict()}
 
     @property
     def base_model(self) -> nn.Module:
-        """The backbone, as base_model_prefix would say."""
+        """The backbone, which base_model_prefix would otherwise name."""
         return self.backbone
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens of the pool stand in the sequence, from its first layer on."""
+        """Number of pool tokens in the sequence, from the pool's first layer on."""
         return 0 if self.pool is None else self.pool.num_tokens
 
     @property
     def needs_query(self) -> bool:
-        """Whether a forward pass needs the query of an un-prompted pass."""
+        """Whether a forward pass needs a query from an un-prompted pass."""
         own = self.pool is not None and self.pool.needs_query and self.config.query == "two_pass"
         return own or (self.mapping is not None and self.mapping.teacher_pool.needs_query)
 
@@ -152,7 +152,7 @@ class PromptedBackbone(PreTrainedModel):
         return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """`sdpa` or `eager`, for the backbone always with prefixes. Raises ValueError for any other."""
+        """Set `sdpa` or `eager`, always in the variant with prefixes. Raises ValueError for anything else."""
         name = _attention(attn_implementation)
         self.config._attn_implementation_internal = name
         for backbone in (self.backbone, self.query_backbone):
@@ -163,7 +163,7 @@ class PromptedBackbone(PreTrainedModel):
 
     @torch.no_grad()
     def compute_query(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, D_q) query of the pools: the CLS feature of the frozen, un-prompted query backbone."""
+        """Compute the pools' query (B, D_q): the CLS feature of the frozen, un-prompted query backbone."""
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
         if self.config.query_view is not None:
             pixel_values = to_query_view(pixel_values, **self.config.query_view)
@@ -172,7 +172,7 @@ class PromptedBackbone(PreTrainedModel):
     def _encode(
         self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
     ) -> Encoded:
-        """One prompted pass of the backbone, after a query pass if the prompts need one and `query` is None."""
+        """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None."""
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
         one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
@@ -195,30 +195,30 @@ class PromptedBackbone(PreTrainedModel):
     def _prefixes(
         self, query: torch.Tensor | None, task_id: int | None
     ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
-        """All layers' prompts, and the sum of the pool's losses."""
+        """The prompts of all layers, and the sum of the pool's losses."""
         found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None
 
     def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[Prompt], torch.Tensor | None]:
-        """A layer's prompts and the pool's loss; `own` is the pool's query, `query` that of the teacher's pool."""
+        """A layer's prompts and the pool's loss; `own` is the query of this pool, `query` of the teacher's pool."""
         prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
         mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
         kd = None if self.kd_prompt is None else self.kd_prompt(layer)
         return [prompt for prompt in (prefix, mapped, kd) if prompt is not None], loss
 
     def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
-        """The same when the layer is entered; with a `query` also how the pool's keys match it and `own`."""
+        """The same on entering a layer, plus the similarities of the pool's keys with `own` and `query` if given."""
         prefixes, loss = self._ask(own, query, task_id, layer)
         pairs = () if query is None or self.pool is None else (own, query)
         similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
         return prefixes, loss, similarity if similarity and similarity[0] is not None else None
 
     def _enter_layer(self, number: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Forward pre-hook of a layer: puts the pool's tokens into the sequence, and leaves the prefixes to attention.
+        """Forward pre-hook of a layer: inserts the pool's tokens and passes the prefixes on to attention.
 
-        In a one-pass run both are made now, from the sequence that enters the layer.
+        With one-pass queries both are computed here, from the sequence entering the layer.
         """
         prompts = kwargs.get("prefix")
         if prompts is None:  # the query pass
@@ -235,13 +235,13 @@ class PromptedBackbone(PreTrainedModel):
         return (sequence, *args[1:]), rest
 
     def _own_query(self, number: int, sequence: torch.Tensor) -> torch.Tensor:
-        """The one-pass query (B, D) of a layer: CLS as it enters, or the mean of the patches where there is none."""
+        """The one-pass query (B, D) of a layer: CLS as it enters, or the mean of the patches if there is no CLS."""
         if families.family(self.backbone.config).has_cls:
             return sequence[:, 0]
         return self._take_token(self._cut_tokens(sequence, number))[0].mean(dim=1)
 
     def _put_tokens(self, number: int, sequence: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The sequence that enters a layer with these tokens (B or 1, P, D) behind CLS, instead of earlier ones."""
+        """The sequence entering a layer, with these tokens (B or 1, P, D) after CLS in place of earlier ones."""
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
                 f"The prompt pool gave layer {number} {tokens.shape[1]} tokens, but its num_tokens is "
@@ -252,12 +252,12 @@ class PromptedBackbone(PreTrainedModel):
         return torch.cat([sequence[:, :at], tokens, sequence[:, at + there :]], dim=1)
 
     def _cut_tokens(self, sequence: torch.Tensor, number: int | None = None) -> torch.Tensor:
-        """The sequence that enters layer `number`, or leaves the last one, without the pool's tokens."""
+        """The sequence entering layer `number` (None: leaving the last layer), without the pool's tokens."""
         at, there = self._tokens_at(number)
         return torch.cat([sequence[:, :at], sequence[:, at + there :]], dim=1) if there else sequence
 
     def _tokens_at(self, number: int | None) -> tuple[int, int]:
-        """Where the pool's tokens stand in the sequence that enters a layer, and how many there are."""
+        """Index and number of the pool's tokens in the sequence entering a layer."""
         entered = self.pool is not None and (number is None or number > min(self.pool.layers))
         return int(families.family(self.backbone.config).has_cls), self.num_tokens if entered else 0
 
@@ -269,7 +269,7 @@ class PromptedBackbone(PreTrainedModel):
         prefix: Prompts | OnePass | None = None,
         **kwargs: Any,
     ) -> Any:
-        """One pass of a backbone; the KD token joins only if asked, since the query pass must not see it."""
+        """Run a backbone once; the KD token is added only on request, since the query pass must not see it."""
         if prefix:
             if not backbone.config._attn_implementation.startswith("prefix_"):
                 raise RuntimeError(
@@ -285,7 +285,7 @@ class PromptedBackbone(PreTrainedModel):
             self._with_token = False
 
     def _add_kd_token(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the embeddings: the sequence (B, N, D) with the KD token in it."""
+        """Forward hook of the embeddings: adds the KD token to the sequence (B, N, D)."""
         if not self._with_token or self.kd_prompt is None:
             return output
         sequence = output[0] if isinstance(output, tuple) else output
@@ -295,14 +295,14 @@ class PromptedBackbone(PreTrainedModel):
         return (sequence, *output[1:]) if isinstance(output, tuple) else sequence
 
     def _take_token(self, sequence: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The final tokens without the KD token, and the KD token's own output (B, D); the sequence itself if none."""
+        """The sequence without the KD token, and that token's output (B, D); without one, the sequence and its CLS."""
         if self.kd_prompt is None:
             return sequence, sequence[:, 0]
         at = self._token_index(sequence.shape[1])
         return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
 
     def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
-        """Hidden states of CLS and patches alone; None where a layer was not asked for."""
+        """Hidden states of CLS and patches only; None for layers that were not requested."""
         if hidden_states is None:
             return None
         skip = families.num_extra_tokens(self.backbone.config)
@@ -320,7 +320,7 @@ class PromptedBackbone(PreTrainedModel):
 
     @torch.no_grad()
     def _copy_cls_token(self, kd_prompt: KDPrompt) -> None:
-        """The embedded CLS token (with its position) is the same for every image: take it from an empty one."""
+        """Copy the embedded CLS token, position included; it is the same for every image, so a blank one will do."""
         size = families.pair(self.backbone.config.image_size)
         image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
         embedded = self.backbone.embeddings(image)
@@ -328,7 +328,7 @@ class PromptedBackbone(PreTrainedModel):
 
 
 def _attention(name: Any) -> str:
-    """The name of an attention implementation for the whole model. Raises ValueError for one that ignores prompts."""
+    """The attention implementation of the whole model. Raises ValueError for one that ignores prompts."""
     if isinstance(name, dict) and {*name} <= {""}:
         name = name.get("", "sdpa")
     if not isinstance(name, str):

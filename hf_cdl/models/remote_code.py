@@ -1,7 +1,7 @@
-"""The model's code beside a checkpoint, so that `trust_remote_code` loads it where hf_cdl is not installed.
+"""Code saved with a checkpoint, so that `trust_remote_code` loads it where hf_cdl is not installed.
 
-transformers takes along what a module imports relatively from its own folder. So the modules that the model needs are
-copied beside the weights: hf_cdl/prompts/coda.py becomes hf_cdl_prompts_coda.py, and in every copy `from
+transformers follows a module's relative imports within its own folder. So the modules that the model needs are copied
+next to the weights: hf_cdl/prompts/coda.py becomes hf_cdl_prompts_coda.py, and in every copy `from
 hf_cdl.prompts.coda import Coda` becomes `from .hf_cdl_prompts_coda import Coda`; nothing else changes.
 """
 
@@ -21,12 +21,12 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def put_code(config: Any, folder: Path) -> None:
-    """If the config says so (`save_code`), write the code into a checkpoint's folder and name it in the config.
+    """Write the code into a checkpoint folder and reference it in the config, if `save_code` is set.
 
-    To be called before the config is saved.
+    Call this before the config is saved.
     """
     if not config.save_code:
-        vars(config).pop("auto_map", None)  # of a checkpoint with code that this model was loaded from
+        vars(config).pop("auto_map", None)  # left over from a checkpoint with code
         return
     entry = _flat(ENTRY)
     config.auto_map = {
@@ -48,7 +48,7 @@ def put_code(config: Any, folder: Path) -> None:
 
 
 def check_code(config: Any) -> None:
-    """Raise ValueError if checkpoints are to hold the model's code, but a part of it is a plugin's (`save_code`)."""
+    """Raise ValueError if checkpoints should include the code (`save_code`), but part of it comes from a plugin."""
     sections = ((PROMPTS, config.prompt), (HEADS, config.head), (HEADS, config.first_session))
     if config.save_code and (added := [s["type"] for known, s in sections if s and s["type"] in known.added]):
         raise ValueError(
@@ -67,7 +67,7 @@ def _flat(module: str) -> str:
 
 
 def _imported(found: re.Match[str]) -> str:
-    """The module that a line `from hf_cdl.module import name` loads: `module`, or `name` in it."""
+    """The module that `from hf_cdl.module import name` loads: `module`, or its submodule `name`."""
     inner = f"{found[2]}.{found[3]}"
     return inner if found[3] != "(" and _file(inner).is_file() else found[2]
 

@@ -1,4 +1,4 @@
-"""Small checkpoints: what was learnt alone. The frozen backbones are named in the config and fetched on loading."""
+"""Small checkpoints hold only what was learnt; the config names the frozen backbones, which loading fetches."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from hf_cdl.backbones.stored import HUB, at, check_stored, stored_sizes, weight_
 from hf_cdl.types import is_ours
 
 PARTS = {"backbone": "backbone", "query_backbone": "query"}
-"""A model's frozen parts, and how the config's fields about each begin (query_name: where query_backbone is from)."""
+"""A model's frozen parts and the prefix of their config fields (query_name: where query_backbone comes from)."""
 _DEEPEST = 4
-"""So many small checkpoints may stand on each other before a backbone that is whole."""
+"""Maximum length of a chain of small checkpoints that ends in a full backbone."""
 _PLACES: ContextVar[tuple[tuple[str, str | None], ...]] = ContextVar("places that are being fetched from", default=())
 
 
 def left_out(name: str) -> bool:
-    """Whether a weight is of a frozen backbone, so that a small checkpoint goes without it."""
+    """Whether a weight belongs to a frozen backbone, so that a small checkpoint leaves it out."""
     return name.startswith(tuple(f"{part}." for part in PARTS)) and not is_adapter(name)
 
 
 def absent_parts(config: Any, names: Iterable[str]) -> dict[str, str]:
-    """Part -> prefix of its fields: the frozen parts of which a file with these weights has none, and may be fetched.
+    """Part -> prefix of its fields, for frozen parts that have no weights under these names and can be fetched.
 
-    What trained a backbone is lost with it, and without a fingerprint nothing shows that it is the same one.
+    A trained backbone cannot be fetched again, nor one without a fingerprint to show that it is the same.
     """
     there = {name.partition(".")[0] for name in names if left_out(name)}
     return {part: prefix for part, prefix in _frozen_parts(config).items() if part not in there}
 
 
 def misnamed_parts(config: Any, info: Mapping[str, Any]) -> dict[str, str]:
-    """The same for parts that are there under names of another family, as checkpoints of two families once were.
+    """The same for parts stored under another family's weight names, as older checkpoints of two families were.
 
     `info`: the loading info of from_pretrained.
     """
@@ -55,9 +55,9 @@ def _frozen_parts(config: Any) -> dict[str, str]:
 
 
 def check_backbones(model: nn.Module, parts: Mapping[str, str], **hub: Any) -> None:
-    """Raise ValueError unless parts (those of absent_parts) can be fetched, and are no larger than the config says.
+    """Raise ValueError unless parts (from absent_parts) can be fetched and are no larger than the config says.
 
-    Only configs and the headers of files are read, before anything is allocated.
+    Reads only configs and file headers, before anything is allocated.
     """
     for part, prefix in parts.items():
         name, revision = place_of(model.config, prefix)
@@ -68,9 +68,9 @@ def check_backbones(model: nn.Module, parts: Mapping[str, str], **hub: Any) -> N
 
 
 def fetch_backbones(model: nn.Module, parts: Mapping[str, str], **options: Any) -> None:
-    """Load parts (those of absent_parts) from where they came; `options` are those of from_pretrained.
+    """Load parts (from absent_parts) from their original source; `options` are those of from_pretrained.
 
-    Raises ValueError if one is gone, or is no longer what the checkpoint was made on.
+    Raises ValueError if one is gone, or is no longer the one the checkpoint was trained on.
     """
     hub = {name: options[name] for name in HUB if name in options}
     for part, prefix in parts.items():
@@ -85,7 +85,7 @@ def fetch_backbones(model: nn.Module, parts: Mapping[str, str], **options: Any) 
 
 
 def place_of(config: Any, prefix: str) -> tuple[str, str | None]:
-    """Hub id or folder of a frozen part, and its revision; a folder has none, though the Hub id before it had one."""
+    """Hub id or folder of a frozen part, and its revision: None for a folder, even if it replaced a Hub id."""
     name, revision = getattr(config, f"{prefix}_name"), getattr(config, f"{prefix}_revision")
     if name is None:
         raise ValueError(f"This checkpoint holds what was learnt alone, and has no {prefix}_name to say on what.")
@@ -95,10 +95,10 @@ def place_of(config: Any, prefix: str) -> tuple[str, str | None]:
 def whole_one(
     name: str, revision: str | None, below: tuple[tuple[str, str | None], ...] = (), **hub: Any
 ) -> tuple[str, str | None]:
-    """Where the weights of a backbone lie: there, or if that is a small checkpoint of ours, where its backbone's do.
+    """Where a backbone's weights are: there or, if that is a small checkpoint of ours, where its backbone's are.
 
-    Only configs and headers of files are read. `below`: the small checkpoints that stand on this one. Raises
-    ValueError if it stands on itself, or on too many.
+    Reads only configs and file headers. `below`: the small checkpoints that depend on this one. Raises ValueError if
+    it depends on itself, or on too many others.
     """
     place = (str(Path(name).resolve()) if Path(name).is_dir() else name, revision)
     if place in below or len(below) >= _DEEPEST:
@@ -115,7 +115,7 @@ def whole_one(
 
 @contextmanager
 def _fetching(name: str, revision: str | None) -> Iterator[None]:
-    """Raise ValueError if a checkpoint's part is fetched while it is being fetched itself."""
+    """Raise ValueError if fetching a checkpoint's part requires that same part."""
     places = _PLACES.get()
     if (name, revision) in places or len(places) > _DEEPEST:
         raise ValueError("It is a checkpoint that needs itself, or too many others, as its backbone.")
@@ -128,7 +128,7 @@ def _fetching(name: str, revision: str | None) -> Iterator[None]:
 
 @contextmanager
 def _about(part: str, prefix: str, name: str, revision: str | None) -> Iterator[None]:
-    """Errors say which part it is and what to do."""
+    """Make errors name the part and a remedy."""
     try:
         yield
     except ValueError as error:
