@@ -1,4 +1,4 @@
-"""Classification heads. A new one is one file and one name in HEADS: here, or by `HEADS.register` in a plugin."""
+"""Classification heads. A new head is one file and one name in HEADS: here, or `HEADS.register` in a plugin."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ HEADS: Registry[Head] = Registry(
 
 
 def build_head(head: dict[str, Any], hidden_size: int) -> Head:
-    """The head of a config's `head` section.
+    """Build the head of a config's `head` section.
 
-    Raises ValueError for an unknown type or field, and for one that would not fit into memory.
+    Raises ValueError for an unknown type or field, and for a head that would not fit in memory.
     """
     kind, fields = HEADS.pick(head, "head")
     config = build_fields(HEADS[kind].config_class, fields, f"Head type '{kind}'")
@@ -45,12 +45,12 @@ def build_head(head: dict[str, Any], hidden_size: int) -> Head:
 
 
 def example(fitted: bool) -> str:
-    """`{'type': 'linear'}`: a fitted head, or a trained one, as a message shows it."""
+    """Example of a fitted or a trained head for messages, such as `{'type': 'linear'}`."""
     return str({"type": next(name for name, head in HEADS.items() if head.fitted == fitted)})
 
 
 def drop_sums(head: Head) -> None:
-    """Drop what a head needs to learn further tasks and not to answer. Raises ValueError for one that keeps none."""
+    """Drop what a head needs only to learn further tasks. Raises ValueError for a head that keeps no such sums."""
     if not head.keeps_sums:
         names = {kind: name for name, kind in HEADS.items()}
         able = " or ".join(name for name, kind in HEADS.items() if kind.keeps_sums)

@@ -1,4 +1,4 @@
-"""What every classification head is: a block per task, and features that may be standardised before it."""
+"""Base classes of classification heads: one block per task, on features that may be standardised first."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ class HeadConfig:
 
     @property
     def given_statistics(self) -> Path | None:
-        """The file of statistics that are given instead of being measured."""
+        """The file of statistics, if they are given instead of measured."""
         return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
 
 
 def movable(tensor: torch.Tensor) -> torch.Tensor:
-    """On its device, or on the CPU for one without float64."""
+    """The tensor on its device, or on the CPU if the device lacks float64."""
     return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 class Head(nn.Module, ABC):
     """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
 
-    A `fitted` head is no trained one, see FittedHead. A subclass with more options than HeadConfig's names its
-    dataclass in `config_class`.
+    A `fitted` head is not trained, see FittedHead. A subclass with more options than HeadConfig sets `config_class` to
+    its own dataclass.
     """
 
     fitted: ClassVar[bool] = False
     config_class: ClassVar[type] = HeadConfig
     bits: ClassVar[tuple[str, ...]] = ()
-    """Names of buffers, of the head and its blocks, that hold the bits of float64 numbers."""
+    """Names of the buffers of the head and its blocks that hold the bits of float64 numbers."""
     keeps_sums: ClassVar[bool] = False
-    """Whether its checkpoints hold what it needs to learn further tasks and not to answer: `drop_sums` drops it."""
+    """Whether its checkpoints hold sums needed only to learn further tasks, which `drop_sums` drops."""
     needs_teacher = False
     """Whether it learns from a teacher's answers."""
 
@@ -67,9 +67,9 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
-        """What is wrong with a recipe's fields of this head: pairs of a field and what is wrong and what to do.
+        """List the problems of a recipe's fields for this head, as pairs of a field and a problem with its remedy.
 
-        The values of `fields` may be of any type: types are checked elsewhere. `has_teacher`: it learns beside one.
+        The values of `fields` may be of any type: types are checked elsewhere. `has_teacher`: it learns from one.
         """
         return []
 
@@ -87,24 +87,24 @@ class Head(nn.Module, ABC):
         """Initialise block `task` in place."""
 
     def numbers(self) -> dict[str, torch.Tensor]:
-        """The weights by name, and the numbers that `bits` stand for in their place."""
+        """Return the weights by name, with the buffers in `bits` as the numbers they encode."""
         return {
             name: movable(value).view(torch.float64) if name.rpartition(".")[2] in self.bits else value
             for name, value in self.state_dict().items()
         }
 
     def end_task(self) -> None:
-        """What the head does when a task is learnt (a regression solves here); nothing by default."""
+        """Hook called once a task is learnt (ridge regression solves here); does nothing by default."""
 
     def check_growth(self) -> None:
-        """Raise ValueError if it can learn no further task."""
+        """Raise ValueError if the head cannot learn further tasks."""
 
     def drop_sums(self) -> None:
-        """Of a head that `keeps_sums`: drop them for good, and say so in its `config`."""
+        """Drop the sums of a head that `keeps_sums` for good, and record that in its `config`."""
         raise NotImplementedError(f"{type(self).__name__} keeps sums, but does not say how to drop them.")
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (B, D) as the blocks read them."""
+        """Transform features (B, D) into what the blocks read."""
         return features if self.standard is None else self.standard(features)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -126,10 +126,10 @@ class FittedConfig(HeadConfig):
 
 
 class FittedHead(Head):
-    """A head without parameters, which accumulates statistics of fixed features instead of being trained.
+    """Head without parameters that accumulates statistics of fixed features instead of being trained.
 
-    Its scores, cosines or a regression's answers, become logits by a factor `scale` (ours): as they are, the softmax
-    over them is nearly uniform.
+    Its scores (cosines or regression outputs) are multiplied by `scale` (ours) to give logits; otherwise their softmax
+    would be nearly uniform.
     """
 
     fitted: ClassVar[bool] = True
@@ -139,14 +139,14 @@ class FittedHead(Head):
     def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
         """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
 
-        Raises FloatingPointError for features or answers that are NaN or infinite.
-        `taught` (B, C_t): the `targets` of a teacher's answers, for a head that `needs_teacher`.
+        `taught` (B, C_t): the `targets` made of a teacher's logits, for a head that `needs_teacher`. Raises
+        FloatingPointError for features or targets that are NaN or infinite.
         """
 
     def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
-        """What a head that `needs_teacher` learns of a teacher's logits (B, C_t) over the task's classes.
+        """Turn a teacher's logits (B, C_t) over the task's classes into targets, for a head that `needs_teacher`.
 
-        `teacher`: the fitted head that they are of; None for the logits of a model that was trained.
+        `teacher`: the fitted head that produced them; None for logits of a trained head.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
 

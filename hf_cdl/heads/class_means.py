@@ -1,4 +1,4 @@
-"""Class means: the nearest one answers."""
+"""Nearest-class-mean head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cdl.heads.standardise import check_features
 
 
 class ClassMeans(nn.Module):
-    """Sum and number of the unit-length features of each class of a task; scores are cosines to the class means."""
+    """Sum and count of the unit-length features of each class of a task; scores are cosines to the class means."""
 
     def __init__(self, hidden_size: int, num_classes: int):
         super().__init__()
@@ -28,7 +28,7 @@ class ClassMeans(nn.Module):
 
 
 class NearestMeanHead(FittedHead):
-    """Nearest class mean, no training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
+    """Nearest class mean without training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
 
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(ClassMeans(self.hidden_size, num_classes))

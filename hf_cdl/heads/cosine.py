@@ -28,8 +28,8 @@ class CosineConfig(HeadConfig):
 class CosineHead(LinearHead):
     r"""Cosines of features and weight rows, times a scale (LUCIR, Hou et al. 2019, Sec. 3.1): \eta <\bar w_i, \bar f>.
 
-    No class wins by a longer weight row, and none has a bias. One \eta serves all tasks, so that their logits stay
-    comparable; [ours] it starts at 10, since logits within -1 and 1 train slowly.
+    No class gains from a longer weight row or a bias. One \eta is shared by all tasks, so that their logits stay
+    comparable; [ours] it starts at 10, since logits between -1 and 1 train slowly.
     """
 
     config_class: ClassVar[type] = CosineConfig

@@ -1,4 +1,4 @@
-"""A linear layer per task, and the same with weight rows of unit length, which other heads build on."""
+"""One linear layer per task, and a variant with unit-length weight rows for other heads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cdl.heads.base import Head
 
 
 class LinearHead(Head):
-    """A linear layer per task, with PyTorch's own initialisation as in the authors' code."""
+    """One linear layer per task, with PyTorch's default initialisation as in the authors' code."""
 
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(nn.Linear(self.hidden_size, num_classes))
@@ -29,7 +29,7 @@ class LinearHead(Head):
 
 
 class NormalisedLinear(nn.Linear):
-    """A linear layer whose weight rows have unit length; the bias stays."""
+    """Linear layer with unit-length weight rows and an ordinary bias."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return F.linear(input, F.normalize(self.weight, dim=-1), self.bias)

@@ -1,4 +1,4 @@
-"""Ridge regression: one pass over the images of each task gives the solution for all of them."""
+"""Ridge regression: one pass over each task's images gives the joint solution for all tasks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class RidgeConfig(FittedConfig):
 
 
 class RidgeBlock(nn.Module):
-    """Of a task: the sums (C_t, M) of its classes' features, as bits of float64, and the solution's weight rows."""
+    """A task's class sums of features (C_t, M), stored as bits of float64, and its weight rows of the solution."""
 
     def __init__(self, width: int, num_classes: int, sums: bool):
         super().__init__()
@@ -62,17 +62,17 @@ class RidgeBlock(nn.Module):
 
 
 class RidgeHead(FittedHead):
-    r"""Ridge regression from features to one-hot labels, of all images seen so far (RanPAC, arXiv 2307.02251, Sec. 4).
+    r"""Ridge regression from features to one-hot labels on all images seen so far (RanPAC, arXiv 2307.02251, Sec. 4).
 
         G = \sum_n h_n h_n^T    C = \sum_n h_n y_n^T    W = (G + \lambda I)^{-1} C    scores = W^T h
 
-    y is one-hot, or with `soft_targets` \rho it is (1 - \rho) one-hot + \rho times the teacher's answer over the
+    y is one-hot, or with `soft_targets` \rho it is (1 - \rho) one-hot + \rho times the teacher's output over the
     task's classes (ours). h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M)
-    drawn once and kept. Ours: P ~ N(0, 1 / D), so that h has the scale of x; the paper's N(0, 1) is the same with
-    \lambda D times larger, and it chooses \lambda task by task. `gram` (M, M) and the class sums are accumulated in
-    float64 and W is solved anew for all classes at each task's end, so it is the joint solution whatever the tasks.
-    (The condition of G is far beyond float32.) They are stored as the bits of float64 in integers, which no change of
-    a model's dtype rounds.
+    drawn once and kept. Ours: P ~ N(0, 1 / D), so that h has the scale of x; the paper's N(0, 1) is equivalent with
+    \lambda D times larger, and the paper chooses \lambda per task. `gram` (M, M) and the class sums are accumulated in
+    float64 and W is solved again for all classes after each task, so it is the joint solution however the tasks are
+    split. (The condition number of G is far beyond float32.) They are stored as the bits of float64 in integers, which
+    changing the model's dtype cannot round.
     """
 
     config_class: ClassVar[type] = RidgeConfig
@@ -109,14 +109,14 @@ class RidgeHead(FittedHead):
             )
 
     def drop_sums(self) -> None:
-        """Keep what answers need: weight rows and random map."""
+        """Keep only what inference needs: weight rows and random map."""
         self.config = replace(self.config, sums=False)
         for module in (self, *self.blocks):
             for name in {*self.bits} & module._buffers.keys():
                 module.register_buffer(name, None)
 
     def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
-        """Probabilities, softened by the temperature; a fitted head's scores as they are."""
+        """Return probabilities softened by the temperature, or a fitted teacher's unscaled scores."""
         if teacher is None:
             return (logits / self.config.temperature).softmax(dim=-1)
         return logits / teacher.config.scale
@@ -163,7 +163,7 @@ class RidgeHead(FittedHead):
     def end_task(self) -> None:
         """Solve for all classes.
 
-        Raises FloatingPointError if the Gram matrix is no such, or singular in spite of lambda.
+        Raises FloatingPointError if the sums are NaN or infinite, or the Gram matrix is singular despite lambda.
         """
         try:
             check_finite(self.numbers(), "The sums of the ridge head")
@@ -183,7 +183,7 @@ class RidgeHead(FittedHead):
 
 
 def _read(bits: torch.Tensor) -> torch.Tensor:
-    """The float64 numbers of a buffer of bits."""
+    """The float64 numbers encoded in a buffer of bits."""
     return movable(bits).view(torch.float64)
 
 

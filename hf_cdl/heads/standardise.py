@@ -1,4 +1,4 @@
-"""Features standardised before a head, by statistics that stay."""
+"""Standardisation of features before a head, with fixed statistics."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hf_cdl.checked import check_finite, said
 
 
 class Standardise(nn.Module):
-    """Features (B, D) -> (x - mean) / std, by statistics of `count` features that stay once a head uses them.
+    """Features (B, D) -> (x - mean) / std, with statistics of `count` features, fixed once a head uses them.
 
-    `given`: a file of such statistics. Without any (`count` 0) the features stay as they are. A dimension that hardly
-    varies is divided by a hundredth of the mean deviation, so that later tasks do not find it blown up.
+    `given`: a file of such statistics. Without statistics (`count` 0) the features are unchanged. A dimension that
+    hardly varies is divided by a hundredth of the mean deviation, so that it does not blow up in later tasks.
     """
 
     def __init__(self, hidden_size: int, given: Path | None = None):
@@ -31,9 +31,9 @@ class Standardise(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """To the given statistics or to none, by transformers' functions that leave loaded ones alone.
+        """Reset to the given statistics or to none, with transformers' functions that skip loaded buffers.
 
-        Raises ValueError if the file is not there, does not fit or has no such numbers.
+        Raises ValueError if the file is missing, does not fit or holds invalid numbers.
         """
         if all(getattr(value, "_is_hf_initialized", False) for value in (self.mean, self.std, self.count)):
             return  # loaded: the file may be gone
@@ -65,7 +65,7 @@ class Standardise(nn.Module):
     def measure(self, features: torch.Tensor) -> None:
         """Add features (B, D) to the statistics (Chan's update of mean and squared deviations).
 
-        Raises FloatingPointError for features that are no numbers.
+        Raises FloatingPointError for features that are NaN or infinite.
         """
         check_features(features)
         features, before, new = features.float(), int(self.count), len(features)
@@ -82,7 +82,7 @@ class Standardise(nn.Module):
 
 
 def check_features(features: torch.Tensor) -> None:
-    """Raise FloatingPointError for features (B, D) that are NaN or infinite: no head fits them."""
+    """Raise FloatingPointError for features (B, D) that are NaN or infinite, since no head can be fitted to them."""
     if (wrong := int((~torch.isfinite(features)).any(dim=-1).sum())) > 0:
         raise FloatingPointError(
             f"The backbone's features of {wrong} of {len(features)} images are NaN or infinite, so no head can be "

@@ -1,4 +1,4 @@
-"""APT's head: unit weight rows after a layer norm."""
+"""APT's head: unit-length weight rows after a layer norm."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hf_cdl.heads.linear import LinearHead, NormalisedLinear
 
 
 class WeightNormalisedHead(LinearHead):
-    """APT's head (arXiv 2503.07979, the code): layer norm, then a linear map with unit weight rows, plus bias.
+    """APT's head (arXiv 2503.07979, the code): layer norm, then a linear layer with unit-length weight rows.
 
-    The features are not scaled to unit length, so it is no cosine head. As in the authors' code the layer norm keeps
-    its initial weight and bias.
+    It has a bias, and features are not scaled to unit length, so it is not a cosine head. As in the authors' code the
+    layer norm keeps its initial weight and bias.
     """
 
     def __init__(self, config: HeadConfig, hidden_size: int):

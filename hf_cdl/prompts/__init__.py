@@ -1,4 +1,4 @@
-"""Prompt pools. A new method is one file and one name in PROMPTS: here, or by `PROMPTS.register` in a plugin."""
+"""Prompt pools. A new method is one file and one name in PROMPTS: here, or `PROMPTS.register` in a plugin."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ PROMPTS: Registry[PromptPool] = Registry(
 
 
 def build_pool(prompt: dict[str, Any], hidden_size: int, query_size: int, num_layers: int) -> PromptPool | None:
-    """The prompt pool of a config's `prompt` section; None for type `none`.
+    """Build the prompt pool of a config's `prompt` section; None for type `none`.
 
-    Raises ValueError for an unknown type or field, and for a pool that would not fit into memory.
+    Raises ValueError for an unknown type or field, and for a pool that would not fit in memory.
     """
     kind, fields = PROMPTS.pick(prompt, "prompt")
     pool = PROMPTS.get(kind)

@@ -5,17 +5,17 @@ is computed and nothing is selected:
 
     k_{cls}^l <- k_{cls}^l + p_k^l,    v_{cls}^l <- v_{cls}^l + p_v^l
 
-One prompt P trains on through all tasks. After task t it is merged into the prompt that evaluation uses, an
-exponential moving average over the tasks; training goes on from the un-merged P:
+A single prompt P keeps training through all tasks. After task t it is merged into the prompt used in evaluation, an
+exponential moving average over the tasks; training continues from the un-merged P:
 
     \hat P_t = a \hat P_{t-1} + (1 - a) P_t,    \hat P_0 = P_0
 
-Notation: `prompt` (L, 2, D) holds p_k and p_v of all layers, `merged` (L, 2, D) of block t is \hat P_t, `ema` is a.
+Notation: `prompt` (L, 2, D) holds p_k and p_v of all layers, block t's `merged` (L, 2, D) is \hat P_t, `ema` is a.
 The authors' head normalises its weight rows: `head: {type: weight_normalised}`.
 
 Where we differ from the code of Continual Distillation Learning (CDL, arXiv 2407.13911): there the merge runs after
-both phases of a task, so that the teacher teaches with \hat P_{t-1} (zeros in the first task), never with the prompt
-that it has just trained for that task. Here it teaches with P_t; `teach_with: merged_before` is theirs.
+both phases of a task, so the teacher teaches with \hat P_{t-1} (zeros in the first task), never with the prompt it has
+just trained for that task. Here it teaches with P_t; `teach_with: merged_before` restores their behaviour.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class APTConfig:
 
 
 class Merged(nn.Module):
-    """The merged prompt after a task, a buffer: until the task is learnt, that of the task before (at first zeros)."""
+    """Buffer of the merged prompt after a task; until the task is learnt, the previous task's (initially zeros)."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -97,5 +97,5 @@ class APT(PromptPool):
         return self.blocks[task]
 
     def _merged(self, task: int) -> torch.Tensor:
-        """The merged prompt (L, 2, D) after a task; zeros before the first."""
+        """The merged prompt (L, 2, D) after a task; zeros before the first task."""
         return torch.zeros_like(self.prompt) if task < 0 else self._block(task).merged

@@ -1,9 +1,9 @@
-"""What every prompt pool is: parameters in one block per task, and a prompt for a layer given a query.
+"""Base class of prompt pools: one block of parameters per task, and a prompt for a layer given a query.
 
 A pool returns one of two kinds of prompt (hf_cdl.types): `KV`, extra keys and values of a layer's attention, or
-`Tokens`, which enter the layer's sequence. `models/prompted.py` puts either in its place. A third kind, such as the
-weights of adapters, is a class of its own there and one more case in `PromptedBackbone._enter_layer`, which sees a
-layer's input before the layer does.
+`Tokens`, which join the layer's sequence. `models/prompted_backbone.py` inserts both. A third kind, such as adapter
+weights, needs its own class in hf_cdl.types and one more case in `PromptedBackbone._enter_layer`, which sees a layer's
+input before the layer does.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from hf_cdl.types import Prompt
 
 
 class PromptPool(nn.Module, ABC):
-    """Base of the prompt pools.
+    """Base class of the prompt pools.
 
-    A method file defines a frozen dataclass `Config` (its fields are the recipe's) and a subclass with `config_class`,
+    A method's file defines a frozen config dataclass (its fields are the recipe's) and a subclass with `config_class`,
     `add_task`, `init_task` and `forward`. `layers` are the backbone layers that get prompts (None: all). A pool that
-    gives `Tokens` sets `num_tokens`, how many of them stand in the sequence from its first layer on.
+    returns `Tokens` sets `num_tokens`, the number of them in the sequence from its first layer on.
 
     Growth: `blocks` holds one module of parameters per task. The model freezes all blocks but the newest, so what a
-    task learnt is never touched again; parameters outside `blocks` are shared and train in every task (`init_shared`
-    initialises them, once).
+    task learnt never changes again; parameters outside `blocks` are shared and train in every task (`init_shared`
+    initialises them once).
     """
 
     config_class: ClassVar[type]
@@ -43,36 +43,36 @@ class PromptPool(nn.Module, ABC):
         self.blocks = nn.ModuleList()
 
     def init_shared(self) -> None:
-        """Initialise what all tasks share (outside `blocks`), by the same functions as in `init_task`."""
+        """Initialise what all tasks share (outside `blocks`), with the same functions as in `init_task`."""
 
     @abstractmethod
     def add_task(self) -> None:
-        """Append the next task's block, its parameters not yet initialised."""
+        """Append the next task's block, with its parameters not yet initialised."""
 
     @abstractmethod
     def init_task(self, task: int) -> None:
-        """Initialise block `task`, given the earlier ones. In place, by transformers' `initialization` functions."""
+        """Initialise block `task` in place, given the earlier ones, with transformers' `initialization` functions."""
 
     def end_task(self) -> None:
-        """What the method does when a task is learnt (APT merges here); nothing by default."""
+        """Hook called once a task is learnt (APT merges here); does nothing by default."""
 
     @abstractmethod
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None
     ) -> tuple[Prompt | None, torch.Tensor | None]:
-        """Prompt of `layer` (None if it gets none) for queries (B, D_q), and the pool's loss there (None if none).
+        """Return the prompt of `layer` for queries (B, D_q) and the pool's loss there; None where there is none.
 
-        `task_id` is the current task, in training; given to a pool in evaluation mode, it says that the model teaches
-        that task to a student. Evaluation never knows the task.
+        In training `task_id` is the current task; in evaluation mode it means that the model is teaching that task to
+        a student. Otherwise evaluation never knows the task.
         """
 
     def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
-        """(B, M) cosines of queries (B, D_q) with the pool's keys in `layer`; None where nothing is matched."""
+        """Cosines (B, M) of queries (B, D_q) with the pool's keys in `layer`; None if the layer matches no keys."""
         return None
 
 
 def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
-    """The layers as a tuple. Raises ValueError if there are none, or if the backbone does not have them."""
+    """The layers as a tuple. Raises ValueError if there are none, repeated ones, or some the backbone lacks."""
     layers = tuple(layers)
     if not layers:
         raise ValueError(

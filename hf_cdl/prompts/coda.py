@@ -1,15 +1,15 @@
 r"""CODA-Prompt: attention over prompt components (Smith et al., CVPR 2023, arXiv 2211.13218).
 
-Per layer the prompt is a weighted sum of components, the weights being cosines (Eqs. 2-4):
+In each layer the prompt is a sum of components weighted by cosine similarities (Eqs. 2-4):
 
     p = \sum_m \alpha_m P_m,    \alpha_m = \gamma(q \odot A_m, K_m)
 
 Notation: `prompt` is the paper's P (M, l, D), `key` its K (M, D_q), `attention` its A (M, D_q), `query` its q(x)
-(B, D_q), \gamma cosine similarity. The first half of the l tokens goes to the keys of the self-attention, the second
-half to its values (prefix tuning). A task adds `components` rows of P, K and A (Sec. 4.2, "expansion"); earlier rows
-stay frozen, all rows so far are used. New rows are orthogonalised against the earlier ones, and in training the
-penalty \mu \sum mean((X X^T - I)^2) over K, A and the flattened P of all rows keeps them so (Eq. 6; the authors of
-Continual Distillation Learning use \mu = 0).
+(B, D_q), \gamma cosine similarity. The first half of the l tokens joins the keys of the self-attention, the second
+half its values (prefix tuning). Each task adds `components` rows to P, K and A (Sec. 4.2, "expansion"); earlier rows
+are frozen, and all rows so far are used. New rows are orthogonalised against the earlier ones, and in training the
+penalty \mu \sum mean((X X^T - I)^2) over K, A and the flattened P of all rows keeps them orthogonal (Eq. 6; the
+authors of Continual Distillation Learning use \mu = 0).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-r"""Prompt components and attention over them, as CODA-Prompt and the prompt mapping of CDL-Prompt use them.
+r"""Prompt components and attention over them, for CODA-Prompt and the prompt mapping of CDL-Prompt.
 
     p = \sum_m \alpha_m P_m,    \alpha_m = \gamma(q \odot A_m, K_m)
 
@@ -28,7 +28,7 @@ class ComponentBlock(nn.Module):
 
 @torch.no_grad()
 def init_block(blocks: Any, task: int) -> None:
-    """Initialise block `task`: normal draws, orthogonalised against all earlier rows and of unit length."""
+    """Initialise block `task` with normal draws, orthogonalised against all earlier rows and scaled to unit length."""
     for name, new in blocks[task].named_parameters():
         if getattr(new, "_is_hf_initialized", False):  # loaded: nothing to draw
             continue
@@ -41,12 +41,12 @@ def init_block(blocks: Any, task: int) -> None:
 
 
 def rows(blocks: Any, name: str, index: int) -> torch.Tensor:
-    """(M, ...): the rows of one layer in all the blocks."""
+    """Rows (M, ...) of one layer from all blocks."""
     return torch.cat([getattr(block, name)[index] for block in blocks])
 
 
 def weights(blocks: Any, index: int, query: torch.Tensor) -> torch.Tensor:
-    r"""(B, M) weights \alpha of queries (B, D_q) in one layer; without A plain cosines with the keys."""
+    r"""Compute the weights \alpha (B, M) of queries (B, D_q) in one layer; without A, plain cosines with the keys."""
     key = rows(blocks, "key", index)
     if blocks[0].attention is None:
         return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
@@ -54,15 +54,15 @@ def weights(blocks: Any, index: int, query: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum(weight: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """(B, l, D) prompts from weights (B, M) and components (M, l, D)."""
+    """Combine components (M, l, D) with weights (B, M) into prompts (B, l, D)."""
     return (weight @ prompt.flatten(1)).unflatten(1, prompt.shape[1:])
 
 
 def component_weights(query: torch.Tensor, attention: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    r"""(B, M) weights \alpha_m = cos(q \odot A_m, K_m) (Eq. 4) for queries (B, D_q), attention and keys (M, D_q).
+    r"""Weights (B, M), \alpha_m = cos(q \odot A_m, K_m) (Eq. 4), of queries (B, D_q); attention and keys (M, D_q).
 
-    With \hat K the row-normalised keys, \alpha = q (A \odot \hat K)^T / sqrt(q^2 (A^2)^T): two matrix products, and no
-    (B, M, D_q) tensor.
+    With \hat K the row-normalised keys, \alpha = q (A \odot \hat K)^T / sqrt(q^2 (A^2)^T): two matrix products instead
+    of a (B, M, D_q) tensor.
     """
     product = query @ (attention * F.normalize(key, dim=-1)).T
     norm = (query.square() @ attention.square().T).clamp_min(1e-24).sqrt()
@@ -70,11 +70,11 @@ def component_weights(query: torch.Tensor, attention: torch.Tensor, key: torch.T
 
 
 def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-    """Gram-Schmidt of new rows (m, D) against earlier ones (n, D), as the authors' code does it.
+    """Gram-Schmidt of new rows (m, D) against earlier ones (n, D), as in the authors' code.
 
-    Each draw loses its projections on every row before it: the earlier rows as trained (not orthogonal among
-    themselves) and the new rows not yet normalised; all projections are of the draw itself. Norm 1 at the very end.
-    With more rows than dimensions a draw can vanish; it is then kept as drawn.
+    From each draw its projections onto all rows before it are subtracted: the earlier rows as trained (not orthogonal
+    to each other) and the new rows, not yet normalised. All projections are of the original draw; rows are normalised
+    only at the end. With more rows than dimensions a draw can vanish; it is then kept as drawn.
     """
     rows = list(earlier)
     for draw in draws:

@@ -1,7 +1,7 @@
 r"""DualPrompt: prompts shared by all tasks and one expert per task (Wang et al., ECCV 2022, arXiv 2204.04799).
 
 General prompts g sit in the first layers and train in every task; the layers after them get the expert prompt e_t of
-a task t, which has a key k_t (Sec. 4.1). In training the task is known: its own expert is used, and the match loss
+task t, which has a key k_t (Sec. 4.1). In training the task is known: its own expert is used, and the match loss
 (Eq. 6, first term) pulls its key towards the task's queries. In evaluation the expert with the nearest key is used:
 
     L_{match} = 1/B \sum_b (1 - \gamma(q_b, k_t)),    t_x = argmax_t \gamma(q(x), k_t)
@@ -10,12 +10,13 @@ Notation: `general` holds the paper's g (l_g, D) of each layer, a block's `promp
 (D_q) of each layer, `query` its q(x) (B, D_q); \gamma is cosine similarity. Prompts are used as in prefix tuning
 (Sec. 4.2): the first half of the tokens joins the keys of the self-attention, the second half its values.
 
-As in the code of Continual Distillation Learning (CDL, arXiv 2407.13911) every expert layer has keys of its own and so
-picks for itself, and all starts in U(0, 1). `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first
-version: B times as large, B being a micro-batch's on its process. Where we differ: there, evaluation chooses among the
-keys of all tasks, also of tasks still to come, which are untrained; here among the tasks seen. With `reserved_tasks:
-N` (theirs: the number of tasks) the first N keys and experts exist from the start; those whose task has not come yet
-compete in evaluation as they are, and a task takes over its own when it comes. More than N tasks are fine.
+As in the code of Continual Distillation Learning (CDL, arXiv 2407.13911), every expert layer has its own keys and so
+makes its own choice, and everything is initialised in U(0, 1). `reduction: sum` is the loss of CODA-Prompt's code and
+of CDL's first version: B times as large, where B is the micro-batch size per process. Where we differ: there,
+evaluation chooses among the keys of all tasks, including untrained ones of future tasks; here among the tasks seen.
+With `reserved_tasks: N` (theirs: the number of tasks) the first N keys and experts exist from the start; those of
+future tasks compete untrained in evaluation, and each task takes over its own when it begins. More than N tasks are
+fine.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ class DualPromptConfig:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All layers with prompts."""
+        """All layers that have prompts."""
         return (*self.general_layers, *self.expert_layers)
 
 
 class Expert(nn.Module):
-    """What one task owns, all expert layers stacked: prompt (L, l, D), key (L, D_q)."""
+    """Parameters of one task, all expert layers stacked: prompt (L, l, D), key (L, D_q)."""
 
     def __init__(self, prompt: tuple[int, ...], key: tuple[int, ...]):
         super().__init__()
@@ -75,7 +76,7 @@ class Expert(nn.Module):
 
 
 class DualPrompt(PromptPool):
-    """General prompts (L, l, D) are shared, an Expert per block; reserved experts are buffers, never trained."""
+    """Shared general prompts (L, l, D) and one Expert per block; reserved experts are untrained buffers."""
 
     config_class = DualPromptConfig
     config: DualPromptConfig
@@ -128,17 +129,17 @@ class DualPrompt(PromptPool):
         return _prefix(expert.prompt[index].unsqueeze(0)), loss
 
     def _experts(self, name: str, index: int) -> torch.Tensor:
-        """(T, ...): keys or prompts of one layer, of the tasks seen and of the reserved ones still to come."""
+        """Keys or prompts (T, ...) of one layer: those of the tasks seen and the reserved ones of future tasks."""
         seen = torch.stack([getattr(block, name)[index] for block in self.blocks])
         return torch.cat([seen, getattr(self, f"reserved_{name}")[len(self.blocks) :, index]])
 
 
 def _cosine(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """(B, T) cosine similarities of queries (B, D_q), which get no gradient, and keys (T, D_q)."""
+    """Cosine similarities (B, T) of queries (B, D_q), which get no gradient, and keys (T, D_q)."""
     return F.normalize(query.detach(), dim=-1) @ F.normalize(key, dim=-1).T
 
 
 def _prefix(prompt: torch.Tensor) -> KV:
-    """Prompts (B or 1, l, D) as half keys, half values."""
+    """Split prompts (B or 1, l, D) into keys (first half) and values."""
     half = prompt.shape[1] // 2
     return KV(prompt[:, :half], prompt[:, half:])

@@ -1,14 +1,14 @@
 r"""KD token and KD prompts of D-CDL (Continual Distillation Learning, Zhang et al., arXiv 2407.13911, v3 and later).
 
-A learnable KD token joins the embedded sequence and is read out after the final norm by its own KD head. In layers
-1 .. L-1 a KD prompt, shared by all samples and all tasks and selected by no query, is concatenated to the layer's own
-keys and values:
+A learnable KD token joins the embedded sequence; its own KD head reads it after the final norm. In layers 1 .. L-1 a
+KD prompt, shared by all samples and tasks and not selected by a query, is concatenated to the layer's own keys and
+values:
 
     MSA(h_Q, [P^{cl}_K; h_K; P^{kd}_K], [P^{cl}_V; h_V; P^{kd}_V])
 
 It carries the teacher's knowledge from task to task, so it keeps training through all of them (ours: `later_rate`
-slows it down after the first). Notation: `token` is the KD token (D), `prompt` the P^{kd} of the layers 1 .. L-1
-(L-1, length, D): first half keys, second half values. With length 0 only the token is left: the distillation token of
+slows it down after the first). Notation: `token` is the KD token (D), `prompt` the P^{kd} of layers 1 .. L-1
+(L-1, length, D): first half keys, second half values. With length 0 only the token remains: the distillation token of
 DeiT (arXiv 2012.12877).
 """
 
@@ -74,7 +74,7 @@ class KDPrompt(nn.Module):
         self.prompt = nn.Parameter(torch.empty(layers - 1, config.length, hidden_size)) if config.length else None
 
     def reset_parameters(self) -> None:
-        """The published initialisation; a CLS-like token is copied from the backbone by the model, which knows it."""
+        """Initialise as published; for `token_init: cls` the model then copies the token from its backbone."""
         init.uniform_(self.token)
         if self.prompt is not None:
             if self.config.prompt_init == "uniform":
@@ -83,7 +83,7 @@ class KDPrompt(nn.Module):
                 init.normal_(self.prompt, std=0.02)
 
     def forward(self, layer: int) -> KV | None:
-        """KD prefix (1, length / 2, D) of a layer; None where there is none."""
+        """Return the KD prefix (1, length / 2, D) of a layer, or None if it has none."""
         if self.prompt is None or not 1 <= layer <= len(self.prompt):
             return None
         half = self.config.length // 2

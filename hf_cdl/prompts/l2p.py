@@ -1,20 +1,21 @@
-r"""L2P: a pool of prompts picked by their keys (Wang et al., CVPR 2022, arXiv 2112.08654).
+r"""L2P: a pool of prompts selected by their keys (Wang et al., CVPR 2022, arXiv 2112.08654).
 
-Each layer with prompts has M prompts with keys. For a query the N prompts of highest cosine similarity are picked
+Each prompted layer has M prompts with keys. For each query the N prompts with the highest cosine similarity are picked
 (Eq. 3), and the match loss (second term of Eq. 5) pulls their keys towards the query:
 
     K_x = top-N_m \gamma(q, k_m),    L_{pool} = 1/B \sum_b \sum_{K_x} (1 - \gamma(q_b, k_m))
 
 Notation: `prompt` holds the paper's P_m (M, l, D) of each layer, `key` its k_m (M, D_q), `query` its q(x) (B, D_q),
 `top_k` its N, \gamma is cosine similarity; the gradient of the loss reaches the keys only. The pool is shared by all
-tasks and keeps training: nothing grows but the heads.
+tasks and keeps training: only the heads grow.
 
-Where we differ: the paper puts the picked prompts before the sequence of the first layer; as the authors of Continual
-Distillation Learning (CDL, arXiv 2407.13911) do, the first half of each picked prompt joins the keys of the
-self-attention and the second half its values, in falling similarity, and the pool starts in U(0, 1). The paper's
-\lambda (0.5) is 1 as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version: it pairs
-every query with the keys that every sample of the batch picked, \sum_b \sum_{b'} \sum_{K_{x_{b'}}} (1 - \gamma(q_b,
-k_m)), so its size grows with B^2; with gradient accumulation or several processes B is a micro-batch's.
+Where we differ: the paper prepends the picked prompts to the sequence of the first layer; here, as in Continual
+Distillation Learning (CDL, arXiv 2407.13911), the first half of each picked prompt joins the keys of the
+self-attention and the second half its values, by decreasing similarity, and the pool is initialised in U(0, 1). The
+paper's \lambda (0.5) is 1, as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version: it
+pairs every query with the keys picked by every sample of the batch, \sum_b \sum_{b'} \sum_{K_{x_{b'}}}
+(1 - \gamma(q_b, k_m)), so it grows with B^2; with gradient accumulation or several processes B is the micro-batch
+size.
 """
 
 from __future__ import annotations
@@ -70,10 +71,10 @@ class L2P(PromptPool):
         init.uniform_(self.key)
 
     def add_task(self) -> None:
-        """Nothing grows."""
+        """Add nothing: the pool is shared by all tasks."""
 
     def init_task(self, task: int) -> None:
-        """No task has parameters of its own."""
+        """Do nothing: no task has its own parameters."""
 
     def similarity(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
         if layer not in self.layers:

@@ -1,8 +1,8 @@
-r"""Prompt mapping: the teacher's prompts become student prompts (CDL-Prompt, arXiv 2407.13911, v1).
+r"""Prompt mapping: turns the teacher's prompts into student prompts (CDL-Prompt, arXiv 2407.13911, v1).
 
 In every layer where the teacher has a prompt, its key and value tokens (or [ours] its tokens in the sequence) are
-averaged to one vector, and an attention over components like CODA-Prompt's turns that into a prefix of the student's
-width, concatenated beside its own:
+averaged into one vector, and attention over components as in CODA-Prompt turns that into a prefix of the student's
+width, concatenated to the student's own:
 
     \bar p = mean([P^t_K; P^t_V]),    p^{s} = \sum_m \gamma(\bar p \odot A_m, K_m) P_m
 
@@ -10,12 +10,12 @@ Notation: \bar p (B, D_t), D_t the teacher's width; a block's `prompt` holds P (
 (m, D_t) of all mapped layers; \gamma is cosine similarity. The first half of the l tokens joins the keys of the
 self-attention, the second half its values. A KD head reads the CLS token; inference averages both heads 1:1 (`alpha`).
 
-The student needs the teacher's prompts at inference too, for its own query: it carries a frozen copy of the teacher's
+The student needs the teacher's prompts at inference too, for its own query: it keeps a frozen copy of the teacher's
 prompt *pool* (`teacher_pool`), which is small, and nothing else of the teacher. No gradient reaches that copy.
 
-Where we differ: components grow with the tasks like CODA-Prompt's, earlier ones frozen; in the authors' code the
-mapper's task counter never advances, so that one set of rows is used and overwritten in all tasks: `grow: false`. Of
-different depths [ours]: layer numbers correspond, teacher layers that the student does not have are left out.
+Where we differ: each task adds components as in CODA-Prompt, with earlier ones frozen; in the authors' code the
+mapper's task counter never advances, so one set of rows is used and overwritten in all tasks: `grow: false`. If the
+depths differ [ours], layers correspond by number, and teacher layers that the student lacks are left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class MappingConfig:
 
 
 class PromptMapping(nn.Module):
-    """Maps the prefixes of `teacher_pool` to a student of width D_s with `num_layers` layers; a block per task.
+    """Map the prompts of `teacher_pool` to a student of width D_s with `num_layers` layers; one block per task.
 
     Raises ValueError if the student has none of the teacher's prompt layers.
     """
@@ -76,18 +76,18 @@ class PromptMapping(nn.Module):
             self.blocks.append(ComponentBlock(len(self.layers), *sizes))
 
     def init_task(self, task: int) -> None:
-        """Initialise block `task`, and the copy of the teacher's pool until the teacher's own values come."""
+        """Initialise block `task`, and the teacher pool's copy until it gets the teacher's own values."""
         self.teacher_pool.init_task(task)
         if task < len(self.blocks):
             init_block(self.blocks, task)
 
     def forward(self, layer: int, query: torch.Tensor | None, task_id: int | None = None) -> KV | None:
-        """Mapped prefix (B or 1, length / 2, D_s) of a layer for queries (B, D_q); None where the teacher has none."""
+        """Map the teacher's prompt for queries (B, D_q) to (B or 1, length / 2, D_s); None if the layer has none."""
         if layer not in self.layers:
             return None
         with torch.no_grad():
             teacher, _ = self.teacher_pool(layer, query, task_id)
-            # its keys and values, or its tokens
+            # keys and values, or tokens
             mean = torch.cat(teacher[:2], dim=1).mean(dim=1)  # (B or 1, D_t)
         index = self.layers.index(layer)
         prompt = weighted_sum(weights(self.blocks, index, mean), rows(self.blocks, "prompt", index))

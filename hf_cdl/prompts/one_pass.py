@@ -1,11 +1,11 @@
-r"""One-pass query: the CLS token that enters a layer is that layer's query (OS-Prompt, Kim et al., arXiv 2402.16189).
+r"""One-pass query: the CLS token entering a layer is that layer's query (OS-Prompt, Kim et al., arXiv 2402.16189).
 
-No query backbone runs: a prediction costs one pass instead of two. Any pool answers such queries. In layer 0 the CLS
-token is the same for every image, so there the prompt is too. The query is detached [ours]: it selects prompts and is
-not trained by what it selects, as in the two-pass case.
+No query backbone runs: a prediction costs one pass instead of two. This works with any pool. In layer 0 the CLS token
+is the same for every image, and so is the prompt. The query is detached [ours]: it selects prompts and is not trained
+by what it selects, as in the two-pass case.
 
-Queries exist only while the backbone runs, so the keyword `prefix` is an object that makes a layer's prefixes when the
-layer is entered. It is a keyword and not a state of the model, hence safe under gradient checkpointing.
+Queries exist only while the backbone runs, so the `prefix` keyword argument is an object that computes a layer's
+prefixes when the layer is entered. Being an argument and not model state, it is safe under gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Answer = tuple["list[Prompt]", "torch.Tensor | None", "tuple[torch.Tensor, torch
 
 
 class OnePass:
-    """The prefixes of one pass: `ask(layer, query)` gives a layer's prefixes, the pool's loss and its similarities."""
+    """Prefixes of one pass; `ask(layer, query)` returns a layer's prefixes, the pool's loss and its similarities."""
 
     def __init__(self, ask: Callable[[int, torch.Tensor], Answer]):
         self.ask = ask
@@ -28,7 +28,7 @@ class OnePass:
         self.similarities: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def enter(self, layer: int, query: torch.Tensor) -> dict[int, list[Prompt]]:
-        """The keyword `prefix` of a layer whose query is (B, D)."""
+        """Compute the `prefix` argument of a layer for queries (B, D)."""
         prefixes, loss, similarity = self.ask(layer, query.detach())
         if loss is not None:
             self.losses.setdefault(layer, loss)  # a checkpointed layer is entered again in the backward pass

@@ -1,18 +1,18 @@
 r"""VPT: learned tokens in the sequence (Visual Prompt Tuning, Jia et al., ECCV 2022, arXiv 2203.12119, Sec. 3.2).
 
-N tokens enter a layer behind CLS, are attended to like patches, and are cut off before anything is read. VPT-deep (all
-layers, the default) gives each layer tokens of its own, which take the place of those of the layer before; VPT-shallow
-(`layers: [0]`) gives them to the first alone, and what becomes of them goes on through the others:
+N tokens enter a layer after CLS, are attended to like patches, and are removed before the output is read. VPT-deep
+(all layers, the default) gives each layer its own tokens, which replace the previous layer's; VPT-shallow
+(`layers: [0]`) adds tokens in the first layer only, and their outputs pass through the others:
 
     [x_i, \_, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}])    (deep)
     [x_i, Z_i, E_i] = L_i([x_{i-1}, Z_{i-1}, E_{i-1}]),    Z_0 = P    (shallow)
 
-Notation: `prompt` (L, N, D) holds the paper's P of every layer that has some, x is CLS, E are the patches. No query is
+Notation: `prompt` (L, N, D) holds the paper's P of every layer with tokens, x is CLS, E are the patches. No query is
 computed and nothing is selected.
 
-Where we differ: the paper learns one task. Here one set of tokens is shared by all tasks and goes on training, as
-L2P's pool does; to learn on the first task alone, give `first_session`. They start in U(-v, v), v^2 = 6 / (768 + D):
-the authors' bound for patches of 16 pixels, whatever the backbone's are. They have no dropout.
+Where we differ: the paper learns one task. Here one set of tokens is shared by all tasks and keeps training, like
+L2P's pool; to train it on the first task only, set `first_session`. Tokens are initialised in U(-v, v),
+v^2 = 6 / (768 + D): the authors' bound for 16-pixel patches, whatever the backbone's patch size. There is no dropout.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class VPT(PromptPool):
         init.uniform_(self.prompt, -bound, bound)
 
     def add_task(self) -> None:
-        """Nothing grows."""
+        """Add nothing: the tokens are shared by all tasks."""
 
     def init_task(self, task: int) -> None:
-        """No task has parameters of its own."""
+        """Do nothing: no task has its own parameters."""
 
     def forward(
         self, layer: int, query: torch.Tensor | None, task_id: int | None = None
