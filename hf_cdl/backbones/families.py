@@ -1,9 +1,9 @@
-"""The table of backbone families: whatever differs between them is a field of a row, and nothing else knows a family.
+"""Table of backbone families: all their differences are fields of a row, so no other code is family-specific.
 
-A family belongs here if its encoder hands keywords down to the attention interface (so that prefixes arrive) and its
-tokens attend globally. Each was checked against hand-written attention; families whose encoder swallows keywords or
-whose attention is windowed (SigLIP, AIMv2, YOLOS, Data2Vec, Swin, timm wrappers) would silently ignore the prompts and
-are refused. A new family is a row here and one in tests/tiny_families.py.
+A family belongs here if its encoder passes keyword arguments down to the attention interface (so that prefixes arrive)
+and its tokens attend globally. Each was checked against hand-written attention; families whose encoder swallows
+keyword arguments or whose attention is windowed (SigLIP, AIMv2, YOLOS, Data2Vec, Swin, timm wrappers) would silently
+ignore the prompts and are refused. A new family needs a row here and one in tests/tiny_families.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _pixels_alone(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
 
 
 def _ascending_noise(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """ViT-MAE would mask and shuffle patches: ascending noise keeps them all, in order."""
+    """ViT-MAE would mask and shuffle patches; ascending noise keeps them all, in order."""
     (height, width), batch = pair(config.patch_size), pixel_values.shape[0]
     count = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
     noise = torch.arange(count, device=pixel_values.device, dtype=pixel_values.dtype)
@@ -56,21 +56,21 @@ def _ascending_noise(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """How to reach into one family of backbones.
+    """How to access the internals of a backbone family.
 
     `layers`: path of its layer list; `attention`: name of the attention module in a layer.
-    `has_cls`: the sequence starts with a CLS token; `extra_tokens`: how many tokens of its own stand between that and
-    the patches, or the config's field that says so.
-    `feature`: (config, final tokens (B, N, D)) -> (B, D) of an image; `norm`: backbone -> a final norm that its own
+    `has_cls`: whether the sequence starts with a CLS token; `extra_tokens`: number of the family's own tokens between
+    CLS and the patches, or the config field that holds it.
+    `feature`: (config, final tokens (B, N, D)) -> image features (B, D); `norm`: backbone -> a final norm that its
     forward leaves out, or None.
-    `inputs`: (config, pixel values) -> inputs beside the pixels.
-    `token_at`: index at which an extra token is put into the sequence; `position_bias`: fields of the config that ask
-    for a relative position bias, a table over its own tokens that has no place for another.
-    `any_size`: takes any image size that is a multiple of its patch size; `resizes`: its learnt positions can be
-    interpolated to another size, for good.
-    `random_positions`: fields of the config that change positions at random in training.
+    `inputs`: (config, pixel values) -> further inputs.
+    `token_at`: index at which an extra token is inserted into the sequence; `position_bias`: config fields that enable
+    a relative position bias, a table over the backbone's own tokens with no entry for another.
+    `any_size`: takes any image size that is a multiple of the patch size; `resizes`: its learnt position embeddings
+    can be permanently interpolated to another size.
+    `random_positions`: config fields that randomise positions in training.
     `init`: arguments of the model class (poolers are not used).
-    `part_of`: types of composite configs that hold one of this family, and under which name.
+    `part_of`: composite config types that contain a config of this family, and the field that holds it.
     """
 
     layers: str
@@ -106,7 +106,7 @@ FAMILIES: dict[str, Family] = {
     "dinov3_vit": Family(
         "model.layer",
         extra_tokens="num_register_tokens",
-        token_at=1,  # it rotates the last tokens as patches: an extra one goes right behind CLS
+        token_at=1,  # RoPE treats the last tokens as patches: an extra one goes right after CLS
         any_size=True,
         random_positions=("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
     ),
@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(config: PreTrainedConfig) -> Family:
-    """The family of a backbone config. Raises ValueError for one that would ignore the prompts."""
+    """Return the family of a backbone config. Raises ValueError for one that would ignore the prompts."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"A backbone of type '{config.model_type}' is not supported: prefixes would not reach its attention "
@@ -127,7 +127,7 @@ def family(config: PreTrainedConfig) -> Family:
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the backbone that a composite config holds; any other config itself."""
+    """Return the backbone config inside a composite config; any other config is returned as is."""
     for row in FAMILIES.values():
         if config.model_type in row.part_of:
             return getattr(config, row.part_of[config.model_type])
@@ -135,34 +135,34 @@ def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def layers(backbone: PreTrainedModel) -> nn.ModuleList:
-    """The transformer layers."""
+    """Return the transformer layers."""
     return attrgetter(family(backbone.config).layers)(backbone)
 
 
 def final_norm(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Tokens (..., D) after the final norm, where the backbone's own forward left it out."""
+    """Apply the final norm to tokens (..., D) if the backbone's forward leaves it out."""
     norm = family(backbone.config).norm(backbone)
     return hidden if norm is None else norm(hidden)
 
 
 def pool(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """(B, D) feature of images from final tokens (B, N, D), after the final norm."""
+    """Pool final tokens (B, N, D) into image features (B, D), after the final norm."""
     return final_norm(backbone, family(backbone.config).feature(backbone.config, hidden))
 
 
 def extra_inputs(config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """Inputs beside the pixels."""
+    """Return the model inputs other than pixels."""
     return family(config).inputs(config, pixel_values)
 
 
 def num_extra_tokens(config: PreTrainedConfig) -> int:
-    """Tokens of the family's own between CLS and patches: registers, or a distillation token."""
+    """Number of the family's own tokens between CLS and patches: registers, or a distillation token."""
     count = family(config).extra_tokens
     return getattr(config, count) if isinstance(count, str) else count
 
 
 def check_extra_token(config: PreTrainedConfig, what: str) -> None:
-    """Raise ValueError if no further token can be put into the sequence of this backbone; `what` it would be."""
+    """Raise ValueError if no token can be added to this backbone's sequence; `what`: the token, for the message."""
     if any(getattr(config, name) for name in family(config).position_bias):
         raise ValueError(
             f"A {config.model_type} backbone with a relative position bias has no place for {what}: the bias is a "
@@ -185,5 +185,5 @@ def check_image_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
 
 
 def pair(size: Any) -> tuple[int, int]:
-    """Height and width, where one number may stand for both."""
+    """Height and width; a single number stands for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,4 +1,4 @@
-"""Loading a backbone: its config, its weights and whether they are whole, and a new one of a config."""
+"""Loading backbones: configs, weights and their completeness; building new ones from a config."""
 
 from __future__ import annotations
 
@@ -31,23 +31,24 @@ from hf_cdl.types import is_ours
 
 
 def commit_of(name: str, revision: str | None = None) -> str | None:
-    """Commit that a revision of a Hub id stands for now, or `revision` if it cannot be found out; of a folder None.
+    """Commit that a revision of a Hub id currently points to, or `revision` if unknown; None for a folder.
 
-    Raises ValueError for a revision of a folder.
+    Raises ValueError for a revision given with a folder.
     """
     check_revision(name, revision)
     if Path(name).is_dir():
         return None
     try:
         return extract_commit_hash(cached_file(name, "config.json", revision=revision), None) or revision
-    except OSError:  # loading it will say what is wrong
+    except OSError:  # loading reports what is wrong
         return revision
 
 
 def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
-    """Config of the model at a Hub id or folder; `hub`: cache_dir, token ...
+    """Read the config of the model at a Hub id or folder; `hub`: cache_dir, token ...
 
-    Raises ValueError if there is none, or one that no model has (a billion layers, NaN), or for a folder's revision.
+    Raises ValueError if there is none, for impossible values (a billion layers, NaN), and for a revision given with a
+    folder.
     """
     name = str(name)
     check_revision(name, revision)
@@ -56,14 +57,14 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
         raise ValueError(f"There is no folder '{name}'; give a backbone by its Hub id or its folder.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"The folder '{name}' has no config.json; give one saved by save_pretrained, or a Hub id.")
-    try:  # its numbers first: a config makes a list of as many labels as it is told
+    try:  # check numbers first: a config allocates as many labels as it is told to
         found, _ = PreTrainedConfig.get_config_dict(name, revision=revision, **hub)
         if not isinstance(found, dict):
             raise ValueError(f"it holds no config, but {short(found)}.")
         check_numbers(found, "config.json's value")
         check_generic(found, "config.json")
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
-    except Exception as error:  # transformers and the configs' own checks raise many kinds
+    except Exception as error:  # transformers and its configs raise many types
         raise ValueError(
             f"No usable model config at backbone '{name}'{at(revision)}: {_first_line(error)} Give a Hub id "
             "or a folder with config.json and model.safetensors. Prompts work on backbones of type "
@@ -72,9 +73,9 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
 
 
 def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTrainedConfig:
-    """Config of the backbone at a Hub id or folder. Raises ValueError if there is none, or of a refused type.
+    """Read the config of the backbone at a Hub id or folder. Raises ValueError if missing or of an unsupported type.
 
-    Of a checkpoint of ours it is that of its own backbone.
+    For a checkpoint of ours, this is the config of its backbone.
     """
     found = read_config(name, revision, **hub)
     config = found.backbone_config if is_ours(found) else vision_part(found)
@@ -85,25 +86,25 @@ def load_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
 def load_weights(
     model_class: Any, config: PreTrainedConfig, name: str, revision: str | None = None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Pre-trained model in float32, from safetensors alone, and which weights its checkpoint lacks or has too much.
+    """Load a pre-trained model in float32, only from safetensors; also return the loading info (missing weights ...).
 
-    `options`: arguments of the model class, cache_dir, token ... Raises ValueError if there are no weights that can be
-    read, if adapters lie beside them, if they are of a smaller model than the config's or of other shapes, and if any
-    is NaN or infinite.
+    `options`: arguments of the model class, cache_dir, token ... Raises ValueError if there are no readable weights,
+    if there are adapters next to them, if they belong to a smaller model than the config's or have other shapes, and
+    if any is NaN or infinite.
     """
     hub = {key: options[key] for key in HUB if key in options}
     check_no_adapters(name, revision, **hub)
     own = {key: value for key, value in options.items() if key not in HUB}
-    make = getattr(model_class, "from_config", model_class)  # an Auto class's, or the class itself
+    make = getattr(model_class, "from_config", model_class)  # of an Auto class, or the class itself
     numbers = check_size(f"The model of '{name}'", lambda: make(copy.deepcopy(config), **own))
     check_stored(f"'{name}'", numbers, weight_files(name, revision, **hub))
     how = {"dtype": torch.float32, "use_safetensors": True, "ignore_mismatched_sizes": True}
     try:
-        with quietly():  # a classifier's head is dropped, or made anew, on purpose
+        with quietly():  # a classifier's head is dropped or re-created on purpose
             model, info = model_class.from_pretrained(
                 name, revision=revision, config=config, output_loading_info=True, **how, **options
             )
-    except Exception as error:  # transformers, safetensors and the Hub raise many kinds
+    except Exception as error:  # transformers, safetensors and the Hub raise many types
         raise ValueError(
             f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
             "Check that model.safetensors is there and whole; download it again if it was cut short."
@@ -114,10 +115,10 @@ def load_weights(
 
 
 def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrainedModel:
-    """Pre-trained backbone in float32, without any head, from a Hub id or folder (a classifier's checkpoint will do).
+    """Load a pre-trained backbone in float32, without a head, from a Hub id or folder (a classifier's will do).
 
-    From a checkpoint of ours it is what its backbone has become. Raises ValueError if it has no weights, or lacks
-    some, or if it has adapters.
+    From a checkpoint of ours, this is its backbone as trained. Raises ValueError if weights are missing or incomplete,
+    or if it has adapters.
     """
     config = load_config(name, revision, **hub)
     if is_ours(read_config(name, revision, **hub)):
@@ -133,7 +134,7 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
 
 
 def _learnt_backbone(config: PreTrainedConfig, name: str, revision: str | None, **hub: Any) -> PreTrainedModel:
-    """A plain copy of the backbone of a checkpoint of ours."""
+    """A plain copy of the backbone from a checkpoint of ours."""
     model: Any
     try:
         model = AutoModelForImageClassification.from_pretrained(
@@ -153,7 +154,7 @@ def _learnt_backbone(config: PreTrainedConfig, name: str, revision: str | None, 
 
 
 def digest(backbone: nn.Module) -> str:
-    """Fingerprint of the weights that reach the output, 16 hex digits; the names of the parts do not matter."""
+    """Fingerprint of the weights that reach the output, 16 hex digits; independent of the weights' names."""
     parts = [
         sha256(value.detach().contiguous().numpy().reshape(-1)).digest()
         for name, value in backbone.state_dict().items()
@@ -163,11 +164,11 @@ def digest(backbone: nn.Module) -> str:
 
 
 def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedModel:
-    """The backbone of a config, its attention modules numbered by layer so that each finds its prefixes.
+    """Build the backbone of a config, numbering its attention modules by layer so that each finds its prefixes.
 
-    A frozen backbone has no randomness: what its config may ask for in training (dropout, stochastic depth, DINOv3's
-    augmented positions) would only make features and queries random while prompts train. The config is copied.
-    Raises ValueError for one of which no model can be made, or a larger one than fits into memory.
+    A frozen backbone has no randomness: what its config may enable in training (dropout, stochastic depth, DINOv3's
+    position augmentation) would only make features and queries noisy while prompts train. The config is copied.
+    Raises ValueError if no model can be built from it, or only one that does not fit in memory.
     """
     kind, config = family(config), copy.deepcopy(config)
     check_numbers(vars(config), f"The {config.model_type} backbone's")

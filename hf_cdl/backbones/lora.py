@@ -1,11 +1,12 @@
-r"""Low-rank adapters on a frozen backbone (LoRA, Hu et al. 2021, arXiv 2106.09685), by the library peft.
+r"""Low-rank adapters on a frozen backbone (LoRA, Hu et al. 2021, arXiv 2106.09685), with the peft library.
 
     h = W_0 x + \frac{\alpha}{r} B A x        (Eq. 3, and the scale of Sec. 4.1)
 
-W_0 (d, k) is a frozen projection; A (r, k) starts at random and B (d, r) at zero, so that a new model gives the bare
-backbone's features to the bit. They learn in the first session alone, as RanPAC's adapters do (arXiv 2307.02251).
+W_0 (d, k) is a frozen projection; A (r, k) is initialised at random and B (d, r) at zero, so a new model reproduces
+the bare backbone's features bit for bit. They train only in the first session, like RanPAC's adapters (arXiv
+2307.02251).
 
-peft puts a layer of its own in a projection's place: `q_proj.weight` becomes `q_proj.base_layer.weight`, beside
+peft wraps a projection in its own layer: `q_proj.weight` becomes `q_proj.base_layer.weight`, next to
 `q_proj.lora_A.default.weight` and `q_proj.lora_B.default.weight`.
 """
 
@@ -26,7 +27,7 @@ from hf_cdl.backbones.families import family, layers
 from hf_cdl.checked import check_types
 
 FOLDER = "adapter"
-"""Where a checkpoint has them in peft's format. Not at its top: transformers would take them for its own there."""
+"""Checkpoint subfolder with the adapters in peft's format; at the top level transformers would load them itself."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class LoraOptions:
 
 
 def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions:
-    """Put adapters into all layers, still without values; the options with the targets that were found.
+    """Insert uninitialised adapters into all layers; return the options with the resolved targets.
 
-    Raises ValueError for a target that is no linear layer of the backbone's layers, and ImportError without peft.
+    Raises ValueError for a target that is not a linear layer in the backbone's layers, and ImportError without peft.
     """
     path, attention = family(backbone.config).layers, family(backbone.config).attention
     linear = [n for n, module in layers(backbone)[0].named_modules() if isinstance(module, nn.Linear)]
@@ -78,7 +79,7 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
         lora_dropout=options.dropout,
         target_modules=rf"{re.escape(path)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, targets))})",
     )
-    with torch.device("meta"):  # and then by ourselves to the backbone's: fake tensors (--plan) cannot go peft's way
+    with torch.device("meta"):  # moved below, not by peft, whose way fails with fake tensors (--plan)
         peft.inject_adapter_in_model(adapters, backbone)
     for module in _adapted(backbone):
         weight = module.get_base_layer().weight
@@ -90,7 +91,7 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
 def reset_adapters(backbone: nn.Module) -> None:
     """Draw A from PyTorch's global generator and set B to zero, as peft does for new adapters.
 
-    On the CPU, so that they do not depend on the device. Those on the meta device are left for from_pretrained.
+    Drawn on the CPU, so that they do not depend on the device. On the meta device they are left to from_pretrained.
     """
     for module in _adapted(backbone):
         drawn = module.lora_A["default"].weight
@@ -101,12 +102,12 @@ def reset_adapters(backbone: nn.Module) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a weight is an adapter's, by its name in the model."""
+    """Whether a weight's name in the model is that of an adapter."""
     return ".lora_" in name
 
 
 def load_frozen(backbone: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load the weights of a bare backbone into one that may have adapters, which stay as they are."""
+    """Load the weights of a bare backbone into one that may have adapters, which are left unchanged."""
     state = backbone.state_dict()
     own = {name.replace(".base_layer.", "."): name for name in state if not is_adapter(name)}
     adapters = {name: value for name, value in state.items() if is_adapter(name)}
@@ -130,14 +131,14 @@ def save_adapters(backbone: Any, folder: Path, name: str | None, revision: str |
 
 
 def _adapted(backbone: nn.Module) -> list[Any]:
-    """The layers that peft has put in the projections' place."""
+    """The peft layers that wrap the projections."""
     layer = _peft().tuners.lora.LoraLayer
     return [module for module in backbone.modules() if isinstance(module, layer)]
 
 
 def _peft() -> Any:
-    """The library, which takes a second to load and which models without adapters do without."""
-    try:  # within it transformers allows that remote code's imports are missing (save_code)
+    """Import peft lazily: it takes a second to load, and models without adapters do not need it."""
+    try:  # in a try block, transformers does not require it of remote code (save_code)
         import peft
     except ImportError as error:
         raise ImportError("A model with lora needs the package peft: pip install peft.") from error

@@ -1,9 +1,9 @@
 """Self-attention with extra raw keys and values: attention functions registered with transformers.
 
-A backbone hands the keyword `prefix` (layer number -> list of KV) down to its attention interface; the registered
-functions `prefix_sdpa` and `prefix_eager` put the layer's prefixes beside its own keys and values and then attend as
-usual. Prefixes bypass k_proj and v_proj (prefix tuning as in DualPrompt, arXiv 2204.04799, Sec. 4.2). No module is
-patched, and keywords survive gradient checkpointing, torch.compile and torch.export.
+A backbone passes the keyword argument `prefix` (layer number -> list of KV) down to its attention interface; the
+registered functions `prefix_sdpa` and `prefix_eager` concatenate the layer's prefixes to its own keys and values and
+then attend as usual. Prefixes bypass k_proj and v_proj (prefix tuning as in DualPrompt, arXiv 2204.04799, Sec. 4.2).
+No module is patched, and keyword arguments survive gradient checkpointing, torch.compile and torch.export.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 def prefix_sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
-    """Scaled-dot-product attention over the layer's own and its prefixes' keys and values (B, H, N, d)."""
+    """Scaled-dot-product attention over the keys and values (B, H, N, d) of the layer and its prefixes."""
     slow = key.device.type == "cpu" and key.dtype == torch.bfloat16 and torch.is_grad_enabled()
     if slow and mask is None:
-        return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # fused, its backward is far slower
+        return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # the fused backward is far slower
     key, value, pad = _extend(module, key, value, kwargs.pop("prefix", None))
     bias = kwargs.pop("position_bias", None)
     mask = _pad(_with_tokens(mask, query.shape[2]), pad)
@@ -45,7 +45,7 @@ def prefix_eager(
     prefix: Mapping[int, list[KV]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain matrix products; also returns the attention weights (B, H, N, P + N)."""
+    """The same with plain matrix products; also returns the attention weights (B, H, N, P + N)."""
     key, value, pad = _extend(module, key, value, prefix)
     weights = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     for bias in (_pad(_with_tokens(mask, query.shape[2]), pad), _pad(position_bias, pad)):
@@ -59,7 +59,7 @@ def prefix_eager(
 def _extend(
     module: Any, key: torch.Tensor, value: torch.Tensor, prefix: Mapping[int, list[KV]] | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """Keys and values with the layer's prefixes, and how many were put before and after the sequence's own."""
+    """Keys and values with the layer's prefixes, and how many were added before and after the sequence's own."""
     before, after = 0, 0
     for extra in (prefix or {}).get(module.layer_idx, ()):
         extra_key, extra_value = _split_heads(extra, key)
@@ -76,7 +76,7 @@ def _extend(
 
 
 def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(B or 1, P, D) -> (B, H, P, D / H), for key and value, in the dtype of the layer's own."""
+    """(B or 1, P, D) -> (B, H, P, D / H) for key and value, in the dtype of the layer's own."""
     batch, heads, _, size = like.shape
     return tuple(
         x.unflatten(-1, (heads, size)).transpose(1, 2).expand(batch, -1, -1, -1).to(like.dtype) for x in extra[:2]
@@ -84,13 +84,13 @@ def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _with_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """A mask (..., N, N) for a sequence of `length`: it was made before prompt tokens came, and forbids nothing."""
+    """Extend a mask (..., N, N), built before prompt tokens were added, to `length`, with nothing masked there."""
     missing = 0 if mask is None else length - mask.shape[-2]
     return _pad(mask, (missing, 0, missing, 0)) if missing else mask
 
 
 def _pad(mask: torch.Tensor | None, pad: tuple[int, ...]) -> torch.Tensor | None:
-    """A mask or bias (..., N) that lets every token attend to the prefixes too."""
+    """Pad a mask or bias (..., N) so that every token also attends to the prefixes."""
     if mask is None or not any(pad):
         return mask
     return F.pad(mask, pad, value=True if mask.dtype == torch.bool else 0.0)

@@ -1,4 +1,4 @@
-"""What is stored at a Hub id or in a folder, as far as can be seen without loading it, and whether it is usable."""
+"""Checks of what is stored at a Hub id or in a folder, where possible without loading it."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from hf_cdl.checked import check_finite, listed
 
 HUB = ("cache_dir", "token", "local_files_only")
-"""Options of from_pretrained that say how to reach the Hub."""
+"""Options of from_pretrained for accessing the Hub."""
 
 
 def at(revision: str | None) -> str:
-    """A revision in a message."""
+    """Format a revision for a message."""
     return "" if revision is None else f" (revision {revision})"
 
 
 def is_folder(name: Any) -> bool:
-    """Whether a name is of a folder of this machine: one that is there, or that no Hub id looks like."""
+    """Whether a name refers to a local folder: it exists, or does not look like a Hub id."""
     folder, name = Path(name).expanduser(), str(name)
     return folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 def check_revision(name: Any, revision: str | None) -> None:
-    """Raise ValueError for a revision of a folder."""
+    """Raise ValueError for a revision given with a folder."""
     if revision is not None and Path(name).is_dir():
         raise ValueError(
             f"'{name}' is a folder, and a folder has no revisions, but revision is '{revision}'. Leave it out, or "
@@ -40,7 +40,7 @@ def check_revision(name: Any, revision: str | None) -> None:
 
 
 def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str]:
-    """The safetensors files at a Hub id or folder: one, or the shards; none if they are not found."""
+    """The safetensors files at a Hub id or folder: one, or the shards; empty if not found."""
     try:
         for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
             found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False, **hub)
@@ -48,17 +48,17 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
                 return get_checkpoint_shard_files(name, found, revision=revision, **hub)[0] or []
             if found is not None:
                 return [found]
-    except (OSError, ValueError, KeyError):  # loading will say what is wrong
+    except (OSError, ValueError, KeyError):  # loading reports what is wrong
         pass
     return []
 
 
 def check_no_adapters(name: Any, revision: str | None = None, **hub: Any) -> None:
-    """Raise ValueError if adapters lie beside a model's weights: transformers would load what they name."""
+    """Raise ValueError if there are adapters next to a model's weights: transformers would load what they name."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)
     try:
         found = cached_file(name, "adapter_config.json", revision=revision, **quiet, **hub)
-    except (OSError, ValueError):  # loading will say what is wrong
+    except (OSError, ValueError):  # loading reports what is wrong
         return
     if found is not None:
         raise ValueError(
@@ -69,22 +69,22 @@ def check_no_adapters(name: Any, revision: str | None = None, **hub: Any) -> Non
 
 
 def stored_sizes(files: Sequence[str]) -> dict[str, int]:
-    """Weight -> how many numbers it is, of all these safetensors files; empty if one cannot be read."""
+    """Weight -> number of elements, over all these safetensors files; empty if one cannot be read."""
     sizes: dict[str, int] = {}
     try:
         for file in files:
             with safe_open(file, "pt") as opened:
                 sizes |= {name: math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):  # loading will say what is wrong
+    except (OSError, SafetensorError):  # loading reports what is wrong
         return {}
     return sizes
 
 
 def check_stored(what: str, numbers: int, files: Sequence[str]) -> None:
-    """Raise ValueError if a model of that many numbers cannot be what these safetensors files hold.
+    """Raise ValueError if a model with `numbers` elements cannot be the one in these safetensors files.
 
-    Only their headers are read, so nothing is allocated for a config that claims more than there is. Twice as much may
-    be missing as there is: heads, poolers. Which weights are missing is said after loading.
+    Reads only headers, so nothing is allocated for a config that claims more than is stored. Up to twice the stored
+    amount may be missing (heads, poolers); the missing weights are reported after loading.
     """
     stored = sum(stored_sizes(files).values())
     if stored and numbers > 3 * stored + 10**7:
@@ -96,7 +96,7 @@ def check_stored(what: str, numbers: int, files: Sequence[str]) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' table of what is missing, which is said in an error, or is so on purpose."""
+    """Suppress transformers' table of missing weights: they raise an error or are missing on purpose."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -106,9 +106,9 @@ def quietly() -> Iterator[None]:
 
 
 def check_complete(info: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError naming the weights that a checkpoint lacks, has too much, or has in another shape.
+    """Raise ValueError naming weights that are missing from a checkpoint, unexpected or of another shape.
 
-    `info`: the loading info of from_pretrained, or a part of it.
+    `info`: the loading info of from_pretrained, or part of it.
     """
     problems = []
     if missing := [name for name in info.get("missing_keys", ()) if "mask_token" not in name]:
@@ -127,5 +127,5 @@ def check_complete(info: Mapping[str, Any], what: str) -> None:
 
 
 def check_weights(state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raise ValueError naming the weights that are NaN or infinite, unless they never reach the output."""
+    """Raise ValueError naming NaN or infinite weights, except those that never reach the output."""
     check_finite({name: value for name, value in state.items() if "mask_token" not in name}, f"The weights of {what}")

@@ -12,8 +12,8 @@ tasks and keeps training: only the heads grow.
 Where we differ: the paper prepends the picked prompts to the sequence of the first layer; here, as in Continual
 Distillation Learning (CDL, arXiv 2407.13911), the first half of each picked prompt joins the keys of the
 self-attention and the second half its values, by decreasing similarity, and the pool is initialised in U(0, 1). The
-paper's \lambda (0.5) is 1, as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version: it
-pairs every query with the keys picked by every sample of the batch, \sum_b \sum_{b'} \sum_{K_{x_{b'}}}
+paper's \lambda (0.5) is 1, as in CDL. `reduction: sum` is the loss of CODA-Prompt's code and of CDL's first version:
+it pairs every query with the keys picked by every sample of the batch, \sum_b \sum_{b'} \sum_{K_{x_{b'}}}
 (1 - \gamma(q_b, k_m)), so it grows with B^2; with gradient accumulation or several processes B is the micro-batch
 size.
 """
