@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded when first used, so that a deployed student costs no more than transformers itself.
+# Loaded on first use, so that a deployed student imports no more than transformers itself.
 _LAZY = {
     "CDLConfig": "hf_cdl.config",
     "CDLForImageClassification": "hf_cdl.models.modeling_cdl",
@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register() -> None:
-    """Tell transformers about the model type: `import hf_cdl` does, a command once it has read its words."""
+    """Register the model type with transformers: on `import hf_cdl`, in a command after parsing its arguments."""
     from transformers import AutoConfig, AutoModelForImageClassification
 
     from hf_cdl.config import CDLConfig
@@ -53,8 +53,8 @@ def register() -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process is a command, which reads its words before anything slow is imported."""
-    if sys.argv[:1] == ["-m"]:  # so it is called until python -m has found its module
+    """Whether this process is a command, which parses its arguments before slow imports."""
+    if sys.argv[:1] == ["-m"]:  # sys.argv[0] is this until python -m has found its module
         return sys.orig_argv[-len(sys.argv)].removeprefix("-m") == "hf_cdl"
     return "hf_cdl_command" in sys.modules
 

@@ -1,4 +1,4 @@
-"""python -m hf_cdl VERB ...: the same as hf-cdl."""
+"""Entry point of `python -m hf_cdl VERB ...`, the same as `hf-cdl`."""
 
 from hf_cdl.commands.main import main
 

@@ -1,4 +1,4 @@
-"""Checks of what comes from outside: fields of a section, the size of a part, weights that are no numbers."""
+"""Checks of external input: fields of a section, the size of a part, NaN or infinite weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import nn
 from transformers import initialization as init
 
 MOST = 10**10
-"""Numbers that a part may hold; the largest backbone of an allow-listed family has 7 * 10^9."""
+"""Maximum number of elements of a part; the largest backbone of an allow-listed family has 7 * 10^9."""
 _MOST_PARTS, _MOST_LABELS = 1000, 10**6
 _PARTS = re.compile(r"layers|depth|blocks|repeats")
-"""Names of numbers that count parts of a model: each costs time and memory, however small it is."""
+"""Config fields that count parts of a model: each part costs time and memory, however small it is."""
 _SIZES = {
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio"),
     *("image_size", "patch_size", "num_channels"),
@@ -32,7 +32,7 @@ _GENERIC: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("return_dict", "use_return_dict"), (None, True)),
     **dict.fromkeys(("output_hidden_states", "output_attentions"), (None, False, True)),
 }
-"""Fields of any config.json that change how transformers runs a model, and the values that do so in a known way."""
+"""Fields of any config.json that change how transformers runs a model, and their allowed values."""
 _WORDS = {
     bool: "true or false",
     int: "a whole number of at most 9 digits",
@@ -46,26 +46,26 @@ _WORDS = {
 
 
 def check_types(fields: Any, what: str) -> None:
-    """Raise ValueError unless every field of a dataclass has a value of its type: finite, and no bool for a number."""
+    """Raise ValueError unless every field of a dataclass has a value of its type: finite, and no bool as a number."""
     for name, hint in _hints(type(fields)).items():
         if not fits(value := getattr(fields, name), hint):
             raise ValueError(f"{what}'s {name} is {short(value)}; allowed: {_allowed(hint)}.")
 
 
 def build_fields(kind: Any, content: Any, what: str) -> Any:
-    """The dataclass `kind` from a section of a config. Raises ValueError for no section, and for an unknown field."""
+    """Build the dataclass `kind` from a config section. Raises ValueError for anything else and for unknown fields."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{what} has fields; got {short(content)}.")
     known = [f.name for f in dataclasses.fields(kind)]
     if unknown := [str(key) for key in content if key not in known]:
         raise ValueError(f"{what} has no field {', '.join(unknown)}; it has {', '.join(known)}.")
     built = kind(**content)
-    check_types(built, what)  # which a method of somebody's own may leave out
+    check_types(built, what)  # a plugin's dataclass may not do this itself
     return built
 
 
 def check_numbers(config: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for a number in a transformers config that no model has: NaN, a size of 0, a billion layers."""
+    """Raise ValueError for impossible numbers in a transformers config: NaN, a size of 0, a billion layers."""
     for name, value in config.items():
         if name in ("id2label", "label2id"):
             continue
@@ -85,9 +85,10 @@ def check_numbers(config: Mapping[str, Any], what: str) -> None:
 
 
 def check_generic(stored: Mapping[str, Any], what: str, **others: tuple[Any, ...]) -> None:
-    """Raise ValueError for a field of a stored config, or one nested in it, that would run the model in another way.
+    """Raise ValueError for a field in a stored config, nested ones included, that changes how the model is run.
 
-    An attention may be a repository, whose code transformers would download and run. `others`: other allowed values.
+    An attention implementation may name a repository whose code transformers would download and run. `others`: other
+    allowed values.
     """
     for name, value in stored.items():
         allowed = {**_GENERIC, **others}.get(name)
@@ -102,28 +103,28 @@ def check_generic(stored: Mapping[str, Any], what: str, **others: tuple[Any, ...
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: `; did you mean 'prompt'?` for `promt`, or a full stop."""
+    """End a sentence about an unknown name: `; did you mean 'prompt'?` for `promt`, or a full stop."""
     found = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean '{found[0]}'?" if found else "."
 
 
 def said(error: Exception) -> str:
-    """An error of another library's in one line."""
+    """Format another library's error on one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
 
 
 def short(value: Any) -> str:
-    """A value in a message, at most 80 characters of it."""
+    """Format a value for a message, in at most 80 characters."""
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or a number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply, or an int with thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type, as the annotations of dataclasses here have them."""
+    """Whether a value matches a type annotation, of the kinds used in the dataclasses here."""
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind in (typing.Union, UnionType):
         return any(fits(value, option) for option in inner)
@@ -139,13 +140,13 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _finite(value: float) -> bool:
-    """Whether it is a number in float32 too, that of the weights."""
+    """Whether the value is also finite in float32, the dtype of the weights."""
     return abs(value) <= torch.finfo(torch.float32).max  # false for NaN
 
 
 @lru_cache
 def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind, localns={"torch": torch})  # of which PreTrainedConfig has but the name
+    hints = typing.get_type_hints(kind, localns={"torch": torch})  # PreTrainedConfig only names it
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
 
 
@@ -164,16 +165,16 @@ def _allowed(hint: Any) -> str:
 
 
 def check_size(what: str, build: Callable[[], nn.Module]) -> int:
-    """How many numbers a part holds, found without memory for it; `build` makes it.
+    """Count the elements of the part that `build` makes, without allocating it.
 
-    Raises ValueError if it cannot be made, and if they are more than this machine holds.
+    Raises ValueError if it cannot be built, and if it would not fit in this machine's memory.
     """
     try:
         with torch.device("meta"), init.no_init_weights():
             part = build()
     except ValueError:
         raise
-    except Exception as error:  # transformers and torch raise many kinds; sizes beyond 2^63 are a RuntimeError
+    except Exception as error:  # transformers and torch raise many types; sizes beyond 2^63 a RuntimeError
         raise ValueError(f"{what} cannot be made; check its config.json: {said(error)}") from error
     tensors = [*part.parameters(), *part.buffers()]
     numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
@@ -187,11 +188,11 @@ def check_size(what: str, build: Callable[[], nn.Module]) -> int:
 
 
 def _memory() -> float:
-    """Bytes of memory of this machine; infinite where tensors take none (the meta device, fake tensors)."""
+    """This machine's memory in bytes; infinite where tensors take none (the meta device, fake tensors)."""
     probe = torch.empty(0)
     if type(probe) is not torch.Tensor or probe.is_meta:
         return math.inf
-    try:  # within it transformers allows that remote code's imports are missing (save_code)
+    try:  # in a try block, transformers does not require it of remote code (save_code)
         import psutil
     except ImportError:
         return math.inf
@@ -199,7 +200,7 @@ def _memory() -> float:
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
-    """Raise ValueError naming the tensors with NaN or infinite numbers; the bits of float64 count as such."""
+    """Raise ValueError naming tensors with NaN or infinite values; integer tensors (float64 bits) always pass."""
     bad = [name for name, value in tensors.items() if not _all_finite(value)]
     if bad:
         raise ValueError(
@@ -209,7 +210,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
 
 
 def listed(names: Iterable[str], count: int = 3) -> str:
-    """The first names of a list, in order."""
+    """Join the first `count` names in sorted order."""
     names = sorted(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 

@@ -1,4 +1,4 @@
-"""CDLConfig: everything that rebuilds a continual model at any stage of its stream."""
+"""CDLConfig: everything needed to rebuild a continual model at any stage of its stream."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _GENERIC = {
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "distributed_config"),
     *("output_attentions", "custom_pipelines", "transformers.js_config"),
 }
-"""What transformers itself, or a tool of its, puts into any config beside the fields."""
+"""Keys that transformers or its tools add to any config."""
 _HUB = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "gguf_file"}
 _HUB |= {
     "use_safetensors",
@@ -33,17 +33,17 @@ _HUB |= {
     "weights_only",
     "offload_folder",
 }
-"""Arguments of loading, which `pipeline` hands to the config too."""
+"""Loading arguments, which `pipeline` passes to the config too."""
 
 
 class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
     `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Classes that are renamed in `id2label` are in `tasks` too.
-    Whatever is given is copied. Raises ValueError for an unknown field or a value of the wrong kind, for a class name
-    that occurs twice, for labels that do not fit the tasks, and for a small checkpoint (`save_backbone` false) that
-    could not be loaded again.
+    sizes that grow: prompts, heads, id2label. Renaming a class in `id2label` renames it in `tasks` too.
+    All arguments are copied. Raises ValueError for an unknown field or a value of the wrong type, for duplicate class
+    names, for labels that do not match the tasks, and for a small checkpoint (`save_backbone` false) that could not be
+    loaded again.
     """
 
     model_type = OURS
@@ -119,9 +119,9 @@ class CDLConfig(PreTrainedConfig):
     tasks: list[list[str]] = field(default_factory=list, metadata={"help": "Class names of every task, in order."})
 
     def __post_init__(self, **kwargs: Any):
-        from hf_cdl.serving import serve  # not when hf_cdl is imported: the pipelines load tokenizers
+        from hf_cdl.serving import serve  # not at import of hf_cdl, as pipelines load tokenizers
 
-        serve()  # a config comes before every model, and before `pipeline` chooses its class
+        serve()  # a config is made before any model, and before `pipeline` chooses its class
         check_names({**kwargs})
         id2label, label2id, classes = self.id2label, self.label2id, kwargs.pop("num_labels", None)
         self.set_tasks(self.tasks)
@@ -138,11 +138,11 @@ class CDLConfig(PreTrainedConfig):
             super().__post_init__(**kwargs)
         except ValueError:
             raise
-        except Exception as error:  # of the nested configs' own checks, of many kinds
+        except Exception as error:  # the nested configs' own checks raise many types
             raise ValueError(f"No usable backbone_config or query_config: {said(error)}") from error
 
     def check(self) -> None:
-        """Take over renamed classes. Raises ValueError if any field is not as it must be."""
+        """Apply renamed classes. Raises ValueError if any field is invalid."""
         self.agree()
         check_types(self, "CDLConfig")
         if self.problem_type not in (None, "single_label_classification"):
@@ -167,13 +167,13 @@ class CDLConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As PreTrainedConfig.get_config_dict. Raises ValueError for a file that holds no config."""
+        """As in PreTrainedConfig. Raises ValueError for a file that does not hold a config."""
         try:
             found, rest = super().get_config_dict(*args, **kwargs)
-        except (TypeError, RecursionError) as error:  # JSON, but no object; or nested too deep
+        except (TypeError, RecursionError) as error:  # JSON but not an object, or nested too deeply
             raise ValueError(f"The config.json of '{args[0]}' holds no config: {said(error)}") from error
         except OSError as error:
-            if isinstance(error.__context__, ValueError):  # no JSON
+            if isinstance(error.__context__, ValueError):  # not JSON
                 raise ValueError(f"{said(error)} Get it again from where it came.") from error
             raise
         if not isinstance(found, dict):
@@ -184,9 +184,9 @@ class CDLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As PreTrainedConfig.from_dict, with `kwargs` in the place of what is stored.
+        """As in PreTrainedConfig, with `kwargs` overriding what is stored.
 
-        Raises ValueError for a config of another model, one that lacks its backbone's, or one with unknown fields.
+        Raises ValueError for a config of another model type, without a backbone config, or with unknown fields.
         """
         kind, with_rest = config_dict.get("model_type", cls.model_type), kwargs.pop("return_unused_kwargs", False)
         if kind != cls.model_type:
@@ -209,7 +209,7 @@ class CDLConfig(PreTrainedConfig):
         try:
             made: Any = super().from_dict({**config_dict}, return_unused_kwargs=True, **kwargs)
             config, rest = made
-            config.check()  # what `kwargs` have set
+            config.check()  # for what `kwargs` changed
         except RecursionError as error:
             raise ValueError("Its config.json is nested too deep.") from error
         if with_rest:
@@ -218,7 +218,7 @@ class CDLConfig(PreTrainedConfig):
         return config
 
     def check_saving(self) -> None:
-        """Raise ValueError if what would be saved could not be loaded again."""
+        """Raise ValueError if the saved config could not be loaded again."""
         self.check()
         if unknown := _unknown(name for name in set(vars(self)) - _FIELDS if not name.startswith("_")):
             raise ValueError(
@@ -227,12 +227,12 @@ class CDLConfig(PreTrainedConfig):
             )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As PreTrainedConfig.save_pretrained. Raises ValueError for what could not be loaded again."""
+        """As in PreTrainedConfig. Raises ValueError for a config that could not be loaded again."""
         self.check_saving()
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As PreTrainedConfig.to_dict."""
+        """As in PreTrainedConfig."""
         content = super().to_dict()
         content.pop("_names", None)
         return content
@@ -240,7 +240,7 @@ class CDLConfig(PreTrainedConfig):
     # ---- classes ----
 
     def set_tasks(self, tasks: Any) -> None:
-        """Set the class names of all tasks, and the label maps with them. Raises ValueError for what are none."""
+        """Set the class names of all tasks and update the label maps. Raises ValueError for invalid class names."""
         if not isinstance(tasks, list | tuple):
             raise ValueError(
                 "tasks must be a list of the class names of every task, as [['cat', 'dog'], ['owl']]; got "
@@ -258,9 +258,9 @@ class CDLConfig(PreTrainedConfig):
         self.label2id = {name: number for number, name in enumerate(names)}
 
     def agree(self) -> None:
-        """Give classes that were renamed in id2label (or in `tasks`) their new names everywhere.
+        """Apply class names that were changed in id2label (or in `tasks`) everywhere.
 
-        Raises ValueError for labels that are not complete, or contradict each other.
+        Raises ValueError for labels that are incomplete or contradict each other.
         """
         before, listed = self._names, [name for task in map(class_list, self.tasks) for name in task]
         old = dict(enumerate(before))
@@ -282,7 +282,7 @@ class CDLConfig(PreTrainedConfig):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes of all tasks."""
+        """Total number of classes over all tasks."""
         return sum(self.num_classes_per_task)
 
     @num_labels.setter
@@ -294,7 +294,7 @@ class CDLConfig(PreTrainedConfig):
             )
 
     def check_small(self) -> None:
-        """Raise ValueError if small checkpoints are wanted, but could not be loaded again."""
+        """Raise ValueError if small checkpoints are requested but could not be loaded again."""
         if self.save_backbone:
             return
         if self.train_backbone:
@@ -315,7 +315,7 @@ class CDLConfig(PreTrainedConfig):
 
 
 def check_names(fields: Iterable[str], but: Iterable[str] = ()) -> None:
-    """Raise ValueError for a name that no config has, or that is one of `but`, which are found out."""
+    """Raise ValueError for unknown field names, and for those in `but`, which follow from the backbone."""
     if unknown := _unknown(set(fields) - _FIELDS):
         raise ValueError(f"CDLConfig has no field '{unknown[0]}'{near(unknown[0], _FIELDS)}")
     if found := sorted({*fields} & {*but}):
@@ -336,7 +336,7 @@ def _unknown(names: Iterable[str]) -> list[str]:
 def _version() -> str:
     try:
         return version("hf-cdl")
-    except PackageNotFoundError:  # the code beside a checkpoint
+    except PackageNotFoundError:  # code loaded from a checkpoint
         return "as it is here"
 
 

@@ -1,4 +1,4 @@
-"""Names that others chose, such as those of classes, written so that they are text wherever they stand."""
+"""Escaping of names chosen by others, such as class names, so that they are plain text wherever they appear."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import re
 import unicodedata
 
 _JOINERS = "\u200c\u200d"
-"""Invisible, but parts of words (Persian) and of emoji."""
+"""Invisible, but part of words (Persian) and emoji."""
 _MARKDOWN = str.maketrans({**{c: f"\\{c}" for c in "\\`*_[]|~$@"}, "&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def visible(text: object) -> str:
-    """For a console, a commit's message or a picture: on one line, what would act instead of being seen as its escape.
+    """Escape text for a console, a commit message or a picture: on one line, with special characters escaped.
 
-    That is control characters (newline, ANSI's escape), the marks that turn the reading direction and other invisible
-    ones, and lone surrogates, of file names that are no UTF-8.
+    These are control characters (newline, ANSI escape), invisible ones such as those that change the text direction,
+    and lone surrogates, from file names that are not UTF-8.
     """
     return "".join(_escaped(c) if _acts(c) else c for c in str(text))
 
 
 def visible_lines(text: object) -> str:
-    """The same for a text whose lines were broken on purpose."""
+    """The same for text with intended line breaks."""
     return "\n".join(map(visible, str(text).split("\n")))
 
 
 def markdown(text: object) -> str:
-    """For Markdown outside of code, in a table's cell too: no markup, no HTML, no address that becomes a link."""
+    """Escape text for Markdown outside code, including table cells: no markup, no HTML, no automatic links."""
     shown = visible(text).translate(_MARKDOWN)
     return re.sub(r"(?i)\b(https?|ftp|mailto|xmpp):|\b(www)\.", lambda m: f"{m[1] or m[2]}\\{m[0][-1]}", shown)
 
 
 def code(text: object) -> str:
-    """For Markdown as code: a span that no backtick in the text ends."""
+    """Format text as a Markdown code span that no backtick in it can end."""
     shown = visible(text)
     fence = "`" * (longest_run(shown) + 1)
     space = " " if shown.startswith("`") or shown.endswith("`") or not shown else ""
@@ -39,12 +39,12 @@ def code(text: object) -> str:
 
 
 def longest_run(text: str) -> int:
-    """The most backticks in a row: a fence of more is not ended by the text."""
+    """Longest run of backticks; the text cannot end a longer fence."""
     return max(map(len, re.findall("`+", text)), default=0)
 
 
 def acts(text: str) -> bool:
-    """Whether a text has anything that `visible` shows as an escape, beside newlines."""
+    """Whether text contains anything other than newlines that `visible` would escape."""
     return any(_acts(c) for c in text if c != "\n")
 
 
@@ -53,6 +53,6 @@ def _acts(character: str) -> bool:
 
 
 def _escaped(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte of a file's name
+    if "\udc80" <= character <= "\udcff":  # a byte of a file name
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()

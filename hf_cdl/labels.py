@@ -1,4 +1,4 @@
-"""Class names and label maps as users and files give them."""
+"""Checks of class names and label maps from users and files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_cdl.checked import short
 
 
 def class_list(names: Any) -> list[str]:
-    """The class names of a task. Raises ValueError for what has no order, and for what is no name."""
+    """The class names of a task as a list. Raises ValueError for unordered collections and invalid names."""
     if isinstance(names, str | bytes | Mapping | Set | IOBase) or not isinstance(names, Iterable):
         way = f"for a task of one class give [{names!r}]" if isinstance(names, str) else "give a list: it has an order"
         kind = "" if isinstance(names, str) or names is None else f"a {type(names).__name__}, "
@@ -26,7 +26,7 @@ def class_list(names: Any) -> list[str]:
 
 
 def label_names(labels: Any, count: int) -> list[str]:
-    """The names of `count` classes from an id2label. Raises ValueError unless each has one, and no two the same."""
+    """The names of `count` classes from an id2label. Raises ValueError unless each class has a unique name."""
     ids = _whole(labels) if isinstance(labels, Mapping) else None
     if ids is None or sorted(ids) != [*range(count)]:
         raise ValueError(
@@ -40,19 +40,19 @@ def label_names(labels: Any, count: int) -> list[str]:
 
 
 def is_inverse(label2id: Any, names: list[str]) -> bool:
-    """Whether a label2id is that of these names; in JSON its numbers may be texts."""
+    """Whether a label2id matches these names; in JSON its numbers may be strings."""
     return isinstance(label2id, Mapping) and {str(k): str(v) for k, v in label2id.items()} == {
         name: str(number) for number, name in enumerate(names)
     }
 
 
 def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
-    """The same with whole numbers as keys, which in JSON are texts; None if a key is no number, or one comes twice."""
+    """The same with integer keys (strings in JSON); None if a key is not an integer, or repeated."""
     texts = [str(key) for key in labels]
     fits = all(text.isdecimal() for text in texts) and len({int(text) for text in texts}) == len(texts)
     return {int(text): name for text, name in zip(texts, labels.values(), strict=True)} if fits else None
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that come more than once, sorted; the same letters in another way of Unicode's are the same name."""
+    """Names that occur more than once, sorted; different Unicode encodings of the same text count as one name."""
     return sorted(name for name, count in Counter(normalize("NFC", name) for name in names).items() if count > 1)

@@ -1,7 +1,7 @@
-"""Folders and files of this machine that a recipe names, by their own name alone in what others get to see.
+"""Shortening of local paths in recipes to bare names before they are shared.
 
-An absolute path tells who its user is and how a machine is laid out, and says nothing elsewhere. `./NAME` is what is
-left of it: no Hub id, and found again if such a folder is put where the command is run.
+An absolute path reveals the user's name and the machine's layout, and is useless elsewhere. It becomes `./NAME`, which
+is not a Hub id and is found again if such a folder is in the working directory.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NAMES = ("known_classes", "classes_per_task", "card")
-"""Fields that hold names of classes, which may look like paths, and what the author says."""
+"""Fields with class names, which may look like paths, and with the author's own text."""
 
 
 def is_private(path: str) -> bool:
-    """Whether a text is a path that starts at the root, at home or above the working folder."""
+    """Whether text is a path that starts at the root, the home directory or above the working directory."""
     parts = re.split(r"[\\/]", path)
     return len(parts) > 1 and (parts[0] in ("", "~", "file:") or parts[0].endswith(":") or ".." in parts)
 
 
 def by_name(path: str) -> str:
-    """The last part of a path."""
+    """Return the last part of a path."""
     parts = [part for part in re.split(r"[\\/]", path) if part not in ("", ".", "..", "~")]
     return parts[-1] if parts else Path(path).resolve().name
 
 
 def shareable(recipe: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:
-    """A recipe in which every path that starts at the root, at home or above is `./NAME`.
+    """Copy a recipe with every path that starts at the root, at home or above replaced by `./NAME`.
 
-    Backbones and data that are folders here, but could be taken for a Hub id elsewhere, begin with `./`. `known`:
-    names of data that are no folders.
+    Backbones and data that are folders here, but could be taken for a Hub id elsewhere, get a `./` prefix. `known`:
+    names of data that are not folders.
     """
     shared = {key: _shared(value, key) for key, value in recipe.items()}
     for section, field in (("data", "path"), ("student", "backbone"), ("teacher", "backbone")):

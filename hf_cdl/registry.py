@@ -1,4 +1,4 @@
-"""Open registries: the methods that a recipe can name, the package's own and those of plugins."""
+"""Open registries of the methods that a recipe can name: built-in ones and those of plugins."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ C = TypeVar("C", bound=type)
 
 
 class Registry(dict[str, type[T]]):
-    """The classes of one kind of method by the name that a recipe's `type` gives them.
+    """Classes of one kind of method, keyed by the name used as `type` in a recipe.
 
-    `name` is that of the registry and `what` that of an entry, for messages. Entries derive from `base`; their
-    `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types without class and fields.
+    In messages `name` is the registry's name and `what` an entry's. Entries derive from `base`; their `config_class`,
+    a dataclass with `fields`, derives from that of `base`. `bare` are types without a class or fields.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class Registry(dict[str, type[T]]):
     ):
         super().__init__(own)
         self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
-        self.added: set[str] = set()  # what is not the package's own: its code does not lie beside a checkpoint
+        self.added: set[str] = set()  # registered by plugins, whose code is not saved with checkpoints
 
     @property
     def types(self) -> list[str]:
-        """What a section's `type` may be."""
+        """Allowed values of a section's `type`."""
         return [*self.bare, *self]
 
     def pick(self, section: Any, what: str) -> tuple[str, dict[str, Any]]:
-        """Type and fields of the section `{type: ..., fields}` of a model's config.
+        """Split a section `{type: ..., fields}` of a model's config into type and fields.
 
-        Raises ValueError unless its type is known.
+        Raises ValueError unless the type is known.
         """
         fields = dict(section) if isinstance(section, Mapping) else {}
         kind = fields.pop("type", None)
@@ -60,12 +60,12 @@ class Registry(dict[str, type[T]]):
     @overload
     def register(self, name: str, kind: C) -> C: ...
     def register(self, name: str, kind: Any = None) -> Any:
-        """Add a class under a name that recipes give as `type`: `@TERMS.register("mine")`, or with the class.
+        """Register a class under a name for use as `type`: as a decorator, `@TERMS.register("mine")`, or directly.
 
-        A class that is defined again, in a notebook, takes the place of the old one. Raises ValueError for a name that
-        is no word or taken, and for a class that lacks what every method of its kind has.
+        A class redefined in a notebook replaces the old one. Raises ValueError for a name that is not an identifier or
+        is taken, and for a class that lacks what every method of its kind has.
         """
-        taken = name in self.bare or hasattr(nn.ModuleDict, str(name))  # in which an objective holds its terms
+        taken = name in self.bare or hasattr(nn.ModuleDict, str(name))  # where an objective stores its terms
         if not isinstance(name, str) or not name.isidentifier() or taken:
             raise ValueError(
                 f"{self.name}.register: {short(name)} cannot be the name of a {self.what}; allowed are words of "

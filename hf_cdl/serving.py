@@ -1,7 +1,7 @@
-"""The image-classification pipeline sees what training saw: its images are decoded by the rule of `images`.
+"""Image-classification pipeline that decodes images as in training (see hf_cdl.data.images).
 
-Transformers' own pipeline clips 16-bit images at 255, so that a model would meet white where it learnt a picture. All
-models but those of hf_cdl keep transformers' own decoding.
+Transformers' own pipeline clips 16-bit images at 255, so the model would see white where it was trained on a picture.
+Models from outside hf_cdl keep transformers' own decoding.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ TASK = "image-classification"
 
 
 class CDLImageClassificationPipeline(ImageClassificationPipeline):
-    """Transformers' pipeline; a model of the type "cdl" gets its images decoded as in training.
+    """Transformers' pipeline, with images decoded as in training for models of type "cdl".
 
-    `max_pixels`: the most that such an image may have; to be set on a pipeline that shall take larger ones.
+    `max_pixels`: the maximum size of such an image; set it on a pipeline to accept larger ones.
     """
 
     max_pixels = MAX_PIXELS
@@ -43,7 +43,7 @@ class CDLImageClassificationPipeline(ImageClassificationPipeline):
 
 
 def _size(image: Any) -> tuple[int, int]:
-    """(width, height) of a PIL image, or of an array, whose channels come last or first."""
+    """(width, height) of a PIL image, or of an array with channels last or first."""
     if not isinstance(image, np.ndarray):
         return image.size
     height, width, *_ = image.shape if image.shape[-1] in (1, 3, 4) else image.shape[1:]
@@ -51,10 +51,10 @@ def _size(image: Any) -> tuple[int, int]:
 
 
 def serve() -> None:
-    """Make `pipeline("image-classification")` use this class, unless another one than transformers' own is there."""
+    """Make `pipeline("image-classification")` use this class, unless transformers' own was already replaced."""
     options = PIPELINE_REGISTRY.supported_tasks[TASK]
     own = options["impl"] in (ImageClassificationPipeline, _dotted(ImageClassificationPipeline))
-    if own:  # register_pipeline would log that it overwrites
+    if own:  # register_pipeline would log the replacement
         PIPELINE_REGISTRY.supported_tasks[TASK] = {**options, "impl": CDLImageClassificationPipeline}
 
 
@@ -63,10 +63,10 @@ def _dotted(kind: type) -> str:
 
 
 def load(image: Any, timeout: float | None = None, max_pixels: int = MAX_PIXELS) -> Any:
-    """What the pipeline takes, in RGB: a path, a URL, base64 text or a PIL image.
+    """Load anything the pipeline accepts as RGB: a path, a URL, base64 text or a PIL image.
 
-    An array of one channel is decoded as a file with its values; arrays and tensors of three channels, of type
-    uint8, go on to the image processor as they are. Raises ImageError for what cannot be read.
+    A single-channel array is decoded like a file with its values; uint8 arrays and tensors with three channels are
+    passed to the image processor unchanged. Raises ImageError for what cannot be read.
     """
     if isinstance(image, torch.Tensor):
         if image.dtype != torch.uint8:
@@ -105,5 +105,5 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Any:
 def _bytes(text: str) -> bytes:
     try:
         return base64.b64decode(text)
-    except ValueError:  # no base64, no image
+    except ValueError:  # neither base64 nor an image
         return b""

@@ -1,4 +1,4 @@
-"""The values that travel between the parts: prompts, model outputs, tasks and what was measured on them."""
+"""Values passed between the parts: prompts, model outputs, tasks and their results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OURS = "cdl"
 
 
 def is_ours(config: Any) -> bool:
-    """Whether a config, or the content of a config.json, is of a model of hf_cdl."""
+    """Whether a config, or the content of a config.json, belongs to an hf_cdl model."""
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
     return kind == OURS
 
@@ -22,9 +22,9 @@ def is_ours(config: Any) -> bool:
 class KV(NamedTuple):
     """Extra keys and values of one self-attention layer, used raw (not passed through k_proj / v_proj).
 
-    `key`, `value`: (B or 1, P, D), cut into heads like the layer's own keys and values.
-    `where`: `prepend` / `append` concatenate them before / after the sequence's own (the result does not depend on
-    the place); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as APT does.
+    `key`, `value`: (B or 1, P, D), split into heads like the layer's own keys and values.
+    `where`: `prepend` / `append` concatenate them before / after the sequence's own (the order does not affect the
+    result); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as in APT.
     """
 
     key: torch.Tensor
@@ -33,42 +33,42 @@ class KV(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Extra tokens that enter a layer behind CLS: (B or 1, P, D), as embedded tokens are.
+    """Extra tokens that enter a layer after CLS: (B or 1, P, D), like embedded tokens.
 
-    They take the place of those that an earlier layer was given, if any; else these go on.
+    They replace the outputs of an earlier layer's tokens; where a layer gets none, the earlier ones are kept.
     """
 
     tokens: torch.Tensor
 
 
 Prompt = KV | Tokens
-"""What a pool gives a layer."""
+"""What a pool returns for a layer."""
 
 
 class ModelShape(NamedTuple):
-    """The sizes of a model's backbone, for terms that own layers: width D and number of layers L."""
+    """Width D and number of layers L of a backbone, for loss terms with their own layers."""
 
     hidden_size: int
     num_layers: int
 
 
 Prompts = Mapping[int, "list[Prompt]"]
-"""Layer number -> what prompts that layer."""
+"""Layer number -> that layer's prompts."""
 
 
 @dataclass
 class CDLOutput(ModelOutput):
-    """What a continual model returns.
+    """Output of a continual model.
 
     `loss`: scalar cross-entropy, only if labels were given. `logits`: (B, C) over all classes seen so far, in stream
     order; in evaluation the blend of both heads if the model has a KD head. `kd_logits`: (B, C) of the KD head.
     `prompt_loss`: scalar, the pool's own loss (CODA's orthogonality penalty, a match loss). `query`: (B, D_q).
-    `features`, `kd_features`: (B, D) what the CLS head and the KD head read.
+    `features`, `kd_features`: (B, D), the inputs of the CLS head and the KD head.
     `hidden_states`: embeddings and every layer's output before the final norm, L + 1 entries, (B, N, D) each: CLS (if
-    the family has one) and patches, without KD token, registers and the like; None for a layer that was not asked for.
-    `similarities`: only of a one-pass model that is given a query; for
-    every layer with keys the cosines (B, M) of its keys with the CLS token entering it, and with that query.
-    `path_logits`: (B, C) of a second path through a teacher, if a term has put one beside the teacher's own.
+    the family has one) and patches, without KD token, registers and the like; None for layers not requested.
+    `similarities`: only for a one-pass model given a query; for every layer with keys, the cosines (B, M) of its keys
+    with the CLS token entering it, and with that query.
+    `path_logits`: (B, C) of a second path through a teacher, if a loss term has added one.
     """
 
     loss: torch.Tensor | None = None
@@ -87,7 +87,7 @@ class CDLOutput(ModelOutput):
 class TaskSplit(Protocol):
     """Images of one task and split: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
 
-    It may have `seen_by(*roles)`, if the models of the roles want different pixel values: see hf_cdl.data.TaskSplit.
+    It may have `seen_by(*roles)`, if the roles' models need different pixel values: see hf_cdl.data.TaskSplit.
     """
 
     def __len__(self) -> int: ...
@@ -99,7 +99,7 @@ class TaskSplit(Protocol):
 class Task:
     """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order.
 
-    A task that was learnt elsewhere has no training images, and test images only if they are given.
+    A task learnt elsewhere has no training images, and test images only if they are provided.
     """
 
     index: int
@@ -122,11 +122,11 @@ class Task:
 
 @dataclass
 class TaskResult:
-    """What one phase (a role on a task) left behind: accuracies in percent, time in seconds, memory in bytes.
+    """Results of one phase (a role on a task): accuracies in percent, time in seconds, memory in bytes.
 
-    `row`: floats, or None for a task without test images. `within_task`, `task_identification`: the same for other
-    questions, `confidence` and `calibration_error` over all images, `class_accuracy` by the class's name; all in
-    percent, see hf_cdl.training.evaluation.
+    `row`: accuracy per task, None for a task without test images. `within_task`, `task_identification`: likewise for
+    within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
+    `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation.
     """
 
     role: str
