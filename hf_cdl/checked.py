@@ -174,7 +174,7 @@ def check_size(what: str, build: Callable[[], nn.Module]) -> int:
             part = build()
     except ValueError:
         raise
-    except Exception as error:  # transformers and torch raise many types; sizes beyond 2^63 a RuntimeError
+    except Exception as error:  # transformers and torch raise many error types; sizes beyond 2^63 a RuntimeError
         raise ValueError(f"{what} cannot be made; check its config.json: {said(error)}") from error
     tensors = [*part.parameters(), *part.buffers()]
     numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

@@ -138,7 +138,7 @@ class CDLConfig(PreTrainedConfig):
             super().__post_init__(**kwargs)
         except ValueError:
             raise
-        except Exception as error:  # the nested configs' own checks raise many types
+        except Exception as error:  # the nested configs' own checks raise many error types
             raise ValueError(f"No usable backbone_config or query_config: {said(error)}") from error
 
     def check(self) -> None:

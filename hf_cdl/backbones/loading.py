@@ -64,7 +64,7 @@ def read_config(name: str, revision: str | None = None, **hub: Any) -> PreTraine
         check_numbers(found, "config.json's value")
         check_generic(found, "config.json")
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
-    except Exception as error:  # transformers and its configs raise many types
+    except Exception as error:  # transformers and its configs raise many error types
         raise ValueError(
             f"No usable model config at backbone '{name}'{at(revision)}: {_first_line(error)} Give a Hub id "
             "or a folder with config.json and model.safetensors. Prompts work on backbones of type "
@@ -104,7 +104,7 @@ def load_weights(
             model, info = model_class.from_pretrained(
                 name, revision=revision, config=config, output_loading_info=True, **how, **options
             )
-    except Exception as error:  # transformers, safetensors and the Hub raise many types
+    except Exception as error:  # transformers, safetensors and the Hub raise many error types
         raise ValueError(
             f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
             "Check that model.safetensors is there and whole; download it again if it was cut short."

@@ -1,11 +1,11 @@
-"""Benchmark names that a recipe's `data.path` may hold instead of a Hub id."""
+"""Benchmark names that a recipe may use as `data.path` instead of a Hub id."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# The values fill the fields of StreamConfig that were left at None. No commit is pinned: the newest version on the
-# Hub is loaded, unless the recipe sets `revision`.
+# The values fill StreamConfig fields that were left at None. No commit is pinned: the latest version on the Hub is
+# loaded unless the recipe sets `revision`.
 BENCHMARKS: dict[str, dict[str, Any]] = {
     "cifar100": {
         "path": "uoft-cs/cifar100",
@@ -15,7 +15,7 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
         "train_split": "train",
         "test_split": "test",
     },
-    "imagenet_r": {  # one split for all 30,000 images; there is no official division into training and test
+    "imagenet_r": {  # a single split of 30,000 images; there is no official train/test split
         "path": "axiong/imagenet-r",
         "image_column": "image",
         "label_column": "wnid",
@@ -32,4 +32,4 @@ BENCHMARKS: dict[str, dict[str, Any]] = {
 }
 
 SIZES: dict[str, tuple[int, int]] = {"cifar100": (100, 50_000), "imagenet_r": (200, 30_000), "cub200": (200, 5_994)}
-"""Classes and images of a benchmark's training split as published, to plan a run without the data."""
+"""Number of classes and images in each published training split, to plan a run without the data."""

@@ -1,4 +1,4 @@
-"""The image cells of a table: the bytes in them, or the file that they name."""
+"""Image cells of a table, which hold bytes or name a file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from hf_cdl.data.images import MAX_PIXELS, Decoded, ImageError, check_regular, d
 class Cells:
     """How the image cells of a data set are read.
 
-    `max_pixels`: of an image; `folders`: where a file must lie that a cell names (the first one is where its relative
-    path begins), none: anywhere, for data that the user's own program made. Links in these folders are followed.
+    `max_pixels`: limit per image; `folders`: where files named by cells must be (relative paths start at the first),
+    None: anywhere, for data made by the user's own program. Links in these folders are followed.
     """
 
     max_pixels: int = MAX_PIXELS
     folders: tuple[str, ...] | None = None
 
     def file(self, cell: Mapping[str, Any]) -> str | None:
-        """The file that holds the image; None if the cell itself does. Raises ImageError if it lies elsewhere."""
+        """Return the image's file, None if the cell has the bytes. Raises ImageError for a file outside `folders`."""
         path = cell["path"]
         if cell["bytes"] is not None or not path or self.folders is None:
             return path if cell["bytes"] is None else None
@@ -43,12 +43,12 @@ class Cells:
         return next(filter(os.path.exists, inside), inside[0])
 
     def decode(self, cell: Mapping[str, Any] | None) -> Decoded:
-        """The image in RGB. Raises ImageError for a bad one."""
+        """Decode the image to RGB. Raises ImageError for a bad one."""
         file = None if cell is None else self.file(cell)
         return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
 
     def holds_16_bits(self, cell: Mapping[str, Any] | None) -> bool:
-        """Whether the image has 16 bits in one channel; False for a bad one."""
+        """Whether the image has a single 16-bit channel; False for a bad image."""
         try:
             file = None if cell is None else self.file(cell)
         except ImageError:
@@ -56,7 +56,7 @@ class Cells:
         return cell is not None and holds_16_bits(file or cell["bytes"])
 
     def sizes(self, data: Dataset) -> np.ndarray:
-        """Bytes of every image (N,); -1 where there is no file of its own kind and place."""
+        """Size of every image in bytes (N,); -1 for a missing, irregular or misplaced file."""
         sizes: list[int] = []
         for batch in data.with_format("arrow").iter(1000):
             for cell in pa.table(batch).column(0):
@@ -68,12 +68,12 @@ class Cells:
         try:
             file = self.file({"bytes": None, "path": path})
             return -1 if not file else check_regular(file).st_size
-        except (OSError, ValueError):  # `check_images` says what is wrong
+        except (OSError, ValueError):  # `check_images` reports what is wrong
             return -1
 
 
 def cells_of(path: str | None, max_pixels: int) -> Cells:
-    """How the cells of the data at `data.path` are read; none: they are the user's own."""
+    """How to read the cells of the data at `data.path`; None: the user's own data."""
     if path is None:
         return Cells(max_pixels)
     root = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Tables of a local folder: parquet files, Dataset.save_to_disk, and metadata.csv beside images."""
+"""Tables in a local folder: parquet files, Dataset.save_to_disk output, and metadata.csv with images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tables = Mapping[str, Dataset]
 
 
 def parquet_tables(root: Path) -> Tables:
-    """Split name -> data of the parquet files in a folder; files without a split's name are splits of their own."""
+    """Split name -> data of a folder's parquet files; a file not named after a split is its own split."""
     files: dict[str, list[str]] = {}
     for file in _parquet_files(root):
         usual = re.match(rf"({'|'.join(_SPLIT_NAMES)})(?![a-z])", file.stem, re.IGNORECASE)
@@ -35,7 +35,7 @@ def parquet_tables(root: Path) -> Tables:
 
 
 def _parquet_files(root: Path) -> list[Path]:
-    """Those of a folder, in order. Raises ValueError if one of several parts is not there."""
+    """A folder's parquet files, sorted. Raises ValueError if a part is missing."""
     found = [f for f in sorted(root.glob("*.parquet")) if f.name not in METADATA and not f.name.startswith(".")]
     parts: dict[tuple[str, int], list[int]] = {}
     for file in found:
@@ -63,17 +63,17 @@ def _load(kind: str, files: list[str]) -> Dataset:
 
 
 def _told(place: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The answer of `read`; whatever it raises becomes a ValueError of one line that names the file or folder."""
+    """Call `read`, turning any error into a one-line ValueError that names the file or folder."""
     try:
         return read(*args, **options)
-    except Exception as error:  # the readers of arrow, json, csv and `datasets` raise all kinds
+    except Exception as error:  # readers of arrow, json, csv and `datasets` raise all kinds of errors
         cause = error.__cause__ or error
         reason = readable(f"{type(cause).__name__}: {cause}".split("\n")[0])
         raise ValueError(f"{readable(str(place))} cannot be read: {reason}. Repair it, or take it away.") from error
 
 
 def saved_tables(root: Path) -> Tables | None:
-    """Split name -> data that `save_to_disk` put into a folder; None if it did not."""
+    """Split name -> data that `save_to_disk` wrote to a folder; None if there is none."""
     if not (root / "dataset_dict.json").is_file():
         table = saved_table(root)
         return None if table is None else {str(table.split or "train"): table}
@@ -85,7 +85,7 @@ def saved_tables(root: Path) -> Tables | None:
 
 
 def saved_table(root: Path) -> Dataset | None:
-    """The table that Dataset.save_to_disk put into a folder; None if it did not."""
+    """The table that Dataset.save_to_disk wrote to a folder; None if there is none."""
     state = root / "state.json"
     if not state.is_file():
         return None
@@ -96,17 +96,17 @@ def saved_table(root: Path) -> Dataset | None:
 
 
 def _inside(file: Path, name: Any) -> str:
-    """The name of a file or folder beside `file`. Raises ValueError if it leads elsewhere."""
+    """The name of a file or folder next to `file`. Raises ValueError if it points elsewhere."""
     if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
         raise ValueError(f"{file} names {readable(repr(name))}, which is not in its folder. Save the data again.")
     return name
 
 
 def metadata_table(root: Path, label_column: str | None, class_folders: Callable[[Path], bool]) -> Dataset | None:
-    """The table that `datasets` makes of a metadata file beside images; None if there is none.
+    """The table that `datasets` makes from a metadata file next to images; None if there is none.
 
-    `class_folders`: whether a folder has folders that could be classes. They count, and the answer is None, if the
-    file says nothing of classes or the same. Raises ValueError if they disagree and no `label_column` decides.
+    `class_folders`: whether a folder has subfolders that could be classes. They take precedence, and the result is
+    None, if the file has no classes or the same ones. Raises ValueError if they differ and no `label_column` is set.
     """
     files = [root / name for name in METADATA if (root / name).is_file()]
     if not files:
@@ -117,7 +117,7 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
     try:
         table = _load("imagefolder", [os.path.abspath(files[0])])
     except ValueError:
-        if has_classes and not _lists_files(files[0]):  # a file of that name that is something else
+        if has_classes and not _lists_files(files[0]):  # not a metadata file despite its name
             return None
         raise
     column = label_column or next((name for name in USUAL_LABELS if name in table.column_names), None)
@@ -137,22 +137,22 @@ def metadata_table(root: Path, label_column: str | None, class_folders: Callable
 
 
 def _lists_files(file: Path) -> bool:
-    """Whether it begins with the column that `datasets` needs, however that is written."""
+    """Whether the file starts with the column that `datasets` needs, in any notation."""
     with file.open("rb") as content:
         return b"file_name" in content.read(4096)
 
 
 def image_paths(table: Dataset) -> list[Path]:
-    """The paths in the first image column."""
+    """Return the paths in the first image column."""
     column = next(name for name, feature in table.features.items() if isinstance(feature, datasets.Image))
     cells = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))[column]
     return [Path(cell["path"] or "") for cell in cells]
 
 
 def cut_by_split(root: Path, table: Dataset) -> Tables:
-    """Split name -> rows, by the table's column "split" or the folders of its images; without such, all are "train".
+    """Split name -> rows, by the column "split" or the images' folders; without either, everything is "train".
 
-    Raises ValueError if only a part of the rows has the name of a split.
+    Raises ValueError if only some rows have the name of a split.
     """
     if "split" in table.column_names:
         names, what = [str(name) for name in table["split"]], "column 'split'"

@@ -1,9 +1,9 @@
-"""A local folder as a data set: which layout lies there, and its tables. Nothing is written into the folder.
+"""Local folders as data sets: detect the layout and read the tables. Nothing is written to the folder.
 
-Recognised are parquet files called after their split, Dataset.save_to_disk, metadata.csv beside images as `datasets`
-reads it, class folders inside split folders, split folders inside class folders, and class folders alone; all but the
-last also one folder further down, if that is the only one. What could be two things is refused: a folder that is
-called like a split is a class only inside a split folder.
+Recognised layouts: parquet files named after their split, Dataset.save_to_disk output, metadata.csv next to images as
+read by `datasets`, class folders inside split folders, split folders inside class folders, and class folders alone;
+all but the last also one level down, if there is only one subfolder. Ambiguous layouts are refused: a folder named
+like a split is a class only inside a split folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from hf_cdl.data.images import readable
 from hf_cdl.data.names import nfc, some
 from hf_cdl.data.splits_and_columns import role_like, role_of
 
-# What often lies beside images. Any other file counts as one; if it is none, `check_images` names it.
+# Files often found next to images. Any other file counts as an image; if it is not one, `check_images` reports it.
 _NO_IMAGES = tuple(".txt .md .html .csv .tsv .json .jsonl .xml .yaml .npy .mat .db .ini".split())
 _TABLES = (".csv", ".tsv", ".json", ".jsonl")
-_NO_FOLDERS = ("__MACOSX", "@eaDir")  # what macOS and Synology put beside the real ones
+_NO_FOLDERS = ("__MACOSX", "@eaDir")  # added by macOS and Synology
 LAYOUTS = (
     "parquet files called after their split (train.parquet, test.parquet), class folders of images inside split "
     "folders (train/CLASS/x.png, test/CLASS/y.png) or alone with test_fraction, what save_to_disk writes, or images "
@@ -42,7 +42,7 @@ LAYOUTS = (
 
 
 class ClassFolders(dict[str, Dataset]):
-    """Split name -> table of paths, where classes are folders; `notes`: what lies there and was left out."""
+    """Split name -> table of paths, where classes are folders; `notes`: what was found but left out."""
 
     def __init__(self, tables: Tables, notes: Iterable[str] = ()):
         super().__init__(tables)
@@ -50,9 +50,9 @@ class ClassFolders(dict[str, Dataset]):
 
 
 def read_folder(root: Path, named: Iterable[str], label_column: str | None) -> Tables:
-    """Split name -> table, of a local folder. `named`: further names that split folders have.
+    """Read a local folder as split name -> table. `named`: further names of split folders.
 
-    Raises ValueError, saying what lies there, if it is no data set or could be two.
+    Raises ValueError, listing the folder's content, if it is not a data set or is ambiguous.
     """
     named = set(named)
     found, folders = _recognised(root, named, label_column), _folders(root)
@@ -69,7 +69,7 @@ def read_folder(root: Path, named: Iterable[str], label_column: str | None) -> T
 
 
 def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables | None:
-    """The tables of a folder that says by itself what it is; None if it does not."""
+    """The tables of a folder whose layout is explicit; None if it is not."""
     found = saved_tables(root) or parquet_tables(root)
     if found:
         return found
@@ -87,10 +87,10 @@ def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables
 
 
 def _split_folders(root: Path, named: set[str]) -> dict[str, Path]:
-    """Split name -> folder, of those called after a split that hold folders or tables.
+    """Split name -> folder, for folders named after a split that hold folders or tables.
 
-    If there are none, those with a split's word in their name, such as training_set, by the usual name; their folders
-    have to be called alike.
+    If there are none: usual split name -> folder, for names containing a split's name, such as training_set, whose
+    class folders must have the same names.
     """
     filled = [folder for folder in _folders(root) if _folders(folder) or _has_table(folder)]
     exact = {folder.name: folder for folder in filled if folder.name in named or role_of(folder.name)}
@@ -127,7 +127,7 @@ def _of_split_folders(root: Path, splits: dict[str, Path], label_column: str | N
 
 
 def _inner(split: Path) -> Path:
-    """The folder with the classes: a split folder, or the one of the same role that is all it holds."""
+    """The folder with the classes: the split folder, or its only subfolder if that is of the same role."""
     folders = _folders(split)
     if len(folders) != 1 or not role_like(split.name) or role_like(folders[0].name) != role_like(split.name):
         return split
@@ -153,7 +153,7 @@ def _class_tables(root: Path, splits: dict[str, Path]) -> ClassFolders:
 
 
 def _splits_in_classes(root: Path) -> ClassFolders | None:
-    """The tables of CLASS/train, CLASS/test; None if not all folders are like that."""
+    """The tables of CLASS/train, CLASS/test; None if not all folders have this layout."""
     splits: dict[str, list[tuple[str, Path]]] = {}
     classes = _folders(root)
     for folder in classes:
@@ -166,7 +166,7 @@ def _splits_in_classes(root: Path) -> ClassFolders | None:
 
 
 def _class_folders(root: Path) -> ClassFolders:
-    """The tables of class folders without splits. Raises ValueError if they could be something else."""
+    """The tables of class folders without splits. Raises ValueError if they are ambiguous."""
     classes = _folders(root)
     splits = [folder.name for folder in classes if role_of(folder.name)]
     like = [role_like(folder.name) for folder in classes]
@@ -185,7 +185,7 @@ def _class_folders(root: Path) -> ClassFolders:
 
 
 def _refuse_splits_within(root: Path) -> None:
-    """Raises ValueError if there are folders called like splits somewhere in the class folders."""
+    """Raise ValueError if there are folders named like splits anywhere in the class folders."""
     within = [str(f.relative_to(root)) for folder in _folders(root) for f in _below(folder) if role_of(f.name)]
     if within:
         raise ValueError(
@@ -195,7 +195,7 @@ def _refuse_splits_within(root: Path) -> None:
 
 
 def _left_out(root: Path) -> list[str]:
-    """What a user should know of a folder with class folders."""
+    """Notes for the user on what was left out of a folder with class folders."""
     notes, classes = [], _folders(root)
     if loose := _pictures(root):
         notes.append(f"{root}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
@@ -212,7 +212,7 @@ def _left_out(root: Path) -> list[str]:
 
 
 def _refuse_two_levels(root: Path) -> None:
-    """Raises ValueError if the class folders hold nothing but folders with names of their own: which are classes?"""
+    """Raise ValueError if class folders hold only uniquely named folders: it is unclear which are the classes."""
     classes = _folders(root)
     inner = {folder.name: [f.name for f in _folders(folder)] for folder in classes}
     names = [*chain.from_iterable(inner.values())]
@@ -226,7 +226,7 @@ def _refuse_two_levels(root: Path) -> None:
 
 
 def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
-    """Tables of paths. Not `imagefolder`, which takes a class called "train" or "test" for a split."""
+    """Tables of paths. Not by `imagefolder`, which would take a class named "train" or "test" for a split."""
     names = sorted({nfc(_utf8(root, name)) for classes in splits.values() for name, _ in classes})
     features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
     tables = {}
@@ -238,7 +238,7 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
 
 
 def _utf8(root: Path, name: str) -> str:
-    """The name. Raises ValueError if it is no UTF-8, which tables cannot hold."""
+    """Return the name. Raises ValueError if it is not UTF-8, since tables could not hold it."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -255,12 +255,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _has_pictures(folder: Path) -> bool:
-    """Whether images lie in a folder's folders, or in the folders of these."""
+    """Whether there are images one or two levels below a folder."""
     return any(_pictures(f) for outer in _folders(folder) for f in (outer, *_folders(outer)))
 
 
 def _pictures(folder: Path) -> list[str]:
-    """Names of the files directly in a folder that are called like images."""
+    """Names of the files directly in a folder that have an image extension."""
     known = Image.registered_extensions()
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(".")]
@@ -268,14 +268,14 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    """All files in the folder and below, but hidden ones and those that are plainly something else."""
+    """All files in the folder and below, except hidden files and those with a known non-image extension."""
     found = [place / entry for place in (folder, *_below(folder)) for entry in os.listdir(place)]
     files = sorted(file for file in found if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)
     return [file for file in files if not file.name.startswith(".")]
 
 
 def _below(folder: Path) -> list[Path]:
-    """The folders in a folder, at any depth; links are followed, but not in circles."""
+    """All folders below a folder; links are followed, but not in cycles."""
     found, seen = [folder], {folder.resolve()}
     for place in found:
         for inner in (Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):

@@ -1,9 +1,9 @@
-"""From an image file to RGB: the one rule for training, the commands, the demo and the served model.
+"""Decoding image files to RGB, the same way for training, the commands, the demo and the served model.
 
-The first frame, or page, of a file counts, turned as its orientation tag says. Grey becomes three equal channels,
-palettes become their colours, CMYK, YCbCr and LAB are converted as Pillow does it, and transparency is left out: the
-colours below it count. Of 16 bits the upper eight are kept. 32-bit whole numbers and floating-point numbers have no
-defined black and white and are refused, as are colour modes that Pillow does not convert.
+The first frame or page of a file is used, rotated according to its orientation tag. Grey becomes three equal channels,
+palettes become their colours, CMYK, YCbCr and LAB are converted by Pillow, and transparency is dropped, keeping the
+colours below it. 16 bits are reduced to the upper eight. 32-bit integers and floating-point values have no defined
+black and white and are refused, as are colour modes that Pillow does not convert.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from hf_cdl.escape import visible
 
 MAX_PIXELS = 100_000_000
-"""The most pixels (width * height) of an image, unless the caller says otherwise: 300 MB in RGB."""
+"""Default maximum number of pixels (width * height) of an image: 300 MB in RGB."""
 
-_PROGRAMS = ("EPS",)  # formats that Pillow hands to another program (Ghostscript)
-_SIXTEEN = ("PNG", "PPM")  # if such a file comes as 32-bit numbers, they are 0 ... 65535
+_PROGRAMS = ("EPS",)  # formats that Pillow passes to another program (Ghostscript)
+_SIXTEEN = ("PNG", "PPM")  # 32-bit values from these formats are 0 ... 65535
 _PHOTOMETRIC = 262
-"""The tag of a TIFF that is 0 if zero is white."""
+"""TIFF tag that is 0 if zero is white."""
 
 
 class ImageError(ValueError):
@@ -36,8 +36,10 @@ class ImageError(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image in RGB; `deep`: its file has 16 bits a channel, of which the upper eight are left; `wide`: in one
-    channel, which Pillow's own conversion would clip.
+    """An RGB image.
+
+    `deep`: its file has 16 bits per channel, of which the upper eight are kept; `wide`: it has only one such channel,
+    which Pillow's own conversion would clip.
     """
 
     image: Image.Image
@@ -46,16 +48,16 @@ class Decoded(NamedTuple):
 
 
 def decode(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """RGB image from a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column.
+    """Decode a PIL image, a path, bytes, or the {"bytes", "path"} of a `datasets` column to RGB.
 
-    `name`: what messages call it, if it has no path. Raises ImageError, naming the image, if it is missing, truncated,
-    no image, no regular file, of more than `max_pixels` (before they are unpacked), or of a mode without a rule.
+    `name`: for messages, if it has no path. Raises ImageError, naming the image, if it is missing, truncated, not an
+    image, not a regular file, larger than `max_pixels` (checked before decompression), or of an unsupported mode.
     """
     return decode_fully(image, name, max_pixels).image
 
 
 def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """As `decode`, and what its file was."""
+    """As `decode`, plus the bit depth of the file."""
     if isinstance(image, dict):
         name = image.get("path") or name
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
@@ -69,7 +71,7 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
             return _to_rgb(opened, max_pixels)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # Pillow's readers raise whatever corrupt bytes lead to
+    except Exception as error:  # Pillow raises all types for corrupt bytes
         if _is_empty(image):
             raise ImageError(f"{name}: the image is empty (0 bytes); supply it or remove it") from error
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else readable(str(error))
@@ -77,28 +79,28 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
 
 
 def _is_empty(image: Any) -> bool:
-    """Whether an image that cannot be read is a file, or the content of one, without a single byte."""
+    """Whether an unreadable image is an empty file or the empty content of one."""
     if isinstance(image, bytes | bytearray):
         return not image
     return isinstance(image, str | os.PathLike) and os.path.isfile(image) and not os.path.getsize(image)
 
 
 def holds_16_bits(image: Any) -> bool:
-    """Whether a path or a file's bytes hold 16 bits in one channel, by the header alone; False if unreadable."""
+    """Whether a path or a file's bytes hold a single 16-bit channel, judging by the header; False if unreadable."""
     try:
         with _opened(image) as opened:
             return opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format in _SIXTEEN)
-    except Exception:  # `decode` says what is wrong
+    except Exception:  # `decode` reports what is wrong
         return False
 
 
 def readable(text: str, limit: int = 300) -> str:
-    """Text of strangers for one line of a message: what would act is escaped, the middle of a long one left out."""
+    """Format untrusted text for a one-line message: escape special characters, cut long text in the middle."""
     return visible(text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 2 :]}")
 
 
 def check_regular(path: str | os.PathLike[str]) -> os.stat_result:
-    """What the system says of a regular file. Raises ImageError for any other: to open a pipe or device may block."""
+    """Return os.stat of a regular file. Raises ImageError for anything else: opening a pipe or device may block."""
     state = os.stat(path)
     if not stat.S_ISREG(state.st_mode):
         kinds = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
@@ -122,21 +124,21 @@ def _opened(image: Any) -> Iterator[Image.Image]:
 
 
 def _identify(file: IO[bytes]) -> Image.Image:
-    """As Image.open, but without its limit of pixels, which is one for the whole process (the caller has its own)."""
+    """As Image.open, but without its pixel limit, which is global to the process (the caller has its own)."""
     prefix = file.read(16)
-    for prepare in (Image.preinit, Image.init):  # the usual formats first
+    for prepare in (Image.preinit, Image.init):  # common formats first
         prepare()
         for kind in list(Image.ID):
             factory, accept = Image.OPEN[kind]
             accepted = accept is None or accept(prefix)
-            if not accepted or isinstance(accepted, str):  # a string says why not
+            if not accepted or isinstance(accepted, str):  # a string is the reason why not
                 continue
             if kind in _PROGRAMS:
                 raise ImageError(f"is of the format {kind}, a program that would be run; save it as PNG")
             file.seek(0)
             try:
                 return factory(file, "")
-            except (SyntaxError, IndexError, TypeError, struct.error):  # another format, as for Image.open
+            except (SyntaxError, IndexError, TypeError, struct.error):  # another format, as in Image.open
                 continue
     raise UnidentifiedImageError
 
@@ -151,13 +153,13 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def check_resized(size: tuple[int, int], processor: Any, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise ImageError for an image of `size` (width, height) so thin that its resizing would make too many pixels.
+    """Raise ImageError for an image of `size` (width, height) so thin that resizing it would give too many pixels.
 
-    An image processor that sets the shortest side makes the other one longer by as much.
+    An image processor that sets the shortest side scales the other one in proportion.
     """
     sides = getattr(processor, "size", None) or {}
     short, pct = sides.get("shortest_edge"), getattr(processor, "crop_pct", None)
-    if not short or sides.get("height") or (pct and short >= 384):  # ConvNeXt's squeezes into a square from there on
+    if not short or sides.get("height") or (pct and short >= 384):  # from there on ConvNeXt's squeezes to a square
         return
     pixels = math.ceil((short / (pct or 1)) ** 2 * max(size) / max(1, min(size)))
     if pixels > max_pixels:
@@ -168,8 +170,8 @@ def check_resized(size: tuple[int, int], processor: Any, max_pixels: int = MAX_P
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a file that is not yet read has several channels of 16 bits: Pillow keeps the upper eight of each."""
-    for *_, told in getattr(image, "tile", ()):  # what its decoder is told: "RGB;16B", or ("RGB;16L", ...) of a TIFF
+    """Whether a file, not yet read, has several 16-bit channels: Pillow keeps the upper eight bits of each."""
+    for *_, told in getattr(image, "tile", ()):  # decoder arguments: "RGB;16B", or ("RGB;16L", ...) for a TIFF
         if any(isinstance(part, str) and ";16" in part for part in (told if isinstance(told, tuple) else (told,))):
             return True
     return False
@@ -180,10 +182,10 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
     sixteen, deep = image.format in _SIXTEEN, _is_deep(image)
     negative = image.format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = ImageOps.exif_transpose(image)
-    _check_size(image, max_pixels)  # an icon may say less than it holds, within Pillow's own limit
+    _check_size(image, max_pixels)  # an icon may be larger than declared, within Pillow's limit
     if image.mode.startswith("I;16") or (image.mode == "I" and sixteen):
         upper = np.asarray(image).clip(0, 65535) >> 8  # Pillow's own conversion would clip at 255
-        upper = 255 - upper if negative else upper  # which Pillow does with 8 bits, but not with 16
+        upper = 255 - upper if negative else upper  # Pillow does this for 8 bits, but not for 16
         return Decoded(Image.fromarray(upper.astype(np.uint8)).convert("RGB"), wide=True, deep=True)
     if image.mode in ("I", "F"):
         numbers = "32-bit whole numbers" if image.mode == "I" else "floating-point numbers"
@@ -192,7 +194,7 @@ def _to_rgb(image: Image.Image, max_pixels: int) -> Decoded:
             "0 ... 65535 and save it with 8 or 16 bits a channel (numpy: uint8 or uint16)"
         )
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns about the direct way; the colours are the same
+        image = image.convert("RGBA")  # Pillow warns about direct conversion; the colours are the same
     try:
         return Decoded(image.convert("RGB"), wide=False, deep=deep)
     except ValueError as error:

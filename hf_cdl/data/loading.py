@@ -1,4 +1,4 @@
-"""From a path to tables and labels: what is loaded, its class names, and which rows are used."""
+"""Loading of tables and labels from a path: data, class names and the rows to use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_cdl.data.names import nfc, some
 
 
 class NoDataError(ValueError):
-    """There is nothing to read where `data.path` points, or it cannot be reached."""
+    """There is no data at `data.path`, or it cannot be reached."""
 
 
 def load_splits(
@@ -32,9 +32,9 @@ def load_splits(
     named: Collection[str | None],
     label_column: str | None = None,
 ) -> Mapping[str, Dataset]:
-    """Split name -> data, from a local folder (see `read_folder`) or the Hub; `named`: splits besides the usual ones.
+    """Load split name -> data from a local folder (see `read_folder`) or the Hub; `named`: further split names.
 
-    Raises ValueError if there is nothing to read, it could be two things, or the Hub cannot be reached.
+    Raises ValueError if there is nothing to read, the layout is ambiguous, or the Hub cannot be reached.
     """
     if path is None:
         raise ValueError(f"data.path is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
@@ -60,9 +60,9 @@ def load_splits(
 
 
 def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Dataset]:
-    """Split name -> data, of what was given as a data set; one Dataset is the split "train".
+    """Turn a given data set into split name -> data; a single Dataset is the split "train".
 
-    Raises ValueError, naming the kind, for what is no Dataset or dict of them.
+    Raises ValueError, naming the type, for anything but a Dataset or a dict of them.
     """
     needed = "a Dataset (with test_fraction) or a DatasetDict"
     if isinstance(dataset, Dataset):
@@ -89,9 +89,9 @@ def check_tables(dataset: Any, test_fraction: float | None) -> Mapping[str, Data
 
 
 def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """(class names, role -> class number of each row); strings are sorted, plain numbers are their own names.
+    """Return (class names, role -> class index of each row); strings are sorted, plain numbers name themselves.
 
-    Names that differ in how Unicode composes a letter are the same. Raises ValueError for missing labels and names,
+    Names that differ only in Unicode normalisation are the same. Raises ValueError for missing labels and names,
     numbers without a class, gaps, and splits that disagree about the classes.
     """
     kind, values = tables["train"].features[column], {}
@@ -129,7 +129,7 @@ _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
 
 def _kind(feature: Any) -> Any:
-    """What has to be the same in all splits: class names, or whether labels are strings or whole numbers."""
+    """What must agree between splits: the class names, or whether labels are strings or integers."""
     if isinstance(feature, ClassLabel):
         return [*map(nfc, feature.names)]
     kind = str(getattr(feature, "dtype", feature))
@@ -153,9 +153,9 @@ def draw_rows(
     test_fraction: float | None,
     limits: Mapping[str, int | None],
 ) -> dict[str, dict[int, np.ndarray]]:
-    """Role -> class -> its rows, for the given classes. What is drawn depends on a class's name and own rows alone.
+    """Draw role -> class -> rows for the given classes; each draw depends only on the class's name and rows.
 
-    `test_fraction` is held out of the training rows if there is no role test. `limits`: role -> rows kept per class;
+    `test_fraction` is held out from the training rows if there is no test role. `limits`: role -> rows kept per class;
     a smaller limit keeps a subset of what a larger one keeps.
     """
 

@@ -1,4 +1,4 @@
-"""Names that mean something, names that are the same, and names in messages."""
+"""Role names, Unicode normalisation of names, and names in messages."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 from hf_cdl.data.images import readable
 
 ROLES = ("student", "teacher", "nearest_class_mean", "linear_head")
-"""The roles of recipes; who trains without one may name others."""
+"""The roles used in recipes; training without a recipe may use others."""
 
 
 def some(items: Iterable[Any], limit: int = 10) -> str:
-    """The items joined by commas, at most `limit` of them, and how many more there are."""
+    """Join at most `limit` items with commas, and add how many more there are."""
     items = list(items)
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return (", ".join(readable(str(item)) for item in items[:limit]) or "none") + more
 
 
 def nfc(name: str) -> str:
-    """The name as Unicode composes it: macOS and Linux write the same letter in two ways."""
+    """Normalise a name to Unicode NFC: macOS and Linux encode the same letter differently."""
     return unicodedata.normalize("NFC", name)
 
 
 def check_role(role: Any) -> None:
-    """Raise ValueError for what is no name of a role, and for a name that is almost one of the known: techer."""
+    """Raise ValueError for anything but a role name, and for a likely misspelling of a known one, such as techer."""
     near = difflib.get_close_matches(role, ROLES, n=1) if isinstance(role, str) else []
     if role in ROLES or (isinstance(role, str) and role.strip() and not near):
         return

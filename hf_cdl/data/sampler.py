@@ -1,4 +1,4 @@
-"""The order of the training images, the view of each, and who learns from which: a pure function of seed and epoch."""
+"""Order, views and distribution to processes of the training images: a pure function of seed and epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 
 
 class ViewSampler(Sampler[tuple[int, int]]):
-    """Yields (sample, view): every sample once an epoch, view = epoch; a pure function of (seed, epoch)."""
+    """Yield (sample, view): every sample once per epoch, view = epoch; a pure function of (seed, epoch)."""
 
     def __init__(self, length: int, seed: int, shuffle: bool = True):
         self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
@@ -25,11 +25,11 @@ class ViewSampler(Sampler[tuple[int, int]]):
 
 
 class Rounds(Sampler[list[tuple[int, int]]]):
-    """The order of an epoch cut into rounds: in each, every process learns from one batch of its own.
+    """Epoch order split into rounds, in each of which every process learns from its own batch.
 
-    Iterating yields the batches of all processes in turn, as Accelerate deals them out: `batch_size` images for each;
-    the last round has the rest, evenly, or with `drop_last` there is none of less. A process for which nothing is left
-    gets an image all the same, since all take part in a step: `sizes` tells that it counts for nothing.
+    Iteration yields the processes' batches in turn, as Accelerate distributes them: `batch_size` images each. The last
+    round splits the rest evenly, or is dropped with `drop_last`. A process with no images left still gets one, since
+    all take part in a step; `sizes` shows that it does not count.
     """
 
     def __init__(self, sampler: ViewSampler, batch_size: int, drop_last: bool = False, processes: int = 1):
@@ -47,13 +47,13 @@ class Rounds(Sampler[list[tuple[int, int]]]):
                 first += size
 
     def sizes(self, number: int) -> list[int]:
-        """How many images of a round each process learns from."""
+        """Number of images that each process learns from in a round."""
         whole = self.batch_size * self.processes
         images = min(whole, len(self.sampler) - number * whole)
         return [images // self.processes + (rank < images % self.processes) for rank in range(self.processes)]
 
 
 def count_rounds(images: int, batch_size: int, drop_last: bool, processes: int = 1) -> int:
-    """Rounds of an epoch, which are the micro-batches of each process."""
+    """Number of rounds per epoch, i.e. micro-batches per process."""
     whole = batch_size * processes
     return images // whole if drop_last else -(-images // whole)

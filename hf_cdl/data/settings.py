@@ -11,7 +11,7 @@ from hf_cdl.data.images import MAX_PIXELS
 from hf_cdl.data.names import nfc, some
 
 _PADDING = 1000
-"""Pixels of crop_padding: more would be images of padding alone, and fill the memory."""
+"""Maximum crop_padding in pixels: more would give images of pure padding and exhaust memory."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -62,7 +62,7 @@ class StreamConfig:
             raise ValueError("These settings make no stream of tasks:\n- " + "\n- ".join(problems))
 
     def _class_problems(self) -> list[str]:
-        """What is wrong with the tasks and the classes named here."""
+        """Problems of the tasks and class names given here."""
         problems: list[str] = []
         sizes = self.classes_per_task if isinstance(self.classes_per_task, list) else [self.classes_per_task]
         named = [size for size in sizes if isinstance(size, list)]
@@ -124,7 +124,7 @@ class StreamConfig:
         return problems
 
     def _view_problems(self) -> list[str]:
-        """What is wrong with the training view."""
+        """Problems of the training view."""
         problems = []
         for name, most in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
             value, rule = getattr(self, name), "0 < low <= high" + (" <= 1" if name == "crop_scale" else "")

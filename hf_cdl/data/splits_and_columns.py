@@ -1,4 +1,4 @@
-"""Which split of a data set is for training, which is the test set, and which columns hold the images and labels."""
+"""Choice of the training, validation and test splits and of the image and label columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset
 
 from hf_cdl.data.names import some
 
-USUAL_SPLITS = {  # the words of `datasets`, the most usual first
+USUAL_SPLITS = {  # the names `datasets` uses, most common first
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
@@ -20,12 +20,12 @@ USUAL_LABELS = ("label", "labels", "fine_label", "class", "class_name", "target"
 
 
 def role_of(name: str) -> str | None:
-    """The role (train, validation, test) of a split of that name, in whatever case; None for any other name."""
+    """The role (train, validation, test) of a split name, ignoring case; None for any other name."""
     return next((role for role, words in USUAL_SPLITS.items() if name.casefold() in words), None)
 
 
 def role_like(name: str) -> str | None:
-    """The role whose words are in the name, as `datasets` reads them: training_set, seg_train, test2017, TestSet."""
+    """The role contained in a name, as `datasets` finds it: training_set, seg_train, test2017, TestSet."""
     words = re.split(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])|(?i:sets?|data|images)(?![a-z])", name)
     roles = {role_of(word) for word in words} - {None}
     return roles.pop() if len(roles) == 1 else None
@@ -34,8 +34,8 @@ def role_like(name: str) -> str | None:
 def choose_splits(found: Collection[str], named: Mapping[str, str | None], needed: set[str]) -> dict[str, str]:
     """Role (train, validation, test) -> split name; a role without a split is left out.
 
-    The usual names count in whatever case, the most usual first. Raises ValueError if a `named` split does not exist,
-    a `needed` role has none, or two differ in their case alone.
+    Usual names match regardless of case, the most common first. Raises ValueError if a `named` split does not exist,
+    a `needed` role has none, or two names differ only in case.
     """
     chosen = {role: name for role, name in named.items() if name is not None}
     for role, name in chosen.items():
@@ -61,9 +61,9 @@ def choose_splits(found: Collection[str], named: Mapping[str, str | None], neede
 
 
 def choose_columns(tables: Mapping[str, Dataset], image: str | None, label: str | None) -> tuple[str, str]:
-    """(image column, label column); one without a name is found by its type, labels also by their name.
+    """Return (image column, label column); if not named, found by type, for labels also by usual names.
 
-    Raises ValueError if a column does not exist in all splits, is not of images or is not the only candidate.
+    Raises ValueError if a column is not in all splits, does not hold images or is not the only candidate.
     """
     features = tables["train"].features
     images = [column for column, feature in features.items() if _holds_images(feature)]

@@ -1,4 +1,4 @@
-"""A class-incremental stream: an image-classification data set cut into tasks with disjoint classes."""
+"""Class-incremental streams: an image-classification data set split into tasks with disjoint classes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ from hf_cdl.types import Task
 class TaskStream:
     """The tasks of a class-incremental stream, in order.
 
-    `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; a role that is not named
-    sees what the first one sees; with none at all there are no pixel values. `seed`: of the augmented views.
-    `dataset`: the data themselves (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`.
-    `config`: with a benchmark's values filled in. Splits, columns, labels and classes are checked here, the images by
-    `check_images`; `notes` says what of the data or settings was left out. Raises ValueError if no stream can be made
-    of the data.
+    `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; roles without one use
+    the first; with none at all there are no pixel values. `seed`: seed of the augmented views. `dataset`: the data
+    itself (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`. The attribute `config` has a
+    benchmark's values filled in. Splits, columns, labels and classes are checked here, images by `check_images`;
+    `notes` lists data and settings that are not used. Raises ValueError if the data cannot be made into a stream.
     """
 
     def __init__(
@@ -88,14 +87,14 @@ class TaskStream:
 
     @property
     def class_names(self) -> list[str]:
-        """In stream order, the order of the logits."""
+        """Class names in stream order, which is the order of the logits."""
         return [name for task in self for name in task.class_names]
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change with the classes, their order, the tasks, the rows and the files' sizes.
+        """16 hex digits that depend on the classes, their order, the tasks, the rows and the file sizes.
 
-        Not with the folder or the machine: the same data in another place have the same fingerprint.
+        Independent of folder and machine: the same data elsewhere has the same fingerprint.
         """
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
@@ -110,7 +109,7 @@ class TaskStream:
 
     @property
     def images(self) -> dict[str, list[int]]:
-        """Split -> numbers of its images in each class, in stream order; for splits that have some."""
+        """Split -> number of images per class, in stream order; only for non-empty splits."""
         found = {role: [] for role in ("train", "validation", "test")}
         for role, counts in found.items():
             for task in self:
@@ -120,15 +119,15 @@ class TaskStream:
         return {role: counts for role, counts in found.items() if any(counts)}
 
     def check_images(self, plain: bool = False) -> list[str]:
-        """Decodes every image of the stream once, in threads; returns what a user should know of them.
+        """Decode every image of the stream once, in threads; return notes for the user.
 
-        That is: training images of one colour, or almost black since they hold 12 bits in 16. `plain`: a model will be
-        served by transformers' own pipeline, which reads 16-bit images otherwise, so that they are refused. Raises
-        ImageError naming the first ten bad ones, also if all training images of a class are of one colour.
+        They report training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
+        model will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are
+        refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
         parts = [(task, role, split) for task in self for role, split in _parts(task)]
         bad: list[str] = []
-        flat: dict[str, _Flat] = {}  # by class
+        flat: dict[str, _Flat] = {}  # per class
         with (
             ThreadPoolExecutor() as pool,
             tqdm(total=sum(len(p[-1]) for p in parts), desc="Checking images", unit="image", disable=None) as bar,
@@ -156,7 +155,7 @@ class TaskStream:
 
 @dataclass(frozen=True)
 class _Source:
-    """What tasks are cut from: by role undecoded images, split names, rows and labels; names of classes; views."""
+    """What tasks are made from: undecoded images, split names, rows and labels per role; class names; views."""
 
     images: dict[str, Dataset]
     splits: dict[str, str]
@@ -167,14 +166,14 @@ class _Source:
     cells: Any
 
     def cut(self, tasks: list[list[str]], known: int, eval_split: str) -> Iterator[Task]:
-        """The tasks with these class names; of the first `known` there are no training images."""
+        """Yield the tasks with these class names; the first `known` tasks have no training images."""
         number = {nfc(name): i for i, name in enumerate(chain.from_iterable(tasks))}
         class_of = {name: c for c, name in enumerate(self.names)}
         for index, class_names in enumerate(tasks):
             classes = [class_of[name] for name in map(nfc, class_names) if name in class_of]
             parts: dict[str, TaskSplit] = {}
             for role, own in self.rows.items():
-                source = role if role in self.images else "train"  # a held-out test set is a part of train
+                source = role if role in self.images else "train"  # a held-out test set is part of train
                 learnt = index < known and source == "train"
                 used = () if learnt else (own[c] for c in classes)
                 where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
@@ -197,20 +196,20 @@ def _check_arguments(config: Any, processors: Any) -> None:
 
 
 def _load(config: StreamConfig, named: list[str | None], is_benchmark: bool) -> Mapping[str, Dataset]:
-    """The splits at the config's path."""
+    """Load the splits at the config's path."""
     name = None if is_benchmark and Path(str(config.path)).is_dir() else config.name  # a benchmark's copy has none
     return load_splits(config.path, name, config.revision, named, config.label_column)
 
 
 def _given(config: StreamConfig, dataset: Mapping[str, Dataset] | Dataset) -> Mapping[str, Dataset]:
-    """The splits of data that were given. Raises ValueError if the config names others."""
+    """The splits of a given data set. Raises ValueError if the config names another source."""
     if given := [name for name in ("path", "name", "revision") if getattr(config, name) is not None]:
         raise ValueError(f"{some(given)} in the config would not be used beside `dataset`; leave out one of them.")
     return check_tables(dataset, config.test_fraction)
 
 
 def _notes(found: Mapping[str, Dataset], splits: Mapping[str, str], holds_out: bool) -> list[str]:
-    """What of the data or settings is not used."""
+    """Notes on data and settings that are not used."""
     notes = [*getattr(found, "notes", ())]
     if unused := [name for name in found if name not in splits.values()]:
         notes.append(f"not read are the splits {some(unused)} of the data")
@@ -222,7 +221,7 @@ def _notes(found: Mapping[str, Dataset], splits: Mapping[str, str], holds_out: b
 def _check_filled(
     names: list[str], plan: list[list[int]], rows: Mapping[str, Any], eval_split: str, folders: Mapping[str, str]
 ) -> None:
-    """Raise ValueError for classes of the plan without images; `folders`: of each role, if classes are folders."""
+    """Raise ValueError for planned classes without images; `folders`: each role's, if classes are folders."""
     for role in ("train", "test", eval_split):
         if empty := [names[c] for classes in plan for c in classes if not len(rows[role][c])]:
             way = "remove the names from the ClassLabel"
@@ -235,7 +234,7 @@ def _check_filled(
 
 
 def _views(config: StreamConfig, processors: Any, seed: int) -> dict[str, Preprocess]:
-    """The view of each role; roles that see the same share one object."""
+    """The view of each role; roles with identical views share one object."""
     views: dict[str, Preprocess] = {}
     for role, processor in (processors if isinstance(processors, Mapping) else {"student": processors}).items():
         crop = (config.crop_scale, config.crop_ratio, config.flip, config.crop_padding)
@@ -251,7 +250,7 @@ def _undecoded(table: Dataset, column: str) -> Dataset:
 
 @dataclass
 class _Flat:
-    """How many training images a class has, and which of them show nothing."""
+    """Number of training images of a class, and which of them are blank."""
 
     count: int = 0
     images: list[str] = field(default_factory=list)
@@ -262,7 +261,7 @@ class _Flat:
 
 
 def nothing_held_out(test_split: str) -> str:
-    """That a field has no effect here."""
+    """Note that test_fraction has no effect."""
     return f"nothing is held out by test_fraction, since there is a test split, {test_split!r}"
 
 
@@ -277,7 +276,7 @@ def _parts(task: Task) -> list[tuple[str, TaskSplit]]:
 
 
 def _refuse_known(names: list[str], labels: np.ndarray, learnt: Mapping[str, int]) -> None:
-    """Raises ValueError if there are training images of classes that were learnt in earlier tasks."""
+    """Raise ValueError if there are training images of classes learnt in earlier tasks."""
     present = [names[c] for c in np.unique(labels) if names[c] in learnt]
     if present:
         shown = some([f"{name} (task {learnt[name] + 1})" for name in present])
@@ -290,7 +289,7 @@ def _refuse_known(names: list[str], labels: np.ndarray, learnt: Mapping[str, int
 
 
 def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list[int]]:
-    """The class numbers of each task, of those in `order`."""
+    """The class indices of each task, taken from `order`."""
     if not order and names:
         raise ValueError(
             f"All {len(names)} classes of the data are among known_classes, so there is nothing to learn. Give images "

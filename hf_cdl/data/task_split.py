@@ -1,4 +1,4 @@
-"""One split of a task: its images as the models see them."""
+"""One split of a task, with images as the models see them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CLIPPED = (
 
 
 class Finding(NamedTuple):
-    """Of an image: why it cannot be used, and why it shows nothing."""
+    """Why an image cannot be used (`problem`) or is blank (`flaw`)."""
 
     problem: str | None
     flaw: str | None = None
@@ -32,9 +32,9 @@ class Finding(NamedTuple):
 class TaskSplit:
     """Rows of one split of the data: `split[i]` is the evaluation view, `split[(i, v)]` the augmented view v.
 
-    An item is {"pixel_values": (3, H, W), "labels": number of the class in stream order}; `seen_by` chooses the role
-    whose image processor makes the pixel values. `rows` are indices into the whole split of that `name`; the
-    augmentation knows the samples by them. Raises ImageError for a bad image.
+    An item is {"pixel_values": (3, H, W), "labels": class index in stream order}; `seen_by` chooses the role whose
+    image processor makes the pixel values. `rows` are indices into the full split `name`, by which augmentation
+    identifies samples. Raises ImageError for a bad image.
     """
 
     data: Dataset
@@ -50,10 +50,10 @@ class TaskSplit:
         return len(self.rows)
 
     def seen_by(self, *roles: str) -> TaskSplit:
-        """The same images as the model of the first role sees them, in `pixel_values`.
+        """Return the same images with `pixel_values` for the model of the first role.
 
-        Each further role with another view of them adds `ROLE_pixel_values`: of an augmented view, the same crop.
-        A role without a view sees what the first one sees; a misspelt one raises ValueError.
+        Each further role with a different view adds `ROLE_pixel_values`, with the same crop in augmented views. A role
+        without a view uses the stream's first one. Raises ValueError for a misspelt role.
         """
         for role in roles:
             check_role(role)
@@ -63,7 +63,7 @@ class TaskSplit:
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
-        """A batch of evaluation views or of augmented views (not both), by one call of each image processor."""
+        """Return a batch of evaluation or augmented views (not both), with one call per image processor."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
         images = [self.image(i) for i in indices]
@@ -75,7 +75,7 @@ class TaskSplit:
         return [{**item, "labels": self.labels[i]} for item, i in zip(items, indices, strict=True)]
 
     def _pixel_values(self) -> dict[str, Preprocess]:
-        """What makes each tensor of an item, without those that would be the first again."""
+        """The view that makes each tensor of an item, without duplicates of the first."""
         if not self.views:
             raise ValueError(
                 "This stream was made without image processors, so its images cannot be prepared for a model. Give "
@@ -86,7 +86,7 @@ class TaskSplit:
         return {"pixel_values": first, **{name: view for name, view in more.items() if view is not first}}
 
     def image(self, index: int) -> Image.Image:
-        """The decoded image, in RGB."""
+        """Return the decoded image in RGB."""
         return self._decode(index).image
 
     def _decode(self, index: int) -> Decoded:
@@ -103,15 +103,15 @@ class TaskSplit:
         return decoded
 
     def place(self, index: int) -> str:
-        """Split, row and file of an image, for messages."""
+        """Name an image's split, row and file for messages."""
         (cell,) = self.data[int(self.rows[index])].values()
         path = readable(cell["path"]) if cell and cell["path"] else "in the table"
         return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
 
     def check_8_bits(self) -> None:
-        """Raise ImageError at the first image of 16 bits, which transformers' own pipeline would clip.
+        """Raise ImageError for the first 16-bit image, which transformers' own pipeline would clip.
 
-        Reads the files' headers alone.
+        Reads only file headers.
         """
         for index in range(len(self)):
             (cell,) = self.data[int(self.rows[index])].values()
@@ -119,7 +119,7 @@ class TaskSplit:
                 raise ImageError(f"{self.place(index)}: {_CLIPPED}")
 
     def examine(self, index: int, plain: bool = False) -> Finding:
-        """What is wrong with an image; `plain`: for transformers' own pipeline, too, which clips 16 bits."""
+        """Find what is wrong with an image; `plain`: also for transformers' own pipeline, which clips 16 bits."""
         try:
             image, wide, deep = self._decode(index)
         except ImageError as error:

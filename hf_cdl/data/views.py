@@ -1,8 +1,8 @@
-"""From an image to pixel values: the augmented training view, the processor's evaluation view.
+"""From images to pixel values: the augmented training view and the processor's evaluation view.
 
-The training view is stateless: crop and flip are a pure function of (seed, task, sample, view), taken from the
-counter-based generator Philox. So batches do not depend on workers, ranks or on where a run was resumed, teacher and
-student see the same crop, and a view can be computed again at any time.
+The training view is stateless: crop and flip are a pure function of (seed, task, sample, view), drawn from the
+counter-based generator Philox. So batches do not depend on workers, ranks or where a run was resumed, teacher and
+student see the same crop, and a view can be recomputed at any time.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from hf_cdl.data.images import decode as decode
 from hf_cdl.data.images import readable
 
 MOST_SIDE = 4096
-"""Pixels that a side of an image processor's sizes may have."""
+"""Maximum side length in pixels in an image processor's sizes."""
 _SIDES = ("height", "width", "shortest_edge", "longest_edge", "max_height", "max_width")
 _NAMES = {"image_processor_type", "feature_extractor_type", "processor_class", "_processor_class", "auto_map"}
-"""Fields that name a processor, and change no pixel."""
+"""Fields that name a processor and do not affect pixels."""
 _COLOUR = (200, 120, 40)
 _MASK = (1 << 64) - 1
 
 
 def stateless_rng(seed: int, task: int, sample: int, view: int) -> np.random.Generator:
-    """Generator of augmented view `view` of sample `sample` in task `task`: the same numbers whoever asks."""
+    """Random generator for augmented view `view` of sample `sample` in task `task`, the same for every caller."""
     key = np.array([seed & _MASK, task & _MASK], dtype=np.uint64)
     counter = np.array([0, 0, sample & _MASK, view & _MASK], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=key))
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
-    """(height, width) that the image processor produces. Raises ValueError if it is not one fixed size."""
+    """Output (height, width) of an image processor. Raises ValueError if it has no single fixed size."""
     crop = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
     size = crop or getattr(processor, "size", None) or {}
     height, width = size.get("height"), size.get("width")
-    if crop is None and getattr(processor, "crop_pct", None) is not None:  # ConvNeXt's: a square, cropped or squeezed
+    if crop is None and getattr(processor, "crop_pct", None) is not None:  # ConvNeXt: a square, cropped or squeezed
         height = width = size.get("shortest_edge")
     if height is None or width is None:
         raise ValueError(
@@ -53,10 +53,10 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 def check_processor(processor: Any) -> None:
-    """Raise ValueError, naming the field, for an image processor of which no pixels for a model can come.
+    """Raise ValueError, naming the field, for an image processor that cannot produce valid pixels for a model.
 
-    Every number is bounded first. Then it is tried on one small image, so that what it does with fields that are not
-    known here cannot be of another size than it says, nor fail later.
+    Checks the range of every number first, then runs the processor on a small image, so that fields unknown here can
+    neither change the declared size nor fail later.
     """
     if not hasattr(processor, "to_dict"):
         raise ValueError(
@@ -75,7 +75,7 @@ def check_processor(processor: Any) -> None:
 
 
 def _size_problems(processor: Any) -> Iterator[str]:
-    """What would make images of no size, or of a huge one, or of other sizes for training than for answers."""
+    """Yield settings that give no size, a huge one, or different sizes in training and inference."""
     if getattr(processor, "do_resize", True) is not True:
         yield f"do_resize is {processor.do_resize}, but must be true: training resizes every image"
     for name in ("do_rescale", "do_normalize", "do_center_crop", "do_pad"):
@@ -109,14 +109,14 @@ def _colour_problems(processor: Any) -> Iterator[str]:
 
 
 def _try(processor: Any) -> None:
-    """Raise ValueError unless it makes finite pixels of its own size of an image, as in answers and as in training."""
+    """Raise ValueError unless it gives finite pixels of its declared size, both as in inference and as in training."""
     height, width = output_size(processor)
     for image, how in ((_flat(24, 16), {}), (_flat(width, height), {"do_resize": False, "do_center_crop": False})):
         try:
-            with np.errstate(all="ignore"):  # what is no number is told below
+            with np.errstate(all="ignore"):  # NaN and infinity are reported below
                 made = processor(images=[image], return_tensors="pt", **how)["pixel_values"]
             shape, finite = tuple(made.shape), bool(torch.isfinite(made).all())
-        except Exception as error:  # of fields that its code took for granted
+        except Exception as error:  # from fields that its code relies on
             reason = f"{type(error).__name__}: {readable(' '.join(str(error).split()), 150)}"
             raise ValueError(
                 f"The image processor fails on an image ({reason}). Correct its preprocessor_config.json, or give "
@@ -131,7 +131,7 @@ def _try(processor: Any) -> None:
 
 
 def _flat(width: int, height: int) -> Image.Image:
-    """An image of one colour, whose channels differ."""
+    """A single-colour image with different channel values."""
     return Image.new("RGB", (width, height), _COLOUR)
 
 
@@ -140,12 +140,12 @@ def _is_side(value: Any) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    """Whether it is a number of float32, that of pixels."""
+    """Whether the value is a finite number in float32, the dtype of pixels."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
-    """Whether two image processors make the same pixel values of every image, by all their fields."""
+    """Whether two image processors give the same pixel values for every image, judging by their fields."""
 
     def fields(processor: BaseImageProcessor) -> dict[str, Any]:
         values = {name: value for name, value in processor.to_dict().items() if name not in _NAMES}
@@ -155,9 +155,9 @@ def same_view(first: BaseImageProcessor, second: BaseImageProcessor) -> bool:
 
 
 def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, list] | None:
-    """How to make pixel values of `query`'s kind from `own`'s, as CDLConfig.query_view; None if they are the same.
+    """How to convert `own`'s pixel values to `query`'s, as CDLConfig.query_view; None if they are the same.
 
-    Raises ValueError if they do more to colours than to scale and shift each channel: exchange channels, say.
+    Raises ValueError if they differ in more than scaling and shifting each channel, such as by swapping channels.
     """
     if same_view(own, query):
         return None
@@ -175,14 +175,14 @@ def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, 
 
 
 def _pixel(processor: Any, colour: tuple[int, ...]) -> np.ndarray:
-    """(3,): what becomes of a colour."""
+    """Pixel values (3,) that a processor gives for a colour."""
     image = Image.new("RGB", (24, 16), colour)
     made = processor(images=[image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     return made[0, :, made.shape[2] // 2, made.shape[3] // 2].double().numpy()
 
 
 def _normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(a, b) of each channel: a colour x of 0 .. 255 becomes a * x + b."""
+    """(a, b) per channel: a colour value x in 0 .. 255 becomes a * x + b."""
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
     return factor / np.broadcast_to(std, 3), -np.broadcast_to(mean, 3) / np.broadcast_to(std, 3)
@@ -190,14 +190,14 @@ def _normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class Preprocess:
-    """Image -> pixel values, by an HF image processor; the training view adds RandomResizedCrop and a flip.
+    """Image -> pixel values with an HF image processor; the training view adds RandomResizedCrop and a flip.
 
     `crop_scale`: range of the crop's area as a fraction of the image; `crop_ratio`: range of its aspect ratio
     (width / height); `flip`: probability of a horizontal flip. `crop_padding`: instead, a crop of the image's own size
-    after that many black pixels were added on every side.
+    after padding every side with that many black pixels.
     """
 
-    processor: Any  # a BaseImageProcessor, whose attributes and call differ from model to model
+    processor: Any  # a BaseImageProcessor, whose attributes and call differ between models
     seed: int = 0
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -209,11 +209,11 @@ class Preprocess:
         self.size = output_size(self.processor)
 
     def evaluation(self, images: list[Image.Image]) -> torch.Tensor:
-        """(n, 3, H, W): exactly what the image-classification pipeline would feed the model."""
+        """Return (n, 3, H, W), exactly what the image-classification pipeline would feed the model."""
         return self.processor(images=images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
     def training(self, images: list[Image.Image], keys: list[tuple[int, int, int]]) -> torch.Tensor:
-        """(n, 3, H, W): the augmented views `keys` = (task, sample, view) of the images."""
+        """Return (n, 3, H, W), the augmented views `keys` = (task, sample, view) of the images."""
         views = [self._augment(image, *key) for image, key in zip(images, keys, strict=True)]
         return self.processor(
             images=views, return_tensors="pt", input_data_format="channels_last", do_resize=False, do_center_crop=False
@@ -235,7 +235,7 @@ class Preprocess:
 def crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a RandomResizedCrop in pixels; ten draws, then the largest central crop."""
+    """Draw a RandomResizedCrop box (left, top, right, bottom) in pixels; after ten tries, the largest central crop."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
