@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use, so that a deployed student imports no more than transformers itself.
+# Loaded on first use, so that a deployed student costs no more than transformers itself.
 _LAZY = {
     "CDLConfig": "hf_cdl.config",
     "CDLForImageClassification": "hf_cdl.models.modeling_cdl",

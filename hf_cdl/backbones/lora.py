@@ -3,8 +3,8 @@ r"""Low-rank adapters on a frozen backbone (LoRA, Hu et al. 2021, arXiv 2106.096
     h = W_0 x + \frac{\alpha}{r} B A x        (Eq. 3, and the scale of Sec. 4.1)
 
 W_0 (d, k) is a frozen projection; A (r, k) is initialised at random and B (d, r) at zero, so a new model reproduces
-the bare backbone's features bit for bit. They train only in the first session, like RanPAC's adapters (arXiv
-2307.02251).
+the bare backbone's features bit for bit. They train only in the first session, like RanPAC's adapters
+(arXiv 2307.02251).
 
 peft wraps a projection in its own layer: `q_proj.weight` becomes `q_proj.base_layer.weight`, next to
 `q_proj.lora_A.default.weight` and `q_proj.lora_B.default.weight`.
@@ -79,7 +79,7 @@ def add_adapters(backbone: PreTrainedModel, options: LoraOptions) -> LoraOptions
         lora_dropout=options.dropout,
         target_modules=rf"{re.escape(path)}\.\d+\.(.*\.)?({'|'.join(map(re.escape, targets))})",
     )
-    with torch.device("meta"):  # moved below, not by peft, whose way fails with fake tensors (--plan)
+    with torch.device("meta"):  # moved to the device below: peft's own way fails with fake tensors (--plan)
         peft.inject_adapter_in_model(adapters, backbone)
     for module in _adapted(backbone):
         weight = module.get_base_layer().weight

@@ -71,7 +71,7 @@ def decode_fully(image: Any, name: str | None = None, max_pixels: int = MAX_PIXE
             return _to_rgb(opened, max_pixels)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
-    except Exception as error:  # Pillow raises all types for corrupt bytes
+    except Exception as error:  # Pillow raises all kinds of errors for corrupt bytes
         if _is_empty(image):
             raise ImageError(f"{name}: the image is empty (0 bytes); supply it or remove it") from error
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else readable(str(error))

@@ -109,7 +109,7 @@ def _colour_problems(processor: Any) -> Iterator[str]:
 
 
 def _try(processor: Any) -> None:
-    """Raise ValueError unless it gives finite pixels of its declared size, both as in inference and as in training."""
+    """Raise ValueError unless it gives finite pixels of its declared size, both in inference and in training."""
     height, width = output_size(processor)
     for image, how in ((_flat(24, 16), {}), (_flat(width, height), {"do_resize": False, "do_center_crop": False})):
         try:

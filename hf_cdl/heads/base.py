@@ -56,7 +56,7 @@ class Head(nn.Module, ABC):
     keeps_sums: ClassVar[bool] = False
     """Whether its checkpoints hold sums needed only to learn further tasks, which `drop_sums` drops."""
     needs_teacher = False
-    """Whether it learns from a teacher's answers."""
+    """Whether it learns from a teacher's outputs."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()

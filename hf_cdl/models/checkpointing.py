@@ -123,7 +123,7 @@ def _explained(place: Any) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ValueError(f"The checkpoint '{place}' cannot be used. {error}") from error
-    except Exception as error:  # transformers and safetensors raise many kinds
+    except Exception as error:  # transformers and safetensors raise many error types
         if isinstance(error, OSError) and (place is None or not is_folder(place)):
             raise
         if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():

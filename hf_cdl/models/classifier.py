@@ -1,4 +1,4 @@
-"""ImageClassifier: a plain transformers image classifier, fully trained, for offline distillation.
+"""ImageClassifier: a plain transformers image classifier that trains all its weights, for offline distillation.
 
 Its checkpoint is that of the plain model: `AutoModelForImageClassification` and `pipeline` load it without hf_cdl.
 """

@@ -43,7 +43,7 @@ class CDLForImageClassification(Checkpointed):
     served_plainly = False  # the pipeline must decode images the way training does
 
     def __init__(self, config: CDLConfig, **fields: Any):
-        if fields:  # from_pretrained arguments that it does not know and that are not config fields
+        if fields:  # from_pretrained arguments that are neither its own nor config fields
             check_names(fields)
             raise ValueError(f"{', '.join(fields)}: a field of the config is set there, not beside it.")
         super().__init__(config)
@@ -266,7 +266,7 @@ class CDLForImageClassification(Checkpointed):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> CDLOutput:
-        """Compute logits of images (B, 3, H, W) over all classes seen so far, and given labels (B,) their loss.
+        """Compute logits of images (B, 3, H, W) over all classes seen so far, and the loss given labels (B,).
 
         The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
         model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in

@@ -132,7 +132,7 @@ class PromptedBackbone(PreTrainedModel):
 
     @property
     def base_model(self) -> nn.Module:
-        """The backbone, which base_model_prefix would otherwise name."""
+        """The backbone, defined here in place of base_model_prefix."""
         return self.backbone
 
     @property
