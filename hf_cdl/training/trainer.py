@@ -264,7 +264,7 @@ class CDLTrainer(EvaluatingTrainer):
                 self.model.measure(output)
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """Fit the head in one pass over the task's un-augmented images; whatever computes its features is now frozen."""
+        """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
         start = time.perf_counter()
         self.model.end_session()
         self._measure(task)
