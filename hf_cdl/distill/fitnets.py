@@ -1,5 +1,6 @@
-r"""FitNets: the student's last layer predicts the teacher's (Romero et al. 2015, arXiv 1412.6550), in the ViT form of
-the CDL authors' code (arXiv 2407.13911).
+r"""FitNets: the student's last layer predicts the teacher's (Romero et al. 2015, arXiv 1412.6550).
+
+This is the ViT form of the CDL authors' code (arXiv 2407.13911):
 
     L = mean over samples, tokens and channels of (W h_s + b - h_t)^2
 

@@ -1,5 +1,6 @@
-r"""ReviewKD: every student layer, fused with deeper layers' features, predicts a teacher layer (Chen et al. 2021,
-arXiv 2104.09044), in the ViT form of the CDL authors' code (arXiv 2407.13911).
+r"""ReviewKD: every student layer, fused with features of deeper layers, predicts a teacher layer.
+
+Chen et al. 2021 (arXiv 2104.09044), in the ViT form of the CDL authors' code (arXiv 2407.13911).
 
 Let h_s (B, N, D_s) and h_t (B, N, D_t) be the outputs, before the final norm, of a pair of student and teacher layers:
 the k = min(L_s, L_t) deepest layers of both are paired, deepest with deepest. From deep to shallow, j = 0 .. k-1, with

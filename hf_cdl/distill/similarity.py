@@ -1,5 +1,6 @@
-r"""Similarity: the student matches the teacher's pairwise image similarities (ours, after Tung & Mori 2019, arXiv
-1907.09682, and Park et al. 2019, arXiv 1904.05068).
+r"""Similarity: the student matches the teacher's pairwise image similarities.
+
+Ours, after Tung & Mori 2019 (arXiv 1907.09682) and Park et al. 2019 (arXiv 1904.05068):
 
     S_{ij} = <u_i, u_j>    u_i = v_i / |v_i|    v_i = (f_i - mean f) / std f
     L = 1/B^2 \sum_{ij} (S^s_{ij} - S^t_{ij})^2
