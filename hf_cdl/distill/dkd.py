@@ -8,8 +8,8 @@ b = (p_y, 1 - p_y), "is it y?", and \hat p = p without y, renormalised, "which o
 
 so \beta frees the knowledge about the other classes from the factor 1 - p_y. `alpha`, `beta`, `temperature` are the
 paper's \alpha, \beta, T (CIFAR-100). Logits (B, C_t) of the current task, C_t >= 2; with two classes only one is left
-besides y, so NCKD is 0 and TCKD is KD. Ours: no warm-up over the first 20 epochs, as in the CDL authors' code
-(arXiv 2407.13911), whose values are the defaults here.
+besides y, so NCKD is 0 and TCKD is KD. Ours: the paper's warm-up over the first 20 epochs is left out, as in the CDL
+authors' code (arXiv 2407.13911), whose values are the defaults here.
 """
 
 from __future__ import annotations

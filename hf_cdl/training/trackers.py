@@ -23,7 +23,7 @@ from hf_cdl.runs.files import RunError, first_line, write_whole
 
 
 class TensorBoard:
-    """Event files in the folder. Events that a killed process wrote after its last stored state are purged."""
+    """Event files in the folder. Events written by a killed process after its last stored state are superseded."""
 
     def __init__(self, folder: Path, first_step: int, **rest: Any):
         from torch.utils.tensorboard import SummaryWriter
