@@ -1,4 +1,4 @@
-"""Distillation terms. A new one is one file and one name in TERMS: here, or by `TERMS.register` in a plugin."""
+"""Distillation terms. A new one takes one file and one name in TERMS: here, or with `TERMS.register` in a plugin."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 r"""DIST: match relations instead of values (Huang et al. 2022, arXiv 2205.10536, Sec. 3).
 
-With softened probabilities Y^s, Y^t (B, C_t) and Pearson's correlation \rho, 1 - \rho is a distance that ignores scale
+With softened probabilities Y^s, Y^t (B, C_t) and Pearson's correlation \rho, 1 - \rho is a distance invariant to scale
 and shift. Rows: how a sample ranks the classes (inter-class); columns: how a class ranks the samples (intra-class):
 
     L = \tau^2 ( \beta / B \sum_i (1 - \rho(Y^s_{i,:}, Y^t_{i,:}))
                 + \gamma / C_t \sum_j (1 - \rho(Y^s_{:,j}, Y^t_{:,j})) )
 
 `beta`, `gamma`, `temperature` are the paper's \beta, \gamma, \tau. Defaults \beta = \gamma = 2 as in the paper; the
-authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so they count 0. Of two
-numbers \rho is 1 or -1, so rows teach nothing in a task of two classes, and columns nothing in a batch of two samples.
-Columns are those of a micro-batch on its process.
+authors' published code defaults to 1. Ours: a batch of one sample has no columns to compare, so their part is 0. For
+two numbers \rho is always 1 or -1, so rows teach nothing in a task of two classes and columns nothing in a batch of
+two samples. Columns run over one micro-batch on one process.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class DISTConfig(TermConfig):
 
 
 class DIST(Term):
-    """Raises ValueError in a task of one class."""
+    """The DIST loss. Raises ValueError in a task with one class."""
 
     config_class = DISTConfig
 
@@ -63,6 +63,6 @@ class DIST(Term):
 
 
 def pearson_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    r"""1 - \rho of the rows of two matrices, mean over the rows."""
+    r"""Mean over rows of 1 - \rho between the rows of two matrices."""
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
     return 1 - ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)).mean()

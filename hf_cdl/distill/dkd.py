@@ -1,15 +1,15 @@
 r"""DKD: decoupled knowledge distillation (Zhao et al. 2022, arXiv 2203.08679, Sec. 3).
 
-Per sample with label y, softened probabilities p of the teacher and q of the student (temperature \tau), and
-b = (p_y, 1 - p_y) "is it y?", \hat p = p without y, renormalised, "which of the others?":
+Per sample with label y and softened probabilities p of the teacher, q of the student (temperature \tau), let
+b = (p_y, 1 - p_y), "is it y?", and \hat p = p without y, renormalised, "which of the others?":
 
     KL(p || q) = KL(b_t || b_s) + (1 - p_y) KL(\hat p_t || \hat p_s)      = TCKD + (1 - p_y) NCKD
     L = \tau^2 (\alpha TCKD + \beta NCKD),  mean over the batch
 
 so \beta frees the knowledge about the other classes from the factor 1 - p_y. `alpha`, `beta`, `temperature` are the
-paper's \alpha, \beta, T (CIFAR-100). Logits (B, C_t) of the current task, C_t >= 2; of two classes one is left without
-y, so that NCKD is 0 and TCKD is KD. Ours: its warm-up over the first
-20 epochs is left out, as in the CDL authors' code (arXiv 2407.13911), whose values are the defaults here.
+paper's \alpha, \beta, T (CIFAR-100). Logits (B, C_t) of the current task, C_t >= 2; with two classes only one is left
+besides y, so NCKD is 0 and TCKD is KD. Ours: the paper's warm-up over the first 20 epochs is left out, as in the CDL
+authors' code (arXiv 2407.13911), whose values are the defaults here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DKDConfig(TermConfig):
 
 
 class DKD(Term):
-    """Raises ValueError in a task of one class."""
+    """The DKD loss. Raises ValueError in a task with one class."""
 
     config_class = DKDConfig
 
@@ -59,9 +59,9 @@ class DKD(Term):
 
 
 def decouple(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities (B, 2) of the label and of the rest, and (B, C - 1) among the rest."""
+    """Log-probabilities (B, 2) of the label against all other classes, and (B, C - 1) among those others."""
     count = logits.shape[1]
     steps = torch.arange(1, count, device=logits.device)
-    others = logits.gather(1, (labels[:, None] + steps) % count)  # every class but the label, the label's next first
+    others = logits.gather(1, (labels[:, None] + steps) % count)  # every class but the label, starting after it
     both = torch.cat([logits.gather(1, labels[:, None]), others.logsumexp(dim=1, keepdim=True)], dim=1)
     return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)

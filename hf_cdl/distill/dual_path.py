@@ -3,26 +3,25 @@ r"""DFPT-KD and DFPT-KD+: a teacher with a second, prompt-based forward path (ar
 [paper] The teacher T = head . A_N ... A_1 is frozen. A second path runs through the same stages, with prompt blocks
 P_i and fusion blocks F_i between them, and ends in a new head H_\phi. \phi (all P_i, F_i and H_\phi) is tuned while
 the student learns, supervised by the original path and by the student; the student learns from both paths. DFPT-KD+
-also fine-tunes the stages of the prompt path, beside the original. Loss formulas, weights, temperature and sizes are
-not public, nor is code: what follows is ours, and no parity with the paper's numbers is claimed.
+also fine-tunes copies of the stages on the prompt path. Loss formulas, weights, temperature and sizes are not public,
+nor is the code: what follows is ours, and we claim no parity with the paper's numbers.
 
-[ours] With A_1's output g^1 shared, g^{i+1} = A_{i+1}(F_i(g^i + P_i(g^i))) from the prompt path's own features, and
-z_p = H_\phi(g^N); z_o are the teacher's own logits, z_s the student's, sg stops the gradient:
+[ours] A_1's output g^1 is shared; then g^{i+1} = A_{i+1}(F_i(g^i + P_i(g^i))) on the prompt path's own features, and
+z_p = H_\phi(g^N); z_o are the teacher's own logits, z_s the student's; sg stops the gradient:
 
     L_\phi = (1 - \rho) K_\tau(sg z_o || z_p) + \rho K_\tau(sg z_s || z_p) + \lambda_y CE(z_p, y)
     L_\psi = \alpha CE(z_s, y) + \beta_o K_\tau(z_o || z_s) + \beta_p K_\tau(sg z_p || z_s)
 
 The term is L_\phi + L_\psi without \alpha CE, which is the recipe's `ce_weight`; one backward pass, one optimizer. In
-logs L_\phi is `dual_path/prompt_path` and the rest `dual_path/student`.
+the logs L_\phi is `dual_path/prompt_path` and the rest `dual_path/student`.
 With \beta_p = 0 the student learns exactly as with KD of weight \beta_o. Over free logits the optimum of L_\phi
-(with \lambda_y = 0) is the mixture (1 - \rho) softmax(z_o / \tau) + \rho softmax(z_s / \tau). At first the prompt
-path's features are the teacher's own. The defaults are for distilling once, offline, with \alpha = 0.1; in a stream
-we take \alpha = 0.5, \beta_o = \beta_p = 0.25, \tau = 2 and `head_init: teacher`. A student with a KD head (KDP)
-learns both KLs with it, and its z_s for L_\phi is the KD head's. KLs compare the current task's classes. P_i and F_i
-stay warm over the tasks; H_\phi and copied stages start anew in every task. None of it gets into the student's
-files.
+(with \lambda_y = 0) is the mixture (1 - \rho) softmax(z_o / \tau) + \rho softmax(z_s / \tau). Initially the prompt
+path's features equal the teacher's. The defaults are for one offline distillation, with \alpha = 0.1; in a stream
+we use \alpha = 0.5, \beta_o = \beta_p = 0.25, \tau = 2 and `head_init: teacher`. A student with a KD head (KDP)
+learns both KLs with that head, which also gives z_s in L_\phi. KLs compare the current task's classes. P_i and F_i
+are kept across tasks; H_\phi and copied stages are reinitialised in every task. None of it is saved with the student.
 
-How the path is made: prompt_path.py.
+The path is built in prompt_path.py.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class DualPath(PromptPath):
 
     def __init__(self, config: DualPathConfig, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)
-        self.batches: torch.Tensor  # steps of the optimizer in this task, if there is a warm-up
+        self.batches: torch.Tensor  # optimizer steps in this task, if there is a warm-up
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def begin_task(self, teacher: Any) -> None:
@@ -119,7 +118,7 @@ class DualPath(PromptPath):
         return {"student": learn, "prompt_path": tune}
 
     def _betas(self) -> tuple[Any, Any]:
-        """Weights of the two paths in this step."""
+        """Weights (beta_o, beta_p) of the two paths in this step."""
         beta_o, beta_p, steps = self.config.beta_o, self.config.beta_p, self.config.warmup_steps
         if steps == 0:
             return beta_o, beta_p

@@ -1,12 +1,13 @@
-r"""FitNets: the student's last layer predicts the teacher's (Romero et al. 2015, arXiv 1412.6550), in the ViT form of
-the CDL authors' code (arXiv 2407.13911).
+r"""FitNets: the student's last layer predicts the teacher's (Romero et al. 2015, arXiv 1412.6550).
+
+This is the ViT form of the CDL authors' code (arXiv 2407.13911):
 
     L = mean over samples, tokens and channels of (W h_s + b - h_t)^2
 
 h_s (B, N, D_s), h_t (B, N, D_t): output of the last layer before the final norm, CLS and patches; W (D_t, D_s) and b
-are learnt with the student and left behind. The paper's hints come from a middle layer, in a stage before training;
-here the last layer, always. Ours: where the numbers of tokens differ (another patch size), the student's patches are
-interpolated to the teacher's grid; KD tokens, registers and the like are not compared. The authors add KD to it: write
+are trained with the student and then discarded. The paper takes hints from a middle layer, in a stage before training;
+here it is always the last layer. Ours: if the numbers of tokens differ (another patch size), the student's patches are
+interpolated to the teacher's grid; KD tokens, registers and the like are not compared. The authors combine it with KD:
 `distill: [{type: kd}, {type: fitnets}]`.
 """
 

@@ -1,10 +1,10 @@
-r"""KD: the student's head follows the teacher's softened logits (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
+r"""KD: the student matches the teacher's softened logits (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
 
 In the stream only the current task's classes are compared (Continual Distillation Learning, arXiv 2407.13911).
 `standardise` is logit standardisation (LSKD, Sun et al. 2024, arXiv 2403.01427): z <- (z - mean(z)) / std(z) over
-those classes, for teacher and student alike, so that their scales need not agree. std is the sample's (C_t - 1) and
-1e-7 is added to it, as in the authors' code. It needs three classes in a task: of two, the standardised logits are
-always +-0.7, whatever the student says.
+those classes, for teacher and student alike, so their scales need not match. std is the sample standard deviation
+(C_t - 1) plus 1e-7, as in the authors' code. It needs at least three classes in a task: with two, the standardised
+logits are always +-0.7, whatever the student predicts.
 """
 
 from __future__ import annotations
@@ -47,5 +47,5 @@ class KD(Term):
 
 
 def standardised(logits: torch.Tensor) -> torch.Tensor:
-    """Logits (B, C), each row with mean 0 and standard deviation 1."""
+    """Logits (B, C) with each row scaled to mean 0 and standard deviation 1."""
     return (logits - logits.mean(dim=1, keepdim=True)) / (logits.std(dim=1, keepdim=True) + 1e-7)

@@ -1,9 +1,9 @@
-r"""The KD head follows the teacher: shared by all terms that teach a head of its own.
+r"""Distillation into a separate KD head, shared by all terms that use one.
 
     L = (1 - \alpha) CE(z_{cls}, y) + \alpha K_\tau(z_t || z_{kd})
 
-Cross-entropy trains the CLS head, the distillation loss the KD head z_kd (B, C_t); inference blends both. What the KD
-head reads, and by which prompts it is reached, is what the terms differ in. `weight` is \alpha, `temperature` \tau.
+Cross-entropy trains the CLS head, the distillation loss the KD head z_kd (B, C_t); inference blends both. The terms
+differ in what the KD head reads and which prompts feed it. `weight` is \alpha, `temperature` is \tau.
 """
 
 from __future__ import annotations

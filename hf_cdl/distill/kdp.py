@@ -1,8 +1,8 @@
-r"""KDP / D-CDL: the teacher's logits teach the KD head, reached by a KD token and KD prompts (arXiv 2407.13911, v3+).
+r"""KDP / D-CDL: the teacher's logits train a KD head through a KD token and KD prompts (arXiv 2407.13911, v3+).
 
     L = (1 - \alpha) CE(z_{cls}, y) + \alpha K_\tau(z_t || z_{kd})
 
-Cross-entropy trains the CLS head, the distillation loss the KD head; both reach the prompts, since CLS attends to the
+Cross-entropy trains the CLS head, the distillation loss the KD head; both train the prompts, since CLS attends to the
 KD token. The token and prompts themselves are in prompts/kd_prompt.py; inference blends both heads.
 """
 

@@ -1,9 +1,9 @@
-r"""KDP without a teacher: its KD token, prompts and head, with the labels in the teacher's place (ours, a control).
+r"""KDP without a teacher: its KD token, prompts and head, trained on the labels instead (ours, a control).
 
     L = (1 - \alpha) CE(z_{cls}, y) + \alpha CE(z_{kd}, y)
 
-The student has the same parts as with `kdp` (arXiv 2407.13911), the same parameters and the same cost in use, so the
-difference of the two is what the teacher gives; that of `kdp` and a plain student is not.
+The student has the same parts as with `kdp` (arXiv 2407.13911), the same parameters and the same inference cost, so
+the difference between the two is the effect of the teacher; that between `kdp` and a plain student is not.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-r"""Label smoothing (Szegedy et al. 2016, arXiv 1512.00567, Sec. 7): cross-entropy to labels mixed with all classes.
+r"""Label smoothing (Szegedy et al. 2016, arXiv 1512.00567, Sec. 7): cross-entropy with uniformly smoothed labels.
 
     L = -\sum_c q_c \log p_c,    q = (1 - \epsilon) 1[c = y] + \epsilon / C_t
 
-over the current task's C_t classes, p = softmax(z). What distillation gives beyond soft targets as such shows against
-this term, which has no teacher: it stands where `kd` stands. Beside w_{ce} CE, a weight w smooths by
-w \epsilon / (w + w_{ce}) in all; the paper's own form is weight 1 with ce_weight 0. `epsilon` is its \epsilon = 0.1.
+over the current task's C_t classes, p = softmax(z). It is a control for `kd` without a teacher: what distillation
+gains beyond this term does not come from soft targets as such. Combined with w_{ce} CE, a weight w smooths by
+w \epsilon / (w + w_{ce}) overall; the paper's own form is weight 1 with ce_weight 0. `epsilon` is its \epsilon = 0.1.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-r"""The objective: masked cross-entropy, the pool's loss, and a sum of distillation terms, every one of them named.
+r"""The objective: masked cross-entropy, the prompt pool's loss, and a sum of named distillation terms.
 
     L = w_{ce} CE(z_s, y) + L_{pool} + \sum_i w_i term_i(student, teacher, y)
 
-All of it sees the current task's classes only: the slice of the logits is made once, here. CE over that slice is the
-reference's masked cross-entropy (earlier classes set to -inf, later ones cut).
+All losses see the current task's classes only: the logits are sliced once, here. CE over that slice is the reference
+implementation's masked cross-entropy (earlier classes set to -inf, later ones cut).
 
-Every loss is a mean over the images of a batch: of a step's micro-batches, on all processes, the trainer makes the
-mean over all images of the step. Where a loss is no mean of single images' losses, because it compares the images of a
-batch with each other or norms them together, a micro-batch on its process is all that it sees: `similarity`, the
-columns of `dist`, batch norms in `dual_path` and in classifiers, and match losses with `reduction: sum`.
+Every loss is a mean over the images of a batch; the trainer turns the means of a step's micro-batches on all processes
+into the mean over all images of the step. A loss that is not a mean of per-image losses, because it compares or
+normalises the images of a batch jointly, sees only one micro-batch on one process: `similarity`, the columns of
+`dist`, batch norms in `dual_path` and in classifiers, and match losses with `reduction: sum`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Role = Literal["student", "teacher"]
 
 @dataclass(frozen=True)
 class Asks:
-    """What a recipe says of a model's prompts: whether it has any, and who answers their queries (None: none do)."""
+    """A model's prompts in a recipe: whether it has any, and which model computes their queries (None: no queries)."""
 
     prompted: bool
     query: str | None
@@ -39,9 +39,9 @@ class Asks:
 
 @dataclass(frozen=True)
 class TermConfig:
-    """The fields of a term's section. A subclass gives `weight` its default and names itself in messages by `said`.
+    """Fields of a term's section in a recipe. Subclasses set the default `weight`, and `said`, their name in messages.
 
-    Raises ValueError for a value of another type, and for a negative weight.
+    Raises ValueError for a value of the wrong type, and for a negative weight.
     """
 
     weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
@@ -54,19 +54,19 @@ class TermConfig:
 
 
 class Term(nn.Module, ABC):
-    r"""Base of the distillation terms: term(student, teacher, labels) -> scalar, before its weight.
+    r"""Base class of distillation terms: term(student, teacher, labels) -> scalar, before weighting.
 
-    A loss of several parts may be given as a dict of scalars, of which it is the sum; each is logged beside the sum as
-    `term/part`. Logits arrive cut to the current task's classes (B, C_t), labels count from the task's first class.
-    A method file defines a frozen dataclass, derived from TermConfig, and a subclass with `forward` and with it as
-    `config_class`. `student` and `teacher` are the sizes of both models, for terms that own layers. `needs` says which
-    hidden states a term looks at besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1 the last
-    layer): {"student": (-1,), "teacher": (-1,)}; no other is kept. `student_parts` are the CDLConfig sections that
-    the student must have, with their defaults for this term. A term with `needs_query` sees the one-pass student's
-    `similarities` to a query; one without `needs_teacher` is given None where there is no teacher; one with
-    `needs_hidden_states` looks at some, so both models must have layers of tokens; one with `needs_features` looks at
-    the CLS features, which ordinary classifiers do not show. A term that does not compare classes (`compares_classes`
-    false) learns from a task of one class too.
+    A loss with several parts may be returned as a dict of scalars, which are summed and also logged one by one as
+    `term/part`. Logits are already cut to the current task's classes (B, C_t), and labels count from the task's first
+    class. A method file defines a frozen dataclass derived from TermConfig, and a subclass with `forward` and that
+    dataclass as `config_class`. `student` and `teacher` are the sizes of both models, for terms that own layers.
+    `needs` lists the hidden states a term uses besides logits, by role, numbered as in CDLOutput (0 the embeddings, -1
+    the last layer): {"student": (-1,), "teacher": (-1,)}; no others are kept. `student_parts` are the CDLConfig
+    sections that the student must have, with their defaults for this term. A term with `needs_query` gets the one-pass
+    student's `similarities` to a query; one without `needs_teacher` gets None if there is no teacher; one with
+    `needs_hidden_states` uses some, so both models must have token layers; one with `needs_features` uses the CLS
+    features, which ordinary classifiers do not expose. A term that does not compare classes (`compares_classes` false)
+    also learns from a task with one class.
     """
 
     config_class: ClassVar[type[TermConfig]] = TermConfig
@@ -89,40 +89,40 @@ class Term(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, student: Asks, teacher: Asks | None) -> list[tuple[str, str]]:
-        """What is wrong with a recipe that has this term: pairs of a field, and what is wrong and what to do.
+        """Problems of a recipe with this term, given both models' prompts: pairs of a field and what to do about it.
 
-        By what the prompts of both models ask of whom; `teacher` is None where there is none.
+        `teacher` is None if there is no teacher.
         """
         return []
 
     def check(self, classes: int, images: int) -> None:
-        """Raise ValueError if nothing can be learnt from a task of so many classes in batches of so many images."""
+        """Raise ValueError if the term cannot learn from a task with `classes` classes in batches of `images`."""
 
     def begin_step(self) -> None:
-        """A step of the optimizer begins, of one micro-batch or more."""
+        """Called at the start of an optimizer step of one or more micro-batches."""
 
-    # Only a term that stands between the trainer and the teacher needs what follows.
+    # Only a term that extends the teacher needs the hooks below.
 
     def attach(self, teacher: Any) -> None:
-        """Make the layers that depend on the teacher itself; called once, before training."""
+        """Create the layers that depend on the teacher; called once, before training."""
 
     def begin_task(self, teacher: Any) -> None:
-        """A task begins, which the teacher has learnt: make what lives for this task only."""
+        """Create what lives for one task only; called at its start, when the teacher has already learnt it."""
 
     def end_task(self) -> None:
-        """The task is learnt: drop what was made for it. What is left is kept for the next task, and for resuming."""
+        """Drop what was created for this task only; the rest is kept for the next task and for resuming."""
 
     def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
-        """The teacher's answer, without gradient, to the inputs `asked`, with what the term adds to it."""
+        """Extend `answer`, the teacher's output without gradient for the inputs `asked`."""
         return answer
 
     def rates(self) -> dict[nn.Parameter, float]:
-        """Factors of the learning rate, of parameters that do not train at the full one."""
+        """Learning-rate factors of parameters that do not train at the full rate."""
         return {}
 
 
 class Objective(nn.Module):
-    """Weighted sum of named losses. Terms may own layers: they live in the trained module, never in its files."""
+    """Weighted sum of named losses. Terms may own layers, which are trained with the model but never saved with it."""
 
     def __init__(self, ce_weight: float = 1.0, terms: Sequence[tuple[str, Term]] = ()):
         super().__init__()
@@ -145,7 +145,7 @@ class Objective(nn.Module):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at a teacher."""
+        """Whether any term uses a teacher."""
         return any(term.needs_teacher for term in self._terms())
 
     @property
@@ -155,12 +155,12 @@ class Objective(nn.Module):
 
     @property
     def compares_classes(self) -> bool:
-        """Whether anything in it compares the classes of a task with each other."""
+        """Whether any loss compares the classes of a task with each other."""
         terms = (term for term in self._terms() if term.config.weight > 0)
         return self.ce_weight > 0 or any(term.compares_classes for term in terms)
 
     def check(self, classes: int, images: int) -> None:
-        """Raise ValueError if nothing is learnt from so many classes in batches of so many images."""
+        """Raise ValueError if the objective cannot learn from `classes` classes in batches of `images`."""
         if self.ce_weight <= 0 and all(term.config.weight <= 0 for term in self._terms()):
             raise ValueError(
                 "ce_weight is 0 and no term has a weight above 0, so nothing would be learnt: give one of "
@@ -170,7 +170,7 @@ class Objective(nn.Module):
             term.check(classes, images)
 
     def begin_step(self) -> None:
-        """Tell the terms that a step of the optimizer begins."""
+        """Tell the terms that an optimizer step begins."""
         for term in self._terms():
             term.begin_step()
 
@@ -180,7 +180,7 @@ class Objective(nn.Module):
             term.attach(teacher)
 
     def begin_task(self, teacher: Any) -> None:
-        """Tell the terms that a task begins, which the teacher has learnt."""
+        """Tell the terms that a task begins; the teacher has already learnt it."""
         for term in self._terms():
             term.begin_task(teacher)
 
@@ -190,26 +190,26 @@ class Objective(nn.Module):
             term.end_task()
 
     def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
-        """The teacher's answer to the inputs `asked`, with what the terms add to it."""
+        """Let the terms extend the teacher's output for the inputs `asked`."""
         for term in self._terms():
             answer = term.consult(answer, asked)
         return answer
 
     def rates(self) -> dict[nn.Parameter, float]:
-        """Factors of the learning rate, of the terms' parameters that do not train at the full one."""
+        """Learning-rate factors of the terms' parameters that do not train at the full rate."""
         return {parameter: factor for term in self._terms() for parameter, factor in term.rates().items()}
 
     def _terms(self) -> Any:
         return self.terms.values()
 
     def hidden_states(self, role: Role) -> list[int]:
-        """The hidden states of a model that the terms look at, by number; empty if none does."""
+        """Numbers of the hidden states that the terms use of a role's model; empty if none."""
         return sorted({number for term in self._terms() for number in term.needs.get(role, ())})
 
     def forward(
         self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor, classes: slice
     ) -> dict[str, torch.Tensor]:
-        """Every loss by name, unweighted, and their weighted sum as `loss`; `classes` is the current task's slice."""
+        """Compute all losses by name, unweighted, and their weighted sum `loss`; `classes`: current task's slice."""
         student, labels = current_classes(student, classes), labels - classes.start
         losses = {"ce": F.cross_entropy(student.logits, labels)}
         total = self.ce_weight * losses["ce"]
@@ -244,7 +244,7 @@ def current_classes(output: CDLOutput, classes: slice) -> CDLOutput:
 def kd_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
     r"""K_\tau(t || s) = \tau^2 KL(softmax(z_t / \tau) || softmax(z_s / \tau)) of logits (B, C), mean over the batch.
 
-    Hinton et al. 2015 (arXiv 1503.02531), Sec. 2; the factor \tau^2 keeps the gradient's size independent of \tau.
+    Hinton et al. 2015 (arXiv 1503.02531), Sec. 2; the factor \tau^2 keeps the gradient scale independent of \tau.
     """
     log_p = F.log_softmax(student / temperature, dim=-1)
     log_q = F.log_softmax(teacher / temperature, dim=-1)
@@ -270,7 +270,7 @@ def check_images(term: str, count: int, least: int) -> None:
 
 
 def hidden_state(output: CDLOutput, number: int) -> torch.Tensor:
-    """The hidden state (B, N, D) of that number, in float32. It must be among the term's `needs`."""
+    """Hidden state `number` (B, N, D), in float32. It must be among the term's `needs`."""
     state = None if output.hidden_states is None else output.hidden_states[number]
     if state is None:
         raise ValueError(f"The hidden state {number} was not computed: name it in the term's `needs`.")
@@ -278,11 +278,11 @@ def hidden_state(output: CDLOutput, number: int) -> torch.Tensor:
 
 
 def same_tokens(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states (B, N_s, D_s) and (B, N_t, D_t), CLS and patches, brought to the same tokens.
+    """Match hidden states (B, N_s, D_s) and (B, N_t, D_t), CLS and patches, to the same tokens.
 
-    With N_s = N_t nothing is done, as in the references. Otherwise [ours] the student's square grid of patches is
-    interpolated to the teacher's (bilinear); CLS stays, unless only one of the two has one. Raises ValueError for
-    different grids that are not square.
+    If N_s = N_t they are returned unchanged, as in the reference code. Otherwise [ours] the student's square patch
+    grid is interpolated to the teacher's (bilinear); CLS is kept if both have one. Raises ValueError for different
+    grids that are not square.
     """
     if student.shape[1] == teacher.shape[1]:
         return student, teacher
@@ -298,7 +298,7 @@ def same_tokens(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Ten
 
 
 def _layout(sequence: torch.Tensor) -> tuple[int, int]:
-    """Number of CLS tokens (0 or 1) and side of the square grid of patches: n^2 tokens have no CLS, n^2 + 1 have."""
+    """Number of CLS tokens (0 or 1) and side of the square patch grid: n^2 tokens mean no CLS, n^2 + 1 one."""
     count = sequence.shape[1]
     for cls in (0, 1):
         side = math.isqrt(count - cls)

@@ -1,11 +1,11 @@
-r"""OS-Prompt++: a one-pass query is drawn to the query of an un-prompted pass (Kim et al., arXiv 2402.16189).
+r"""OS-Prompt++: the one-pass query is regularised towards that of an un-prompted pass (Kim et al., arXiv 2402.16189).
 
     L = \lambda \sum_l || softmax(cos(K_l, q_l)) - softmax(cos(K_l, r)) ||^2
 
-Notation: K_l (M, D) are the pool's keys in layer l, q_l the CLS token that enters it, r the final CLS feature of the
-frozen, un-prompted student. `similarities` of the output holds both cosines (B, M) of every layer with keys; with
-CODA-Prompt's attention vectors A they are its weights. Mean over the batch [ours]. `weight` is \lambda. Training pays
-a query pass for r, inference none. It needs no teacher, and a student with `query: one_pass`.
+Notation: K_l (M, D) are the pool's keys in layer l, q_l the CLS token entering that layer, r the final CLS feature of
+the frozen, un-prompted student. The output's `similarities` hold both cosines (B, M) for every layer with keys; with
+CODA-Prompt's attention vectors A they are its weights. Mean over the batch [ours]. `weight` is \lambda. Training needs
+a query pass for r, inference does not. It needs no teacher, but a student with `query: one_pass`.
 """
 
 from __future__ import annotations

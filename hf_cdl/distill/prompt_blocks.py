@@ -1,10 +1,10 @@
 r"""Prompt and fusion blocks of the dual-forward-path teacher (distill/dual_path.py, DFPT-KD, arXiv 2506.18244).
 
-Between two stages the prompt path goes from g to F(g + P(g)). [paper] P: a 1x1 convolution down (rate r_1); cascaded
-*partial* convolutions of several kernel sizes, each of a share r_2 of the channels and followed by a 1x1
+Between two stages the prompt path maps g to F(g + P(g)). [paper] P: a 1x1 convolution down (rate r_1); cascaded
+*partial* convolutions of several kernel sizes, each on a share r_2 of the channels and followed by a 1x1
 convolution; a 1x1 convolution up. F: a 1x1 convolution. [ours] All else: m = max(C / r_1, 8) channels within P, p =
-max(m r_2, 1) of them convolved, batch norm and ReLU after each step; P's last convolution is zero and F the identity
-at first, so that the prompt path begins exactly as the teacher's own; the form for tokens.
+max(m r_2, 1) of them convolved, batch norm and ReLU after each step; P's last convolution initialised to zero and F to
+the identity, so that the prompt path starts out equal to the teacher's own; the variant for tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hf_cdl.distill.stages import token_grid
 
 
 class PartialConv(nn.Module):
-    """A k x k convolution of the first p channels of a map (B, m, H, W); the others pass untouched."""
+    """A k x k convolution of the first p channels of a map (B, m, H, W); the others pass through unchanged."""
 
     def __init__(self, partial: int, kernel: int):
         super().__init__()
@@ -28,8 +28,7 @@ class PartialConv(nn.Module):
 
 
 def cascade(inner: int, partial: int, kernels: tuple[int, ...], norm: bool) -> nn.Sequential:
-    """Partial convolution and 1x1 convolution for each kernel size, one after the other; with batch norm and ReLU,
-    or without a norm and with GELU."""
+    """A partial and a 1x1 convolution for each kernel size in turn, with batch norm and ReLU, or with GELU only."""
     steps: list[nn.Module] = []
     for kernel in kernels:
         steps += [PartialConv(partial, kernel), nn.Conv2d(inner, inner, 1, bias=not norm)]
@@ -38,13 +37,13 @@ def cascade(inner: int, partial: int, kernels: tuple[int, ...], norm: bool) -> n
 
 
 def sizes(channels: int, reduction: float, fraction: float) -> tuple[int, int]:
-    """(m, p): channels within a prompt block, and those of them that its partial convolutions see."""
+    """(m, p): channels within a prompt block, and how many of them its partial convolutions process."""
     inner = max(int(channels / reduction), 8)
     return inner, max(int(inner * fraction), 1)
 
 
 class MapBlock(nn.Module):
-    """F(g + P(g)) of maps (B, C, H, W)."""
+    """F(g + P(g)) for maps (B, C, H, W)."""
 
     def __init__(self, channels: int, reduction: float, fraction: float, kernels: tuple[int, ...]):
         super().__init__()
@@ -61,9 +60,9 @@ class MapBlock(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """F(g + P(g)) of tokens (B, N, D): patches on their grid; CLS and the like, if any, see the patches' mean.
+    """F(g + P(g)) for tokens (B, N, D): patches on their grid; CLS and other extra tokens get the patches' mean.
 
-    `image`, `patch`: (height, width) in pixels, from which the grid follows.
+    `image`, `patch`: (height, width) in pixels, which determine the grid.
     """
 
     def __init__(self, width: int, reduction: float, fraction: float, kernels: tuple[int, ...], extra: bool):

@@ -1,10 +1,10 @@
-r"""Prompt mapping: a student with the teacher's mapped prompts learns its logits (CDL-Prompt, arXiv 2407.13911, v1).
+r"""Prompt mapping: a student with mapped teacher prompts learns the teacher's logits (CDL-Prompt, arXiv 2407.13911v1).
 
     L = (1 - \alpha) CE(z_{cls}, y) + \alpha K_\tau(z_t || z_{kd})
 
-z_{kd} (B, C_t) is a second head on the CLS token, so both losses reach the mapper and the student's own prompts
+z_{kd} (B, C_t) is a second head on the CLS token, so both losses train the mapper and the student's own prompts
 through it. The mapper is in prompts/mapping.py. In the authors' code teacher and student steps alternate batch by
-batch; here, as for every term, the teacher has learnt the task before it teaches.
+batch; here, as for every term, the teacher finishes learning the task before it teaches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The prompt path of a dual-path teacher: the teacher's modules, with prompt blocks between the stages.
 
-It is a copy of the teacher that shares its weights, with hooks between the stages, so that a teacher's prompts act on
-both paths and any Hugging Face classifier will do (stages.py). The teacher stays in evaluation mode and is never
-written to; of copied stages (DFPT-KD+) only batch norms are in training mode. What it is for: dual_path.py.
+It is a copy of the teacher that shares its weights, with hooks between the stages, so a teacher's prompts act on both
+paths and any Hugging Face classifier works (stages.py). The teacher stays in evaluation mode and is never modified; in
+copied stages (DFPT-KD+) only batch norms are in training mode. dual_path.py explains its purpose.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_cdl.types import CDLOutput, ModelShape
 
 
 class PromptPath(Term):
-    """A term's second path through a teacher; `config` has the fields of DualPathConfig that shape it."""
+    """A term's second path through a teacher, configured by fields of DualPathConfig in `config`."""
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
         super().__init__(config, student, teacher)
@@ -30,7 +30,7 @@ class PromptPath(Term):
         self.copied = nn.ModuleList()  # theta', within a task
         self.head: nn.Module | None = None  # H_phi, within a task
         self.found: Stages | None = None
-        # No submodules, since they hold the teacher's weights: the prompt path, and what records A_1's output.
+        # The prompt path and the recorders of A_1's output; in lists, as they must not register the teacher's weights.
         self._path: list[Any] = []
         self._records: list[_Record] = []
         self._image = (0, 0)
@@ -38,7 +38,7 @@ class PromptPath(Term):
     # ---- building ----
 
     def attach(self, teacher: Any) -> None:
-        """Find the teacher's stages and make the blocks between them. Raises ValueError if it has none that fit."""
+        """Find the teacher's stages and create the blocks between them. Raises ValueError if no stages fit."""
         self.found = found = find_stages(teacher, self.config.stages)
         stages = found.stages
         names = {number: stage.modules[-1] for number, stage in enumerate(stages[:-1], start=1)}
@@ -57,8 +57,8 @@ class PromptPath(Term):
             self.prompts[str(number)] = block
 
     def begin_task(self, teacher: Any) -> None:
-        """Make the prompt path of a teacher that has learnt the newest task, with a new head and new copied stages."""
-        self.end_task()  # of a task that was cut off
+        """Build the prompt path of a teacher that has learnt the newest task, with a new head and copied stages."""
+        self.end_task()  # of an interrupted task
         found = self._stages()
         first = min(int(number) for number in self.prompts)
         start = {None: len(found.stages), "first_prompt": first, "all": 0}[self.config.copy_from]
@@ -68,16 +68,16 @@ class PromptPath(Term):
         path = _copy(teacher, [*copied, found.head]).eval()
         self.copied = nn.ModuleList([path.get_submodule(name) for name in copied])
         for name, parameter in self.copied.named_parameters():
-            if "mask_token" in name:  # which no classifier uses
+            if "mask_token" in name:  # unused by classifiers
                 parameter.requires_grad_(False)
         self.head = head = path.get_submodule(found.head)
-        for earlier in [*getattr(head, "blocks", ())][:-1]:  # of earlier tasks, whose classes are not compared
+        for earlier in [*getattr(head, "blocks", ())][:-1]:  # earlier tasks' classes are not compared
             earlier.requires_grad_(False)
         if self.config.head_init == "random":
             for module in head.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()
-        if self.config.copy_from != "all":  # what lies before the first block is computed once, by the teacher
+        if self.config.copy_from != "all":  # stages before the first block are computed once, by the teacher
             for name in (name for stage in found.stages[:first] for name in stage.modules):
                 self._records.append(_Record(teacher.get_submodule(name)))
                 path.get_submodule(name).forward = self._records[-1]
@@ -87,14 +87,14 @@ class PromptPath(Term):
         self.train(self.training)
 
     def end_task(self) -> None:
-        """Let go of the teacher and of all that the next task begins anew; P_i and F_i stay."""
+        """Release the teacher and everything that the next task reinitialises; P_i and F_i are kept."""
         for record in self._records:
             record.handle.remove()
         self._path, self._records = [], []
         self.head, self.copied = None, nn.ModuleList()
 
     def train(self, mode: bool = True) -> Any:
-        """As of any module, but of the copied stages only batch norms are ever in training mode."""
+        """Set training mode as for any module, but in copied stages for batch norms only."""
         super().train(mode)
         for module in self.copied.modules():
             module.training = mode and isinstance(module, _BatchNorm)
@@ -106,7 +106,7 @@ class PromptPath(Term):
         return self.found
 
     def _behind(self, block: nn.Module) -> Any:
-        """Forward hook of a module of the prompt path: its features g become F(g + P(g))."""
+        """Forward hook for a module of the prompt path that turns its features g into F(g + P(g))."""
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             size = () if isinstance(block, MapBlock) else (self._image, self._stages().patch_size)
@@ -118,9 +118,9 @@ class PromptPath(Term):
     # ---- one batch ----
 
     def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
-        """The teacher's answer with the prompt path's logits (B, C) to the same images as `path_logits`.
+        """Add the prompt path's logits (B, C) for the same images to the teacher's output, as `path_logits`.
 
-        A batch of one image, whose 1x1 maps no batch norm could take, is normed by running statistics.
+        A batch of one image is normalised with running statistics, since batch norm cannot train on its 1x1 maps.
         """
         if not self._path:
             raise ValueError("dual_path has no prompt path: call begin_task(teacher) first, as CDLTrainer does.")
@@ -129,13 +129,13 @@ class PromptPath(Term):
             if isinstance(module, _BatchNorm):
                 module.training = self.training and len(asked["pixel_values"]) > 1
         inputs = {key: asked[key] for key in ("pixel_values", "task_id") if asked.get(key) is not None}
-        if answer.query is not None:  # asked once: by another pass the prompt blocks would change it
+        if answer.query is not None:  # reuse it: in the path's own pass the prompt blocks would alter it
             inputs["query"] = answer.query
         return dataclasses.replace(answer, path_logits=self._path[0](**inputs).logits)
 
 
 class _Record:
-    """What a module has just given: the forward of its counterpart in the prompt path."""
+    """Records a module's latest output and returns it as the forward of its counterpart in the prompt path."""
 
     def __init__(self, module: nn.Module):
         self.output: Any = None
@@ -149,7 +149,7 @@ class _Record:
 
 
 def _copy(model: Any, own: list[str]) -> Any:
-    """A copy of a model with trainable weights of its own in the modules `own`; it shares all others, frozen."""
+    """Copy a model with its own trainable weights in the modules `own`; all others are shared and frozen."""
     parts = [model.get_submodule(name) for name in own]
     fresh = {id(tensor) for part in parts for tensor in (*part.parameters(), *part.buffers())}
     memo: dict[int, Any] = {id(b): b.clone() if id(b) in fresh else b for b in model.buffers()}

@@ -1,18 +1,19 @@
-r"""ReviewKD: every student layer, fused with what deeper layers know, predicts a teacher layer (Chen et al. 2021,
-arXiv 2104.09044), in the ViT form of the CDL authors' code (arXiv 2407.13911).
+r"""ReviewKD: every student layer, fused with features of deeper layers, predicts a teacher layer.
 
-Let h_s (B, N, D_s) and h_t (B, N, D_t) be the outputs before the final norm of a student's layer and of the teacher's
-that it is compared with: the k = min(L_s, L_t) deepest of both, the deepest with the deepest. From deep to shallow,
-j = 0 .. k-1, with attention-based fusion (ABF) units:
+Chen et al. 2021 (arXiv 2104.09044), in the ViT form of the CDL authors' code (arXiv 2407.13911).
+
+Let h_s (B, N, D_s) and h_t (B, N, D_t) be the outputs, before the final norm, of a pair of student and teacher layers:
+the k = min(L_s, L_t) deepest layers of both are paired, deepest with deepest. From deep to shallow, j = 0 .. k-1, with
+attention-based fusion (ABF) units:
 
     x_0 = LN1(W1 h_s)                                                               out_0 = W2 x_0
     x_j = LN2( a Z(a) + x_{j-1} Z(x_{j-1}) ),  a = LN1(W1 h_s),  Z(.) = LNz(Wz .)   out_j = W2 x_j
     L = 1/k \sum_j MSE(out_j, h_t)
 
-W1, Wz: D_s -> D_s and W2: D_s -> D_t, all with bias, are each unit's own, learnt with the student and left behind;
-x_{j-1} is the residual that carries the deeper layers. The paper's pyramid pooling and sigmoid fusion are gone, as in
-the authors' code, which knows 12 layers only. Ours: any depths; other numbers of tokens are interpolated as in
-FitNets. The authors add KD to it: write `distill: [{type: kd}, {type: review_kd}]`.
+W1, Wz: D_s -> D_s and W2: D_s -> D_t, all with bias, belong to each unit, are trained with the student and then
+discarded; x_{j-1} is the residual from the deeper layers. The paper's pyramid pooling and sigmoid fusion are left out,
+as in the authors' code, which supports 12 layers only. Ours: any depth; different numbers of tokens are interpolated
+as in FitNets. The authors combine it with KD: `distill: [{type: kd}, {type: review_kd}]`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ABF(nn.Module):
             self.norm2 = nn.LayerNorm(student_size)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the teacher's layer should be (B, N, D_t), and the residual (B, N, D_s) for the layer below."""
+        """Prediction of the teacher's layer (B, N, D_t), and the residual (B, N, D_s) for the next shallower layer."""
         x = self.norm1(self.proj1(hidden))
         if residual is not None:
             weigh_x, weigh_residual = (self.normz(self.projz(value)) for value in (x, residual))

@@ -1,15 +1,16 @@
-r"""Similarity: images that are alike to the teacher become alike to the student (ours, after Tung & Mori 2019, arXiv
-1907.09682, and Park et al. 2019, arXiv 1904.05068).
+r"""Similarity: the student matches the teacher's pairwise image similarities.
+
+Ours, after Tung & Mori 2019 (arXiv 1907.09682) and Park et al. 2019 (arXiv 1904.05068):
 
     S_{ij} = <u_i, u_j>    u_i = v_i / |v_i|    v_i = (f_i - mean f) / std f
     L = 1/B^2 \sum_{ij} (S^s_{ij} - S^t_{ij})^2
 
-f (B, D) are the CLS features, mean and std those of each dimension over the batch, S (B, B) the cosines of all pairs;
-the teacher's width need not be the student's, and no labels and no trained teacher are needed. Tung & Mori compare
-S = f f^T with rows of unit length. It is made for the first session before a `ridge` head: that head knows its
-features by their inner products alone, so a student with the teacher's S answers as the teacher would. The batch is a
-micro-batch on its process: more images at a time are other, and more, pairs. Fewer than three teach nothing: two
-standardised images are always each other's opposite.
+f (B, D) are the CLS features, mean and std are per dimension over the batch, S (B, B) are the cosines of all pairs;
+teacher and student may differ in width, and neither labels nor a trained teacher are needed. Tung & Mori compare
+S = f f^T with rows of unit length. It is meant for the first session before a `ridge` head: that head depends on its
+features only through inner products, so a student with the teacher's S predicts what the teacher would. The batch is
+one micro-batch on one process, so the micro-batch size decides which pairs are compared. Fewer than three images teach
+nothing: two standardised images are always each other's opposite.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The stages A_1 .. A_N of an image classifier, found by passing one empty image through it.
+"""The stages A_1 .. A_N of an image classifier, found by a forward pass with one blank image.
 
-Stages are groups of the model's own modules, named by their paths, so any classifier can be watched, or run a second
-time with something between its stages, by hooks on those modules: its own forward does the rest (prefixes, queries,
-Swin's windows, ...) and nothing about a family is written twice. What follows the last stage (final norm, pooling,
-classifier) is the head.
+Stages are groups of the model's own modules, named by their paths. Hooks on those modules can watch any classifier, or
+run it a second time with something between its stages; its own forward does the rest (prefixes, queries, Swin's
+windows, ...), so no model family needs code of its own. What follows the last stage (final norm, pooling, classifier)
+is the head.
 
 Rules [ours]: the outermost list of modules is the body. Up to four members (the `stages` of ResNet, RegNet, ConvNeXt
-and Swin) are stages; more are layers, grouped by the resolution of their outputs (MobileNetV2) or, if that never
-changes (ViT, DeiT, DINOv2 and their like), into four groups of equal length. Anything else: the user names modules.
+and Swin) are stages; more are layers, grouped by output resolution (MobileNetV2) or, if that never changes (ViT, DeiT,
+DINOv2 and similar), into four groups of equal length. For anything else, the user names the modules.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ GROUPS = 4  # stages of a body whose resolution never changes
 
 
 class Stage(NamedTuple):
-    """The paths of a stage's modules in order, and the shape of what the last of them gives for one image.
+    """The paths of a stage's modules in order, and the last module's output shape for one image.
 
-    `shape`: (1, C, H, W) of a map, (1, N, D) of tokens; `extra_tokens`: whether some are no patches (CLS, registers).
+    `shape`: (1, C, H, W) of a map, (1, N, D) of tokens; `extra_tokens`: whether some are not patches (CLS, registers).
     """
 
     modules: tuple[str, ...]
@@ -39,10 +39,10 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Stages:
-    """Where a model can be cut; the paths of modules are those in the model that was given.
+    """The points where a model can be cut, as module paths in the model given to find_stages.
 
-    `stem`: path of what comes before the body, if it is one module of a known name. `head`: path of the module that
-    makes logits. `patch_size`: (height, width) in pixels, for bodies of tokens.
+    `stem`: path of the module before the body, if it is a single one with a known name. `head`: path of the module
+    that computes the logits. `patch_size`: (height, width) in pixels, for token models.
     """
 
     stages: tuple[Stage, ...]
@@ -52,7 +52,7 @@ class Stages:
 
 
 def find_stages(model: Any, named: Sequence[str] | None = None) -> Stages:
-    """The stages of a Hugging Face model, or of one around it; with `named` those modules of it, each one stage.
+    """Find the stages of a Hugging Face model or a wrapper of one; with `named`, each of those modules is one stage.
 
     Raises ValueError, listing what was found, if there is no single body, a named module does not exist, there are
     fewer than two stages, or their outputs are neither maps nor tokens.
@@ -93,14 +93,14 @@ def find_stages(model: Any, named: Sequence[str] | None = None) -> Stages:
 
 
 def first_tensor(output: Any) -> Any:
-    """The features in a module's output: itself, or the first of a tuple (as Swin's stages give)."""
+    """The features in a module's output: the output itself, or the first item of a tuple (as Swin's stages return)."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def token_grid(count: int, image: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the grid of patches among `count` tokens; what is left over are CLS, registers and the like.
+    """Height and width of the patch grid among `count` tokens; the remaining ones are CLS, registers and the like.
 
-    `image`: (height, width) in pixels. Stages that merge patches halve the grid, rounding up.
+    `image`, `patch`: (height, width) in pixels. Stages that merge patches halve the grid, rounding up.
     """
     height, width = (-(-side // step) for side, step in zip(image, patch, strict=True))
     while height * width > count:
@@ -109,12 +109,12 @@ def token_grid(count: int, image: tuple[int, int], patch: tuple[int, int]) -> tu
 
 
 def _path(model: nn.Module, part: nn.Module) -> str:
-    """What comes before the names of a part's modules in the whole model: 'resnet.', or nothing if it is the whole."""
+    """Prefix of a part's module names in the whole model: 'resnet.', or empty if the part is the whole model."""
     return next(f"{name}." if name else "" for name, module in model.named_modules() if module is part)
 
 
 def _body(base: nn.Module) -> dict[str, list[str]]:
-    """The outermost ModuleLists of the base model (or its Sequentials, if it has none): paths of their members."""
+    """Member paths of the base model's outermost ModuleLists, or of its Sequentials if it has none."""
     for kind in (nn.ModuleList, nn.Sequential):
         found: dict[str, list[str]] = {}
         for name, module in base.named_modules():
@@ -131,7 +131,7 @@ def _advice(found: dict[str, list[str]]) -> str:
 
 
 def _probe(base: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """The shapes of these modules' outputs for one empty image; the model is left as it was."""
+    """Output shapes of these modules for one blank image; the model is left unchanged."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def note(name: str) -> Any:
@@ -141,7 +141,7 @@ def _probe(base: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...
     modes = [(module, module.training) for module in base.modules()]
     image = torch.zeros(1, getattr(base.config, "num_channels", 3), *_image(base)).to(next(base.parameters()))
     try:
-        base.eval()  # batch norms must not take the empty image into their statistics
+        base.eval()  # keep the blank image out of batch norm statistics
         with torch.no_grad():
             base(image)
     finally:
@@ -153,7 +153,7 @@ def _probe(base: Any, modules: dict[str, nn.Module]) -> dict[str, tuple[int, ...
 
 
 def _image(base: Any) -> tuple[int, int]:
-    """Size in pixels of the empty image; many convolutional nets take any and name none."""
+    """Size in pixels of the blank image; many convolutional nets take any size and declare none."""
     return _pair(getattr(base.config, "image_size", None) or 64)
 
 

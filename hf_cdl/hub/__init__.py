@@ -1,8 +1,8 @@
-"""A run on the Hugging Face Hub: a commit and a tag `task-NN` per task, pushed beside training; main is the newest.
+"""A run on the Hugging Face Hub: a commit and a tag `task-NN` per task, pushed during training; main is the newest.
 
-What the Hub holds is the truth about what was pushed: a tag counts if its files are the run's checkpoint, byte for
-byte, so a push that was cut off goes on where it stopped, and nobody else's files are ever overwritten. Only files
-that hold no code to unpickle are pushed.
+The Hub itself is the record of what was pushed: a tag counts if its files equal the run's checkpoint, byte for byte,
+so an interrupted push continues where it stopped, and nobody else's files are ever overwritten. No pickled files are
+pushed.
 """
 
 from hf_cdl.hub.folder import read_folder

@@ -1,4 +1,4 @@
-"""What goes with a checkpoint: the results up to its task, the commit's message; the card is card.py's."""
+"""What is pushed with a checkpoint: the results up to its task and the commit message; the card is in card/."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hf_cdl.runs.report import number
 Results = Mapping[str, Any]
 
 DOCUMENTS = ("README.md", "accuracy_matrix.png", "results.json", ".gitattributes")
-"""Files of a repository that do not say whose its checkpoint is: the card, the results and the Hub's own."""
+"""Files that do not identify a repository's checkpoint: the card, the results and the Hub's own file."""
 
 
 def results_after(results: Results, count: int) -> dict[str, Any]:
-    """The results of a run as they were when `count` tasks were finished, without the paths of this machine."""
+    """The results of a run as of `count` finished tasks, without local paths."""
     roles = {}
     for role, entry in results["roles"].items():
         cut = {key: value[:count] if isinstance(value, list) else value for key, value in entry.items()}
         if count < len(entry["accuracy_matrix"]):
-            cut.pop("cost", None)  # that of the newest state
+            cut.pop("cost", None)  # only known for the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
     return {**shared(results), "roles": roles, "finished": count == len(results["class_names"])}
 
 
 def finished_tasks(results: Results, role: str) -> int:
-    """How many tasks a role has learnt and was measured on."""
+    """Number of tasks a role has learnt and been measured on."""
     return len(results["roles"].get(role, {}).get("accuracy_matrix", ()))
 
 
 def commit_message(results: Results, role: str, count: int) -> tuple[str, str]:
-    """Title and text of the commit after `count` tasks."""
+    """Title and description of the commit after `count` tasks."""
     names, matrix = (
         [*map(visible, results["class_names"][count - 1])],
         results["roles"][role]["accuracy_matrix"][:count],

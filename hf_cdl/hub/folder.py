@@ -1,4 +1,4 @@
-"""Going on from a folder of this machine: a run's, one of its models', or that of a checkpoint without a run."""
+"""Continuing from a local folder: a run, one of its models, or a checkpoint without a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hf_cdl.runs.results import checked_results, run_results
 
 @dataclass(frozen=True)
 class FolderOrigin(Origin):
-    """One in a folder of this machine."""
+    """A model in a local folder."""
 
     folder: Path
-    """The checkpoint's."""
+    """The folder of the checkpoint."""
     name: str
-    """That of the run, or of the checkpoint if it is of none."""
+    """The name of the run, or of the checkpoint if it has no run."""
 
     @property
     def place(self) -> str:
@@ -46,9 +46,9 @@ class FolderOrigin(Origin):
 
 
 def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin:
-    """What a run's folder, or a checkpoint's, knows; `tag` chooses an earlier state of a run, task-NN.
+    """Read the model in a run's or a checkpoint's folder; `tag` selects an earlier state of a run, task-NN.
 
-    Raises HubError if it is neither, or not of that role.
+    Raises HubError if it is neither, or of another role.
     """
     root = next((place for place in (folder, *folder.resolve().parents[:2]) if _is_run(place)), None)
     checkpoint = folder
@@ -96,7 +96,7 @@ def _of_run(root: Path) -> dict[str, Any]:
 
 
 def _alone(config: dict[str, Any], folder: Path, role: str) -> dict[str, Any]:
-    """The results of a checkpoint without a run: its classes, nothing measured, and a recipe by its config."""
+    """Results for a checkpoint without a run: its classes, no measurements, and a recipe built from its config."""
     taught = [name for name in ("kd_prompt", "mapping", "query_config") if config.get(name) is not None]
     head = config.get("head")
     taught += ["head.soft_targets"] if isinstance(head, dict) and head.get("soft_targets") else []

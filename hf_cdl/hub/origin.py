@@ -1,7 +1,7 @@
-"""Going on elsewhere: what a published model knows, so that another run can learn the next task with it.
+"""Continuing from a published model, so that another run can learn the next task with it.
 
-Whoever made it may be a stranger. Of theirs only the files of CHECKPOINT are taken, none of which holds code or
-pickles, and nothing is run. folder.py has the same for a folder of this machine.
+The model is untrusted: only files matching CHECKPOINT are taken, none of which contains code or pickles, and nothing
+is run. folder.py does the same for a local folder.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from hf_cdl.types import is_ours
 
 @dataclass(frozen=True)
 class Origin(ABC):
-    """A model after its newest task, or after `tasks` tasks, where somebody put it."""
+    """A stored model after `tasks` tasks, from which a run can continue."""
 
     role: str
     tasks: int
     results: dict[str, Any]
-    """The content of its results.json, checked."""
+    """The checked content of its results.json."""
 
     @property
     @abstractmethod
     def place(self) -> str:
-        """Where it is, for messages."""
+        """Where the model is, for messages."""
 
     @abstractmethod
     def put(self, folder: Path) -> None:
@@ -55,10 +55,10 @@ class Origin(ABC):
 
     @abstractmethod
     def as_dict(self) -> dict[str, Any]:
-        """What the run that goes on remembers of it."""
+        """What the continuing run records about it."""
 
     def copy(self, folder: Path) -> None:
-        """Put the checkpoint into a folder and check it. Raises HubError if it is not what the results say."""
+        """Put the checkpoint into a folder and check it. Raises HubError if it does not match the results."""
         self.put(folder)
         self._check(folder)
 
@@ -76,7 +76,7 @@ class Origin(ABC):
             _check_weights([*folder.glob("*.safetensors")])
             if (index := folder / "model.safetensors.index.json").exists():
                 _check_index(read_json(index))
-            read_json(folder / "preprocessor_config.json")  # what it asks for is checked where it is loaded
+            read_json(folder / "preprocessor_config.json")  # its content is checked when it is loaded
         except RunError as error:
             said = str(error).replace(f"{visible(folder)}/", "its ")
             raise HubError(
@@ -87,13 +87,13 @@ class Origin(ABC):
 
 @dataclass(frozen=True)
 class HubOrigin(Origin):
-    """One that was pushed to the Hub, at the commit of its tag."""
+    """A model on the Hub, at the commit of its tag."""
 
     api: HfApi
     repository: str
     commit: str
     tags: dict[str, str]
-    """Commits of the tags up to it."""
+    """Tag -> commit, for all tags up to this one."""
 
     @property
     def place(self) -> str:
@@ -113,7 +113,7 @@ class HubOrigin(Origin):
 
 
 def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) -> HubOrigin:
-    """What a repository that a run was pushed to knows; `tag` chooses an earlier state, task-NN.
+    """Read the model in a repository that a run was pushed to; `tag` selects an earlier state, task-NN.
 
     Raises HubError if it cannot be read or was not pushed by a run.
     """
@@ -150,7 +150,7 @@ def check_role(results: dict[str, Any], role: str, tasks: int, where: str) -> No
 
 
 def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:
-    """Path -> bytes."""
+    """Path -> size in bytes."""
     entries: Iterable[Any] = api.list_repo_tree(repository, recursive=True, revision=commit)
     return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
@@ -185,7 +185,7 @@ def _counted(tasks: Any) -> str:
 
 @contextmanager
 def told(place: str) -> Iterator[None]:
-    """Turns what goes wrong while `place` is read into a HubError."""
+    """Turn any error while reading `place` into a HubError."""
     try:
         yield
     except RunError as error:

@@ -1,4 +1,4 @@
-"""Pushing beside training: a thread, attempts, and what is said of them."""
+"""Pushing during training: the background thread, its retries, and the messages about them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hf_cdl.hub.repository import HubError, Repository
 
 _PERMANENT = {400, 401, 402, 403, 404, 413, 422}
 _ATTEMPTS, _LONGEST_WAIT, _SILENCE = 5, 300.0, 60.0
-"""Attempts without progress; seconds: the longest wait between two, and for an answer before it counts as lost."""
+"""Attempts without progress; in seconds, the longest wait between two and the timeout for an answer."""
 
 
 class Pusher:
-    """Pushes the tasks of the run in `folder` beside training, by one thread; no error of it reaches the training.
+    """Pushes the tasks of the run in `folder` during training, in one thread; its errors never reach the training.
 
-    `repositories`: role -> name of its repository; none: nothing is pushed. `private`: of new repositories.
-    `every_task`: after every task, or all at the end. `say` prints. `delay`: seconds before a second attempt, doubled
-    before each further one; by default the environment's HF_CDL_PUSH_DELAY, or 2. `patience`: seconds that the end
-    waits for the next task to arrive on the Hub; None: as long as attempts go on. `origin`: `Run.origin`. `later`: the
-    command that pushes the run at another time.
+    `repositories`: role -> name of its repository; if empty, nothing is pushed. `private`: for new repositories.
+    `every_task`: push after every task, or all at the end. `say` prints. `delay`: seconds before the second attempt,
+    doubled before each further one; default: HF_CDL_PUSH_DELAY in the environment, or 2. `patience`: seconds to wait
+    at the end for the next task to arrive on the Hub; None: as long as attempts continue. `origin`: `Run.origin`.
+    `later`: the command that pushes the run later.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Pusher:
         self.later = later or shlex.join(["python", "-m", "hf_cdl", "push", str(folder)])
         self.delay = float(os.environ.get("HF_CDL_PUSH_DELAY", 2)) if delay is None else delay
         api = api or HfApi()
-        if repositories:  # beside training: no bars, and no addresses (they may be signed) of attempts that fail
+        if repositories:  # during training: no bars, and no URLs (they may be signed) of failed attempts
             disable_progress_bars()
             logging.set_verbosity_error()
         self.repositories = [
@@ -71,9 +71,9 @@ class Pusher:
         self._thread = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
 
     def check(self, results: Results) -> None:
-        """Before training: may we push, and is nothing in the way? Says so if the Hub cannot be reached now.
+        """Check, before training, that the run can be pushed; only report it if the Hub cannot be reached now.
 
-        Raises HubError for a wrong token, a missing permission or a repository that holds something else.
+        Raises HubError for an invalid token, a missing permission or a repository that holds something else.
         """
         for repository in self.repositories:
             try:
@@ -91,7 +91,7 @@ class Pusher:
                 )
 
     def push(self, results: Results) -> None:
-        """After a task: push it, and what could not be pushed before. Returns at once."""
+        """Push a finished task, and any that could not be pushed before. Returns at once."""
         if self.repositories and self.every_task:
             problems = dict(self.problems)
             for role, problem in problems.items():
@@ -101,7 +101,7 @@ class Pusher:
             self._submit(results)
 
     def finish(self, results: Results) -> bool:
-        """Push what is left, wait for it and say what came of it; whether everything is on the Hub."""
+        """Push what is left, wait for it and report the outcome; returns whether everything is on the Hub."""
         if not self.repositories:
             return True
         self._submit(results, closing=True)
@@ -162,7 +162,7 @@ class Pusher:
                     self.problems[repository.role] = problem
 
     def _attempt(self, repository: Repository, results: Results) -> str | None:
-        """Push, again and again while that makes sense; why it did not succeed."""
+        """Push, retrying as long as that can help; returns why it failed, or None."""
         failures = 0
         while True:
             try:
@@ -170,7 +170,7 @@ class Pusher:
                 for _ in repository.push(results):
                     failures = 0
                 return None
-            except Exception as error:  # whatever it is: the training goes on
+            except Exception as error:  # whatever it is, training continues
                 failures += 1
                 wait = max(_retry_after(error), self.delay * 2 ** (failures - 1) * random.uniform(1, 1.5))
                 permanent = isinstance(error, HubError) or _status(error) in _PERMANENT or is_offline_mode()
@@ -179,7 +179,7 @@ class Pusher:
             time.sleep(wait)
 
     def _reason(self, error: Exception, repository: Repository) -> str:
-        """What went wrong, in one line, without addresses (they may be signed) and without the token."""
+        """Describe an error in one line, without URLs (they may be signed) or the token."""
         response, advice = _response(error), ""
         if isinstance(error, HubError):
             text = str(error)
@@ -198,14 +198,14 @@ class Pusher:
 
 
 def _limit_silence() -> None:
-    """huggingface_hub would wait for an answer for ever."""
+    """Set a read timeout; huggingface_hub would wait for an answer forever."""
     session = get_session()
     if session.timeout.read is None:
         session.timeout = _SILENCE
 
 
 def _response(error: BaseException | None) -> Any:
-    """The answer behind an error; None if there was none."""
+    """The HTTP response behind an error; None if there was none."""
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
@@ -220,7 +220,7 @@ def _status(error: Exception) -> int | None:
 
 
 def _retry_after(error: Exception) -> float:
-    """Seconds that the Hub asks to wait."""
+    """Seconds the Hub asks to wait before a retry."""
     response = _response(error)
     text = "" if response is None else response.headers.get("Retry-After", "")
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0

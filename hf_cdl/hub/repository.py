@@ -1,4 +1,4 @@
-"""The repository of one model of a run: what it holds, and how it gets the next task."""
+"""The Hub repository of one model of a run: comparing it with the run, and pushing the next tasks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _CODE = re.compile(r"[\w.-]+\.py")
 
 
 class HubError(RunError):
-    """What the Hub refuses, and another attempt would not change; the message says what is there and what to do."""
+    """A problem with the Hub that a retry would not solve; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the run has learnt, what its repository holds of it, and so what is to do.
+    """What the run has learnt, what its repository holds, and therefore what to do.
 
-    `learnt`: tasks that are finished here. `tagged`: the newest task that has a tag there. `held`: the task whose
+    `learnt`: tasks finished locally. `tagged`: the newest task with a tag in the repository. `held`: the task whose
     checkpoint main holds, tagged or not; None if it holds none yet. `head`: the commit of main; `files`: path -> hash.
     """
 
@@ -43,15 +43,15 @@ class Comparison:
 
     @property
     def to_do(self) -> range:
-        """The tasks that are not tagged yet. The first of them may be held already: then only its tag is missing."""
+        """The tasks not tagged yet. The first may already be held by main: then only its tag is missing."""
         return range(self.tagged + 1, self.learnt + 1)
 
 
 class Repository:
-    """The repository of one role of the run in `folder`. `name` may lack the owner: then it is the token's.
+    """The repository of one role of the run in `folder`. If `name` has no owner, the token's owner is used.
 
     `origin`: where the first tasks were learnt, if elsewhere (`Run.origin`). The last of them is the first that can be
-    pushed; the tags of those before are known by their commits.
+    pushed; tags of earlier ones are recognised by their commits.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Repository:
         self.start = max(0, (origin or {}).get("tasks", 0) - 1)
         self.known: Mapping[str, str] = origin["roles"][role]["tags"] if origin else {}
         self.other: Repository | None = None
-        """That of the run's other model, for the cards' links."""
+        """The repository of the run's other model, for links in the cards."""
         self.pushed = 0
         """Tasks known to be on the Hub."""
         self._opened = False
-        self._ours: set[str] = set()  # commits of tags that were found to be this run's
+        self._ours: set[str] = set()  # commits of tags already verified as this run's
         self._digests: dict[Path, tuple[str, str]] = {}
 
     def open(self) -> None:
-        """Make the repository unless it is there. Raises HubError if it may not be written."""
+        """Create the repository if needed and check write access. Raises HubError if there is no token."""
         if self._opened:
             return
         if self.api.token is None and get_token() is None:
@@ -84,7 +84,7 @@ class Repository:
         self._opened = True
 
     def push(self, results: Results) -> Iterator[int]:
-        """Commit and tag all finished tasks that are not there yet, in order; yields after each how many there are.
+        """Commit and tag all finished tasks not yet pushed, in order; yields the number of pushed tasks after each.
 
         Raises HubError if the repository holds something else.
         """
@@ -101,9 +101,9 @@ class Repository:
             yield number
 
     def compare(self, learnt: int) -> Comparison:
-        """What is here, there, and to do, with `learnt` tasks finished here.
+        """Compare the repository with the run, which has finished `learnt` tasks.
 
-        Raises HubError unless everything there is of this run.
+        Raises HubError unless everything in the repository belongs to this run.
         """
         refs = self.api.list_repo_refs(self.id)
         head = next(branch.target_commit for branch in refs.branches if branch.name == "main")
@@ -111,16 +111,14 @@ class Repository:
         self.pushed = self._tagged(tags, learnt)
         files = self._files(head)
         held = self._held(files, learnt)
-        is_tagged = (
-            tags.get(f"task-{self.pushed:02d}") == head
-        )  # as it was pushed; elsewhere main may hold more by now
+        is_tagged = tags.get(f"task-{self.pushed:02d}") == head  # main as pushed; elsewhere it may hold more by now
         is_new = self.pushed == self.start and not set(files) - {".gitattributes"}
         if held is None and not (is_tagged or is_new):
             raise self._foreign(f"{len(files)} files in main that are not this run's", sorted(files))
         return Comparison(learnt, self.pushed, held, head, files)
 
     def _tagged(self, tags: Mapping[str, str], learnt: int) -> int:
-        """The newest task that has a tag. Raises HubError for tags that this run did not make."""
+        """The newest task with a tag. Raises HubError for tags that this run did not create."""
         newest = self.start
         for tag in sorted(tags, key=lambda name: int(name[5:])):
             number, commit = int(tag[5:]), tags[tag]
@@ -133,13 +131,13 @@ class Repository:
         return newest
 
     def _is_ours(self, commit: str, number: int) -> bool:
-        """Whether a commit holds the checkpoint of a task; looked at once."""
+        """Whether a commit holds the checkpoint of a task; verified only once per commit."""
         if commit not in self._ours and self._is_task(self._files(commit), number):
             self._ours.add(commit)
         return commit in self._ours
 
     def _held(self, files: Mapping[str, str], learnt: int) -> int | None:
-        """The newest tagged task, or the one after it, if these are its files: a push may end before its tag."""
+        """The newest tagged task, or the next one, if `files` are its: a push may be interrupted before its tag."""
         first, last = max(self.pushed, self.start + 1), min(self.pushed + 1, learnt)
         return next((number for number in range(first, last + 1) if self._is_task(files, number)), None)
 
@@ -152,14 +150,14 @@ class Repository:
         )
 
     def _commit(self, results: Results, number: int, head: str, there: Mapping[str, str]) -> str:
-        """A task's state as the commit after `head`, whose files are `there`."""
+        """Commit a task's state on top of `head`, whose files are `there`."""
         files: dict[str, Any] = dict(self._checkpoint(number))
         after = results_after(results, number)
         written = card_files(after, self.role, self.id, None if self.other is None else self.other.id)
         card = _git_oid(written["README.md"])
         if "README.md" in there:
             last = self._card_written(head) if "results.json" in there else None
-            if there["README.md"] != last:  # edited on the Hub: it stays
+            if there["README.md"] != last:  # edited on the Hub: keep it
                 card = last
                 del written["README.md"]
         written["results.json"] = json.dumps({**after, "role": self.role, "card": card}, indent=1).encode()
@@ -175,27 +173,27 @@ class Repository:
         ).oid
 
     def _card_written(self, commit: str) -> str | None:
-        """git's sha1 of the last card that this run wrote, as a commit's results.json has it."""
+        """git's sha1 of the last card this run wrote, as recorded in a commit's results.json."""
         with TemporaryDirectory() as folder:
             file = self.api.hf_hub_download(self.id, "results.json", revision=commit, local_dir=folder)
             return json.loads(Path(file).read_text()).get("card")
 
     def _files(self, commit: str) -> dict[str, str]:
-        """Path -> sha256 of an LFS file, git's sha1 of another."""
+        """Path -> sha256 for LFS files, git's sha1 for others."""
         entries = self.api.list_repo_tree(self.id, recursive=True, revision=commit)
         files = [entry for entry in entries if isinstance(entry, RepoFile)]
         return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in files}
 
     def _is_task(self, there: Mapping[str, str], number: int) -> bool:
-        """Whether files on the Hub are the checkpoint of a task."""
+        """Whether the files on the Hub are the checkpoint of a task."""
         ours = {name: self._digest(path) for name, path in self._checkpoint(number).items()}
         theirs = {path: oid for path, oid in there.items() if path not in DOCUMENTS}
         return theirs.keys() == ours.keys() and all(oid in ours[path] for path, oid in theirs.items())
 
     def _checkpoint(self, number: int) -> dict[str, Path]:
-        """Path in the repository -> file, of a task's checkpoint.
+        """Path in the repository -> local file, for a task's checkpoint.
 
-        Raises HubError for a file that hf_cdl did not write, and for a link: what it stands for may be private.
+        Raises HubError for a file that hf_cdl did not write, and for a link, whose target may be private.
         """
         folder = self.folder / f"task-{number:02d}"
         files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -214,7 +212,7 @@ class Repository:
         return ours
 
     def _noted(self) -> Mapping[str, Any]:
-        """The files that the run has stored, by path in its folder."""
+        """The files recorded in the run's ledger, by path in its folder."""
         run = self.folder.parent
         return stored_ledger(run).get("files", {}) if (run / "run.json").exists() else {}
 

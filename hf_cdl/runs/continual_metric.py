@@ -1,7 +1,7 @@
 """The metrics of an accuracy matrix as an `evaluate.Metric`.
 
-`evaluate.load(hf_cdl.runs.continual_metric.__file__, "forgetting")` loads it too. Importing `evaluate` takes a second,
-so nothing that a run needs does it.
+`evaluate.load(hf_cdl.runs.continual_metric.__file__, "forgetting")` also loads it. Importing `evaluate` takes a
+second, so nothing that a run needs imports it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Smith et al., CODA-Prompt, CVPR 2023, arXiv:2211.13218"""
 
 
 class ContinualMetric(evaluate.Metric):
-    """The metrics of runs/metrics.py: `ContinualMetric("forgetting")` one of METRICS, `ContinualMetric()` all.
+    """The metrics of runs/metrics.py: `ContinualMetric("forgetting")` is one of METRICS, `ContinualMetric()` all.
 
-    `add(accuracies=row)` once per task, or `compute(accuracies=R)`; the latter also takes `counts=`, as
-    `continual_metrics` does. Raises ValueError for another name. What was added is kept in memory: no file is left.
+    Call `add(accuracies=row)` once per task, or `compute(accuracies=R)`, which also takes `counts=` like
+    `continual_metrics`. Raises ValueError for an unknown name. Rows are kept in memory, so no file is left behind.
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run that goes on from models which learnt their first tasks elsewhere."""
+"""Starting a run that continues from models which learnt their first tasks elsewhere."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def continue_elsewhere(
     put: Callable[[str, Path], Any],
     recipe_file: str,
 ) -> Callable[[], None]:
-    """Make a run that goes on from models which learnt their first `origin["tasks"]` tasks elsewhere.
+    """Create a run that continues from models which learnt their first `origin["tasks"]` tasks elsewhere.
 
-    `origin`: beside the number of tasks, for each of its `roles` where its model is from. `results`: role -> the
-    results.json of there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
-    text of a recipe.yaml that is kept beside the ledger. The folder appears when it is whole. Raises RunError if
-    there is something in its place, and passes on those of `put`; then nothing is left of the try. Returns what takes
-    the run away again, as long as nothing was learnt in it.
+    `origin`: the number of tasks, and for each of its `roles` where the model is from. `results`: role -> the
+    results.json from there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
+    text of the recipe.yaml stored next to the ledger. The folder appears only once it is complete. Raises RunError if
+    something is in its place, and passes on errors of `put`; in both cases nothing is left behind. Returns a function
+    that removes the run again, as long as nothing was learnt in it.
     """
     with _started(folder) as made:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -58,13 +58,13 @@ def _fill(
     results: Mapping[str, dict[str, Any]],
     put: Callable[[str, Path], Any],
 ) -> None:
-    """Put the checkpoints and the ledger of tasks that were learnt elsewhere into a new folder."""
+    """Write the checkpoints and the ledger of tasks learnt elsewhere into a new folder."""
     make_folder(folder)
     count, roles = origin["tasks"], origin["roles"]
     for role in roles:
         put(role, folder / role / f"task-{count:02d}")
     ledger = {
-        **new_ledger({}),  # as long as nothing was learnt here, any recipe that fits may come
+        **new_ledger({}),  # until something is learnt here, any compatible recipe is accepted
         "class_names": results["student"]["class_names"][:count],
         "entries": {role: _entries(role, results[role], count) for role in roles},
         "files": fingerprints(folder, folder),
@@ -76,11 +76,11 @@ def _fill(
 
 
 def _take_away(folder: Path, count: int, above: list[Path]) -> None:
-    """Undo the making of a run, unless something was learnt in it or another process is at it."""
-    if not (folder / "run.json").exists():  # another process has taken it away
+    """Undo the creation of a run, unless something was learnt in it or another process is using it."""
+    if not (folder / "run.json").exists():  # another process has removed it
         return
     with _alone(folder / ".lock") as alone:
-        if not alone or _learnt(folder, count):  # it is another process's run as well by now
+        if not alone or _learnt(folder, count):  # another process uses the run by now
             return
         for path in folder.iterdir():
             if path.name != ".lock":
@@ -90,7 +90,7 @@ def _take_away(folder: Path, count: int, above: list[Path]) -> None:
 
 @contextlib.contextmanager
 def _started(folder: Path) -> Iterator[list[Path]]:
-    """With nobody else making a run in the folder: the folders above that are new, gone again if that fails."""
+    """Lock out other processes creating a run in the folder; yields new parent folders, removed again on failure."""
     made: list[Path] = []
     with saving(f"start the run in {folder}"):
         made += make_folder(folder.parent)
@@ -105,15 +105,15 @@ def _started(folder: Path) -> Iterator[list[Path]]:
 
 
 def _learnt(folder: Path, count: int) -> bool:
-    """Whether a run of `count` tasks that were learnt elsewhere has gone on."""
+    """Whether a run with `count` tasks learnt elsewhere has learnt anything since."""
     entries = read_ledger(folder)["entries"].values()
     return any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*"))
 
 
 @contextlib.contextmanager
 def _alone(file: Path) -> Iterator[bool]:
-    """Whether no other process holds a lock; if so, it is held, and gone afterwards."""
-    lock = FileLock(file, is_singleton=True)  # one for this process
+    """Try to hold a lock; yields whether no other process holds it. Its file is removed afterwards."""
+    lock = FileLock(file, is_singleton=True)  # one per process
     try:
         with saving(f"lock {file}"):
             lock.acquire(timeout=0)
@@ -123,19 +123,19 @@ def _alone(file: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
-        with contextlib.suppress(OSError):  # while it is held: nobody else's goes
+        with contextlib.suppress(OSError):  # while still held, so it is never another process's
             file.unlink()
         lock.release()
 
 
 def _remove(folders: list[Path]) -> None:
     for path in folders:
-        with contextlib.suppress(OSError):  # one that holds something else stays
+        with contextlib.suppress(OSError):  # keep a folder that is not empty
             path.rmdir()
 
 
 def _entries(role: str, results: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The ledger's entries behind a role's results."""
+    """The ledger entries that correspond to a role's results."""
     of_role = results["roles"][role]
     lists = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes", "correct")
     return [

@@ -1,4 +1,4 @@
-"""What a model costs in use: its parameters, and the time that one image takes."""
+"""The inference cost of a model: its parameters and the latency for one image."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _WARM_UP, _PASSES = 5, 30
 
 
 def cost_in_use(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
-    """`parameters`; `latency_ms`, the median over some passes of one image of `size` (height, width); `device`.
+    """Measure a model's parameters and latency.
 
-    What a fitted head computes with counts as parameters too, its sums for learning on do not.
+    Returns `parameters`; `latency_ms`, the median over several passes of one image of `size` (height, width); and
+    `device`. Buffers that a fitted head computes with count as parameters; its sums for further learning do not.
     """
     device = next(model.parameters()).device
     head = getattr(model, "head", nn.Identity())
@@ -27,7 +28,7 @@ def cost_in_use(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     with torch.inference_mode():
         for _ in range(_WARM_UP + _PASSES):
             start = time.perf_counter()
-            model(pixel_values=image).logits.argmax().item()  # waits for a GPU too
+            model(pixel_values=image).logits.argmax().item()  # .item() also waits for a GPU
             seconds.append(time.perf_counter() - start)
     return {
         "parameters": sum(tensor.numel() for tensor in numbers),

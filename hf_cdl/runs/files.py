@@ -1,7 +1,7 @@
-"""Writing a run's files so that a kill, a full disk or a power cut at any moment leaves old or new ones, whole.
+"""Atomic, durable writing of a run's files: a kill, full disk or power cut leaves the complete old or new file.
 
-A file is on the disk before its name says so, and so are the names themselves: whatever renames also syncs the folder.
-`fingerprint` and `damage` tell later whether a file still is what was written.
+Content is synced to disk before a file gets its name, and so are names: every rename also syncs the folder.
+`fingerprint` and `damage` detect later whether a file is still what was written.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from filelock import Timeout
 from hf_cdl.escape import visible
 
 LARGEST = 64 * 2**20
-"""Bytes of a JSON file that is read."""
+"""Size limit, in bytes, for JSON files that are read."""
 CHECKPOINT = re.compile(
     r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
     r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
 )
-"""The files of a checkpoint, none of which holds code or pickles."""
+"""The files of a checkpoint, none of which contains code or pickles."""
 PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
@@ -40,12 +40,12 @@ class RunError(RuntimeError):
 
 @contextmanager
 def saving(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while writing (a full disk, say) into a RunError that says what to do."""
+    """Turn any error while writing (such as a full disk) into a RunError that says what to do."""
     try:
         yield
     except (RunError, Timeout):
         raise
-    except Exception as error:  # torch, safetensors and transformers raise many kinds
+    except Exception as error:  # torch, safetensors and transformers raise many types
         raise RunError(
             f"Could not {what}: {first_line(error)}. Everything stored before is whole. Make room or fix the "
             "folder, then run the same command again."
@@ -53,7 +53,7 @@ def saving(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -61,7 +61,7 @@ def first_line(error: BaseException) -> str:
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write(path)` make a file that appears under its name only when it is whole."""
+    """Write a file with `write(path)`; it appears under its name only once complete."""
     with saving(f"write {file}"):
         make_folder(file.parent)
         make_way(file)
@@ -71,32 +71,32 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
             sync(partial)
             replace(partial, file)
         except OSError:
-            with suppress(OSError):  # a half would take what little room a full disk has
+            with suppress(OSError):  # a partial file would waste space on a full disk
                 partial.unlink()
             raise
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write so that the file is either the old one or the new one, whole."""
+    """Write a JSON file atomically."""
     write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
 
 
 PARTIAL = ".partial"
-"""Where in a new folder its files lie until all of them are whole."""
+"""Subfolder that holds a new folder's files until all of them are complete."""
 
 
 def check_new(folder: Path) -> None:
-    """Raises RunError for a folder with something in it, or a file in its place."""
-    with saving(f"write into {folder}"):  # a name that is too long, say
+    """Raise RunError for a folder that is not empty, or a file in its place."""
+    with saving(f"write into {folder}"):  # fails for a name that is too long, for example
         taken = folder.exists() and (not folder.is_dir() or any(path.name != PARTIAL for path in folder.iterdir()))
     if taken:
         raise RunError(f"{folder} is not empty; choose another folder.")
 
 
 def fill_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write(path)` make the files of a folder that is new or empty; they appear in it when all are whole.
+    """Fill a new or empty folder with files by `write(path)`; they appear only once all are complete.
 
-    Raises RunError if there is something in it, or if writing fails; then nothing is left of the try.
+    Raises RunError if the folder is not empty or writing fails; then nothing is left behind.
     """
     check_new(folder)
     made: list[Path] = []
@@ -104,7 +104,7 @@ def fill_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     try:
         with saving(f"write into {folder}"):
             made = make_folder(folder)
-            shutil.rmtree(partial, ignore_errors=True)  # of a kill
+            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
             partial.mkdir()
             write(partial)
             sync_tree(partial)
@@ -115,14 +115,13 @@ def fill_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         for path in made:
-            with suppress(OSError):  # a folder that holds something else stays
+            with suppress(OSError):  # keep a folder that is not empty
                 path.rmdir()
         raise
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copy a file so that the target is either the old one or the new one, whole; with its time of change, by which a
-    fingerprint of the one stands for the other too."""
+    """Copy a file atomically, with its modification time, so that a fingerprint of one file fits the other too."""
     write_whole(target, lambda path: _copy(source, path))
 
 
@@ -133,7 +132,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """os.replace of a file or folder that is on the disk already, and the new name with it."""
+    """os.replace for a file or folder already synced to disk; the new name is synced too."""
     os.replace(source, target)
     sync(target.parent)
     if source.parent != target.parent:
@@ -141,13 +140,13 @@ def replace(source: Path, target: Path) -> None:
 
 
 def make_way(file: Path) -> None:
-    """Remove an empty folder in a file's place; a full one is somebody's, and an error."""
+    """Remove an empty folder in a file's place; one that is not empty may be the user's, and is an error."""
     if file.is_dir() and not file.is_symlink():
         file.rmdir()
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and what is missing above it, their names on the disk; those that are new, innermost first."""
+    """Create a folder and missing parents and sync their names to disk; returns the new ones, innermost first."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:
@@ -156,14 +155,14 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content on the disk, or the names in a folder."""
+    """Sync a file's content, or the names in a folder, to disk."""
     is_folder = path.is_dir()
-    if is_folder and os.name == "nt":  # Windows opens no folders, and has their names on the disk by itself
+    if is_folder and os.name == "nt":  # Windows cannot open folders, and syncs their names by itself
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:  # some file systems have no such call for a folder
+    except OSError as error:  # some file systems cannot sync folders
         if not is_folder or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
             raise
     finally:
@@ -171,31 +170,31 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have a folder and everything below it on the disk, before its name says that it is there."""
+    """Sync a folder and everything below it to disk, before it gets its final name."""
     for path in sorted(folder.rglob("*"), reverse=True):
         sync(path)
     sync(folder)
 
 
-# ---- telling whether a file is what was written ----
+# ---- detecting whether a file is what was written ----
 
 
 def fingerprint(file: Path) -> list[Any]:
-    """[bytes, time of its last change in ns, SHA-256 of its content] of a file."""
+    """Fingerprint of a file: [size in bytes, modification time in ns, SHA-256 of the content]."""
     found = file.stat()
     return [found.st_size, found.st_mtime_ns, _sha256(file)]
 
 
 def fingerprints(folder: Path, root: Path) -> dict[str, list[Any]]:
-    """Of every file in a folder and below, by its path from `root`."""
+    """Fingerprints of every file in a folder and below, by path relative to `root`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): fingerprint(path) for path in files}
 
 
 def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | None:
-    """Why a file is not the one with this fingerprint, in words; None if it is.
+    """Describe why a file does not match a fingerprint; None if it does.
 
-    Unless `thorough`, size and time of change stand for the content: it is read only if the time is another one.
+    Unless `thorough`, the content is trusted if size and modification time match: it is read only if the time differs.
     """
     size, time, digest = known
     try:
@@ -229,13 +228,13 @@ def versions() -> dict[str, str]:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file. Raises RunError for what is none."""
+    """Read a JSON file. Raises RunError for anything else."""
     try:
         check_readable(file)
         return read_numbers(file.read_bytes())
     except OSError as error:
         raise RunError(f"{visible(file)} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # invalid JSON or UTF-8, or a number with thousands of digits
         reason = "it is nested too deep" if isinstance(error, RecursionError) else visible(error)[:200]
         raise RunError(
             f"{visible(file)} is cut short, or was not written by hf_cdl: {reason}. Get it again."
@@ -243,7 +242,7 @@ def read_json(file: Path) -> Any:
 
 
 def read_numbers(text: str | bytes) -> Any:
-    """The content of a JSON text. Raises ValueError for none, and for a whole number of more than 64 bits."""
+    """Parse a JSON text. Raises ValueError for anything else, and for integers of more than 64 bits."""
 
     def whole(digits: str) -> int:
         if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
@@ -254,7 +253,7 @@ def read_numbers(text: str | bytes) -> Any:
 
 
 def check_readable(file: Path) -> None:
-    """Raises RunError for a pipe or a device, reading which may never end, and for more than LARGEST bytes."""
+    """Raise RunError for a pipe or device, which might never end, and for a file of more than LARGEST bytes."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise RunError(f"{visible(file)} is no regular file, so it was not read. Put the file itself there.")

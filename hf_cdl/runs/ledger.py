@@ -1,4 +1,4 @@
-"""run.json, the ledger of a run: what it holds, and reading one that may be damaged, newer, or somebody else's."""
+"""run.json, the ledger of a run: its schema, and reading one that may be damaged, newer or foreign."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing_extensions import NotRequired, TypedDict
 from hf_cdl.runs.files import RunError, check_readable, read_numbers, versions
 
 FORMAT = 1
-"""Goes up when an older hf_cdl would misread the ledger. Those from before there was one are read as 1."""
+"""Incremented when an older hf_cdl would misread the ledger. Ledgers without a format are read as 1."""
 
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class _Entry(TypedDict):
-    """A TaskResult; an older version knew fewer of its fields."""
+    """A TaskResult; older versions stored fewer of its fields."""
 
     role: str
     task: int
@@ -43,8 +43,11 @@ class _Origin(TypedDict):
 
 @with_config(ConfigDict(strict=True))
 class _Ledger(TypedDict):
-    """`files`: fingerprints of what was stored, by path in the folder. `images`: split -> numbers of its images in
-    each class, in stream order."""
+    """Schema of run.json.
+
+    `files`: fingerprints of stored files, by path in the folder. `images`: split -> image counts per class, in stream
+    order.
+    """
 
     recipe: dict[str, Any]
     entries: dict[str, list[_Entry]]
@@ -64,7 +67,7 @@ _LEDGER = TypeAdapter(_Ledger)
 
 
 def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
-    """That of a run which has learnt nothing yet."""
+    """The ledger of a run that has learnt nothing yet."""
     start = {"stream": None, "class_names": [], "entries": {}, "finished": False, "files": {}}
     return {"format": FORMAT, "recipe": recipe, "versions": versions(), **start}
 
@@ -72,16 +75,16 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
 def read_ledger(
     folder: Path, way: str = "choose another folder to train in (hf-cdl train --output_dir FOLDER)"
 ) -> dict[str, Any]:
-    """The ledger in a run's folder. Raises RunError if it is not there, newer, or not as a run writes it.
+    """Read the ledger in a run's folder. Raises RunError if it is missing, newer, or not as a run writes it.
 
-    `way`: what may be done instead of restoring it.
+    `way`: the alternative to restoring it, for the message.
     """
     file = folder / "run.json"
     advice = f"Nothing in the folder was touched; restore run.json, or {way}."
     try:
         check_readable(file)
         ledger = read_numbers(file.read_text(encoding="utf-8"))
-    except RunError as error:  # no regular file, or too large
+    except RunError as error:  # not a regular file, or too large
         raise RunError(f"{error} {advice}") from error
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
@@ -100,13 +103,13 @@ def read_ledger(
 
 
 def stored_tasks(ledger: Mapping[str, Any], role: str) -> list[str]:
-    """Names of the tasks after which a role's checkpoint is in the run's folder, oldest first."""
-    first = max(0, ledger.get("origin", {}).get("tasks", 0) - 1)  # of those learnt elsewhere the last one alone
+    """Names of the tasks whose checkpoint of a role is in the run's folder, oldest first."""
+    first = max(0, ledger.get("origin", {}).get("tasks", 0) - 1)  # of tasks learnt elsewhere, only the last
     return [f"task-{index + 1:02d}" for index in range(first, len(ledger["entries"].get(role, [])))]
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """The places where two recipes differ, as `key: old -> new`."""
+    """Yield the differences between two recipes, as `key: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted({*old, *new}):
             yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
@@ -115,7 +118,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def shortened(changes: Sequence[str], limit: int = 3) -> str:
-    """The first changes, a line each, and how many more there are."""
+    """The first `limit` changes, one per line, and the number of remaining ones."""
     more = [f"and {len(changes) - limit} more"] if len(changes) > limit else []
     return "\n".join(f"  {change}" for change in [*changes[:limit], *more])
 
@@ -123,7 +126,7 @@ def shortened(changes: Sequence[str], limit: int = 3) -> str:
 def data_changes(
     ledger: Mapping[str, Any], class_names: list[list[str]], images: Mapping[str, list[int]], limit: int = 3
 ) -> str:
-    """What changed in the data since a run was started, in words."""
+    """Describe what changed in the data since a run was started."""
     old, new = ([name for task in tasks for name in task] for tasks in (ledger["class_names"], class_names))
     changes = [f"new class {name!r}" for name in new if name not in {*old}]
     changes += [f"class {name!r} is gone" for name in old if name not in {*new}]
@@ -140,7 +143,7 @@ def data_changes(
 
 
 def _problem(ledger: Any) -> str | None:
-    """The first thing that no run writes, in words."""
+    """Describe the first thing that a run would not have written, or None."""
     try:
         _LEDGER.validate_python(ledger)
     except ValidationError as error:
@@ -153,7 +156,7 @@ def _problem(ledger: Any) -> str | None:
 
 
 def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
-    """What cannot be true together."""
+    """Yield contradictions within a ledger."""
     entries, planned = ledger["entries"], len(ledger["class_names"])
     if any(entries.values()) and ledger["stream"] is None and "origin" not in ledger:
         yield "entries of tasks, but no stream"

@@ -1,7 +1,7 @@
-"""The pictures of a run: the accuracy matrix of each role, and the accuracy over the tasks.
+"""Plots of a run: the accuracy matrix of each role, and the accuracy over the tasks.
 
-They are drawn from `results`, as report.py describes them, and need the extra `report`. Comparisons of several runs
-draw theirs with the same `draw_matrix` and `draw_curve` (hf_cdl/compare/figures.py).
+They are drawn from `results`, described in report.py, and need the extra `report`. Comparisons of several runs use the
+same `draw_matrix` and `draw_curve` (hf_cdl/compare/figures.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hf_cdl.runs.report import Results, classes_of, label_of, measured, number, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, told apart with any colour vision. Teacher, student, then the baselines.
+# Okabe & Ito's colour-blind-safe palette. Teacher, student, then the baselines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 
 
@@ -29,10 +29,10 @@ def plotting_available() -> bool:
 
 
 def save_plots(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes accuracy_matrix.png and accuracy_curve.png into `folder`, made if needed, and returns their paths.
+    """Write accuracy_matrix.png and accuracy_curve.png into `folder`, created if needed, and return their paths.
 
-    Returns an empty list as long as no task is finished. A reader of the folder never sees half a file. Raises
-    ImportError without matplotlib: see `plotting_available`.
+    Returns an empty list until a task is finished. Readers of the folder never see a partial file. Raises ImportError
+    without matplotlib: see `plotting_available`.
     """
     if not plotting_available():
         raise ImportError('plots need matplotlib; install it with: pip install "hf_cdl[report]"')
@@ -48,14 +48,14 @@ def save_plots(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def _matrix_figure(results: Results) -> Figure:
-    """The lower triangles of teacher and student side by side, on one colour scale; numbers where they fit."""
+    """The lower triangles of teacher and student side by side on one colour scale, with numbers where they fit."""
     from matplotlib.figure import Figure
 
     roles, planned = measured(results), planned_tasks(results)
     shown = [role for role in ("teacher", "student") if role in roles] or [next(iter(roles))]
     side = min(max(planned * (0.55 if planned <= 10 else 0.37), 2.0), 11.0)
-    ticks = range(0, planned, 1 + (planned - 1) // (50 if planned < 100 else 25))  # as many as there is room for
-    digits = None if planned > 30 else int(planned <= 10)  # no room, and their number grows with the square
+    ticks = range(0, planned, 1 + (planned - 1) // (50 if planned < 100 else 25))  # as many as fit
+    digits = None if planned > 30 else int(planned <= 10)  # cells get too small and too many
     figure = Figure(figsize=(len(shown) * side + 3.5, side + 1.5), dpi=150, layout="compressed")
     figure.suptitle(title_of(results), parse_math=False)
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -80,7 +80,8 @@ def draw_matrix(
 ) -> None:
     """Draw the lower triangle of an accuracy matrix of `tasks` tasks; NaN and None were not measured.
 
-    `digits` of the numbers in it (None: no numbers), `ticks`: the tasks that are numbered, from 0, `sizes`: of both.
+    `digits`: decimals of the numbers in the cells (None: no numbers); `ticks`: the tasks to label, from 0; `sizes`:
+    font sizes of numbers and tick labels.
     """
     cells = [[math.nan] * tasks for _ in range(tasks)]
     for t, row in enumerate(matrix):
@@ -98,30 +99,30 @@ def draw_matrix(
 
 
 def seen_so_far(matrix: Sequence[Sequence[float | None]]) -> list[float]:
-    """After each task the average accuracy on the tasks until then; NaN where it was not measured."""
+    """Average accuracy, after each task, on the tasks learned so far; NaN where it was not measured."""
     return [average_accuracy(matrix[: t + 1]) for t in range(len(matrix))]
 
 
 def draw_curve(panel: Any, steps: Sequence[int], values: Sequence[float], line: str, **options: Any) -> None:
-    """Draw accuracies after `steps` tasks; `options` as matplotlib's: colour, marker, label."""
+    """Draw accuracies after `steps` tasks; `options` are matplotlib's: colour, marker, label."""
     panel.plot(steps, values, line, markersize=4, **options)
 
 
 def finish_curves(panel: Any, tasks: int) -> None:
-    """Name the axes of a panel of curves over `tasks` tasks."""
+    """Label the axes of a panel of curves over `tasks` tasks."""
     panel.set_xticks(range(1, tasks + 1, 1 + (tasks - 1) // 20))
     panel.set(xlabel="tasks learned", ylabel="average accuracy on them (%)")
     panel.grid(alpha=0.3)
 
 
 def _task_names(results: Results) -> list[str]:
-    """Axis labels: the number of each task and its classes, if they are Latin letters, which every font can show."""
+    """Axis labels: the number of each task and, if in Latin letters, which every font can show, its classes."""
     texts = [classes_of(results, task, 24) for task in range(planned_tasks(results))]
     return [f"{i + 1}: {text}" if text and max(text) < "\u0250" else f"task {i + 1}" for i, text in enumerate(texts)]
 
 
 def _curve_figure(results: Results) -> Figure:
-    """Average accuracy over the tasks seen so far after each task: a line per role, baselines dashed, and chance."""
+    """Average accuracy on the tasks seen so far, after each task: a line per role, baselines dashed, and chance."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 4.2), dpi=150, layout="constrained")

@@ -1,4 +1,4 @@
-"""Whether what a run stored is still there and whole, and what can be restored from a copy."""
+"""Checking whether a run's stored files are still intact, and restoring them from a copy where possible."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from hf_cdl.runs.files import RunError, copy_whole, damage, fingerprint, first_l
 from hf_cdl.runs.ledger import stored_tasks
 
 _REQUIRED = ("config.json", "model.safetensors", "preprocessor_config.json")
-"""What a checkpoint holds of which an older version stored no fingerprints."""
+"""The files of a checkpoint for which an older version stored no fingerprints."""
 
 
 @dataclass
 class Findings:
-    """`copies`: whole file and what it must replace. `said`: what was found, in words; `lost`: paths without a copy,
-    and why."""
+    """Result of `examine`.
+
+    `copies`: pairs of an intact file and the one it must replace. `said`: messages on what was found. `lost`: damaged
+    paths without a copy, and why.
+    """
 
     copies: list[tuple[Path, Path]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -28,10 +31,10 @@ class Findings:
 
 
 def examine(folder: Path, ledger: Mapping[str, Any]) -> Findings:
-    """Look at the checkpoints of a run and what else it needs; writes nothing.
+    """Examine a run's checkpoints and the other files it needs, without writing anything.
 
-    The newest checkpoint of a role and its copy in ROLE/ restore each other. Of older ones the content is read only
-    if size or time of a file changed. Raises RunError, naming what is lost, if something has no whole copy.
+    The newest checkpoint of a role and its copy in ROLE/ can restore each other. Older checkpoints are read only if
+    a file's size or modification time changed. Raises RunError, naming what is lost, if a file has no intact copy.
     """
     found, files = Findings(), ledger.get("files", {})
     for role in ledger["entries"]:
@@ -60,7 +63,7 @@ def examine(folder: Path, ledger: Mapping[str, Any]) -> Findings:
 
 
 def mend(folder: Path, ledger: dict[str, Any], found: Findings) -> None:
-    """Restore what was found to be restorable, each file replaced at once; the ledger gets the new fingerprints."""
+    """Restore what can be restored, replacing each file atomically; the ledger gets the new fingerprints."""
     for source, target in found.copies:
         with saving(f"restore {target}"):
             copy_whole(source, target)
@@ -69,13 +72,13 @@ def mend(folder: Path, ledger: dict[str, Any], found: Findings) -> None:
 
 
 def publish(folder: Path, ledger: Mapping[str, Any], role: str) -> None:
-    """Make ROLE/ a copy of the role's newest checkpoint, file by file, each replaced at once; the weights last."""
+    """Make ROLE/ a copy of the role's newest checkpoint, replacing each file atomically, weights last."""
     for _, (source, target) in _unpublished(folder, ledger, role):
         copy_whole(source, target)
 
 
 def unreadable(file: Path) -> str | None:
-    """Why a stored file cannot be whole, as far as it shows without a fingerprint; None if it may be."""
+    """Why a stored file is damaged, as far as can be seen without a fingerprint; None if it may be intact."""
     try:
         if not file.is_file():
             return "is no file" if file.exists() else "is missing"
@@ -88,7 +91,7 @@ def unreadable(file: Path) -> str | None:
 
 
 def _broken(folder: Path, ledger: Mapping[str, Any], start: str, thorough: bool) -> Iterator[tuple[str, str]]:
-    """Paths below `start` that are not as the run stored them, and why."""
+    """Yield the paths below `start` that are not as the run stored them, and why."""
     known = {path: stored for path, stored in ledger.get("files", {}).items() if path.startswith(start)}
     for path in known or [start + name for name in _REQUIRED]:
         problem = damage(folder / path, known[path], thorough) if known else unreadable(folder / path)
@@ -97,17 +100,17 @@ def _broken(folder: Path, ledger: Mapping[str, Any], start: str, thorough: bool)
 
 
 def _is_copy(folder: Path, ledger: Mapping[str, Any], path: str, copy: Path) -> bool:
-    """Whether a file in ROLE/ is what the file at `path` was."""
+    """Whether a file in ROLE/ is a copy of what was stored at `path`."""
     stored = ledger.get("files", {}).get(path)
     if stored is not None:
         return damage(copy, stored) is None
-    return ledger["finished"] and unreadable(copy) is None  # in an unfinished run it may be of an earlier task
+    return ledger["finished"] and unreadable(copy) is None  # before that it may be from an earlier task
 
 
 def _unpublished(
     folder: Path, ledger: Mapping[str, Any], role: str, but: set[str] | frozenset[str] = frozenset()
 ) -> Iterator[tuple[str, tuple[Path, Path]]]:
-    """What is the matter with a file of ROLE/, and whole file and what it must replace; the weights last."""
+    """Yield each problem with a file in ROLE/, with the intact file and the one it must replace; weights last."""
     for name in stored_tasks(ledger, role)[-1:]:
         newest, files = folder / role / name, ledger.get("files", {})
         there = {path.relative_to(folder).as_posix(): path for path in newest.rglob("*") if path.is_file()}
@@ -121,7 +124,7 @@ def _unpublished(
 
 
 def _scaffolds(folder: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
-    """Files of the terms' own layers that a role which goes on needs and that are not whole."""
+    """Yield damaged files of the terms' own layers, for roles that still need them to continue."""
     for path, stored in ledger.get("files", {}).items():
         role = path.removeprefix("work/scaffold/").partition("-task-")[0]
         goes_on = len(ledger["entries"].get(role, ())) < len(ledger["class_names"])

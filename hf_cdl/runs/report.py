@@ -1,9 +1,9 @@
-"""What a run says on the console: its table and its accuracy matrices. pictures.py draws them.
+"""Console report of a run: its table and its accuracy matrices. pictures.py draws them.
 
-Everything works from `results`, the content of a run's results.json, and on a run that is still going on:
+Everything is computed from `results`, the content of a run's results.json, also of an unfinished run:
 `{"name", "seed", "finished", "recipe", "class_names": [[...] per task], "roles": {role: {"accuracy_matrix", "counts",
-"train_seconds", "images_per_second", "peak_memory_bytes" (lists, one entry per learned task), "label"}}}`. Of a role
-only the accuracy matrix is required; None in it was not measured. The metrics are computed from it, not read. With
+"train_seconds", "images_per_second", "peak_memory_bytes" (lists, one entry per learned task), "label"}}}`. A role
+needs only the accuracy matrix; None in it means not measured. Metrics are computed from it, not read. With
 `protocol: cdl` in the recipe the CDL authors' forgetting comes first.
 """
 
@@ -36,10 +36,10 @@ _TRAINING = ("seconds", "images/s", "memory")
 
 
 def table(results: Results) -> str:
-    """The plain-text summary of a run, at most 119 columns wide: a line per role, then the student's accuracy matrix.
+    """Summarise a run as plain text, at most 119 columns wide: a line per role, then the student's accuracy matrix.
 
-    Accuracies in percent, forgetting and transfer in percent points; `-` for what was not measured. Without a student
-    the matrix shown is the first role's. Its entry in row t and column i is the accuracy on task i after task t.
+    Accuracies are in percent, forgetting and transfer in percentage points; `-` means not measured. Without a student
+    the first role's matrix is shown. Its entry in row t and column i is the accuracy on task i after task t.
     """
     roles, planned = measured(results), planned_tasks(results)
     lines = [f"{title_of(results)}: {planned} task{'s' * (planned != 1)}"]
@@ -62,7 +62,7 @@ def table(results: Results) -> str:
 
 
 def follows_cdl(results: Results) -> bool:
-    """Whether a run follows the protocol of CDL's authors, so that their forgetting comes first."""
+    """Whether a run follows the CDL authors' protocol, so that their forgetting comes first."""
     return results.get("recipe", {}).get("protocol") == "cdl"
 
 
@@ -95,12 +95,12 @@ def classes_of(results: Results, task: int, width: int) -> str:
 
 
 def _shorten(text: str, width: int) -> str:
-    """As many words as fit, on one line; of a longer word its beginning."""
+    """As many words as fit on one line; a single longer word is cut."""
     return shorten(text, width, placeholder=" ...") if " " in text[:width] else text[:width]
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """A value as text; `-` for what was not measured."""
+    """Format a value; `-` if it was not measured."""
     if value is None or math.isnan(value):
         return "-"
     return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 turns -0.0 into 0.0
@@ -133,7 +133,7 @@ def _cells(entry: Mapping[str, Any], columns: Mapping[str, Mapping[str, str]]) -
 
 
 def _matrix_lines(label: str, matrix: Sequence[Sequence[float | None]], results: Results) -> list[str]:
-    """The accuracy matrix as text; whole percents if the columns would not fit otherwise."""
+    """The accuracy matrix as text, in whole percents if the columns would not fit otherwise."""
     planned = planned_tasks(results)
     left, right = "after    mean", "  classes of the task"
     room = WIDTH - len(left + right)
@@ -152,7 +152,7 @@ def _matrix_lines(label: str, matrix: Sequence[Sequence[float | None]], results:
 
 
 def difference_lines(rows: Sequence[tuple[int, Sequence[str], int, float, float]]) -> list[str]:
-    """A text table of (task, classes, images, accuracy before, accuracy after), with the difference and the means."""
+    """Text table of (task, classes, images, accuracy before, accuracy after), with differences and means."""
     numbers = [
         [str(task), str(images), number(was), number(now), number(now - was)] for task, _, images, was, now in rows
     ]

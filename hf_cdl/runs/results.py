@@ -1,7 +1,7 @@
-"""Results that somebody else may have written: read without running anything, and checked.
+"""Reading and checking results from untrusted sources, without running anything.
 
-Readers take keys and types for granted after `checked_results`. Nothing is loaded, opened or run that such a file
-names. Raises RunError for whatever is not as hf_cdl writes it.
+After `checked_results`, readers can rely on keys and types. Nothing that such a file names is loaded, opened or run.
+Raises RunError for anything that is not as hf_cdl writes it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hf_cdl.runs.metrics import continual_metrics
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
 _LISTED += ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
-"""What results.json lists for each task beside the accuracies."""
+"""What results.json lists for each task besides the accuracies."""
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Amount = Annotated[FiniteFloat, Field(ge=0)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 RoleName = Annotated[str, Field(pattern=r"^[a-z_]{1,100}$")]
-"""It is a folder's name too."""
+"""Also used as the name of a folder."""
 
 
 class _Checked(BaseModel):
@@ -82,7 +82,7 @@ class _Results(_Checked):
 
 
 def stored_ledger(folder: Path) -> dict[str, Any]:
-    """The ledger in a folder that a user named as a run's."""
+    """Read the ledger of the run in a folder given by the user. Raises RunError if there is none."""
     if not (folder / "run.json").exists():
         raise RunError(f"{visible(folder)} holds no run: it has no run.json. Name a run's folder, as runs/quickstart.")
     return read_ledger(folder, "name another run's folder")
@@ -91,17 +91,17 @@ def stored_ledger(folder: Path) -> dict[str, Any]:
 def run_results(
     folder: Path, complete: Callable[[dict[str, Any]], dict[str, Any]] = lambda recipe: recipe
 ) -> dict[str, Any]:
-    """The results of the run in a folder, finished or not, by its ledger; `complete` is given its recipe."""
+    """Read the results of a run, finished or not, from the ledger in its folder; `complete` fills in its recipe."""
     ledger, where = stored_ledger(folder), visible(folder / "run.json")
     try:
         found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
-    except ValueError as error:  # a recipe that cannot be read as one, or accuracies of no images
+    except ValueError as error:  # an unreadable recipe, or accuracies without images
         raise RunError(f"{where}: {visible_lines(error)}") from error
     return checked_results(found, where)
 
 
 def checked_results(content: Any, where: str) -> dict[str, Any]:
-    """`content` itself, the results of a run; `where` names it in the message."""
+    """Check the results of a run and return them unchanged; `where` names them in messages."""
     _check(_Results, content, where)
     problems, tasks = [], [len(names) for names in content["class_names"]]
     _check_names(content["class_names"], problems)
@@ -129,7 +129,7 @@ def checked_results(content: Any, where: str) -> dict[str, Any]:
 
 
 def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """Everything measured so far by the run with this ledger, as it is written to results.json; `folder`: its name."""
+    """Everything a run has measured so far, as written to results.json; `folder`: the name of its folder."""
     recipe, roles = ledger["recipe"], {}
     for role, entries in ledger["entries"].items():
         done = [{"correct": [], "counts": [0] * len(entry["row"]), **entry} for entry in entries if entry.get("row")]
@@ -163,7 +163,7 @@ def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _latest(counts: Iterable[int]) -> int:
-    """How many test images a task had when it was last measured."""
+    """Number of test images a task had when it was last measured."""
     return next((count for count in reversed([*counts]) if count), 0)
 
 
@@ -186,7 +186,7 @@ def _check(kind: type[BaseModel], content: Any, where: str) -> None:
 
 
 def _too_deep(content: Any) -> bool:
-    """Level by level, so that it needs no stack of its own."""
+    """Whether `content` is nested too deep; goes level by level, as recursion could overflow the stack."""
     level = [content]
     for _ in range(_DEEPEST):
         level = [

@@ -1,9 +1,9 @@
-"""The ledger of a run: which phase of which task is finished, where its checkpoint is, and what was measured.
+"""A run on disk: which phases are finished, where their checkpoints are, and what was measured.
 
 Layout of a run's folder: `run.json` the ledger; `ROLE/task-01`, ... one loadable checkpoint per task, and in `ROLE/`
 itself a copy of the newest; `logs/` the loss curves; `work/` the state of the phase in progress; at the end
-`results.json` and the pictures. Whatever is written appears under its name only when it is whole, so a kill or a full
-disk at any moment leaves the last state intact, and the same command goes on from there.
+`results.json` and the pictures. Every file appears under its name only once it is complete, so a kill or a full disk
+at any moment leaves the last state intact, and the same command resumes from there.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ RESULTS = "results.json"
 
 
 class Run:
-    """Ledger of the run in `folder`, for the recipe given as a plain dict; opens a run that exists, or starts one.
+    """The run in `folder`, for a recipe given as a plain dict; opens an existing run or starts a new one.
 
-    Only the process with `writer` writes and locks; the others follow in memory. Raises RunError if the folder belongs
-    to another recipe or to something else, or if another process is at work in it. As long as nothing was learnt in a
-    folder, it takes any recipe. `complete` fills in a stored recipe what the version that wrote it did not know, so
-    that a new field with its default is no difference. `say` prints what was found damaged, and what became of it.
+    Only the process with `writer` writes and locks; the others keep the ledger in memory. Raises RunError if the
+    folder belongs to another recipe or to something else, or if another process is using it. Until something has been
+    learnt in a folder, it accepts any recipe. `complete` adds to a stored recipe the fields that its version did not
+    know, so a new field with its default is not a difference. `say` prints what was damaged and what was done.
 
-    A run may go on from models that learnt their first tasks elsewhere: see continuation.py.
+    A run may continue from models that learnt their first tasks elsewhere: see continuation.py.
     """
 
     def __init__(
@@ -62,20 +62,20 @@ class Run:
         say: Callable[[str], Any] = print,
     ):
         self.folder = Path(folder)
-        self.recipe = json.loads(json.dumps(recipe))  # as it will read back
+        self.recipe = json.loads(json.dumps(recipe))  # as it will be read back
         self.writer, self.complete, self.say = writer, complete, say
         self.ledger: dict[str, Any] = new_ledger(self.recipe)
-        self._made: list[Path] = []  # folders and files that were not there before
-        self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one for this process
+        self._made: list[Path] = []  # folders and files that did not exist before
+        self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one per process
         self._open()
         if self.recipe.get("teacher_from") is not None and not self.finished:
             Source(self.recipe, "teacher").check_recipe(self._completed)
         if writer and not self.finished:
             self._made = [path for path in (self.folder / "run.json", self.folder / ".lock") if not path.exists()]
             self._acquire()
-            self._open()  # again: the process that held the lock may have gone on
+            self._open()  # again: another process may have continued the run before we got the lock
             found = examine(self.folder, self.ledger)
-            mend(self.folder, self.ledger, found)  # after a kill between checkpoint and copy, too
+            mend(self.folder, self.ledger, found)  # also after a kill between checkpoint and copy
             for line in found.said:
                 self.say(line)
 
@@ -88,24 +88,24 @@ class Run:
             raise RunError(f"Another process is running in {self.folder}; wait for it or stop it first.") from None
 
     def close(self) -> None:
-        """Release the lock. If nothing was learnt, what this object made is taken away, and nothing else."""
+        """Release the lock. If nothing was learnt, remove what this object created, and nothing else."""
         kept = any(self.folder.glob("work/*/checkpoint-*")) or any(self.ledger["entries"].values())
         if self._lock.is_locked and not kept:
             if self.folder / "run.json" in self._made:
-                for name in ("work", "logs"):  # of a phase that was stopped; trackers write into logs/
+                for name in ("work", "logs"):  # of an interrupted phase; trackers write into logs/
                     shutil.rmtree(self.folder / name, ignore_errors=True)
             for path in self._made:
-                with contextlib.suppress(OSError):  # a folder that holds something else stays
+                with contextlib.suppress(OSError):  # keep a folder that is not empty
                     path.rmdir() if path.is_dir() else path.unlink()
         self._made = []
         self._lock.release(force=True)
 
     def _open(self) -> None:
-        """Take over the ledger in the folder, if there is one."""
-        with saving(f"open the run in {self.folder}"):  # a name that is too long, say
+        """Load the ledger in the folder, if there is one."""
+        with saving(f"open the run in {self.folder}"):  # fails for a name that is too long, for example
             there = (self.folder / "run.json").exists()
         if not there:
-            ours = {".lock", ".run.json.partial"}  # of a kill before the ledger was there
+            ours = {".lock", ".run.json.partial"}  # left by a kill before the ledger was written
             used = self.folder.exists() and (
                 not self.folder.is_dir() or any(path.name not in ours for path in self.folder.iterdir())
             )
@@ -135,7 +135,7 @@ class Run:
             self.ledger = {**ledger, "recipe": self.recipe, "stream": None}
 
     def _completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """A stored recipe in today's terms; as it is if it cannot be read as one."""
+        """A stored recipe in its current form; unchanged if it cannot be read as a recipe."""
         try:
             return json.loads(json.dumps(self.complete(recipe)))
         except (ValueError, KeyError, TypeError):
@@ -148,15 +148,15 @@ class Run:
 
     @property
     def started(self) -> bool:
-        """Whether the run has seen its stream already."""
+        """Whether the run has already been bound to a stream."""
         return self.ledger["stream"] is not None
 
     def bind(
         self, fingerprint: str, class_names: list[list[str]], images: Mapping[str, list[int]] | None = None
     ) -> None:
-        """Tie the run to its stream. Raises RunError, naming what changed, if it was started on other data.
+        """Bind the run to its stream. Raises RunError, naming what changed, if it was started on other data.
 
-        `images`: split -> numbers of its images in each class, in stream order.
+        `images`: split -> image counts per class, in stream order.
         """
         if self.started and self.ledger["stream"] != fingerprint:
             changes = data_changes(self.ledger, class_names, images or {})
@@ -170,47 +170,47 @@ class Run:
             self.ledger.update({} if images is None else {"images": dict(images)})
             self._write_ledger()
 
-    # ---- tasks that were learnt elsewhere ----
+    # ---- tasks learnt elsewhere ----
 
     @property
     def origin(self) -> dict[str, Any]:
-        """Where tasks are from that were learnt elsewhere; empty if there are none."""
+        """Origin of the tasks that were learnt elsewhere; empty if there are none."""
         return self.ledger.get("origin", {})
 
     def to_learn(self, tasks: Iterable[Task]) -> list[Task]:
-        """Those of the stream's tasks that are learnt in this run."""
+        """The stream's tasks that are learnt in this run."""
         return [task for task in tasks if task.index >= self.origin.get("tasks", 0)]
 
     # ---- phases ----
 
     def result(self, role: str, task: Task) -> TaskResult | None:
-        """What a finished (role, task) left behind; None if it is not finished."""
+        """The result of a (role, task); None if it is not finished."""
         entries = self.ledger["entries"].get(role, [])
         return TaskResult(**entries[task.index]) if task.index < len(entries) else None
 
     def checkpoint(self, role: str) -> Path | None:
-        """Folder of the newest finished checkpoint of a role; None before its first task is finished."""
+        """Folder of a role's newest finished checkpoint; None before its first task is finished."""
         count = len(self.ledger["entries"].get(role, []))
         return self.folder / role / f"task-{count:02d}" if count else None
 
     def work_folder(self, role: str, task: Task) -> Path:
-        """Where the phase in progress keeps the state it can resume from."""
+        """Folder where the phase in progress keeps the state it can resume from."""
         return self.folder / "work" / f"{role}-{task.name}"
 
     def history_file(self, role: str, task: Task) -> Path:
-        """What a phase logged, a list of lines with their step; there when the phase is finished."""
+        """File of a phase's log, a list of lines with their step; written when the phase is finished."""
         return self.folder / "logs" / f"{role}-{task.name}.json"
 
     def scaffold_file(self, role: str, index: int) -> Path:
-        """Where the layers that only training needs are kept after a task: outside the model's files."""
+        """File of the layers that only training needs, kept after a task outside the model's files."""
         return self.folder / "work" / "scaffold" / f"{role}-task-{index + 1:02d}.safetensors"
 
     def save_task(
         self, result: TaskResult, task: Task, write: Callable[[Path], None], history: list[dict[str, Any]]
     ) -> None:
-        """Store a learnt task: its checkpoint (by `write(folder)`), its loss curve, its ledger entry; in this order.
+        """Store a learnt task: its checkpoint (by `write(folder)`), loss curve and ledger entry, in this order.
 
-        Raises RunError if writing fails (a full disk): what was stored before stays whole.
+        Raises RunError if writing fails (a full disk); what was stored before stays intact.
         """
         entries, files = self.ledger["entries"].setdefault(result.role, []), dict(self.ledger["files"])
         entries.append(dataclasses.asdict(result))
@@ -224,7 +224,7 @@ class Run:
                 make_folder(partial)
                 write(partial)
                 sync_tree(partial)
-                shutil.rmtree(target, ignore_errors=True)  # of a kill before the ledger knew of it
+                shutil.rmtree(target, ignore_errors=True)  # left by a kill before the ledger was updated
                 replace(partial, target)
                 write_json(self.history_file(result.role, task), history)
                 self._note_files(result.role, task)
@@ -240,19 +240,19 @@ class Run:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
 
     def _note_files(self, role: str, task: Task) -> None:
-        """Take the fingerprints of what a task's end has stored into the ledger."""
+        """Add the fingerprints of a finished task's files to the ledger."""
         scaffold, before = (self.scaffold_file(role, index) for index in (task.index, task.index - 1))
         known = self.ledger["files"]
-        known.pop(before.relative_to(self.folder).as_posix(), None)  # it is deleted now
+        known.pop(before.relative_to(self.folder).as_posix(), None)  # about to be deleted
         known.update(fingerprints(self.folder / role / task.name, self.folder))
         for file in (self.history_file(role, task), scaffold):
             if file.exists():
                 known[file.relative_to(self.folder).as_posix()] = fingerprint(file)
 
     def check_source(self, fingerprint: str, tasks: Sequence[Task]) -> None:
-        """Before training: whether the run that `teacher_from` names has learnt all of these tasks of this stream.
+        """Check, before training, that the run named by `teacher_from` has learnt all these tasks of this stream.
 
-        Raises RunError if it has other data, is not that far, or lacks files.
+        Raises RunError if it has other data, has not reached a task, or lacks files.
         """
         if self.recipe.get("teacher_from") is None or self.finished:
             return
@@ -263,10 +263,10 @@ class Run:
                 source.files(task, thorough=False)
 
     def taken(self, role: str, task: Task) -> tuple[Path, TaskResult, list[dict[str, Any]]] | None:
-        """Of a phase of the run that the recipe's `ROLE_from` names: checkpoint, result and loss curve.
+        """Checkpoint, result and loss curve of a phase of the run named by the recipe's `ROLE_from`.
 
-        None without that field. The checkpoint is for loading, not for copying: it may hold any file. Raises RunError
-        if that run has other data, or is not that far.
+        None without that field. Load the checkpoint but do not copy it: it may contain any file. Raises RunError if
+        that run has other data or has not reached the task.
         """
         if self.recipe.get(f"{role}_from") is None:
             return None
@@ -283,21 +283,21 @@ class Run:
     # ---- results ----
 
     def results(self) -> dict[str, Any]:
-        """Everything measured so far, as it is written to results.json."""
+        """Everything measured so far, as written to results.json."""
         return ledger_results({**self.ledger, "recipe": self.recipe}, self.folder.name)
 
     def set_labels(self, labels: dict[str, str]) -> None:
-        """Readable names of the roles, for tables and pictures."""
+        """Set readable names of the roles, for tables and pictures."""
         self.ledger["labels"] = labels
 
     def set_costs(self, costs: dict[str, dict[str, Any]]) -> None:
-        """What each role's model costs in use; the bytes of its weights are added here."""
+        """Set the inference cost of each role's model; the size of its weights in bytes is added here."""
         for role, cost in costs.items():
             files = [*(self.checkpoint(role) or self.folder).glob("*.safetensors")]
             self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
 
     def set_hub(self, fields: dict[str, Any]) -> None:
-        """Where the run is pushed to, for a push at another time; written at once."""
+        """Remember where the run is pushed to, for a later push; written at once."""
         if self.ledger.get("hub") != fields:
             self.ledger["hub"] = fields
             self._write_ledger()
@@ -309,7 +309,7 @@ class Run:
             files = {path: stored for path, stored in self.ledger["files"].items() if not path.startswith("work/")}
             files |= self._draw(results)
             shutil.rmtree(self.folder / "work", ignore_errors=True)
-            write_json(self.folder / RESULTS, results)  # last: who finds it finished need not ask the ledger
+            write_json(self.folder / RESULTS, results)  # last: whoever finds it need not check the ledger
             self.ledger["files"] = {**files, RESULTS: fingerprint(self.folder / RESULTS)}
         self.ledger["finished"] = True
         self._write_ledger()
@@ -317,7 +317,7 @@ class Run:
         return report.table(results)
 
     def _draw(self, results: dict[str, Any]) -> dict[str, list[Any]]:
-        """Draw the pictures, if they can be; their fingerprints."""
+        """Draw the pictures if matplotlib is available; returns their fingerprints."""
         if not pictures.plotting_available():
             return {}
         with saving(f"draw the pictures in {self.folder}"):
@@ -327,10 +327,10 @@ class Run:
         return {picture.name: fingerprint(picture) for picture in drawn}
 
     def check(self) -> None:
-        """Check that a finished run has all its files, and restore what can be; says what was done.
+        """Check that a finished run has all its files, restore what can be restored, and report what was done.
 
-        Sizes and times of change of all files are compared with what was stored, and the content of what ROLE/
-        publishes. Raises RunError, naming what is lost, if something cannot be restored.
+        Sizes and modification times of all files are compared with what was stored, for the newest checkpoint and its
+        copy in ROLE/ also the content. Raises RunError, naming what is lost, if something cannot be restored.
         """
         if not self.writer:
             return

@@ -1,4 +1,4 @@
-"""Another run, of which a role takes what it has learnt instead of learning it (`teacher_from` in a recipe)."""
+"""Another run from which a role takes what it learnt instead of learning it here (`teacher_from` in a recipe)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hf_cdl.types import Task, TaskResult
 
 
 class Source:
-    """The run that `ROLE_from` of a recipe names; nothing is written there.
+    """The run that `ROLE_from` in a recipe names; nothing is written there.
 
-    Raises RunError if it holds no run, and, when asked, if its role learns something else or its files are not whole.
+    Raises RunError if it is not a run; its checks raise RunError if the role learns something else there or its files
+    are damaged.
     """
 
     def __init__(self, recipe: dict[str, Any], role: str):
@@ -27,22 +28,22 @@ class Source:
             raise RunError(f"'{role}_from' is {self.folder}, which holds no readable run.json: {error}") from error
 
     def check_recipe(self, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Whether the role learns there what it is to learn here; `complete` puts a stored recipe in today's terms."""
+        """Check that the role learns the same there as here; `complete` updates a stored recipe to today's form."""
         theirs = _makes(complete(self.ledger["recipe"]), self.role)
         self._refuse(differences(theirs, _makes(self.recipe, self.role)))
 
     def check_stream(self, fingerprint: str | None) -> None:
-        """Whether the tasks there are those of the stream here."""
+        """Check that both runs have the same stream."""
         self._refuse(differences(self.ledger["stream"], fingerprint, "stream"))
 
     def result(self, task: Task) -> TaskResult:
-        """What was measured after a task."""
+        """The results measured after a task."""
         return TaskResult(**self.ledger["entries"][self.role][task.index])
 
     def files(self, task: Task, thorough: bool = True) -> tuple[Path, Path]:
         """Checkpoint and loss curve of a task.
 
-        Raises RunError if it is not that far, or they are not what it stored (if `thorough`, by their content).
+        Raises RunError if the run has not reached the task, or the files changed (if `thorough`, by their content).
         """
         role, source, ledger = self.role, self.folder, self.ledger
         count = len(ledger["entries"].get(role, []))
@@ -78,7 +79,7 @@ class Source:
 
 
 def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
-    """What a role's phases depend on in a recipe."""
+    """The parts of a recipe that a role's phases depend on."""
     student = recipe["student"]
     return {
         **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},

@@ -1,4 +1,4 @@
-"""What a trainer cannot be made of, and what a role could not learn, said before anything is trained."""
+"""Checks that run before any training: the parts of a trainer, and whether a role can learn a task."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cdl.types import Task
 
 
 def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
-    """Raise ValueError if a trainer cannot be made of these, or if a teacher would not be asked anything."""
+    """Raise ValueError if a trainer cannot be built from these parts, or if its teacher would never be used."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
     if teacher is not None and not isinstance(teacher, nn.Module):
@@ -41,7 +41,7 @@ def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher:
 
 
 def check_names(role: Any, eval_split: Any, num_tasks: Any) -> None:
-    """Raise ValueError for a misspelt role, a split that no task has, and a number of tasks that is none."""
+    """Raise ValueError for an unknown role, an unknown split or an invalid number of tasks."""
     check_role(role)
     if eval_split not in ("test", "validation"):
         raise ValueError(f"eval_split is {eval_split!r}, but must be test or validation.")
@@ -50,7 +50,7 @@ def check_names(role: Any, eval_split: Any, num_tasks: Any) -> None:
 
 
 def check_tasks(tasks: Any) -> None:
-    """Raise ValueError for what is no list of at least one task."""
+    """Raise ValueError for anything but a list of at least one task."""
     wrong = [task for task in tasks if not isinstance(task, Task)] if isinstance(tasks, list | tuple) else [tasks]
     if wrong or not tasks:
         got = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
@@ -58,9 +58,9 @@ def check_tasks(tasks: Any) -> None:
 
 
 def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool = True) -> None:
-    """Raise ValueError for what is no dataset of images with labels among so many classes, by its first item.
+    """Raise ValueError unless `data` is a dataset of images with labels below `classes`; checks the first item only.
 
-    `taker`: what takes it, for the message. Unless `labelled`, its items need no labels.
+    `taker`: the method that takes the dataset, for the message. Unless `labelled`, items need no labels.
     """
     if not classes:
         raise ValueError(
@@ -80,7 +80,7 @@ def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool
 
 
 def check_label(label: int, classes: int) -> None:
-    """Raise ValueError for a label that is none of so many classes."""
+    """Raise ValueError for a label outside 0 .. classes - 1."""
     if not 0 <= label < classes:
         raise ValueError(f"The dataset has the label {label}, but the model's lie between 0 and {classes - 1}.")
 
@@ -91,13 +91,13 @@ def asks_teacher(model: Any, objective: Objective) -> bool:
 
 
 def check_served(model: Any, task: Task) -> None:
-    """Raise ImageError for training images that a checkpoint served without hf_cdl would see otherwise."""
+    """Raise ImageError for training images that a checkpoint served without hf_cdl would see differently."""
     if model.served_plainly and isinstance(task.train, TaskSplit):
         task.train.check_8_bits()
 
 
 def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
-    """Raise ValueError if a role could not learn a task with that model, objective and those arguments."""
+    """Raise ValueError if a role cannot learn a task with this model, objective and arguments."""
     images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
     if not images:
         raise ValueError(f"{title}: it has no training images.")
@@ -119,7 +119,7 @@ def check_training(
     class_names: Sequence[str],
     images: int,
 ) -> None:
-    """Raise ValueError if a loss could not train a role on the task `index` with these classes and so many images."""
+    """Raise ValueError if a role cannot be trained with a loss on task `index` with these classes and `images`."""
     _refuse_one_class(role, model, objective, index, class_names)
     processes, batch = args.world_size, args.per_device_train_batch_size
     _refuse_late(args, images)
@@ -136,7 +136,7 @@ def check_training(
 
 
 def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
-    """Raise ValueError if the first evaluation during training would come after a phase's end on so many images."""
+    """Raise ValueError if a phase on `images` images would end before its first evaluation during training."""
     rounds = count_rounds(images, args.per_device_train_batch_size, args.dataloader_drop_last, args.world_size)
     per_epoch = max(1, -(-rounds // args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
@@ -150,9 +150,9 @@ def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
 
 
 def _refuse_one_class(role: str, model: Any, objective: Any, index: int, class_names: Sequence[str]) -> None:
-    """Raise ValueError if a role learns by comparing a task's classes, and the task has only one.
+    """Raise ValueError if a role learns by comparing a task's classes, but the task has only one.
 
-    Every loss would be 0. Against earlier classes alone, with no image of theirs, the new one would win everywhere.
+    Every loss would be 0. Compared with earlier classes only, without their images, the new class would always win.
     """
     if len(class_names) > 1 or (model.fitted and not objective.compares_classes):
         return

@@ -1,6 +1,6 @@
-"""Accuracy and calibration of logits as an `evaluate.Metric`, and as a trainer's `compute_metrics`.
+"""Accuracy and calibration of logits, as an `evaluate.Metric` and as `compute_metrics` for a trainer.
 
-`evaluate.load(hf_cdl.training.classification_metric.__file__)` loads it too.
+`evaluate.load(hf_cdl.training.classification_metric.__file__)` also loads the metric.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class ClassificationMetric(evaluate.Metric):
 
     The share of images whose largest logit is that of their class, the mean of the largest softmax probability, and
     the expected error between the two. `add_batch(predictions=logits, references=labels)` takes logits (B, C) and
-    labels (B,), `compute` all of them.
-    What was added is kept in memory: no file is left. Raises ValueError if there is no image.
+    labels (B,); `compute` takes all of them at once.
+    Batches are kept in memory, so no file is left behind. Raises ValueError if there are no images.
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
@@ -49,6 +49,6 @@ class ClassificationMetric(evaluate.Metric):
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """The metrics of ClassificationMetric, as `CDLTrainer(..., compute_metrics=compute_metrics)` reports them."""
+    """Compute ClassificationMetric for `CDLTrainer(..., compute_metrics=compute_metrics)`."""
     found = ClassificationMetric().compute(predictions=prediction.predictions, references=prediction.label_ids)
-    return {} if found is None else found  # evaluate's answer on the processes that gather nothing
+    return {} if found is None else found  # evaluate returns None on processes that gather nothing

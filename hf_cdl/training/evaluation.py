@@ -1,11 +1,11 @@
-"""What a model answers, taken apart: the right class among its task's own, the right task, and how sure it is of it.
+"""Evaluation: accuracy, its split into within-task accuracy and task identification, and confidence.
 
-An image counts as *right within its task* if the largest logit of its task's classes is that of its class, and its
-task as *identified* if the largest of all logits belongs to one of its task's classes. An answer is right exactly if
+An image is *right within its task* if the largest logit among its task's classes is that of its class, and its task
+is *identified* if the largest of all logits belongs to one of its task's classes. A prediction is correct exactly if
 both hold, so a task's accuracy is at most the smaller of the two.
 
-Confidence is the largest softmax probability over all classes seen. For heads whose logits are no log-probabilities
-(class means, ridge) it is what a user of the softmax would be told, not what the head was made for.
+Confidence is the largest softmax probability over all classes seen. For heads whose logits are not log-probabilities
+(class means, ridge) it is what a user of the softmax would see, not what the head is designed for.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ BINS = 15
 
 
 class EvaluatingTrainer(TaskTrainer):
-    """What transformers' Trainer does otherwise where it measures: classes come in tasks, and accuracy is measured.
+    """A Trainer whose evaluation measures accuracy on classes that come in tasks.
 
-    Whatever is measured, every image counts once, and no task is told to the model. A subclass sets the attributes.
+    Every image counts exactly once, and the model is never given a task id. Subclasses set the attributes.
     """
 
     teacher: Teacher
 
-    # ---- Trainer's ways to measure ----
+    # ---- Trainer's evaluation methods ----
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Accuracy in percent among all classes on a dataset, as task.test, and what `compute_metrics` says of it.
+        """Measure accuracy in percent over all classes on a dataset, such as task.test, and any `compute_metrics`.
 
-        Nothing is logged then. Without a dataset it measures, and logs, what it does during training at
-        `eval_strategy`: the trainer's `eval_dataset` in the same way, or else images of the newest task, among its own
-        classes: the model's accuracy, and those of its teacher's path or paths. They are validation images if the
-        accuracy has a say in the training (early stopping, the best epoch, a plateau, a user's callback, whatever it
-        does), else those of the evaluation split; then it changes nothing. Raises ValueError without any images.
+        Nothing is logged in that case. Without a dataset it measures and logs what training measures at
+        `eval_strategy`: the trainer's `eval_dataset`, in the same way, or else images of the newest task over that
+        task's classes only: the accuracy of the model and of its teacher's path or paths. These are validation images
+        if the accuracy can affect training (early stopping, best epoch, plateau, or any callback of the user's), and
+        otherwise images of the evaluation split, which then affect nothing. Raises ValueError without any images.
         """
         _refuse_keys(ignore_keys)
         given = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -64,10 +64,10 @@ class EvaluatingTrainer(TaskTrainer):
         return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """As Trainer's: `predictions`, logits (N, C) over all classes in the order of the dataset; `label_ids` (N,).
+        """Predict a dataset, as in Trainer: `predictions`, logits (N, C) in the dataset's order; `label_ids` (N,).
 
-        `metrics` are accuracy in percent and those of `compute_metrics`, if the dataset has labels, and times. Raises
-        ValueError for what is no dataset of images, and for labels of classes that the model does not know.
+        C counts all classes. `metrics` has timings and, if the dataset has labels, accuracy in percent and any
+        `compute_metrics`. Raises ValueError for anything but a dataset of images, or for labels of unknown classes.
         """
         _refuse_keys(ignore_keys)
         check_items(test_dataset, self._known_classes, "predict", labelled=False)
@@ -80,10 +80,10 @@ class EvaluatingTrainer(TaskTrainer):
         return PredictionOutput(_array(logits), None if labels is None else _array(labels), metrics)
 
     def _predictions(self, data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits (N, C) over all classes, and labels (N,) if it has some, of a dataset in its order."""
+        """Logits (N, C) over all classes and labels (N,), or None without labels, in the dataset's order."""
         was_training, parts = self.model.training, []
         self.model.eval()
-        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a loader draws a seed
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # a DataLoader draws a seed
             for batch in self._loader(data):
                 found = {"logits": self.model(pixel_values=batch["pixel_values"]).logits}
                 found |= {"labels": batch["labels"]} if "labels" in batch else {}
@@ -98,7 +98,7 @@ class EvaluatingTrainer(TaskTrainer):
         return logits, labels
 
     def _measure_newest(self, prefix: str) -> dict[str, float]:
-        """Accuracies on images of the newest task among its own classes: the model's, and its teacher's."""
+        """Accuracy of the model and its teacher on images of the newest task, over that task's classes only."""
         task = self._newest
         images, hits, said = self._evaluation_images(task), {}, []
         if not len(images or ()):
@@ -131,7 +131,7 @@ class EvaluatingTrainer(TaskTrainer):
     def _student_and_teacher(
         self, model: Any, batch: dict[str, Any], task_id: int | None
     ) -> tuple[CDLOutput, CDLOutput | None]:
-        """What the model and its teacher, if terms look at one, say to a batch."""
+        """Outputs of the model and, if a term needs one, of its teacher for a batch."""
         raise NotImplementedError
 
     def _metrics(self, logits: torch.Tensor, labels: Any, prefix: str) -> dict[str, float]:
@@ -139,16 +139,16 @@ class EvaluatingTrainer(TaskTrainer):
         return {f"{prefix}_accuracy": accuracy, **self._users_metrics(logits, labels, prefix)}
 
     def _users_metrics(self, logits: torch.Tensor, labels: torch.Tensor, prefix: str) -> dict[str, float]:
-        """Those of `compute_metrics`; one that it calls `accuracy` comes before ours."""
+        """Results of `compute_metrics`; one named `accuracy` replaces ours."""
         if self.compute_metrics is None:
             return {}
         found: Any = denumpify_detensorize(self.compute_metrics(EvalPrediction(_array(logits), _array(labels))))
         return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in found.items()}
 
-    # ---- a continual learner's ----
+    # ---- continual evaluation ----
 
     def evaluate_seen(self) -> TaskResult:
-        """Accuracy in percent on each task seen so far; from the ledger if it is there already."""
+        """Measure accuracy in percent on each task seen so far, or read it from the ledger if it is there already."""
         task = self._newest
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
@@ -161,7 +161,7 @@ class EvaluatingTrainer(TaskTrainer):
         return result
 
     def answer(self, tasks: list[Task]) -> dict[str, Any]:
-        """How the model answers the images of each task's evaluation split, no task id given: fields of TaskResult."""
+        """Evaluate the model on each task's evaluation split, without task ids; returns fields of TaskResult."""
         check_tasks(tasks)
         for task in tasks:
             self._check_split(task)
@@ -210,7 +210,7 @@ class EvaluatingTrainer(TaskTrainer):
     # ---- images ----
 
     def _loader(self, split: Any, *others: str) -> Any:
-        """Every image once, as the role (and the `others`) see it: Trainer would drop the last incomplete batch."""
+        """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return self.get_test_dataloader(self._as_seen(split, *others))
@@ -218,7 +218,7 @@ class EvaluatingTrainer(TaskTrainer):
             self.args.dataloader_drop_last = dropping
 
     def _as_seen(self, split: Any, *others: str) -> Any:
-        """A split as this role's model sees it, and the `others` too; most users' own splits look the same to all."""
+        """A split as seen by this role's model and the `others`; most users' own splits look the same to all roles."""
         return split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
 
     def _bar(self, title: str, **options: Any) -> Any:
@@ -226,9 +226,10 @@ class EvaluatingTrainer(TaskTrainer):
 
 
 def judge(logits: torch.Tensor, labels: torch.Tensor, classes: slice) -> dict[str, torch.Tensor]:
-    """`correct`, `within_task`, `task_identification`: (B,) bool; `confidence`: (B,) in 0..1; `label` as given.
+    """Judge the predictions for a batch of one task.
 
-    `logits`: (B, C) over all classes seen; `labels`: (B,) of one task, whose classes are `classes`.
+    `logits`: (B, C) over all classes seen; `labels`: (B,) of the task whose classes are `classes`. Returns `correct`,
+    `within_task`, `task_identification`: (B,) bool; `confidence`: (B,) in 0..1; `label` as given.
     """
     predicted = logits.argmax(dim=-1)
     return {
@@ -241,16 +242,19 @@ def judge(logits: torch.Tensor, labels: torch.Tensor, classes: slice) -> dict[st
 
 
 def class_accuracy(correct: torch.Tensor, label: torch.Tensor, names: Sequence[str], first: int) -> dict[str, float]:
-    """Accuracy in percent on the images (N,) of each class that has some; `first` is the label of `names[0]`."""
+    """Accuracy in percent per class, over N images; classes without images are left out.
+
+    `first` is the label of `names[0]`.
+    """
     own = {name: correct[label == first + number] for number, name in enumerate(names)}
     return {name: 100 * hits.double().mean().item() for name, hits in own.items() if len(hits)}
 
 
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
-    """Expected calibration error in percent points: |accuracy - mean confidence| over 15 bins of equal width.
+    """Expected calibration error in percentage points: |accuracy - mean confidence| over 15 bins of equal width.
 
-    Both (N,), N > 0; a bin (i/15, (i+1)/15] counts by its share of the images. Naeini et al. 2015, as used by Guo et
-    al. 2017 (arXiv:1706.04599, eq. 3).
+    Both arguments are (N,), N > 0; a bin (i/15, (i+1)/15] is weighted by its share of the images. Naeini et al. 2015,
+    as used by Guo et al. 2017 (arXiv:1706.04599, eq. 3).
     """
     confidence = confidence.cpu().double()
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
@@ -263,7 +267,7 @@ def _percent(hits: torch.Tensor) -> float:
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    """In float32, if it is of numbers that NumPy does not have."""
+    """A NumPy array; bfloat16, which NumPy lacks, becomes float32."""
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 

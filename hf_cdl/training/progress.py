@@ -1,4 +1,4 @@
-"""What the user sees of a phase while it runs."""
+"""Progress of a phase, as shown to the user while it runs."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers import TrainerCallback
 
 
 def phase_title(index: int, num_tasks: int | None, role: str) -> str:
-    """What a bar and messages call a phase: `task 2/5 · student` is of the task with index 1."""
+    """Title of a phase in progress bars and messages: `task 2/5 · student` for the task with index 1."""
     return f"task {index + 1}{f'/{num_tasks}' if num_tasks else ''} · {role}"
 
 
 def progress_bar(title: str, hidden: bool, **options: Any) -> Any:
-    """A progress bar on a terminal; in a log file a line a minute."""
+    """A progress bar on a terminal; one line per minute in a log file."""
     pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
     return tqdm(desc=title, disable=hidden, leave=False, dynamic_ncols=True, **pace, **options)
 
 
 class PhaseProgress(TrainerCallback):
-    """Shows where the phase stands, on a bar that `make_bar(total=, initial=)` gives, and measures its time.
+    """Shows a phase's progress on the bar that `make_bar(total=, initial=)` returns, and measures its time.
 
     `set_epoch(number)` is called before every epoch.
     """
@@ -31,7 +31,7 @@ class PhaseProgress(TrainerCallback):
     def __init__(self, make_bar: Callable[..., Any], set_epoch: Callable[[int], None]):
         self.make_bar, self.set_epoch = make_bar, set_epoch
         self.bar: Any = None
-        self.first_step = 0  # the step that this process began or went on from
+        self.first_step = 0  # the step this process started or resumed from
         self.started = 0.0
 
     @property
@@ -41,7 +41,7 @@ class PhaseProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started, self.first_step = time.perf_counter(), state.global_step
-        if state.global_step:  # Trainer does not ask whether a phase that goes on had been stopped already
+        if state.global_step:  # Trainer does not check whether a resumed phase had already been stopped
             stored = state.stateful_callbacks["TrainerControl"]["args"]
             control.should_training_stop = stored["should_training_stop"]
         self.bar = self.make_bar(total=state.max_steps, initial=state.global_step)
@@ -58,7 +58,7 @@ class PhaseProgress(TrainerCallback):
             self.bar.set_postfix(terms, refresh=False)
 
     def close(self) -> None:
-        """Take the bar off the screen, whatever ended the phase."""
+        """Remove the bar, however the phase ended."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -9,10 +9,10 @@ from hf_cdl.training.arguments import CDLTrainingArguments
 
 
 def epoch_factor(arguments: CDLTrainingArguments, epochs: int) -> Callable[[int], float] | None:
-    """Factor of the learning rate in epoch e = 0 .. epochs - 1, for schedules that go by epochs; else None.
+    """Learning-rate factor in epoch e = 0 .. epochs - 1, for schedules that change per epoch; otherwise None.
 
     `epoch_cosine`: cos(99 pi max(e - 1, 0) / (200 (K - 1))), K epochs. The CDL authors' scheduler starts one count
-    late, so their second epoch still runs at the full rate and the last one does not reach the formula's end; trained
+    late, so the second epoch still runs at the full rate and the last one does not reach the formula's end; trained
     models depend on it.
     """
     if arguments.epoch_cosine:

@@ -1,6 +1,6 @@
-"""A Trainer whose phases may go by the accuracy during training: the best epoch, early stopping, a plateau.
+"""A Trainer whose phases may be steered by the accuracy during training: best epoch, early stopping, plateau.
 
-Such accuracies are those of validation images. What the phase counts is its own, and goes on where it was cut off.
+That accuracy is measured on validation images. Callback counters belong to one phase and survive an interruption.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from hf_cdl.types import Task, TaskSplit
 
 
 class SteeredTrainer(Trainer):
-    """Says which images evaluation during training reads, and ends a phase with its best state if that is asked for.
+    """Chooses the images for evaluation during training, and ends a phase with its best state if requested.
 
-    A subclass sets the attributes below, and says what a phase changes.
+    Subclasses set the attributes below and define what a phase changes.
     """
 
     args: CDLTrainingArguments
@@ -33,22 +33,22 @@ class SteeredTrainer(Trainer):
     role: str
     eval_split: str
     seen: list[Task]
-    """The tasks so far; the last one is the phase's."""
+    """The tasks so far; the last one is the current phase's."""
     eval_dataset: Any
-    """A user's own images for evaluation during training, in place of the newest task's."""
+    """The user's own images for evaluation during training, instead of the newest task's."""
     num_tasks: int | None
     _best: dict[str, torch.Tensor]
-    """What the phase's best evaluation had learnt, without a run to store it."""
+    """The tensors of the phase's best evaluation, when there is no run to store them."""
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        """What a phase changes, by name."""
+        """The tensors a phase changes, by name."""
         raise NotImplementedError
 
     @property
     def _steering(self) -> list[str]:
-        """What lets the accuracy during training change the training; every callback of a user's is taken to.
+        """Everything that lets the accuracy during training change the training; user callbacks always count.
 
-        Whatever event it waits for: what was logged is in the state that it is given, and what it does is its own.
+        Any event of a callback counts: the state it receives holds what was logged, and it may act on that.
         """
         args = self.args
         named = {
@@ -64,16 +64,16 @@ class SteeredTrainer(Trainer):
         ]
 
     def _evaluation_images(self, task: Task) -> TaskSplit | None:
-        """Those of a task that evaluation during training reads: for validation, if their accuracy changes anything.
+        """Images for evaluation during training: validation images if their accuracy can change the training.
 
-        A dataset of a user's own (`eval_dataset`) comes before them.
+        The user's own `eval_dataset` takes precedence.
         """
         if self.eval_dataset is not None:
             return self.eval_dataset
         return task.validation if self._steering else getattr(task, self.eval_split)
 
     def check(self, task: Task) -> None:
-        """Raises ValueError if what the arguments and callbacks ask for cannot be done on this task."""
+        """Raise ValueError if this task lacks the images that the arguments and callbacks need."""
         steering, fixed = self._steering, self.model.fitted and (task.index > 0 or not self.model.config.first_session)
         stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if self.args.eval_strategy == IntervalStrategy.NO:
@@ -108,9 +108,9 @@ class SteeredTrainer(Trainer):
             )
 
     def _begin_callbacks(self) -> None:
-        """What callbacks count, as early stopping does, is of one phase."""
+        """Reset callbacks with a state, such as early stopping: they count within one phase."""
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):  # it may have been added after the arguments were made
+            if isinstance(callback, EarlyStoppingCallback):  # may be added after the arguments were created
                 self.args.go_by_accuracy()
             if isinstance(callback, ExportableState):
                 fresh: Any = type(callback)(**callback.state()["args"])
@@ -118,12 +118,12 @@ class SteeredTrainer(Trainer):
                     setattr(callback, name, value)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's, if the phase had not been stopped before it was cut off."""
+        """Run an epoch as Trainer does, unless the phase had already stopped when it was interrupted."""
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As Trainer's; keeps the best state, whatever save_steps says."""
+        """As in Trainer, but keep the best state regardless of save_steps."""
         better = super()._determine_best_metric(metrics, trial)
         if better and self.args.load_best_model_at_end:
             if self.run is None:
@@ -133,7 +133,7 @@ class SteeredTrainer(Trainer):
         return better
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, which goes by the path of the best state: it is another where a run was moved."""
+        """As in Trainer, with the path of the best state set anew: it changes when a run's folder is moved."""
         self.state.best_model_checkpoint = self._best_checkpoint
         if self._best:
             self._put_back(self._best)
@@ -142,7 +142,7 @@ class SteeredTrainer(Trainer):
 
     @property
     def _best_checkpoint(self) -> str | None:
-        """Where the phase's best state is stored, if that is of any use."""
+        """Path of the phase's best stored state; None if it is not needed or does not exist."""
         step = self.state.best_global_step
         if self.run is None or not self.args.load_best_model_at_end or not step:
             return None

@@ -1,4 +1,4 @@
-"""The stored state of a phase in progress: sealed when it is written, taken only if it is whole and of this phase."""
+"""The stored state of a phase in progress: sealed when written, used only if complete and of the same phase."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hf_cdl.runs.files import RunError, damage, fingerprints, first_line, saving
 SEAL, WEIGHTS = "phase.json", "trained.safetensors"
 _NEEDED = (WEIGHTS, "optimizer.pt", "scheduler.pt", "trainer_state.json")
 _MATTER = ("hf-cdl", "torch", "transformers", "accelerate", "peft")
-"""Packages whose other version may store, or compute, something else."""
+"""Packages of which another version may store or compute something different."""
 
 
 def seal(folder: Path, of: Mapping[str, Any], seconds: float) -> None:
-    """Write last what the state is of and the fingerprints of its files: without this it is not whole."""
+    """Write what the state belongs to and the fingerprints of its files, last: a state without it is incomplete."""
     (folder / SEAL).unlink(missing_ok=True)
     content = {"seconds": seconds, "of": {**of, **_versions()}, "files": fingerprints(folder, folder)}
     write_json(folder / SEAL, content)
@@ -31,10 +31,10 @@ def seal(folder: Path, of: Mapping[str, Any], seconds: float) -> None:
 def newest_state(
     work: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]], keeps_best: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """The newest state in a phase's folder that is whole and of what is asked; newer ones are deleted, and why.
+    """Find the newest complete state of a phase that matches `of`; delete newer unusable ones and return why.
 
-    `shapes`: of the tensors that the phase changes, by name. `keeps_best`: the phase ends with its best state, which
-    must be there and whole too.
+    `shapes`: shapes of the tensors the phase changes, by name. `keeps_best`: the phase ends with its best state, which
+    must also exist and be complete.
     """
     discarded = []
     found = [
@@ -57,10 +57,10 @@ def newest_state(
 
 @contextmanager
 def loading(state: str | None) -> Iterator[None]:
-    """Turn whatever goes wrong while a state is loaded into a RunError that says what to do."""
+    """Turn any error while loading a state into a RunError that says what to do."""
     try:
         yield
-    except Exception as error:  # unpickling (of weights only) raises many kinds
+    except Exception as error:  # unpickling (weights only) raises many types
         foreign = isinstance(error, pickle.UnpicklingError)
         reason = "a file holds more than tensors and numbers; nothing of it was run" if foreign else first_line(error)
         raise RunError(
@@ -70,7 +70,7 @@ def loading(state: str | None) -> Iterator[None]:
 
 
 def _problem(state: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> str | None:
-    """Why a state cannot be gone on from."""
+    """Why a phase cannot resume from a state, or None."""
     if not state.is_dir():
         return "it is no folder"
     try:
@@ -97,7 +97,7 @@ def _problem(state: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]]
 
 
 def _misfit(file: Path, shapes: Mapping[str, list[int]]) -> str | None:
-    """Why the stored tensors are not those of the model."""
+    """Why the stored tensors do not fit the model, or None."""
     try:
         with safe_open(file, "pt") as stored:
             found = {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118

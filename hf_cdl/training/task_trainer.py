@@ -30,39 +30,39 @@ from hf_cdl.types import Task
 
 
 class TaskTrainer(SteeredTrainer):
-    """What transformers' Trainer does otherwise where training comes in phases.
+    """A Trainer that trains in phases.
 
-    Optimizer and schedule are new in each; the order of the data is a function of seed, task and epoch; the gradient
-    of a step is the mean over its images, however they are split into micro-batches and over processes; only what the
-    phase changes is stored, and never half. A subclass sets the attributes below.
+    Each phase has a new optimizer and schedule; the data order is a function of seed, task and epoch; the gradient of
+    a step is the mean over its images, however they are split into micro-batches and across processes; only what the
+    phase changes is stored, atomically. Subclasses set the attributes below.
     """
 
     objective: Any
     _sums: dict[str, torch.Tensor]
-    """Of the losses by name, over the `_steps_summed` steps since the last log line; of each step the images' mean."""
+    """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
     _steps_summed: int
     _images: int
-    """Those that this process and the others learnt from in this phase, since it began or went on."""
+    """Images trained on by all processes in this phase, since it started or resumed."""
     _phase: PhaseProgress
     _sampler: ViewSampler | None
     _rounds: Rounds
     _seconds_before: float
-    """Those of the phase before it was cut off."""
+    """Seconds spent in this phase before it was interrupted."""
     _steps_learnt: int
-    """Of this process's phases, without a run to look them up."""
+    """Steps of this process's finished phases, for when there is no run to look them up in."""
     _total: Total
     """What `train()` did so far, over its tasks."""
 
     # ---- what a phase counts ----
 
     def _begin_counting(self) -> None:
-        """A phase begins; what it counts starts anew."""
+        """Reset the counters at the start of a phase."""
         self._sampler, self._sums = None, {}
         self._steps_summed = self._images = 0
         self._micro_batches, self._seconds_before = 1, 0.0
 
     def _add_to_total(self) -> None:
-        """A phase is over: add what it counted to that of all tasks."""
+        """Add the counters of a finished phase to the totals over all tasks."""
         steps = self.state.global_step
         self._steps_learnt += steps
         self._total.steps += steps
@@ -73,7 +73,7 @@ class TaskTrainer(SteeredTrainer):
     # ---- data order and schedule ----
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As Trainer.create_optimizer, with groups for what model and terms want to train at other rates."""
+        """As Trainer.create_optimizer, plus parameter groups for the learning rates that model and terms ask for."""
         if self.optimizer is None:
             rates = {**self.model.rates(), **self.objective.rates()}
             optimizer = super().create_optimizer(model)
@@ -92,13 +92,13 @@ class TaskTrainer(SteeredTrainer):
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """As Trainer's, but where Accelerate would show several processes some images twice to make them even."""
+        """As in Trainer, except that no image repeats; Accelerate would pad uneven processes with repeated images."""
         loader = super().get_train_dataloader()
         assert self._sampler is not None
         drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
         self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
         shard: Any = loader.batch_sampler
-        if isinstance(shard, BatchSamplerShard):  # without a batch_size it deals out batches of any, as they come
+        if isinstance(shard, BatchSamplerShard):  # without a batch_size it deals out batches of any size in order
             shard.batch_sampler, shard.batch_size = self._rounds, None  # type: ignore[assignment]
             shard.drop_last = False
         return loader
@@ -106,8 +106,8 @@ class TaskTrainer(SteeredTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, each with the `weight` of its loss: n_i k P / N.
 
-        n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k, and
-        gradients are averaged over the processes, so the mean losses of micro-batches add up to that of all N images.
+        n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k and
+        gradients are averaged over processes, so the weighted micro-batch means add up to the mean over all N images.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         per_epoch = -(-self._rounds.count // self.args.gradient_accumulation_steps)
@@ -124,12 +124,12 @@ class TaskTrainer(SteeredTrainer):
         return batches, counted
 
     def _set_epoch(self, epoch: int) -> None:
-        """Not left to Accelerate, which does not reach a sampler below the skipping and sharding of a resumed run."""
+        """Set the sampler's epoch; in a resumed run Accelerate cannot reach it through its skipping and sharding."""
         if self._sampler is not None:
             self._sampler.epoch = epoch
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """HF's schedule, or one that is constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
+        """Create HF's schedule, or one constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
         epochs = math.ceil(self.args.num_train_epochs)
         rate = epoch_factor(self.args, epochs)  # type: ignore[arg-type]  # CDLTrainingArguments
         if rate is None or self.lr_scheduler is not None:
@@ -143,18 +143,18 @@ class TaskTrainer(SteeredTrainer):
     # ---- losses ----
 
     def _steps_before(self) -> int:
-        """Optimizer steps of the tasks before this one, which the trackers' steps go on from."""
+        """Optimizer steps of all earlier tasks, from which the trackers' step count continues."""
         if self.run is None:
             return self._steps_learnt
         steps = 0
         for task in self.seen[:-1]:
-            with contextlib.suppress(OSError, ValueError):  # a curve that is lost was said when the run was opened
+            with contextlib.suppress(OSError, ValueError):  # lost curves were reported when the run was opened
                 history = json.loads(self.run.history_file(self.role, task).read_text())
                 steps += max((line.get("step", 0) for line in history), default=0)
         return steps
 
     def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
-        """Stop at a loss that is no number, naming the term; sum the others for the next log line, by their weight."""
+        """Add the weighted losses to the sums for the next log line; stop at a non-finite loss, naming the term."""
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         if not bool(torch.isfinite(values).all()):
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
@@ -168,12 +168,12 @@ class TaskTrainer(SteeredTrainer):
             self._sums[name] = self._sums.get(name, 0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As Trainer.log, with every term of the objective by name (`loss/kd`), averaged since the last line.
+        """As Trainer.log, plus every term of the objective by name (`loss/kd`), averaged since the last line.
 
-        The phase's images a second are of those that it learnt from; Trainer counts incomplete batches as whole ones.
+        Images per second count the images actually trained on; Trainer counts incomplete batches as full ones.
         """
         if self._seconds_before:
-            logs.pop("train_loss", None)  # at the end: the losses since this process began, by all steps
+            logs.pop("train_loss", None)  # Trainer divides this process's losses by all steps
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
@@ -186,7 +186,7 @@ class TaskTrainer(SteeredTrainer):
     # ---- files ----
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Store the phase's state under its name only when it is whole; then drop those before, but the best one.
+        """Store the phase's state, under its final name only once complete; then delete older ones except the best.
 
         Without a run nothing is stored.
         """
@@ -217,7 +217,7 @@ class TaskTrainer(SteeredTrainer):
         return str(self.run.work_folder(self.role, self.seen[-1]) / "partial")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Within a phase only what it changes is stored: all else is in the backbone or the last task's checkpoint."""
+        """Store only what the phase changes; all else is in the backbone or the last task's checkpoint."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self._get_output_dir(None))
@@ -226,12 +226,12 @@ class TaskTrainer(SteeredTrainer):
         save_file(changed, folder / WEIGHTS)
 
     def _stored_state(self, task: Task) -> str | None:
-        """Folder of the state that the phase goes on from; None: from its start. Says what is no use."""
+        """Folder of the state the phase resumes from, or None to start over. Reports discarded states."""
         found: list[Any] = [None]
         if self.run is not None and self.is_world_process_zero():
             work = self.run.work_folder(self.role, task)
             with saving(f"clear {work / 'partial'}"):
-                if (work / "partial").exists():  # of a kill
+                if (work / "partial").exists():  # left by a killed process
                     shutil.rmtree(work / "partial")
             shapes = {name: list(value.shape) for name, value in self._changing().items()}
             state, discarded = newest_state(work, self._state_of(task), shapes, self.args.load_best_model_at_end)
@@ -242,7 +242,7 @@ class TaskTrainer(SteeredTrainer):
         return broadcast_object_list(found)[0]
 
     def _state_of(self, task: Task) -> dict[str, Any]:
-        """What a stored state must be of to go on from it exactly."""
+        """What a stored state must match so that resuming from it is exact."""
         run: Any = self.run
         recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
         return {
@@ -263,21 +263,21 @@ class TaskTrainer(SteeredTrainer):
             super()._load_rng_state(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put back what the phase had changed. Raises RunError if it does not fit the model."""
+        """Restore what the phase had changed. Raises RunError if it does not fit the model."""
         with loading(resume_from_checkpoint):
             self._put_back(load_file(Path(resume_from_checkpoint) / WEIGHTS))
 
     def _changing(self) -> dict[str, torch.Tensor]:
-        """What a phase changes: trainable parameters, and buffers (batch norm's statistics), by their names in memory.
+        """The tensors a phase changes: trainable parameters and buffers (batch norm statistics), by name in memory.
 
-        Not by a checkpoint's: of some families it has older names, which only from_pretrained knows.
+        Checkpoint names will not do: some families keep older ones there, which only from_pretrained maps.
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {**trained, **dict(self.model.named_buffers())}
 
 
 def peak_memory() -> int:
-    """Bytes: the most this phase held on the GPU, or on a CPU the most that the process held so far."""
+    """Peak memory in bytes: of this phase on the GPU, or of the whole process so far on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

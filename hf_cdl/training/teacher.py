@@ -1,16 +1,16 @@
-"""The teacher of a role: all that its trainer asks about it, and all that it knows.
+"""The teacher of a role, as its trainer sees it.
 
-A trainer makes a `Teacher` of the model that it was given, or of None, and asks:
+A trainer wraps the model it was given, or None, in a `Teacher` and uses:
 
 - `check(task)`, before anything is changed: has it learnt what it is to teach?
-- `begin_task(student)`: a task begins; the student takes over what it keeps of its teacher, and so do the terms.
-- `views`: the roles, beside the student, as whom a training batch must show the images.
-- `phase(accelerator)`: around a phase, in which the teacher is in evaluation mode and prepared by Accelerate.
-- `shares_query(batch)`: does the student's query of a batch serve the teacher too?
-- `answer(batch, query, task_id)`: what the teacher says to a batch, with what the objective's terms add to it.
-- `logits(batch)`: what it says to a batch for a head that learns its soft targets.
+- `begin_task(student)`: a task begins; the student and the terms take over what they keep of the teacher.
+- `views`: the roles, besides the student, as which a training batch must show the images.
+- `phase(accelerator)`: context of a phase, with the teacher in evaluation mode and prepared by Accelerate.
+- `shares_query(batch)`: can the teacher reuse the student's query for a batch?
+- `answer(batch, query, task_id)`: the teacher's output for a batch, extended by the objective's terms.
+- `logits(batch)`: its logits for a batch, for a head that learns soft targets.
 
-A teacher of None answers None, and has neither views nor phases. `--plan` asks one in the same way.
+A teacher of None returns None and has neither views nor phases. `--plan` uses one in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_cdl.types import CDLOutput, Task
 
 
 def same_weights(student: Any, teacher: Any) -> bool:
-    """Whether the same weights answer the queries of both models."""
+    """Whether both models compute their queries with the same weights."""
     ours, theirs = (
         (model.backbone if model.query_backbone is None else model.query_backbone).state_dict()
         for model in (student, teacher)
@@ -38,9 +38,10 @@ def same_weights(student: Any, teacher: Any) -> bool:
 
 
 class Teacher:
-    """The model that a student's objective, or its head, learns from; None if there is none.
+    """The model that a student's objective or head learns from, or None.
 
-    `same_weights(student, teacher)` says whether both models query the same weights, where these cannot be compared.
+    `same_weights(student, teacher)` says whether both models compute queries with the same weights; pass one where
+    the weights themselves cannot be compared.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Teacher:
         self._shares = self.teaches_terms and _can_share(student, model) and same_weights(student, model)
 
     def place(self, accelerator: Any) -> None:
-        """Move the teacher to a device; from now on it answers there, in the accelerator's precision."""
+        """Move the teacher to the accelerator's device; from now on it runs there, in the accelerator's precision."""
         self._autocast = accelerator.autocast
         if self.model is not None:
             self.model.to(accelerator.device)
@@ -68,7 +69,7 @@ class Teacher:
 
     def check(self, task: Task) -> None:
         """Raise ValueError if the teacher has not learnt the classes of a task."""
-        tasks = getattr(self.model, "tasks", None)  # a module of a user's own need not say
+        tasks = getattr(self.model, "tasks", None)  # a user's own module need not have it
         known = task.classes.stop if tasks is None else sum(map(len, tasks))
         if known < task.classes.stop:
             raise ValueError(
@@ -78,24 +79,24 @@ class Teacher:
             )
 
     def begin_task(self, student: Any) -> None:
-        """A task begins, which the teacher has learnt."""
+        """Begin a task that the teacher has already learnt."""
         if self.teaches_terms:
             student.follow(self.model)
             self.objective.begin_task(self.model)
 
     @property
     def views(self) -> tuple[str, ...]:
-        """The roles, beside the student, as which the terms need to see an image."""
+        """The roles, besides the student, whose views of an image the terms need."""
         return ("teacher",) if self.teaches_terms else ()
 
     @property
     def head_views(self) -> tuple[str, ...]:
-        """The same for a head's soft targets."""
+        """Like `views`, for a head's soft targets."""
         return ("teacher",) if self.teaches_head else ()
 
     @contextmanager
     def phase(self, accelerator: Any) -> Iterator[None]:
-        """In evaluation mode and prepared by Accelerate, for the terms; afterwards as it was."""
+        """Keep the teacher in evaluation mode and prepared by Accelerate for the terms; restore it afterwards."""
         if not self.teaches_terms:
             yield
             return
@@ -110,15 +111,15 @@ class Teacher:
     # ---- batches ----
 
     def shares_query(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the student's query serves the teacher too: the same frozen weights are shown the same pixels."""
+        """Whether the teacher can reuse the student's query: same frozen weights, same pixels."""
         return self._shares and "teacher_pixel_values" not in batch
 
     def answer(
         self, batch: Mapping[str, Any], query: torch.Tensor | None = None, task_id: int | None = None
     ) -> CDLOutput | None:
-        """What the teacher says to a batch, without gradient, with what the terms add to it, with gradient.
+        """The teacher's output for a batch, without gradient, extended by the terms, with gradient.
 
-        `query` (B, D_q): the student's, which is used if it may be shared. None if no term looks at a teacher.
+        `query` (B, D_q): the student's, used if it can be shared. Returns None if no term needs a teacher.
         """
         if not self.teaches_terms:
             return None
@@ -130,27 +131,27 @@ class Teacher:
         }
         with torch.no_grad(), self._autocast():
             answer = self.model(**asked)
-        with self._autocast():  # with gradient: a term may tune a path of its own beside the teacher's
+        with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
             return self.objective.consult(answer, asked)
 
     def logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Logits (B, C) over all classes that the teacher knows, without gradient."""
+        """Logits (B, C) over all classes the teacher knows, without gradient."""
         with torch.no_grad():
             return self.model.eval()(pixel_values=self._pixels(batch)).logits
 
     def _pixels(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The images as the teacher sees them: there by name if it sees another view of the same crop."""
+        """The images as the teacher sees them: a separate batch entry if its view of the crop differs."""
         return batch.get("teacher_pixel_values", batch["pixel_values"])
 
 
 def unprepared(accelerator: Any, model: Any) -> Any:
-    """The bare model. A mark of Accelerate's left on it would keep it from being wrapped for the next task."""
+    """Unwrap a model. Accelerate's mark must go too, or the model would not be wrapped again for the next task."""
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False
     return model
 
 
 def _can_share(student: Any, teacher: Any) -> bool:
-    """Whether the student's query could serve its teacher: both have one, of frozen weights and the same pixels."""
+    """Whether the teacher could reuse the student's query: both need one, from frozen weights and the same pixels."""
     asks = teacher.needs_query and student.needs_query and not student.config.train_backbone
     return asks and teacher.config.query_view is None

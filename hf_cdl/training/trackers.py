@@ -1,6 +1,6 @@
-"""What a phase logs, in TensorBoard, Trackio or Weights & Biases: one run per role, with steps that go on over tasks.
+"""Logging to TensorBoard, Trackio or Weights & Biases: one run per role, with steps that continue across tasks.
 
-transformers' own callbacks for them start a run, or the steps, again with every training, and so with every task.
+transformers' own callbacks start a new run, or restart the steps, at every training, and so at every task.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hf_cdl.runs.files import RunError, first_line, write_whole
 
 
 class TensorBoard:
-    """Event files in the folder. What a killed process wrote after its last stored state is superseded."""
+    """Event files in the folder. Events written by a killed process after its last stored state are superseded."""
 
     def __init__(self, folder: Path, first_step: int, **rest: Any):
         from torch.utils.tensorboard import SummaryWriter
@@ -40,7 +40,7 @@ class TensorBoard:
 
 
 class Trackio:
-    """A run NAME-ID of Trackio's project, in the place where Trackio keeps all projects (TRACKIO_DIR)."""
+    """A run NAME-ID in a Trackio project, stored where Trackio keeps all projects (TRACKIO_DIR)."""
 
     def __init__(self, name: str, key: str, project: str, config: dict[str, Any], **rest: Any):
         import trackio
@@ -55,13 +55,15 @@ class Trackio:
 
 
 class WandB:
-    """A run of Weights & Biases, resumed in every phase. With WANDB_MODE=offline it lies in the folder, in parts that
-    `wandb sync` puts together."""
+    """A Weights & Biases run, resumed in every phase.
+
+    With WANDB_MODE=offline it is in the folder, in parts that `wandb sync` joins.
+    """
 
     def __init__(self, folder: Path, name: str, key: str, config: dict[str, Any], **rest: Any):
         import wandb
 
-        # A part's folder is named by the second: one of the same second would be written over.
+        # A part's folder is named by the second: two in the same second would overwrite each other.
         while [*folder.glob(f"wandb/*run-{time.strftime('%Y%m%d_%H%M%S')}-{key}")]:
             time.sleep(0.05)
         self.run = wandb.init(
@@ -71,7 +73,7 @@ class WandB:
             dir=str(folder),
             config=config,
             resume="allow",
-            reinit="create_new",  # beside a run that a user may have opened
+            reinit="create_new",  # the user may have a run of their own open
             settings=wandb.Settings(console="off"),
         )
 
@@ -86,9 +88,9 @@ _WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 def wandb_problem() -> str | None:
-    """What keeps Weights & Biases from starting here, to be read behind the field's name; None if nothing is known.
+    """What keeps Weights & Biases from starting here, worded to follow the field's name; None if nothing is known.
 
-    It asks no server, and nobody for a key.
+    Contacts no server and prompts for no key.
     """
     import wandb
 
@@ -97,7 +99,7 @@ def wandb_problem() -> str | None:
         return f"is wandb, with WANDB_MODE {given!r} in the environment; allowed: {', '.join(_WANDB_MODES)}"
     try:
         settings = wandb.setup().settings
-    except Exception as error:  # a file or another variable that it does not take
+    except Exception as error:  # an invalid settings file or environment variable
         return f"is wandb, which does not take its settings here ({first_line(error)}); set them right or unset them"
     if (given or settings.mode) in ("offline", "disabled", "dryrun") or settings.api_key:
         return None
@@ -110,24 +112,24 @@ def wandb_problem() -> str | None:
 
 
 def _in_netrc(url: str) -> bool:
-    """Whether the file of logins, which `wandb login` writes, has one for a server."""
+    """Whether the netrc file, which `wandb login` writes, has a login for a server."""
     places = [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]
     file = next((path for place in places if place and (path := Path(place).expanduser()).exists()), None)
     try:
         return file is not None and netrc.netrc(file).authenticators(urlsplit(url).netloc) is not None
-    except (OSError, ValueError, netrc.NetrcParseError):  # it cannot be read: wandb cannot either
+    except (OSError, ValueError, netrc.NetrcParseError):  # unreadable, for wandb too
         return False
 
 
 TRACKERS: dict[str, Callable[..., Any]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WandB}
-"""By their names in `report_to`, which are those of the packages too."""
+"""Trackers by name in `report_to`, which is also the name of the package."""
 
 
 class Tracking(TrainerCallback):
-    """Logs one role's phases with the tracker called `kind`; its files stay in `folder`.
+    """Logs one role's phases to the tracker `kind`, with files in `folder`.
 
-    `name`: of the role's run. `steps_before()`: steps of the tasks before the phase's. Takes the place of the callback
-    that Trainer made for the tracker.
+    `name`: name of the role's run. `steps_before()`: steps of all tasks before the phase's. Replaces the callback
+    that Trainer created for the tracker.
     """
 
     def __init__(self, kind: str, folder: Path, name: str, steps_before: Callable[[], int]):
@@ -167,12 +169,12 @@ class Tracking(TrainerCallback):
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
-        """Turns what a tracker raises (no login, no network, a full disk, a damaged file) into a RunError."""
+        """Turn any error of a tracker (no login, no network, a full disk, a damaged file) into a RunError."""
         try:
             yield
         except RunError:
             raise
-        except Exception as error:  # each has classes of its own
+        except Exception as error:  # each has its own exception classes
             said = first_line(error).rstrip(".")
             raise RunError(
                 f"{self.kind} (report_to) could not {what} in {self.folder}: {said}. What was "
@@ -181,7 +183,7 @@ class Tracking(TrainerCallback):
             ) from error
 
     def _key(self) -> str:
-        """What tells this run from all others of its name, in this process and in those that go on with it."""
+        """An id that distinguishes this run from others of the same name, also in the processes that resume it."""
         file = self.folder / "id"
         if not file.exists():
             write_whole(file, lambda path: path.write_text(uuid.uuid4().hex[:8]))
@@ -195,7 +197,7 @@ class Tracking(TrainerCallback):
 
 
 def replace_trackers(trainer: Any, folder: Path, name: str, steps_before: Callable[[], int]) -> None:
-    """Have a Trainer report to lasting trackers in place of its own."""
+    """Replace a Trainer's own trackers with ones that last across tasks."""
     for kind in TRACKERS:
         if kind in trainer.args.report_to:
             trainer.remove_callback(INTEGRATION_TO_CALLBACK[kind])
@@ -203,7 +205,7 @@ def replace_trackers(trainer: Any, folder: Path, name: str, steps_before: Callab
 
 
 def close_trackers(trainer: Any) -> None:
-    """End those that a phase opened and did not come to close, since it was stopped or failed."""
+    """Close trackers that a phase left open because it was stopped or failed."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, Tracking):
             callback.close()

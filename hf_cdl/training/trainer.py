@@ -39,20 +39,19 @@ from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
 class CDLTrainer(EvaluatingTrainer):
-    """Trains one continual model; distils from `teacher` what the objective's terms ask for.
+    """Trains one continual model, distilling from `teacher` as the objective's terms require.
 
-    It is used as Trainer is: `train()` learns the tasks of `train_dataset` (a TaskStream, a list of tasks, or one),
-    `evaluate(dataset)` and `predict(dataset)` measure among all classes, with `compute_metrics`; `callbacks` are
-    called in every task. `args`: CDLTrainingArguments, or transformers' own. What Trainer has and makes no sense here
-    is refused by its name.
+    Use it like Trainer: `train()` learns the tasks of `train_dataset` (a TaskStream, a list of tasks, or one task),
+    `evaluate(dataset)` and `predict(dataset)` measure over all classes, with `compute_metrics`; `callbacks` run in
+    every task. `args`: CDLTrainingArguments, or transformers' own. Features of Trainer that make no sense here are
+    refused by name.
 
-    `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a task
-    that is finished it returns at once, for one that was cut off it goes on from its last stored step. A task that
-    it could not learn raises ValueError before anything is changed.
-    `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id;
-    `eval_split` is the split it reads. Without a `run` nothing is stored. `check(task)` says beforehand what the
-    arguments ask for and the task lacks. Raises FloatingPointError when a loss is no longer a number,
-    or a head cannot be fitted to what is none.
+    `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a finished
+    task it returns at once, and an interrupted one resumes from its last stored step. A task that cannot be learnt
+    raises ValueError before anything is changed.
+    `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id,
+    on `eval_split`. Without a `run` nothing is stored. `check(task)` reports in advance what the arguments need and
+    the task lacks. Raises FloatingPointError if a loss is not finite, or if a head is fitted to non-finite values.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class CDLTrainer(EvaluatingTrainer):
         **others: Any,
     ):
         check_keywords(others, compute_metrics, [*signature(CDLTrainer).parameters][:-1])
-        args = CDLTrainingArguments.of(args)  # a copy: what is set below is of this trainer
+        args = CDLTrainingArguments.of(args)  # a copy: the changes below are this trainer's only
         self.objective = Objective() if objective is None else objective
         check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
@@ -82,12 +81,12 @@ class CDLTrainer(EvaluatingTrainer):
         self.teacher = Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # DDP looks for them in the model's forward: terms come after it
+            args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
-            eval_dataset={},  # it wants one for eval_strategy
+            eval_dataset={},  # Trainer requires one for eval_strategy
             compute_metrics=compute_metrics,
             callbacks=callbacks,
         )
@@ -97,7 +96,7 @@ class CDLTrainer(EvaluatingTrainer):
         self._begin()
 
     def _begin(self) -> None:
-        """Nothing is learnt yet; progress, early stopping and trackers know of tasks, in place of Trainer's own."""
+        """Start with no task learnt; replace Trainer's progress, early stopping and trackers with task-aware ones."""
         self.seen: list[Task] = []
         self._best = {}
         self._total, self._steps_learnt = Total(), 0
@@ -117,16 +116,16 @@ class CDLTrainer(EvaluatingTrainer):
         if run is None:
             args.save_strategy = SaveStrategy.NO
 
-    # ---- the two verbs ----
+    # ---- train and learn ----
 
     def train(
         self, resume_from_checkpoint: bool | str | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> TrainOutput:
-        """Learn the tasks of `train_dataset` in order, but for those that are learnt already; each with new steps.
+        """Learn the tasks of `train_dataset` in order, skipping those already learnt; steps restart in each task.
 
-        With a run every task is measured (`evaluate_seen`) and stored, and what was cut off goes on by itself. Of the
-        TrainOutput `global_step` counts the steps of all tasks that were learnt now, and the loss is their mean.
-        Raises ValueError, before anything is learnt, for a task that could not be.
+        With a run every task is measured (`evaluate_seen`) and stored, and an interrupted run resumes by itself. In
+        the TrainOutput, `global_step` counts the steps of all tasks learnt in this call, and the loss is their mean.
+        Raises ValueError, before anything is learnt, if one of the tasks cannot be.
         """
         check_train(resume_from_checkpoint, trial, ignore_keys_for_eval, self.run is not None)
         if not self.tasks:
@@ -145,7 +144,7 @@ class CDLTrainer(EvaluatingTrainer):
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger says that it is done, or the model came with it (`known_classes`)."""
+        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`)."""
         check_tasks([task])
         if task.index != len(self.seen):
             raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
@@ -172,7 +171,7 @@ class CDLTrainer(EvaluatingTrainer):
             self.accelerator.wait_for_everyone()
 
     def _check_learnable(self, task: Task) -> bool:
-        """Whether a task is still to be learnt. Raises ValueError if it could not be."""
+        """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
         if self.model.fitted and self.model.head.needs_teacher and not self.teacher.teaches_head:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         done = self.run is not None and self.run.result(self.role, task) is not None
@@ -186,7 +185,7 @@ class CDLTrainer(EvaluatingTrainer):
         return True
 
     def _check_measured(self) -> None:
-        """Raise ValueError if the task before was stored and not measured: no other model could be measured for it."""
+        """Raise ValueError if the previous task was stored but not measured: later its model would be gone."""
         before = self.run.result(self.role, self.seen[-1]) if self.run is not None and self.seen else None
         if before is not None and not before.row:
             raise ValueError(
@@ -195,7 +194,7 @@ class CDLTrainer(EvaluatingTrainer):
             )
 
     def _take_over(self, task: Task) -> bool:
-        """Load and save what another run has learnt, if the recipe says so (`ROLE_from`); no file of it is copied."""
+        """Load and save what another run learnt, if the recipe says so (`ROLE_from`); none of its files is copied."""
         found = None if self.run is None else self.run.taken(self.role, task)
         if self.run is None or found is None:
             return False
@@ -224,7 +223,7 @@ class CDLTrainer(EvaluatingTrainer):
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
         if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
-            file = self.run.scaffold_file(self.role, task.index - 1)  # the terms' own layers go on
+            file = self.run.scaffold_file(self.role, task.index - 1)  # the terms keep their layers across tasks
             try:
                 self.model.scaffold.load_state_dict(load_file(file))
             except (OSError, RuntimeError, SafetensorError) as error:
@@ -254,18 +253,18 @@ class CDLTrainer(EvaluatingTrainer):
                 self._add_to_total()
             finally:  # take Accelerate's wrappers off again: they would pile up, task by task
                 self._phase.close()
-                close_trackers(self)  # a cut-off phase has none of its own to end them
+                close_trackers(self)  # an interrupted phase never reaches on_train_end
                 self.model = unprepared(self.accelerator, self.model_wrapped)
                 self.train_dataset = given
 
     def _measure(self, task: Task) -> None:
-        """Fix the statistics of the first task's features, for heads that standardise with them."""
+        """Measure and fix the feature statistics on the first task, for heads that standardise with them."""
         if self.model.unmeasured:
             for output, *_ in self._features(task):
                 self.model.measure(output)
 
     def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """Fit the head by one pass over the task's un-augmented images; what its features come from is fixed now."""
+        """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
         start = time.perf_counter()
         self.model.end_session()
         self._measure(task)
@@ -273,13 +272,15 @@ class CDLTrainer(EvaluatingTrainer):
             self.model.head.accumulate(output.features, labels - task.first_class, taught)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
-        if not result.images_per_second:  # training's, if it trained
+        if not result.images_per_second:  # if it trained, that rate stays
             result.images_per_second = len(task.train) / seconds
             self._total.images += len(task.train)
 
     def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Of the task's un-augmented images, of all processes, batch by batch: the model's outputs, the labels, and
-        what the head learns of its teacher's answers over the task's classes, if it has one.
+        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
+
+        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
+        classes, if it has one.
         """
         self.model.eval()
         for batch in self._bar(self._title(task), iterable=self._loader(task.train, *self.teacher.head_views)):
@@ -299,9 +300,9 @@ class CDLTrainer(EvaluatingTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The objective on a batch: one query pass, one teacher pass without gradient, one student pass.
+        """Compute the objective on a batch: one query pass, one teacher pass without gradient, one student pass.
 
-        A micro-batch's `weight` makes the gradient of its step the mean over the images of all of them.
+        `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
         student, teacher = self._student_and_teacher(model, inputs, task.index)
@@ -313,7 +314,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _student_and_teacher(
         self, model: nn.Module, batch: dict[str, Any], task_id: int | None
     ) -> tuple[CDLOutput, CDLOutput | None]:
-        """What the model and its teacher, if terms look at one, say to a batch; a query that both need runs once."""
+        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once."""
         pixels, query = batch["pixel_values"], None
         if self.objective.needs_query or self.teacher.shares_query(batch):
             with torch.no_grad(), self.accelerator.autocast():
@@ -328,7 +329,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _write_checkpoint(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
         scaffold = self.model.scaffold
-        if scaffold is not None and self.run is not None:  # not into the model's files, but needed to resume
+        if scaffold is not None and self.run is not None:  # not part of the model's files, but needed to resume
             file = self.run.scaffold_file(self.role, self.seen[-1].index)
             layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
             write_whole(file, lambda path: save_file(layers, path))
@@ -336,8 +337,8 @@ class CDLTrainer(EvaluatingTrainer):
             self.processing_class.save_pretrained(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model as `from_pretrained` takes it, with its image processor, in `output_dir` or that of the args."""
-        if _internal_call:  # of the state of a phase
+        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
+        if _internal_call:  # as part of a phase's stored state
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
@@ -348,7 +349,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _phase_bar(self, **options: Any) -> Any:
         return self._bar(self._title(self.seen[-1]), **options)
 
-    # ---- what Trainer has and this has not ----
+    # ---- methods of Trainer that are not supported ----
 
     hyperparameter_search = refused("hyperparameter_search")
     push_to_hub = refused("push_to_hub")

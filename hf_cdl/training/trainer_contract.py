@@ -1,4 +1,4 @@
-"""What a user of transformers' Trainer gives it and asks of it: used here, or refused by its name with the reason."""
+"""Trainer's interface here: each argument and method is either supported, or refused by name with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYWORDS = {
     "preprocess_logits_for_metrics": "the logits are those of the classes, which are few; give compute_metrics, "
     "which sees them as they are",
 }
-"""Arguments of Trainer's that have no place here, and why."""
+"""Arguments of Trainer that are not supported here, and why."""
 
 _LOSS = "it would measure by the loss of the newest task alone; use evaluate(dataset) or predict(dataset)"
 _SEARCH = "hyperparameter_search"
@@ -39,13 +39,13 @@ METHODS = {
     "evaluation_loop": _LOSS,
     "prediction_step": _LOSS,
 }
-"""Methods of Trainer's that would do something else here than they say, and why."""
+"""Methods of Trainer that would not do here what their names promise, and why."""
 
 
 def check_keywords(given: dict[str, Any], compute_metrics: Any, known: list[str]) -> None:
-    """Raise ValueError for arguments of Trainer's that have no place here, and for metrics that cannot be called.
+    """Raise ValueError for unsupported arguments of Trainer, or if compute_metrics is not callable.
 
-    Raises TypeError for arguments that nobody knows; `known`: those that there are.
+    Raises TypeError for unknown arguments; `known`: the names of all arguments.
     """
     for name in given:
         if name in KEYWORDS:
@@ -60,7 +60,7 @@ def check_keywords(given: dict[str, Any], compute_metrics: Any, known: list[str]
 
 
 def refused(name: str) -> Callable[..., NoReturn]:
-    """A method in place of Trainer's of that name: it raises ValueError with the reason."""
+    """A method that replaces Trainer's of that name and raises ValueError with the reason."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(f"{name} is no method of CDLTrainer: {METHODS[name]}.")
@@ -71,7 +71,7 @@ def refused(name: str) -> Callable[..., NoReturn]:
 
 
 def tasks_of(train_dataset: Any) -> list[Task]:
-    """The tasks that `train()` learns: of a stream or a list, or one alone. Raises ValueError for anything else."""
+    """The tasks `train()` learns, from a stream, a list or a single task. Raises ValueError for anything else."""
     if train_dataset is None:
         return []
     tasks = [train_dataset] if isinstance(train_dataset, Task) else train_dataset
@@ -108,7 +108,7 @@ def check_train(resume_from_checkpoint: Any, trial: Any, ignore_keys: Any, has_r
 
 @dataclass
 class Total:
-    """What `train()` did so far: steps of the optimizer, those of this process and the sum of their losses; images."""
+    """Totals of `train()` so far: optimizer steps, this process's own steps with their summed loss, and images."""
 
     steps: int = 0
     own_steps: int = 0
@@ -116,7 +116,7 @@ class Total:
     images: int = 0
 
     def output(self, start: float) -> TrainOutput:
-        """As Trainer's, of all tasks since `start`; where no loss trained anything it is NaN, and no metric."""
+        """Trainer's output over all tasks since `start`; if no loss trained anything, it is NaN and not a metric."""
         metrics: dict[str, float] = speed_metrics("train", start, num_samples=self.images, num_steps=self.own_steps)
         if not self.own_steps:
             return TrainOutput(self.steps, float("nan"), metrics)

@@ -1,8 +1,8 @@
-"""Model cards: what a run's results say about its student or its teacher, by Hugging Face's own card machinery.
+"""Model cards for a run's student or teacher, written from its results with huggingface_hub's ModelCard.
 
-Everything comes from `results`, the content of a run's results.json, also of one that is still going on. What only
-the author knows (licences, the data's page, what the backbones saw in pre-training) is the recipe's `card` section;
-what is not stated there is called not stated.
+Everything comes from `results`, the content of a run's results.json, also of an unfinished run. What only the author
+knows (licences, the data's page, what the backbones saw in pre-training) comes from the recipe's `card` section;
+anything missing there is shown as not stated.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["card_files", "eval_results", "model_card", "shared"]
 def model_card(
     results: Results, role: str, repo_id: str | None = None, other_id: str | None = None, picture: bool = True
 ) -> str:
-    """The card of the `student` or `teacher` of a run, Markdown with metadata.
+    """Write the card of a run's `student` or `teacher`, as Markdown with metadata.
 
-    `repo_id`: its repository; `other_id`: that of the run's other model; `picture`: accuracy_matrix.png lies beside
-    the card. Raises ValueError for a role without results.
+    `repo_id`: its repository; `other_id`: the repository of the run's other model; `picture`: whether the card shows
+    accuracy_matrix.png from the same folder. Raises ValueError for a role without results.
     """
     if role not in ("student", "teacher") or not results["roles"].get(role, {}).get("accuracy_matrix"):
         raise ValueError(f"There is no card for '{role}': cards are for a student or teacher that has learnt a task.")
@@ -64,7 +64,7 @@ def model_card(
 def card_files(
     results: Results, role: str, repo_id: str | None = None, other_id: str | None = None
 ) -> dict[str, bytes]:
-    """The files of a card, by name: README.md and, where matplotlib is installed, accuracy_matrix.png."""
+    """Make a card's files, by name: README.md and, if matplotlib is installed, accuracy_matrix.png."""
     picture = pictures.plotting_available()
     files = {"README.md": model_card(results, role, repo_id, other_id, picture).encode()}
     if picture:

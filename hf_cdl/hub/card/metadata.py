@@ -1,4 +1,4 @@
-"""A card's metadata: what the Hub reads of it, model-index first."""
+"""A card's metadata, as read by the Hub, including the model-index."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ METRICS = {
 
 
 def shared(results: Results) -> dict[str, Any]:
-    """The results as others get to see them: without the paths of this machine."""
+    """The results as shared with others, without local paths."""
     return {**results, "recipe": shareable(results["recipe"], BENCHMARKS)}
 
 
 def metadata(results: Results, role: str, repo_id: str | None) -> ModelCardData:
-    """The YAML block of a card."""
+    """The YAML metadata of a card."""
     recipe, section = results["recipe"], results["recipe"][role]
     data, base = dataset(recipe["data"]), backbone_id(section)
     frozen = section["model"] == "cdl" and not section["train_backbone"]
@@ -48,13 +48,13 @@ def metadata(results: Results, role: str, repo_id: str | None) -> ModelCardData:
 
 
 def backbone_id(section: Mapping[str, Any]) -> str | None:
-    """The Hub id of the backbone whose weights are used; None for a folder, or for random weights."""
+    """The Hub id of the backbone whose weights are used; None for a local folder or random weights."""
     name = section["backbone"]
     return name if section["pretrained"] and HUB_ID.fullmatch(name) and not Path(name).exists() else None
 
 
 def dataset(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A data set's id on the Hub (None for a folder), readable name, configuration, split and revision."""
+    """A dataset's id on the Hub (None for a folder), readable name, configuration, split and revision."""
     filled = {**data, **{k: v for k, v in BENCHMARKS.get(data["path"], {}).items() if k == "path" or not data[k]}}
     path, split = filled["path"], data["eval_split"]
     on_hub = HUB_ID.fullmatch(path) and "/" in path and not Path(path).exists()
@@ -72,12 +72,12 @@ def _plain(text: str | None) -> str | None:
 
 
 def stated(recipe: Mapping[str, Any], field: str) -> str | None:
-    """What the author says in the recipe's `card` section; None if nothing."""
+    """What the author states in the recipe's `card` section; None if nothing."""
     return recipe.get("card", {}).get(field)
 
 
 def eval_results(results: Results, role: str) -> list[EvalResult]:
-    """What the model-index holds: the accuracy on every task, and the averages, after the newest task."""
+    """Entries of the model-index: accuracy on every task, and the averages, after the newest task."""
     matrix, data = results["roles"][role]["accuracy_matrix"], dataset(results["recipe"]["data"])
     classes = [len(names) for names in results["class_names"]]
     source: dict[str, Any] = {

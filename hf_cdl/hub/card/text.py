@@ -1,4 +1,4 @@
-"""A card's text, part by part, for the template."""
+"""The text of a card, section by section, for the template."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def summary(results: Results, role: str) -> str:
 
 
 def _learnt_parts(section: Mapping[str, Any]) -> str:
-    """A sentence: which parts of the model learnt, and on which tasks."""
+    """A sentence on which parts of the model learnt, and on which tasks."""
     prompt, head = section["prompt"]["type"], section["head"]["type"]
     head = "a head" if head == "linear" else f"a `{head}` head"
     parts = [] if prompt == "none" else [f"prompts (`{prompt}`)"]
-    parts += ["low-rank adapters (LoRA)"] if section.get("lora") is not None else []  # which older results lack
+    parts += ["low-rank adapters (LoRA)"] if section.get("lora") is not None else []  # missing in older results
     if section["train_backbone"]:
         parts.insert(0, "its pre-trained backbone")
     if section.get("first_session") is not None:
@@ -57,7 +57,7 @@ def _learnt_parts(section: Mapping[str, Any]) -> str:
 
 
 def usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
-    """The three lines that use it."""
+    """Example code that uses the model."""
     options = ", trust_remote_code=True" if recipe["plugins"] or _code(recipe, role) else ""
     lines = [
         "from transformers import pipeline",
@@ -69,7 +69,7 @@ def usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
 
 
 def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
-    """What a user must know beside them."""
+    """What a user must know in addition to the example code."""
     recipe, learnt = results["recipe"], len(results["roles"][role]["accuracy_matrix"])
     classes = sum(map(len, results["class_names"][:learnt]))
     notes = [f"Every image is answered with one of the {classes} classes below, also one that shows none of them."]
@@ -90,7 +90,7 @@ def _code(recipe: Mapping[str, Any], role: str) -> bool:
 
 
 def task_table(results: Results, role: str) -> str:
-    """A row per task: classes, test images, accuracy when just learnt and now."""
+    """A table with a row per task: classes, test images, accuracy when just learnt and now."""
     entry = results["roles"][role]
     matrix, counts = entry["accuracy_matrix"], entry["counts"]
     rows = [["task", "classes", "images", "just learnt", f"after task {len(matrix)}"]]
@@ -112,7 +112,7 @@ def better(results: Results, role: str) -> list[str]:
 
 
 def role_table(results: Results, learnt: int) -> str:
-    """A row per model of the run, after `learnt` tasks."""
+    """A table with a row per model of the run, after `learnt` tasks."""
     rows = [["model", *METRICS.values()]]
     for role, entry in results["roles"].items():
         metrics = continual_metrics(entry["accuracy_matrix"][:learnt])
@@ -150,7 +150,7 @@ def _backbone(section: Mapping[str, Any]) -> str:
 
 
 def data_facts(results: Results) -> list[str]:
-    """The data, their page and licence, the stream."""
+    """The data, with page and licence, and the stream."""
     recipe, data = results["recipe"], dataset(results["recipe"]["data"])
     page = stated(recipe, "data_card") or data["id"]
     if page is None:
@@ -171,7 +171,7 @@ def data_facts(results: Results) -> list[str]:
 
 
 def origin(results: Results, role: str) -> str | None:
-    """Where the first tasks are from, if they were learnt elsewhere."""
+    """Where the first tasks were learnt, if elsewhere."""
     if "origin" not in results:
         return None
     count, source = results["origin"]["tasks"], results["origin"]["roles"][role]
@@ -186,7 +186,7 @@ def origin(results: Results, role: str) -> str | None:
 
 
 def cost_facts(entry: Mapping[str, Any]) -> list[str]:
-    """Size and latency in use, time and memory of training."""
+    """Size and inference latency, training time and memory."""
     facts, cost = [], entry.get("cost")
     if cost is None:
         facts.append("In use: measured at the end of the run")
@@ -208,7 +208,7 @@ def lines(facts: Sequence[str]) -> str:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The recipe as a fenced block of YAML, without the texts of the card."""
+    """The recipe as a fenced block of YAML, without its `card` section."""
     content = {key: value for key, value in recipe.items() if key != "card"}
     options: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 110}
     text = yaml.safe_dump(content, allow_unicode=True, **options)
@@ -219,12 +219,12 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def citations(recipe: Mapping[str, Any], role: str) -> str:
-    """The BibTeX entries of the methods that this model uses."""
+    """BibTeX entries of the methods that this model uses."""
     return "\n".join(re.sub(r"\n *(keywords|annote) = .*", "", entry) for entry in _papers(recipe, role))
 
 
 def _papers(recipe: Mapping[str, Any], role: str) -> list[str]:
-    """The entries of papers.bib whose keywords name a method that this model uses; what its user must know: annote."""
+    """Entries of papers.bib whose keywords name a method this model uses; `annote` is what its users must know."""
     section = recipe[role]
     parts = {section[part]["type"] for part in ("prompt", "head")}
     used = {"cdl", section["query"], *parts} if section["model"] == "cdl" else set[str]()

@@ -1,6 +1,6 @@
 """CDLTrainingArguments: transformers' TrainingArguments with the defaults of continual prompt learning.
 
-table.py says what becomes of each of their fields, checks.py which of them do not go together.
+table.py says whether each field is used or refused, checks.py which ones do not go together.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["STEERED", "CDLTrainingArguments"]
 
 @dataclass
 class CDLTrainingArguments(TrainingArguments):
-    """Arguments of one role (teacher or student); the same for each of its tasks.
+    """Training arguments of one role (teacher or student), the same for all of its tasks.
 
-    Defaults are the published protocol's where it says (Adam, lr 1e-3, no weight decay, no clipping, batch 64, 20
-    epochs, constant rate unless `epoch_cosine`). Raises ValueError for a field that would have no effect here, and for
-    a number out of its range: all of them, in one message.
+    Defaults follow the published protocol where it states them (Adam, lr 1e-3, no weight decay, no clipping, batch 64,
+    20 epochs, constant rate unless `epoch_cosine`). Raises ValueError for fields that would have no effect here and
+    for numbers out of range, all in one message.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of every task."})
@@ -69,7 +69,7 @@ class CDLTrainingArguments(TrainingArguments):
 
     @classmethod
     def problems(cls, given: dict[str, Any]) -> list[Problem]:
-        """What is wrong with these arguments among defaults, as (field, what to read behind its name)."""
+        """Problems of these arguments, with defaults for the rest, as (field, text that follows its name)."""
         defaults = {
             f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls) if f.init
         }
@@ -77,10 +77,11 @@ class CDLTrainingArguments(TrainingArguments):
 
     @classmethod
     def of(cls, args: Any) -> CDLTrainingArguments:
-        """A copy of these arguments. Of transformers' own TrainingArguments: the same training, or a ValueError.
+        """Copy these arguments, or convert transformers' own TrainingArguments to the same training.
 
-        Every field of theirs that has an effect keeps it, also by its default, which may be another one than here
-        (rate, batch, epochs, schedule, clipping). What was set and can have no effect raises, all in one message.
+        In a conversion every field that has an effect keeps its value, also a default that differs from the one here
+        (rate, batch, epochs, schedule, clipping). Raises ValueError for fields that were set but can have no effect,
+        all in one message.
         """
         if isinstance(args, cls):
             return copy.copy(args)
@@ -96,7 +97,7 @@ class CDLTrainingArguments(TrainingArguments):
         said -= {"logging_steps"} if args.logging_strategy != IntervalStrategy.STEPS else set()
         said -= {"num_train_epochs"} if args.max_steps > 0 else set()
         idle = {name for name, value in values.items() if value == getattr(unset, name)} - said
-        if "activation_checkpointing" in values:  # they are the same by an older name
+        if "activation_checkpointing" in values:  # the same fields under their older names
             idle |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
         return cls(**{name: value for name, value in values.items() if name not in idle})
 
@@ -104,7 +105,7 @@ class CDLTrainingArguments(TrainingArguments):
         wrong = self.problems({f.name: getattr(self, f.name) for f in fields(self) if f.init})
         if wrong:
             raise ValueError("; ".join(f"{name} {what}" for name, what in wrong) + ".")
-        self.disable_tqdm = bool(self.disable_tqdm)  # shown unless asked; transformers would go by its log level
+        self.disable_tqdm = bool(self.disable_tqdm)  # shown unless disabled; transformers would go by its log level
         stops = self.early_stopping_patience is not None
         if stops or self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in STEERED:
             self.go_by_accuracy()
@@ -112,7 +113,7 @@ class CDLTrainingArguments(TrainingArguments):
             self.data_seed = self.seed
         super().__post_init__()
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.lr_scheduler_type in STEERED:  # transformers would take a rising accuracy for a plateau
+        if self.lr_scheduler_type in STEERED:  # by default a rising accuracy would count as a plateau
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 is true, but a CPU does not train in it; use bf16.")
@@ -120,11 +121,11 @@ class CDLTrainingArguments(TrainingArguments):
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
     def go_by_accuracy(self) -> None:
-        """Have the accuracy decide which state is best: evaluation during training measures nothing else."""
+        """Let the accuracy decide which state is best: evaluation during training measures nothing else."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
 
 
 def _with_other_defaults(kind: type[TrainingArguments]) -> set[str]:
-    """The fields of TrainingArguments whose defaults are others in a subclass."""
+    """The fields of TrainingArguments whose defaults differ in a subclass."""
     theirs, ours = ({f.name: f.default for f in fields(of)} for of in (TrainingArguments, kind))
     return {name for name, default in theirs.items() if ours[name] != default}

@@ -1,4 +1,4 @@
-"""Training arguments that would have no effect, or one that nobody wants: every problem in words, none raised."""
+"""Checks for training arguments without effect, or with an unwanted one; problems are returned, not raised."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hf_cdl.training.arguments.table import ARGUMENTS, Refused
 from hf_cdl.training.trackers import TRACKERS, wandb_problem
 
 STEERED = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that go by the accuracy during training."""
+"""Schedules that depend on the accuracy during training."""
 
 _NO_WARMUP = ("constant", *STEERED)
 _NO_KEYWORDS = ("constant", "constant_with_warmup")
-"""Schedules for which transformers' get_scheduler drops all further keywords."""
+"""Schedules for which transformers' get_scheduler ignores all further keywords."""
 
 
 @dataclass(frozen=True)
 class _Optimizer:
-    """What an optimizer reads: `adam`, of the fields adam_*, and `options`, the names in optim_args."""
+    """What an optimizer reads: `adam`, which of the adam_* fields, and `options`, the names in optim_args."""
 
     adam: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ OPTIMIZERS = {
     **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), _BNB_LION),
     **dict.fromkeys(("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit"), _BNB_RMSPROP),
 }
-"""The others of transformers keep states of their own, change the model, or come from packages nobody keeps."""
+"""transformers' other optimizers keep extra state, change the model, or come from unmaintained packages."""
 
 _CHOICES: dict[str, list[str]] = {
     "lr_scheduler_type": [known.value for known in SchedulerType],
@@ -69,31 +69,31 @@ _SHARDED = (
     ("ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "parallelism_config"),
     ("ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
 )
-"""Variables by which `accelerate launch` asks for models in parts, its options, and the arguments of that name."""
+"""Environment variables by which `accelerate launch` requests sharded models, its options, and our arguments."""
 
 
 class Problem(NamedTuple):
-    """What is wrong with a field, to be read behind its name."""
+    """A problem with a field; `what` is worded to follow the field's name."""
 
     field: str
     what: str
 
 
 def find_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[Problem]:
-    """All that is wrong with the arguments `values` (every field, as given) whose defaults are `defaults`."""
+    """All problems of the arguments `values` (every field, as given), whose defaults are `defaults`."""
     values = {name: _plain(value) for name, value in values.items()}
     given = {name for name, value in values.items() if value != _plain(defaults[name])}
     found = [problem for name in values if name in given for problem in _alone(name, values[name])]
-    if found:  # the rules between fields count on values that make sense
+    if found:  # the rules between fields rely on valid values
         return found
     rules = (_duration, _schedule, _optimizer, _precision, _launch, _steps, _steering, _loading, _tracking)
     return [problem for rule in rules for problem in rule(values, given)]
 
 
 def _plain(value: Any) -> Any:
-    """A value as a recipe would have it: no enum, and nothing for what says nothing."""
+    """A value as in a recipe: enums become their values, and empty values None."""
     value = getattr(value, "value", value)
-    if hasattr(value, "to_dict"):  # accelerate's configuration, as it is when none was given
+    if hasattr(value, "to_dict"):  # accelerate's configuration; equals the default if none was given
         value = None if value == type(value)() else value.to_dict()
     return None if value in ("", [], {}, "none", ["none"]) else value
 
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 def _alone(name: str, value: Any) -> Iterator[Problem]:
     row = ARGUMENTS.get(name)
     if isinstance(row, Refused):
-        if name != "do_eval":  # which transformers sets itself; see _steering
+        if name != "do_eval":  # set by transformers itself; see _steering
             said = "is set" if name.endswith("_token") else f"is {value!r}"
             yield Problem(name, f"{said}, but {row.why}")
     elif row is not None and row.is_number and value is not None and not row.allows(value):
@@ -159,7 +159,7 @@ def _schedule(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
 
 
 def _keywords(kind: str, keywords: dict[str, Any], v: dict[str, Any]) -> Iterator[Problem]:
-    """What a schedule does not take, or misses: it is made for an optimizer of nothing, to see."""
+    """Unknown or missing keywords of a schedule, found by building it for a dummy optimizer."""
     classes: dict[str, Any] = {STEERED[0]: torch.optim.lr_scheduler.ReduceLROnPlateau, STEERED[1]: GreedyLR}
     taken = signature(classes.get(kind, TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(kind)])).parameters
     names = {*taken} - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch", "kwargs"}
@@ -210,7 +210,7 @@ def _optimizer(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
 
 
 def _installed(package: str) -> bool:
-    """Not by the name alone: wandb leaves folders called wandb, which Python takes for packages."""
+    """Whether a package is installed; wandb leaves `wandb` folders behind, which Python takes for packages."""
     found = find_spec(package)
     return found is not None and found.origin is not None
 
@@ -234,7 +234,7 @@ def _precision(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
 
 
 def _launch(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
-    """What the environment of `accelerate launch` asks for beside the arguments: it would be recorded nowhere."""
+    """What `accelerate launch` requests by the environment instead of arguments: it would be recorded nowhere."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     own = next((name for name in ("bf16", "fp16") if v[name]), "no")
     if precision not in ("no", "none", "", own) and own == "no":
@@ -274,7 +274,7 @@ def _steps(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
 
 
 def _steering(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
-    """What goes by the accuracy during training needs one."""
+    """Options that depend on the accuracy during training need one to be measured."""
     evaluated, stored = v["eval_strategy"], v["save_strategy"]
     users = {
         "lr_scheduler_type": v["lr_scheduler_type"] in STEERED,
@@ -328,7 +328,7 @@ def _tracking(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
         elif not _installed(name):
             yield Problem("report_to", f"is {name}, which is not installed: pip install {name}")
         elif name == "wandb" and os.environ.get("RANK", "0") == "0" and (problem := wandb_problem()):
-            yield Problem("report_to", problem)  # of the one process of many that reports
+            yield Problem("report_to", problem)  # only the first process reports
     if "run_name" in given and not names:
         yield Problem("run_name", "names the run for a tracker, but report_to is none; set it, or leave run_name out")
     if "project" in given and "trackio" not in names:

@@ -1,6 +1,6 @@
-"""What becomes of each field of transformers' TrainingArguments here: it is used, within a range, or it is refused.
+"""How each field of transformers' TrainingArguments is treated here: used, within a range, or refused.
 
-tests/training/test_arguments.py asks for a row for every field, and for a check of the effect of each that is used.
+tests/training/test_arguments.py requires a row for every field, and a check of the effect of each used one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Used:
-    """A field with an effect. Of a number: the range that it must lie in, and whether it must be whole (from 1 on)."""
+    """A field with an effect. For a number: its allowed range, and whether it must be whole."""
 
     least: float | None = None
     above: float | None = None
@@ -21,7 +21,7 @@ class Used:
     below: float | None = None
     whole: bool = False
     also: float | None = None
-    """A value outside of the range with a meaning of its own."""
+    """A value outside the range with a special meaning."""
 
     @property
     def is_number(self) -> bool:
@@ -34,7 +34,7 @@ class Used:
         return f"a {'whole' if self.whole else 'finite'} number {' and '.join(words)}{also}"
 
     def allows(self, value: Any) -> bool:
-        """Whether a number lies in the range. A field that may be a share of the steps is whole from 1 on."""
+        """Whether a value is a number in the range; a field that may be a share of steps must be whole from 1 on."""
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
         value = float(value)
@@ -54,7 +54,7 @@ class Used:
 
 @dataclass(frozen=True)
 class Steps(Used):
-    """A number of steps, or a share of all of them if it is below 1."""
+    """A number of steps, or a share of all steps if it is below 1."""
 
     def __str__(self) -> str:
         least = "0, " if self.least == 0 else ""
@@ -66,7 +66,7 @@ class Steps(Used):
 
 @dataclass(frozen=True)
 class Refused:
-    """A field without an effect here, or with one that would break a promise; `why` says what to do instead."""
+    """A field with no effect here, or one that would break a guarantee; `why` says what to do instead."""
 
     why: str
 
@@ -87,7 +87,7 @@ _LENGTHS = Refused("images have no lengths; train_sampling_strategy is random or
 
 ARGUMENTS: dict[str, Used | Refused] = {
     "output_dir": Used(),
-    # ---- how long, how fast ----
+    # ---- duration and learning rate ----
     "per_device_train_batch_size": _COUNT,
     "num_train_epochs": Used(above=0),
     "max_steps": Used(least=1, whole=True, also=-1),
@@ -129,7 +129,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
         "raise gradient_accumulation_steps"
     ),
     "use_cpu": Used(),
-    # ---- what is logged ----
+    # ---- logging ----
     "logging_strategy": Used(),
     "logging_steps": Steps(above=0),
     "logging_first_step": Used(),
@@ -209,7 +209,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "ddp_backend": _LAUNCHED,
     "ddp_timeout": _LAUNCHED,
     "local_rank": _LAUNCHED,
-    # ---- what scripts of transformers do with them ----
+    # ---- flags of transformers' scripts ----
     "do_train": _SCRIPT,
     "do_eval": _SCRIPT,
     "do_predict": _SCRIPT,
@@ -220,7 +220,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "hub_strategy": _HUB,
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
-    # ---- our own ----
+    # ---- hf_cdl's own ----
     "epoch_cosine": Used(),
     "lr_steps": Used(),
     "lr_decay": Used(above=0),
@@ -229,11 +229,11 @@ ARGUMENTS: dict[str, Used | Refused] = {
 }
 
 NOT_IN_ALL = frozenset({"activation_checkpointing", "activation_checkpointing_kwargs"})
-"""Fields that not all supported versions of transformers have."""
+"""Fields that some supported versions of transformers lack."""
 
 IN_PASSES = (
     "use_cpu bf16 fp16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed data_seed "
     "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context"
 ).split()
-"""Fields with an effect also where no loss trains: a fitted head learns by one pass over the images."""
+"""Fields that take effect even without training by a loss: a fitted head learns in one pass over the images."""
