@@ -43,9 +43,8 @@ def build(states: States, gr: Any) -> Any:
         )
         with gr.Row():
             with gr.Column():
-                image = gr.Image(
-                    type="filepath", image_mode=None, label="Image", height=240
-                )  # the pipeline decodes it
+                # the pipeline decodes the image, as in training
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)
                 if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
                     gr.Examples(examples, image)
                 if first == last:  # a slider with a single position fails
