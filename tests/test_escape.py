@@ -1,4 +1,4 @@
-"""Names of classes, runs and folders are text wherever they are: cards, consoles, pictures, commits, the demo."""
+"""Names of classes, runs and folders are only text everywhere: cards, consoles, figures, commits, the demo."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NASTY = [
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """The quickstart's, with names of its classes, run and folders that want to be more than names."""
+    """The quickstart's results, with malicious names of its classes, run and folders."""
     found = json.loads((ROOT / "model_cards" / "quickstart" / "results.json").read_text())
     found["class_names"] = [[f"{name} {task}" for name in NASTY] for task in range(5)]
     found["name"] = "<b>run</b>\n\x1b[31m"
@@ -132,7 +132,7 @@ def put_data(folder: Path, names: list[str], train: int = 3, test: int = 1) -> P
 
 
 def said_of(capfd: pytest.CaptureFixture[str], names: list[str]) -> str:
-    """What was printed, in which no name acts: no character of it, and no line of its own."""
+    """The printed text, after checking that no name in it has control characters or makes a line of its own."""
     found = capfd.readouterr()
     said = found.out + found.err
     lines = {line for name in names for line in name.splitlines()[1:] if len(line) > 2}

@@ -1,4 +1,4 @@
-"""Low-rank adapters: they learn in the first session alone, are part of every checkpoint, and peft reads them too."""
+"""Low-rank adapters: they learn only in the first session, are in every checkpoint, and peft can read them, too."""
 
 from __future__ import annotations
 

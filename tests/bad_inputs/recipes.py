@@ -1,4 +1,4 @@
-"""Fields of recipes: unknown, of a wrong type, out of range, missing, or against each other."""
+"""Recipe fields that are unknown, of the wrong type, out of range, missing or contradictory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALONE: dict[str, Any] = {"teacher": None, "distill": [], "ce_weight": 1.0}
 
 
 def field(changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
-    """A right recipe with these fields; without `says` the message must name the first of them."""
+    """A valid recipe with these fields; without `says`, the message must name the first of them."""
     folder = () if {*changes} & {"name", "output_dir"} else ("--output_dir", "run")
 
     def make(parts: Parts) -> Command:
@@ -53,7 +53,7 @@ def lora(says: str, way: str = WAY, **values: Any) -> Row:
 
 
 def plugin(name: str, source: str, says: str) -> Row:
-    """A plugin that the user named and that cannot be run."""
+    """A plugin named by the user that cannot be run."""
 
     def make(parts: Parts) -> Command:
         Path("mine.py").write_text(source)

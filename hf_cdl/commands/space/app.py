@@ -43,7 +43,7 @@ def build(states: States, gr: Any) -> Any:
         )
         with gr.Row():
             with gr.Column():
-                # the pipeline decodes the image, as in training
+                # a path, because the pipeline decodes the file
                 image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)
                 if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
                     gr.Examples(examples, image)
