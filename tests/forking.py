@@ -41,9 +41,7 @@ def begin() -> ForkServerContext:
         environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("HF_HUB_OFFLINE", "1")
         environment.setenv("PYTHONUNBUFFERED", "1")
-        environment.setenv(
-            "PYTHONPATH", os.pathsep.join(sys.path)
-        )  # modules that are not found would be skipped silently
+        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # modules not found would be skipped silently
         forkserver.ensure_running()
     return context
 

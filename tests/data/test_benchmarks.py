@@ -170,9 +170,8 @@ def test_a_combination_runs(
     combination: tuple[str, str, str, str], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(hub)
-    monkeypatch.setattr(
-        "hf_cdl.runs.pictures.save_plots", lambda results, folder: []
-    )  # plotting takes half of the time
+    # plotting takes half of the time
+    monkeypatch.setattr("hf_cdl.runs.pictures.save_plots", lambda results, folder: [])
     quick = ["--output_dir", str(tmp_path / "run"), "--baselines", "[]", "--train.save_strategy", "'no'"]
     assert script.main([*files(*combination), *SMALL.split(), "--train.disable_tqdm", "true", *quick]) == 0
     check_results(tmp_path / "run", combination[3])

@@ -85,9 +85,8 @@ def show(where: str, trust_remote_code: bool) -> int:
     except StatesError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
-    theme = gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # fonts that need no download
+    # these fonts need no download
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(css=CSS, theme=theme, footer_links=["gradio", "settings"])
     return 0
 
