@@ -53,7 +53,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def launched(tmp_path: Path, **environment: str) -> list[str]:
-    """A command preceded by a launcher that sets `environment`."""
+    """The start of a command line: a launcher that sets `environment`."""
     file = tmp_path / "launcher.py"
     file.write_text(LAUNCHER.format(environment=environment))
     return [sys.executable, str(file)]
@@ -84,7 +84,7 @@ Begin = Callable[..., tuple[subprocess.Popen[str], int]]
 
 
 def ended(pid: int, seconds: float) -> bool:
-    """Whether a process ends within that time; it is a zombie until its parent waits for it."""
+    """Whether a process ends within that time; zombies, whose parent has not waited for them, have ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
