@@ -142,7 +142,7 @@ def said_of(capfd: pytest.CaptureFixture[str], names: list[str]) -> str:
 
 
 def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From the first line to the table, and in what it says when the data changed or cannot be learnt."""
+    """From the first line to the table, and in the messages when the data changed or cannot be learnt."""
     names = [name for name in NASTY if "\ud800" not in name] + ["\r\x00\x9b31m\u2028\ufeff"]  # a file has UTF-8
     backbone = str(make_backbone(tmp_path / "backbone"))
     recipe = {
@@ -201,7 +201,7 @@ def test_every_command_is_here() -> None:
 def test_an_error_names_such_a_folder_as_text(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that is no run and not empty, and no spec either."""
+    """A non-empty folder that is neither a run nor a spec."""
     monkeypatch.chdir(tmp_path)
     Path(BAD).mkdir()
     Path(BAD, "r.yaml").write_text(f'"{BAD.encode("unicode_escape").decode()}": 1')

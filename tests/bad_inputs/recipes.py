@@ -306,7 +306,7 @@ AGAINST_EACH_OTHER = [
     training("epoch_cosine", max_steps=3, epoch_cosine=True),
     training("lr_steps", lr_steps=[1], epoch_cosine=True),
     training("lr_steps", lr_steps=[1], lr_scheduler_type="linear"),
-    training("warmup_steps", warmup_steps=2),  # beside a constant rate
+    training("warmup_steps", warmup_steps=2),  # with a constant rate
     training("bf16|fp16", bf16=True, fp16=True),
     training("drop_last", per_device_train_batch_size=64, dataloader_drop_last=True),
     training("output_dir", output_dir="x"),

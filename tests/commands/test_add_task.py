@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(source: Path, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub of its own for each test, with the two pushed repositories."""
+    """A separate Hub for each test, with the two pushed repositories."""
     shutil.copytree(source / "hub", tmp_path / "hub")
     with HubServer(tmp_path / "hub", stall_seconds=0.3) as server:
         yield server

@@ -101,7 +101,7 @@ def test_the_hash_is_that_of_what_defines_the_numbers(tmp_path: Path):
     changed["variants"]["kdp"]["set"] = {"teacher.train": {"learning_rate": 0.5}}
     ours = hashes("changed", variants=changed["variants"])
     same = [run.variant for run, a, b in zip(read(tmp_path, small()).runs, ours, first, strict=True) if a == b]
-    assert same == ["alone"] * 3  # kd has another teacher now, though no field of its own differs
+    assert same == ["alone"] * 3  # kd has another teacher now, though none of its fields differ
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -561,7 +561,7 @@ def test_blocks_stay_warm_for_the_next_task_and_out_of_the_student_s_files(
         assert not any("scaffold" in name or "dual_path" in name for name in file.keys())  # noqa: SIM118
     assert same(CDLForImageClassification.from_pretrained(folder).state_dict(), bare(cut.model))
 
-    # A new process between the tasks: the student from its files, the blocks drawn anew, then put back.
+    # A new process between the tasks: the student from its files, the blocks initialised again, then restored.
     student = CDLForImageClassification.from_pretrained(folder)
     resumed = trainer_of(tmp_path, cut.run, student=student, **fields)
     with torch.no_grad():

@@ -298,7 +298,7 @@ def test_a_projector_is_trained_kept_for_resuming_and_left_out_of_the_student_s_
         assert not any("scaffold" in name or "fitnets" in name for name in file.keys())  # noqa: SIM118
     assert not any("scaffold" in path.name for path in run.folder.rglob("student/**/*"))
 
-    # A new process between the tasks: the student from its files, the projector drawn anew, then put back.
+    # A new process between the tasks: the student from its files, the projector initialised again, then restored.
     resumed = trainer_of(tmp_path, run, student=CDLForImageClassification.from_pretrained(folder))
     with torch.no_grad():
         resumed.objective.terms["fitnets"].projection.weight.zero_()  # type: ignore[union-attr]

@@ -143,7 +143,7 @@ def left(folder: Path) -> dict[str, Any]:
         found[name] = lasting(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
         if path.parent.name == "logs":
             found[name] = [line["step"] for line in found[name]]
-    files = found["run.json"]["files"]  # with the time of writing, and of files that tell times
+    files = found["run.json"]["files"]  # with modification times, and files that contain times
     found["run.json"]["files"] = {
         name: None if name.startswith("logs/") or name == "results.json" else sha256
         for name, (_, _, sha256) in files.items()

@@ -34,7 +34,7 @@ def test_an_answer_is_right_exactly_if_the_task_is_identified_and_it_is_right_wi
 
 
 def test_the_calibration_error_of_numbers_worked_by_hand():
-    """Bins of 1/15: 0.95 and 0.97 share one (1 of 2 right, 0.46 too confident); 0.5 has one (right, 0.5 too unsure)."""
+    """Bins of 1/15: 0.95 and 0.97 share one (1 of 2 right, 0.46 too sure); 0.5 has its own (right, 0.5 too unsure)."""
     confidence = torch.tensor([0.95, 0.97, 0.5, 0.5])
     correct = torch.tensor([True, False, True, True])
     assert calibration_error(confidence, correct) == pytest.approx(100 * (2 * 0.46 + 2 * 0.5) / 4, abs=1e-4)
