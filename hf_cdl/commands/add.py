@@ -126,7 +126,7 @@ def find(where: str, role: str, tag: str | None) -> Origin:
     if not (place := Path(where)).is_dir():
         return read_origin(HfApi(), where, role, tag)
     one = (place / "config.json").exists() and role == "teacher"
-    return read_folder(place, role, None if one else tag)  # check_pair compares it with the student
+    return read_folder(place, role, None if one else tag)  # check_pair compares a checkpoint with the student
 
 
 def beside(student: str) -> str:

@@ -1,6 +1,6 @@
 """hf-cdl demo: the page of a Space, run locally.
 
-The folder space/ is pushed unchanged as a Space, where hf_cdl may be missing; so its files do not import the package.
+The folder space/ is pushed unchanged as a Space, where hf_cdl may be missing; so its files do not need the package.
 """
 
 from __future__ import annotations
