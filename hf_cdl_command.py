@@ -1,8 +1,8 @@
-"""Where a command starts: the script hf-cdl and recipes/train.py.
+"""Entry point of the commands: the script hf-cdl and recipes/train.py.
 
-This lies beside the package, because whatever is imported from hf_cdl imports transformers and torch first, which
-takes seconds. A command listens to Ctrl-C and reads its words before that: hf_cdl/__init__.py sees that it was
-started here.
+This module is outside the package because importing anything from hf_cdl first imports transformers and torch, which
+takes seconds. A command handles Ctrl-C and parses its arguments before that: hf_cdl/__init__.py detects that it was
+started from here.
 """
 
 from hf_cdl.commands import stopping

@@ -2,9 +2,9 @@
 
 python benchmarks/dual_path_cost.py [--pairs PAIR ...] [--repeats 3] [--steps 5]     (from the root of the repository)
 
-Every measurement is a process of its own, through recipe and CDLTrainer: it trains the student on the first task,
-beside a teacher that has learnt nothing, at a rate of 0, which costs the same. The terms take turns (KD, DFPT-KD,
-DFPT-KD+, KD, ...), and a ratio is that of neighbours, so that other load on the machine falls on all of them. Nothing
+Every measurement is a separate process that uses the recipe and CDLTrainer: it trains the student on the first task,
+with an untrained teacher and a learning rate of 0, which costs the same. The terms take turns (KD, DFPT-KD, DFPT-KD+,
+KD, ...), and ratios are taken between neighbours, so that other load on the machine affects all of them alike. Nothing
 is downloaded.
 """
 
@@ -57,15 +57,18 @@ CLASSES, SIZE = 100, 32  # of the generated images
 
 
 class Cost(NamedTuple):
-    """Of a student's training step: seconds, from batch to updated weights, and bytes at its peak (see Watch)."""
+    """Cost of a student's training step: seconds, from batch to updated weights, and peak bytes (see Watch)."""
 
     seconds: float
     memory: int
 
 
 class Watch(TrainerCallback):
-    """Seconds of every step, and bytes at the peak: by the clock and of all tensors on a GPU; on a CPU those that the
-    process computes, which other load does not prolong, and those by which it grows in training."""
+    """Measures the seconds of every step and the peak memory in bytes.
+
+    On a GPU: wall-clock time, and the memory of all tensors. On a CPU: process time, which other load does not affect,
+    and the growth of the process during training.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -100,7 +103,7 @@ def _peak() -> int:
 
 
 def measure(words: list[str], steps: int) -> Cost:
-    """The median of so many steps of a recipe's student, after one that warms up."""
+    """The median over `steps` steps of a recipe's student, after one warm-up step."""
     with tempfile.TemporaryDirectory() as work:
         recipe = load_recipe(words, "unused.yaml")
         processors = build_processors(recipe)
@@ -118,7 +121,7 @@ def measure(words: list[str], steps: int) -> Cost:
 
 
 def make_data(folder: Path) -> None:
-    """Noise, four images a class."""
+    """Write noise images, four per class."""
     draw = np.random.default_rng(0)
     labels = [label for label in range(CLASSES) for _ in range(4)]
     images = [Image.fromarray(draw.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)) for _ in labels]
@@ -129,7 +132,7 @@ def make_data(folder: Path) -> None:
 
 
 def row(pair: str, term: str, costs: list[Cost], kd: list[Cost]) -> str:
-    """A line of the table: medians over the repeats, and smallest to largest ratio."""
+    """A line of the table: medians over the repeats, and the range of the ratios."""
     seconds = statistics.median(cost.seconds for cost in costs)
     memory = statistics.median(cost.memory for cost in costs)
     cells = [pair, term, f"{1000 * seconds:,.0f}", _ratio([cost.seconds for cost in costs], [c.seconds for c in kd])]
@@ -148,7 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="processes for each pair and term")
     parser.add_argument("--steps", type=int, default=5, help="steps in each, of which the median counts")
     asked = parser.parse_args()
-    fresh = multiprocessing.get_context("forkserver")  # which has imported this file and done nothing else
+    fresh = multiprocessing.get_context("forkserver")  # forks have imported this file and done nothing else
     print("| pair | term | ms a step | to KD | peak MiB | to KD |", "|---|---|---|---|---|---|", sep="\n")
     with tempfile.TemporaryDirectory() as data:
         make_data(Path(data))

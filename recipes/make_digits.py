@@ -42,13 +42,13 @@ def main(arguments: list[str]) -> int:
 
 
 def make(folder: Path) -> None:
-    """Write the three splits. Raises RunError if there is no place for them, ImportError without sklearn."""
+    """Write the three splits. Raises RunError if the folder cannot be written, ImportError without scikit-learn."""
     check_new(folder)
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("It needs scikit-learn; install it: pip install scikit-learn") from None
-    ink, labels = map(np.asarray, load_digits(return_X_y=True))  # 0 ... 16 for each pixel
+    ink, labels = map(np.asarray, load_digits(return_X_y=True))  # 0 to 16 per pixel
     grey = np.round(255 * (1 - ink.reshape(-1, 8, 8) / 16)).astype(np.uint8)
     features = Features({"image": Image(), "label": ClassLabel(names=NAMES)})
     splits = draw(labels)
@@ -64,7 +64,7 @@ def make(folder: Path) -> None:
 
 
 def draw(labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Split -> its rows in ascending order: of each class a fifth, a fifth and the rest."""
+    """Split -> its rows in ascending order: a fifth of each class, another fifth, and the rest."""
     drawn: dict[str, list[int]] = {"validation": [], "test": [], "train": []}
     for label in range(len(NAMES)):
         rows = np.random.default_rng([SEED, label]).permutation(np.flatnonzero(labels == label))

@@ -63,10 +63,10 @@ class Prefix(PromptPool):
         init.normal_(self.prompt, std=0.02)
 
     def add_task(self) -> None:
-        """Nothing grows."""
+        """Nothing to add: all tasks share one prompt."""
 
     def init_task(self, task: int) -> None:
-        """No task has parameters of its own."""
+        """Nothing to initialise: no task has its own parameters."""
 
     def forward(
         self, layer: int, query: torch.Tensor | None, task_id: int | None = None

@@ -65,7 +65,7 @@ norm, cosine to the mean of a class's training images.
 
 
 class Images(torch.utils.data.Dataset):
-    """A parquet file, decoded once. In training, a sample's view is that of the current epoch."""
+    """A Parquet file, decoded once. In training, a sample's augmented view depends on the current epoch."""
 
     def __init__(self, file: Path, preprocess: Preprocess, training: bool = False):
         rows = load_dataset("parquet", data_files=str(file), split="train").cast_column("image", Image(decode=False))
@@ -88,7 +88,7 @@ class CountEpochs(TrainerCallback):
 
 
 def initialise(model: ViTForImageClassification) -> None:
-    """Linear weights of std fan_in^-0.5: HF's 0.02 is meant for width 768 and learns slowly at tiny widths."""
+    """Initialise linear weights with std fan_in^-0.5: HF's 0.02 suits width 768 and learns slowly at tiny widths."""
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -116,7 +116,7 @@ def nearest_class_mean(folder: Path, stream: Path, preprocess: Preprocess) -> di
 
 
 def options(arguments: list[str]) -> Namespace:
-    """What the words say; ends the process with exit code 2 at words that are wrong and files that are missing."""
+    """Parse the arguments; exits with code 2 on wrong arguments and missing files."""
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with base-{train,validation,test}.parquet")
     parser.add_argument("--stream", type=Path, required=True, help="folder with {train,validation,test}.parquet")
@@ -145,11 +145,11 @@ def main(arguments: list[str]) -> int:
 
 
 def pretrain(a: Namespace) -> None:
-    """Train and write the backbone. Raises ValueError for data or sizes that will not do, RunError for a full disk."""
+    """Train and write the backbone. Raises ValueError for unsuitable data or sizes, RunError for a full disk."""
     torch.set_num_threads(a.threads)
     torch.manual_seed(a.seed)
 
-    # White becomes 0: with the usual mean of 0.5 the background drowns the ink, and learning is slower.
+    # White becomes 0: with the usual mean of 0.5, the background outweighs the ink and learning is slower.
     size = {"height": a.image_size, "width": a.image_size}
     processor = ViTImageProcessorPil(size=size, image_mean=[1.0] * 3, image_std=[0.4] * 3)
     preprocess = Preprocess(processor, a.seed, crop_scale=(0.5, 1.0), flip=0.0)  # base classes know left from right
@@ -183,7 +183,7 @@ def training_arguments(a: Namespace, images: int) -> TrainingArguments:
         lr_scheduler_type="cosine",
         warmup_steps=images // a.batch_size,
         bf16=a.bf16,
-        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU wants to be asked for it
+        use_cpu=not torch.cuda.is_available(),  # bf16 on a CPU requires use_cpu
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
         save_strategy="no",
@@ -200,9 +200,9 @@ def save(
     preprocess: Preprocess,
     numbers: dict[str, Any],
 ) -> None:
-    """Write backbone, processor and card, and put what its features are worth into `numbers`."""
-    backbone = model.vit.half()  # a small file; config.json says float32, so that loading gives a float32 model
-    backbone.config.num_labels = 2  # HF's default, so that no list of classes is written
+    """Write backbone, processor and card, and add the quality of its features to `numbers`."""
+    backbone = model.vit.half()  # a smaller file; config.json says float32, so it loads as a float32 model
+    backbone.config.num_labels = 2  # HF's default, so that no class list is written
     backbone.save_pretrained(a.output)
     saved = json.loads((a.output / "config.json").read_text()) | {"dtype": "float32"}
     (a.output / "config.json").write_text(json.dumps(saved, indent=2) + "\n")

@@ -8,7 +8,7 @@ from typing import Any
 import forking
 import pytest
 
-os.environ["HF_HUB_DISABLE_XET"] = "1"  # the Hub of the tests has plain LFS; read when huggingface_hub is imported
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the tests' Hub supports only LFS; read on import of huggingface_hub
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,23 +29,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
     modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]
-    if any({"train", "script", "python"} & names.keys() for names in modules):  # of helpers, or the command itself
-        forking.begin()  # so that it is there when the first of them comes
+    if any({"train", "script", "python"} & names.keys() for names in modules):  # imported from helpers
+        forking.begin()  # so that it is ready for the first of these tests
 
 
-@pytest.hookimpl(trylast=True)  # when the fixtures are gone
+@pytest.hookimpl(trylast=True)  # after the fixtures' teardown
 def pytest_runtest_teardown() -> None:
     if len(sys.modules) != SETTLED:
         settle()
 
 
 SETTLED = 0
-"""How many modules there were when `settle` was called last."""
+"""Number of loaded modules at the last call of `settle`."""
 
 
 def settle() -> None:
-    """Takes what is imported by now out of the garbage collector's sight: accelerate collects before every phase of
-    training, and went through millions of objects of modules each time, two thirds of the tests' time.
+    """Hide everything imported so far from the garbage collector.
+
+    accelerate collects before every training phase, which scanned millions of module objects each time and took two
+    thirds of the tests' time.
     """
     global SETTLED
     SETTLED = len(sys.modules)

@@ -1,4 +1,4 @@
-"""A prompt method as a newcomer would add it: one file like this one, one line in PROMPTS."""
+"""A prompt method as a contributor would add it: one file like this, and one line in PROMPTS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands as processes, forked from one that has imported everything: seconds less for each."""
+"""Commands as processes forked from one that has imported everything, which saves seconds for each."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ IMPORTED = (
     "hf_cdl.training.trainer",
     "matplotlib.pyplot",
 )
-"""Modules that the process has imported from which others are forked."""
+"""Modules imported by the process that the others are forked from."""
 
 
 @functools.cache
 def begin() -> ForkServerContext:
-    """Begins to import everything in a process of its own, which takes seconds, and does not wait for that."""
+    """Start importing everything in a separate process, which takes seconds, without waiting for it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("OMP_NUM_THREADS", "1")
         environment.setenv("HF_HUB_OFFLINE", "1")
         environment.setenv("PYTHONUNBUFFERED", "1")
-        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # else modules that are not found are left out
+        environment.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # modules not found would be skipped silently
         forkserver.ensure_running()
     return context
 
 
 @functools.cache
 def server() -> ForkServerContext:
-    """Starts processes that have imported everything."""
+    """The context for starting processes that have imported everything."""
     context = begin()
     imported = f"import sys; sys.exit(not {{*{IMPORTED}}} <= {{*sys.modules}})"
     process = context.Process(target=exec, args=(imported,))
@@ -59,7 +59,7 @@ def server() -> ForkServerContext:
 
 
 def take(env: dict[str, str]) -> None:
-    """An environment for the Hub, as if the modules had found it that read it when they are imported."""
+    """Apply environment variables for the Hub to modules that only read them on import."""
     import datasets.config
     import huggingface_hub.hf_api
     from huggingface_hub import constants
@@ -76,10 +76,10 @@ def take(env: dict[str, str]) -> None:
 
 
 def become(file: str, words: Sequence[str], cwd: str, env: dict[str, str], log: str, warn: bool) -> None:
-    """In the forked process: the script, as if the interpreter had been started with it."""
+    """Run a script in the forked process, as if the interpreter had been started with it."""
     os.setsid()
-    gc.freeze()  # or every collection goes through all that was imported
-    multiprocessing.set_start_method("fork", force=True)  # the usual one again, for the workers that load images
+    gc.freeze()  # otherwise every collection scans all imported modules
+    multiprocessing.set_start_method("fork", force=True)  # the usual method again, for data loader workers
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     if env:
@@ -94,9 +94,9 @@ def become(file: str, words: Sequence[str], cwd: str, env: dict[str, str], log: 
 
 
 class Forked:
-    """A script that is at work: what the tests need of subprocess.Popen.
+    """A running script, with the part of subprocess.Popen's interface that the tests need.
 
-    `env`: what is set for the Hub; `warn`: warnings of ours are errors.
+    `env`: environment variables for the Hub; `warn`: turn UserWarning into an error.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ SIZE = 16
 def make_backbone(
     folder: Path, hidden: int = 32, depth: int = 2, seed: int = 0, size: int = SIZE, patch: int = 8, **processor: Any
 ) -> Path:
-    """A random ViT with its image processor (and fields of it), saved as a Hugging Face folder."""
+    """Save a random ViT and its image processor (with the fields `processor`) as a Hugging Face folder."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=hidden,
@@ -57,7 +57,7 @@ def make_backbone(
 
 
 def picture(label: int, number: int, size: int = SIZE) -> Image.Image:
-    """A noisy image in the colour of its class: easy to learn, no two alike."""
+    """A noisy image in the colour of its class: easy to learn, and no two are equal."""
     colour = np.random.default_rng((label, 0)).integers(40, 216, 3)
     noise = np.random.default_rng((label, number, 1)).integers(-40, 40, (size, size, 3))
     return Image.fromarray((colour + noise).astype(np.uint8))
@@ -78,7 +78,7 @@ def make_table(labels: Sequence[int], classes: int, first: int = 0, label_column
 
 
 def make_data(folder: Path, classes: int = 6, train: int = 8, test: int = 3, label_column: str = "label") -> Path:
-    """A folder with train.parquet and test.parquet, `train` and `test` images per class."""
+    """Make a folder with train.parquet and test.parquet, with `train` and `test` images per class."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, count, first in (("train", train, 0), ("test", test, 10_000)):
         labels = [label for label in range(classes) for _ in range(count)]
@@ -87,7 +87,7 @@ def make_data(folder: Path, classes: int = 6, train: int = 8, test: int = 3, lab
 
 
 def make_recipe(folder: Path, **fields: Any) -> dict[str, Any]:
-    """A CODA teacher and a D-CDL student on the tiny files in `folder`, made there: 3 tasks of 2 classes, seconds."""
+    """A recipe of a CODA teacher and a D-CDL student on tiny files made in `folder`: 3 tasks of 2 classes, seconds."""
     prompt = {"type": "coda", "components": 3, "length": 4, "layers": [0, 1]}
     recipe = {
         "name": "tiny",
@@ -107,9 +107,9 @@ def write_recipe(file: Path, recipe: dict[str, Any]) -> Path:
 
 
 def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str] | Forked:
-    """recipes/train.py in a process of its own, without a network; `env` adds to its environment.
+    """Start recipes/train.py in a separate process, without a network; `env` adds to its environment.
 
-    Forked from one that has imported everything, unless more than a folder or an environment for the Hub is given.
+    It is forked from one that has imported everything, unless options besides `cwd` and `env` for the Hub are given.
     """
     for_hub = all(name.startswith("HF_") for name in options.get("env", ()))
     if not launcher and options.keys() <= {"cwd", "env"} and for_hub:
@@ -118,11 +118,11 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
 
 
 def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
-    """The same by a new interpreter, as a user starts it."""
+    """Start recipes/train.py in a new interpreter, as a user does."""
     prepare = options.pop("preexec_fn", lambda: None)
 
     def begin() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, as the tests may be, ignores Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a shell's background job, Ctrl-C is ignored
         prepare()
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -141,21 +141,21 @@ def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) ->
 
 
 def train(*arguments: Any, **options: Any) -> tuple[int, str]:
-    """Run recipes/train.py to its end: its exit code, and all that it said."""
+    """Run recipes/train.py to its end; returns its exit code and output."""
     process = start(*arguments, **options)
     output, _ = process.communicate(timeout=300)
     return process.wait(), output
 
 
 def script(verb: str, *arguments: Any, env: dict[str, str], cwd: Path | str = ".") -> tuple[int, str]:
-    """python -m hf_cdl, to its end; no warning of ours may show."""
+    """Run python -m hf_cdl to its end; returns its exit code and output. A UserWarning is an error."""
     process = Forked(COMMANDS, [verb, *(str(word) for word in arguments)], cwd, env, warn=True)
     output, _ = process.communicate(timeout=300)
     return process.wait(), output
 
 
 def python(code: str, *words: Any, env: dict[str, str] | None = None, cwd: Path | str = ".") -> str:
-    """What Python code says in a process of its own, in which hf_cdl and all that it needs are imported already."""
+    """The output of Python code in a separate process that already has hf_cdl and its dependencies imported."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "code.py"
         file.write_text(code)
@@ -167,7 +167,7 @@ def python(code: str, *words: Any, env: dict[str, str] | None = None, cwd: Path 
 
 @contextlib.contextmanager
 def little_room(size: int) -> Iterator[None]:
-    """No file may have more bytes than that, as on a disk that is full."""
+    """Limit the size of files to `size` bytes, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -179,7 +179,7 @@ def little_room(size: int) -> Iterator[None]:
 def interrupt_when(
     arrived: Callable[[], bool], *arguments: Any, kill: int = signal.SIGKILL, timeout: float = 120, **options: Any
 ) -> tuple[int, str]:
-    """Start recipes/train.py and send it a signal as soon as `arrived()`: its exit code, and all that it said."""
+    """Start recipes/train.py and send it a signal as soon as `arrived()`; returns its exit code and output."""
     process = start(*arguments, **options)
     deadline = time.monotonic() + timeout
     while not arrived():
@@ -193,8 +193,9 @@ def interrupt_when(
 
 
 def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[Path]:
-    """Train a recipe into `whole`, and say `said` there; then the folders of two more runs when they are done: one
-    that was killed in the phase `work` and went on, and one that takes over the teacher of `whole`.
+    """Train a recipe into `whole`, whose output must contain `said`, then two more runs; yields the latter's folders.
+
+    One of the two is killed in the phase `work` and resumed; the other one reuses the teacher of `whole`.
     """
     code, output = train(file, "--output_dir", whole)
     assert code == 0 and said in output, output
@@ -210,7 +211,7 @@ def killed_and_taken(file: Path, whole: Path, work: str, said: str) -> Iterator[
 
 
 def class_means(folder: Path) -> Path:
-    """A recipe file of a student with class means on data of six classes, which lie beside it."""
+    """A recipe file of a student with class means, with data of six classes next to it."""
     recipe = {
         "name": "tiny",
         "data": {"path": str(make_data(folder / "data")), "classes_per_task": 2},
@@ -222,7 +223,7 @@ def class_means(folder: Path) -> Path:
 
 
 def run_script(command: Path | str, words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A script, or a verb of hf-cdl, as a command line runs it, in this process: its exit code."""
+    """Run a script, or a verb of hf-cdl, in this process as from the command line; returns its exit code."""
     file = command if isinstance(command, Path) else MAIN
     monkeypatch.setattr(sys, "argv", [str(file), *([] if isinstance(command, Path) else [command]), *words])
     verbosity = hf_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Products of many values: all of them in the slow tier, and in the fast one as few as hold every pair of values."""
+"""Pairwise testing: all combinations in the slow tier; in the fast tier just enough to cover every pair of values."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ Row = tuple[Any, ...]
 
 
 def pairs_of(row: Row) -> set[tuple[tuple[int, Any], ...]]:
-    """Every two of a row's values, each with its column."""
+    """All pairs of a row's values, each with its column."""
     return {*itertools.combinations(enumerate(row), 2)}
 
 
 def pairwise(rows: Sequence[Row]) -> list[Row]:
-    """Some of the rows, in their order, which hold every pair of values that occurs in any: always the row that holds
-    most of what is missing.
+    """A subset of the rows, in their order, that covers every pair of values in them.
+
+    It is chosen greedily: always the row with the most missing pairs.
     """
     missing, chosen = set().union(*map(pairs_of, rows)), set()
     while missing:
@@ -29,6 +30,6 @@ def pairwise(rows: Sequence[Row]) -> list[Row]:
 
 
 def tiered(rows: Sequence[Row]) -> list[Any]:
-    """The rows as parameters of a test; those that `pairwise` does without are slow."""
+    """The rows as parameters of a test; those not needed by `pairwise` are marked slow."""
     fast = pairwise(rows)
     return [pytest.param(*row, marks=() if row in fast else pytest.mark.slow) for row in rows]

@@ -1,4 +1,4 @@
-"""Every bad input is refused in words: with exit code 2 or a named exception, quickly, and nothing is changed."""
+"""Every bad input is refused with a message, by exit code 2 or a named exception, quickly and without changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a row asks for is not installed, even if it is here."""
+    """Pretend that bitsandbytes, which a row asks for, is not installed."""
     monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
 
 

@@ -1,4 +1,4 @@
-"""Every file of a folder of reference vectors: `pytest tests/test_conformance.py --references DIR`.
+"""Check against every reference vector in a folder: `pytest tests/test_conformance.py --references DIR`.
 
 The vectors were made by running the authors' code; tests/references/README.md describes the format. A file of a kind
 that CHECKS does not know is a failure.
@@ -104,7 +104,7 @@ def pieces(pool: Any, short: str, layer: int) -> list[tuple[torch.Tensor, int]]:
 
 
 def rows(piece: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A layer's piece in the reference's shape: an expert is one row."""
+    """A layer's piece in the reference's shape: one row per expert."""
     return piece if piece.ndim == like.ndim else piece.unsqueeze(0)
 
 
@@ -170,14 +170,14 @@ def put_head(head: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
 
 
 def put_norm(head: Any, tensors: Tensors, prefix: str) -> None:
-    """The layer norm of APT's head, if there are both."""
+    """Set the layer norm of APT's head, if both sides have one."""
     for name in ("weight", "bias"):
         if head is not None and f"{prefix}.{name}" in tensors:
             getattr(head, f"norm_{name}").copy_(tensors[f"{prefix}.{name}"])
 
 
 def put_mapper(mapping: Any, tensors: Tensors, prefix: str = "mapper.") -> None:
-    """The rows that the reference's mapper ever uses; it has more."""
+    """Set the mapper from those rows of the reference's that are ever used; it has more."""
     with torch.no_grad():
         for short, name in SHORT.items():
             for index, layer in enumerate(mapping.layers):
@@ -603,7 +603,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def own_layers(model: Any) -> Tensors:
-    """The parameters of the terms' own layers, as the reference calls them."""
+    """The parameters of the terms' own layers, by the reference's names."""
     terms = [] if model.scaffold is None else model.scaffold.terms.values()
     return {name: parameter for term in terms for name, parameter in term.named_parameters()}
 
@@ -626,7 +626,7 @@ def put_state(case: Case, model: Any, stage: str, role: str) -> None:
 
 
 def same_state(case: Case, model: Any, stage: str, role: str) -> None:
-    """Compare what the model has: rows of tasks to come do not exist yet."""
+    """Compare what the model has; the rows of future tasks do not exist yet."""
     for name, want in case.tensors.items():
         if not name.startswith(f"{stage}.{role}."):
             continue
@@ -721,7 +721,7 @@ def check_train_trace(case: Case, tmp_path: Path) -> None:
 
 
 def check_interleaved_trace(case: Case) -> None:
-    """CDL v1: teacher and student steps in turn, the student taught by the teacher as it was before its own step."""
+    """CDL v1: teacher and student steps alternate; the student learns from the teacher before the teacher's step."""
     hyper = case.hyper
     tasks, per_task, alpha = hyper["n_tasks"], hyper["classes_per_task"], hyper["kd_alpha"]
     pool_size, length, _ = param = hyper["prompt_param"]

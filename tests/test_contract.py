@@ -1,4 +1,4 @@
-"""What every prompt method and every distillation term must keep: iterates the two dicts and a newcomer's method."""
+"""The contract of all prompt methods and distillation terms: iterates both registries and a contributor's method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the docs say is so: recipes parse, options and defaults are the code's, links lead somewhere."""
+"""The docs are correct: recipes parse, options and defaults match the code, links have targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of classes, runs and folders are text wherever they are: cards, consoles, pictures, commits, the demo."""
+"""Names of classes, runs and folders are only text everywhere: cards, consoles, figures, commits, the demo."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NASTY = [
 
 @pytest.fixture
 def results() -> dict[str, Any]:
-    """The quickstart's, with names of its classes, run and folders that want to be more than names."""
+    """The quickstart's results, with malicious names of its classes, run and folders."""
     found = json.loads((ROOT / "model_cards" / "quickstart" / "results.json").read_text())
     found["class_names"] = [[f"{name} {task}" for name in NASTY] for task in range(5)]
     found["name"] = "<b>run</b>\n\x1b[31m"
@@ -132,7 +132,7 @@ def put_data(folder: Path, names: list[str], train: int = 3, test: int = 1) -> P
 
 
 def said_of(capfd: pytest.CaptureFixture[str], names: list[str]) -> str:
-    """What was printed, in which no name acts: no character of it, and no line of its own."""
+    """The printed text, after checking that no name in it has control characters or makes a line of its own."""
     found = capfd.readouterr()
     said = found.out + found.err
     lines = {line for name in names for line in name.splitlines()[1:] if len(line) > 2}
@@ -142,7 +142,7 @@ def said_of(capfd: pytest.CaptureFixture[str], names: list[str]) -> str:
 
 
 def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """From the first line to the table, and in what it says when the data changed or cannot be learnt."""
+    """From the first line to the table, and in the messages when the data changed or cannot be learnt."""
     names = [name for name in NASTY if "\ud800" not in name] + ["\r\x00\x9b31m\u2028\ufeff"]  # a file has UTF-8
     backbone = str(make_backbone(tmp_path / "backbone"))
     recipe = {
@@ -201,7 +201,7 @@ def test_every_command_is_here() -> None:
 def test_an_error_names_such_a_folder_as_text(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that is no run and not empty, and no spec either."""
+    """A non-empty folder that is neither a run nor a spec."""
     monkeypatch.chdir(tmp_path)
     Path(BAD).mkdir()
     Path(BAD, "r.yaml").write_text(f'"{BAD.encode("unicode_escape").decode()}": 1')

@@ -1,4 +1,4 @@
-"""Who may import whom, checked in the source: also imports inside functions, and those for type checking only."""
+"""Allowed imports between modules, checked in the source, including those in functions or for type checking only."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 ANYTHING = {"__main__", "commands", "compare"}
 """Parts that stand on top: they may import all, and no other part imports them."""
-# In these a method is one file: it imports the shared files, never another method. Its __init__ may import all.
+# In these, a method is one file that imports the shared files, but no other method. Their __init__ may import all.
 SHARED = {
     "prompts": {"base", "components"},
     "distill": {"objective", "kd_head", "stages", "prompt_blocks", "prompt_path"},

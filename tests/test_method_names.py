@@ -1,6 +1,6 @@
-"""A method and a backbone family are named in their own room alone: nothing else treats one of them as special.
+"""Methods and backbone families are named only in their own subpackage: no other code treats one as special.
 
-Looked for are string literals that are such a name, or that say `type: name`, in the source of the package.
+The test searches the package's source for string literals that are such a name, or that contain `type: name`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ROOMS = {
     "distill": [*TERMS],
     "backbones": [*FAMILIES, *(kind for row in FAMILIES.values() for kind in row.part_of)],
 }
-# (Module, name) -> why it may name it. One that is no longer named goes out.
+# (Module, name) -> why the module may use the name. Remove entries that are no longer needed.
 EXCEPTIONS = {
     ("config", "linear"): "the default of the field `head`",
     ("config", "vit"): "the default that transformers asks of a nested config",
@@ -36,7 +36,7 @@ EXCEPTIONS = {
 
 
 def named(source: str, room: str) -> Iterator[str]:
-    """The methods and families of other rooms whose names stand in a source as literals; not in its docstrings."""
+    """Methods and families of other subpackages that are named in a source's literals, docstrings excluded."""
     tree = ast.parse(source)
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""No file, no method and no function is too long: lines of code, without blanks, comments and docstrings."""
+"""No file, method or function is too long, counting lines of code without blanks, comments and docstrings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS = {Path(inspect.getfile(kind)) for registry in (PROMPTS, TERMS) for kind
 
 
 def code_lines(text: str) -> set[int]:
-    """The numbers of the lines that hold code. A text that stands alone, as a docstring does, is none."""
+    """Numbers of the lines with code. Strings that are statements, such as docstrings, do not count."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in EMPTY:
@@ -35,7 +35,7 @@ def code_lines(text: str) -> set[int]:
 
 
 def functions(text: str) -> Iterator[tuple[str, int]]:
-    """Every function with the number of its lines of code, its decorators and what is defined in it among them."""
+    """Every function with its number of lines of code, including decorators and nested definitions."""
     lines = code_lines(text)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -59,7 +59,7 @@ AROUND = ("runs", "hub", "recipe", "compare", "commands")
 
 @pytest.mark.parametrize(("rooms", "most"), [(CORE, 7_250), (AROUND, 6_150)], ids=["core", "around it"])
 def test_the_rooms_do_not_grow_unnoticed(rooms: tuple[str, ...], most: int) -> None:
-    """A bound to be moved on purpose: whoever adds a feature says here what it takes."""
+    """The bounds are moved on purpose: whoever adds a feature states its size here."""
     files = [
         file for file in (ROOT / "hf_cdl").rglob("*.py") if file.relative_to(ROOT).parts[1].split(".")[0] in rooms
     ]

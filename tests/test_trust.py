@@ -1,4 +1,4 @@
-"""What strangers made is read, not run: repositories and folders that try it, and what is too large or no results."""
+"""Strangers' files are read, not run: malicious repositories and folders, oversized files, invalid results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOOTPRINT = "footprint"
 
 
 class Steps:
-    """Leaves a footprint when it is unpickled."""
+    """Leaves a footprint file when it is unpickled."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -58,7 +58,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def evil(honest: Path, tmp_path: Path) -> Path:
-    """The same run by somebody who has put code wherever it might be run; it would leave a footprint here."""
+    """The same run with malicious code wherever it might be run; it would leave a footprint file."""
     folder, footprint = tmp_path / "evil", tmp_path / FOOTPRINT
     shutil.copytree(honest / "run", folder)
     code = f"import pathlib\npathlib.Path({str(footprint)!r}).touch()\n\nclass Evil:\n    pass\n"
@@ -90,7 +90,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 def publish(hub: HubServer, run: Path, results: Any = None, content: bytes | None = None) -> HfApi:
-    """Put the newest state of a run on the Hub, as anybody could, with whatever else lies in its folder."""
+    """Put the newest state of a run on the Hub, as anybody could, with everything else in its folder."""
     api, name = HfApi(hub.url, token=TOKEN), "me/tiny"
     api.create_repo(name)
     files = {path.name: path.read_bytes() for path in (run / "student" / "task-02").iterdir() if path.is_file()}
@@ -180,7 +180,7 @@ def test_reading_numbers_runs_nothing(
 def test_plugins_that_a_user_names_are_run_and_no_others(
     evil: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the own command line: that one file, though the repository names some and holds them."""
+    """The user names one file on the command line: only that is run, though the repository names and has others."""
     data = make_data(tmp_path / "data", classes=6)
     api = publish(hub, evil)
     monkeypatch.setattr(add, "HfApi", lambda: api)
@@ -233,7 +233,7 @@ def test_pushing_a_folder_runs_nothing_of_it(
 def test_a_teacher_of_a_stranger_s_run_runs_nothing_of_it(
     evil: Path, honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """train.py --teacher_from: refused for its recipe; and where that is the same, taken over without its code."""
+    """train.py --teacher_from: refused for a different recipe; with the same one, reused without its code."""
     data = str(honest / "data")
     head = {"type": "ncm"}
     recipe = {
@@ -280,7 +280,7 @@ print(len(states.classifier(2)(sys.argv[2])))
 
 @pytest.mark.slow
 def test_the_demo_of_a_repository_runs_nothing_of_it(evil: Path, hub: HubServer, tmp_path: Path) -> None:
-    """In a process that starts in a folder of the user's, with a Hub that holds code, pickles and auto_map."""
+    """In a process started in the user's folder, with a Hub that has code, pickles and auto_map."""
     publish(hub, evil)
     demo = [sys.executable, "-c", _DEMO, str(ROOT / "hf_cdl" / "commands" / "space"), picture_file(tmp_path)]
     env = {**os.environ, **environment(hub, tmp_path / "home")}
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(honest: Path, tmp_path: Pat
         assert str(raised.value).count("\n") < 6 and not (tmp_path / "runs").exists()
 
 
-# ---- results that are none ----
+# ---- invalid results ----
 
 
 def changed(**fields: Any) -> Callable[[dict[str, Any]], Any]:
@@ -504,7 +504,7 @@ def test_numbers_are_read_without_opening_what_training_arguments_name(honest: P
         assert verify.stored_recipe(run).train == {}
 
 
-# ---- recipes that explode ----
+# ---- recipes that exhaust memory ----
 
 LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 20)

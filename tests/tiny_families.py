@@ -1,4 +1,4 @@
-"""A tiny config of every backbone family: a new family of hf_cdl.backbones.families has a row here too.
+"""A tiny config of every backbone family; a new family of hf_cdl.backbones.families needs a row here, too.
 
 Every test over all families is parametrised by TINY or by FAMILIES, which have the same rows.
 """
@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-# Family -> what its config needs beside SIZES.
+# Family -> config fields in addition to SIZES.
 TINY: dict[str, dict[str, Any]] = {
     "vit": {"intermediate_size": 64},
     "deit": {"intermediate_size": 64},
@@ -36,12 +36,12 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def family_config(kind: str, **fields: Any) -> Any:
-    """Its tiny config."""
+    """The tiny config of a family."""
     return AutoConfig.for_model(kind, **SIZES, **TINY[kind], **fields)
 
 
 def stored_backbone(folder: Path, kind: str = "vit") -> Path:
-    """A backbone folder with weights large enough that every part of it matters."""
+    """Make a backbone folder with weights large enough that every part matters."""
     set_seed(3)
     model = build_backbone(family_config(kind))
     with torch.no_grad():

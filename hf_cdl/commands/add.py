@@ -1,6 +1,6 @@
 """hf-cdl add: learn one more task with a student and a teacher from the Hugging Face Hub or from a folder.
 
-Who made the student may be a stranger: no code of theirs is run, and nothing pickled is loaded.
+The student may come from a stranger: none of their code is run, and nothing pickled is loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
             undo()
         return 2
     code = training.main(words)
-    if code == 2 and undo is not None:  # a first try that fails leaves nothing behind
+    if code == 2 and undo is not None:  # a failed first attempt leaves nothing behind
         undo()
     if code in (0, 4):
         say(differences(recipe))
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
 
 
 def short_name(student: str) -> str:
-    """The name of a repository, or of the folder of a run."""
+    """The name of a repository, or of a run's folder."""
     place = Path(student)
     if not place.is_dir():
         return student.split("/")[-1]
@@ -72,9 +72,9 @@ def short_name(student: str) -> str:
 def begin(
     folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False
 ) -> Callable[[], None]:
-    """Make the run: the models, the ledger, and a recipe that goes on with theirs. Returns what takes it away again.
+    """Create the run: models, ledger, and a recipe that continues from theirs. Returns a function that undoes it.
 
-    `plugins`: whether some were named on the command line.
+    `plugins`: whether any were named on the command line.
     """
     first = find(student, "student", tag)
     stored = first.results["recipe"]
@@ -112,7 +112,7 @@ def begin(
 
 
 def refuse_theirs(student: str, stored: Any) -> None:
-    """Raises HubError for a stored recipe that runs Python files."""
+    """Refuse a stored recipe that runs Python files. Raises HubError."""
     if listed := stored.get("plugins") if isinstance(stored, dict) else None:
         raise HubError(
             f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
@@ -122,15 +122,15 @@ def refuse_theirs(student: str, stored: Any) -> None:
 
 
 def find(where: str, role: str, tag: str | None) -> Origin:
-    """A model in a folder or on the Hub. Raises HubError if there is none."""
+    """Find a model in a folder or on the Hub. Raises HubError if there is none."""
     if not (place := Path(where)).is_dir():
         return read_origin(HfApi(), where, role, tag)
     one = (place / "config.json").exists() and role == "teacher"
-    return read_folder(place, role, None if one else tag)  # a teacher's checkpoint is compared with the student
+    return read_folder(place, role, None if one else tag)  # check_pair compares a checkpoint with the student
 
 
 def beside(student: str) -> str:
-    """Where the teacher of a student is by default."""
+    """The default location of a student's teacher."""
     place = Path(student)
     if not place.is_dir():
         return f"{student}-teacher"
@@ -143,7 +143,7 @@ def beside(student: str) -> str:
 
 
 def check_pair(student: Origin, teacher: Origin) -> None:
-    """Raises HubError unless both learnt the same classes in the same tasks."""
+    """Check that both learnt the same classes in the same tasks. Raises HubError if not."""
     ours, theirs = (origin.results["class_names"][: origin.tasks] for origin in (student, teacher))
     if ours != theirs:
         shown = [", ".join(map(visible, names[0][:3])) for names in (theirs, ours)]
@@ -154,16 +154,16 @@ def check_pair(student: Origin, teacher: Origin) -> None:
 
 
 def continued(recipe: Recipe, origin: Origin) -> dict[str, Any]:
-    """The recipe that goes on with one that was taken over: other data, behind the classes known."""
+    """The recipe that continues from an inherited one: new data, after the classes already known."""
     content = json.loads(json.dumps(recipe.as_dict()))
     content["data"]["known_classes"] = origin.results["class_names"][: origin.tasks]
-    del content["data"]["path"]  # it and the name are given anew
+    del content["data"]["path"]  # the path and the name come from the command line
     repository = origin.as_dict().get("repository")
     return {**content, **({} if repository is None else {"hub_model_id": repository})}
 
 
 def refuse_plugins(folder: Path) -> None:
-    """Raise RecipeError if the recipe that was taken over names Python files: reading it would run them."""
+    """Refuse an inherited recipe that names Python files: reading it would run them. Raises RecipeError."""
     if named := read_yaml(folder / "recipe.yaml").get("plugins"):
         raise RecipeError(
             f"{folder / 'recipe.yaml'} names plugins, which nobody asked for here: {visible(named)[:300]}. Take them "
@@ -172,7 +172,7 @@ def refuse_plugins(folder: Path) -> None:
 
 
 def checked(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe itself. Raises RecipeError if its models are not those that were taken over."""
+    """Return the recipe unchanged. Raises RecipeError if its models differ from the inherited ones."""
     taken = load_recipe([str(folder / "recipe.yaml"), "--data.path", "."], folder / "recipe.yaml")
     changed = []
     for role in ("student", "teacher"):
@@ -190,7 +190,7 @@ def checked(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def differences(recipe: Recipe) -> str:
-    """The student's accuracy on earlier tasks before and after the new one, as far as test images were given."""
+    """The student's accuracy on earlier tasks before and after the new one, where there are test images."""
     run = Run(recipe.folder, recipe.as_dict(), writer=False)
     count, split = run.origin["tasks"], recipe.data.eval_split
     stream = TaskStream(recipe.data, build_processors(recipe, run.checkpoint), seed=recipe.seed)

@@ -1,4 +1,4 @@
-"""hf-cdl card: write the model cards of a run, with their picture."""
+"""hf-cdl card: write the model cards of a run, each with its picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
 
 def made(results: dict[str, Any], role: str, name: str | None, other: str | None) -> dict[str, bytes]:
-    """The files of a role's card, whose picture is drawn in the folder for temporary files."""
+    """The files of a role's card. The picture is drawn in the folder for temporary files."""
     try:
         return card_files(results, role, name, other)
     except OSError as error:
@@ -48,7 +48,7 @@ def made(results: dict[str, Any], role: str, name: str | None, other: str | None
 
 
 def put(file: Path, content: bytes) -> None:
-    """Write a file. Raises RunError for a link in its place, which would lead somewhere else."""
+    """Write a file. Raises RunError if a link is in its place, because it would lead somewhere else."""
     for path in (file.parent, file):
         if path.is_symlink():
             raise RunError(f"{visible(path)} is a link; nothing was written through it. Name another --output FOLDER.")

@@ -1,4 +1,4 @@
-"""hf-cdl compare: run variants of a recipe over seeds and class orders, and say what differs."""
+"""hf-cdl compare: run variants of a recipe over seeds and class orders, and report the differences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_cdl.runs.files import RunError, make_folder, saving
 
 
 def main(arguments: list[str]) -> int:
-    """Make what is missing and report all; 1 if runs failed, 2 if nothing can be compared."""
+    """Run what is missing and report everything; 1 if runs failed, 2 if nothing can be compared."""
     options, _ = read("compare", arguments)
     try:
         return run(options)
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The same. Raises RecipeError and RunError for what stands against it."""
+    """Do the work of `main`. Raises RecipeError and RunError if it is not possible."""
     if missing := [name for name in ("matplotlib", "scipy", "statsmodels") if not find_spec(name)]:
         raise RecipeError(f"It needs {', '.join(missing)}; install the extra: pip install 'hf-cdl[report]'")
     comparisons = [read_comparison(file) for file in options.specs]
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def alone(comparison: Comparison) -> Iterator[None]:
-    """Raises RecipeError if another process is at work on the comparison."""
+    """Lock the comparison. Raises RecipeError if another process is working on it."""
     if comparison.root.exists() and not comparison.root.is_dir():
         raise RecipeError(
             f"{comparison.root} is a file, but the comparison's runs go into a folder of that name. Move the file "
@@ -67,7 +67,7 @@ def alone(comparison: Comparison) -> Iterator[None]:
 
 
 def compare(comparisons: list[Comparison], jobs: int | None) -> int:
-    """Make the runs that are missing, then write what all have given; 1 if some failed."""
+    """Make the missing runs, then report the results of all; 1 if some failed."""
     runs = [run for comparison in comparisons for run in comparison.runs]
     failed = make(runs, jobs, lambda run: ["hf_cdl", "train", *run.arguments], PlannedRun.results)
     for comparison in comparisons:
@@ -81,7 +81,7 @@ def compare(comparisons: list[Comparison], jobs: int | None) -> int:
 
 
 def test(comparisons: dict[Path, Comparison], jobs: int | None) -> int:
-    """Measure finished comparisons, by spec file, on the test images, each once. Raises RunError if that fails."""
+    """Measure finished comparisons, by spec file, on the test images, once each. Raises RunError if that fails."""
     for file, comparison in comparisons.items():
         results_of = functools.partial(measured_on_test, comparison)
         with reading(comparison, comparison.root.with_name("test_split.json")) as reads:
@@ -101,5 +101,5 @@ def test(comparisons: dict[Path, Comparison], jobs: int | None) -> int:
 
 
 def test_command(file: Path, run: PlannedRun) -> list[str]:
-    """What measures a run: a module and its words."""
+    """The command that measures a run: a module and its arguments."""
     return ["hf_cdl.compare.test_split", str(file), run.variant, run.folder.name]

@@ -1,4 +1,4 @@
-"""What the commands say, and what they keep others from saying."""
+"""Console output of the commands, and silencing of other libraries."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_cdl.escape import visible_lines
 
 
 def say(*lines: str, **options) -> None:
-    """Print lines, by one process of many."""
+    """Print lines, from the main process only."""
     if PartialState().is_main_process:
-        print(*map(visible_lines, lines), flush=True, **options)  # names of classes may hold anything
+        print(*map(visible_lines, lines), flush=True, **options)  # class names may contain anything
 
 
 def quiet() -> None:
-    """Leave the console to what is said here, which may be of any alphabet."""
+    """Leave the console to this package's own output, which may be in any alphabet."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,6 +1,6 @@
-"""What training costs: parameters, FLOPs, steps and memory of each role of a recipe.
+"""Training costs: parameters, FLOPs, steps and memory of each role of a recipe.
 
-Models are built from the backbones' configs with fake tensors, which have shapes and no content: no weights are loaded
+Models are built from the backbones' configs with fake tensors, which have shapes but no data: no weights are loaded
 and nothing is computed. FLOPs, and what is kept for the backward pass, are counted on one step of each role, at the
 recipe's batch size and in the last task, when prompts and heads are largest.
 """
@@ -34,7 +34,7 @@ from hf_cdl.training.checking import check_training
 from hf_cdl.training.teacher import Teacher
 
 aten: Any = torch.ops.aten
-# torch counts the fused attention of GPUs, but not the CPU's. Arguments are the tensors' shapes.
+# torch counts fused attention on GPUs, but not on the CPU. The arguments are tensor shapes.
 FUSED: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
@@ -45,7 +45,7 @@ FUSED: dict[Any, Callable[..., int]] = {
 
 @dataclass(frozen=True)
 class Tasks:
-    """Class names and number of training images of every task, where they are from, and what a user should know."""
+    """Class names and number of training images of every task, where they come from, and notes for the user."""
 
     names: list[list[str]]
     images: list[int]
@@ -54,16 +54,16 @@ class Tasks:
 
     @property
     def classes(self) -> list[int]:
-        """How many each task has."""
+        """Number of classes of each task."""
         return [len(task) for task in self.names]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What training a role takes. FLOPs are per image, a multiply-add being one.
+    """What it takes to train a role. FLOPs are per image; a multiply-add counts as one.
 
-    `kept`: bytes for the backward pass; `states`: bytes of gradients, the optimizer's states and the terms' own
-    layers; `trained`: parameters, with the terms' layers; `images`: in all epochs.
+    `kept`: bytes for the backward pass; `states`: bytes of gradients, optimizer states and the terms' own layers;
+    `trained`: trained parameters, including the terms' layers; `images`: seen over all epochs.
     """
 
     inference_flops: float
@@ -80,7 +80,7 @@ class Cost:
 
 
 def read_tasks(recipe: Recipe) -> Tasks:
-    """The tasks' sizes: of a benchmark as published, so that nothing is downloaded; else counted in the data."""
+    """Sizes of the tasks: the published ones for a benchmark, so nothing is downloaded; else counted in the data."""
     data = recipe.data
     if data.path not in SIZES:
         stream = TaskStream(data, build_processors(recipe), seed=recipe.seed)
@@ -103,7 +103,7 @@ def read_tasks(recipe: Recipe) -> Tasks:
 
 
 def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:
-    """The models after the last task, as fake tensors, and what training each of them takes."""
+    """The models after the last task, as fake tensors, and the training cost of each."""
     processors, names = build_processors(recipe), tasks.names
 
     def classifier(name: str, revision: Any = None, pretrained: bool = True) -> ImageClassifier:
@@ -112,7 +112,7 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
         with init.no_init_weights():
             model = ImageClassifier(AutoModelForImageClassification.from_config(config, dtype=torch.float32))
         model.tasks = names[:1]
-        for task in names[1:]:  # which it refuses
+        for task in names[1:]:  # a classifier refuses a second task
             model.begin_task(task)
         return model
 
@@ -135,7 +135,7 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
 
 def _config(name: str, revision: str | None) -> Any:
     config = load_config(name, revision)
-    config.dtype = torch.float32  # what the weights are loaded as
+    config.dtype = torch.float32  # the dtype that weights are loaded in
     return config
 
 
@@ -149,14 +149,14 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     for part in (
         model,
         teacher.model,
-    ):  # torch's counter cannot follow trainable parameters where no gradient is taken
+    ):  # torch's counter cannot handle trainable parameters when no gradient is taken
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
     if role == "teacher" and (recipe.teacher_from is not None or (recipe.teacher and recipe.teacher.train is None)):
         return Cost(inference / batch, 0, 0, 0, 0, 0, 0)
     for index, (names, count) in enumerate(zip(tasks.names, tasks.images, strict=True)):
-        if count and model.trains(index):  # a task without images was learnt elsewhere
+        if count and model.trains(index):  # a task without images was learnt in another run
             check_training(role, model, objective, arguments, index, names, count)
     classes, images = tasks.classes, tasks.images
     section = getattr(recipe, "teacher" if role == "teacher" else "student")
@@ -165,7 +165,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
         model.begin_session()
     model.freeze()
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
-    if not trained:  # the head is fitted by one pass
+    if not trained:  # the head is fitted in one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
     steps, seen = map(sum, zip(*(_phase(arguments, count) for count in images), strict=True))
     model.train()
@@ -180,7 +180,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
 
 
 def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
-    """Images as a role sees them, and its teacher, if that is another view."""
+    """Images as a role sees them, and as its teacher does if its view differs."""
     views = {name: torch.zeros(size, 3, *output_size(processors[name])) for name in (role, *teacher.views)}
     own = {"pixel_values": views[role]}
     same = not teacher.views or same_view(processors[role], processors["teacher"])
@@ -188,7 +188,7 @@ def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -
 
 
 def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
-    """The steps of a phase with so many training images, and the images it learns from, counted in every epoch."""
+    """(steps, images) of a phase with this many training images; images are counted again in every epoch."""
     batch, processes = arguments.per_device_train_batch_size, arguments.world_size
     rounds = count_rounds(images, batch, arguments.dataloader_drop_last, processes)
     per_epoch = math.ceil(rounds / arguments.gradient_accumulation_steps)
@@ -202,7 +202,7 @@ def _phase(arguments: CDLTrainingArguments, images: int) -> tuple[int, int]:
 
 
 def optimizer_states(arguments: CDLTrainingArguments) -> int | None:
-    """How many numbers the optimizer keeps of each parameter; None where that is not known here."""
+    """How many numbers the optimizer keeps per parameter; None if that is not known."""
     if arguments.optim == "sgd":
         options = dict(pair.split("=") for pair in (arguments.optim_args or "").replace(" ", "").split(",") if pair)
         return int(float(options.get("momentum", 0)) > 0)
@@ -210,7 +210,7 @@ def optimizer_states(arguments: CDLTrainingArguments) -> int | None:
 
 
 def unknown_optimizers(recipe: Recipe, roles: Iterable[str]) -> list[str]:
-    """Names of the roles' optimizers of which it is assumed how many numbers they keep."""
+    """Names of the roles' optimizers whose state size is only assumed."""
     found = (_arguments(recipe, role) for role in roles)
     return sorted({arguments.optim.value for arguments in found if optimizer_states(arguments) is None})
 
@@ -221,7 +221,7 @@ def _arguments(recipe: Recipe, role: str) -> Any:
 
 
 def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
-    """What CDLTrainer.compute_loss does with a batch of the last task, and the backward pass."""
+    """Do what CDLTrainer.compute_loss does with a batch of the last task, and the backward pass."""
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
     pixels, query = images["pixel_values"], None
     if objective.needs_query or teacher.shares_query(images):
@@ -235,12 +235,12 @@ def _step(model: Any, objective: Objective, images: dict[str, Any], classes: lis
 
 
 def _same_source(student: Any, teacher: Any) -> bool:
-    """Whether both models query the same weights, which are not there to be compared: by the backbones' names."""
+    """Whether both models query the same weights; judged by the backbones' names, as no weights are loaded."""
     return student.config.backbone_name == (teacher.config.query_name or teacher.config.backbone_name)
 
 
 def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int]:
-    """(FLOPs, bytes kept for the backward pass) of a step: of tensors that are no weights of `parts`."""
+    """(FLOPs, bytes kept for the backward pass) of a step, not counting the bytes of the weights of `parts`."""
     own = {tensor.untyped_storage()._cdata for part in parts for tensor in part.state_dict().values()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -256,5 +256,5 @@ def _count(step: Callable[[], Any], *parts: torch.nn.Module) -> tuple[float, int
 
 
 def bytes_of(model: torch.nn.Module) -> int:
-    """Bytes of all that a module stores."""
+    """Bytes of a module's state dict."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())

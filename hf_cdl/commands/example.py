@@ -1,4 +1,4 @@
-"""hf-cdl train --example NAME: a recipe of the package, written into the current folder to begin with."""
+"""hf-cdl train --example NAME: write one of the package's recipes into the current folder as a starting point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_cdl.runs.files import RunError, write_whole
 
 _FOLDER = files("hf_cdl.commands") / "examples"
 NAMES = sorted(Path(file.name).stem for file in _FOLDER.iterdir())
-"""The recipes that there are."""
+"""Names of the available recipes."""
 _NEEDED = {
     "path": "the Hub id of an image data set, or a folder: FOLDER/train/CLASS/*.png and FOLDER/test/CLASS/*.png",
     "backbone": "the Hub id of a vision transformer, such as {size}, or its folder",
@@ -24,9 +24,9 @@ _SIZES = {"teacher": "google/vit-base-patch16-224", "student": "WinKawaks/vit-sm
 
 
 def write_example(words: list[str]) -> str:
-    """Write the recipe that `--example NAME` asks for; what it needs and how it is started, as text.
+    """Write the recipe that `--example NAME` asks for; returns as text what it needs and how to start it.
 
-    Raises RecipeError for other words, and RunError if there is a file of that name or no way to write one.
+    Raises RecipeError for any other arguments, and RunError if the file already exists or cannot be written.
     """
     name = words[1] if len(words) == 2 and words[0] == "--example" else None
     if name not in NAMES:
@@ -48,7 +48,7 @@ def write_example(words: list[str]) -> str:
 
 
 def _missing(recipe: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The files that a recipe names and this folder lacks: the field, what it names, and what may stand there."""
+    """Files that a recipe names and this folder lacks: the field, its value, and what to put there instead."""
     for section, content in recipe.items():
         for key, value in content.items() if isinstance(content, dict) else ():
             if isinstance(value, str) and value.startswith("recipes/") and not Path(value).exists():

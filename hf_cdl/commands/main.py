@@ -1,7 +1,7 @@
-"""hf-cdl VERB ...: what a recipe, its run and the student go through, one command each.
+"""hf-cdl VERB ...: one command for each thing to do with a recipe, its run and the student.
 
-Nothing slow is imported here: a command stops at Ctrl-C, shows its help and refuses wrong words before transformers
-and torch are there.
+Nothing slow is imported here: a command reacts to Ctrl-C, shows its help and rejects wrong arguments before
+transformers and torch are imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_cdl.commands.parsers import VERBS, main_parser, read
 
 
 def main() -> NoReturn:
-    """The command of this process's command line."""
+    """Run the command given on the command line."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in VERBS:
         start(arguments[0], arguments[1:])
@@ -26,7 +26,7 @@ def main() -> NoReturn:
 
 
 def start(verb: str, words: Sequence[str], **more: Any) -> NoReturn:
-    """Do what a verb says, with `more` of what its `main` takes beside words, and end the process."""
+    """Run a verb with its arguments and end the process; `more`: further keyword arguments of its `main`."""
     stopping.listen(resumes=VERBS[verb].resumes)
     read(verb, words)
     hf_cdl.register()

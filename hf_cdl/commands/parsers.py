@@ -1,4 +1,4 @@
-"""The words that each command takes, with their help. They are read before anything slow is imported."""
+"""The arguments of each command, with their help. They are parsed before anything slow is imported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Verb:
-    """A command. `parser` makes what reads its words; `open`: any --field of a recipe may be among them.
+    """A command. `parser` creates its argument parser; `open`: its arguments may include any --field of a recipe.
 
-    `resumes`: whether the same command goes on where it was stopped; `quiet`: whether transformers' own messages and
-    bars are left out.
+    `resumes`: whether the same command resumes where it was stopped; `quiet`: whether transformers' own messages and
+    progress bars are suppressed.
     """
 
     about: str
@@ -24,7 +24,7 @@ class Verb:
 
 
 def main_parser(version: str) -> argparse.ArgumentParser:
-    """What reads a command line without a verb."""
+    """The parser for a command line without a verb."""
     verbs = "\n".join(f"  {name:8} {verb.about}" for name, verb in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="hf-cdl",
@@ -39,14 +39,14 @@ def main_parser(version: str) -> argparse.ArgumentParser:
 
 
 def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What the words of a command say, and those that are a recipe's fields.
+    """Parse a command's arguments; returns the options, and the arguments that are a recipe's fields.
 
-    Ends the process with exit code 0 at --help, and with 2 at words that are wrong.
+    Exits with code 0 on --help, and with 2 on wrong arguments.
     """
     parser = VERBS[verb].parser(verb)
     if not VERBS[verb].open:
         return parser.parse_args(words), []
-    if verb in ("train", "plan"):  # recipe/files.py reads them
+    if verb in ("train", "plan"):  # recipe/files.py parses their arguments
         parser.parse_args(["--help"] if {"-h", "--help"} & {*words} else [])
         return argparse.Namespace(), list(words)
     options, fields = parser.parse_known_args(words)
@@ -146,13 +146,13 @@ def _push(verb: str) -> argparse.ArgumentParser:
 
 
 def _plugins(parser: argparse.ArgumentParser) -> None:
-    """Files with methods that a run's recipe names; no other is run."""
+    """Add --plugins: files with methods that a run's recipe names; no other files are run."""
     text = "Python files of yours with methods that the run's recipe names; no other is run (default: none)"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=text)
 
 
 def _true_or_false(text: str) -> bool:
-    """A recipe's yes or no; others raise an error that says so."""
+    """Parse a boolean as a recipe does; anything else raises an error that says so."""
     import yaml
 
     try:
@@ -238,7 +238,7 @@ were read; it does so once, at the very end.""",
 
 
 def _jobs(text: str) -> int:
-    """A number of runs; others raise an error that says so."""
+    """Parse a number of runs; anything else raises an error that says so."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"it is {text!r}, but takes a number of runs, one at least")
     return int(text)

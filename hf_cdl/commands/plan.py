@@ -1,4 +1,4 @@
-"""hf-cdl plan: what a run would need, as text; costs.py counts it."""
+"""hf-cdl plan: what a run would need, as text; costs.py does the counting."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ what a step keeps for the backward pass, with fused attention and without the la
 
 
 def main(arguments: list[str]) -> int:
-    """Print the plan of what `hf-cdl train` would do with these words."""
+    """Print the plan of what `hf-cdl train` would do with these arguments."""
     return train.main([*arguments, "--plan"])
 
 
 def plan(recipe: Recipe) -> str:
-    """The plan as text. Raises ValueError for a backbone's config, a processor or data that cannot be read, and for a
-    task that a role could not learn."""
+    """The plan as text.
+
+    Raises ValueError if a backbone's config, a processor or the data cannot be read, or if a role could not learn a
+    task.
+    """
     tasks = read_tasks(recipe)
     models, costs = measure(recipe, tasks)
     weights = sum(map(bytes_of, models.values()))
@@ -57,7 +60,7 @@ def plan(recipe: Recipe) -> str:
 
 
 def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:
-    """A role's line of the table; `weights`: bytes of all models of the run, `file`: of its checkpoint."""
+    """A role's line of the table; `weights`: bytes of all models of the run, `file`: bytes of its checkpoint."""
     sizes = _backbone_sizes(model)
     stored = sum(tensor.numel() for tensor in model.state_dict().values()) - sum(sizes)
     return [
@@ -71,19 +74,19 @@ def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[st
 
 
 def _peta(flops: float) -> str:
-    """In units of 1e15, one decimal or, of less than a tenth, two digits."""
+    """FLOPs in units of 1e15: one decimal, or two significant digits below 0.1."""
     return f"{flops / 1e15:,.1f}" if flops >= 1e14 else f"{flops / 1e15:.2g}"
 
 
 def _backbone_sizes(model: Any) -> list[int]:
-    """Parameters of the backbone and of the query's, without adapters."""
+    """Parameter counts of the backbone and of the query backbone, without adapters."""
     parts = (model.model,) if isinstance(model, ImageClassifier) else (model.backbone, model.query_backbone)
     backbones = [part for part in parts if part is not None]
     return [sum(p.numel() for name, p in part.named_parameters() if not is_adapter(name)) for part in backbones]
 
 
 def _stored_bytes(recipe: Recipe, model: Any) -> int:
-    """What a checkpoint of the model takes: a small one leaves the backbones out."""
+    """Bytes of a checkpoint of the model: a small one leaves out the backbones."""
     small = not recipe.save_backbone and not isinstance(model, ImageClassifier)
     return bytes_of(model) - 4 * small * sum(_backbone_sizes(model))
 

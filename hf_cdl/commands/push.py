@@ -1,4 +1,4 @@
-"""hf-cdl push: push what a run has finished and the Hugging Face Hub does not hold yet."""
+"""hf-cdl push: push what a run has finished and the Hugging Face Hub does not have yet."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check_files(folder: Path, ledger: dict[str, Any]) -> None:
-    """Raises RunError if a checkpoint of the run is not as it was stored."""
+    """Check the run's checkpoints. Raises RunError if one is missing or differs from what was stored."""
     restorable = [target for _, target in examine(folder, ledger).copies]
     if broken := [target for target in restorable if target.relative_to(folder).parts[1].startswith("task-")]:
         raise RunError(

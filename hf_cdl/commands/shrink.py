@@ -1,4 +1,4 @@
-"""hf-cdl shrink: a smaller backbone from a pre-trained one, at an image size of one's own."""
+"""hf-cdl shrink: make a smaller backbone from a pre-trained one, at an image size of your choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-import transformers  # names from it say things when they are first used, so not before they may
+import transformers  # as a module: its names print messages on first access, which must come after quiet()
 
 from hf_cdl.backbones.families import check_image_size, family, layers
 from hf_cdl.backbones.loading import load_backbone
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
 
 
 def shrink(options: argparse.Namespace) -> None:
-    """Write the smaller backbone. Raises ValueError if it cannot be made, RunError if there is no place for it."""
+    """Write the smaller backbone. Raises ValueError if it cannot be made, RunError if the folder cannot be written."""
     check_new(options.folder)
     backbone = load_backbone(options.backbone, options.revision)
     depth = len(layers(backbone))
@@ -47,7 +47,7 @@ def shrink(options: argparse.Namespace) -> None:
         check_image_size(backbone.config, (options.size, options.size))
     del layers(backbone)[count:]
     fields = {**backbone.config.to_dict(), "num_hidden_layers": count}
-    stages = ("stage_names", "out_features", "out_indices")  # of the whole depth
+    stages = ("stage_names", "out_features", "out_indices")  # these describe the full depth
     backbone.config = type(backbone.config).from_dict({key: v for key, v in fields.items() if key not in stages})
     fill_folder(options.folder, lambda path: (backbone.save_pretrained(path), processor.save_pretrained(path)))
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
@@ -56,7 +56,7 @@ def shrink(options: argparse.Namespace) -> None:
 
 
 def resize(vit: Any, size: int) -> None:
-    """Make it a ViT for images of `size` pixels a side. Raises ValueError if these are no whole patches."""
+    """Adapt a ViT to images of `size` pixels a side. Raises ValueError if that is not a multiple of its patch size."""
     patch = vit.config.patch_size
     if size % patch:
         raise ValueError(f"--size is {size}, which is not a multiple of the backbone's patch size {patch}.")

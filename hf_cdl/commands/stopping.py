@@ -1,9 +1,9 @@
-"""Ending a command before it is done: what stops it, and the command that goes on.
+"""Stopping a command early: what stops it, and which command resumes it.
 
-Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed; torchrun passes it on) raise Stopped in the main thread, a
-second signal ends the process at once. A process that a launcher started (accelerate launch, torchrun) stops with it,
-also if that was killed; else it would be left behind, at work and with the run's lock. Nothing is stored on the way: a
-phase goes on from its last stored state.
+Ctrl-C, SIGTERM and SIGHUP (sent when a terminal closes, and passed on by torchrun) raise Stopped in the main thread;
+a second signal ends the process at once. A process started by a launcher (accelerate launch, torchrun) stops with the
+launcher, even if that was killed; otherwise it would keep running and holding the run's lock. Nothing is saved on
+stopping: a phase resumes from its last stored state.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 import psutil
 
 GRACE, PATIENCE = 1.5, 10.0
-"""Seconds from the end of the parent, or from a signal, to the end of this process, whatever it is at."""
+"""Seconds from the parent's end, or from a signal, until this process ends, whatever it is doing."""
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-"""What accelerate launch and torchrun set in the environment of those that they start."""
+"""Variables that accelerate launch and torchrun set in the environment of the processes they start."""
 
 
 _ANEW = "The same command begins again"
@@ -39,33 +39,33 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__()
         self.code = 128 + number
-        """The exit code that tells the signal, as a shell has it."""
+        """The exit code for the signal, by the shell's convention."""
 
 
 class _State:
     launcher: list[str] | None = None
     """The command line of the launcher that started this process."""
     owner: int | None = None
-    """The process that listens: not those that it forks."""
+    """Id of the process that handles signals; its forks do not."""
     stopped: float | None = None
-    """When the first signal came."""
+    """When the first signal arrived."""
     ready = False
-    """Whether the command takes Stopped; before it is imported there is nobody who would."""
+    """Whether the command handles Stopped; until it is imported, nothing would catch it."""
     resumes = True
-    """Whether the command goes on where it was; else it begins again."""
+    """Whether the command resumes where it stopped; otherwise it starts over."""
     said = False
-    """Whether it was said how to go on."""
+    """Whether the user was told how to continue."""
 
 
 def listen(resumes: bool = True) -> None:
-    """From now on stop as said above. To be called before slow imports, in the main thread.
+    """Handle signals as described above. Call this before slow imports, in the main thread.
 
-    `resumes`: whether the command goes on where it was when it is given again.
+    `resumes`: whether the command resumes where it stopped when it is run again.
     """
     _State.resumes = resumes
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
     for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ())):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup or a shell's & may want it
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup or a shell's & may have it ignored
             signal.signal(number, _stop)
     if _State.launcher is not None and os.name == "posix":
         parent = os.getppid()
@@ -73,16 +73,16 @@ def listen(resumes: bool = True) -> None:
 
 
 def ready() -> None:
-    """The command has come to where it takes Stopped."""
+    """Declare that the command now handles Stopped."""
     _State.ready = True
 
 
 def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
-    """Stop this process when `wait()` returns, as by SIGTERM; and if that does not end it, hard."""
+    """Stop this process as by SIGTERM when `wait()` returns; if that does not end it, exit hard."""
 
     def watch() -> None:
         wait()
-        if _State.stopped is None and os.name == "posix":  # to the main thread, which may be waiting for something
+        if _State.stopped is None and os.name == "posix":  # sent to the main thread, which may be blocked
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(grace)
         _end(signal.SIGTERM)
@@ -91,7 +91,7 @@ def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
 
 
 def say_goes_on() -> None:
-    """Say, once and by one process of many, how a command goes on that was stopped."""
+    """Print, once and from one process only, how to continue a command that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
         how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
         with contextlib.suppress(OSError):  # the terminal may be gone
@@ -100,7 +100,7 @@ def say_goes_on() -> None:
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """Do what a command does that begins anew each time, and end the process with its exit code."""
+    """Run a command that does not resume, and end the process with its exit code."""
     ready()
     try:
         code = main()
@@ -111,9 +111,9 @@ def end_with(main: Callable[[], int]) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with an exit code; after a signal without the seconds that Python takes to tidy up."""
+    """End the process with an exit code; after a signal, skip the seconds that Python takes to clean up."""
     if _State.stopped is not None:
-        atexit._run_exitfuncs()  # what trackers and others have left to write
+        atexit._run_exitfuncs()  # trackers and others may still have something to write
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -122,25 +122,25 @@ def leave(code: int) -> NoReturn:
 
 
 def again() -> str:
-    """The command that started this process, with its launcher."""
+    """The command line that started this process, including its launcher."""
     return shown(_short(_State.launcher) if _State.launcher else [*_program(), *sys.argv[1:]])
 
 
 def command(verb: str, *words: Any) -> str:
-    """Another command, as the shell that started this one takes it."""
+    """The command line of another verb, in the form that this process was started in."""
     program = _program() if _is_script("hf-cdl") else [python(), "-m", "hf_cdl"]
     return shown([*program, verb, *map(str, words)])
 
 
 def _program() -> list[str]:
-    """What this process's command line begins with: hf-cdl, python -m hf_cdl, or python and a script."""
+    """The start of this process's command line: hf-cdl, python -m hf_cdl, or python and a script."""
     if _is_module():
         return [python(), "-m", "hf_cdl"]
     return [_name(sys.argv[0])] if _is_script("hf-cdl") else [python(), sys.argv[0]]
 
 
 def _is_module() -> bool:
-    """Whether it is python -m hf_cdl."""
+    """Whether this process is python -m hf_cdl."""
     return Path(sys.argv[0]) == Path(__file__).parent.with_name("__main__.py")
 
 
@@ -149,17 +149,17 @@ def _is_script(name: str) -> bool:
 
 
 def shown(words: Sequence[str]) -> str:
-    """Words as a line for the shell."""
+    """Arguments as one line for the shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def python() -> str:
-    """This interpreter's name, where that is enough to find it."""
+    """This interpreter's name if the shell finds it by that; else its path."""
     return _name(sys.executable)
 
 
 def _name(program: str) -> str:
-    """A program's name if the shell finds it by that; else its path, from here if it lies below."""
+    """A program's name if the shell finds it by that; else its path, relative if below the current folder."""
     path, name = Path(program), os.path.basename(program)
     found = [shutil.which(word) for word in ("python", name)] if program == sys.executable else [shutil.which(name)]
     for place in found:
@@ -169,19 +169,19 @@ def _name(program: str) -> str:
 
 
 def _near(path: Path) -> str:
-    """A path, from here if it lies below."""
+    """A path, relative if it is below the current folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _short(words: list[str]) -> list[str]:
-    """A launcher's command line as it is typed: without the interpreter that its script names."""
+    """A launcher's command line as typed: without the interpreter from its script's shebang."""
     if len(words) > 1 and os.path.basename(words[0]).startswith("python") and os.access(words[1], os.X_OK):
         return [_name(words[1]), *words[2:]]
     return [_name(words[0]), *words[1:]]
 
 
 def _find_launcher() -> list[str] | None:
-    """The command line of the parent, if it is a launcher: then it ends with this process's own words."""
+    """The parent's command line if it is a launcher, in which case it ends with this process's own arguments."""
     if not any(name in os.environ for name in LAUNCHERS):
         return None
     try:
@@ -198,7 +198,7 @@ def _wait_until(arrived: Callable[[], bool]) -> None:
 
 
 def _stop(number: int, frame: Any) -> None:
-    if os.getpid() != _State.owner:  # forked, as a worker that loads images: as if nobody listened
+    if os.getpid() != _State.owner:  # a fork, such as a data loader's worker: keep the default behaviour
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
@@ -208,10 +208,10 @@ def _stop(number: int, frame: Any) -> None:
         _State.stopped = now
         if not _State.ready:
             _end(number)
-        sys.unraisablehook = lambda _: None  # of what was half made
-        end_after(lambda: None, PATIENCE)  # where Python drops an exception (in a destructor) it would go on
+        sys.unraisablehook = lambda _: None  # hides errors of half-built objects
+        end_after(lambda: None, PATIENCE)  # the process would go on if Python drops the exception (in a destructor)
         raise Stopped(number)
-    if now - _State.stopped > 0.5:  # a launcher passes on what its whole group has got already
+    if now - _State.stopped > 0.5:  # a launcher passes on a signal that its whole group already received
         _end(number)
 
 

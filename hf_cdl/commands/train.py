@@ -38,7 +38,7 @@ from hf_cdl.training.checking import asks_teacher, check_task
 
 
 def main(arguments: list[str], default: Path | None = None) -> int:
-    """Train what the words of the command line say; `default`: the recipe where they name none."""
+    """Train as the command line says; `default`: the recipe to use if it names none."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run = None
     try:
@@ -51,7 +51,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
             if "--plan" in arguments:
                 say(planned(recipe))
                 return 0
-            with PartialState().main_process_first():  # it repairs what the others read
+            with PartialState().main_process_first():  # it repairs files that the others read
                 run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed, say)
             prepared = check(recipe, run) if run.finished else prepare(recipe, run)
             pusher = push_from(run, recipe)
@@ -66,7 +66,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        said = visible_lines(error)  # by every process: one alone may have met it
+        said = visible_lines(error)  # printed by every process: perhaps only one of them hit the error
         print(f"error: {said} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
@@ -80,7 +80,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
 
 
 def read(arguments: list[str], default: Path | None) -> Recipe:
-    """The recipe that the words name. Raises RecipeError for one that is wrong, or for none."""
+    """Load the recipe that the arguments name. Raises RecipeError if it is wrong or if none is named."""
     words = [word for word in arguments if word != "--plan"]
     if default is None and (not words or words[0].startswith("--")):
         raise RecipeError(
@@ -92,7 +92,7 @@ def read(arguments: list[str], default: Path | None) -> Recipe:
 
 
 def planned(recipe: Recipe) -> str:
-    """What the run would need. Raises ValueError where it could not be trained."""
+    """What the run would need, as text. Raises ValueError if it could not be trained."""
     from hf_cdl.commands.plan import plan
 
     file = recipe.folder / "run.json"
@@ -101,10 +101,10 @@ def planned(recipe: Recipe) -> str:
 
 
 def use(recipe: Recipe) -> str:
-    """A command that asks the run's student about IMAGE.png."""
+    """A shell command that classifies IMAGE.png with the run's student."""
     plain, more = recipe.student.model == "classifier", ""
     if recipe.plugins and plain:
-        more = ", trust_remote_code=True"  # the plugin's source lies in the folder
+        more = ", trust_remote_code=True"  # the plugin's source is in the folder
     needed = "" if plain else "import hf_cdl; "
     if recipe.plugins and not plain:
         needed = f"from hf_cdl.recipe import load_plugins; load_plugins({list(recipe.plugins)}); "
@@ -114,7 +114,7 @@ def use(recipe: Recipe) -> str:
 
 
 def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
-    """Raise ValueError for known classes in a run that has no models which know them."""
+    """Refuse known classes in a run whose models start untrained. Raises ValueError."""
     if recipe.data.known_classes and not origin:
         raise ValueError(
             "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
@@ -123,10 +123,10 @@ def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
 
 
 def check(recipe: Recipe, run: Run) -> None:
-    """Whether a finished run is what it was. Raises RunError if its data changed, or files of it are lost."""
+    """Check that a finished run is unchanged. Raises RunError if its data changed or files are missing."""
     run.check()
     try:
-        stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # no image is looked at
+        stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # without processors: no image is decoded
     except (NoDataError, OSError) as error:
         say(f"The data of this run could not be checked; its results stand. {first_line(error)}")
         return
@@ -143,7 +143,7 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 
 def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
-    """The tasks and the trainers. Raises ValueError for whatever is wrong with the data or the backbones."""
+    """Build the tasks and the trainers. Raises ValueError if something is wrong with the data or the backbones."""
     refuse_known(recipe, run.origin)
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
@@ -179,14 +179,14 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
 
 
 def roles(recipe: Recipe, models: Models, folder: Path) -> Iterator[tuple[str, Objective, CDLTrainingArguments]]:
-    """What each role is trained with, in the order of the phases of a task."""
+    """Each role with its objective and training arguments, in the order of a task's phases."""
     for role in models:
         section = recipe.training_args("teacher" if role == "teacher" else "student")
         yield role, build_objective(recipe, role, models), CDLTrainingArguments(str(folder / "work"), **section)
 
 
 def push_from(run: Run, recipe: Recipe) -> Pusher:
-    """What pushes the run, beside its training. Raises HubError if that will not do."""
+    """Create what pushes the run while it trains. Raises HubError if pushing is not possible."""
     if recipe.push_to_hub:
         for role in recipe.repositories:
             backbone = getattr(recipe, role).backbone
@@ -216,7 +216,7 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
-        if task is to_learn[-1]:  # before its push, whose card tells it
+        if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
             run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
         pusher.push(run.results())
@@ -224,7 +224,7 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
 
 
 def said(row: list[float | None]) -> str:
-    """The mean of the accuracies that were measured."""
+    """The average of the measured accuracies, as text."""
     measured = [value for value in row if value is not None]
     rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {len(row)} tasks)"
     return f"{sum(measured) / len(measured):.1f} %{rest}"

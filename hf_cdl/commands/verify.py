@@ -1,6 +1,6 @@
-"""hf-cdl verify: load every checkpoint of a run again and compare its accuracies with the ones that it recorded.
+"""hf-cdl verify: reload every checkpoint of a run and compare its accuracies with the recorded ones.
 
-Nothing that the run's files name is executed, but for plugins that are named on the command line.
+Nothing that the run's files name is executed, except plugins named on the command line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
 _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
-"""The training arguments that matter when nothing is trained; of those that a stranger wrote, no other is used."""
+"""The training arguments that matter for evaluation: no others are taken from a recipe, which may be a stranger's."""
 
 
 def main(arguments: list[str]) -> int:
@@ -68,7 +68,7 @@ DIFFERENT = "NOT as recorded"
 
 
 def compared(entry: dict[str, Any], result: TaskResult, elsewhere: int) -> str:
-    """What a new measurement says of the recorded one, in words; `elsewhere`: tasks that other runs have learnt."""
+    """Compare a new measurement with the recorded one, in words; `elsewhere`: number of tasks learnt in other runs."""
     if not result.counts:
         return "no images of its tasks are in these data"
     if not entry.get("row"):
@@ -77,15 +77,15 @@ def compared(entry: dict[str, Any], result: TaskResult, elsewhere: int) -> str:
         return "learnt and recorded elsewhere, maybe with other images"
     recorded = {name: entry[name] for name in ("row", "correct", "counts") if name in entry}
     if "correct" in recorded:
-        del recorded["row"]  # it is their quotient
+        del recorded["row"]  # it follows from the counts
     return "as recorded" if all(getattr(result, name) == recorded[name] for name in recorded) else DIFFERENT
 
 
 def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
-    """Raises RunError if the data make another stream than the run was trained on."""
+    """Check that the data give the stream the run was trained on. Raises RunError if not."""
     if ledger["stream"] is None:
         return
-    stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # no image is looked at
+    stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # without processors: no image is decoded
     if stream.fingerprint != ledger["stream"]:
         changes = data_changes(ledger, [list(task.class_names) for task in stream], stream.images)
         raise RunError(
@@ -96,7 +96,7 @@ def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
 
 
 def stored_recipe(folder: Path) -> Recipe:
-    """The recipe in a run's ledger, its training arguments as far as they matter here."""
+    """The recipe in a run's ledger, with only the training arguments that matter here."""
     stored = stored_ledger(folder)["recipe"]
     bare = untrained(stored)
     bare["train"] = _measuring(stored.get("train"))
@@ -113,15 +113,15 @@ def _measuring(train: Any) -> dict[str, Any]:
 def measure_again(
     folder: Path, recipe: Recipe, split: str, *only: str
 ) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
-    """Each checkpoint of a run (of the roles `only`, or all), its ledger entry, and what it answers on a split now.
+    """Measure each checkpoint of a run (of the roles `only`, or all) on a split; yields path, ledger entry, result.
 
-    `recipe`: the run's. Its plugins are not run here.
+    `recipe`: the run's recipe. Its plugins are not run here.
     """
     ledger = stored_ledger(folder)
     for role, entries in ledger["entries"].items():
         for entry in entries if not only or role in only else ():
             checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
-            if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt elsewhere
+            if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt in another run
                 continue
             processor = load_processor(checkpoint)
             stream = TaskStream(recipe.data, processor, seed=recipe.seed)
@@ -132,7 +132,7 @@ def measure_again(
                 section = getattr(recipe, role, None)  # a baseline has none
                 try:
                     model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
-                except ValueError as error:  # of a file that is cut off, it names the file's line alone
+                except ValueError as error:  # for a truncated file, it names only the line in the file
                     raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
                 trainer = CDLTrainer(model, arguments, eval_split=split)
                 tasks = [stream[i] for i in range(entry["task"] + 1)]

@@ -1,3 +1,5 @@
-"""Many runs beside each other: `spec` says which, `schedule` has them made by `worker`s, `collect` gathers what they
-gave as `records`, `statistics` says what that proves, `page` shows it; `test_split` reads test images, once.
+"""Comparisons of many runs.
+
+`spec` defines the runs, `schedule` has `worker`s make them, `collect` gathers their results as `records`, `statistics`
+tests what they prove, `page` shows it; `test_split` reads the test images, once.
 """

@@ -1,4 +1,4 @@
-"""The A/A check: how often the machine finds a difference where there is none, on a comparison's own numbers."""
+"""The A/A check: how often the procedure finds a difference where there is none, on a comparison's own numbers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Check:
-    """`wins` false wins in `draws` comparisons of equals; `low` to `high`: 95 % interval of their share.
+    """`wins` false wins in `draws` comparisons of equals; `low` to `high`: 95 % interval of their rate.
 
-    `smallest`: the smallest p that so many `pairs` can give. Above LEVEL nothing can win, and the check says nothing.
+    `smallest`: the smallest p that this many `pairs` can give. Above LEVEL nothing can win: the check is meaningless.
     """
 
     what: str
@@ -33,14 +33,14 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether a share of LEVEL or less is possible by the interval."""
+        """Whether the interval includes a rate of LEVEL or less."""
         return self.low <= LEVEL
 
 
 def relabelled(values: Values, pairs: Sequence[tuple[str, str]]) -> Check | None:
-    """The whole procedure on runs whose labels were drawn anew within every unit; a win of any contrast is false.
+    """Run the whole procedure with labels shuffled within every unit, so that every win is false.
 
-    Every row's mean is taken off first: what is left is the noise of the runs. Two units at least, or None.
+    Each row's mean is subtracted first, which leaves the noise of the runs. None if there are fewer than two units.
     """
     pairs = [pair for pair in pairs if pair[0] in values and pair[1] in values]
     labels = list(dict.fromkeys(label for pair in pairs for label in pair))
@@ -59,9 +59,9 @@ def relabelled(values: Values, pairs: Sequence[tuple[str, str]]) -> Check | None
 
 
 def halves(values: Values) -> list[Check]:
-    """Every row against itself: its units drawn into two halves and paired at random, one test a draw.
+    """Compare every row with itself: its units split at random into two halves and paired, one test per draw.
 
-    Rows with as many pairs are one check; a row needs four units.
+    Rows with the same number of pairs form one check; a row needs four units.
     """
     rng, wins = np.random.default_rng(0), {}
     for runs in values.values():

@@ -1,4 +1,4 @@
-"""What the finished runs of a comparison gave, as records: their results, and the FLOPs that are counted for them."""
+"""Collect what the finished runs of a comparison gave, as records: their results and their FLOPs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cdl.runs.files import RunError, read_json, write_json
 def collect(
     comparison: Comparison, results_of: Callable[[PlannedRun], dict[str, Any] | None], split: str
 ) -> list[Measured]:
-    """What the finished runs gave: row by row as in the spec, unit by unit."""
+    """Collect the results of the finished runs: row by row as in the spec, unit by unit."""
     measured = []
     flops = count_flops(comparison)
     for label, variant, role in comparison.rows:
@@ -33,7 +33,7 @@ def collect(
 
 
 def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]]:
-    """Variant -> role -> multiply-adds, as `--plan` counts those of its first run; kept in flops.json."""
+    """Variant -> role -> multiply-adds of its first run, counted as by `--plan`; cached in flops.json."""
     file = comparison.root / "flops.json"
     known = read_flops(file)
     found = {}
@@ -55,7 +55,7 @@ def count_flops(comparison: Comparison) -> dict[str, dict[str, dict[str, float]]
 
 
 def read_flops(file: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """What flops.json holds; nothing, in words, if it is damaged: all of it can be counted again."""
+    """Read flops.json; if it is damaged, print so and return nothing: all of it can be counted again."""
     if not file.exists():
         return {}
     try:

@@ -1,5 +1,6 @@
-"""The pictures of a comparison, as matplotlib figures. Lines and points are means over the units, bands and bars their
-95 % intervals. Needs the extra `report`.
+"""The figures of a comparison, made with matplotlib (extra `report`).
+
+Lines and points are means over the units, bands and bars their 95 % intervals.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CURVES = {
     "eval_prompt_path_accuracy": "teacher, prompt path",
     "eval_accuracy": "student",
 }
-"""What `eval_strategy` writes into the log of a phase."""
+"""Metrics that `eval_strategy` writes into a phase's log, with their legends."""
 
 COSTS = {
     "training_flops": ("GFLOPs to train", 1e9),
@@ -37,7 +38,7 @@ _BARS = {
 
 
 def curves_figure(measured: Sequence[Measured]) -> Figure:
-    """Average accuracy over the tasks seen so far, after each task: a line with its band for every row."""
+    """Plot the average accuracy on the tasks seen so far, after each task: a line with its band for every row."""
     figure, panel = _figure(8.0, 3.6 + 0.12 * len(_by_row(measured)))
     for number, (label, runs) in enumerate(_by_row(measured).items()):
         curves = [seen_so_far(run.entry["accuracy_matrix"]) for run in runs]
@@ -50,13 +51,13 @@ def curves_figure(measured: Sequence[Measured]) -> Figure:
         panel.fill_between(steps, *_limits(means), color=colour, alpha=0.15, linewidth=0)
     tasks = max(len(run.entry["accuracy_matrix"]) for run in measured)
     finish_curves(panel, tasks)
-    panel.set_ylim(0, min(panel.get_ylim()[1], 102))  # the interval of two units knows no bounds
+    panel.set_ylim(0, min(panel.get_ylim()[1], 102))  # an interval from two units can be far above 100
     _legend(figure)
     return figure
 
 
 def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
-    """Each metric against what training and use cost: a point with its interval for every row."""
+    """Plot each metric against the costs of training and of use: a point with its interval for every row."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -95,7 +96,7 @@ def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
 
 
 def matrices_figure(measured: Sequence[Measured]) -> Figure:
-    """The mean accuracy matrix of every row, side by side on one colour scale; numbers where they fit."""
+    """Draw every row's mean accuracy matrix, side by side on one colour scale; with numbers where they fit."""
     from matplotlib.figure import Figure
 
     rows = _by_row(measured)
@@ -120,7 +121,7 @@ def matrices_figure(measured: Sequence[Measured]) -> Figure:
 
 
 def decomposition_figure(measured: Sequence[Measured]) -> Figure:
-    """After the last task: right, right within the task, task identified; and beside it how sure the model was."""
+    """Plot, after the last task: images right, right within the task, task identified; and the model's confidence."""
     from matplotlib.figure import Figure
 
     rows = [*_by_row(measured)]
@@ -162,9 +163,9 @@ def decomposition_figure(measured: Sequence[Measured]) -> Figure:
 
 
 def contrasts_figure(contrasts: Sequence[Contrast], metric: str) -> Figure:
-    """Every contrast: the difference of each unit, their mean with its interval, filled if it survives Holm.
+    """Plot every contrast: the difference in each unit, and their mean with its interval, filled if it survives Holm.
 
-    Pale and wide behind it is the interval over the classes.
+    The wide pale bar behind it is the interval over the classes.
     """
     figure, panel = _figure(9.0, 1.0 + 0.42 * len(contrasts))
     for row, contrast in enumerate(contrasts):
@@ -187,10 +188,10 @@ def contrasts_figure(contrasts: Sequence[Contrast], metric: str) -> Figure:
 
 
 def training_figure(panels: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Accuracy over training: a panel per label, a line per path, here with a band of ± one standard deviation.
+    """Plot accuracy over training: a panel per label, a line per path, with a band of ± one standard deviation here.
 
-    `panels`: label -> unit -> log entries of a role's phases, one after the other, made with `eval_strategy`. Raises
-    ValueError for a panel whose logs hold no accuracies.
+    `panels`: label -> unit -> log entries of a role's phases in order, made with `eval_strategy`. Raises ValueError
+    if a panel's logs contain no accuracies.
     """
     from matplotlib.figure import Figure
 
@@ -234,7 +235,7 @@ def _by_row(measured: Sequence[Measured]) -> dict[str, list[Measured]]:
 
 
 def _mean_matrix(runs: Sequence[Measured], tasks: int) -> list[list[float | None]]:
-    """The mean over the runs that measured it; None if none did."""
+    """Each entry's mean over the runs that measured it; None if none did."""
     found = [
         [_known([_cell(run.entry["accuracy_matrix"], t, i) for run in runs]) for i in range(t + 1)]
         for t in range(tasks)
@@ -255,7 +256,7 @@ def _limits(means: Sequence[Any]) -> tuple[list[float], list[float]]:
 
 
 def _style(number: int) -> tuple[str, str, str]:
-    """Colour, marker and line of a row; they repeat together only after dozens of rows."""
+    """Colour, marker and line style of a row; the combination repeats only after dozens of rows."""
     marker, line = _STYLES[number // len(COLOURS) % len(_STYLES)]
     return COLOURS[number % len(COLOURS)], marker, line
 
@@ -269,7 +270,7 @@ def _words(metric: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # which would begin a formula
+    return text.replace("$", r"\$")  # an unescaped $ would start a formula
 
 
 def _wrapped(text: str, width: int) -> list[str]:

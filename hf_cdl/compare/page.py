@@ -1,6 +1,6 @@
-"""The report of a comparison: table.parquet, table.csv, table.md, pictures, and all of it in one HTML file.
+"""The report of a comparison: table.parquet, table.csv, table.md, figures, and everything in one HTML file.
 
-The HTML file needs nothing beside it, no network either. Needs the extra `report`.
+The HTML file is self-contained and needs no network. Needs the extra `report`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TEMPLATE = Path(__file__).with_name("page.html.jinja")
 def save_report(comparison: Comparison, measured: Sequence[Measured], folder: Path, reads: Sequence[str] = ()) -> str:
     """Write everything into `folder` and return the tables as Markdown.
 
-    `measured`: what the finished runs gave, one at least; `reads`: when the test split of these data was read.
+    `measured`: results of the finished runs, at least one; `reads`: when the test split of these data was read.
     """
     spec, split = comparison.spec, measured[0].split
     one_task = all(len(run.entry["accuracy_matrix"]) == 1 for run in measured)
@@ -101,7 +101,7 @@ def _pictures(
 
 
 def _log(run: PlannedRun) -> list[dict[str, Any]]:
-    """What the student's phases logged, one task after the other; nothing of a run that is not finished."""
+    """Log entries of the student's phases, task after task; empty for an unfinished run."""
     files = sorted(run.folder.glob("logs/student-task-*.json")) if run.results() else []
     return [entry for file in files for entry in json.loads(file.read_text())]
 

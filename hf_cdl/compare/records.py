@@ -1,4 +1,4 @@
-"""What the runs of a comparison gave: one line for each row of the comparison and unit, as parquet and CSV."""
+"""Results of a comparison's runs: one line for each row and unit of the comparison, as Parquet and CSV."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hf_cdl.runs.files import write_whole
 from hf_cdl.runs.metrics import METRICS
 
 Unit = tuple[int, int | None]
-"""(seed, class order): what is paired."""
+"""(seed, class order): runs with the same unit are paired."""
 
 _ANSWERS = ("within_task_accuracy", "task_identification", "calibration_error", "confidence")
 METRIC_COLUMNS = (*METRICS, "sample_average_accuracy", *_ANSWERS)
-"""Columns that a contrast can be about: see runs.metrics and training.evaluation; after the last task, in percent."""
+"""Columns that contrasts can compare, after the last task, in percent: see runs.metrics and training.evaluation."""
 
 CHANGING = ("train_seconds", "eval_seconds", "latency_ms", "peak_memory_bytes")
-"""Columns that differ when the same run is made again."""
+"""Columns that differ when the same run is repeated."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Measured:
     flops: Mapping[str, float]
 
     def record(self) -> dict[str, Any]:
-        """Its line of the table. Percent, seconds, milliseconds, bytes; None for what was not measured."""
+        """One line of the table. Percent, seconds, milliseconds, bytes; None for what was not measured."""
         entry, cost = self.entry, self.entry.get("cost", {})
         return {
             "row": self.label,
@@ -67,7 +67,7 @@ class Measured:
 
 
 def values(measured: Iterable[Measured], name: str) -> dict[str, dict[Unit, float]]:
-    """Label -> unit -> a metric, in the order they come; what was not measured is left out."""
+    """Label -> unit -> a metric, in the order of `measured`; missing measurements are left out."""
     found: dict[str, dict[Unit, float]] = {}
     for run in measured:
         value = run.metric(name)
@@ -77,7 +77,7 @@ def values(measured: Iterable[Measured], name: str) -> dict[str, dict[Unit, floa
 
 
 def class_values(measured: Iterable[Measured]) -> dict[str, dict[Unit, Mapping[str, float]]]:
-    """Label -> unit -> class -> accuracy in percent after the last task, of the runs that measured it."""
+    """Label -> unit -> class -> accuracy in percent after the last task, for the runs that measured it."""
     found: dict[str, dict[Unit, Mapping[str, float]]] = {}
     for run in measured:
         if by_class := (run.entry.get("class_accuracy") or [None])[-1]:
@@ -86,12 +86,12 @@ def class_values(measured: Iterable[Measured]) -> dict[str, dict[Unit, Mapping[s
 
 
 def save_table(measured: Iterable[Measured], folder: Path) -> None:
-    """table.parquet and table.csv, each whole or not there at all. `class_order` is empty for the data's own order."""
+    """Write table.parquet and table.csv, each completely or not at all. `class_order` is empty for the data's own."""
     import pandas
 
     frame = pandas.DataFrame([run.record() for run in measured])
     frame["class_order"] = frame["class_order"].astype("Int64")
     for column in frame.columns[frame.isna().all()]:
-        frame[column] = frame[column].astype("Float64")  # else a column of nothing has no type
+        frame[column] = frame[column].astype("Float64")  # an empty column has no type of its own
     write_whole(folder / "table.parquet", lambda file: frame.to_parquet(file, index=False))
     write_whole(folder / "table.csv", lambda file: frame.to_csv(file, index=False))

@@ -1,4 +1,4 @@
-"""When each run of a comparison is made: as many at a time as there are workers, teachers first."""
+"""Schedule the runs of a comparison: as many at a time as there are workers, teachers first."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def make(
     command: Callable[[PlannedRun], list[str]],
     results_of: Callable[[PlannedRun], dict[str, Any] | None],
 ) -> list[tuple[PlannedRun, str]]:
-    """Make what `results_of` lacks, as many runs at a time as there are workers; those that failed, and why.
+    """Make the runs that have no `results_of`, one per worker at a time; returns those that failed, and why.
 
-    `command`: a run's module and its words, as worker.start takes them.
+    `command`: a run's module and its arguments, for worker.start.
     """
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     free = workers(jobs, devices.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
@@ -43,11 +43,11 @@ def make(
 
 
 Ended = tuple[PlannedRun, str | None, float]
-"""A run that is not waited for any more, why it failed if it did, and the seconds it took."""
+"""A run that ended, why it failed (None if it did not), and the seconds it took."""
 
 
 class _Schedule:
-    """The runs that are done, at work, waiting, and failed."""
+    """The runs that are done, running, waiting and failed."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class _Schedule:
         self.failed: list[tuple[PlannedRun, str]] = []
 
     def begin(self) -> list[Ended]:
-        """Start what workers are free for; the runs that cannot be made, since their teacher's failed."""
+        """Start runs on the free workers; returns runs that are impossible because their teacher's run failed."""
         lost = {run.folder for run, _ in self.failed}
         orphans = [run for run in self.waiting if run.teacher_from in lost]
         ended = [self._fail(run, "the run that trains its teacher failed", 0.0) for run in orphans]
@@ -77,7 +77,7 @@ class _Schedule:
         return ended
 
     def end(self) -> list[Ended]:
-        """The runs that have ended by now."""
+        """Collect the runs that have ended since the last call."""
         ended = []
         for entry in [entry for entry in self.working if entry[1].poll() is not None]:
             run, process, worker, began = entry
@@ -98,7 +98,7 @@ class _Schedule:
 
 @contextlib.contextmanager
 def _progress(total: int, done: int, at_once: int) -> Iterator[Callable[[PlannedRun, str | None, float], Any]]:
-    """What is told of every run that ends: a bar in a terminal, else a line each, as for a log."""
+    """Report each run that ends: a progress bar in a terminal, otherwise one line each, as in a log."""
     if sys.stderr.isatty():
         with tqdm(total=total, initial=done, unit="run") as bar:
             yield lambda run, why, seconds: None if why else bar.update()
@@ -117,14 +117,14 @@ def _progress(total: int, done: int, at_once: int) -> Iterator[Callable[[Planned
 
 
 def workers(jobs: int | None, gpus: list[str], cores: int) -> list[dict[str, str]]:
-    """The environment of each worker: its GPU, if there are some, and its share of the cores."""
+    """The environment of each worker: its GPU, if there are any, and its share of the cores."""
     count = jobs or len(gpus) or cores
     threads = {"OMP_NUM_THREADS": str(max(1, cores // count))}
     return [{**threads, **({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {})} for i in range(count)]
 
 
 def in_use(folder: Path) -> bool:
-    """Whether another process is at work in a run's folder: one that was started by hand, or is just ending."""
+    """Whether another process is using a run's folder: one started by hand, or one just ending."""
     if not (folder / ".lock").exists():
         return False
     try:

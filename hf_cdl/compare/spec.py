@@ -1,7 +1,7 @@
-"""A comparison: variants of a recipe x seeds (x class orders), paired, as one YAML file; checked before anything runs.
+"""A comparison: variants of a recipe x seeds (x class orders), paired, in one YAML file; checked before anything runs.
 
-A *unit* is one (seed, class order): all variants have a run of every unit, and are compared within it. A *row* is one
-role of a variant's runs under a label: what tables have lines for and contrasts name.
+A *unit* is one (seed, class order): every variant has one run per unit, and variants are compared within units. A
+*row* is one role of a variant's runs under a label: tables have a line for each row, and contrasts name rows.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from hf_cdl.runs.files import read_json
 from hf_cdl.runs.results import checked_results
 
 ROOT = Path("runs", "comparisons")
-"""Where comparisons are, each in a folder of its name."""
+"""Folder of all comparisons, each in a subfolder of its name."""
 ORDER = "data.class_order_seed"
 _OWN = ("output_dir", "teacher_from", "data.eval_split")
 _TAKEN = ("logs", "plots", "test", "table.parquet", "table.csv", "table.md", "report.html", "flops.json")
-"""Names of folders and files beside the folders of the variants."""
+"""Names of the files and folders next to the variants' folders."""
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -40,7 +40,7 @@ def _help(text: str, **default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared: fields of the recipe that differ, and the rows that it fills."""
+    """One of the variants compared: the recipe fields that differ, and the rows it fills."""
 
     rows: dict[str, str] = _help("Role (student, teacher, a baseline) -> label of its row.")
     set: dict[str, Any] = _help("Dotted fields of the recipe and their values.", default_factory=dict)
@@ -50,7 +50,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Spec:
-    """A comparison as its file describes it."""
+    """A comparison as described in its file."""
 
     recipe: str | list[str] = _help("Recipe file, or files that are merged, beside the spec, above it or in recipes/.")
     seeds: list[int] = _help("Seeds: each variant has a run with each.")
@@ -71,7 +71,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run: where it is, the `arguments` of hf-cdl train, and the hash of what defines its numbers."""
+    """One run: its folder, the `arguments` of hf-cdl train, and the hash of what determines its numbers."""
 
     variant: str
     seed: int
@@ -83,13 +83,13 @@ class PlannedRun:
 
     @property
     def class_order(self) -> int | None:
-        """The seed of the classes' order; None for the data's own order."""
+        """Seed of the class order; None for the data's own order."""
         return self.recipe.data.class_order_seed
 
     def read(self, file: Path) -> dict[str, Any] | None:
-        """A stored results file of this run; None if there is none, or if it is not finished or of another recipe.
+        """Read a results file of this run; None if it is missing, unfinished or from another recipe.
 
-        Raises RunError if it holds no results.
+        Raises RunError if it contains no results.
         """
         if not file.exists():
             return None
@@ -102,13 +102,13 @@ class PlannedRun:
         return results if results.get("finished") and same else None
 
     def results(self) -> dict[str, Any] | None:
-        """What the run measured; None as long as it is not finished."""
+        """Results of the run; None until it is finished."""
         return self.read(self.folder / "results.json")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A checked spec: its name (the file's), its folder and all its runs, who trains a teacher before who takes it."""
+    """A checked spec: its name (the file's), its folder and all its runs; runs that train teachers come first."""
 
     name: str
     root: Path
@@ -122,9 +122,9 @@ class Comparison:
 
 
 def read_comparison(file: Path, root: Path = ROOT) -> Comparison:
-    """The comparison in a spec file, with its runs below `root`/NAME.
+    """Read the comparison in a spec file; its runs are in `root`/NAME.
 
-    Raises RecipeError with everything that is wrong, each run's recipe included.
+    Raises RecipeError with everything that is wrong, including each run's recipe.
     """
     content, problems = read_yaml(file), []
     variants = content.get("variants")
@@ -156,7 +156,7 @@ def read_comparison(file: Path, root: Path = ROOT) -> Comparison:
 
 
 def _wrong_names(spec: Spec) -> Iterable[str]:
-    """Names in a spec that name nothing, or two things."""
+    """Yield problems with a spec's names: unknown, duplicate or not allowed."""
     labels = [label for variant in spec.variants.values() for label in variant.rows.values()]
     for name, values in {"seeds": spec.seeds, "class_orders": spec.class_orders or [0], "rows": labels}.items():
         twice = sorted({value for value in values if values.count(value) > 1}, key=str)
@@ -196,7 +196,7 @@ def _seed_fields(spec: Spec) -> list[str]:
 
 
 def _runs(comparison: Comparison, file: Path, problems: list[str]) -> Iterable[PlannedRun]:
-    """All runs, with their recipes built and checked; of a variant with problems none."""
+    """All runs, with their recipes built and checked; the runs of a variant stop at a wrong recipe."""
     spec, made = comparison.spec, {}
     for name, variant in sorted(spec.variants.items(), key=lambda item: item[1].teacher_from is not None):
         for seed, order in itertools.product(spec.seeds, spec.class_orders or [None]):
@@ -240,14 +240,14 @@ def _arguments(
 
 
 def _recipe(name: str, spec: Path) -> str:
-    """The path of a recipe that a spec names: beside it, in the folder above (as in a clone), or in recipes/ here."""
+    """Find a recipe that a spec names: next to it, in the folder above (as in a clone), or in recipes/ here."""
     places = (spec.absolute().parent, spec.absolute().parent.parent, Path("recipes").absolute())
     found = [place / name for place in places]
     return str(next((file for file in found if file.exists()), found[0]))
 
 
 def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
-    """What a variant's recipe cannot give."""
+    """Yield what the spec asks of a variant that its recipe cannot provide."""
     variant = spec.variants[name]
     roles = [*(["teacher"] if recipe.teacher else []), "student", *recipe.baselines]
     for role in variant.rows:
@@ -264,7 +264,7 @@ def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
 
 
 def _defining(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a stored recipe that its numbers depend on, as JSON gives them back."""
+    """The fields of a stored recipe that its numbers depend on, after a round trip through JSON."""
     others = ("name", "card", "save_backbone", "save_code")
     return json.loads(json.dumps({key: value for key, value in recipe.items() if key not in others}))
 

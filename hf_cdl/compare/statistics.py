@@ -1,8 +1,8 @@
-"""What paired runs prove: means with intervals, paired differences with exact sign-flip tests, Holm's correction.
+"""Statistics of paired runs: means with intervals, exact sign-flip tests of paired differences, Holm's correction.
 
-Intervals are Student's, 95 %: with the five or ten units of a comparison a bootstrap covers less than it promises.
-They suppose differences that are about normal; the tests suppose only that a difference is as likely to be -d as d
-when there is nothing to find. The tests are scipy's, the correction statsmodels': the extra `report`.
+Intervals are Student's, 95 %: with the five or ten units of a comparison, a bootstrap interval has too little
+coverage. They assume approximately normal differences; the tests assume only that a difference is as likely to be -d
+as d under the null hypothesis. The tests are scipy's, the correction is statsmodels' (extra `report`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.05
-"""The share of false wins that a comparison allows itself, over all its contrasts together."""
+"""Familywise error rate: the allowed rate of false wins over all contrasts of a comparison together."""
 
 EXACT = 14
-"""Up to so many pairs every sign flip is counted; of more, 2**14 random ones."""
+"""Up to this many pairs all sign flips are counted; with more, 2**14 random ones."""
 
 Values = Mapping[str, Mapping[Any, float]]
 """Row -> unit -> metric."""
@@ -26,7 +26,7 @@ Values = Mapping[str, Mapping[Any, float]]
 
 @dataclass(frozen=True)
 class Mean:
-    """Mean of n values, sample standard deviation and 95 % interval; NaN for what one value does not tell."""
+    """Mean of n values, sample standard deviation and 95 % interval; the latter two are NaN for a single value."""
 
     n: int
     mean: float
@@ -37,11 +37,11 @@ class Mean:
 
 @dataclass(frozen=True)
 class Contrast:
-    """first - second over the units of both. `p`: two-sided, of this contrast; `p_holm`: beside all others.
+    """first - second over the units of both. `p`: two-sided, uncorrected; `p_holm`: corrected for all contrasts.
 
-    `over_classes`: the mean over the classes of each one's mean difference; None if it was not measured. The units
-    share their test images, so their interval says nothing of other images or classes. This one does, as if the
-    classes were drawn at random.
+    `over_classes`: the mean over the classes of each class's mean difference; None if it was not measured. The units
+    share their test images, so the interval over units says nothing about other images or classes. The one over
+    classes does, if the classes are regarded as drawn at random.
     """
 
     first: str
@@ -64,7 +64,7 @@ class Contrast:
 
 
 def mean_of(numbers: Sequence[float]) -> Mean:
-    """Mean and interval. Raises ValueError for no numbers."""
+    """Mean, standard deviation and interval. Raises ValueError if there are no numbers."""
     from scipy import stats
 
     if not len(numbers):
@@ -79,9 +79,9 @@ def mean_of(numbers: Sequence[float]) -> Mean:
 
 
 def sign_flip(differences: Any) -> np.ndarray:
-    """Two-sided p values of the means of paired differences (n, ...), each column a test of its own.
+    """Two-sided p values of the means of paired differences (n, ...), one test per column.
 
-    Exact: the share of all 2**n ways to flip their signs whose mean is as far from 0.
+    Exact: the fraction of all 2**n sign flips whose mean is at least as far from 0.
     """
     from scipy import stats
 
@@ -103,7 +103,7 @@ def sign_flip(differences: Any) -> np.ndarray:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """The p values after Holm's correction: those at or below LEVEL hold together, at that level."""
+    """The p values after Holm's correction: those at or below LEVEL are jointly significant at that level."""
     from statsmodels.stats.multitest import multipletests
 
     return np.asarray(multipletests(p_values, alpha=LEVEL, method="holm")[1]) if len(p_values) else np.empty(0)
@@ -114,9 +114,9 @@ def contrasts_of(
     pairs: Sequence[tuple[str, str]],
     by_class: Mapping[str, Mapping[Any, Mapping[str, float]]] | None = None,
 ) -> list[Contrast]:
-    """All contrasts [A, B], corrected as one family; a pair that has no unit in common yet is left out.
+    """All contrasts [A, B], corrected as one family; pairs without a common unit yet are left out.
 
-    `by_class`: row -> unit -> class -> the same metric of this class alone.
+    `by_class`: row -> unit -> class -> the same metric for this class alone.
     """
     found, by_class = [], by_class or {}
     for first, second in pairs:
@@ -141,7 +141,7 @@ def contrasts_of(
 def _over_classes(
     first: Mapping[Any, Mapping[str, float]], second: Mapping[Any, Mapping[str, float]], units: Sequence[Any]
 ) -> Mean | None:
-    """Of each class the mean difference over the units; None unless all units know the same classes, two at least."""
+    """Mean over classes of each class's mean difference; None unless all units share the same two or more classes."""
     if not all(unit in first and unit in second for unit in units):
         return None
     names = {frozenset(run[unit]) for run in (first, second) for unit in units}
@@ -151,10 +151,10 @@ def _over_classes(
 
 
 def smallest_p(pairs: int, contrasts: int = 1) -> float:
-    """The smallest p that so many pairs can give the best of so many contrasts, after the correction."""
+    """The smallest corrected p that the best of this many contrasts can have with this many pairs."""
     return min(1.0, contrasts * 2.0 ** (1 - pairs))
 
 
 def pairs_needed(contrasts: int) -> int:
-    """How many pairs it takes so that a difference can be proven at all beside so many contrasts."""
+    """The number of pairs needed to prove any difference at all among this many contrasts."""
     return math.ceil(1 - math.log2(LEVEL / contrasts))

@@ -14,7 +14,7 @@ from hf_cdl.compare.statistics import LEVEL, Contrast, Mean, mean_of
 DEFAULT = ("average_accuracy", "forgetting", "average_incremental_accuracy")
 CDL = ("average_accuracy", "official_forgetting", "forgetting", "average_incremental_accuracy")
 ONE_TASK = ("average_accuracy",)
-"""The metrics that a table compares: of streams, of streams by the CDL authors' protocol, of a single task."""
+"""Metrics in a table: for streams (DEFAULT), for streams by the CDL authors' protocol (CDL), for a single task."""
 
 DECOMPOSITION = ("average_accuracy", "within_task_accuracy", "task_identification", "confidence", "calibration_error")
 
@@ -35,9 +35,9 @@ class Table:
 
 
 def metrics_table(measured: Sequence[Measured], metrics: Sequence[str], interval_of: str = "") -> Table:
-    """For each row its number of units and mean ± sample standard deviation of the metrics; `–` of one unit.
+    """For each row its number of units and mean ± sample standard deviation of the metrics; `–` for a single unit.
 
-    Behind the metric `interval_of` stands the 95 % interval of its mean.
+    The column after the metric `interval_of` has the 95 % interval of its mean.
     """
     headings, columns = ["row", "n"], []
     for name in metrics:
@@ -50,9 +50,9 @@ def metrics_table(measured: Sequence[Measured], metrics: Sequence[str], interval
 
 
 def contrasts_table(contrasts: Sequence[Contrast], metric: str) -> Table:
-    """For each contrast its pairs, mean ± standard deviation, 95 % interval, p values, and how many are above 0.
+    """For each contrast its number of pairs, mean ± standard deviation, 95 % interval, p values, and number above 0.
 
-    Behind its interval over the units stands that over the classes, where it was measured.
+    The interval over the classes, if measured, follows the one over the units.
     """
     classes = any(contrast.over_classes for contrast in contrasts)
     headings = ["paired difference", "n", metric.replace("_", " "), "95 % interval", *["over classes"] * classes]
@@ -70,7 +70,7 @@ def contrasts_table(contrasts: Sequence[Contrast], metric: str) -> Table:
 
 
 def cost_table(measured: Sequence[Measured]) -> Table:
-    """For each row what it costs to train and in use, on average over its units."""
+    """For each row the costs of training and of use, averaged over its units."""
     columns = {
         "training GFLOPs": ("training_flops", lambda x: f"{x / 1e9:,.1f}"),
         "training seconds": ("train_seconds", lambda x: f"{x:,.1f}"),
@@ -91,7 +91,7 @@ def cost_table(measured: Sequence[Measured]) -> Table:
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
-    """For each A/A check the share of false wins with its 95 % interval, and whether anything could have won."""
+    """For each A/A check the rate of false wins with its 95 % interval, and whether anything could have won."""
     rows = []
     for check in checks:
         verdict = "within 5 %" if check.passed else "ABOVE 5 %"
@@ -104,24 +104,24 @@ def checks_table(checks: Sequence[Check]) -> Table:
 
 
 def spread(mean: Mean, sign: str = "") -> str:
-    """Mean ± standard deviation, with two digits."""
+    """Mean ± standard deviation, with two decimals."""
     return f"{_number(mean.mean, sign)} ± {_number(mean.sd)}"
 
 
 def interval(mean: Mean, sign: str = "") -> str:
-    """The 95 % interval as `low to high`; `–` of one value."""
+    """The 95 % interval as `low to high`; `–` for a single value."""
     return "–" if math.isnan(mean.low) else f"{_number(mean.low, sign)} to {_number(mean.high, sign)}"
 
 
 def p_text(p: float) -> str:
-    """A p value with three digits, or that it is below 0.001."""
+    """A p value with three decimals, or `< 0.001`."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _rows(
     measured: Sequence[Measured], columns: Sequence[tuple[Mapping[str, Mapping[Unit, float]], Callable[[Mean], str]]]
 ) -> list[tuple[str, int, list[str]]]:
-    """For each row its label, number of units and a cell for each column, where something was measured."""
+    """For each row its label, number of units and one cell per column, `–` where nothing was measured."""
     counts: dict[str, int] = {}
     for run in measured:
         counts[run.label] = counts.get(run.label, 0) + 1

@@ -1,10 +1,10 @@
-"""hf-cdl compare --test: a finished comparison's stored checkpoints on the test images, once.
+"""hf-cdl compare --test: measure a finished comparison's stored checkpoints on the test images, once.
 
-python -m hf_cdl.compare.test_split SPEC VARIANT UNIT measures one run: the comparison starts it for each.
+python -m hf_cdl.compare.test_split SPEC VARIANT UNIT measures one run; the comparison starts it for each run.
 
-What was compared was chosen by validation images; who looks at test images again chooses by them. So it is recorded
-in a ledger that they are read, before they are: when, by whom, for which comparison and recipes. A comparison that has
-been read is refused, also if runs were added to it; one that was cut off goes on.
+Choices were made on validation images; looking at test images repeatedly would mean choosing on them. So a ledger
+records each reading before it happens: when, by whom, for which comparison and recipes. A comparison that has been
+read is refused, even if runs were added to it; an interrupted one resumes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from hf_cdl.runs.metrics import continual_metrics
 
 @contextlib.contextmanager
 def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
-    """Record in the ledger that the test images are read, and afterwards that it is done; all that was read of them.
+    """Record in the ledger that the test images are read, and on exit that it is done; yields all readings of them.
 
     Raises RecipeError if runs are missing, if they measured on test images themselves, or if those were read before.
     """
@@ -75,7 +75,7 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
 
 
 def measured_on_test(comparison: Comparison, run: PlannedRun) -> dict[str, Any] | None:
-    """A run's results with everything that was measured on images measured again, on the test images, or None."""
+    """A run's results with all measurements repeated on the test images; None if they are missing."""
     return run.read(_file(comparison, run))
 
 
@@ -103,9 +103,9 @@ def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
 
 
 def _fingerprints(comparison: Comparison) -> list[str]:
-    """16 hex digits of the test images: of their classes and sizes, not of their order or folder.
+    """Fingerprints (16 hex digits) of the test images: of their classes and sizes, not their order or folder.
 
-    More than one if the runs have different classes.
+    There are several if the runs have different classes.
     """
     found = set()
     for recipe in {repr(run.recipe.data): run.recipe for run in comparison.runs}.values():
@@ -137,7 +137,7 @@ def _now() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Measure the run that the words name; 2 if that cannot be done."""
+    """Measure the run that the arguments name; 2 if that is not possible."""
     parser = argparse.ArgumentParser(
         prog="python -m hf_cdl.compare.test_split",
         description=__doc__,

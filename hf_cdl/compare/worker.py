@@ -1,8 +1,8 @@
-"""A run of a comparison as a process of its own: python -m hf_cdl.compare.worker MODULE [WORD ...]
+"""A run of a comparison as a separate process: python -m hf_cdl.compare.worker MODULE [ARGUMENT ...]
 
-It ends together with the process that started it. That one holds the other end of its standard input; the end of the
-pipe is its end, also after a kill. Without this a killed comparison would leave its runs at work, beside those of its
-next start.
+It ends together with the process that started it: that one holds the other end of its standard input, and the pipe
+closes when it ends, even if it was killed. Otherwise a killed comparison would leave its runs running alongside those
+of the next start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hf_cdl.commands.stopping import end_after
 
 
 def start(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a module (`hf_cdl` is the commands) with its words, which writes into `log`; `environment` is added."""
+    """Start a module with its arguments (`hf_cdl`: the commands); it writes into `log`, and `environment` is added."""
     log.parent.mkdir(parents=True, exist_ok=True)
     whole = [sys.executable, "-m", "hf_cdl.compare.worker", *words]
     env = {**os.environ, **environment}

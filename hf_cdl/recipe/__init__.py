@@ -1,7 +1,8 @@
 """A recipe: everything that defines a run, read from YAML and the command line, checked before anything is loaded.
 
-files.py reads, plugins.py runs the user's own files, fields.py says what there is. type_checks.py says what is wrong
-with single fields, training.py with training arguments, checks.py between fields; all together, in one message.
+files.py reads it, plugins.py runs the user's own files, fields.py defines the fields. type_checks.py checks single
+fields, training.py the training arguments, checks.py the rules between fields; all problems are reported in one
+message.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
     "default": {},
     "cdl": {"normalise": False, "train": {"epoch_cosine": True, "dataloader_drop_last": True}},
 }
-"""What a protocol sets where the recipe does not; cdl is the training of Continual Distillation Learning's authors."""
+"""Values a protocol sets where the recipe does not; cdl is how Continual Distillation Learning's authors train."""
 
 
 def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
-    """Recipe from command-line arguments: `[RECIPE.yaml ...] [--any.field value ...]`; without a file from `default`.
+    """Load a recipe from arguments `[RECIPE.yaml ...] [--any.field value ...]`; `default`: the file if none is given.
 
     Values are YAML: `--teacher null`, `--distill.0.weight 0.3`, `--train.learning_rate=0.01`. Its `plugins` are run
-    before it is checked, so that it can name what they register: arguments and files must be the user's own. Raises
+    before it is checked, so that it can use what they register: arguments and files must be the user's own. Raises
     RecipeError with all problems at once.
     """
     content = read_recipe(arguments, default)
@@ -55,15 +56,15 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
 
 
 def build_recipe(content: dict[str, Any]) -> Recipe:
-    """Recipe from a plain dict, whose plugins are not run. Raises RecipeError with all problems at once."""
+    """Build a recipe from a plain dict; its plugins are not run. Raises RecipeError with all problems at once."""
     protocol = content.get("protocol")
     preset = PROTOCOLS.get(protocol, {}) if isinstance(protocol, str) else {}
     content = copy.deepcopy(merge(preset, content))
     problems: list[str] = []
     check_finite(content, "", problems)
-    _refuse(problems)  # what computes with them would fail
+    _refuse(problems)  # the later checks compute with these numbers
     if isinstance(content.get("student"), dict) and content["student"].get("model") == "classifier":
-        content.setdefault("baselines", [])  # those are of a frozen backbone
+        content.setdefault("baselines", [])  # baselines need a frozen backbone
     recipe = build_typed(Recipe, content, "", problems)
     _refuse([*problems, *broken_rules(content)])
     _refuse(without_effect(recipe))
@@ -80,12 +81,12 @@ def _refuse(problems: Iterable[str]) -> None:
 
 
 def completed(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as a run stored it (`as_dict`), with the defaults of fields that came later."""
+    """A recipe as a run stored it (`as_dict`), with defaults for fields added since."""
     return build_recipe(stored).as_dict()
 
 
 def described(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as a run stored it, completed for who only reads the run's numbers.
+    """A recipe as a run stored it, completed for readers of the run's numbers only.
 
     Training arguments stay as they are, unchecked: transformers would open files that some of them name.
     """

@@ -1,4 +1,4 @@
-"""From a recipe to the things it names: image processors, models, objectives, and readable names for tables."""
+"""Build what a recipe names: image processors, models, objectives, and readable names for tables."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CREATE: dict[str, Callable[..., Model]] = {kind: model.from_backbone for kind, m
 
 
 def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lambda role: None) -> dict[str, Any]:
-    """The image processor of each role: that in the folder `stored(role)`, or its backbone's; the baselines have the
-    student's.
+    """Load the image processor of each role: from the folder `stored(role)`, or else from its backbone.
 
-    Raises ValueError naming the role whose processor is missing or does not fit its backbone.
+    The baselines use the student's. Raises ValueError naming the role whose processor is missing or does not fit its
+    backbone.
     """
     found: dict[str, Any] = {}
     raw = {} if recipe.normalise else {"do_normalize": False, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
@@ -51,17 +51,17 @@ def build_processors(recipe: Recipe, stored: Callable[[str], Path | None] = lamb
 
 
 def load_processor(place: str | Path, revision: str | None = None, **fields: Any) -> Any:
-    """The image processor at a Hub id or in a folder, with other values of `fields`; no code of theirs is run.
+    """Load the image processor at a Hub id or in a folder, overriding `fields`; no remote code is run.
 
-    Raises ValueError if there is none, or none that makes pixel values of images.
+    Raises ValueError if there is none, or if it does not turn images into pixel values.
     """
     try:
         found = AutoImageProcessor.from_pretrained(place, revision=revision, trust_remote_code=False, **fields)
         check_processor(found)
-    except Exception as error:  # transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds of errors
         missing = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").exists()
         reason = "it is missing." if missing else said(error)
-        if isinstance(error, AttributeError | KeyError | TypeError):  # of code that took its fields for granted
+        if isinstance(error, AttributeError | KeyError | TypeError):  # from code that takes its fields for granted
             reason = f"it is not as save_pretrained writes it ({reason})."
         raise ValueError(
             f"'{place}' has no usable preprocessor_config.json: {reason} Get it again from where "
@@ -76,10 +76,10 @@ def build_models(
     stored: Callable[[str], Path | None] = lambda role: None,
     create: Mapping[str, Callable[..., Any]] = CREATE,
 ) -> Models:
-    """The recipe's models by role: that in the folder `stored(role)`, or a new one by `create`, without tasks.
+    """Build the recipe's models by role: loaded from the folder `stored(role)`, or new from `create`, without tasks.
 
-    `processors` are those of build_processors: a teacher that shares the student's query makes its view of the pixels.
-    Raises ValueError naming the role whose backbone is wrong.
+    `processors` are those of build_processors: a teacher that shares the student's query derives the student's view
+    from its own pixels. Raises ValueError naming the role whose backbone is wrong.
     """
     student = recipe.student
     sections = {"teacher": recipe.teacher, "student": student}
@@ -98,7 +98,7 @@ def build_models(
 
 
 def load_model(recipe: Recipe, section: ModelRecipe, folder: Path) -> Model:
-    """A model from a checkpoint of a run; the backbones of a small one from where the recipe has them now."""
+    """Load a model from a run's checkpoint; a small checkpoint's backbones come from where the recipe names them."""
     places: dict[str, str | None] = {}
     if section.model == "cdl" and not recipe.save_backbone:
         places = {"backbone_name": section.backbone, "backbone_revision": section.revision}
@@ -115,7 +115,7 @@ def _build(
     processors: dict[str, Any],
     models: Models,
 ) -> Model:
-    set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded before
+    set_seed(recipe.seed)  # here, so that a model does not depend on which others were built or loaded first
     if section.model == "classifier":
         return create(section.backbone, section.revision, pretrained=section.pretrained)
     teacher: Any = models.get("teacher")
@@ -142,9 +142,9 @@ def _build(
 
 
 def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]) -> None:
-    """Classifiers learn one task; one that is used as it is must know its classes, and takes their order.
+    """Check that classifiers learn a single task; one used as is must know its classes, and adopts their order.
 
-    `tasks`: the class names of each. Raises ValueError for what does not fit.
+    `tasks`: the class names of each task. Raises ValueError if something does not fit.
     """
     for role, model in models.items():
         if not isinstance(model, ImageClassifier):
@@ -161,8 +161,8 @@ def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]
 
 
 def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
-    """What a role is trained with: the terms and `ce_weight` are the student's."""
-    set_seed(recipe.seed)  # for the layers that terms own
+    """Build a role's objective; only the student has the terms and `ce_weight`."""
+    set_seed(recipe.seed)  # for the terms' own layers
     if role != "student":
         return Objective()
     student, teacher = models["student"].shape, models.get("teacher", models["student"]).shape
@@ -175,7 +175,7 @@ def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
 
 
 def labels(recipe: Recipe) -> dict[str, str]:
-    """Readable names of the roles, for tables and pictures."""
+    """Readable names of the roles, for tables and figures."""
 
     def describe(section: ModelRecipe | None) -> str:
         if section is None:
@@ -198,7 +198,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
 
 @contextmanager
 def about(role: str, section: ModelRecipe) -> Iterator[None]:
-    """Errors say whose they are."""
+    """Prefix errors with the role and backbone they concern."""
     try:
         yield
     except ValueError as error:

@@ -1,7 +1,7 @@
-"""What makes a recipe impossible, by the rules between its fields; every problem in words, none raised.
+"""Rules between the fields of a recipe; problems are yielded as text, not raised.
 
-The rules look at the recipe as it was written, at a section only as far as it has the right kind: what is wrong with
-single fields says type_checks.py. What one method alone asks of a recipe says its own `check_recipe`.
+The rules look at the recipe as written, and skip sections of the wrong type: single fields are checked in
+type_checks.py. What a single method requires of a recipe is in its own `check_recipe`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_cdl.training.arguments.table import IN_PASSES
 
 
 def _known(registry: Registry[Any], section: Any) -> Any:
-    """The class that a `{type: ..., fields}` section names; None if it names none that exists."""
+    """The class that a `{type: ..., fields}` section names; None if there is no such class."""
     kind = section.get("type") if isinstance(section, dict) else None
     return registry.get(kind) if isinstance(kind, str) else None
 
@@ -44,7 +44,7 @@ _DEFAULTS = {f.name: default_of(f) for f in dataclasses.fields(ModelRecipe)}
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """A model's section as it was written."""
+    """A model's section as written."""
 
     role: str
     section: dict[str, Any]
@@ -81,14 +81,14 @@ class _Model:
 
 @dataclasses.dataclass(frozen=True)
 class _Term:
-    """A distillation term that exists, and what messages call it."""
+    """A registered distillation term, and its name in messages."""
 
     name: str
     kind: type[Term]
 
 
 def broken_rules(content: dict[str, Any]) -> Iterator[str]:
-    """What is wrong between the fields of a recipe as it was written."""
+    """Yield the problems between the fields of a recipe as written."""
     models = {r: _Model(r, content[r]) for r in ("teacher", "student") if isinstance(content.get(r), dict)}
     terms = [
         _Term(f"'distill.{number}' ({term['type']})", known)
@@ -116,7 +116,7 @@ def _terms(content: dict[str, Any]) -> list[Any]:
 
 
 def student_parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts that the terms ask of the student, with defaults."""
+    """The parts that the terms require of the student, with defaults."""
     parts: dict[str, dict[str, Any]] = {}
     for term in _terms(content):
         if (known := _known(TERMS, term)) is not None:
@@ -152,7 +152,7 @@ def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:
 
 
 def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
-    """Prompts, adapters and backbone: one of them learns; adapters do so in a first session, which no KD head has."""
+    """Only one of prompts, adapters and backbone learns; adapters only in a first session, which no KD head has."""
     role = model.role
     if model.trains and model.prompted:
         why = "their queries come from the frozen backbone"
@@ -179,7 +179,7 @@ def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
 
 
 def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iterator[str]:
-    """Beside a fitted head nothing learns, but in a first session. `listed`: the recipe's terms, known or not."""
+    """With a fitted head, nothing is trained except in a first session. `listed`: the recipe's terms, known or not."""
     role, head, first = model.role, model.part("head"), model.section.get("first_session")
     learns = model.prompted or model.trains or model.has("lora")
     if first is None:
@@ -208,7 +208,7 @@ def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iter
 
 
 def _part_rules(model: _Model, asked: dict[str, Any]) -> Iterator[str]:
-    """Parts of the student that terms train."""
+    """Parts that terms train belong to a student, with a term that trains them."""
     for part in dict.fromkeys(part for term in TERMS.values() for part in term.student_parts):
         if model.has(part) and model.role == "teacher":
             yield f"'teacher.{part}': only a student has it; leave it out"
@@ -218,7 +218,7 @@ def _part_rules(model: _Model, asked: dict[str, Any]) -> Iterator[str]:
 
 
 def _classifier_rules(model: _Model) -> Iterator[str]:
-    """A classifier has none of the parts of a cdl model, and only a classifier may be used as it is."""
+    """A classifier has none of a cdl model's parts, and only a classifier may be used without training."""
     role, section = model.role, model.section
     if model.plain:
         for f in dataclasses.fields(ModelRecipe):
@@ -241,7 +241,7 @@ def _teacher_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterat
 
 
 def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[_Term]) -> Iterator[str]:
-    """A classifier shows its logits alone and answers no queries; a student's has no baselines and no KD head."""
+    """A classifier gives only logits and no queries; as a student it has no baselines and no KD head."""
     plain = {role for role, model in models.items() if model.plain}
     able = ", ".join(
         name
@@ -262,7 +262,7 @@ def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list
 
 
 def _hub_rules(content: dict[str, Any]) -> Iterator[str]:
-    """Where to push: a name that the Hub takes, and a teacher if it is to be pushed."""
+    """Pushing needs a repository name that the Hub accepts, and a teacher if one is to be pushed."""
     if content.get("push_to_hub") is not True:
         return
     if content.get("push_teacher") is True and content.get("teacher") is None:
@@ -274,11 +274,11 @@ def _hub_rules(content: dict[str, Any]) -> Iterator[str]:
         yield f"'{source}' cannot name a repository on the Hub: {error} Set hub_model_id OWNER/NAME."
 
 
-# ---- of a recipe whose fields are right ----
+# ---- rules for a recipe with valid fields ----
 
 
 def idle_arguments(recipe: Recipe) -> list[str]:
-    """Training arguments of a recipe that have no effect, since no loss trains what they are of: heads are fitted."""
+    """Training arguments that have no effect, because the heads they apply to are fitted, not trained by a loss."""
     sections = {"teacher": recipe.teacher, "student": recipe.student}
     trained = {role for role, section in sections.items() if section is not None and _trains(section)}
     trained |= {"student"} if any(not _fitted(BASELINES[name]) for name in recipe.baselines) else set()
@@ -297,7 +297,7 @@ def _trains(section: ModelRecipe) -> bool:
 
 
 def without_effect(recipe: Recipe) -> Iterator[str]:
-    """What trains nothing: a model's own training arguments (the shared ones may come with a base file), weights."""
+    """Yield settings that train nothing: a model's own training arguments (a base may give shared ones), weights."""
     for name in idle_arguments(recipe):
         if not name.startswith("train."):
             yield f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"

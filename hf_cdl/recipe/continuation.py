@@ -1,6 +1,6 @@
-"""Of a recipe that somebody else wrote, what another run goes on with: what rebuilds the models, and how they learn.
+"""The part of someone else's recipe that a new run inherits: what rebuilds the models, and how they learn.
 
-Nothing that names code, files or services of a machine is among it: no plugins, folders, trackers, launchers.
+It includes nothing that names a machine's code, files or services: no plugins, folders, trackers or launchers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hf_cdl.recipe.training import PLACES
 
 _WHOLE = ("distill", "ce_weight", "protocol", "normalise", "seed", "save_backbone", "save_code")
 _DATA = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")
-"""What the new task's data have in common with those of the tasks before."""
+"""Data fields that the new task shares with the earlier tasks."""
 _TRAIN = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "epoch_cosine", "lr_steps"),
@@ -28,13 +28,13 @@ _TRAIN = (
     *("gradient_checkpointing", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps", "save_strategy"),
 )
 _NEVER = ("name", "data", "baselines", "card", "teacher_from", *PLACES)
-"""Fields that are of another run by nature; that they are left out need not be said."""
+"""Fields specific to the other run; dropping them is not worth reporting."""
 
 
 def taken_over(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[Recipe, list[str]]:
-    """The recipe as far as it is taken over, its data without a path, and the fields that were left out.
+    """The inherited recipe, its data without a path, and the names of the fields that were dropped.
 
-    `build` checks it. Plugins are for the caller to refuse. Raises RecipeError.
+    `build` checks it; refusing plugins is up to the caller. Raises RecipeError if the stored recipe is invalid.
     """
     if not isinstance(stored, dict):
         raise RecipeError(f"it must have fields, but is {visible(repr(stored))[:60]}")
@@ -68,7 +68,7 @@ def _training(section: Any, path: str, left: list[str]) -> dict[str, Any]:
 
 
 def _model(section: dict[str, Any], role: str, left: list[str]) -> dict[str, Any]:
-    """A model's section; a local backbone by its name alone, which somebody who has it here can name anew."""
+    """A model's section; of a local backbone only the name is kept, for the user to point to their own copy."""
     fields = tuple(f.name for f in dataclasses.fields(ModelRecipe))
     left += [f"{role}.{key}" for key in section if key not in fields]
     model = _kept(section, fields)
@@ -85,7 +85,7 @@ def _model(section: dict[str, Any], role: str, left: list[str]) -> dict[str, Any
 
 
 def _check_texts(value: Any, path: str = "") -> None:
-    """Raises RecipeError for a text that is no plain word or name."""
+    """Check all strings. Raises RecipeError for one that is not a plain word or name."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_texts(key, f"{path}.{visible(key)}")

@@ -16,7 +16,7 @@ from hf_cdl.recipe.training import PLACES, training
 from hf_cdl.recipe.type_checks import fields_of, method
 
 BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
-"""The heads of the baselines: without any training, and trained alone on the frozen features."""
+"""The baselines' heads: one without any training, and one trained alone on the frozen features."""
 
 
 Prompt = Annotated[dict[str, Any], method(PROMPTS)]
@@ -26,7 +26,7 @@ Training = Annotated[dict[str, Any], training]
 
 
 def _help(text: str, classifier: bool = False, **default: Any) -> Any:
-    """A field with its description; `classifier`: of a model's section, one that a model: classifier has too."""
+    """A field with its description; `classifier`: in a model's section, whether a model: classifier has it too."""
     return field(**default, metadata={"help": text, "classifier": classifier})
 
 
@@ -74,7 +74,7 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class CardRecipe:
-    """The `card` section: what a model card says that no run can know. It may change at any time."""
+    """The `card` section: facts for the model card that a run cannot know. It may change at any time."""
 
     license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
     data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
@@ -84,9 +84,9 @@ class CardRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run. `train` takes every field of CDLTrainingArguments but output_dir and seed.
+    """A run. `train` takes every field of CDLTrainingArguments except output_dir and seed.
 
-    Raises ValueError for a name that is no folder's, and for a negative weight.
+    Raises ValueError if the name or output_dir cannot be a folder's, or if ce_weight is negative.
     """
 
     name: str = _help("Name of the run, for titles.")
@@ -152,12 +152,12 @@ class Recipe:
         return Path(self.output_dir or Path("runs") / self.name)
 
     def as_dict(self) -> dict[str, Any]:
-        """What defines the run, for its ledger: all but where it is stored and pushed."""
+        """What defines the run, for its ledger: everything except where it is stored and pushed."""
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in PLACES}
 
     @property
     def repositories(self) -> dict[str, str]:
-        """Role -> repository on the Hub that it is pushed to."""
+        """Role -> Hub repository that it is pushed to."""
         name = self.hub_model_id or self.name
         roles = {"student": name, **({"teacher": f"{name}-teacher"} if self.push_teacher else {})}
         return roles if self.push_to_hub else {}

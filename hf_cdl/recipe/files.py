@@ -1,4 +1,4 @@
-"""Recipe files and the command line as one plain dict: bases, several files, dotted overrides. Nothing is checked."""
+"""Read recipe files and the command line into one plain dict: bases, several files, dotted overrides. No checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from hf_cdl.escape import visible, visible_lines
 
 _CHARACTERS, _NODES, _DEPTH = 1_000_000, 50_000, 50
-"""What a YAML text has at most: characters, values, sections within sections."""
+"""Limits of a YAML text: characters, values, nesting depth."""
 _NUMBERS, _DIGITS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"), 1000
 _MERGE = "tag:yaml.org,2002:merge"
 _MANY, _DEEP = f"it has more than {_NODES:,} values", f"it is nested more than {_DEPTH} deep"
@@ -25,10 +25,10 @@ class RecipeError(ValueError):
 
 
 def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]:
-    """The content of `[RECIPE.yaml ...] [--any.field value ...]`; without a file that of `default`.
+    """Read `[RECIPE.yaml ...] [--any.field value ...]`; `default`: the file if none is given.
 
-    Of several files a later one overrides an earlier one, and their names are joined. A file may name a `base` file
-    (relative to itself) that it overrides. Values are YAML. Raises RecipeError for what cannot be read.
+    Later files override earlier ones, and their names are joined. A file may name a `base` file (relative to itself)
+    that it overrides. Values are YAML. Raises RecipeError if something cannot be read.
     """
     arguments, files = list(arguments), []
     while arguments and not arguments[0].startswith("--"):
@@ -46,14 +46,14 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
 
 
 class _Refused(yaml.YAMLError):
-    """Good YAML that is no recipe: more than one can be, or with a field that stands twice."""
+    """Valid YAML that is not a recipe: larger than any recipe, or with a duplicate field."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-3` a number, which PyYAML (YAML 1.1) takes for a string.
+    """YAML in which `1e-3` is a number; PyYAML (YAML 1.1) reads it as a string.
 
-    Of at most _NODES values, aliases written out: a few lines of aliases of aliases would fill any memory. A field
-    that stands twice is refused, of which PyYAML would keep the last.
+    At most _NODES values with aliases expanded: a few lines of aliases of aliases would exhaust any memory. A
+    duplicate field is refused; PyYAML would keep the last one.
     """
 
     def compose_document(self) -> Any:
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
-            node.tag = "tag:yaml.org,2002:str"  # 1:30 is 90 in YAML 1.1, and nobody means that
+            node.tag = "tag:yaml.org,2002:str"  # YAML 1.1 reads 1:30 as 90, which nobody means
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
             raise _Refused(f"it has a number of {len(node.value):,} characters")
         return node
@@ -88,9 +88,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _written_out(self, node: Any, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-        """How many values there are from a node on, and how deep. Raises _Refused, also for a node below itself."""
+        """Number of values below a node, itself included, and their depth. Raises _Refused, also for cycles."""
         if id(node) not in known:
-            known[id(node)] = (_NODES + 1, 0)  # as long as it is open
+            known[id(node)] = (_NODES + 1, 0)  # while it is open: a cycle counts as too large
             pairs = node.value if isinstance(node, yaml.CollectionNode) else []
             parts = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
             below = [self._written_out(part, known) for part in parts]
@@ -109,7 +109,7 @@ _Loader.add_implicit_resolver(
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError for one that is none, or larger than any recipe."""
+    """The value of a YAML text. Raises yaml.YAMLError if it is invalid or larger than any recipe."""
     if len(text) > _CHARACTERS:
         raise _Refused(f"it has {len(text):,} characters; a recipe has less than {_CHARACTERS:,}")
     try:
@@ -119,14 +119,14 @@ def _parse(text: str) -> Any:
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which what YAML aliases share is separate: an override of one section must not reach another."""
+    """A copy in which YAML aliases share nothing: an override of one section must not change another."""
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The fields of a YAML file, on top of those of its `base`. Raises RecipeError for what cannot be read."""
+    """The fields of a YAML file merged over those of its `base`. Raises RecipeError if something cannot be read."""
     if file.resolve() in above:
         raise RecipeError(f"{file} is its own base; leave that out, or name another file.")
     try:
@@ -153,13 +153,13 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _shown(error: yaml.YAMLError) -> str:
-    """A YAML error in at most five lines, the last of which say where it is."""
+    """A YAML error in at most five lines; the last ones give its position."""
     lines = visible_lines(error).split("\n")
     return "\n".join(line[:200] for line in lines[:5])
 
 
 def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `override`, section by section; a section of another `type` starts anew."""
+    """`base` with the fields of `override`, section by section; a section of another `type` replaces the old one."""
     merged = dict(base)
     for key, value in override.items():
         old: Any = merged.get(key)
@@ -171,7 +171,7 @@ def merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
 
 
 def fields_given(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """Dotted name and value of every `--any.field value`. Raises RecipeError for what is none."""
+    """Dotted name and value of every `--any.field value`. Raises RecipeError for anything else."""
     arguments, pairs = list(arguments), []
     while arguments:
         name = arguments.pop(0)
@@ -195,7 +195,7 @@ def fields_given(arguments: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def _unexpected(word: str) -> RecipeError:
-    """What is neither a file nor a field."""
+    """The error for an argument that is neither a file nor a field."""
     near = f" Did you mean -{visible(word)[:100]}?" if re.match(r"-[A-Za-z_]", word) else ""
     return RecipeError(
         f"Unexpected argument '{visible(word)[:200]}'; write [RECIPE.yaml ...] --field value, like --train.bf16 true."

@@ -1,4 +1,4 @@
-"""Plugins: Python files of the user's own that a recipe names, run before it is checked."""
+"""Plugins: the user's own Python files, named by a recipe and run before it is checked."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hf_cdl.recipe.files import RecipeError
 
 
 def load_plugins(files: Any) -> None:
-    """Run Python files that the user named, once in a process; never those that a stranger's recipe names.
+    """Run Python files that the user named, once per process; never those that a stranger's recipe names.
 
-    They register methods (`PROMPTS.register` and the like) and models (with transformers' Auto classes). Of what is no
-    list of texts nothing is run: the recipe's checks refuse it. Raises RecipeError for a file that is not there, or
-    fails.
+    They register methods (`PROMPTS.register` and the like) and models (with transformers' Auto classes). If `files`
+    is not a list of strings, nothing is run: the recipe's checks refuse it. Raises RecipeError for a file that is
+    missing or fails.
     """
     if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
         return
     for file in map(Path, files):
-        name = f"hf_cdl_plugins.of_{crc32(bytes(file.resolve())):08x}.{file.stem}"  # of one name in two folders: both
+        name = f"hf_cdl_plugins.of_{crc32(bytes(file.resolve())):08x}.{file.stem}"  # names may repeat between folders
         if name in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(name, file.resolve())
@@ -30,7 +30,7 @@ def load_plugins(files: Any) -> None:
             raise RecipeError(
                 f"'plugins' names '{file}', which is no Python file (seen from {Path.cwd()}). Give the path of one."
             )
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where transformers looks for its source
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # transformers looks up its source there
         try:
             spec.loader.exec_module(module)
         except Exception as error:

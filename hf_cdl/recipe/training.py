@@ -1,4 +1,4 @@
-"""Training arguments in a recipe: those of both models in `train`, what differs for one in its own `train`."""
+"""Training arguments in a recipe: shared ones in `train`, and each model's differences in its own `train`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hf_cdl.recipe.type_checks import default_of, near_name, typed_value
 from hf_cdl.training.arguments import CDLTrainingArguments
 
 PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
-"""The fields of a recipe that do not define the run's numbers."""
+"""Fields of a recipe that do not affect the run's numbers."""
 
 
 def training(section: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    """Check the names and types of a `train` section. null is the default of a field that cannot be null."""
+    """Check the names and types of a `train` section. null means the default for a field that cannot be null."""
     hints = typing.get_type_hints(CDLTrainingArguments)
     fields = {f.name: f for f in dataclasses.fields(CDLTrainingArguments) if f.init}
     values: dict[str, Any] = {}
@@ -35,7 +35,7 @@ def training(section: dict[str, Any], path: str, problems: list[str]) -> dict[st
 
 
 def training_problems(content: dict[str, Any], role: str) -> Iterator[str]:
-    """What each training argument of a role does alone and beside the others, if their names and types are right."""
+    """Yield what is wrong with a role's training arguments, alone or combined, if their names and types are right."""
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     wrong: list[str] = []
@@ -44,7 +44,7 @@ def training_problems(content: dict[str, Any], role: str) -> Iterator[str]:
             values |= training(section, path, wrong)
             places |= {key: f"{path}.{key}" for key in section}
     if wrong:
-        return  # which the sections' own checks say
+        return  # the sections' own checks report it
     if isinstance(content.get("seed", 0), int):
         values["seed"], places["seed"] = content.get("seed", 0), "seed"
     if found := CDLTrainingArguments.problems(values):

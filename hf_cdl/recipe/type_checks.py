@@ -1,7 +1,8 @@
-"""Dataclasses from plain dicts, every problem with them named in words and none raised.
+"""Build dataclasses from plain dicts; problems are collected as text, not raised.
 
-pydantic reads the values. A field's annotation may say more of a section: `Annotated[dict, method(PROMPTS)]` is one of
-a registry, `{type: ..., fields}`, and `Annotated[dict, fields_of(LoraOptions)]` one with the fields of a dataclass.
+pydantic validates the values. A field's annotation may specify a section further: `Annotated[dict, method(PROMPTS)]`
+is one from a registry, `{type: ..., fields}`, and `Annotated[dict, fields_of(LoraOptions)]` one with a dataclass's
+fields.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from hf_cdl.registry import Registry
 
 LARGEST = 10**18
-"""Below it are the whole numbers of recipes; larger ones are no numbers for arrays, and far larger ones no floats."""
-WRONG: Any = object()  # stands for a value that was reported
+"""Upper bound of integers in recipes; larger ones do not fit into arrays, and much larger ones not into floats."""
+WRONG: Any = object()  # replaces a value whose problem was reported
 Check = Callable[[dict[str, Any], str, list[str]], dict[str, Any]]
-"""(section, its path, problems) -> the section with values of the right types; as it was, if they are not."""
+"""(section, its path, problems) -> the section with values of the right types; unchanged if there are problems."""
 
 
 def method(registry: Registry[Any]) -> Check:
-    """The check of a section `{type: ..., fields}`, whose fields are those of the type's `config_class`."""
+    """The check for a section `{type: ..., fields}` whose fields are those of the type's `config_class`."""
 
     def check(section: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
         kind = section.get("type")
@@ -45,12 +46,12 @@ def method(registry: Registry[Any]) -> Check:
 
 
 def fields_of(kind: type) -> Check:
-    """The check of a section with the fields of a dataclass."""
+    """The check for a section with the fields of a dataclass."""
     return lambda section, path, problems: {**section, **_typed_fields(kind, section, path, problems)}
 
 
 def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any:
-    """An instance of the dataclass `kind` from a dict, WRONG if none can be made; to `problems` what is wrong."""
+    """Build an instance of the dataclass `kind` from a dict; WRONG if that fails. Problems go into `problems`."""
     if not isinstance(content, dict):
         problems.append(f"{path or 'the recipe'} must have fields, but is {_short(content)}")
         return WRONG
@@ -69,25 +70,25 @@ def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any
     if any(value is WRONG for value in values.values()) or missing:
         return WRONG
     try:
-        return kind(**values)  # even beside unknown fields: its own checks may find more
+        return kind(**values)  # even with unknown fields: its own checks may find more problems
     except (ValueError, TypeError) as error:
         problems.append(f"{path}: {error}" if path else str(error))
         return WRONG
 
 
 def _typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
-    """The fields that were given, with values of the right type; nothing if one of them is wrong."""
+    """The given fields with values of the right type; empty if any of them is wrong."""
     before, built = len(problems), build_typed(kind, fields, path, problems)
     return {} if len(problems) > before else {key: getattr(built, key) for key in fields}
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
-    """The default of a dataclass's field; MISSING if it has none."""
+    """The default of a dataclass field; MISSING if it has none."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    """The value as its type has it, 8 for 8.0; WRONG after adding to `problems` why it is none."""
+    """The value converted to its type, e.g. 8.0 to 8; WRONG if that fails, with the reason added to `problems`."""
     for option in _options(hint):
         if dataclasses.is_dataclass(option) and value is not None:
             return build_typed(option, value, name, problems)  # type: ignore[arg-type]
@@ -98,14 +99,14 @@ def typed_value(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
             checked = [item(v if isinstance(v, dict) else {}, f"{name}.{i}", problems) for i, v in enumerate(value)]
             value = [new if isinstance(old, dict) else old for old, new in zip(value, checked, strict=True)]
     if value is False and "no" in _words(hint):
-        value = "no"  # which is false in YAML, in a file as on the command line
+        value = "no"  # YAML reads `no` as false, in files and on the command line
     try:
         typed = TypeAdapter(hint).validate_python(value)
         if _turned(value, typed):
             problems.append(f"'{name}' is {_short(value)}, but should be a number, not yes or no")
             return WRONG
         return typed
-    except PydanticUserError:  # a few of TrainingArguments' types have no schema; its own checks see them
+    except PydanticUserError:  # a few types of TrainingArguments have no schema; its own checks cover them
         return value
     except ValidationError as error:
         said = ("should have more values" if line["type"] == "missing" else line["msg"] for line in error.errors())
@@ -123,12 +124,12 @@ def _check(hint: Any) -> Check | None:
 
 
 def near_name(name: Any, known: Iterable[str]) -> str | None:
-    """The known name that an unknown one is nearly; None if it is far from all."""
+    """The known name closest to an unknown one; None if none is close."""
     return next(iter(difflib.get_close_matches(str(name), known, n=1)), None)
 
 
 def _words(hint: Any) -> set[Any]:
-    """The words that a type lists."""
+    """The values that a Literal or Enum type allows."""
     if typing.get_origin(hint) is typing.Literal:
         return {*typing.get_args(hint)}
     if len(options := _options(hint)) > 1:
@@ -142,14 +143,14 @@ def _short(value: Any) -> str:
 
 
 def _turned(before: Any, after: Any) -> bool:
-    """Whether a yes or no became a number, which nobody means who writes one."""
+    """Whether a boolean became a number, which nobody who writes a boolean means."""
     if isinstance(before, list) and isinstance(after, list | tuple):
         return any(map(_turned, before, after))
     return isinstance(before, bool) and not isinstance(after, bool)
 
 
 def check_finite(content: Any, path: str, problems: list[str]) -> None:
-    """Name the numbers that are none: a run could not tell whether it is the same recipe again."""
+    """Report NaN, infinite and oversized numbers: with NaN, a run could not recognise its own recipe."""
     if isinstance(content, dict | list):
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             check_finite(value, f"{path}.{key}" if path else str(key), problems)

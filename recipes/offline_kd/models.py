@@ -79,7 +79,7 @@ def bottleneck(inputs: int, width: int, stride: int) -> nn.Module:
 
 
 class PreActivation(nn.Module):
-    """Wide ResNet's block; where the shape changes, the shortcut starts behind the first activation."""
+    """Wide ResNet's block; where the shape changes, the shortcut starts after the first activation."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -93,7 +93,7 @@ class PreActivation(nn.Module):
 
 
 def vgg_layer(inputs: int, width: int, stride: int) -> nn.Module:
-    """A stage after the first starts with the pooling that ends the one before (`stride` 2)."""
+    """A VGG layer; with `stride` 2 it starts with the pooling that ends the previous stage."""
     pool: list[nn.Module] = [nn.MaxPool2d(2)] if stride == 2 else []
     return nn.Sequential(*pool, nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
 
@@ -109,7 +109,7 @@ def inverted_residual(inputs: int, width: int, stride: int, expansion: int = 6) 
 
 
 class ShuffleUnit(nn.Module):
-    """ShuffleNetV2's unit: half of the channels pass, or with `stride` 2 all go both ways; then they are shuffled."""
+    """ShuffleNetV2's unit: half of the channels pass, or with `stride` 2 all take both branches; then a shuffle."""
 
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
@@ -139,7 +139,7 @@ FAMILIES: dict[str, tuple[Callable[[int, int, int], nn.Module], tuple[int, ...]]
 
 
 class CifarForImageClassification(PreTrainedModel):
-    """stem -> stages -> neck -> mean over all places -> classifier.
+    """stem -> stages -> neck -> mean over all positions -> classifier.
 
     Raises ValueError for an unknown family, or widths and depths that do not fit its number of stages.
     """
@@ -170,7 +170,7 @@ class CifarForImageClassification(PreTrainedModel):
                 inputs = width
             self.stages.append(nn.Sequential(*blocks))
         self.stem, self.neck = nn.Identity(), nn.Identity()
-        if family == "wide_resnet":  # its blocks bring the activations
+        if family == "wide_resnet":  # its blocks contain the activations
             self.stem, self.neck = conv(3, stem, 3), nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU())
         elif family == "shufflenet_v2":
             self.stem = nn.Sequential(*conv_bn_relu(3, stem, 1))

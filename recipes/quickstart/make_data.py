@@ -3,10 +3,10 @@
 The full folder holds {stream,base}-{train,validation,test}.parquet and LICENCES.tsv. Of its stream classes the
 quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100 with fewer images each (recipes/icons100). Of
 its base classes, on which the quickstart's backbones were pre-trained, offline distillation gets 50
-(recipes/offline_kd/icons). Taken are the classes with the most test images (ties: most training images, then by name),
-of each at most `caps` images per split, chosen with a fixed seed; all with their classes in alphabetical order. Images
-are compressed again without loss. Written are the three parquet files, the licences of the icon sets that occur, the
-data card README.md.
+(recipes/offline_kd/icons). It takes the classes with the most test images (ties: most training images, then by name),
+at most `caps` images per split of each, chosen with a fixed seed, and sorts the classes alphabetically. Images are
+recompressed losslessly. It writes the three Parquet files, the licences of the icon sets used, and the data card
+README.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def smaller(png: bytes) -> bytes:
-    """The same pixels in fewer bytes."""
+    """Recompress a PNG: the same pixels in fewer bytes."""
     before, out = PIL.open(io.BytesIO(png)), io.BytesIO()
     before.save(out, "PNG", optimize=True)
     after = PIL.open(io.BytesIO(out.getvalue()))
@@ -43,7 +43,7 @@ def choose(full: dict[str, Dataset], classes: int) -> list[str]:
 
 
 def cut(rows: Dataset, classes: list[str], cap: int | None) -> Dataset:
-    """At most `cap` images of each class, sorted by class and source; a class's choice depends on no other class."""
+    """Keep at most `cap` images of each class, sorted by class and source; each class's choice is independent."""
     names, labels = rows.features["label"].names, np.array(rows["label"])
     columns: dict[str, list] = {"image": [], "label": [], "family": [], "source": []}
     for label, name in enumerate(classes):
@@ -108,7 +108,7 @@ Every icon belongs to its makers and is under its set's own licence (MIT, Apache
 lists the {sets} sets that occur, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
 """  # noqa: E501
 
-# True because a class's images are drawn with the same seed for every folder: fewer of them are the first of more.
+# True because a class's images are drawn with the same seed for every folder: a smaller draw is a larger one's start.
 ALSO = """
 
 {classes} of these classes are also in [the quickstart](../quickstart/icons/README.md), which has these images of them and more, in
@@ -117,7 +117,7 @@ the same splits: {names}. What was tuned on the quickstart's stream was therefor
 
 @dataclass(frozen=True)
 class Subset:
-    """What goes into one folder: so many classes of a `part` of the full data, and what the card says of them."""
+    """Contents of one folder: a number of classes from a `part` of the full data, and texts for their card."""
 
     out: Path
     part: str

@@ -1,4 +1,4 @@
-"""Low-rank adapters: they learn in the first session alone, are part of every checkpoint, and peft reads them too."""
+"""Low-rank adapters: they learn only in the first session, are in every checkpoint, and peft can read them, too."""
 
 from __future__ import annotations
 
@@ -398,7 +398,7 @@ def test_a_checkpoint_s_sub_folder_is_pushed_and_nothing_pickled_in_it(tmp_path:
 @peft_is_late
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> None:
-    """With dropout, a term that owns layers, small checkpoints, and a teacher with adapters of its own."""
+    """With dropout, a term that has its own layers, small checkpoints, and a teacher with its own adapters."""
     recipe = make_recipe(tmp_path, distill=[{"type": "fitnets", "weight": 0.5}], save_backbone=False)
     for role in ("teacher", "student"):
         recipe[role] = {"backbone": recipe[role]["backbone"], **LORA}

@@ -1,4 +1,4 @@
-"""Data that make no stream of tasks: folders, files, columns, labels, classes, and objects of a wrong kind."""
+"""Data that give no task stream: wrong folders, files, columns, labels, classes, and objects of the wrong type."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = ClassLabel(names=["ant", "bee"])
 
 
 def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY, **fields: Any) -> Row:
-    """A run on the folder `bad`, which a call makes; `fields` are those of the recipe's section `data`."""
+    """A run on the folder `bad`, which a callable creates; `fields` are those of the recipe's section `data`."""
 
     def make(parts: Parts) -> Command:
         build(parts)
@@ -33,7 +33,7 @@ def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY
 
 
 def photos(*changes: Callable[[Path], Any]) -> Callable[[Parts], None]:
-    """Class folders of ant, bee and cat, and then changes of them."""
+    """Make class folders of ant, bee and cat, then apply changes to them."""
 
     def build(parts: Parts) -> None:
         folder = parts.copy("photos", "bad")
@@ -63,7 +63,7 @@ def flat(parts: Parts) -> None:
 
 
 def table(labels: list[Any], kind: Any = CLASSES, without: str = "", **columns: Any) -> Callable[[], Dataset]:
-    """A picture of each label, and the labels as a column of this kind; `columns` come besides."""
+    """A table with an image per label and the labels as a column of type `kind`, plus further `columns`."""
 
     def make() -> Dataset:
         count = len(labels)
@@ -80,7 +80,7 @@ def table(labels: list[Any], kind: Any = CLASSES, without: str = "", **columns: 
 def parquet(
     train: Callable[[], Dataset], test: Callable[[], Dataset] | None = None, both: bool = True
 ) -> Callable[[Parts], None]:
-    """train.parquet and test.parquet, the same if the second is left out."""
+    """Make train.parquet and test.parquet; without `test`, both are equal."""
 
     def build(parts: Parts) -> None:
         os.mkdir("bad")
@@ -206,7 +206,7 @@ CUTS = [
 
 
 def wrong_kind(name: str, dataset: Callable[[], Any], /, *says: str, **fields: Any) -> Row:
-    """A TaskStream of an object."""
+    """Create a TaskStream from a wrong object."""
 
     def make(parts: Parts) -> Callable[[], Any]:
         processor = AutoImageProcessor.from_pretrained(parts.student)
@@ -216,7 +216,7 @@ def wrong_kind(name: str, dataset: Callable[[], Any], /, *says: str, **fields: A
 
 
 class Pictures:
-    """As a data set of torch is."""
+    """A data set as in torch."""
 
     def __len__(self) -> int:
         return 4
@@ -259,7 +259,7 @@ KINDS = [
 
 
 def call(name: str, act: Callable[[Any], Any], *says: str) -> Row:
-    """Something else that is asked of a stream, with an image processor."""
+    """Another mistaken call, which is given an image processor."""
     return Row(name, lambda parts: lambda: act(AutoImageProcessor.from_pretrained(parts.student)), says, WAY)
 
 

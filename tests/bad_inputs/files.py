@@ -1,4 +1,4 @@
-"""Recipe files that are no recipes, and what stands on command lines."""
+"""Invalid recipe files and command lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def file(name: str, content: str | bytes | Callable[[Parts], Any], *says: str, way: str = WAY) -> Row:
-    """recipe.yaml with this content: text after a right recipe's if it begins with +; or a call that makes it."""
+    """recipe.yaml with this content: appended to a valid recipe if it begins with +; or a callable that creates it."""
 
     def make(parts: Parts) -> Command:
         recipe = Path("recipe.yaml")
@@ -91,7 +91,7 @@ TEST_SPLIT = "hf_cdl/compare/test_split.py"
 
 
 def words(name: str, *arguments: Any, says: tuple[str, ...], way: str = WAY, script: str = "train") -> Row:
-    """A command line; recipe.yaml in the current folder is right, and `{done}` is a finished run."""
+    """A command line; recipe.yaml in the current folder is valid, and `{done}` is a finished run."""
 
     def make(parts: Parts) -> Act:
         parts.put_recipe()
@@ -294,7 +294,7 @@ def in_place() -> None:
 def spec(
     name: str, changes: dict[str, Any], *says: str, way: str = WAY, before: Callable[[], Any] = lambda: None
 ) -> Row:
-    """A comparison with these fields, after `before()`."""
+    """A comparison with these fields, run after `before()`."""
 
     def make(parts: Parts) -> Act:
         parts.put_recipe()

@@ -1,4 +1,4 @@
-"""Repositories on the Hub that nobody can go on from, or that are not ours to push to."""
+"""Hub repositories that no run can continue from, or that are not ours to push to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Files = dict[str, bytes]
 
 
 def results(changes: dict[str, Any]) -> Callable[[Files], Any]:
-    """Fields of results.json by their dotted names."""
+    """Set fields of results.json by their dotted names."""
 
     def change(files: Files) -> None:
         content = json.loads(files["results.json"])
@@ -47,7 +47,7 @@ def half(name: str) -> Callable[[Files], Any]:
 def add(
     name: str, damage: Callable[[Files], Any], *says: str, tag: str | None = "task-02", words: Any = (), way: str = WAY
 ) -> Row:
-    """hf-cdl add on a student whose repository is damaged, beside a teacher that is right."""
+    """hf-cdl add on a student whose repository is damaged, with an intact teacher."""
 
     def make(parts: Parts) -> Act:
         parts.copy("photos")
@@ -61,7 +61,7 @@ def add(
 
 
 def ask(name: str, *words: Any, says: tuple[str, ...], way: str = WAY, hub: bool = True) -> Row:
-    """A command line about the repositories that are right."""
+    """A command line that uses the intact repositories."""
 
     def make(parts: Parts) -> Act:
         parts.put_recipe("done")

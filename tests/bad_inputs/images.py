@@ -1,4 +1,4 @@
-"""Images that cannot be read, or that nobody should read."""
+"""Images that cannot be read, or that should not be."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def encoded(kind: str, image: Image.Image, **options: Any) -> bytes:
 
 @functools.cache
 def bomb(side: int = 30_000) -> bytes:
-    """A PNG of side x side black pixels in some hundred kB."""
+    """A PNG of side x side black pixels in a few hundred kB."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -75,7 +75,7 @@ IN_FOLDERS.append(data("an empty file", photos(put("y.png", lambda: b"")), "y.pn
 
 
 def in_table(name: str, cell: Callable[[Parts], Any], *says: str) -> Row:
-    """A table whose third image is a cell; `datasets` would put the content of a path into the file."""
+    """A table whose third image is `cell` as it is; `datasets` would store the file's content for a path."""
 
     def build(parts: Parts) -> None:
         cells = [{"bytes": png(picture(number % 2, number)), "path": None} for number in range(4)]

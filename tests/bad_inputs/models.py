@@ -1,4 +1,4 @@
-"""Backbones and checkpoints that are not whole or not right, and calls of models and configs that cannot be meant."""
+"""Incomplete or wrong backbones and checkpoints, and mistaken calls of models and configs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def weights(changes: dict[str, Any]) -> Callable[[Path], Any]:
 
 
 def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One number of a tensor is another."""
+    """Set one number of a tensor to another value."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1)[0] = value
@@ -52,7 +52,7 @@ def pickled(folder: Path) -> None:
 
 
 def sharded(folder: Path) -> None:
-    """An index that names a file that is not there."""
+    """Write an index that names a missing file."""
     (folder / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"layernorm.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -84,7 +84,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def backbone(name: str, damage: Callable[[Path], Any], *says: str, way: str = WAY, **fields: Any) -> Row:
-    """A run on a student's backbone that is damaged."""
+    """A run with a damaged student backbone."""
 
     def make(parts: Parts) -> Command:
         damage(parts.copy("student", "bad"))
@@ -180,7 +180,7 @@ BACKBONES = [
 
 
 def checkpoint(name: str, damage: Callable[[Path], Any], *says: str, kind: str = "checkpoint", **options: Any) -> Row:
-    """A checkpoint of two tasks that is damaged, loaded; `options` are those of from_pretrained."""
+    """Load a damaged checkpoint of two tasks; `options` are those of from_pretrained."""
 
     def make(parts: Parts) -> Callable[[], Any]:
         damage(parts.copy(kind, "bad"))
@@ -190,7 +190,7 @@ def checkpoint(name: str, damage: Callable[[Path], Any], *says: str, kind: str =
 
 
 def other_backbone(folder: Path) -> None:
-    """Other weights where a small checkpoint's backbone was."""
+    """Replace the backbone of a small checkpoint by one with other weights."""
     there = shutil.copytree(json.loads((folder / "config.json").read_text())["backbone_name"], "moved")
     change_weights(Path(there), {"layernorm.bias": filled(1.0)})
     change_json(folder / "config.json", {"backbone_name": "./moved"})
@@ -284,7 +284,7 @@ def call(name: str, act: Callable[[Parts], Any], *says: str, way: str = WAY) -> 
 
 
 def begun(name: str, classes: Any, *says: str) -> Row:
-    """A task of classes, for a model that knows ant and bee."""
+    """Begin a task with these classes on a model that knows ant and bee."""
 
     def act(parts: Parts) -> None:
         model = fresh(parts)

@@ -1,4 +1,4 @@
-"""What bad inputs are made from: tiny backbones, data, checkpoints and runs that are right, made once."""
+"""Valid parts that bad inputs are made from: tiny backbones, data, checkpoints and runs, created once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMPONENTS = {"type": "coda", "components": 2, "length": 4, "layers": [0, 1]}
 
 @dataclass(frozen=True)
 class Parts:
-    """Folders below `root` that no row may change, and the address of a Hub with the repositories below `root`/hub."""
+    """Folders in `root` that no row may change, and the address of a Hub with the repositories in `root`/hub."""
 
     root: Path
     hub_url: str = ""
@@ -39,17 +39,17 @@ class Parts:
         return self.root / name
 
     def copy(self, name: str, to: str | None = None) -> Path:
-        """A copy that may be changed, in the current folder."""
+        """Make a copy in the current folder that may be changed."""
         return Path(shutil.copytree(self.root / name, Path(to or name).absolute()))
 
     def put_recipe(self, *runs: str) -> None:
-        """recipe.yaml and all that it names, and the runs of it, in the current folder."""
+        """Put recipe.yaml, everything it names, and its runs into the current folder."""
         shutil.copy(self.root / "recipe.yaml", ".")
         for name in ("data", "teacher", "student", *runs):
             self.copy(name)
 
     def recipe(self, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-        """A right recipe with fields by their dotted names, or without those that are GONE."""
+        """A valid recipe with fields set by their dotted names; fields that are GONE are removed."""
         recipe: Any = copy.deepcopy(
             {
                 "name": "tiny",
@@ -74,14 +74,14 @@ class Parts:
         return recipe
 
     def write(self, fields: dict[str, Any] | None = None, name: str = "recipe.yaml") -> Path:
-        """Such a recipe as a file in the current folder."""
+        """Write such a recipe to a file in the current folder."""
         file = Path(name)
         file.write_text(yaml.safe_dump(self.recipe(fields)))
         return file
 
 
 def make_parts(root: Path) -> Parts:
-    """Everything but the Hub's server; the runs are really trained, in forked children."""
+    """Make everything except the Hub's server; the runs are really trained, in forked children."""
     parts = Parts(root)
     make_backbone(parts.teacher, 48, 3, 1)
     make_backbone(parts.student, 32, 2, 2)
@@ -106,7 +106,7 @@ def make_parts(root: Path) -> Parts:
 
 
 def checkpoints(parts: Parts) -> None:
-    """Models of two tasks: whole, small, with a ridge head, with adapters."""
+    """Save models of two tasks: complete, small, with a ridge head, with adapters."""
     kinds: dict[str, dict[str, Any]] = {
         "checkpoint": {"prompt": COMPONENTS, "kd_prompt": {}},
         "small": {"prompt": COMPONENTS, "save_backbone": False},
@@ -123,7 +123,7 @@ def checkpoints(parts: Parts) -> None:
 
 
 def _train(root: Path, name: str, stop_at: int | None = None) -> None:
-    """A run of `root`/recipe.yaml; stopped as by Ctrl-C when it has stored its phase `stop_at` times."""
+    """Run `root`/recipe.yaml; stop it as by Ctrl-C after it stored `stop_at` checkpoints."""
     child = os.fork()
     if child == 0:
         try:
@@ -153,7 +153,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
 
 
 def pushed(parts: Parts, role: str, count: int = 2) -> dict[str, bytes]:
-    """The files of a repository after a push of the finished run."""
+    """Write the files of a repository as after a push of the finished run."""
     results = results_after(json.loads((parts.done / "results.json").read_text()), count)
     folder = parts.done / role / f"task-{count:02d}"
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -161,7 +161,7 @@ def pushed(parts: Parts, role: str, count: int = 2) -> dict[str, bytes]:
 
 
 def publish(hub: Path, repository: str, files: dict[str, bytes], tag: str | None = "task-02") -> None:
-    """Put a repository with one commit into the Hub's folder."""
+    """Put a repository with a single commit into the Hub's folder."""
     there, entries = Repository(hub, repository), {}
     for path, content in files.items():
         entry = Entry(len(content), git_oid(content), hashlib.sha256(content).hexdigest(), False)
@@ -177,7 +177,7 @@ def publish(hub: Path, repository: str, files: dict[str, bytes], tag: str | None
 
 
 def change_json(file: Path, changes: dict[str, Any]) -> Path:
-    """Set fields of a JSON file by their dotted names, or take out those that are GONE."""
+    """Set fields of a JSON file by their dotted names; remove those that are GONE."""
     content = json.loads(file.read_text())
     for name, value in changes.items():
         *path, last = name.split(".")
@@ -194,7 +194,7 @@ def change_json(file: Path, changes: dict[str, Any]) -> Path:
 
 
 def change_weights(folder: Path, changes: dict[str, Any]) -> Path:
-    """Put tensors (or what a function makes of them) into model.safetensors, or take out those that are GONE."""
+    """Change tensors of model.safetensors by functions; remove those that are GONE."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     for part, value in changes.items():
@@ -210,7 +210,7 @@ def change_weights(folder: Path, changes: dict[str, Any]) -> Path:
 
 
 def cut(file: Path, share: float = 0.5) -> Path:
-    """Leave a part of a file."""
+    """Truncate a file to a fraction of it."""
     content = file.read_bytes()
     file.write_bytes(content[: int(len(content) * share)])
     return file

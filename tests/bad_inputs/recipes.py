@@ -1,4 +1,4 @@
-"""Fields of recipes: unknown, of a wrong type, out of range, missing, or against each other."""
+"""Recipe fields that are unknown, of the wrong type, out of range, missing or contradictory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ALONE: dict[str, Any] = {"teacher": None, "distill": [], "ce_weight": 1.0}
 
 
 def field(changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
-    """A right recipe with these fields; without `says` the message must name the first of them."""
+    """A valid recipe with these fields; without `says`, the message must name the first of them."""
     folder = () if {*changes} & {"name", "output_dir"} else ("--output_dir", "run")
 
     def make(parts: Parts) -> Command:
@@ -53,7 +53,7 @@ def lora(says: str, way: str = WAY, **values: Any) -> Row:
 
 
 def plugin(name: str, source: str, says: str) -> Row:
-    """A plugin that the user named and that cannot be run."""
+    """A plugin named by the user that cannot be run."""
 
     def make(parts: Parts) -> Command:
         Path("mine.py").write_text(source)
@@ -306,7 +306,7 @@ AGAINST_EACH_OTHER = [
     training("epoch_cosine", max_steps=3, epoch_cosine=True),
     training("lr_steps", lr_steps=[1], epoch_cosine=True),
     training("lr_steps", lr_steps=[1], lr_scheduler_type="linear"),
-    training("warmup_steps", warmup_steps=2),  # beside a constant rate
+    training("warmup_steps", warmup_steps=2),  # with a constant rate
     training("bf16|fp16", bf16=True, fp16=True),
     training("drop_last", per_device_train_batch_size=64, dataloader_drop_last=True),
     training("output_dir", output_dir="x"),

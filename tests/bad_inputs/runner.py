@@ -1,4 +1,4 @@
-"""Bad inputs, one a row, and what runs them: each in a forked child of its own, with a clock and a memory limit."""
+"""Bad inputs, one per row, and the code that runs each in a forked child, with a time and a memory limit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")
 
 
 class Command(NamedTuple):
-    """A verb of hf-cdl, or a script by its path, and its words."""
+    """A verb of hf-cdl, or a script given by its path, and its arguments."""
 
     script: str
     words: list[str]
@@ -62,9 +62,9 @@ def command(script: str, *words: Any) -> Command:
 class Row:
     """One bad input.
 
-    `make(parts)` writes what is needed into the current folder, which is empty, and returns what is done: a command,
-    which must end with exit code 2, or a call, which must raise one of NAMED. `says`: what the message must name,
-    alternatives by `|`; `way`: a pattern of its way out.
+    `make(parts)` writes what is needed into the empty current folder and returns what to do: a command, which must
+    exit with code 2, or a callable, which must raise one of NAMED. `says`: what the message must name, alternatives
+    separated by `|`; `way`: a pattern of the solution it offers.
     """
 
     name: str
@@ -75,9 +75,9 @@ class Row:
 
 
 class Result(NamedTuple):
-    """What a child did: its exit code or the exception's class, its message, and both of its outputs.
+    """Outcome of a child: its exit code or the exception's class, its message, and both of its outputs.
 
-    `memory`: bytes by which it grew.
+    `memory`: bytes by which its memory grew.
     """
 
     code: int | None
@@ -89,7 +89,7 @@ class Result(NamedTuple):
 
 
 def rows(kind: str, *tables: list[Row]) -> list[Row]:
-    """The rows of tables, their names after a kind."""
+    """The rows of tables, with their names prefixed by a kind."""
     return [dataclasses.replace(row, name=f"{kind}: {row.name}") for table in tables for row in table]
 
 
@@ -107,7 +107,7 @@ def check(row: Row, parts: Parts, folder: Path) -> None:
 
 
 def problems(row: Row, act: Act, result: Result) -> list[str]:
-    """What is wrong with the answer to a bad input."""
+    """List what is wrong with the response to a bad input."""
     wrong = []
     if result.seconds > SECONDS:
         wrong.append(f"it took {result.seconds:.1f} s")
@@ -136,14 +136,14 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
     for words in row.says:
         if not any(re.search(rf"(?<![^\W_]){re.escape(word.lower())}", said) for word in words.split("|")):
             wrong.append(f"it does not say {words!r}")
-    usage = "usage: " in result.output  # argparse's: it shows what is allowed
+    usage = "usage: " in result.output  # argparse shows what is allowed
     if not usage and not re.search(row.way, message, re.IGNORECASE):
         wrong.append("no way out")
     return wrong
 
 
 def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
-    """Do it in a forked child; one that takes too long is killed."""
+    """Run it in a forked child; a child that takes too long is killed."""
     reading, writing = os.pipe()
     log = os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
     sys.stdout.flush()
@@ -160,7 +160,7 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
             seconds = time.monotonic() - start - (_waited() - waited)
             os.write(writing, json.dumps([*answer, _peak() - memory, seconds]).encode())
         finally:
-            os._exit(0)  # whatever threads there are
+            os._exit(0)  # even if other threads are running
     os.close(writing)
     ready, _, _ = select.select([reading], [], [], 3 * SECONDS)
     content = os.read(reading, 1 << 20) if ready else b""
@@ -176,17 +176,17 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
 
 
 def _waited() -> float:
-    """Seconds that this process was ready, but others had the processor."""
+    """Seconds in which this process was ready to run but waited for a core."""
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
 
 
 def _peak() -> int:
-    """Most bytes of memory that this process has had so far."""
+    """Peak memory of this process in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None, str]:
-    """In the child: the exit code of a command, or a call's exception and its message."""
+    """Run in the child: the exit code of a command, or a callable's exception and its message."""
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -202,7 +202,7 @@ def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None
             return 0, None, ""
         act()
     except SystemExit as end:
-        if isinstance(end.code, str):  # as the interpreter does it
+        if isinstance(end.code, str):  # as the interpreter does
             print(end.code, file=sys.stderr)
         return (end.code if isinstance(end.code, int) else int(end.code is not None)), None, ""
     except BaseException as error:
@@ -215,7 +215,7 @@ def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None
 
 
 def _use_hub(url: str | None, cache: Path) -> None:
-    """Offline, or with the tests' Hub in place of the real one: constants that are read when it is imported."""
+    """Go offline, or use the tests' Hub instead of the real one, by changing constants that are read on import."""
     hub_constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = url is None
     os.environ["HF_HUB_OFFLINE"] = str(int(url is None))
     for name in ("HF_HUB_CACHE", "HF_XET_CACHE", "HF_ASSETS_CACHE"):
@@ -228,14 +228,14 @@ def _use_hub(url: str | None, cache: Path) -> None:
 
 
 def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
-    """Every path below the folders: kind, size and times of its last changes; of the first also sha256 sums."""
+    """Every path in the folders: kind, size and modification times; for the first folder also sha256 sums."""
     found = {}
     for place in (folder, *others):
         for inside, folders, files in os.walk(place):
             for path in (os.path.join(inside, name) for name in (*folders, *files)):
                 stat = os.lstat(path)
                 about: tuple[Any, ...] = (stat.st_mode,)
-                if S_ISREG(stat.st_mode) and os.path.basename(path) != ".lock":  # a lock is opened to be asked
+                if S_ISREG(stat.st_mode) and os.path.basename(path) != ".lock":  # a lock file is opened to test it
                     about += (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                     if place == folder and stat.st_size < 2**25:
                         about += (hashlib.sha256(Path(path).read_bytes()).hexdigest(),)
@@ -245,7 +245,7 @@ def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _inside(folder: Path) -> Any:
-    """As contextlib.chdir, which Python 3.10 lacks."""
+    """Like contextlib.chdir, which Python 3.10 lacks."""
     before = os.getcwd()
     os.chdir(folder)
     try:

@@ -1,4 +1,4 @@
-"""Folders of runs: damaged ledgers and checkpoints, other recipes and data, and a run that is at work."""
+"""Folders of runs: damaged ledgers and checkpoints, other recipes and data, and a run in progress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bad_inputs.parts import GONE, Parts, cut
 from bad_inputs.runner import WAY, Command, Row, command, rows
 
 LEDGER = "run.json"
-HELD: list[FileLock] = []  # for as long as the tests run
+HELD: list[FileLock] = []  # held while the tests run
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     way: str = WAY,
     hub: bool = False,
 ) -> Row:
-    """The same command once more, or another one (`words`), for a run's folder that is damaged."""
+    """The same command again, or another one (`words`), on a damaged run folder."""
 
     def make(parts: Parts) -> Command:
         parts.put_recipe(of)
@@ -49,7 +49,7 @@ def hold(folder: Path) -> None:
 
 
 def missing(*names: str) -> Callable[[Path], Any]:
-    """Files and folders are gone."""
+    """Remove files and folders."""
 
     def damage(folder: Path) -> None:
         for name in names:
@@ -78,7 +78,7 @@ def one_class_more(folder: Path) -> None:
 
 
 def new_classes() -> None:
-    """photos/ holds two classes that no run knows."""
+    """Make photos/ with two classes that no run knows."""
     for split, first in (("train", 0), ("test", 100)):
         for label, name in enumerate(("owl", "yak")):
             place = Path("photos", split, name)
@@ -111,7 +111,7 @@ LEDGERS: dict[str, Callable[[Path], Any]] = {
 
 
 def read_by(script: str, *names: str) -> list[Row]:
-    """What else reads a ledger."""
+    """Other commands that read a ledger."""
     return [run(f"{script}: a ledger {name}", LEDGERS[name], "run.json", words=(script, "done")) for name in names]
 
 
@@ -159,7 +159,7 @@ def change_yaml(text: str) -> None:
 
 
 def both(damage: Callable[..., Callable[[Path], Any]], name: str) -> Callable[[Path], Any]:
-    """Damage a file of the teacher's first task and its copy, from which it could be restored."""
+    """Damage a file of the teacher's first task, and the copy that it could be restored from."""
     return damage(f"teacher/task-01/{name}", f"teacher/{name}")
 
 

@@ -1,4 +1,4 @@
-"""Trainers, their arguments and terms, made and asked in Python, as they cannot be meant."""
+"""Mistaken uses of trainers, their arguments and terms in Python."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def configured_term(kind: str, says: str, **fields: Any) -> Row:
 
 
 def launched(variable: str, value: str, *says: str) -> Row:
-    """Arguments, in the environment of `accelerate launch`."""
+    """Training arguments in the environment of `accelerate launch`."""
 
     def act(parts: Parts) -> None:
         os.environ[variable] = value
@@ -84,7 +84,7 @@ def late_evaluation(parts: Parts, **fields: Any) -> None:
 
 
 def evaluated_on(parts: Parts, of: Callable[[Any], Any]) -> None:
-    """A trainer that stops early by a dataset of one's own."""
+    """A trainer that stops early on a user's own dataset."""
     args = CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch", early_stopping_patience=1)
     task = stream(parts)[0]
     trainer(parts, args, eval_dataset=of(task)).learn(task)

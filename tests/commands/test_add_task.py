@@ -1,4 +1,4 @@
-"""Going on from the Hub: one more task from the two repositories alone is what the run itself would have learnt."""
+"""Continuing from the Hub: a new task learnt from the two repositories equals what the run would have learnt."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(source: Path, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub of its own for each test, with the two pushed repositories."""
+    """A separate Hub for each test, with the two pushed repositories."""
     shutil.copytree(source / "hub", tmp_path / "hub")
     with HubServer(tmp_path / "hub", stall_seconds=0.3) as server:
         yield server
@@ -77,7 +77,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 
 def test_it_is_what_the_run_itself_would_have_learnt(source: Path, hub: HubServer, empty: Path) -> None:
-    """Same data: the third task learnt from the repositories alone is that of a run that never stopped, to the bit."""
+    """With the same data, the third task learnt from the repositories is bit-identical to an uninterrupted run's."""
     before = {repo: hub.repository(repo).refs("tags") for repo in (STUDENT, TEACHER)}
     moved = empty.parent / "moved"
     shutil.copytree(source / "data", moved)
@@ -111,7 +111,7 @@ def test_it_is_what_the_run_itself_would_have_learnt(source: Path, hub: HubServe
 
 
 def test_a_stranger_loads_the_new_tag(hub: HubServer, empty: Path, tmp_path: Path) -> None:
-    """New classes alone, from class folders: what is not measured is no number anywhere, and the tag is loadable."""
+    """Only new classes, from class folders: nothing unmeasured appears as a number, and the tag can be loaded."""
     data = class_folders(tmp_path / "photos", {"ant": 20, "bee": 21}, {"ant": 20, "bee": 21})
     code, output = add_task(hub, empty, data, *PUSH, "--train.num_train_epochs", 3)
     assert code == 0, output
@@ -139,7 +139,7 @@ def test_a_stranger_loads_the_new_tag(hub: HubServer, empty: Path, tmp_path: Pat
 
 
 def test_killed_and_going_on(source: Path, hub: HubServer, empty: Path) -> None:
-    """Killed at the download, in training and while pushing: the same command ends as if nothing had happened."""
+    """Killed during download, training and push: the same command finishes as if nothing had happened."""
     words = ("--data.known_train", "ignore", "--train.num_train_epochs", "2", *PUSH)
     command = [sys.executable, "-m", "hf_cdl", "add", STUDENT, str(source / "data"), *words]
     folder = empty / "runs" / "tiny-data"
@@ -177,7 +177,7 @@ def test_refused_before_training(source: Path, hub: HubServer, empty: Path, tmp_
     assert code == 2 and "me/tiny at task-02 is no teacher of 2 tasks" in output, output
     assert hub.repository(STUDENT).refs("tags").keys() == {"task-01", "task-02"}
     assert not list(empty.glob("runs/*/*/task-03"))
-    # an earlier state can be gone on from, but not into a repository that is further
+    # a run can continue from an earlier state, but not into a repository with later ones
     words = ("--data.known_train", "ignore", "--revision", "task-01", "--output_dir", "early")
     code, output = add_task(hub, empty, source / "data", *words, *PUSH)
     assert code == 2 and "holds the tag task-02, which this run has not come to" in output, output
@@ -199,7 +199,7 @@ def test_one_new_class_is_refused_and_the_same_command_learns_two(hub: HubServer
 
 
 def test_into_repositories_of_ones_own(source: Path, hub: HubServer, empty: Path) -> None:
-    """What was taken over is pushed first, so that the new repository is whole by itself; the old ones stay."""
+    """The inherited state is pushed first, so that the new repository is complete; the old ones do not change."""
     before = {repo: hub.repository(repo).history() for repo in (STUDENT, TEACHER)}
     words = ("--data.known_train", "ignore", "--train.num_train_epochs", 1, "--hub_model_id", "me/mine")
     code, output = add_task(hub, empty, source / "data", *words, *PUSH)
@@ -210,7 +210,7 @@ def test_into_repositories_of_ones_own(source: Path, hub: HubServer, empty: Path
 
 
 def test_a_head_of_class_means_goes_on_without_a_teacher(source: Path, tmp_path: Path, empty: Path) -> None:
-    """A small checkpoint, whose backbone is in another place here: it can be named."""
+    """A small checkpoint whose backbone is in another place here: the user can name it."""
     recipe = yaml.safe_load((source / "tiny.yaml").read_text())
     recipe["student"] = {"backbone": str(tmp_path / "there"), "head": {"type": "ncm"}}
     shutil.copytree(source / "student", tmp_path / "there")

@@ -1,4 +1,4 @@
-"""Going on from a folder of this machine, or in Python: one more task without the Hub."""
+"""Continuing from a local folder, or in Python: a new task without the Hub."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add_to(student: Path, source: Path, out: Path, *words: str) -> int:
 
 @pytest.mark.parametrize("where", ["run", "role", "state", "bare"])
 def test_it_is_what_the_run_itself_would_have_learnt(source: Path, tmp_path: Path, where: str, capsys: Any) -> None:
-    """From a run's folder, its student's, that of one state, or a checkpoint without its run: the same, to the bit."""
+    """From the folder of a run, its student or one state, or from a lone checkpoint: bit-identical results."""
     student = {
         "run": source / "two",
         "role": source / "two" / "student",
@@ -71,7 +71,7 @@ def test_it_is_what_the_run_itself_would_have_learnt(source: Path, tmp_path: Pat
 def test_a_relative_folder_that_looks_like_a_repository_is_the_folder(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is written: runs/flowers photos. Nobody is asked for a repository of that name."""
+    """As in runs/flowers photos: the Hub is not asked for a repository of that name."""
     shutil.copytree(source / "two", tmp_path / "runs" / "flowers")
     shutil.copytree(source / "data", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def taught(folder: Path, head: dict[str, Any] | None) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [{"type": "ridge", "soft_targets": 0.5}, None], ids=["fitted", "trained"])
 def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsys: Any) -> None:
-    """Teacher and student go on together, from the run's folder or that of the student's last state in it."""
+    """Teacher and student continue together, from the run's folder or from the student's last state in it."""
     recipe = taught(tmp_path, head)
     file = str(write_recipe(tmp_path / "tiny.yaml", recipe))
     assert train_main([file, "--output_dir", str(tmp_path / "whole")]) == 0
@@ -175,7 +175,7 @@ def test_another_role_is_told_apart(source: Path, tmp_path: Path) -> None:
 
 
 def test_in_python(source: Path, tmp_path: Path) -> None:
-    """from_pretrained and known_classes: the stream goes on behind what the model knows, as in the run itself."""
+    """from_pretrained and known_classes: the stream continues after the known classes, as in the run itself."""
     checkpoint = source / "two" / "student"
     student = CDLForImageClassification.from_pretrained(checkpoint)
     processor = AutoImageProcessor.from_pretrained(checkpoint)
@@ -191,7 +191,7 @@ def test_in_python(source: Path, tmp_path: Path) -> None:
 
 
 def test_in_python_a_trained_student_goes_on(tmp_path: Path) -> None:
-    """The same with prompts: what was learnt stays to the bit, and one new task is begun."""
+    """The same with prompts: what was learnt stays bit-identical, and one new task begins."""
     backbone = str(make_backbone(tmp_path / "backbone"))
     prompt = {"type": "coda", "components": 3, "length": 4, "layers": [0, 1]}
     student = CDLForImageClassification.from_backbone(backbone, prompt=prompt)
@@ -217,7 +217,7 @@ def test_in_python_a_trained_student_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["a folder", "a repository with more in it"])
 def test_what_comes_of_it_is_pushed(source: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a folder to repositories of one's own; from a repository to itself, though not all in it was taken over."""
+    """From a folder to the user's own repositories; from a repository to itself, though not all of it is inherited."""
     with HubServer(tmp_path / "hub") as hub:
         api = HfApi(hub.url, token=TOKEN)
         for module in ("hf_cdl.commands.add", "hf_cdl.hub.push"):

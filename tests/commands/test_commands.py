@@ -1,4 +1,4 @@
-"""The commands: help, odd words on the command line, and a first try that fails leaves nothing behind."""
+"""The commands: help, odd arguments, and a failed first attempt leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_help_of_a_script(
 
 
 def run(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float]:
-    """python -m hf_cdl, and the seconds of processors that it took."""
+    """Run python -m hf_cdl; returns the process and the CPU seconds it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "hf_cdl", *words], cwd=cwd, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -48,7 +48,7 @@ def run(*words: str, cwd: Path) -> tuple[subprocess.CompletedProcess[str], float
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
 def test_help_takes_no_time_and_shows_how(verb: str | None, tmp_path: Path) -> None:
-    """Usage, every option with what stands for it where it is not given, and an example that the command takes."""
+    """Usage, every option with its default, and an example that the command accepts."""
     words = ["--help"] if verb is None else [verb, "--help"]
     done, seconds = run(*words, cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr and seconds < 0.5, (done.stderr, seconds)
@@ -79,7 +79,7 @@ def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-# ---- an example to begin with ----
+# ---- the example recipe ----
 
 
 @pytest.mark.parametrize("clone", [False, True])
@@ -106,7 +106,7 @@ def test_the_example_is_the_recipe_of_the_repository(
 def test_the_example_trains_with_other_data_and_backbones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What it says is missing is all that is missing."""
+    """It reports everything that is missing, and nothing else."""
     monkeypatch.chdir(tmp_path)
     assert train_recipe.main(["--example", "quickstart"]) == 0
     assert call("quickstart.yaml", "--plan") == 2
@@ -119,7 +119,7 @@ def test_the_example_trains_with_other_data_and_backbones(
     assert "quickstart: 2 tasks, 20 classes" in capfd.readouterr().out
 
 
-# ---- a first try that fails ----
+# ---- a failed first attempt ----
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def refuse(*_: Any) -> None:
 
 
 def test_what_was_there_before_stays(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger of an earlier try, of a version that left it, and a folder that something is put into meanwhile."""
+    """The ledger that an older version left after a failure, and a folder that others put files into meanwhile."""
     folder = tmp_path / "mine"
     nan = ("--train.learning_rate", "1e38", *BATCH, 2)  # in the first epoch: no state is stored
     with monkeypatch.context() as patch:
@@ -210,7 +210,7 @@ def test_what_was_learnt_stays(tiny: Path, tmp_path: Path) -> None:
     assert {"run.json", "teacher/task-01/model.safetensors"} <= tree(tmp_path / "mine").keys()
 
 
-# ---- odd words ----
+# ---- odd arguments ----
 
 
 def odd(tiny: Path, tmp_path: Path) -> Iterator[tuple[str, list[Any], str]]:

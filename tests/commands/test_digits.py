@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: pytest.Captur
             assert make([str(tmp_path / folder)]) == 2
         assert f"error: Could not write into {tmp_path / folder}: " in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
-    (tmp_path / "empty" / ".partial").mkdir()  # of a kill
+    (tmp_path / "empty" / ".partial").mkdir()  # left by a kill
     assert make([str(tmp_path / "empty")]) == 0
     assert sorted(path.stem for path in (tmp_path / "empty").iterdir()) == ["test", "train", "validation"]
 
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, capsys: pytest.Captur
 def test_without_scikit_learn_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # as if it were not there
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # as if it were not installed
     assert make([str(tmp_path / "new")]) == 2
     assert "error: It needs scikit-learn; install it: pip install scikit-learn" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -46,7 +46,7 @@ from hf_cdl.training.schedules import epoch_factor
 FOLDER = ROOT / "recipes" / "offline_kd"
 PAIRS = sorted(FOLDER.glob("cifar100_*.yaml"))
 TERMS = sorted((FOLDER / "terms").glob("*.yaml"))
-# Parameters for 100 classes, in millions, as the papers' tables and code say; and the channels of the stages.
+# Parameters for 100 classes, in millions, from the papers' tables and code; and the channels of the stages.
 NETWORKS: dict[str, tuple[float, list[int]]] = {
     "resnet20": (0.28, [16, 32, 64]),
     "resnet56": (0.86, [16, 32, 64]),
@@ -104,7 +104,7 @@ def test_every_weight_learns(name: str) -> None:
     for key, parameter in model.named_parameters():
         gradient = parameter.grad
         assert gradient is not None and bool(gradient.isfinite().all()), key
-        if not (name.startswith("vgg") and key.endswith("bias")):  # batch norm takes a bias before it away
+        if not (name.startswith("vgg") and key.endswith("bias")):  # batch norm cancels a preceding bias
             assert gradient.abs().max() > 0, key
 
 
@@ -184,7 +184,7 @@ def test_a_file_says_where_it_is_from_and_how_to_run_it(file: Path, monkeypatch:
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder to run in: data of CIFAR-100's layout with four classes below its id, and the recipes."""
+    """A folder to run in: data in CIFAR-100's layout with four classes, in a folder of its Hub id, and the recipes."""
     root = tmp_path_factory.mktemp("cifar")
     folder = root / "uoft-cs" / "cifar100"
     folder.mkdir(parents=True)
@@ -220,7 +220,7 @@ SWITCHED = {  # both paths' weights add up to the one of KD
 def test_kd_and_dual_path_are_switched_by_distill_alone(
     words: list[Any], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two real steps a task of each, and the teacher does not notice."""
+    """Two real steps per task of each, without effect on the teacher."""
     monkeypatch.chdir(cifar)
     common = [*words, "--train.num_train_epochs", 1, "--train.logging_steps", 1, "--train.use_cpu", "true"]
     same = []
@@ -250,7 +250,7 @@ assert not any(name.split(".")[0] in ("hf_cdl", "hf_cdl_plugins") for name in sy
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda file: file.stem)
 def test_every_pair_runs_two_steps(pair: Path, cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its true networks; and the student loads elsewhere, with the copy of its source beside it."""
+    """With the real networks; and the student loads elsewhere with the copy of its source next to it."""
     words = [
         f"recipes/offline_kd/{pair.name}",
         "--data.classes_per_task",

@@ -1,4 +1,4 @@
-"""--plan: what it counts is what the trainer does, and agrees with what is known of full-size ViTs."""
+"""--plan: its counts match what the trainer does and the known numbers of full-size ViTs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"small": (384, 6), "base": (768, 12)}
 
 @pytest.fixture(scope="module")
 def vits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with the configs of ViT-B/16 and ViT-S/16, and no weights."""
+    """Folders with the configs of ViT-B/16 and ViT-S/16, without weights."""
     folder = tmp_path_factory.mktemp("vits")
     for name, (width, heads) in SIZES.items():
         config = ViTConfig(hidden_size=width, num_attention_heads=heads, intermediate_size=4 * width)
@@ -56,7 +56,7 @@ def test_full_size_vits(vits: Path) -> None:
     assert giga(teacher.training_flops) == pytest.approx(4.6 + 2 * 17.6, rel=0.03)
     assert giga(student.training_flops) == pytest.approx(4.6 + 17.6 + 2 * 4.6, rel=0.03)  # one query for both
     assert student.steps == teacher.steps == 10 * 20 * (5000 // 64)
-    assert student.images == 20 * 10 * (5000 // 64) * 64  # whole batches alone
+    assert student.images == 20 * 10 * (5000 // 64) * 64  # full batches only
     rows, layers = 10 * (8 * 384 + 2 * 384), 5
     assert student.trained == rows * layers + 10 * 384 + 10  # CODA's rows and the head of one task
     _, costs = counting.measure(cifar(vits, "coda", "kd", "--teacher_from", "elsewhere"), counting.read_tasks(recipe))
@@ -73,7 +73,7 @@ def test_full_size_vits(vits: Path) -> None:
     "term", [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}]
 )
 def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
-    """FLOPs and the bytes kept for the backward pass: those of fake tensors are those of real ones."""
+    """FLOPs and the bytes kept for the backward pass are the same with fake and with real tensors."""
     recipe = build_recipe(make_recipe(tmp_path, distill=[term]))
     _, costs = counting.measure(recipe, counting.read_tasks(recipe))
     processors = build_processors(recipe)
@@ -125,7 +125,7 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
     ],
 )
 def test_the_optimizer_s_states_are_counted(tmp_path: Path, options: dict[str, str], want: int | None) -> None:
-    """As many as are there after a real step; of optimizers that are not known it says what it assumes."""
+    """As many as exist after a real step; for unknown optimizers the plan reports its assumption."""
     recipe = make_recipe(tmp_path, teacher=None, distill=[], baselines=[])
     recipe["train"] |= {**options, "max_steps": 1, "num_train_epochs": None}
     built = build_recipe(recipe)
@@ -202,7 +202,7 @@ def test_the_command_prints_a_plan_and_starts_nothing(tmp_path: Path, vits: Path
 
 
 def test_a_plan_of_classifiers_has_the_costs_that_papers_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet56 and ResNet20 at 32 px: 126 and 41 million multiply-adds; backward twice as many as forward."""
+    """ResNet56 and ResNet20 at 32 px: 126 and 41 million multiply-adds; a backward pass takes twice a forward's."""
     monkeypatch.chdir(ROOT)
     said = plan.plan(load_recipe(["recipes/offline_kd/cifar100_resnet56_resnet20.yaml"], "unused.yaml"))
     teacher, student = (line.split() for line in said.splitlines() if line.startswith(("teacher", "student")))

@@ -1,4 +1,4 @@
-"""Commands that the program prints, executed as they are printed."""
+"""Commands that the program prints, executed as printed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PRINTING = [*(ROOT / "hf_cdl").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
 
 
 def test_what_is_to_be_installed_can_be() -> None:
-    """Every requirement has its right name, and every extra is one of ours: here they are all installed."""
+    """Every requirement is named correctly, and every extra is one of ours: all of them are installed here."""
     source = "".join(file.read_text() for file in PRINTING)
     lines = re.findall(r"pip install ((?:-\w+ )*)[\"']?([^\s\"'`.,;)]+)", source)
     assert {options.strip() for options, _ in lines} == {"", "-U"} and len(lines) == source.count("pip install ")
@@ -90,7 +90,7 @@ def ordinary(folder: Path) -> dict[str, Any]:
 
 
 def small(folder: Path) -> dict[str, Any]:
-    """A small checkpoint names its backbone as the recipe does: from the folder that it was trained in."""
+    """A small checkpoint names its backbone as the recipe does: relative to the folder it was trained in."""
     recipe = make_recipe(folder, save_backbone=False, baselines=[])
     for role in ("teacher", "student"):
         recipe[role]["backbone"] = role
@@ -122,18 +122,18 @@ def test_the_student_is_used_as_it_is_said(
     assert done.returncode == 0 and "'label': 'class " in done.stdout, (line, done.stdout + done.stderr)
 
 
-# ---- commands that push, go on and download ----
+# ---- commands that push, resume and download ----
 
 
 def execute(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """A line as a shell takes it, with this environment's programs first."""
+    """Run a line in a shell, with this environment's programs first in PATH."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def means(folder: Path) -> dict[str, Any]:
-    """A recipe whose student has class means: seconds."""
+    """A recipe whose student has class means; it takes seconds."""
     return {
         "name": "tiny",
         "data": {"path": str(make_data(folder / "data", classes=4)), "classes_per_task": 2},
@@ -145,7 +145,7 @@ def means(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
-    """Push.py's own, with the options that it was called with; without a Hub, and while one takes its time."""
+    """The push command itself, with the options it was called with; without a Hub, and with a slow one."""
     folder = "it's a run"
     code, output = train_process(
         write_recipe(tmp_path / "r.yaml", means(tmp_path)), "--output_dir", folder, cwd=tmp_path
@@ -179,7 +179,7 @@ def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on_by_what_it_says(
     number: signal.Signals, program: tuple[Any, ...], tmp_path: Path
 ) -> None:
-    """Started by nothing but a shell: the end is that of a run that was not stopped."""
+    """Started from a shell only: the result equals that of an uninterrupted run."""
     recipe = make_recipe(tmp_path, baselines=[])
     recipe["train"]["num_train_epochs"] = 6
     file, cut = write_recipe(tmp_path / "it's a recipe.yaml", recipe), tmp_path / "it's cut"
@@ -201,7 +201,7 @@ def test_a_run_that_was_stopped_goes_on_by_what_it_says(
 
 @pytest.mark.slow
 def test_a_data_set_is_downloaded_as_it_is_said(tmp_path: Path) -> None:
-    """Where there is no network the command is said; where there is one it gives a folder that a stream is made of."""
+    """Without a network, the command is printed; with one, it makes a folder that a stream can read."""
     data = make_data(tmp_path / "data")
     recipe = {**means(tmp_path / "more"), "data": {"path": "me/photos", "classes_per_task": 2}}
     code, said = train_process(write_recipe(tmp_path / "r.yaml", recipe), "--output_dir", tmp_path / "run")

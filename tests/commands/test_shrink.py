@@ -45,7 +45,7 @@ def test_the_first_layers_and_the_final_norm(large: Path, tmp_path: Path, capsys
 
 
 def test_a_vit_at_another_size_has_its_position_embeddings_interpolated(tmp_path: Path) -> None:
-    """It answers as transformers does when it is asked to interpolate, at a smaller size and at a larger one."""
+    """Its outputs are those of transformers' own interpolation, at a smaller and at a larger size."""
     large = make_backbone(tmp_path / "large", size=32)
     whole = AutoModel.from_pretrained(large, add_pooling_layer=False).eval()
     for size in (16, 32, 48):

@@ -1,4 +1,4 @@
-"""hf-cdl demo and the files of a Space: real processes, a Hub on this machine, a browser as a person has it."""
+"""hf-cdl demo and the files of a Space: real processes, a local Hub, and a real browser."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ print(json.dumps({where: ask(where) for where in sys.argv[2:]}))
 
 
 def ask(*repositories: str, env: dict[str, str]) -> dict[str, Any]:
-    """What a process of its own finds out of repositories: their results by task, or the error."""
+    """What a separate process reads from repositories: their results by task, or the error."""
     return json.loads(python(_ASK, SPACE, *repositories, env=env).splitlines()[-1])
 
 
@@ -92,7 +92,7 @@ def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
     ],
 )
 def test_a_space_that_names_no_repository_says_so(variables: dict[str, str], said: str, tmp_path: Path) -> None:
-    """As a Space runs it: its files alone, and variables in place of words."""
+    """As in a Space: only its files, and environment variables instead of arguments."""
     shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     command, env = [sys.executable, "app.py"], {**os.environ, "HF_HUB_OFFLINE": "1"}
     options: dict[str, Any] = {"cwd": tmp_path / "space", "env": {**env, **variables}}
@@ -139,7 +139,7 @@ print(json.dumps(found))
 
 
 def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None:
-    """A slider of one place fails."""
+    """A slider with a single position fails."""
     pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
     for tasks in (1, 3):
         (run := tmp_path / str(tasks)).mkdir()
@@ -152,7 +152,7 @@ def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None
 
 @contextlib.contextmanager
 def demo(*arguments: str, env: dict[str, str]) -> Iterator[str]:
-    """The app as a process of its own: its address."""
+    """Start the app in a separate process; gives its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -184,7 +184,7 @@ def assert_soon(found: Callable[[], Any], expected: Any, seconds: float = 60) ->
 
 
 def prediction(folder: Path, task: int, image: Image.Image) -> list[list[str]]:
-    """The five likeliest classes of a run's student after a task, by the model itself: class, task, score."""
+    """The student's five most likely classes after a task, from the model itself: class, task, score."""
     checkpoint = folder / "student" / f"task-{task:02d}"
     model = AutoModelForImageClassification.from_pretrained(checkpoint).eval()
     processor: Any = AutoImageProcessor.from_pretrained(checkpoint)

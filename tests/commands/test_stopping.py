@@ -1,4 +1,4 @@
-"""Commands that are stopped, by signals or by the end of their launcher, and what they say then: how it goes on."""
+"""Commands stopped by signals or by the end of their launcher, and what they print about how to continue."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAUNCHER = "import os, subprocess, sys\nos.environ |= {environment}\nsubprocess.
 
 @pytest.fixture
 def command(tmp_path: Path) -> Callable[..., list[str]]:
-    """Writes a command; gives what starts it."""
+    """Write a command to a file; returns the arguments that start it."""
 
     def write(body: str = "stopping.ready(); time.sleep(60)", before: str = "", after: str = "") -> list[str]:
         file = tmp_path / "it's a command.py"
@@ -53,7 +53,7 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def launched(tmp_path: Path, **environment: str) -> list[str]:
-    """A launcher of that environment, in front of a command."""
+    """The start of a command line: a launcher that sets `environment`."""
     file = tmp_path / "launcher.py"
     file.write_text(LAUNCHER.format(environment=environment))
     return [sys.executable, str(file)]
@@ -61,7 +61,7 @@ def launched(tmp_path: Path, **environment: str) -> list[str]:
 
 @pytest.fixture
 def begin() -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
-    """Starts a process; it, and the process id that the command says."""
+    """Start a process; returns it, and the process id that the command prints."""
     began: list[tuple[subprocess.Popen[str], int]] = []
 
     def start(words: list[str], **options: Any) -> tuple[subprocess.Popen[str], int]:
@@ -84,7 +84,7 @@ Begin = Callable[..., tuple[subprocess.Popen[str], int]]
 
 
 def ended(pid: int, seconds: float) -> bool:
-    """Whether a process ends within that time; one whose parent has not asked after it is a zombie."""
+    """Whether a process ends within that time; zombies, whose parent has not waited for them, have ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -158,7 +158,7 @@ def test_a_signal_that_python_drops_ends_it_all_the_same(command: Callable[..., 
 
 
 def test_what_is_ignored_stays_ignored(command: Callable[..., list[str]], begin: Begin) -> None:
-    """As by a shell's & or by nohup."""
+    """As with a shell's & or nohup."""
     before = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     process, pid = begin([sys.executable, *command(before=before)])
     process.send_signal(signal.SIGINT)
@@ -178,7 +178,7 @@ TAKES = {"add": ["a", "b"], "shrink": ["a", "b"], "make_digits": ["a"], "pretrai
 
 @pytest.mark.parametrize("name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/pretrain.py"])
 def test_every_command_listens(name: str) -> None:
-    """Stopped while it is imported, before it comes to what it does."""
+    """Stopped while still importing, before the actual work."""
     program = [str(ROOT / name)] if name.startswith("recipes/") else ["-m", "hf_cdl", name]
     process = subprocess.Popen(
         [sys.executable, *program, *TAKES.get(Path(name).stem, ["a"])],
@@ -197,7 +197,7 @@ def test_every_command_listens(name: str) -> None:
 
 
 def test_workers_say_nothing(command: Callable[..., list[str]], begin: Begin) -> None:
-    """A process that it has forked gets the signal of the whole group, and leaves the word to it."""
+    """A forked process receives the group's signal, too, but leaves the message to its parent."""
     before = (
         "import multiprocessing\nworker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))"
     )
@@ -221,7 +221,7 @@ def test_workers_say_nothing(command: Callable[..., list[str]], begin: Begin) ->
 def test_a_command_ends_with_its_launcher(
     command: Callable[..., list[str]], begin: Begin, tmp_path: Path, number: signal.Signals, name: str, body: str
 ) -> None:
-    """It says the launcher's command; also where its main thread comes to no end, which no exception reaches."""
+    """It prints the launcher's command, even if its main thread hangs where no exception reaches it."""
     words = [*launched(tmp_path, **{name: "no"}), *command(f"stopping.ready(); {body}")]
     process, pid = begin(words)
     process.send_signal(number)
@@ -234,14 +234,14 @@ def test_a_command_ends_with_its_launcher(
 def test_a_command_without_a_launcher_outlives_its_parent(
     command: Callable[..., list[str]], begin: Begin, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    """Who starts it with nohup and logs out wants that."""
+    """That is what users want who start it with nohup and log out."""
     process, pid = begin([*launched(tmp_path, **environment), *command()])
     process.kill()
     assert not ended(pid, 1)
 
 
 def test_a_shell_is_no_launcher(command: Callable[..., list[str]], begin: Begin, tmp_path: Path) -> None:
-    """Also where the environment has what a launcher sets, exported by hand."""
+    """Even if a launcher's variables were exported by hand."""
     line = f"{shlex.join([sys.executable, *command()])}; true"
     process, pid = begin(["sh", "-c", line], env={**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"})
     process.kill()
@@ -260,7 +260,7 @@ def test_a_shell_is_no_launcher(command: Callable[..., list[str]], begin: Begin,
 def test_commands_are_said_as_this_one_was_started(
     started: str, again: str, push: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """hf-cdl by its name alone where the shell finds it by that."""
+    """hf-cdl by its name alone if the shell finds it by that."""
     (tmp_path / "elsewhere").mkdir()
     places = {"hf-cdl": tmp_path / "hf-cdl", "elsewhere/hf-cdl": tmp_path / "elsewhere" / "hf-cdl"}
     for file in places.values():
@@ -290,7 +290,7 @@ def test_commands_are_said_as_this_one_was_started(
 def test_training_ends_with_its_launcher_and_goes_on_by_what_it_says(
     tmp_path: Path, launcher: str, number: signal.Signals
 ) -> None:
-    """None of its processes is left; the lock is free; the end is that of a run that nothing stopped."""
+    """No process is left, the lock is free, and the result equals that of an uninterrupted run."""
     recipe = make_recipe(tmp_path, baselines=[])
     recipe["train"]["num_train_epochs"] = 10
     file, whole, cut = write_recipe(tmp_path / "recipe.yaml", recipe), tmp_path / "whole", tmp_path / "it's cut"

@@ -58,7 +58,7 @@ ROLES = ("teacher", "student", "nearest_class_mean")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of 3 tasks that takes seconds, its data and backbones beside it."""
+    """A recipe of 3 tasks that takes seconds, with its data and backbones next to it."""
     folder = tmp_path_factory.mktemp("tiny")
     recipe = make_recipe(folder)
     recipe["train"]["num_train_epochs"] = 8
@@ -67,7 +67,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tiny: Path) -> tuple[Path, str]:
-    """A run that nothing disturbed: its folder, and what it said."""
+    """An uninterrupted run: its folder and its output."""
     folder = tiny.parent / "finished"
     code, output = train(tiny, "--output_dir", folder)
     assert code == 0, output
@@ -76,7 +76,7 @@ def finished(tiny: Path) -> tuple[Path, str]:
 
 @pytest.fixture
 def run(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """The script's main() in this process, one epoch a task: its exit code, and all that it said."""
+    """Run the script's main() in this process, one epoch per task; returns its exit code and output."""
 
     def call(*arguments: Any, out: str = "out", file: Path = tiny) -> tuple[int, str]:
         words = [file, "--train.num_train_epochs", 1, "--output_dir", tmp_path / out, *arguments]
@@ -118,7 +118,7 @@ def losses(folder: Path, role: str, task: int) -> list[dict[str, float]]:
     return [{key: line[key] for key in line if key.startswith("loss")} for line in lines if "loss" in line]
 
 
-# ---- a whole run ----
+# ---- a complete run ----
 
 
 def test_a_whole_run_leaves_what_was_promised(finished: tuple[Path, str]) -> None:
@@ -239,7 +239,7 @@ def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
 def test_a_task_of_one_class_is_refused_before_anything_is_learnt(
     words: list[Any], said: str, run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor is an image decoded, or anything left that would keep a mended recipe out; a plan refuses it too."""
+    """No image is decoded and nothing left that would block a corrected recipe; a plan refuses it, too."""
     with monkeypatch.context() as context:
         context.setattr(train_recipe.TaskStream, "check_images", lambda stream: pytest.fail("images were decoded"))
         for more in ((), ("--plan",)):
@@ -280,7 +280,7 @@ print(json.dumps({"rows": rows, "said": classify(str(folder.parent / "some.png")
 
 
 def test_checkpoints_in_a_fresh_process_repeat_their_rows(tiny: Path, finished: tuple[Path, str]) -> None:
-    """Image by image, so that the batch cannot matter either; and the line that the run prints at its end works."""
+    """Image by image, so that batching cannot matter either; and the command printed at the end works."""
     folder, _ = finished
     (folder.parent / "some.png").write_bytes(png(picture(0, 0)))
     command = [sys.executable, "-W", "error::UserWarning", "-c", _FRESH, str(folder), str(tiny.parent / "data")]
@@ -347,7 +347,7 @@ def test_ctrl_c_stops_a_run_and_the_same_command_goes_on(tiny: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_interruptions_do_not_change_a_run(tiny: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
-    """SIGKILL in a student's phase, then a full disk while it is saved, then Ctrl-C, then to the end."""
+    """SIGKILL in a student's phase, then a full disk while saving, then Ctrl-C, then to the end."""
     folder = tmp_path / "a run"
     command = (tiny, "--output_dir", folder)
 
@@ -423,7 +423,7 @@ def test_a_kill_while_a_backbone_trains_does_not_change_a_run(tiny: Path, tmp_pa
 def test_a_kill_does_not_change_a_run_whose_models_keep_more_than_parameters(
     tiny: Path, tmp_path: Path, name: str
 ) -> None:
-    """The copy of the teacher's pool, merged prompts, the teacher's second path with copies of its layers."""
+    """Copies of the teacher's pool, merged prompts, and the teacher's second path with copies of its layers."""
     command = (tiny, *VARIANTS[name][0], "--output_dir")
     assert train(*command, tmp_path / "whole")[0] == 0
     code, _ = interrupt_when(stored_epoch(tmp_path / "cut", "student", 2), *command, tmp_path / "cut")
@@ -454,7 +454,7 @@ def test_kills_at_any_moment_do_not_change_a_run(tiny: Path, finished: tuple[Pat
     assert_same_run(folder, finished[0])
 
 
-# ---- a loss that is no number ----
+# ---- NaN and infinite losses ----
 
 
 def test_a_loss_that_is_no_number_stops_the_run(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_a_loss_that_is_no_number_stops_the_run(run: Callable[..., tuple[int, st
 
 
 def refused(run: Callable[..., tuple[int, str]], tmp_path: Path, *arguments: Any) -> str:
-    """The error message of a run that must not start; nothing is left behind but the lock."""
+    """The error message of a run that must not start; only the lock is left behind."""
     code, output = run(*arguments)
     assert code == 2, output
     assert "Traceback" not in output and "task 1" not in output
@@ -627,7 +627,7 @@ def test_a_folder_of_another_recipe(tiny: Path, finished: tuple[Path, str], capf
 def test_a_run_of_an_older_version_goes_on(
     tiny: Path, finished: tuple[Path, str], run: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    """Fields that a recipe did not have then are no difference, unless they are asked to be no default."""
+    """Fields that recipes did not have then make no difference, unless they are set to non-default values."""
     folder = tmp_path / "older"
     shutil.copytree(finished[0], folder)
     ledger = json.loads((folder / "run.json").read_text())
@@ -661,7 +661,7 @@ def test_changed_data_of_a_run_that_goes_on(run: Callable[..., tuple[int, str]],
 def test_a_teacher_can_be_taken_from_another_run(
     tiny: Path, finished: tuple[Path, str], run: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    """The student is the one that a run of its own would have made, cut off or not; the teacher is not trained."""
+    """The student is the same as in a separate run, interrupted or not; the teacher is not trained."""
     source, _ = finished
     before = {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.is_file()}
     folder = tmp_path / "taken"
@@ -672,7 +672,7 @@ def test_a_teacher_can_be_taken_from_another_run(
     assert code == 0, output
     assert_same_run(folder, source)
     taken, trained = (results(at)["roles"]["teacher"] for at in (folder, source))
-    del taken["cost"], trained["cost"]  # measured anew, on whatever machine
+    del taken["cost"], trained["cost"]  # measured again in every run
     assert taken == trained, "seconds too: it was not trained"
     assert {file: file.stat().st_mtime_ns for file in source.rglob("*") if file.is_file()} == before
     assert verify.main([str(folder)]) == 0
@@ -791,7 +791,7 @@ def test_variants(name: str, run: Callable[..., tuple[int, str]], tmp_path: Path
 def test_a_mapped_student_keeps_its_teacher_s_pool_and_nothing_else_of_it(
     tiny: Path, run: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
-    """It answers in the pipeline as it was measured, and with the teacher's prompts: without them it answers else."""
+    """Its outputs in the pipeline match its measurements, and depend on the teacher's prompts."""
     code, output = run(*VARIANTS["prompt mapping"][0])
     assert code == 0, output
     folder = tmp_path / "out"
@@ -820,7 +820,7 @@ def test_a_mapped_student_keeps_its_teacher_s_pool_and_nothing_else_of_it(
 
 
 def test_a_trained_backbone_goes_on_from_its_checkpoint(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    """Its keys are written under other names than they have in memory, which loading must undo."""
+    """Its weights are stored under other names than in memory, which loading must undo."""
     tuned = (*VARIANTS["fine-tuning"][0], "--train.num_train_epochs", 3, "--data.max_classes", 4)
     assert run(*tuned, out="whole")[0] == 0
     folder = tmp_path / "cut"
@@ -851,7 +851,7 @@ def test_accumulated_batches_are_one_batch(run: Callable[..., tuple[int, str]], 
 
 @pytest.fixture(scope="module")
 def views(tiny: Path) -> tuple[Any, ...]:
-    """Options for a larger picture, in other colours, and for terms that compare patches."""
+    """Options for a larger image size, another normalisation, and terms that compare patches."""
     colours = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     backbone = make_backbone(tiny.parent / "teacher of 24", 48, 3, seed=3, size=24, patch=4, **colours)
     terms = "[{type: kdp, weight: 0.5}, {type: fitnets}, {type: review_kd}]"
@@ -867,7 +867,7 @@ def test_teacher_and_student_of_different_views(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Each checkpoint answers in the pipeline, with its own image processor, as the run recorded it."""
+    """Each checkpoint's outputs in the pipeline, with its own image processor, are those the run recorded."""
     code, output = run(*views, "--teacher.query", query, "--train.num_train_epochs", 4)
     assert code == 0, output
     found, folder = results(tmp_path / "out")["roles"], tmp_path / "out"
@@ -912,9 +912,9 @@ def test_interruptions_do_not_change_a_run_of_two_views(
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(tiny: Path, tmp_path: Path) -> None:
-    """With SGD: Adam divides by the gradient's size, so where that is 0 it makes a step of rounding noise."""
+    """With SGD: Adam divides by the gradient's size, so where that is 0 its step is rounding noise."""
     common = ("--train.logging_steps", 1, "--train.num_train_epochs", 2, "--train.optim", "sgd")
-    terms = "[{type: kdp}, {type: review_kd}, {type: dual_path, copy_from: all}]"  # with layers of their own too
+    terms = "[{type: kdp}, {type: review_kd}, {type: dual_path, copy_from: all}]"  # some with their own layers
     common += ("--distill", terms)
     one, two = tmp_path / "one", tmp_path / "two"
     code, output = train(tiny, "--output_dir", one, *common, "--train.per_device_train_batch_size", 8)

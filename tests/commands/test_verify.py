@@ -1,4 +1,4 @@
-"""hf-cdl verify: runs that are whole, that go on, that went on from elsewhere, and whose data are others now."""
+"""hf-cdl verify: runs that are complete, in progress, continued from elsewhere, or whose data changed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_run_is_as_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_what_the_run_has_not_measured_is_no_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its phase was ended, and then it was stopped."""
+    """The run was stopped after the end of a phase."""
     change(run, row=[], correct=[], counts=[])
     assert verify.main([str(run)]) == 0
     assert capsys.readouterr().out.rstrip().endswith("right, not measured yet by the run")
@@ -60,7 +60,7 @@ def test_other_answers_may_be_of_other_data(run: Path, capsys: pytest.CaptureFix
 
 
 def test_a_run_that_went_on_from_elsewhere(source: Path, run: Path, tmp_path: Path, capsys: Any) -> None:
-    """The first task's checkpoint is not there; the second one's was measured on images of there."""
+    """The first task's checkpoint is not here; the second one's was measured on images that are elsewhere."""
     known = ("--data.known_train", "ignore", "--train.use_cpu", "true")
     assert add.main([str(run), str(source / "data"), "--output_dir", str(tmp_path / "out"), *known]) == 0
     capsys.readouterr()
@@ -74,7 +74,7 @@ def test_a_run_that_went_on_from_elsewhere(source: Path, run: Path, tmp_path: Pa
 
 
 def test_images_of_new_classes_alone(source: Path, run: Path, tmp_path: Path, capsys: Any) -> None:
-    """There is nothing to measure the checkpoint on that came from elsewhere."""
+    """There are no images to measure the inherited checkpoint on."""
     for split, first in (("train", 0), ("test", 100)):
         for label, name in enumerate(("ant", "bee")):
             (tmp_path / "new" / split / name).mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_images_of_new_classes_alone(source: Path, run: Path, tmp_path: Path, ca
 
 
 def test_a_run_is_taken_away_only_if_nobody_else_is_in_it(run: Path, tmp_path: Path) -> None:
-    """Two add_task.py at once: the one that comes too late leaves the other's run alone."""
+    """Two hf-cdl add at once: the late one leaves the other's run alone."""
     out = tmp_path / "runs" / "out"
     undo = add.begin(out, str(run), None, None)
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"], "no lock stays"
@@ -110,7 +110,7 @@ def test_a_folder_in_which_another_process_begins_a_run(run: Path, tmp_path: Pat
 
 
 def test_a_card_on_a_full_disk(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The old one stays."""
+    """The old card stays."""
     monkeypatch.setattr("hf_cdl.runs.pictures.plotting_available", lambda: False)
     (run / "student" / "README.md").write_text("mine")
     with little_room(1_000):

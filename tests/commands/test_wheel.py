@@ -1,4 +1,4 @@
-"""The package as a wheel, outside of any clone: everything that a command needs is in it."""
+"""The package as a wheel, outside of any clone: it contains everything that a command needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEFT_OUT = shutil.ignore_patterns("__pycache__")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the repository, in which no earlier build has left anything."""
+    """Build the wheel from a copy of the repository without files of earlier builds."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "repository"
     for name in ("hf_cdl", "recipes"):
@@ -34,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path) -> Path:
-    """The folder that it is installed into, without what it needs, which is here."""
+    """The folder that the wheel is installed into, without its dependencies, which are installed already."""
     pip("install", wheel, "--target", wheel.parent / "site")
     return wheel.parent / "site"
 

@@ -1,4 +1,4 @@
-"""A comparison: what its spec may say, its tables as text, its report and pictures as real files."""
+"""A comparison: what its spec allows, its tables as text, its report and figures as real files."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_comparisons_of_the_repository_can_be_run(file: Path, monkeypatch: p
 
 
 def test_the_runs_are_a_paired_design(tmp_path: Path):
-    """Of one unit all variants share seed and class order; a teacher is trained before it is taken over."""
+    """All variants of a unit share seed and class order; a teacher is trained before it is reused."""
     comparison = read(tmp_path, small())
     units = {run.variant: set() for run in comparison.runs}
     for run in comparison.runs:
@@ -91,14 +91,17 @@ def test_the_hash_is_that_of_what_defines_the_numbers(tmp_path: Path):
     assert hashes("elsewhere") == first
     stored_small = small()
     for variant in stored_small["variants"].values():
-        variant["set"] = {**variant.get("set", {}), "save_backbone": False}  # what is stored moves no number
+        variant["set"] = {
+            **variant.get("set", {}),
+            "save_backbone": False,
+        }  # what is stored does not affect the numbers
     assert hashes("small", variants=stored_small["variants"]) == first
     assert not {*hashes("split", split="test")} & {*first}
     changed = small()
     changed["variants"]["kdp"]["set"] = {"teacher.train": {"learning_rate": 0.5}}
     ours = hashes("changed", variants=changed["variants"])
     same = [run.variant for run, a, b in zip(read(tmp_path, small()).runs, ours, first, strict=True) if a == b]
-    assert same == ["alone"] * 3  # kd has another teacher now, though no field of its own differs
+    assert same == ["alone"] * 3  # kd has another teacher now, though none of its fields differ
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -156,7 +159,7 @@ def test_a_variants_name_is_a_folder(tmp_path: Path):
             read(tmp_path, small(variants={name: {"rows": {"student": "x"}}}, contrasts=[]))
 
 
-# ---- what runs gave ----
+# ---- results of the runs ----
 
 
 def entry(matrix: list[list[float]], **fields: Any) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def entry(matrix: list[list[float]], **fields: Any) -> dict[str, Any]:
 
 
 def measured(comparison: Comparison, split: str = "validation", tasks: int = 3) -> list[Measured]:
-    """Invented results of all runs: the further down a row, the better, and the more the larger the seed."""
+    """Made-up results of all runs: rows further down are better, the more so for larger seeds."""
     found = []
     for number, (label, variant, role) in enumerate(comparison.rows):
         for run in [run for run in comparison.runs if run.variant == variant]:
@@ -216,7 +219,7 @@ def test_the_table_of_contrasts():
 
 
 def test_the_interval_over_the_classes_stands_beside_that_over_the_units():
-    """Rows that did not measure their classes, as of older runs, have none."""
+    """Rows without accuracies per class, as of older runs, have none."""
     values_of = {"kd": [{"x": 60.0, "y": 44.0}, {"x": 66.0, "y": 40.0}], "alone": [{"x": 50.0, "y": 50.0}] * 2}
     runs = [one("old", seed, [[51.0]]) for seed in range(2)]
     for label, units in values_of.items():
@@ -230,7 +233,7 @@ def test_the_interval_over_the_classes_stands_beside_that_over_the_units():
 
 
 def test_what_was_not_measured_is_left_out(tmp_path: Path):
-    """Results of before there was a decomposition, and a task without test images."""
+    """Results from before the decomposition existed, and a task without test images."""
     old = one("old", 0, [[70.0]], within_task=[None], task_identification=[None], confidence=[None])
     gap = one("gap", 0, [[None], [None, 50.0]], within_task=[[None], [None, 60.0]])  # type: ignore[list-item]
     assert [run.metric("within_task_accuracy") for run in (old, gap)] == [None, None]
@@ -255,7 +258,7 @@ def test_the_report_is_whole(tmp_path: Path):
     assert (first["train_seconds"], first["training_flops"], first["parameters"]) == (6.0, 1e12, 1000)
     page = (tmp_path / "out/report.html").read_text()
     assert "&lt;alone&gt;" in page and "<alone>" not in page
-    assert not re.findall(r"https?://|<script|<link|@import|url\(", page)  # nothing that is not in the file
+    assert not re.findall(r"https?://|<script|<link|@import|url\(", page)  # nothing outside of the file
     inside = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
     files = sorted((tmp_path / "out/plots").iterdir())
     assert [file.stem for file in files] == ["contrasts", "cost", "curves", "decomposition", "matrices"]

@@ -59,7 +59,7 @@ def compare(folder: Path, *arguments: Any) -> tuple[int, str]:
 
 
 def lasting(root: Path) -> pandas.DataFrame:
-    """The table without what another run of the same recipe measures differently."""
+    """The table without the columns that differ between runs of the same recipe."""
     table = pandas.read_parquet(root / "table.parquet")
     return table.drop(columns=[*CHANGING])
 
@@ -75,7 +75,7 @@ def gone(pid: int, seconds: float = 20) -> bool:
 
 @pytest.mark.slow
 def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also if that one is killed; its arguments and exit code are the module's own."""
+    """Even if that one is killed; the worker passes on the module's arguments and exit code."""
     script = tmp_path / "script.py"
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     script.write_text("import os, sys, time\nprint(os.getpid(), *sys.argv[1:], flush=True)\ntime.sleep(60)")
@@ -157,7 +157,7 @@ def test_teachers_are_shared_finished_runs_stay_and_test_images_are_read_once(tm
     ledger = tmp_path / "runs/comparisons/test_split.json"
     assert not ledger.exists()
     process = start(tmp_path, spec, "--test")
-    while not list(root.glob("test/*/*.json")):  # cut off after the first run was measured
+    while not list(root.glob("test/*/*.json")):  # interrupt it after the first run was measured
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
@@ -179,7 +179,7 @@ def test_teachers_are_shared_finished_runs_stay_and_test_images_are_read_once(tm
     assert "TEST SPLIT" in (root / "test/report.html").read_text()
     [done] = json.loads(ledger.read_text())
     assert done == {**entry, "finished": done["finished"]} and done["finished"]
-    pandas.testing.assert_frame_equal(lasting(root), table)  # its own numbers are those of validation
+    pandas.testing.assert_frame_equal(lasting(root), table)  # its own numbers stay those on validation images
     _the_runs_themselves_on_test_images_give_the_same(tmp_path, test)
 
     before = {file: file.read_bytes() for file in (tmp_path / "runs/comparisons").rglob("*") if file.is_file()}
@@ -189,7 +189,7 @@ def test_teachers_are_shared_finished_runs_stay_and_test_images_are_read_once(tm
 
 
 def _the_runs_themselves_on_test_images_give_the_same(folder: Path, test: pandas.DataFrame) -> None:
-    """`split: test` measures while training what --test measures of the stored checkpoints."""
+    """`split: test` measures during training what --test measures on the stored checkpoints."""
     spec = yaml.safe_load((folder / "spec.yaml").read_text())
     other = {**spec, "split": "test", "seeds": [0], "variants": {"kdp": spec["variants"]["kdp"]}, "contrasts": []}
     (folder / "direct.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
@@ -229,9 +229,9 @@ def test_a_run_that_fails_is_named_and_the_others_are_shown(tmp_path: Path):
 
 @pytest.mark.slow
 def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
-    """The table is that of an undisturbed comparison, wherever the kills hit: hf-cdl alone, or its runs with it.
+    """The table equals that of an uninterrupted comparison, whether hf-cdl alone or its runs are killed, too.
 
-    When a comparison comes to its end in spite of them, it starts anew in an empty folder.
+    A comparison that finishes in spite of the kills starts again in an empty folder.
     """
     variants = {
         "kdp": {"rows": {"teacher": "teacher", "student": "KDP"}},
@@ -271,7 +271,7 @@ def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
 
 
 def _state(root: Path) -> tuple[int, bool]:
-    """How far a comparison was: finished runs and stored checkpoints, and whether a run was at work."""
+    """The progress of a comparison: finished runs and stored checkpoints, and whether a run was in progress."""
     return len([*root.glob("*/*/results.json"), *root.glob("*/*/*/task-0*")]), any(
         (run / "work").exists() for run in root.glob("*/*")
     )

@@ -1,4 +1,4 @@
-"""The statistics of a comparison: p values counted by hand, Holm by hand, and how often equals seem to differ."""
+"""The statistics of a comparison: p values and Holm's correction by hand, and how often equals seem to differ."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_interval_is_students():
 
 
 def test_differences_are_paired_by_unit():
-    """Units far apart, differences small: unpaired, nothing would be seen. A unit that one row lacks is left out."""
+    """Units far apart, differences small: an unpaired test finds nothing. Units missing in one row are left out."""
     ours = {(2, None): 92.0, (0, None): 12.0, (1, None): 52.0, (7, None): 0.0}
     theirs = {(0, None): 11.0, (1, None): 50.0, (2, None): 89.0}
     third = {(9, None): 1.0}
@@ -76,7 +76,7 @@ def test_differences_are_paired_by_unit():
 
 
 def test_over_classes_is_the_interval_that_holds_for_other_images():
-    """Two equals, each better at some classes, which ten units that share them agree on: only the classes tell it."""
+    """Equals, each better at some classes: ten units with the same classes agree; only the classes show the spread."""
     rng, pair, wins = np.random.default_rng(6), [("a", "b")], {"units": 0, "classes": 0}
     for _ in range(300):
         better = rng.normal(0, 8, 50)
@@ -112,7 +112,7 @@ def test_over_classes_asks_for_the_same_classes_of_all_units():
 
 
 def invented(rng: np.random.Generator, rows: int, units: int, effect: float = 0.0) -> dict[str, dict[int, float]]:
-    """Accuracies as runs have them: a class order makes all rows better or worse, noise with outliers, 500 images."""
+    """Realistic accuracies: a class order makes all rows better or worse; noise with outliers; 500 images."""
     order, noise = rng.normal(0, 3, units), rng.standard_t(4, (rows, units))
     found = 45 + order + noise + effect * np.arange(rows)[:, None]
     return {f"row {i}": dict(enumerate((row * 5).round() / 5)) for i, row in enumerate(found)}
@@ -134,8 +134,8 @@ def test_equals_differ_in_at_most_five_percent_of_all_comparisons(units: int):
         assert (holm(column).min() <= LEVEL) == (column.min() * 4 <= LEVEL)
     error = math.sqrt(LEVEL * (1 - LEVEL) / comparisons)
     assert wins <= LEVEL + 3 * error
-    assert smallest_p(units, 4) > LEVEL or wins > 0.01  # it is no machine that finds nothing
-    assert (raw.min(axis=0) <= LEVEL).mean() > LEVEL + 3 * error  # without the correction it would be too many
+    assert smallest_p(units, 4) > LEVEL or wins > 0.01  # the procedure does find something
+    assert (raw.min(axis=0) <= LEVEL).mean() > LEVEL + 3 * error  # without the correction there would be too many
 
 
 def test_the_interval_holds_the_truth_in_95_percent():
@@ -152,7 +152,7 @@ def test_a_real_difference_is_found():
 
 
 def test_the_check_on_a_comparisons_own_numbers():
-    """Even of rows that differ by far: what is left without their means is noise, and noise must not win."""
+    """Even for very different rows: without their means only noise is left, and noise must not win."""
     rng = np.random.default_rng(5)
     values = invented(rng, 4, 12, effect=10.0)
     pairs = [("row 1", "row 0"), ("row 2", "row 0"), ("row 3", "row 0")]

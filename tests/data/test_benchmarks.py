@@ -1,7 +1,6 @@
 """The recipes of the papers' tables: all combinations parse, and run with tiny backbones and data of the same layout.
 
-The backbones and the data lie in folders called like their ids on the Hub, so the recipes run as they are, only
-smaller.
+Backbones and data are in folders named like their Hub ids, so the recipes run unchanged, only smaller.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ METHODS = ("l2p", "dualprompt", "coda", "apt")
 PAIRS = ("base_small", "large_base", "base_tiny")
 PUBLISHED = ("none", "kd", "dkd", "fitnets", "review_kd", "kd_token", "kdp", "prompt_mapping")
 TERMS = (*PUBLISHED, "dual_path")
-SINGLE = "imagenet_r_10t/coda_dual_path.yaml"  # one file for a combination that is not in the papers' tables
+SINGLE = "imagenet_r_10t/coda_dual_path.yaml"  # a single file: this combination is not in the papers' tables
 COMBINATIONS = list(itertools.product(FOLDERS, METHODS, PAIRS, TERMS))
 BACKBONES = {  # width and depth; the prompts reach five layers
     "google/vit-large-patch16-224": (48, 7),
@@ -118,7 +117,7 @@ def images(labels: list[int], first: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders called like the ids on the Hub: random backbones, and the data sets' layout with four classes."""
+    """Folders named like Hub ids: random backbones, and data in the data sets' layout with four classes."""
     hub = tmp_path_factory.mktemp("hub")
     for number, (name, (width, depth)) in enumerate(BACKBONES.items()):
         make_backbone(hub / name, width, depth, seed=number, size=32)
@@ -171,7 +170,8 @@ def test_a_combination_runs(
     combination: tuple[str, str, str, str], hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(hub)
-    monkeypatch.setattr("hf_cdl.runs.pictures.save_plots", lambda results, folder: [])  # half of the time
+    # plotting takes half of the time
+    monkeypatch.setattr("hf_cdl.runs.pictures.save_plots", lambda results, folder: [])
     quick = ["--output_dir", str(tmp_path / "run"), "--baselines", "[]", "--train.save_strategy", "'no'"]
     assert script.main([*files(*combination), *SMALL.split(), "--train.disable_tqdm", "true", *quick]) == 0
     check_results(tmp_path / "run", combination[3])

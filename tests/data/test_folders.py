@@ -35,7 +35,7 @@ SPLITS = {"train": 4, "test": 2}
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     yield
-    gc.collect()  # what `datasets` leaves open is not the next test's
+    gc.collect()  # close what `datasets` leaves open before the next test
 
 
 def make(path: Any = None, dataset: Any = None, **config: Any) -> Any:
@@ -50,7 +50,7 @@ def images(folder: Path, count: int = 1, label: int = 0, first: int = 0) -> None
 
 
 def tree(root: Path, place: str, splits: dict[str, int] = SPLITS, classes: list[str] = CLASSES) -> None:
-    """Images of all classes and splits; `place`: their folder, such as "{split}/{name}"."""
+    """Write images of all classes and splits; `place`: their folder, such as "{split}/{name}"."""
     for split, count in splits.items():
         for number, name in enumerate(classes):
             images(root / place.format(split=split, name=name), count, number, 1000 * (split != "train"))
@@ -80,7 +80,7 @@ def save_splits(root: Path) -> None:
 
 
 def metadata(root: Path, ending: str = "csv", place: str = "images/{name}{i}.png", **columns: Any) -> None:
-    """Images and a metadata file with their class and split, as columns and as folders of `place`."""
+    """Write images and a metadata file with their class and split, as columns and as folders of `place`."""
     lines = []
     for split, count in SPLITS.items():
         for number, name in enumerate(CLASSES):

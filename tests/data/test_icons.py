@@ -1,4 +1,4 @@
-"""The icons of this repository are what their data cards say."""
+"""The icons in this repository match their data cards."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_card_says_what_is_there(folder: Path):
 
 
 def test_the_longer_stream_has_ten_tasks_of_ten_and_the_quickstarts_classes():
-    """Of a class that both have, its images are some of the quickstart's, in the same split."""
+    """For a class in both, the images are a subset of the quickstart's, in the same split."""
     longer, quickstart, (all_names, some_names) = read(LONGER), read(QUICKSTART), map(names, (LONGER, QUICKSTART))
     assert len(all_names) == 100 and {*some_names} < {*all_names}
     card = (LONGER / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""One rule from image file to RGB: in training, in the stream's views and in the served pipeline, for every mode."""
+"""The same conversion from image file to RGB in training, in the stream's views and in the pipeline, for all modes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def turned() -> Image.Exif:
 
 
 def png_file(width: int, height: int, depth: int, colour: int, data: bytes) -> bytes:
-    """A PNG of compressed lines, each behind a zero: also of kinds and sizes that Pillow does not write."""
+    """A PNG of compressed lines, each preceded by a zero: also of types and sizes that Pillow cannot write."""
     parts = {b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0), b"IDAT": data, b"IEND": b""}
     chunks = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts.items())
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
@@ -208,14 +208,14 @@ def test_training_and_pipeline_see_the_same_pixels(name: str, model: Any, tmp_pa
         assert views[0].check_images() == []
         with pytest.raises(ImageError, match=refused):
             views[1].check_images(plain=True)
-    for view in views:  # what the trainer of a plain classifier asks
+    for view in views:  # what the trainer of a plain classifier requests
         with nullcontext() if name in FILES else pytest.raises(ImageError, match=refused):
             view[0].train.check_8_bits()
 
 
 @pytest.mark.parametrize("name", [*OBJECTS, *OPENED])
 def test_images_of_pillow_in_a_column_are_what_the_pipeline_sees(name: str, model: Any, tmp_path: Path) -> None:
-    """Made in memory or opened from a file, as users put them into a Dataset."""
+    """Created in memory or opened from a file, as users put them into a Dataset."""
     classify: Any = pipeline("image-classification", model=model, image_processor=PROCESSOR)
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["a", "b"])})
     with ExitStack() as opened:
@@ -285,7 +285,7 @@ def test_a_mode_that_pillow_does_not_convert_is_named() -> None:
 @pytest.mark.parametrize("bits", [12, 16])
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_twelve_bits_in_sixteen_are_said_of_every_kind(channels: int, bits: int) -> None:
-    """Grey, grey and alpha, RGB, RGBA; a whole opaque alpha does not hide it."""
+    """Grey, grey with alpha, RGB, RGBA; a fully opaque alpha channel does not hide it."""
     values = np.random.default_rng(channels).integers(0, 2**bits, (24, 31, channels), dtype=np.uint16)
     if channels in (2, 4):
         values[..., -1] = 65535
@@ -388,7 +388,7 @@ def test_a_pipeline_that_somebody_registered_stays(monkeypatch: pytest.MonkeyPat
 
 
 def black_png(width: int, height: int) -> bytes:
-    """Of one bit, written without ever holding its pixels."""
+    """A one-bit PNG, written without ever holding its pixels in memory."""
     press = zlib.compressobj(9)
     line = b"\0" * (width // 8 + 2)
     return png_file(width, height, 1, 0, b"".join([*(press.compress(line) for _ in range(height)), press.flush()]))
@@ -540,7 +540,7 @@ print(component.preprocess(ImageData(path=sys.argv[2], orig_name="deep.png")))
 
 @pytest.mark.slow
 def test_the_demo_hands_on_the_file_as_it_is(tmp_path: Path) -> None:
-    """Gradio would convert it to RGB, and clip it."""
+    """Gradio would convert it to RGB and clip it."""
     if find_spec("gradio") is None:
         pytest.skip("the demo needs the extra `demo`")
     file = tmp_path / "deep.png"
@@ -555,7 +555,7 @@ def test_the_demo_hands_on_the_file_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_thin_image_is_refused_before_it_is_resized(model: Any, tmp_path: Path) -> None:
-    """By its name, in the check of images, in the evaluation view and in the pipeline: 16 x 32,000 would be made."""
+    """With its name, in the image check, the evaluation view and the pipeline: it would become 16 x 32,000."""
     processor = ConvNextImageProcessorPil(size={"shortest_edge": 16}, crop_pct=0.875)
     files = [*((64, 48),) * 7, (2000, 1)]
     for number, size in enumerate(files):

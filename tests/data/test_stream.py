@@ -32,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def png(*seed: int, size: int = 10, kind: str = "png") -> bytes:
-    """An image of noise, another one for other numbers."""
+    """A noise image, different for different numbers."""
     noise = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, kind)
@@ -40,7 +40,7 @@ def png(*seed: int, size: int = 10, kind: str = "png") -> bytes:
 
 
 def table(labels: list, kind: Any = None, split: int = 0) -> Dataset:
-    """A table of images with these labels; `kind` is the labels' type, a ClassLabel for numbers if left out."""
+    """A table of images with these labels; `kind`: the labels' type, by default a ClassLabel for integers."""
     if kind is None:
         kind = ClassLabel(names=[f"c{i}" for i in range(max(labels) + 1)])
     features = Features({"image": datasets.Image(), "label": kind})
@@ -103,7 +103,7 @@ def test_unequal_and_named_tasks():
 
 
 def test_labels_belong_to_their_images():
-    """Every item, through the shuffled order, is the image that the data hold for a row of that class."""
+    """After shuffling, every item is still the image that the data have for a row of its class."""
     source = data(6)
     stream = make(source, class_order_seed=3)
     for task in stream:
@@ -141,7 +141,7 @@ def test_columns_are_found_by_type_or_named():
     assert make(both, label_column="class", image_column="photo").class_names == ["0", "1"]
 
 
-# ---- what is drawn
+# ---- random choices
 
 
 def test_limits_keep_a_subset_that_other_classes_do_not_change():
@@ -154,7 +154,7 @@ def test_limits_keep_a_subset_that_other_classes_do_not_change():
     source = data(4, train=20, test=10)
     source["train"] = source["train"].select([*range(0, 80, 4), *fewer])  # class 2 gone, class 0 first
     alone = make(source, classes_per_task=[["c3"], ["c1"]], max_train_per_class=7)
-    for name in ("c1", "c3"):  # the place of a row among its class's rows
+    for name in ("c1", "c3"):  # a row's position among its class's rows
         own = [i for i, label in enumerate(labels) if f"c{label}" == name]
         moved = [20 + fewer.index(i) for i in own]
         assert [own.index(r) for r in rows(full, "train")[name]] == [
@@ -231,7 +231,7 @@ def test_data_loader_workers_give_the_same_views(tmp_path):
 
 
 def maps(count: int = 6) -> DatasetDict:
-    """Images that say of each pixel where it is: red grows to the right, green downwards."""
+    """Images whose colours encode the position of each pixel: red grows to the right, green downwards."""
     y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
     cells = [Image.fromarray(np.stack([x, y, np.full_like(x, 9 * i)], axis=-1)) for i in range(count)]
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=["c0", "c1"])})
@@ -244,7 +244,7 @@ NARROW = ViTImageProcessor(size={"height": 16, "width": 32}, rescale_factor=1 / 
 
 
 def colours(pixels: torch.Tensor, processor: Any) -> torch.Tensor:
-    """0 .. 255 again."""
+    """Convert to 0 .. 255 again."""
     if processor.do_normalize:
         mean, std = (torch.tensor(field).view(3, 1, 1) for field in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
@@ -277,7 +277,7 @@ def test_a_role_gets_its_own_view_whoever_looks_with_it():
         item = both[key]
         assert torch.equal(item["pixel_values"], student) and torch.equal(item["teacher_pixel_values"], teacher)
         for role, want in (("student", student), ("teacher", teacher), ("nearest_class_mean", teacher)):
-            item = stream[0].train.seen_by(role)[key]  # a role that is not named sees what the first one sees
+            item = stream[0].train.seen_by(role)[key]  # an unnamed role has the first one's view
             assert item.keys() == {"pixel_values", "labels"} and torch.equal(item["pixel_values"], want), role
         assert torch.equal(stream[0].train[key]["pixel_values"], student)
 
@@ -337,11 +337,11 @@ def test_class_folders(tmp_path):
         root, {"train/cat": 3, "train/train": 2, "val/cat": 1, "val/train": 1, "test/cat": 2, "test/train": 2}
     )
     write_folder(root, {"new/cat": 1, "new/train": 1, "docs": 1, ".cache/x": 1, "train/cat/.checkpoints": 1})
-    for name in ("notes.txt", "Thumbs.db", ".DS_Store"):  # what is plainly no image
+    for name in ("notes.txt", "Thumbs.db", ".DS_Store"):  # obviously not images
         (root / "train/cat" / name).write_text("not an image")
     before = sorted(root.rglob("*"))
     stream = make(path=str(root))
-    assert stream.class_names == ["cat", "train"]  # a class may be called like a split
+    assert stream.class_names == ["cat", "train"]  # a class may have a split's name
     assert {name: len(r) for name, r in rows(stream, "train").items()} == {"cat": 3, "train": 2}
     assert len(stream[0].validation) == 2 and len(stream[0].test) == 4
     assert len(make(path=str(root), test_split="new")[0].test) == 2
@@ -466,7 +466,7 @@ def test_check_images_covers_only_the_stream():
 
 
 def of_pixels(*classes: list[np.ndarray]) -> DatasetDict:
-    """A table of images with these pixels, class by class, for training and testing."""
+    """Tables of images with these pixels, class by class, for training and testing."""
     cells = [array for images in classes for array in images]
     labels = [number for number, images in enumerate(classes) for _ in images]
     features = Features({"image": datasets.Image(), "label": ClassLabel(names=list("abcde"[: len(classes)]))})
@@ -748,7 +748,7 @@ def test_one_dataset_is_the_training_data() -> None:
 
 
 def test_as_many_classes_as_imagenet_21k_take_no_time() -> None:
-    """Linear, not quadratic: minutes otherwise."""
+    """Linear time; quadratic time would take minutes."""
     names = [f"n{number:08d}" for number in range(21_841)]
     cell = {"bytes": png(0), "path": None}
     features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})

@@ -104,7 +104,7 @@ def test_crop_box_lies_inside_the_image_and_in_range(size):
 
 
 def test_crop_area_is_uniform_and_aspect_log_uniform():
-    """Within a square of 1000 pixels no draw with an area up to 0.5 is refused, so the draws keep their law."""
+    """In a square of 1000 pixels no draw with an area up to 0.5 is rejected, so the draws keep their distribution."""
     boxes = [crop_box(1000, 1000, (0.1, 0.5), (0.75, 4 / 3), stateless_rng(1, 0, i, 0)) for i in range(4000)]
     sides = np.array([(right - left, bottom - top) for left, top, right, bottom in boxes])
     area, aspect = sides.prod(1) / 1e6, np.log(sides[:, 0] / sides[:, 1])
@@ -147,7 +147,7 @@ def test_training_view_of_the_whole_image_is_the_evaluation_view(processor):
 
 
 def test_teacher_and_student_see_the_same_crop():
-    """Processors of two sizes: the crop has the same place in the image, read off a pair of colour ramps."""
+    """Processors of two sizes: the crop is at the same place in the image, as two colour ramps show."""
     y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
     image = Image.fromarray(np.stack([x, y, x], axis=-1))
     kept = {"do_normalize": False, "do_rescale": False}
@@ -161,7 +161,7 @@ def test_teacher_and_student_see_the_same_crop():
 
 
 def test_training_views_are_those_of_all_earlier_versions():
-    """A stored teacher output or a run half done would otherwise meet other pictures after an update."""
+    """Otherwise stored teacher outputs or unfinished runs would meet different images after an update."""
     processor = ViTImageProcessor(size={"height": 20, "width": 24}, do_rescale=False, do_normalize=False)
     keys = [(task, sample, view) for task in (0, 3) for sample in (0, 12345) for view in (0, 7)]
     pixels = Preprocess(processor, seed=5).training([Image.fromarray(noise(50, 70))] * 8, keys)
@@ -200,7 +200,7 @@ def test_processors_with_two_views(field):
 
 
 def test_processors_of_two_classes_have_two_views():
-    """Their fields may say the same, but they need not do the same."""
+    """Even with equal fields they may process images differently."""
     fields = {**BASE, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     assert not same_view(ViTImageProcessor(**fields), CLIPImageProcessor(**fields, do_center_crop=False))
 
@@ -217,7 +217,7 @@ def test_output_size():
 
 @pytest.mark.parametrize("edge", [24, 384])
 def test_the_square_of_a_convnext_processor(edge):
-    """ResNet, RegNet and ConvNeXt have it: below 384 px it resizes by crop_pct and crops, else it squeezes."""
+    """Used by ResNet, RegNet and ConvNeXt: below 384 px it resizes by crop_pct and crops, else it squeezes."""
     processor = ConvNextImageProcessorPil(size={"shortest_edge": edge}, crop_pct=0.875)
     preprocess = Preprocess(processor)
     image = Image.fromarray(noise(50, 70))
@@ -232,7 +232,7 @@ def test_the_square_of_a_convnext_processor(edge):
 
 
 def padded(size, padding, flip=0.0, image_size=20, resample=2):
-    """Views of one picture, and the picture with black around it."""
+    """Views of one image, and the image with a black border."""
     raw = {"do_rescale": False, "do_normalize": False, "resample": resample}
     processor = ViTImageProcessor(size={"height": size, "width": size}, **raw)
     image = noise(image_size, image_size)

@@ -1,4 +1,4 @@
-"""The dual-forward-path teacher: it begins as the teacher, trains beside it, and leaves nothing behind."""
+"""The dual-forward-path teacher: it starts equal to the teacher, is trained alongside it, and leaves no trace."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ __all__ = ["newcomer"]  # a fixture that every test here uses
 
 
 def classifier(family: str) -> Any:
-    """A tiny random classifier, its batch norms' statistics as of some images."""
+    """A tiny random classifier whose batch norm statistics are those of some images."""
     set_seed(0)
     model = FAMILIES[family][0]()
     with torch.no_grad():
@@ -119,7 +119,7 @@ def term_of(teacher: Any = None, **fields: Any) -> DualPath:
 
 
 def ask(term: DualPath, teacher: Any, seed: int = 0, **inputs: Any) -> CDLOutput:
-    """What the trainer does: the teacher's own path without gradient, then the term's."""
+    """Do what the trainer does: the teacher's own path without gradients, then the term's path."""
     asked = {"pixel_values": pixels(seed), **inputs}
     with torch.no_grad():
         found = teacher(**asked)
@@ -194,7 +194,7 @@ def test_only_copied_batch_norms_are_in_training_mode_and_their_statistics_move(
 
 
 def test_a_last_batch_of_one_image_with_maps_of_one_pixel_is_learnt_too() -> None:
-    """By running statistics, which it leaves alone; the next batch moves them again."""
+    """By running statistics, which it does not change; the next batch updates them again."""
     teacher = classifier("mobilenet_v2")
     term = term_of(teacher, copy_from="all").train()
     norms = {name: module for name, module in term.named_modules() if isinstance(module, nn.BatchNorm2d)}
@@ -276,7 +276,7 @@ def test_free_logits_of_the_prompt_path_become_the_mixture_of_teacher_and_studen
         found.backward()
         return found
 
-    optimizer.step(loss)  # type: ignore[arg-type]  # a tensor will do
+    optimizer.step(loss)  # type: ignore[arg-type]  # a tensor suffices
     soft = [F.softmax(z / 3, dim=1) for z in (original, student, free.detach())]
     torch.testing.assert_close(soft[2], (1 - rho) * soft[0] + rho * soft[1], atol=1e-3, rtol=0)
 
@@ -299,7 +299,7 @@ def test_without_the_prompt_path_s_weight_the_student_learns_as_with_kd() -> Non
 
 
 def test_the_student_s_loss_and_the_prompt_path_s_are_named_and_add_up() -> None:
-    """Each of them tunes its own side alone, and the term's weight is that of both."""
+    """Each of them trains only its own side, and the term's weight applies to both."""
     ours, path = logits(2, grad=True), logits(4, grad=True)
     objective = Objective(0.0, [("dual_path", term_of(weight=0.5, lambda_y=0.3))])
     losses = objective(CDLOutput(logits=ours), CDLOutput(logits=logits(1), path_logits=path), LABELS, slice(0, 5))
@@ -333,7 +333,7 @@ def test_only_the_current_task_s_classes_are_compared() -> None:
 
 
 def test_the_prompt_path_s_weight_grows_and_the_teacher_s_gives_way() -> None:
-    """With the steps of the optimizer: all micro-batches of a step have the same weights."""
+    """It changes with optimizer steps: all micro-batches of a step have the same weights."""
     term, found = term_of(beta_o=0.2, beta_p=0.4, warmup_steps=4), []
     for _ in range(6):
         term.begin_step()
@@ -434,7 +434,7 @@ def test_impossible_settings_are_refused() -> None:
 
 
 class Wrapped(nn.Module):
-    """A convolutional teacher as the trainer wants it: its classes are all those of the stream."""
+    """A convolutional teacher wrapped for the trainer: its classes are all those of the stream."""
 
     needs_query = False
     shape = ModelShape(0, 0)
@@ -491,7 +491,7 @@ def test_kd_and_dual_path_without_the_prompt_path_train_the_same_student(tmp_pat
 
 @pytest.mark.parametrize("fields", [PLUS, CONVOLUTIONAL], ids=["vit", "resnet"])
 def test_accuracies_over_training_are_measured_without_a_trace(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Of student, original path and prompt path, after every epoch; the weights come out the same."""
+    """For student, original path and prompt path, after every epoch; the resulting weights are the same."""
     plain = trainer_of(tmp_path / "plain", **fields)
     watched = trainer_of(tmp_path / "watched", train={"eval_strategy": "epoch"}, **fields)
     task = next(stream())
@@ -561,7 +561,7 @@ def test_blocks_stay_warm_for_the_next_task_and_out_of_the_student_s_files(
         assert not any("scaffold" in name or "dual_path" in name for name in file.keys())  # noqa: SIM118
     assert same(CDLForImageClassification.from_pretrained(folder).state_dict(), bare(cut.model))
 
-    # A new process between the tasks: the student from its files, the blocks drawn anew, then put back.
+    # A new process between the tasks: the student from its files, the blocks initialised again, then restored.
     student = CDLForImageClassification.from_pretrained(folder)
     resumed = trainer_of(tmp_path, cut.run, student=student, **fields)
     with torch.no_grad():

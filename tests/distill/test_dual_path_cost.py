@@ -1,4 +1,4 @@
-"""benchmarks/dual_path_cost.py runs, and what it says has the order that it must have."""
+"""benchmarks/dual_path_cost.py runs, and its costs are ordered as expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The distillation terms: what each is zero for, what it ignores, and what it costs."""
+"""The distillation terms: when each is zero, what it ignores, and what it costs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_kdp_labels_teaches_the_kd_head_the_labels() -> None:
 
 
 def test_label_smoothing_is_cross_entropy_to_labels_mixed_with_all_classes() -> None:
-    """In the objective its share adds up: w CE(smoothed by epsilon) + (1 - w) CE smooths by w epsilon."""
+    """In the objective the weights combine: w CE(smoothed by epsilon) + (1 - w) CE smooths by w epsilon."""
     z = logits(1, classes=9)
     cut = z[:, 3:7]
     mixed = 0.7 * F.one_hot(LABELS, 4) + 0.3 / 4
@@ -126,7 +126,7 @@ def test_impossible_fields_are_refused_by_the_term_s_name(name: str) -> None:
         term_of(name, weight=-1.0)
 
 
-# ---- terms of features ----
+# ---- terms on features ----
 
 
 def test_similarity_is_the_mean_squared_difference_of_all_cosines() -> None:
@@ -162,7 +162,7 @@ def test_a_dimension_that_hardly_varies_is_divided_by_a_hundredth_of_the_mean_de
     torch.testing.assert_close(similarities(features)[:2], wanted, atol=1e-4, rtol=0)
 
 
-# ---- terms of hidden states ----
+# ---- terms on hidden states ----
 
 
 def hidden(width: int, depth: int, tokens: int = 17, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -298,7 +298,7 @@ def test_a_projector_is_trained_kept_for_resuming_and_left_out_of_the_student_s_
         assert not any("scaffold" in name or "fitnets" in name for name in file.keys())  # noqa: SIM118
     assert not any("scaffold" in path.name for path in run.folder.rglob("student/**/*"))
 
-    # A new process between the tasks: the student from its files, the projector drawn anew, then put back.
+    # A new process between the tasks: the student from its files, the projector initialised again, then restored.
     resumed = trainer_of(tmp_path, run, student=CDLForImageClassification.from_pretrained(folder))
     with torch.no_grad():
         resumed.objective.terms["fitnets"].projection.weight.zero_()  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""First-session adaptation: prompts or backbone learn on the first task alone, then a head is fitted."""
+"""First-session adaptation: prompts or backbone learn only on the first task, then a head is fitted."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_prompts_learn_on_the_first_task_alone_and_ridge_is_the_joint_solution(m
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_teacher_s_answers_are_a_share_of_ridge_s_targets(fitted: bool, tmp_path: Path) -> None:
-    """Its probabilities at the temperature, or the scores of a fitted head as they are; and no step of training."""
+    """Its probabilities at the temperature, or a fitted head's scores unchanged; there is no training step."""
     parts: dict[str, Any] = {"head": {"type": "ridge", "soft_targets": 0.4, "temperature": 2.0}}
     student = CDLForImageClassification(CDLConfig(backbone_config=vit(32), **parts))
     head: dict[str, Any] = {"head": {"type": "ridge"}} if fitted else {}
@@ -203,7 +203,7 @@ def test_impossible_models_are_refused(fields: dict[str, Any], said: str) -> Non
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> None:
-    """With a term that owns layers, and a teacher with a first session of its own."""
+    """With a term that has its own layers, and a teacher with its own first session."""
     recipe = make_recipe(tmp_path, distill=[{"type": "fitnets", "weight": 0.5}])
     for role in ("teacher", "student"):
         recipe[role].update(SESSION)
@@ -221,7 +221,7 @@ def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_two_processes_fit_what_one_does(tmp_path: Path) -> None:
-    """Every image counts once, in the statistics and in the sums; tasks of an odd number of images."""
+    """Every image counts once in the statistics and sums, for tasks with an odd number of images."""
     recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0)
     recipe["data"] |= {"max_train_per_class": 7, "classes_per_task": [3, 2, 1]}
     recipe["student"].update(SESSION)

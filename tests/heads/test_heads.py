@@ -1,4 +1,4 @@
-"""Heads: what every one must keep (iterates HEADS), and that fitted ones are the joint solution of all tasks."""
+"""Heads: the contract of all of them (iterates HEADS), and that fitted ones equal the joint solution of all tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.heads import HEADS, build_head
 from hf_cdl.heads.base import FittedHead
 
-# Fields that a head is tested with besides its defaults.
+# Fields that a head is tested with, in addition to its defaults.
 VARIANTS: list[dict[str, Any]] = [
     *({"type": kind} for kind in HEADS),
     *({"type": kind, "standardise": "first_task"} for kind in HEADS),
@@ -227,7 +227,7 @@ def test_what_is_no_number_never_becomes_a_solution_of_ridge() -> None:
 
 
 def data(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """300 features of 10 classes, in a far from round cloud, far from zero: the Gram matrix is badly conditioned."""
+    """300 features of 10 classes, anisotropic and far from zero, so that the Gram matrix is badly conditioned."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 10, (300,), generator=generator)
     centres = torch.randn(10, 24, generator=generator)
@@ -289,7 +289,7 @@ def test_the_tasks_and_their_order_do_not_matter(head: dict[str, Any], count: in
 
 
 def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
-    """Within each task the teacher's answers take the place of a share of the labels; nothing beyond the task."""
+    """Within each task the teacher's outputs replace a fraction of the labels; nothing changes beyond the task."""
     features, labels = data()
     answers = torch.randn(300, 10, generator=torch.Generator().manual_seed(5)).softmax(dim=-1)
     head = build_fitted({"type": "ridge", "soft_targets": 0.3})
@@ -312,7 +312,7 @@ def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
 
 
 def test_float32_sums_would_not_do() -> None:
-    """The data of these tests are hard enough to tell: the same solution from a Gram matrix in float32 is off."""
+    """The test data are hard enough to show it: the solution from a Gram matrix in float32 is wrong."""
     features, labels = data()
     head, order = fit({"type": "ridge", "strength": 0.1}, [list(range(10))])
     gram = features.T @ features + 0.1 * torch.eye(24)

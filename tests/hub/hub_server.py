@@ -1,12 +1,13 @@
-"""A Hub on this machine: the part of the Hugging Face Hub's HTTP interface that pushing and loading models needs.
+"""A local Hub: the part of the Hugging Face Hub's HTTP API that is needed to push and load models.
 
 The real huggingface_hub client talks to it, with HF_ENDPOINT set to its address and HF_HUB_DISABLE_XET=1. It checks
-tokens, parent commits and the sha256 of what is uploaded, and breaks on request. By hand:
+tokens, parent commits and the sha256 of uploads, and fails on request. To start it by hand:
 
 python tests/hub/hub_server.py --root FOLDER [--port 8800] [--fault commit:503 ...] [--chaos 0.1 --seed 1]
 
-In the folder: `objects/` files by their sha256; `repos/OWNER/NAME/` with `commits/ID.json` (immutable), `refs/heads/`
-and `refs/tags/`. A file appears under its name when it is whole, a ref last: a kill leaves the old state or the new.
+In the folder: `objects/` has files by their sha256; `repos/OWNER/NAME/` has `commits/ID.json` (immutable),
+`refs/heads/` and `refs/tags/`. A file gets its name once it is complete, refs last: a kill leaves the old state or the
+new one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ With a status, a cut, a stall or a digest nothing was done. Only by script: `ech
 
 
 class Failure(Exception):
-    """An answer that is no success."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str):
         super().__init__(message)
@@ -52,11 +53,11 @@ class Failure(Exception):
 
 
 class Cut(Exception):
-    """The connection ends here."""
+    """Close the connection here."""
 
 
 class Entry(NamedTuple):
-    """A file of a commit. `oid`: git's, of an LFS file that of its pointer; `sha256` of the content."""
+    """A file of a commit. `oid`: git's id, for an LFS file that of its pointer; `sha256`: of the content."""
 
     size: int
     oid: str
@@ -98,7 +99,7 @@ class Repository:
         return {path: Entry(**entry) for path, entry in self.commit(revision)["files"].items()}
 
     def history(self, revision: str = "main") -> list[dict[str, Any]]:
-        """The commits that lead to a revision, the newest first."""
+        """The commits up to a revision, newest first."""
         commits = [self.commit(revision)]
         while commits[-1]["parent"]:
             commits.append(self.commit(commits[-1]["parent"]))
@@ -125,7 +126,7 @@ class Repository:
 
 
 def card_errors(metadata: dict[str, Any]) -> list[str]:
-    """What the Hub would not take in a card's metadata: a wrong kind of value, or a model-index that is not whole."""
+    """What the Hub would refuse in a card's metadata: a value of the wrong type, or an incomplete model-index."""
     texts = ("license", "pipeline_tag", "library_name", "base_model_relation")
     errors = [f'"{name}" must be a string' for name in texts if not isinstance(metadata.get(name, ""), str)]
     for name in ("tags", "datasets", "metrics"):
@@ -152,7 +153,7 @@ def card_errors(metadata: dict[str, Any]) -> list[str]:
 
 
 def write(file: Path, content: bytes) -> None:
-    """The file is there whole, or not at all."""
+    """Write a file completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{uuid.uuid4().hex}")
     partial.write_bytes(content)
@@ -160,10 +161,10 @@ def write(file: Path, content: bytes) -> None:
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the repositories in a folder on 127.0.0.1; `with HubServer(root) as hub:` runs it in a thread.
+    """Serve the repositories in a folder on 127.0.0.1; `with HubServer(root) as hub:` runs it in a thread.
 
-    `faults`: a script of (operation, kind), each used up by the next request of that operation (`*`: any). `chaos`:
-    the probability that any request fails, by `kinds` drawn with `seed`. An operation is a method of Handler.
+    `faults`: a list of (operation, kind), each used up by the next request of that operation (`*`: any). `chaos`: the
+    probability that a request fails, in one of `kinds`, drawn with `seed`. An operation is a method of Handler.
     """
 
     daemon_threads = True
@@ -220,7 +221,7 @@ class HubServer(ThreadingHTTPServer):
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the server's."""
+        """Ignore a client's disconnection, which is not the server's error."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
@@ -255,7 +256,7 @@ class Handler(BaseHTTPRequestHandler):
 
     server: HubServer  # type: ignore[assignment]
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # headers and content in one piece: two pieces wait for each other on a loopback
+    wbufsize = -1  # one write for headers and content: two would delay each other on loopback
     body: bytes
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -263,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, operation, fields, status = urlsplit(self.path).path, "nothing", {}, 0
-        path = re.sub("^(/api)?/datasets/", lambda m: "/api/models/" if m[1] else "/", path)  # of one kind here
+        path = re.sub("^(/api)?/datasets/", lambda m: "/api/models/" if m[1] else "/", path)  # no difference here
         for method, pattern, name in PATTERNS:
             if method == self.command and (match := pattern.fullmatch(path)):
                 operation, fields = name, {key: unquote(value) for key, value in match.groupdict().items()}
@@ -317,7 +318,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- who asks ----
 
     def _user(self) -> tuple[str, str] | None:
-        """Name and role (read or write) of who asks; None without a token."""
+        """Name and role (read or write) of the caller; None without a token."""
         header = self.headers.get("Authorization")
         if header is None:
             return None
@@ -392,7 +393,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"url": url, "name": repository.id, "private": private}
 
     def _store(self, content: bytes) -> Entry:
-        """A regular file's content into the objects."""
+        """Store a regular file's content in the objects."""
         sha256 = hashlib.sha256(content).hexdigest()
         write(self.server.root / "objects" / sha256, content)
         return Entry(len(content), git_oid(content), sha256, False)
@@ -421,7 +422,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": objects}
 
     def upload(self, rev: str) -> Any:
-        """No token here: whoever was given the signed address may upload this very content."""
+        """No token needed: whoever has the signed address may upload exactly this content."""
         query = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
         if query.get("signature") != self.server.signature(rev + query.get("size", "")):
             raise Failure(403, "the signature does not match")
@@ -541,7 +542,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def environment(hub: HubServer, home: Path, **given: str) -> dict[str, str]:
-    """What a process needs to take `hub` for the Hub, with a cache of its own and short pauses."""
+    """Environment that makes a process use `hub` as the Hub, with its own cache and short retry delays."""
     address = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     return {**address, "HF_HOME": str(home), "HF_CDL_PUSH_DELAY": "0.01", **given}
 

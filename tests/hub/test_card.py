@@ -1,4 +1,4 @@
-"""Model cards: the committed example whole, its metadata read back, and what a card says of other runs."""
+"""Model cards: the complete committed example, its metadata read back, and the cards of other runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def results() -> dict[str, Any]:
 
 
 def on_the_hub(results: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    """The results as if their recipe had named data and backbones of the Hub, and had other fields."""
+    """The results as if their recipe named data and backbones on the Hub, with other fields changed."""
     recipe: dict[str, Any] = {
         **results["recipe"],
         "data": {"path": "cifar100"},
@@ -53,7 +53,7 @@ def on_the_hub(results: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def cut(results: dict[str, Any], count: int) -> dict[str, Any]:
-    """The results of the same run when `count` tasks were finished."""
+    """The results of the same run after `count` tasks."""
     early = copy.deepcopy({**results, "finished": False})
     for entry in early["roles"].values():
         entry.pop("cost", None)
@@ -78,7 +78,7 @@ for change in ({"datasets": 7}, {"license": 3}, {"base_model_relation": "child"}
 
 
 def test_the_hub_takes_the_examples(tmp_path: Path) -> None:
-    """By Hugging Face's own validation, which asks the Hub; broken metadata are refused."""
+    """By Hugging Face's own validation, which calls the Hub; broken metadata are refused."""
     with HubServer(tmp_path) as hub:
         env = {**os.environ, **environment(hub, tmp_path / "home")}
         for name, role in CARDS:

@@ -1,4 +1,4 @@
-"""Runs on the Hub: what arrives there is the run, whatever happens on the way, and nobody else's files are touched."""
+"""Runs on the Hub: what arrives is the run, whatever happens on the way, and other people's files are untouched."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
 
 
 def save_task(folder: Path, role: str, number: int, results: dict[str, Any]) -> None:
-    """What a finished task leaves behind."""
+    """Write what a finished task leaves behind."""
     checkpoint = folder / role / f"task-{number:02d}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text(json.dumps({"role": role, "tasks": number}))
@@ -103,7 +103,7 @@ def titles(hub: HubServer, repo: str = STUDENT) -> list[str]:
 
 
 def assert_whole(hub: HubServer, folder: Path, count: int, repo: str = STUDENT, role: str = "student") -> None:
-    """One commit and one tag for each of the tasks, with the very files of the run, and main the newest of them."""
+    """Check for one commit and one tag per task with exactly the run's files, and main at the newest."""
     repository = hub.repository(repo)
     tags = repository.refs("tags")
     assert list(tags) == [f"task-{number:02d}" for number in range(1, count + 1)]
@@ -138,7 +138,7 @@ def test_every_task_is_pushed_with_its_own_state(hub: HubServer, tmp_path: Path)
         assert there["finished"] == (number == 3) and there["roles"]["student"]["counts"] == [10] * number
         assert there["roles"]["student"]["metrics"] == {"forgetting": 0.0 if number == 1 else -1.0}
     told = f"Pushed the student: {hub.url}/{STUDENT} (3 tasks, the newest task-03)"
-    assert [text for text in said if not text.startswith("Waiting for the Hub")] == [told]  # it may be a slow machine
+    assert [text for text in said if not text.startswith("Waiting for the Hub")] == [told]  # the machine may be slow
 
 
 def test_what_is_there_is_not_pushed_again(hub: HubServer, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_two_pushes_at_once_make_no_second_commit(hub: HubServer, tmp_path: Path
 
 
 def refusal(hub: HubServer, folder: Path, results: dict[str, Any], **options: Any) -> str:
-    """The error before training; nothing on the Hub may change."""
+    """The error message before training; nothing on the Hub may change."""
     before = {file: file.read_bytes() for file in hub.root.rglob("*") if file.is_file()}
     with pytest.raises(HubError) as error:
         pusher(hub, folder, Said(), **options).check(results)
@@ -271,7 +271,7 @@ def test_a_token_is_not_repeated_even_if_the_hub_does(hub: HubServer, tmp_path: 
 
 
 def test_what_somebody_else_put_there_is_never_overwritten(hub: HubServer, tmp_path: Path) -> None:
-    """A file, a model without tags, another run with tags, a run that is further."""
+    """A file, a model without tags, another run with tags, a run with more tasks."""
     api, empty = HfApi(hub.url, token=TOKEN), new_results(3)
     api.create_repo(STUDENT)
     api.create_commit(STUDENT, [CommitOperationAdd("thesis.txt", b"mine")], commit_message="Mine")
@@ -354,7 +354,7 @@ PUSH = ("--push_to_hub", "true", "--push_teacher", "true")
 
 @pytest.fixture(scope="module")
 def pushed(tiny: Path) -> Iterator[tuple[Path, HubServer, str]]:
-    """A run that was pushed, teacher and student: its folder, the Hub, and what it said."""
+    """A run with pushed teacher and student: its folder, the Hub, and its output."""
     with HubServer(tiny.parent / "hub") as hub:
         folder = tiny.parent / "run"
         code, output = train(tiny, "--output_dir", folder, *PUSH, env=environment(hub, tiny.parent / "home"))
@@ -389,7 +389,7 @@ print(json.dumps(rows))
 def assert_reproduced(
     folder: Path, hub: HubServer, repositories: dict[str, str], home: Path, cwd: Path | None = None
 ) -> None:
-    """A process of its own with an empty cache loads every tag and repeats its accuracies."""
+    """Check that a separate process with an empty cache can load every tag and repeat its accuracies."""
     results = json.loads((folder / "results.json").read_text())
     stored = {
         f"{repo}@task-{number:02d}": row
@@ -433,7 +433,7 @@ def test_the_token_is_nowhere(pushed: tuple[Path, HubServer, str]) -> None:
 def test_where_a_run_is_pushed_is_no_part_of_its_recipe(
     pushed: tuple[Path, HubServer, str], tiny: Path, hub: HubServer, tmp_path: Path
 ) -> None:
-    """The same run, finished, is pushed elsewhere by the same command, and then by push.py from its folder alone."""
+    """The same finished run is pushed elsewhere by the same command, then by hf-cdl push from its folder alone."""
     folder = shutil.copytree(pushed[0], tmp_path / "run")
     assert not any("hub" in key for key in json.loads((folder / "results.json").read_text())["recipe"])
     words = (
@@ -487,7 +487,7 @@ def test_a_push_that_is_killed_goes_on(
 def test_push_refuses_a_token_without_the_right(
     pushed: tuple[Path, HubServer, str], hub: HubServer, tmp_path: Path, token: str, message: str
 ) -> None:
-    """Also for a repository that exists, which a reading token can see."""
+    """Even for an existing repository, which a read token can see."""
     HfApi(hub.url, token=TOKEN).create_repo(STUDENT)
     env = environment(hub, tmp_path / "home", HF_TOKEN=token)
     code, output = script("push", pushed[0], "--hub_model_id", STUDENT, env=env)
@@ -515,7 +515,7 @@ def test_train_refuses_foreign_content_before_training(tiny: Path, hub: HubServe
 
 @pytest.mark.slow
 def test_a_run_without_a_hub_is_whole_and_pushed_later(tiny: Path, hub: HubServer, tmp_path: Path) -> None:
-    """Also a finished run that was to go elsewhere; by the command that is said, as it is said, from that folder."""
+    """Also a finished run that should go elsewhere; by the printed command, unchanged, from that folder."""
     folder, home = Path("it's a run"), tmp_path / "home"
     with HubServer(tmp_path / "gone") as gone:
         pass
@@ -609,7 +609,7 @@ def test_a_recipe_that_cannot_be_pushed_is_refused(tiny: Path, fields: dict[str,
 def test_a_run_that_is_killed_while_it_pushes_goes_on(
     tiny: Path, hub: HubServer, tmp_path: Path, operation: str
 ) -> None:
-    """The same command completes run and push; nothing is there twice."""
+    """The same command completes run and push; nothing is duplicated."""
     folder, env = tmp_path / "run", environment(hub, tmp_path / "home")
     hub.stall_seconds, hub.faults = 120, [(operation, "stall")]
     code, _ = interrupt_when(lambda: hub.faults == [], tiny, "--output_dir", folder, *PUSH, env=env)
@@ -622,7 +622,7 @@ def test_a_run_that_is_killed_while_it_pushes_goes_on(
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme(hub: HubServer, tmp_path: Path) -> None:
-    """The quickstart, its epochs fewer, on the Hub; what is pushed is what every tag gives back."""
+    """The quickstart with fewer epochs on the Hub; every tag gives back what was pushed."""
     (tmp_path / "recipes").symlink_to(TRAIN.parent)
     readme = (TRAIN.parent.parent / "README.md").read_text()
     _, train_line = re.findall(r"<!-- share-commands -->\n```bash\n(.*)\n(.*)\n```", readme)[0]
@@ -650,13 +650,13 @@ def test_the_commands_of_the_readme(hub: HubServer, tmp_path: Path) -> None:
 
 @contextmanager
 def watched(hub: HubServer) -> Iterator[None]:
-    """All the while: main and every tag have all files of one task, whole."""
+    """Check continuously that main and every tag have all files of one task, complete."""
     done, wrong, seen = threading.Event(), [], 0
 
     def look() -> None:
         nonlocal seen
         while not done.is_set():
-            with contextlib.suppress(Failure):  # not there yet
+            with contextlib.suppress(Failure):  # it does not exist yet
                 repository = hub.repository(STUDENT)
                 for revision in ("main", *repository.refs("tags")):
                     commit = repository.commit(revision)["id"]  # main may move on while it is read
@@ -678,12 +678,12 @@ def watched(hub: HubServer) -> Iterator[None]:
 
 
 def hurry(given: pytest.MonkeyPatch) -> None:
-    """huggingface_hub tries some requests again by itself, after seconds; here after hundredths of them."""
+    """Make huggingface_hub's own retries wait hundredths of the usual seconds."""
     given.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda wait: time.sleep(wait / 100)))
 
 
 def push_until_killed(folder: Path, results: dict[str, Any], url: str) -> None:
-    """What a training process does about its pushes."""
+    """Push as a training process does."""
     hurry(pytest.MonkeyPatch())
     huggingface_hub.constants.HF_HUB_OFFLINE = False
     push = Pusher(folder, {"student": STUDENT}, say=print, api=HfApi(url, token=TOKEN), delay=0.01)
@@ -695,9 +695,9 @@ def push_until_killed(folder: Path, results: dict[str, Any], url: str) -> None:
 def test_random_faults_lose_nothing(
     tmp_path: Path, strike: int, forked: ForkServerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three tasks are pushed as they are finished; whatever fails, main is whole, and a last push completes it.
+    """Three tasks are pushed as they finish; whatever fails, main is complete, and a last push finishes the job.
 
-    After every other task a process is killed in its push, at some request.
+    After every other task a process is killed at some request of its push.
     """
     hurry(monkeypatch)
     folder, said, results, draw = tmp_path / "run", Said(), new_results(3), random.Random(strike)
@@ -722,7 +722,7 @@ def test_random_faults_lose_nothing(
 
 
 def kill_a_push(forked: ForkServerContext, hub: HubServer, folder: Path, results: dict[str, Any], after: int) -> None:
-    """A process that pushes, killed when the Hub has got so many requests, or when it waits for seconds."""
+    """Start a process that pushes; kill it after so many requests to the Hub, or when it waits for seconds."""
     until, deadline = len(hub.requests) + after, time.monotonic() + 2
     process = forked.Process(target=push_until_killed, args=(folder, results, hub.url))
     process.start()

@@ -1,4 +1,4 @@
-"""The Hub of the tests is what the real client expects: uploads, revisions, checks, faults, kills."""
+"""The tests' Hub behaves as the real client expects: uploads, revisions, checks, faults, kills."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_a_lost_answer_leaves_the_commit(api: HfApi, hub: HubServer) -> None:
 def test_an_upload_that_is_cut_leaves_no_object(api: HfApi, hub: HubServer, tmp_path: Path) -> None:
     api.create_repo(REPO)
     hub.faults = [("upload", "cut")]
-    api.upload_folder(repo_id=REPO, folder_path=checkpoint(tmp_path / "out", 1))  # the client tries again by itself
+    api.upload_folder(repo_id=REPO, folder_path=checkpoint(tmp_path / "out", 1))  # the client retries by itself
     assert [status for operation, status in hub.requests if operation == "upload"] == [0, 200]
     assert not list((tmp_path / "hub" / "objects").glob(".*"))
 
@@ -205,7 +205,7 @@ def test_chaos_is_drawn_by_its_seed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_kill_leaves_whole_commits(tmp_path: Path) -> None:
-    """The server as a process, killed while a client commits as fast as it can."""
+    """The server runs as a process and is killed while a client commits as fast as possible."""
     root = tmp_path / "hub"
     command = [sys.executable, str(Path(__file__).with_name("hub_server.py")), "--root", str(root), "--port", "0"]
     for wait in (0.05, 0.2, 0.3):

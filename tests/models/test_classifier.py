@@ -65,7 +65,7 @@ def processor(folder: Path) -> Path:
 
 
 def config_folder(folder: Path, config: Any) -> Path:
-    """A config and an image processor, no weights."""
+    """Make a folder with a config and an image processor, but no weights."""
     config.save_pretrained(folder)
     return processor(folder)
 
@@ -76,7 +76,7 @@ def saved(folder: Path, model: Any) -> Path:
 
 
 def write(folder: Path, **fields: Any) -> Path:
-    """A recipe of a ResNet that teaches a MobileNetV2 six classes, with its files beside it."""
+    """Write a recipe of a ResNet that teaches a MobileNetV2 six classes, with its files next to it."""
     folder.mkdir(parents=True, exist_ok=True)
     models = {
         "teacher": config_folder(folder / "resnet", ResNetConfig(**RESNET)),
@@ -102,7 +102,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(offline: Path) -> Path:
-    """The folder of a run that nothing disturbed."""
+    """The folder of an uninterrupted run."""
     folder = offline.parent / "finished"
     code, output = train(offline, "--output_dir", folder)
     assert code == 0, output
@@ -113,13 +113,13 @@ def finished(offline: Path) -> Path:
 
 
 def run(capfd: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
-    """recipes/train.py in this process: its exit code, and all that it said."""
+    """Run recipes/train.py in this process; returns its exit code and output."""
     code = script.main([str(word) for word in words])
     captured = capfd.readouterr()
     return code, captured.out + captured.err
 
 
-# ---- whole runs ----
+# ---- complete runs ----
 
 
 def test_a_run_trains_both_and_logs_the_term(finished: Path) -> None:
@@ -151,7 +151,7 @@ print(json.dumps(found))
 
 
 def plainly(folder: Path, data: Path, **more: Any) -> dict[str, Any]:
-    """Class and right answers of each role's checkpoint, in a process without hf_cdl."""
+    """Class and number of right answers of each role's checkpoint, in a process without hf_cdl."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "HF_MODULES_CACHE": str(folder / "cache")}
     command = [sys.executable, "-c", _PLAIN, str(folder), str(data / "test.parquet"), json.dumps(more)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -174,7 +174,7 @@ def test_checkpoints_are_plain_ones_and_repeat_their_accuracy(offline: Path, fin
 
 
 def test_a_run_can_take_over_its_teacher(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
-    """What it has learnt, and no file of the other folder."""
+    """What the teacher learnt is reused, but no file of the other folder."""
     source = shutil.copytree(finished, tmp_path / "source")
     for name in ("notes.txt", "evil.py", "more.json"):
         (source / "teacher" / "task-01" / name).write_text("1")
@@ -186,7 +186,7 @@ def test_a_run_can_take_over_its_teacher(offline: Path, finished: Path, tmp_path
 
 
 def test_a_ready_teacher_is_used_as_it_is(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
-    """It is not trained, its classes are found by name in a stream of another order, and it is measured and stored."""
+    """It is not trained; its classes are matched by name in a stream of another order; it is evaluated and stored."""
     ready = tmp_path / "ready"
     shutil.copytree(finished / "teacher", ready)
     section = f"{{model: classifier, backbone: {ready}, train: null}}"
@@ -252,7 +252,7 @@ def test_a_kill_does_not_change_a_run_with_batch_norm(
 
 @pytest.mark.slow
 def test_a_kill_does_not_change_a_run_of_trainable_transformers(tmp_path: Path) -> None:
-    """Their checkpoints have other names for the weights than the models in memory."""
+    """Their checkpoints name the weights differently than the models in memory."""
     vit = saved(tmp_path / "vit", ViTForImageClassification(ViTConfig(**VIT)))
     recipe = write(tmp_path / "files", student={"model": "classifier", "backbone": str(vit)})
     assert train(recipe, "--output_dir", tmp_path / "whole")[0] == 0
@@ -276,7 +276,7 @@ def resnet() -> ImageClassifier:
 
 
 def test_a_teacher_stays_as_it_is_while_its_student_learns(tmp_path: Path) -> None:
-    """Its batch norm statistics too, though its own phase left it in training mode; the student's do move."""
+    """Even its batch norm statistics, though its own phase left it in training mode; the student's do change."""
     teacher, student = resnet(), resnet()
     learnt = task(tmp_path / "data")
     teach = CDLTrainer(teacher, arguments(tmp_path / "t"), role="teacher")
@@ -422,7 +422,7 @@ def _classifier(config: Any) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("classes", [5, 16])
 def test_the_logits_of_a_ready_classifier_follow_the_names(family: str, classes: int) -> None:
-    """16 is the width of some of them: the head is found all the same."""
+    """16 is the width of some of them; the head is found nevertheless."""
     set_seed(0)
     kind, fields = FAMILIES[family]
     config = kind(**fields, num_labels=classes)

@@ -1,4 +1,4 @@
-"""The code beside a checkpoint: a process without hf_cdl loads it with trust_remote_code, to the same bit."""
+"""The code saved with a checkpoint: a process without hf_cdl loads it with trust_remote_code, bit-identically."""
 
 from __future__ import annotations
 

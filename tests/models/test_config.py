@@ -1,4 +1,4 @@
-"""What a config and a model take from their user: fields, class names, labels, inputs. It counts, or is refused."""
+"""User input of configs and models: fields, class names, labels, inputs. It takes effect, or it is refused."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_every_way_to_rename_works_alike(model: CDLForImageClassification, tmp_p
     three = load(tmp_path / "m")
     three.config.tasks[0][0], three.config.tasks[0][1], three.config.tasks[1][0] = GERMAN.values()
     file = tmp_path / "m" / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": texts}))  # by hand
+    file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": texts}))  # edited by hand
     for number, renamed in enumerate([*found, one, two, three, load(tmp_path / "m")]):
         assert renamed.tasks == RENAMED, number
         renamed.save_pretrained(tmp_path / str(number))
@@ -188,7 +188,7 @@ def test_every_way_to_rename_works_alike(model: CDLForImageClassification, tmp_p
 
 
 def test_labels_are_read_as_of_any_model(model: CDLForImageClassification, tmp_path: Path) -> None:
-    """num_labels, id2label and label2id, loaded by either class, and behind one more task."""
+    """num_labels, id2label and label2id, loaded by either class, and after another task."""
     model.save_pretrained(tmp_path / "m")
     for load in (CDLForImageClassification.from_pretrained, AutoModelForImageClassification.from_pretrained):
         loaded = load(tmp_path / "m")
@@ -197,7 +197,7 @@ def test_labels_are_read_as_of_any_model(model: CDLForImageClassification, tmp_p
         assert config.id2label == {0: "cat", 1: "dog", 2: "owl"}
         assert config.label2id == {"cat": 0, "dog": 1, "owl": 2}
         assert loaded(images()).logits.shape[1] == config.num_labels
-        config.num_labels = 3  # as some scripts do: it is so
+        config.num_labels = 3  # some scripts do that; the value is right
         with pytest.raises(ValueError, match="num_labels is 5, but the tasks have 3 classes.*begin_task"):
             config.num_labels = 5
         assert config.num_labels == 3, "nothing changed"
@@ -372,7 +372,7 @@ def test_sections_of_the_wrong_kind_or_size_are_refused(kind: str, fields: dict[
         CDLForImageClassification.from_backbone(str(vit), prompt={"type": kind, **fields})
 
 
-# ---- what a caller passes stays as it is ----
+# ---- arguments are not modified ----
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -1,4 +1,4 @@
-"""Checkpoints and backbones that are damaged, incomplete or ill-meant: refused by name, quickly, without memory."""
+"""Damaged, incomplete or malicious checkpoints and backbones are refused by name, quickly and without much memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "lora": {**RIDGE, "lora": {"r": 2}, "first_session": {"type": "linear"}},
     "small": {"prompt": {"type": "l2p", "layers": (0,)}, "save_backbone": False},
 }
-LEARNT = [  # of each kind of part that learns, or keeps what was learnt
+LEARNT = [  # one of each kind of part that learns or stores what was learnt
     ("coda", "head.blocks.1.weight"),
     ("coda", "kd_head.blocks.0.bias"),
     ("coda", "pool.blocks.0.key"),
@@ -73,14 +73,14 @@ def checkpoints(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.fixture(autouse=True)
 def without_memory() -> Iterator[None]:
-    """Whatever is refused here is so without the memory that it asks for."""
+    """Check that what is refused here does not allocate the memory it asks for."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000, "kB"
 
 
 def copy_of(folder: Path, place: Path, change: Callable[[dict[str, torch.Tensor]], Any] = lambda state: None) -> Path:
-    """A copy of a checkpoint, its weights changed."""
+    """A copy of a checkpoint with changed weights."""
     shutil.copytree(folder, place)
     file = place / "model.safetensors"
     state = load_file(file)
@@ -90,7 +90,7 @@ def copy_of(folder: Path, place: Path, change: Callable[[dict[str, torch.Tensor]
 
 
 def with_config(folder: Path, place: Path, **fields: Any) -> Path:
-    """A copy of a checkpoint, its config.json changed; a field that is `...` goes."""
+    """A copy of a checkpoint with a changed config.json; fields set to `...` are removed."""
     shutil.copytree(folder, place)
     content = {**json.loads((place / "config.json").read_text()), **fields}
     text = json.dumps({name: value for name, value in content.items() if value is not ...})
@@ -99,7 +99,7 @@ def with_config(folder: Path, place: Path, **fields: Any) -> Path:
 
 
 def stored_name(folder: Path, name: str) -> str:
-    """The name in the file of a weight that transformers stores under an older one."""
+    """The name in the file of a weight that transformers stores under an older name."""
     return next(key for key in load_file(folder / "model.safetensors") if key in (name, OLDER.get(name)))
 
 
@@ -352,7 +352,7 @@ def test_a_file_that_is_no_config_is_refused(text: str, checkpoints: dict[str, P
         ImageClassifier.from_pretrained(tmp_path / "x")
 
 
-# ---- small checkpoints that stand on each other ----
+# ---- small checkpoints that build on each other ----
 
 
 def test_small_checkpoints_that_have_no_backbone_in_the_end_are_refused(
@@ -376,13 +376,14 @@ def test_small_checkpoints_that_have_no_backbone_in_the_end_are_refused(
             assert time.process_time() - start < 2
     with pytest.raises(ValueError, match="more than 4 others in turn"):
         CDLForImageClassification.from_pretrained(paths["d"])
-    for name in "kl":  # as if whole: without its backbone's weights, or with them under other names
+    for name in "kl":  # as if complete: without backbone weights, or with other names
         folder = copy_of(checkpoints["coda"], tmp_path / name, bare if name == "k" else misname)
         content = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**content, "backbone_name": str(folder)}))
         with pytest.raises(ValueError, match="have none: '|needs itself"):
             CDLForImageClassification.from_pretrained(folder)
-    assert bb.digest(CDLForImageClassification.from_pretrained(paths["h"]).backbone)  # on i, on j, which is on a whole
+    # h builds on i, which builds on j, which builds on a complete one
+    assert bb.digest(CDLForImageClassification.from_pretrained(paths["h"]).backbone)
 
 
 def test_a_small_checkpoint_s_claim_is_checked_before_anything_is_allocated(

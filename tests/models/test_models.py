@@ -1,4 +1,4 @@
-"""The composite model: families, attention, freezing, heads, the KD token, and what Trainer and Hub users rely on."""
+"""The composite model: families, attention, freezing, heads, the KD token, and the behaviour Trainer and Hub need."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_query_backbone_of_any_family_is_in_the_checkpoint(
         str(families[own]), query_name=str(families[query]), prompt=CODA
     ).eval()  # fmt: skip
     model.begin_task(["cat", "dog"])
-    model.config.update({"backbone_name": None, "query_name": None})  # so that nothing is fetched
+    model.config.update({"backbone_name": None, "query_name": None})  # so that nothing is downloaded
     model.save_pretrained(tmp_path)
     loaded = CDLForImageClassification.from_pretrained(tmp_path)
     for name, value in model.state_dict().items():
@@ -125,7 +125,7 @@ def test_a_query_backbone_of_any_family_is_in_the_checkpoint(
 def test_weights_under_the_names_of_another_family_are_fetched_and_their_fingerprint_checked(
     families: dict[str, Path], tmp_path: Path
 ) -> None:
-    """As checkpoints of two families once had them."""
+    """As in older checkpoints of two families."""
     model = CDLForImageClassification.from_backbone(
         str(families["vit"]), query_name=str(families["dinov2"]), prompt=CODA
     )  # fmt: skip
@@ -164,7 +164,7 @@ def test_on_several_devices_no_layer_is_cut_in_two(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["clip_vision_model", "beit", "dinov2", "dinov2_with_registers", "dinov3_vit"])
 def test_the_feature_is_what_the_family_s_own_pooler_gives(kind: str, families: dict[str, Path]) -> None:
-    """With its final norm: for CLIP and BEiT that stands outside of the last hidden state."""
+    """With its final norm, which CLIP and BEiT apply after the last hidden state."""
     plain = AutoModel.from_pretrained(families[kind]).eval()
     with torch.no_grad():
         wanted = plain(images()).pooler_output
@@ -210,7 +210,7 @@ def test_every_family_serves_and_checkpoints(kind: str, query: str, families: di
 
 @pytest.mark.parametrize(
     ("kind", "query"),
-    [  # in the fast tier every family with one of the two queries
+    [  # the fast tier has every family with one of the two queries
         pytest.param(kind, query, marks=() if (family + number) % 2 == 0 else pytest.mark.slow)
         for family, kind in enumerate(bb.FAMILIES)
         for number, query in enumerate(QUERIES)
@@ -228,7 +228,7 @@ def test_every_family_compiles(kind: str, query: str, families: dict[str, Path])
 
 @pytest.mark.parametrize("kind", ["beit", "dinov3_vit"])
 def test_a_frozen_backbone_has_no_randomness(kind: str, tmp_path: Path) -> None:
-    """BEiT drops, DINOv3 rescales positions at random: in training the query must still be the un-prompted feature."""
+    """BEiT has dropout, DINOv3 rescales positions at random; the query must be the un-prompted feature in training."""
     drops = {"attention_dropout": 0.3, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3}
     config = family_config(kind, **drops)
     build_backbone(config, frozen=False).save_pretrained(tmp_path)
@@ -275,7 +275,7 @@ def test_a_family_that_would_ignore_prompts_is_refused_by_name(kind: str, tmp_pa
 
 
 def test_prefix_attention_is_softmax_over_the_longer_sequence(vit: Path) -> None:
-    """Hand-written attention of one layer, with prefixes before, after, and added to CLS."""
+    """Compare with hand-written attention of one layer, with prefixes before, after, and added to CLS."""
     model = student(vit, prompt={"type": "none"}, kd_prompt=None)
     layer: Any = bb.layers(model.backbone)[0].attention
     hidden = torch.randn(2, 17, 32)
@@ -311,7 +311,7 @@ def test_autocast_and_hidden_states_agree_with_the_plain_forward(vit: Path) -> N
         with torch.autocast("cpu", torch.bfloat16):
             half = model(images()).logits
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(images()).logits, half, atol=0.05, rtol=0.02)  # on the way to a backward pass
+        torch.testing.assert_close(model(images()).logits, half, atol=0.05, rtol=0.02)  # with gradients enabled
     assert len(hidden) == 4 and hidden[0].shape == (4, 17, 32)  # CLS, 16 patches, no KD token
     torch.testing.assert_close(half.float(), plain.logits, atol=0.15, rtol=0.05)
 

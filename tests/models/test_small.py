@@ -1,4 +1,4 @@
-"""Small checkpoints: prompts and heads alone, the backbones fetched from a folder or from the Hub's cache."""
+"""Small checkpoints: only prompts and heads; backbones are loaded from a folder or the Hub's cache."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stored_names(folder: Path) -> set[str]:
 
 
 def as_cached(source: Path, cache: Path, commit: str = COMMIT, name: str = "org/tiny") -> None:
-    """Put a folder into a Hub cache as if it had been downloaded: that commit, and main pointing at it."""
+    """Put a folder into a Hub cache as if downloaded at that commit, with main pointing to it."""
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(source, repository / "snapshots" / commit)
     (repository / "refs").mkdir(exist_ok=True)
@@ -79,11 +79,11 @@ def test_the_small_form_is_the_whole_one_to_the_bit(make: Any, half: bool, tmp_p
     frozen = [parameter.requires_grad for name, parameter in loaded.named_parameters() if "backbone" in name]
     assert frozen and not any(frozen)
 
-    for model in (loaded, expected):  # both learn the next task alike
+    for model in (loaded, expected):  # both learn the next task in the same way
         torch.manual_seed(9)
         model.begin_task(["bee"])
     assert torch.equal(logits(loaded), logits(expected))
-    loaded.config.save_backbone = True  # and a small one can be made whole
+    loaded.config.save_backbone = True  # a small one can become complete
     loaded.save_pretrained(tmp_path / "made whole")
     shutil.rmtree(tmp_path / "small")
     again = CDLForImageClassification.from_pretrained(tmp_path / "made whole")
@@ -102,7 +102,7 @@ model.save_pretrained(sys.argv[1])
 """
     python(code, folder, env={"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
     assert json.loads((folder / "config.json").read_text())["backbone_revision"] == COMMIT
-    as_cached(make_backbone(tmp_path / "new", seed=1), cache, NEWER)  # main moves on
+    as_cached(make_backbone(tmp_path / "new", seed=1), cache, NEWER)  # main moves to a newer commit
     options: dict[str, Any] = {"cache_dir": cache, "local_files_only": True}
     model = AutoModelForImageClassification.from_pretrained(folder, **options)
     old = ViTModel.from_pretrained(tmp_path / "old", add_pooling_layer=False).state_dict()

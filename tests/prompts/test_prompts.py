@@ -1,4 +1,4 @@
-"""Prompt methods beyond the contract that all share: who is picked, and what the options change."""
+"""Prompt methods beyond their common contract: which prompts are selected, and what the options change."""
 
 from __future__ import annotations
 

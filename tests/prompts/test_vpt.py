@@ -1,4 +1,4 @@
-"""VPT against a loop over the layers, written out as in the paper; where its tokens stand, and what refuses them."""
+"""VPT against a loop over the layers written as in the paper; the position of its tokens, and what refuses them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_features_are_those_of_a_loop_over_the_layers(which: tuple[int, ...] | N
 @pytest.mark.parametrize("query", ["two_pass", "one_pass"])
 @pytest.mark.parametrize("family", BACKBONES)
 def test_hidden_states_are_of_cls_and_patches_alone(family: str, query: str) -> None:
-    """Beside a KD token and registers too; before the first tokens they are those of a model without any."""
+    """Even with a KD token and registers; before the first tokens they equal those of a model without VPT."""
     model = model_on(BACKBONES[family], kd_prompt={"length": 4}, query=query, prompt={"layers": (1,)})
     plain = CDLForImageClassification(CDLConfig(backbone_config=BACKBONES[family], kd_prompt={"length": 4})).eval()
     plain.begin_task(["cat", "dog"])

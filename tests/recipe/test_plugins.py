@@ -1,4 +1,4 @@
-"""Plugins: methods of a user's own, in a file that a recipe names."""
+"""Plugins: a user's own methods, in a file that a recipe names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SECTIONS: dict[str, Any] = yaml.safe_load(README)
 
 
 def forget() -> None:
-    """As in a process that has run no plugin; other tests iterate the registries."""
+    """Restore the state of a process without plugins, since other tests iterate the registries."""
     for registry in (PROMPTS, TERMS, HEADS):
         for name in registry.added:
             registry.pop(name)  # type: ignore[call-overload]
@@ -65,7 +65,7 @@ def interrupt(self: CDLTrainer) -> None:
 
 
 def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, capsys: Any) -> None:
-    """The example of the docs: a pool, a term and a head of a file that the recipe names."""
+    """The example in the docs: a pool, a term and a head from a file that the recipe names."""
     file = write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CDLTrainer, "evaluate_seen", interrupt)

@@ -1,4 +1,4 @@
-"""The recipe: every shipped one parses, and whatever is wrong with one is said at once, before anything is loaded."""
+"""Recipes: every shipped one parses, and all problems are reported together, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_cdl.recipe.files import RecipeError, merge, read_yaml
 from hf_cdl.training.arguments import CDLTrainingArguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-FILES = sorted(RECIPES.glob("*.yaml"))  # whole recipes; deeper are parts (test_benchmarks.py) and comparisons
+FILES = sorted(RECIPES.glob("*.yaml"))  # complete ones; subfolders have parts (test_benchmarks.py) and comparisons
 MINIMAL: dict[str, Any] = {
     "name": "x",
     "data": {"path": "somewhere"},
@@ -73,7 +73,7 @@ def test_quickstart_is_the_default() -> None:
     assert load_recipe(["--seed", "3"], RECIPES / "quickstart.yaml").seed == 3
 
 
-# ---- what is refused ----
+# ---- refused recipes ----
 
 MAPPING = {"type": "prompt_mapping"}
 LINEAR, RIDGE = {"type": "linear"}, {"type": "ridge"}
@@ -250,7 +250,7 @@ def test_problems_of_the_shared_training_arguments_are_said_once() -> None:
 
 @pytest.mark.parametrize("field", ["save_strategy", "eval_strategy", "logging_strategy"])
 def test_no_is_a_word_where_it_is_one_of_the_words(field: str, file: Path) -> None:
-    """YAML takes it for false: on the command line, in a file, and for one model."""
+    """YAML reads it as false: on the command line, in a file, and for one model."""
     assert load(file, f"--train.{field}", "no").train[field] == "no"
     assert build_recipe(changed(train={field: False})).train[field] == "no"
     own = load(file, f"--student.train.{field}", "no").student.train
@@ -290,13 +290,13 @@ def test_a_student_that_trains_has_a_loss_with_a_weight() -> None:
 
 @pytest.mark.parametrize("value", ["1:30", "1:30.5"])
 def test_minutes_are_no_number(value: str, file: Path) -> None:
-    """In YAML 1.1 they would be 90 and 90.5; a text may be like that."""
+    """YAML 1.1 would read them as 90 and 90.5; strings may look like that."""
     with pytest.raises(RecipeError, match=f"'train.num_train_epochs' is '{value}', but should be a valid number"):
         load(file, "--train.num_train_epochs", value)
     assert load(file, "--name", value).name == value
 
 
-# ---- what is taken ----
+# ---- accepted recipes ----
 
 
 def test_defaults() -> None:
@@ -342,14 +342,14 @@ def test_as_dict_builds_the_same_recipe_again() -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as a file would hold them."""
+    """Tuples as lists, as in a file."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def test_values_become_what_the_field_is() -> None:
-    """What was checked is what is used: a number in quotes, or 8.0 where a whole number belongs."""
+    """The checked value is the one used: a number in quotes, or 8.0 for an integer field."""
     recipe = build_recipe(
         changed(
             student__prompt={"type": "coda", "length": 6.0, "components": "4", "layers": [0, 1.0]},
@@ -542,7 +542,7 @@ def test_a_recipes_own_choice_goes_before_the_protocols() -> None:
     assert recipe.training_args("student")["dataloader_drop_last"] is True
     assert recipe.training_args("teacher")["dataloader_drop_last"] is False
     assert recipe.training_args("student")["epoch_cosine"] is False
-    assert build_recipe(changed(protocol="cdl")).train["epoch_cosine"] is True  # the preset itself is untouched
+    assert build_recipe(changed(protocol="cdl")).train["epoch_cosine"] is True  # the preset itself is unchanged
 
 
 @pytest.mark.parametrize("protocol", ["CDL", ["cdl"], None])
@@ -582,7 +582,7 @@ def test_a_folder_is_no_recipe(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-# ---- training arguments where no loss trains ----
+# ---- training arguments without a training loss ----
 
 
 def fitted(**fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files of a run that were damaged at some point: the run ends as if nothing had happened, or is refused in words."""
+"""Damage to a run's files at some point: the run finishes as if nothing had happened, or is refused with a message."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ FEW: dict[str, Any] = {"classes": 4, "train": 4, "test": 2}
 
 def put_back(folder: Path, snapshot: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(snapshot, folder)  # with the times of change
+    shutil.copytree(snapshot, folder)  # including modification times
 
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """The recipe, the folder of its run, and that folder as it was at three points, and undisturbed."""
+    """The recipe, its run's folder, snapshots of that folder at three points, and an uninterrupted run."""
     folder = tmp_path_factory.mktemp("points")
     recipe = make_recipe(folder, name="damaged", baselines=[])
     recipe["data"] = {"path": str(make_data(folder / "few", **FEW)), "classes_per_task": 2}
-    recipe["distill"] = [{"type": "kdp", "weight": 0.5}, {"type": "fitnets"}]  # a term with layers of its own
+    recipe["distill"] = [{"type": "kdp", "weight": 0.5}, {"type": "fitnets"}]  # a term that has its own layers
     found = {"recipe": write_recipe(folder / "recipe.yaml", recipe), "run": folder / "run", "data": folder / "few"}
     verbosity = hf_logging.get_verbosity()
     console.quiet()
     drawn = pytest.MonkeyPatch()
-    drawn.setattr("hf_cdl.runs.pictures.save_plots", draw)  # pictures are not the point here, and take a second
+    drawn.setattr("hf_cdl.runs.pictures.save_plots", draw)  # plots do not matter here and take a second
     learn, save = CDLTrainer.learn, TaskTrainer._save_checkpoint
 
     def stop_between(self: CDLTrainer, task: Task) -> None:
@@ -155,7 +155,7 @@ FILES: dict[tuple[str, str], str] = {
     **{("within", f"{STATE}/{name}"): SAME for name in IN_STATE},
     **{("within", f"student/task-01/{name}"): SAME for name in CHECKPOINT},  # restored from student/
     **{("between", f"teacher/{name}"): SAME for name in CHECKPOINT},
-    **{("within", f"teacher/task-01/{name}"): REFUSED for name in CHECKPOINT},  # teacher/ is task-02 already
+    **{("within", f"teacher/task-01/{name}"): REFUSED for name in CHECKPOINT},  # teacher/ already has task-02
     **{("finished", f"student/task-02/{name}"): SAME for name in CHECKPOINT},
     **{("finished", f"student/{name}"): SAME for name in CHECKPOINT},
     **{("finished", f"student/task-01/{name}"): REFUSED for name in CHECKPOINT},
@@ -172,7 +172,7 @@ FILES: dict[tuple[str, str], str] = {
 
 
 def cases() -> Iterator[Any]:
-    """Every file, each in another way; in the slow tier one of each kind in all ways."""
+    """Every file, damaged in alternating ways; in the slow tier one file of each kind in all ways."""
     for number, (point, file) in enumerate(FILES):
         for order, way in enumerate(WAYS):
             if order == number % len(WAYS):
@@ -236,7 +236,7 @@ def test_a_folder_with_something_in_it_in_a_file_s_place_stays(
 
 
 def goes_on(points: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> str:
-    """What a run says that ends as the undisturbed one did."""
+    """The output of a run that ends like the uninterrupted one."""
     capfd.readouterr()
     code = call(points)
     said = capfd.readouterr()
@@ -246,7 +246,7 @@ def goes_on(points: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> str:
 
 
 def refused(points: dict[str, Path], capfd: pytest.CaptureFixture[str], *more: Any) -> str:
-    """What a run says that changes no file."""
+    """The output of a refused run, which changes no file."""
     before = contents(points["run"])
     capfd.readouterr()
     assert call(points, *more) == 2
@@ -257,11 +257,11 @@ def refused(points: dict[str, Path], capfd: pytest.CaptureFixture[str], *more: A
     return said.err
 
 
-# ---- a state that is whole, but of something else ----
+# ---- a complete state that belongs to something else ----
 
 
 def reseal(state: Path, **of: Any) -> None:
-    """Make the seal fit the files again, and say something else of the state."""
+    """Make the seal match the files again, with changed facts about the state."""
     content = json.loads((state / "phase.json").read_text())
     content["of"] |= of
     content["files"] = {name: fingerprint(state / name) for name in content["files"]}
@@ -286,7 +286,7 @@ def of_an_older_version(state: Path) -> None:
 
 
 def without_its_optimizer(state: Path) -> None:
-    """As transformers' save_only_model would leave it."""
+    """Remove the optimizer, as with transformers' save_only_model."""
     content = json.loads((state / "phase.json").read_text())
     del content["files"]["optimizer.pt"]
     (state / "optimizer.pt").unlink()
@@ -335,7 +335,7 @@ def test_a_state_that_does_not_fit_is_discarded_with_a_sentence(
 
 def test_the_state_before_a_damaged_one_is_taken(points: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     put_back(points["run"], points["within"])
-    later = (points["run"] / STATE).with_name("checkpoint-10")  # ten comes after one, by number
+    later = (points["run"] / STATE).with_name("checkpoint-10")  # by number, 10 comes last
     shutil.copytree(points["run"] / STATE, later)
     truncate(later / "optimizer.pt")
     said = goes_on(points, capfd)
@@ -344,7 +344,7 @@ def test_the_state_before_a_damaged_one_is_taken(points: dict[str, Path], capfd:
 
 
 class Footprint:
-    """What a pickle that is loaded without care runs."""
+    """Code that runs when a pickle is loaded carelessly."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(Footprint.path),)
@@ -373,16 +373,16 @@ def test_a_stored_state_runs_no_code(
     goes_on(points, capfd)
 
 
-# ---- what is on the disk when something is named ----
+# ---- what is on disk when a name appears ----
 
 
 class Disk:
-    """Looks at every rename in a folder: what gets a name, and what a ledger names, must be on the disk by then."""
+    """Checks every rename in a folder: what gets a name, and what a ledger names, must be on disk by then."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
         self.folder, self.clock, self.renamed = folder, 0, list[str]()
-        self.synced: dict[int, tuple[int, int]] = {}  # file's inode -> its size and time of change then
-        self.dirty: dict[int, int] = {}  # folder's inode -> when a name in it changed, and when it was synced
+        self.synced: dict[int, tuple[int, int]] = {}  # inode of a file -> its size and modification time at the sync
+        self.dirty: dict[int, int] = {}  # inode of a folder -> when a name in it changed, and when it was synced
         self.clean: dict[int, int] = {}
         for name in ("fsync", "replace", "mkdir"):
             patch.setattr(os, name, getattr(self, name), raising=True)
@@ -431,7 +431,7 @@ class Disk:
 
 
 def test_what_has_a_name_is_on_the_disk(points: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a power cut a ledger names nothing that is not there: files, and the folders that name them."""
+    """After a power cut, everything a ledger names exists: files, and the folder entries that name them."""
     shutil.rmtree(points["run"], ignore_errors=True)
     disk = Disk(points["run"], monkeypatch)
     assert call(points) == 0
@@ -448,7 +448,7 @@ def test_what_has_a_name_is_on_the_disk(points: dict[str, Path], monkeypatch: py
 def test_what_is_taken_over_from_another_run_is_on_the_disk(
     points: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder appears when all in it is there to stay: models, their copies, ledger and recipe."""
+    """The folder appears once everything in it is on disk: models, their copies, ledger and recipe."""
     folder = tmp_path / "new" / "runs" / "mine"
     disk = Disk(folder, monkeypatch)
     add.begin(folder, str(points["finished"]), None, None)
@@ -520,7 +520,7 @@ def test_a_finished_run_without_its_data_is_finished(
 def test_a_finished_run_of_class_folders_that_changed(
     points: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A new folder beside the others is named, an image too; without the folder of all the results stand."""
+    """A new class folder is reported, so is a new image; without the data folder the results are still valid."""
 
     def put(split: str, label: int, count: int) -> None:
         (folder := tmp_path / "photos" / split / f"kind {label}").mkdir(parents=True, exist_ok=True)
@@ -576,7 +576,7 @@ def test_a_finished_run_whose_backbones_are_gone_is_finished(
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are opened from now on, with those that safetensors opens."""
+    """Record the files opened from now on, including those that safetensors opens."""
     names: list[str] = []
 
     def noting(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -595,7 +595,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_finished_run_is_found_whole_by_reading_what_it_publishes(
     points: dict[str, Path], opened: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Of older checkpoints sizes and times of change are enough; where a time is another one, the content tells."""
+    """For older checkpoints, sizes and modification times suffice; if a time differs, the content decides."""
     put_back(points["run"], points["finished"])
     opened.clear()
     assert call(points) == 0
@@ -618,7 +618,7 @@ def test_a_finished_run_is_found_whole_by_reading_what_it_publishes(
 
 
 def older(folder: Path) -> None:
-    """The ledger as versions wrote it that stored no fingerprints."""
+    """The ledger as written by versions without fingerprints."""
     ledger = json.loads((folder / "run.json").read_text())
     for key in ("format", "files", "images"):
         del ledger[key]
@@ -659,7 +659,7 @@ def test_a_run_of_an_older_version_goes_on_from_its_last_task(
     goes_on(points, capfd)
     put_back(points["run"], points["between"])
     older(points["run"])
-    truncate(points["run"] / "student" / "task-01" / "model.safetensors")  # student/ may be of another task
+    truncate(points["run"] / "student" / "task-01" / "model.safetensors")  # student/ may have another task
     assert "student/task-01/model.safetensors cannot be read" in refused(points, capfd)
 
 

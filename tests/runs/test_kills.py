@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments: what they end with is what an undisturbed run has, bit for bit.
+"""Runs killed at random moments: their result is bit-identical to that of an uninterrupted run.
 
 All hundred kills: python -m pytest -m slow tests/runs/test_kills.py --kills 100
 """
@@ -85,10 +85,10 @@ RECIPES = [
 
 
 def run_train(words: list[str], log: Path) -> None:
-    """recipes/train.py, in a process group of its own."""
+    """Run recipes/train.py in its own process group."""
     os.setsid()
-    gc.freeze()  # or every collection goes through all that was imported
-    multiprocessing.set_start_method("fork", force=True)  # the usual one again, for the workers that load images
+    gc.freeze()  # otherwise every collection scans all imported modules
+    multiprocessing.set_start_method("fork", force=True)  # the usual method again, for data loader workers
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -98,7 +98,7 @@ def run_train(words: list[str], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def start(forked: ForkServerContext) -> Callable[[Path, Path], BaseProcess]:
-    """Starts recipes/train.py with a recipe and a folder; what it says goes to FOLDER.log."""
+    """Start recipes/train.py with a recipe and a folder; its output goes to FOLDER.log."""
 
     def begin(recipe: Path, folder: Path) -> BaseProcess:
         words, log = [str(recipe), "--output_dir", str(folder)], folder.with_name(f"{folder.name}.log")
@@ -110,32 +110,32 @@ def start(forked: ForkServerContext) -> Callable[[Path, Path], BaseProcess]:
 
 
 def kill(process: BaseProcess) -> None:
-    """The process with all that it has started."""
+    """Kill the process and all that it started."""
     assert process.pid is not None
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:  # it has no group yet, or has ended
+    except ProcessLookupError:  # it has no process group yet, or has ended
         process.kill()
     process.join()
 
 
-# ---- what a run leaves behind ----
+# ---- the files of a run ----
 
 MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "cost", "costs")
 """Ends of the names of what depends on the machine's mood."""
 
 
 def lasting(content: Any) -> Any:
-    """What must be the same in every run of a recipe."""
+    """The part that must be the same in every run of a recipe."""
     if isinstance(content, dict):
         return {key: lasting(value) for key, value in content.items() if not key.endswith(MEASURED)}
     return [lasting(value) for value in content] if isinstance(content, list) else content
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """Every file of a run: its bytes, or what lasts of its JSON.
+    """Every file of a run: its bytes, or the reproducible part of its JSON.
 
-    Of the loss curves only the steps: a line that spans a kill is the mean of the steps after it.
+    Of the loss curves only the steps count: an entry that spans a kill is the mean over the steps after it.
     """
     found: dict[str, Any] = {}
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -143,7 +143,7 @@ def left(folder: Path) -> dict[str, Any]:
         found[name] = lasting(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
         if path.parent.name == "logs":
             found[name] = [line["step"] for line in found[name]]
-    files = found["run.json"]["files"]  # with the time of writing, and of files that tell times
+    files = found["run.json"]["files"]  # with modification times, and files that contain times
     found["run.json"]["files"] = {
         name: None if name.startswith("logs/") or name == "results.json" else sha256
         for name, (_, _, sha256) in files.items()
@@ -152,7 +152,7 @@ def left(folder: Path) -> dict[str, Any]:
 
 
 class Whole(NamedTuple):
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
 
     recipe: Path
     folder: Path
@@ -185,7 +185,7 @@ def test_a_kill_at_any_moment_does_not_change_a_run(
     undisturbed: Callable[[Callable[[Path], dict[str, Any]]], Whole],
     tmp_path: Path,
 ) -> None:
-    """Killed once, one time in three once more, and so on; then to the end."""
+    """Killed once, with probability 1/3 once more, and so on; then run to the end."""
     draw, whole, folder = random.Random(strike), undisturbed(RECIPES[strike % len(RECIPES)]), tmp_path / "run"
     moment, kills = draw.random(), 0
     while True:
@@ -201,7 +201,7 @@ def test_a_kill_at_any_moment_does_not_change_a_run(
         assert process.exitcode == 0 and "Traceback" not in log, log
         if kills:
             break
-        shutil.rmtree(folder)  # that came too late: the machine was slower before
+        shutil.rmtree(folder)  # the kill came too late: the machine was slower before
         moment *= 0.8
     ours, theirs = left(folder), left(whole.folder)
     assert ours.keys() == theirs.keys(), "no file is missing, none is left over"

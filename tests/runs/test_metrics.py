@@ -1,4 +1,4 @@
-"""Continual metrics against hand-worked matrices, relations that hold for any matrix, and evaluate's machinery."""
+"""Continual metrics: matrices worked by hand, relations that hold for any matrix, and the `evaluate` interface."""
 
 from __future__ import annotations
 

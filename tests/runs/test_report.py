@@ -1,4 +1,4 @@
-"""What a run looks like: the console table as text, the comparison as Markdown, the plots as real images."""
+"""A run's report: the console table as text, the comparison as Markdown, the plots as real images."""
 
 from __future__ import annotations
 

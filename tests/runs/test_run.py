@@ -1,4 +1,4 @@
-"""The ledger of a run: what is stored stays whole, whatever interrupts it, and a folder belongs to one recipe."""
+"""The ledger of a run: stored files stay complete despite interruptions, and a folder belongs to one recipe."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def task(index: int) -> Task:
 
 
 def writer(value: float, size: int = 100) -> Callable[[Path], None]:
-    """Writes a checkpoint of two files."""
+    """A function that writes a checkpoint of two files."""
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({"value": value}))
@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def stored(folder: Path) -> float:
-    """The value of a checkpoint, both files of which agree."""
+    """The value in a checkpoint, after checking that its two files agree."""
     value = json.loads((folder / "config.json").read_text())["value"]
     assert load_file(folder / "model.safetensors")["w"].tolist() == [value] * 100
     return value
@@ -80,7 +80,7 @@ def full_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# ---- one run from start to end ----
+# ---- a run from start to end ----
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_another_recipe_is_refused_with_the_differences(tmp_path: Path) -> None:
 
 
 def test_as_long_as_nothing_was_learnt_the_recipe_may_change(tmp_path: Path) -> None:
-    """A first attempt that ended with an error leaves nothing that a second one must go around."""
+    """A first attempt that failed leaves nothing that gets in the way of a second one."""
     open_run(tmp_path)
     run = open_run(tmp_path, {**RECIPE, "seed": 4}, stream="other data")
     checkpoint = run.work_folder("student", task(0)) / "checkpoint-3"
@@ -374,7 +374,7 @@ def test_a_half_published_checkpoint_is_repaired_when_the_run_is_opened(tmp_path
     learn(run, 0, value=1.0)
     old = (tmp_path / "student" / "model.safetensors").read_bytes()
     learn(run, 1, value=2.0)
-    (tmp_path / "student" / "model.safetensors").write_bytes(old)  # the config is new already
+    (tmp_path / "student" / "model.safetensors").write_bytes(old)  # the config is already the new one
     (tmp_path / "student" / ".model.safetensors.partial").write_bytes(old[:10])
     Run(tmp_path, RECIPE)
     assert stored(tmp_path / "student") == 2.0

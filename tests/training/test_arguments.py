@@ -1,4 +1,4 @@
-"""Training arguments: every field of transformers' is used, with an effect that is shown here, or refused in words."""
+"""Training arguments: every field of transformers' has an effect shown here, or is refused with a message."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KNOWN: dict[str, dict[str, torch.Tensor]] = {}
 
 
 def base(**fields: Any) -> dict[str, torch.Tensor]:
-    """The weights alone; the same arguments are trained with once."""
+    """Only the weights; equal arguments are trained only once."""
     key = repr(sorted(fields.items()))
     if key not in KNOWN:
         KNOWN[key] = trained(**fields)[1]
@@ -63,7 +63,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# Field -> a value that changes the weights, and what is set beside it both times.
+# Field -> a value that changes the weights, and other arguments, set both times.
 MOVES: dict[str, tuple[Any, dict[str, Any]]] = {
     "per_device_train_batch_size": (4, {}),
     "num_train_epochs": (2, {}),
@@ -98,14 +98,14 @@ def lines(trainer: CDLTrainer, name: str) -> int:
 
 
 def loader(**fields: Any) -> Any:
-    """The loader that training would read."""
+    """The data loader that training would use."""
     trainer = CDLTrainer(model_of("coda"), arguments(Path("work"), **fields))
     trainer.seen, trainer.train_dataset = [TASK], TASK.train  # type: ignore[assignment]
     return trainer.get_train_dataloader()
 
 
 def answers(trainer: CDLTrainer) -> int:
-    """Of how many images the largest batch of an evaluation is."""
+    """Number of images in the largest batch of an evaluation."""
     sizes: list[int] = []
     hook = trainer.model.register_forward_hook(lambda *_: sizes.append(len(_[2].logits)))
     trainer.evaluate_seen()
@@ -114,7 +114,7 @@ def answers(trainer: CDLTrainer) -> int:
 
 
 class Processes(torch.utils.data.Dataset):
-    """Pictures whose labels tell the process that has loaded them."""
+    """Images labelled with the id of the process that loaded them."""
 
     def __len__(self) -> int:
         return len(TASK.train)
@@ -124,12 +124,12 @@ class Processes(torch.utils.data.Dataset):
 
 
 def loaded_by(trainer: CDLTrainer) -> set[int]:
-    """The processes that load the images of an epoch."""
+    """Ids of the processes that load an epoch's images."""
     trainer.train_dataset = Processes()
     return {int(label) for batch in trainer.get_train_dataloader() for label in batch["labels"]}
 
 
-# Field -> a value, what is set beside it, and what shows its effect; the weights stay the same.
+# Field -> a value, other arguments, and what shows its effect; the weights stay the same.
 KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
     "use_cpu": (True, {}, lambda t: next(t.model.parameters()).device.type == "cpu"),
     "full_determinism": (True, {}, lambda t: torch.are_deterministic_algorithms_enabled()),
@@ -145,7 +145,7 @@ KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
     "dataloader_num_workers": (1, {}, lambda t: os.getpid() not in loaded_by(t)),
 }
 
-# Field -> a value of a worker's, and what shows it in the loader.
+# Field -> a value for data loader workers, and what shows it in the loader.
 LOADERS: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "dataloader_persistent_workers": (True, lambda made: made.persistent_workers),
     "dataloader_prefetch_factor": (3, lambda made: made.prefetch_factor == 3),
@@ -179,7 +179,7 @@ ELSEWHERE = {
 
 
 def source_of(place: str) -> str:
-    """The source of FILE::TEST with its decorators; empty if there is none."""
+    """The source of FILE::TEST including decorators; empty if it does not exist."""
     file, name = place.split("::")
     text = Path(__file__).with_name(file).read_text()
     for node in ast.parse(text).body:
@@ -239,7 +239,7 @@ def test_a_field_of_the_workers_that_load_images(field: str) -> None:
 
 
 def test_output_dir_is_where_a_trainer_writes(tmp_path: Path) -> None:
-    """When it is asked to, and nowhere else; without a run nothing is stored by itself."""
+    """Only when asked to, and nowhere else; without a run nothing is stored automatically."""
     for output_dir in (tmp_path / "one", tmp_path / "other"):
         set_seed(0)
         trainer = CDLTrainer(model_of("coda"), arguments(output_dir, num_train_epochs=1))
@@ -351,7 +351,7 @@ def test_every_schedule_of_transformers_warms_up_and_takes_its_keywords(schedule
     assert len(rates) == 3 and len(set(rates)) > 1
 
 
-# ---- what is refused ----
+# ---- refused arguments ----
 
 NAN, INF = math.nan, math.inf
 BEST = {"eval_strategy": "epoch", "load_best_model_at_end": True}
@@ -402,7 +402,7 @@ def test_every_number_has_a_range() -> None:
     assert free == []
 
 
-# Of every refused field a value that is not its default.
+# A non-default value of every refused field.
 REFUSED: dict[str, Any] = {
     "debug": "underflow_overflow",
     "include_num_input_tokens_seen": "all",
@@ -426,12 +426,12 @@ def test_a_refused_field_says_what_to_do(field: str) -> None:
     usual = not default if isinstance(default, bool) else 0.5 if isinstance(default, (int, float)) else "x"
     value = REFUSED.get(field, usual)
     row: Any = ARGUMENTS[field]
-    if field != "do_eval":  # transformers sets it itself, as far as it evaluates
+    if field != "do_eval":  # transformers sets it itself if it evaluates
         with pytest.raises(ValueError) as error:
             made(**{field: value})
         assert str(error.value).startswith(f"{field} is ") and row.why in str(error.value)
     if default is not dataclasses.MISSING:
-        made(**{field: default})  # the default is no setting
+        made(**{field: default})  # passing the default is allowed
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_what_would_be_ignored_beside_others(fields: dict[str, Any], said: str) 
 def test_a_missing_package_is_named(
     fields: dict[str, Any], package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where a folder of its name lies about, as wandb leaves one."""
+    """Even if there is a folder of its name, as left by wandb."""
     (tmp_path / package).mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, package, raising=False)

@@ -1,4 +1,4 @@
-"""CDLTrainer is used as transformers' Trainer is: train, callbacks, metrics, evaluate, predict, its arguments."""
+"""CDLTrainer is used like transformers' Trainer: train, callbacks, metrics, evaluate, predict, arguments."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TASKS = list(stream())
 
 
 def trainer_of(folder: Path, tasks: Any = None, run: Run | None = None, model: Any = None, **more: Any) -> CDLTrainer:
-    """Of tasks with three and two classes, one epoch each, in batches of 8 of 24 and 16 images: 3 and 2 steps."""
+    """A trainer for tasks of three and two classes: one epoch of 24 and 16 images in batches of 8, 3 and 2 steps."""
     fields = {name: more.pop(name) for name in [*more] if name in CDLTrainingArguments.__dataclass_fields__}
     args = arguments(folder / "work", num_train_epochs=1, per_device_eval_batch_size=7, **fields)
     return CDLTrainer(model or model_of("coda"), args, train_dataset=tasks, run=run, **more)
 
 
 def recall_of_each_class(found: EvalPrediction) -> dict[str, Any]:
-    """A metric with NumPy's numbers, of the predictions over all classes."""
+    """A metric that returns NumPy numbers, on predictions over all classes."""
     assert isinstance(found.predictions, np.ndarray) and isinstance(found.label_ids, np.ndarray)
     predicted = found.predictions.argmax(-1)
     recalls = [np.mean(predicted[found.label_ids == label] == label) for label in np.unique(found.label_ids)]
@@ -189,7 +189,7 @@ def test_metrics_are_computed_during_training_and_one_of_our_name_comes_before_o
 
 
 def test_images_of_one_s_own_are_evaluated_during_training(tmp_path: Path) -> None:
-    """Among all classes, also where a callback may steer by them; the newest task's test images are not looked at."""
+    """Among all classes, even where a callback may steer by them; the newest task's test images are not used."""
     first = Pictures(range(3))
     trainer = trainer_of(tmp_path, TASKS, eval_dataset=first, callbacks=[Steps()], eval_strategy="epoch")
     seen: list[float] = []
@@ -207,7 +207,7 @@ def test_a_phase_shorter_than_eval_steps_is_evaluated_at_its_end(tmp_path: Path)
 
 
 def test_a_run_s_next_task_waits_until_the_last_one_is_measured(tmp_path: Path) -> None:
-    """Else its ledger would lack a row for ever, and could not be read again."""
+    """Otherwise its ledger would lack a row permanently and could not be read again."""
     run = Run(tmp_path / "run", {"name": "tiny"})
     run.bind("stream", [list(task.class_names) for task in TASKS])
     trainer = trainer_of(tmp_path, None, run=run)
@@ -243,7 +243,7 @@ class Unlabelled(Pictures):
 
 
 def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_path: Path) -> None:
-    """In batches of 7 of 24 images, the last one of 3, also where training drops those; whatever task is newest."""
+    """For 24 images in batches of 7, the last of 3 even if training drops partial ones; whatever task is newest."""
     trainer = trainer_of(tmp_path, TASKS, dataloader_drop_last=True)
     trainer.train()
     mode, lines = trainer.model.training, len(trainer.state.log_history)
@@ -265,7 +265,7 @@ def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_p
 
 
 class Numbered(torch.utils.data.Dataset):
-    """So many different images of three classes."""
+    """A number of different images of three classes."""
 
     def __init__(self, count: int):
         generator = torch.Generator().manual_seed(count)
@@ -279,7 +279,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def predict_all(folder: Path) -> None:
-    """One of two processes: predictions and metrics of datasets that do not fill the batches of both."""
+    """In one of two processes: predictions and metrics of datasets that do not fill both processes' batches."""
     model = CDLForImageClassification.from_pretrained(str(folder / "model"))
     trainer = trainer_of(folder, model=model, compute_metrics=recall_of_each_class)
     for count in (1, 13, 15, 28):
@@ -311,7 +311,7 @@ def test_two_processes_predict_in_the_order_of_the_dataset(tmp_path: Path) -> No
             assert {"test_accuracy", "test_recall", "test_classes"} == {*found}
 
 
-# ---- what else Trainer has ----
+# ---- other methods of Trainer ----
 
 
 def test_every_argument_and_method_of_trainer_s_is_there_or_refused_by_name(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def plain(folder: Path, **fields: Any) -> TrainingArguments:
 
 
 def spelt_out(folder: Path, **fields: Any) -> CDLTrainingArguments:
-    """transformers' defaults, said as CDLTrainingArguments."""
+    """transformers' defaults, as explicit CDLTrainingArguments."""
     theirs = {"learning_rate": 5e-5, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8}
     theirs |= {"max_grad_norm": 1.0, "lr_scheduler_type": "linear", "save_strategy": "steps", "data_seed": None}
     theirs |= {} if fields.get("logging_strategy", "steps") != "steps" else {"logging_steps": 500}
@@ -371,7 +371,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("fields", CASES, ids=lambda fields: "-".join(fields) or "defaults")
 def test_transformers_own_arguments_train_as_they_say(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Every field has the effect that it has as CDLTrainingArguments', and what is not said that of transformers."""
+    """Every field has the same effect as in CDLTrainingArguments; unset fields have transformers' defaults."""
     runs = []
     for args in (plain(tmp_path, **fields), spelt_out(tmp_path, **fields)):
         before = dict(args.__dict__)
@@ -385,7 +385,7 @@ def test_transformers_own_arguments_train_as_they_say(fields: dict[str, Any], tm
 
 
 def test_all_that_transformers_arguments_can_say_is_taken_over(tmp_path: Path) -> None:
-    """Field by field, as far as a field alone may differ: by another value than its default."""
+    """One field at a time set to a non-default value, if that is allowed for the field alone."""
     values: dict[str, Any] = {
         "adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 0.1, "weight_decay": 0.2, "learning_rate": 0.3,
         "max_grad_norm": 0.4, "per_device_train_batch_size": 3, "per_device_eval_batch_size": 5, "num_train_epochs": 9,

@@ -1,4 +1,4 @@
-"""What a role could not learn is said before anything is trained, with the way out."""
+"""What a role could not learn is reported before any training, with a solution."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_cdl.types import Task
 
 
 class Alike(Images):
-    """Images of `classes` classes, from the number `first`."""
+    """Images of `classes` classes, numbered from `first`."""
 
     def __init__(self, count: int, classes: int, first: int = 0):
         super().__init__(count, first)
@@ -78,9 +78,9 @@ def test_a_task_of_one_class_is_not_learnt_by_comparing_classes(name: str, role:
     )
     after = model.state_dict()
     assert model.tasks == [] and all(torch.equal(value, after[key]) for key, value in before.items())
-    trainer.learn(task_of(2))  # the same trainer goes on with a task that can be learnt
+    trainer.learn(task_of(2))  # the same trainer continues with a learnable task
     if name.startswith("session"):
-        trainer.learn(task_of(1, index=1, first=2))  # after the session classes may come one at a time
+        trainer.learn(task_of(1, index=1, first=2))  # after the first session, single classes are fine
         assert trainer.evaluate_seen().counts == [8, 8]
     elif name != "classifier":
         with pytest.raises(ValueError, match=r"cannot learn task 2, which has one class \('class 2'\)"):
@@ -164,14 +164,14 @@ def test_a_session_of_losses_that_compare_no_classes_learns_from_one(tmp_path: P
 def test_terms_that_would_be_constant_are_refused(
     terms: list[dict[str, Any]], classes: int, images: int, batch: int, said: str | None, tmp_path: Path
 ) -> None:
-    """What is accepted has a gradient, and what is refused has none."""
+    """Accepted terms have a gradient, refused ones have none."""
     model, teacher = bare({"type": "linear"}), bare({"type": "linear"})
     objective, task = objective_of(model, 0.0, *terms), task_of(classes, images)
     args = arguments(tmp_path, num_train_epochs=1, per_device_train_batch_size=batch)
     if said is not None:
         with pytest.raises(ValueError, match=f"The student cannot learn task 1. {said}"):
             check_task("student", model, objective, args, task)
-        if "standardise" in said:  # the term says it too, to those who have no trainer
+        if "standardise" in said:  # the term reports it, too, for use without a trainer
             return
     else:
         check_task("student", model, objective, args, task)

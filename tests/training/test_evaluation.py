@@ -1,4 +1,4 @@
-"""Answers taken apart: by hand-worked numbers, and through a trainer's evaluation of real files."""
+"""Accuracy decomposed: on numbers worked by hand, and in a trainer's evaluation of real files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_cdl.training.evaluation import calibration_error, class_accuracy, judge
 
 
 def test_an_answer_is_right_exactly_if_the_task_is_identified_and_it_is_right_within_it():
-    """Four classes, the task's own are 2 and 3; four images of class 3, one of class 2."""
+    """Four classes, of which 2 and 3 are the task's; four images of class 3, one of class 2."""
     logits = torch.tensor(
         [
             [0.0, 0.0, 1.0, 2.0],  # right
@@ -34,13 +34,13 @@ def test_an_answer_is_right_exactly_if_the_task_is_identified_and_it_is_right_wi
 
 
 def test_the_calibration_error_of_numbers_worked_by_hand():
-    """Bins of 1/15: 0.95 and 0.97 share one (1 of 2 right, 0.46 too sure), 0.5 has its own (right, 0.5 too unsure)."""
+    """Bins of 1/15: 0.95 and 0.97 share one (1 of 2 right, 0.46 too sure); 0.5 has its own (right, 0.5 too unsure)."""
     confidence = torch.tensor([0.95, 0.97, 0.5, 0.5])
     correct = torch.tensor([True, False, True, True])
     assert calibration_error(confidence, correct) == pytest.approx(100 * (2 * 0.46 + 2 * 0.5) / 4, abs=1e-4)
     assert calibration_error(torch.tensor([1.0, 1.0]), torch.tensor([True, True])) == 0
     assert calibration_error(torch.tensor([0.0, 1 / 15]), torch.tensor([False, False])) == pytest.approx(100 / 30)
-    # Two bins whose gaps would cancel if they were one: 0.6 always right, 1.0 never.
+    # Two bins whose gaps would cancel out in a single one: 0.6 is always right, 1.0 never.
     assert calibration_error(torch.tensor([0.6, 1.0]), torch.tensor([True, False])) == pytest.approx(70, abs=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What goes by the accuracy during training reads validation images, ends where it says, and survives a kill."""
+"""Accuracy-based decisions during training use validation images, end where they should, and survive kills."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_cdl.types import Task
 
 BEST = {"eval_strategy": "epoch", "load_best_model_at_end": True}
 STEPS = {"eval_strategy": "steps", "eval_steps": 1}
-# Name -> the arguments that let the accuracy steer the training, and the callback that a user adds beside them.
+# Name -> arguments with which the accuracy steers the training, and a callback that a user adds.
 OPTIONS: dict[str, tuple[dict[str, Any], type[TrainerCallback] | None]] = {
     "the best epoch": (BEST, None),
     "the best step": ({**STEPS, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}, None),
@@ -58,7 +58,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TrainerCallback] | None]] = {
 
 
 class Stopper(TrainerCallback, ExportableState):
-    """A user's own: ends a phase after three evaluations, the first of which was not above the second."""
+    """A user's callback: ends a phase after three evaluations if the first was not above the second."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -73,7 +73,7 @@ class Stopper(TrainerCallback, ExportableState):
 
 OPTIONS["a callback of one's own"] = ({"eval_strategy": "epoch"}, Stopper)
 STEERING = {field for fields, _ in OPTIONS.values() for field in fields}
-# The other fields that are used: a value that shows its effect, and what is set beside it.
+# The other used fields: a value that has an effect, and other arguments.
 OTHERS = {field: (value, beside) for field, (value, beside) in MOVES.items() if field not in STEERING}
 OTHERS |= {field: (value, beside) for field, (value, beside, _) in KEEPS.items() if field not in STEERING}
 FIXED = {"use_cpu", "disable_tqdm"}
@@ -83,7 +83,7 @@ ELSE = {field for field in ELSEWHERE if field not in STEERING}
 
 
 class Hard(Pictures):
-    """Pictures that are hardly told apart, so that the accuracy goes up and down; `turn` gives them wrong labels."""
+    """Images that are hard to tell apart, so that the accuracy goes up and down; `turn` gives them wrong labels."""
 
     def __init__(self, classes: range, seed: int, turn: int = 0):
         super().__init__(classes)
@@ -93,7 +93,7 @@ class Hard(Pictures):
 
 
 def tasks(validation: int | None = 0, test: int = 0) -> Iterator[Task]:
-    """Two tasks; the numbers turn the labels of the validation images (None: there are none) and the test images."""
+    """Two tasks; the numbers shift the labels of the validation images (None: there are none) and the test images."""
     first = 0
     for index, names in enumerate(CLASSES):
         classes = range(first, first + len(names))
@@ -128,14 +128,14 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_test_labels_change_nothing_and_validation_labels_do(option: str, tmp_path: Path) -> None:
-    """Changed test labels leave the weights as they are to the bit; validation labels show that this can be seen."""
+    """With changed test labels the weights are bit-identical; changed validation labels show that the test works."""
     plain = learnt(trainer_of(tmp_path, option), tasks())
     assert same(plain, learnt(trainer_of(tmp_path, option), tasks(test=1)))
     assert not same(plain, learnt(trainer_of(tmp_path, option), tasks(validation=1)))
 
 
 def test_every_field_that_is_used_is_among_those_that_steer_or_those_that_do_not() -> None:
-    """A new field of the table has to go somewhere, and so has a schedule or a time to store that goes by accuracy."""
+    """A new field of the table needs a place, and so does a scheduler or saving strategy that uses the accuracy."""
     used = {field for field, row in ARGUMENTS.items() if isinstance(row, Used)}
     assert used == STEERING | OTHERS.keys() | LOADERS.keys() | ELSE
     assert ELSE <= {field for field, place in ELSEWHERE.items() if "test_steering.py" not in place}
@@ -148,7 +148,7 @@ def test_every_field_that_is_used_is_among_those_that_steer_or_those_that_do_not
 @pytest.mark.slow
 @pytest.mark.parametrize("field", [field for field in OTHERS if field not in FIXED])
 def test_no_other_field_looks_at_labels_that_are_not_trained_on(field: str, tmp_path: Path) -> None:
-    """Evaluated in training, over test images, and with the field at a value that has an effect."""
+    """Evaluated during training on test images, with the field at a value that has an effect."""
     value, beside = OTHERS[field]
     fields = {"num_train_epochs": 1, "eval_strategy": "epoch", **beside, field: value}
     if "max_steps" in fields:
@@ -167,7 +167,7 @@ def test_no_other_field_looks_at_labels_that_are_not_trained_on(field: str, tmp_
 
 
 def test_the_accuracy_may_be_named(tmp_path: Path) -> None:
-    """By either of its names, and as what is to rise: nothing changes, and nothing else is measured to go by."""
+    """By either of its names, and as greater-is-better: nothing changes, and no other metric is measured."""
     plain = trainer_of(tmp_path, "the best epoch")
     want = learnt(plain, islice(tasks(), 1))
     ways: list[dict[str, Any]] = [{"metric_for_best_model": name} for name in ("accuracy", "eval_accuracy")]
@@ -184,7 +184,7 @@ def test_the_accuracy_may_be_named(tmp_path: Path) -> None:
 
 
 def test_a_phase_stops_when_it_gets_no_better(tmp_path: Path) -> None:
-    """After so many evaluations without a better accuracy; better by a threshold, if one is given."""
+    """After so many evaluations without an improvement, which must exceed the threshold if one is given."""
     task = next(tasks())
     every = trainer_of(tmp_path, "the best epoch", num_train_epochs=8, load_best_model_at_end=False)
     every.learn(task)
@@ -249,7 +249,7 @@ def test_early_stopping_needs_an_evaluation(tmp_path: Path) -> None:
     "option", [name for name, (fields, _) in OPTIONS.items() if "load_best_model_at_end" in fields]
 )
 def test_a_phase_ends_with_its_best_state(option: str, stored: bool, tmp_path: Path) -> None:
-    """In every task, though `save_steps` skips it; with the accuracy of just that state."""
+    """In every task, even if `save_steps` skips it; with the accuracy of exactly that state."""
     run = Run(tmp_path / "run", {}) if stored else None
     trainer = trainer_of(tmp_path, option, run)
     before_the_end = 0
@@ -275,7 +275,7 @@ def test_without_a_run_nothing_is_stored(tmp_path: Path) -> None:
 
 
 class Watch(TrainerCallback):
-    """Which states are stored after every save, and which of them is called the best."""
+    """Records which states are stored after every save, and which of them is recorded as the best."""
 
     def __init__(self, work: Path):
         self.work, self.found = work, []
@@ -352,7 +352,7 @@ class Killed(Exception):
 
 
 class Killer(TrainerCallback):
-    """Cuts a phase off after its n-th stored state, or after the n-th evaluation."""
+    """Interrupts a phase after its n-th stored state, or after the n-th evaluation."""
 
     def __init__(self, after: int, event: str):
         self.left, self.event = after, event
@@ -372,7 +372,7 @@ class Killer(TrainerCallback):
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_phase_that_is_cut_off_ends_as_if_it_had_not_been(option: str, tmp_path: Path) -> None:
-    """After its first and its last stored state and between two, in a folder that was moved."""
+    """After its first and last stored state and between two, in a folder that was moved."""
     whole = Run(tmp_path / "whole", {})
     trainer = trainer_of(tmp_path, option, whole)
     saves = Watch(whole.work_folder("student", next(tasks())))
@@ -411,7 +411,7 @@ def test_a_best_state_that_is_gone_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_kill_does_not_change_a_run_that_ends_with_its_best_epoch(tmp_path: Path) -> None:
-    """As processes: teacher and student stop early, and end with what was best on validation images."""
+    """In real processes: teacher and student stop early and end with their best state on validation images."""
     recipe = make_recipe(tmp_path, baselines=["linear_head"])
     recipe["train"] |= {**BEST, "num_train_epochs": 8, "learning_rate": 0.3, "early_stopping_patience": 3}
     file = write_recipe(tmp_path / "recipe.yaml", recipe)

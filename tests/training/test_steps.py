@@ -23,7 +23,7 @@ from hf_cdl.types import Task
 
 
 class Images(torch.utils.data.Dataset):
-    """So many images of three classes, numbered from `first`; any view of one is the same."""
+    """A number of images of three classes, numbered from `first`; all views of an image are equal."""
 
     def __init__(self, count: int, first: int = 0):
         self.labels = [first + number % 3 for number in range(count)]
@@ -45,10 +45,10 @@ def task_of(images: int, index: int = 0, tests: int = 5) -> Task:
     return Task(index, names, 3 * index, Images(images, 3 * index), None, Images(tests, 3 * index))
 
 
-# What is learnt: the student's prompt method and parts of the recipe's `distill`.
+# Cases: the student's prompt method, and the recipe's `distill`.
 CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "labels": ("coda", []),  # and the pool's orthogonality, which sees no images
-    "kd": ("l2p", [{"type": "kd"}]),  # and a match loss
+    "labels": ("coda", []),  # plus the pool's orthogonality, which is independent of images
+    "kd": ("l2p", [{"type": "kd"}]),  # plus a match loss
     "dkd, lskd": ("apt", [{"type": "dkd"}, {"type": "kd", "standardise": True}]),
     "kdp": ("coda", [{"type": "kdp"}, {"type": "label_smoothing"}]),
     "layers": ("dualprompt", [{"type": "fitnets"}, {"type": "review_kd"}]),
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 
 
 def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) -> CDLTrainer:
-    """A student with a teacher that knows the first task; plain gradient descent, since Adam blows up rounding."""
+    """A student with a teacher that knows the first task; plain SGD, since Adam amplifies rounding errors."""
     method, distill = CASES[case]
     parts: dict[str, Any] = {}
     for fields in distill:
@@ -83,7 +83,7 @@ def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) ->
 
 
 def learnt(case: str, images: int, folder: Path, **train: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """What a student has become, with the terms' layers, and its log."""
+    """The resulting weights of a student and of the terms' layers, and its log."""
     trainer, task = trainer_of(case, folder, **train), task_of(images)
     trainer.model.begin_task(task.class_names)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -142,7 +142,7 @@ def assert_equal_to_a_millionth(ours: dict[str, torch.Tensor], theirs: dict[str,
 
 @pytest.mark.parametrize("case", CASES)
 def test_twelve_images_are_three_times_four(case: str, tmp_path: Path) -> None:
-    """One step of 12 images, or of 3 micro-batches of 4: the same weights to 1e-6, however large they are."""
+    """One step of 12 images, or of 3 micro-batches of 4: equal weights within 1e-6, whatever their size."""
     whole, _ = learnt(case, 12, tmp_path, **split(12, 1))
     assert_equal_to_a_millionth(whole, learnt(case, 12, tmp_path, **split(4, 3))[0])
 
@@ -150,7 +150,7 @@ def test_twelve_images_are_three_times_four(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("images", "batch"), [(11, 5), (12, 4), (13, 4)])
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_are_one_batch(case: str, images: int, batch: int, tmp_path: Path) -> None:
-    """Also where the last is smaller, or alone in its step: 5 + 5 + 1; 4 + 4 + 4, then 1."""
+    """Even if the last one is smaller, or alone in its step: 5 + 5 + 1; 4 + 4 + 4, then 1."""
     whole, log = learnt(case, images, tmp_path, **split(12, 1))
     parts, parts_log = learnt(case, images, tmp_path, **split(batch, 3))
     assert_close(whole, parts)
@@ -175,7 +175,7 @@ def test_bf16_weighs_micro_batches_too(tmp_path: Path) -> None:
 
 
 def weights_of(images: int, folder: Path, **train: Any) -> list[float]:
-    """Those of the micro-batches of an epoch."""
+    """The weights of an epoch's micro-batches."""
     trainer, weights = trainer_of("labels", folder, num_train_epochs=1, **train), []
     ask = trainer.compute_loss
 
@@ -189,7 +189,7 @@ def weights_of(images: int, folder: Path, **train: Any) -> list[float]:
 
 
 def test_equal_micro_batches_have_the_weight_one(tmp_path: Path) -> None:
-    """So that nothing moves, to the bit, where it was right before."""
+    """So that what was already right stays bit-identical."""
     assert weights_of(13, tmp_path, **split(4, 1)) == [1.0] * 4
     assert weights_of(49, tmp_path, **split(1, 49)) == [1.0] * 49
     assert weights_of(23, tmp_path, **split(3, 3), dataloader_drop_last=True) == [1.0] * 7
@@ -201,7 +201,7 @@ class Cut(Exception):
 
 
 def check_that_it_goes_on(folder: Path, batch: int, writer: bool = True, **train: Any) -> None:
-    """In the middle of an epoch, before the step with the smaller micro-batch; steps are stored one by one."""
+    """In the middle of an epoch, before the step with the smaller micro-batch; every step is stored."""
     train = {**split(batch, 2), "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, **train}
     whole = trainer_of("kdp", folder / "whole", Run(folder / "whole", {}, writer), **train)
     whole.learn(task_of(22))
@@ -260,7 +260,7 @@ SIZES = {"train": [7, 1, 8], "tests": [9, 1, 8]}
 
 
 def fitted(folder: Path, batch: int, run: Run | None = None) -> CDLTrainer:
-    """A ridge head on standardised features that learns three tasks: of seven images, of one, of eight."""
+    """A ridge head on standardised features that learns three tasks of seven, one and eight images."""
     set_seed(3)
     head = {"type": "ridge", "standardise": "first_task"}
     model = CDLForImageClassification(CDLConfig(backbone_config=model_of("coda").config.backbone_config, head=head))
@@ -276,7 +276,7 @@ def answers(trainer: CDLTrainer) -> dict[str, Any]:
 
 
 def work(folder: Path) -> None:
-    """One of two processes: learn every case with each of the splits, in halves, and evaluate."""
+    """In one of two processes: learn every case with each of the splits, in halves, and evaluate."""
     rank = int(os.environ["RANK"])
     for case, number in LEARNT:
         images, batch, accumulated = SPLITS[number]
@@ -294,7 +294,7 @@ def work(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Also with uneven numbers of images, and with fewer than processes: in training, in fitting and in evaluation."""
+    """Even with odd numbers of images, or fewer than processes: in training, fitting and evaluation."""
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29551", __file__, tmp_path]
     tests = os.pathsep.join(sys.path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": tests}

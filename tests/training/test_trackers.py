@@ -1,4 +1,4 @@
-"""Trackers: what is logged outlasts the run's work folder, in one run per role whose steps go on over the tasks."""
+"""Trackers: logs outlive the run's work folder, in one run per role whose steps continue across tasks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trainer_of(folder: Path, run: Run | None = None, **fields: Any) -> CDLTraine
 
 
 def scalars(folder: Path, name: str = "train/loss/loss") -> list[tuple[int, float]]:
-    """Steps and values of a curve, as TensorBoard shows it."""
+    """Steps and values of a curve as TensorBoard reads it."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder))
     found.Reload()
@@ -38,7 +38,7 @@ def scalars(folder: Path, name: str = "train/loss/loss") -> list[tuple[int, floa
 
 @pytest.fixture
 def tracked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No tracker leaves this machine or this folder."""
+    """Keep trackers offline and in the test's folder."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_LOG_MODEL", raising=False)
@@ -69,7 +69,7 @@ def test_tensorboard_has_one_curve_over_all_tasks(stored: bool, tracked: Path) -
 
 
 def test_a_run_that_was_killed_goes_on_with_its_curve(tracked: Path) -> None:
-    """Steps after the last stored state are made again, and shown once; the tasks before are looked up."""
+    """Steps after the last stored state are repeated but shown once; earlier tasks are looked up."""
 
     class Killed(Exception):
         pass
@@ -118,7 +118,7 @@ def test_trackio_has_one_run_per_role(tracked: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_wandb_has_one_run_per_role_offline(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part of it a phase, which `wandb sync` puts together by their id: steps go on."""
+    """Each phase writes a part, which `wandb sync` joins by their id: steps continue."""
     fields = report("wandb")
     from hf_cdl.training.trackers import WandB
 
@@ -143,14 +143,14 @@ def test_wandb_has_one_run_per_role_offline(tracked: Path, monkeypatch: pytest.M
     for role, parts in (("student", 2), ("t", 1)):
         folders = [*(run.folder / "logs/trackers" / role / "wandb").glob(f"offline-run-*-{keys[role]}")]
         assert len(folders) == parts
-        deadline = time.monotonic() + 20  # another process writes them
+        deadline = time.monotonic() + 20  # another process writes the files
         while not all(b"loss/loss" in file.read_bytes() for folder in folders for file in folder.glob("*.wandb")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
 class Ends(TrainerCallback):
-    """Something ends the training after its first logged step."""
+    """Ends the training after its first logged step."""
 
     def __init__(self, error: BaseException):
         self.error = error
@@ -160,7 +160,7 @@ class Ends(TrainerCallback):
 
 
 def test_a_first_phase_that_is_stopped_leaves_nothing_behind(tracked: Path) -> None:
-    """So that the same command finds a folder of its own."""
+    """So that the same command finds its own folder."""
     run = Run(tracked / "runs" / "mine", {})
     run.bind("0" * 16, [["a"], ["b"]])
     trainer = trainer_of(tracked / "work", run, **report("tensorboard"))
@@ -224,7 +224,7 @@ def test_wandb_without_a_login_is_refused_before_anything_is_loaded(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    __import__("wandb").teardown()  # what it has read of the environment of other tests
+    __import__("wandb").teardown()  # forget the environment it read in other tests
     problems = [what for name, what in CDLTrainingArguments.problems(fields) if name == "report_to"]
     if said is None:
         assert not problems
@@ -243,7 +243,7 @@ def test_a_login_that_wandb_has_stored_is_found(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_a_whole_run_leaves_the_curves_of_every_role(tmp_path: Path) -> None:
-    """By the command: work/ is gone in the end, and the tracker's files are not."""
+    """By the command: at the end work/ is gone, but the tracker's files are not."""
     pytest.importorskip("tensorboard")
     recipe = make_recipe(tmp_path)
     recipe["train"] |= {"num_train_epochs": 1, "report_to": "tensorboard", "logging_steps": 1}

@@ -1,4 +1,4 @@
-"""CDLTrainer: schedule, data order, accumulation, mixed precision, the passes it makes, losses that are no number."""
+"""CDLTrainer: schedule, data order, accumulation, mixed precision, its forward passes, NaN and infinite losses."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_step_of_the_student_makes_one_query_one_teacher_and_one_student_pass(
 def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> None:
     set_seed(0)
     student_model = model_of("coda", kd_prompt={})
-    teacher_model = model_of("coda", width=48)  # queries itself
+    teacher_model = model_of("coda", width=48)  # has its own query
     kind = TERMS["kdp"]
     objective = Objective(0.5, [("kdp", kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     student = CDLTrainer(student_model, arguments(tmp_path), objective=objective, teacher=teacher_model)
@@ -82,7 +82,7 @@ def test_a_teacher_with_another_query_is_asked_for_its_own(tmp_path: Path) -> No
 
 
 class Counted(ViTImageProcessorPil):
-    """An image processor that counts the images it makes."""
+    """An image processor that counts the images it produces."""
 
     def __init__(self, size: int, **fields: Any):
         super().__init__(size={"height": size, "width": size}, **fields)
@@ -99,7 +99,7 @@ class Counted(ViTImageProcessorPil):
 
 @pytest.mark.parametrize("query", ["student", "self"])
 def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) -> None:
-    """And no phase makes a view that it does not need."""
+    """And no phase computes a view that it does not need."""
     processors = {"student": Counted(16), "teacher": Counted(24, image_mean=[0.0] * 3, image_std=[1.0] * 3)}
     data = StreamConfig(path=str(make_data(tmp_path / "data")), classes_per_task=3)
     task = TaskStream(data, processors)[0]
@@ -125,7 +125,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     student = CDLTrainer(student_model, rest, objective=objective, teacher=teacher_model)
     assert not student.teacher.shares_query({})
     for processor in processors.values():
-        processor.counted()  # those of its own check
+        processor.counted()  # discard those of its own check
 
     sides: dict[str, set[tuple[int, ...]]] = {}
     parts = {
@@ -158,7 +158,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
 
 
 def test_the_same_weights_are_asked_twice_if_the_views_differ(tmp_path: Path) -> None:
-    """Teacher and student on one backbone, each its own query, but not of the same pixels."""
+    """Teacher and student share a backbone and query it separately, because their pixels differ."""
     processors = {"student": Counted(16), "teacher": Counted(16, image_mean=[0.0] * 3)}
     data = StreamConfig(path=str(make_data(tmp_path / "data")), classes_per_task=3)
     student_model, teacher_model = model_of("coda"), model_of("coda")
@@ -381,7 +381,7 @@ def test_evaluation_knows_no_task_and_counts_every_image_once(tmp_path: Path) ->
 
 
 def test_evaluate_measures_the_dataset_that_it_is_given(tmp_path: Path) -> None:
-    """Among all classes of the model, under the name that is asked for; without one the newest task's, as before."""
+    """Among all classes of the model, under the given name; without a dataset the newest task's, as before."""
     trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, num_train_epochs=1))
     tasks = list(stream())[:2]
     for task in tasks:

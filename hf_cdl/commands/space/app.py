@@ -1,7 +1,7 @@
-"""A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
+"""A page that shows a model as it was after each of its tasks: its answers for an image, and its accuracy.
 
-On a machine `hf-cdl demo` shows it. In a Space the variable HF_CDL_REPO names the repository on the Hub that a run was
-pushed to, OWNER/NAME; HF_CDL_TRUST_REMOTE_CODE=1 runs the code that lies in it, where hf_cdl is not installed.
+Locally, `hf-cdl demo` shows it. In a Space, the variable HF_CDL_REPO names the Hub repository that a run was pushed
+to, OWNER/NAME; HF_CDL_TRUST_REMOTE_CODE=1 runs the code in that repository, for when hf_cdl is not installed.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def build(states: States, gr: Any) -> Any:
         )
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)  # decoded by the model's
+                # a path, because the pipeline decodes the file
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=240)
                 if examples := sorted(map(str, Path(__file__).parent.glob("examples/*"))):
                     gr.Examples(examples, image)
-                if first == last:  # a slider of one place fails
+                if first == last:  # a slider with a single position fails
                     task = gr.Number(last, label="The model after task", interactive=False, precision=0)
                 else:
                     task = gr.Slider(first, last, last, step=1, label="The model after task")
@@ -60,22 +61,22 @@ def build(states: States, gr: Any) -> Any:
 
 @contextmanager
 def _told(gr: Any) -> Iterator[None]:
-    """Says on the page what went wrong."""
+    """Show errors on the page."""
     try:
         yield
     except (StatesError, ValueError) as error:  # the latter: an image that cannot be read
-        raise gr.Error(escape(plain(error))) from error  # it is shown as HTML
+        raise gr.Error(escape(plain(error))) from error  # gradio shows it as HTML
 
 
 def show(where: str, trust_remote_code: bool) -> int:
-    """Show a model's states until the page is stopped; 2 if there are none, or no gradio.
+    """Show a model's states until the page is stopped; 2 if there are none, or if gradio is missing.
 
     `where`: OWNER/NAME on the Hub, or a model's folder in a run; `trust_remote_code`: whether its code is run.
     """
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         states = States(where, trust_remote_code)
-        states.classifier(states.tasks[-1])  # what cannot be loaded is said here, not on the page
+        states.classifier(states.tasks[-1])  # report loading errors here, not on the page
         gr: Any = import_module("gradio")
         page = build(states, gr)
     except ModuleNotFoundError as error:
@@ -84,9 +85,8 @@ def show(where: str, trust_remote_code: bool) -> int:
     except StatesError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
         return 2
-    theme = gr.themes.Default(
-        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-    )  # nothing to fetch
+    # these fonts need no download
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"])
     page.launch(css=CSS, theme=theme, footer_links=["gradio", "settings"])
     return 0
 

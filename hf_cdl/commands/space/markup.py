@@ -1,4 +1,4 @@
-"""What the page shows, as HTML: the likeliest classes, a state's tasks and its accuracy matrix."""
+"""The page's contents as HTML: the most likely classes, a state's tasks and its accuracy matrix."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CSS = """
 
 
 def answers_html(answers: list[dict[str, Any]], class_names: list[list[str]]) -> str:
-    """The likeliest classes with their scores, and the task each was learnt in."""
+    """The most likely classes with their scores, and the task each was learnt in."""
     learnt_in = {name: number for number, names in enumerate(class_names, 1) for name in names}
     rows = ""
     for answer in answers:
@@ -69,7 +69,7 @@ def state_html(results: Results) -> str:
 
 
 def plain(text: object) -> str:
-    """A name that others chose, its control characters and marks of the reading direction as escapes."""
+    """A name from an untrusted source, with control characters and text direction marks escaped."""
     acting = ("Cc", "Cf", "Cs", "Zl", "Zp")
     parts = (c if unicodedata.category(c) not in acting or c in "\u200c\u200d" else repr(c)[1:-1] for c in str(text))
     return "".join(parts)
@@ -94,6 +94,6 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _colour(value: float | None) -> str:
-    """From white to blue, whatever the page's own colours are."""
+    """A cell's style: from white to blue, whatever the page's own colours are."""
     shade, text = value or 0.0, "white" if (value or 0.0) > 90 else "#111"
     return f"background: color-mix(in srgb, #0072B2 {shade:.0f}%, white); color: {text}"

@@ -1,4 +1,4 @@
-"""Where the states of a model are: revisions task-01, task-02, ... of a repository on the Hub, or folders of a run."""
+"""Access to a model's states: revisions task-01, task-02, ... of a Hub repository, or folders of a run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import pipeline
 
 if find_spec("hf_cdl") is not None:
-    import hf_cdl  # noqa: F401  # tells transformers about the model type
+    import hf_cdl  # noqa: F401  # registers the model type with transformers
 
 
 LARGEST = 64 * 2**20
-"""Bytes of a results.json that is read."""
+"""Maximum size in bytes of a results.json."""
 
 
 class StatesError(RuntimeError):
-    """Why there is nothing to show, and what to do."""
+    """Nothing can be shown; the message says why, and what to do."""
 
 
 class Results(NamedTuple):
-    """What is known of a model after some tasks; `accuracy_matrix` in percent, None where it was not measured."""
+    """Results of a model after some tasks; `accuracy_matrix` in percent, None where it was not measured."""
 
     name: str
     class_names: list[list[str]]
@@ -35,10 +35,10 @@ class Results(NamedTuple):
 
 
 class States:
-    """The states of a model: `tasks`, and by task its classifier and its results. A few classifiers are kept loaded.
+    """The states of a model: `tasks`, and for each task its classifier and results. A few classifiers stay loaded.
 
-    `where`: OWNER/NAME on the Hub, or a model's folder in a run. With `trust_remote_code` the code that lies in it is
-    run. Raises StatesError if it has no states or cannot be read.
+    `where`: OWNER/NAME on the Hub, or a model's folder in a run. With `trust_remote_code`, the code found there is
+    run. Raises StatesError if there are no states or they cannot be read.
     """
 
     def __init__(self, where: str, trust_remote_code: bool = False):
@@ -56,14 +56,14 @@ class States:
         self.results = lru_cache(maxsize=100)(self._results)
 
     def _classifier(self, task: int) -> Any:
-        """The model after a task, as a pipeline that answers with its five likeliest classes."""
+        """The model after a task, as a pipeline that returns its five most likely classes."""
         name = self._names[task]
         place, revision = (self.where, name) if self.folder is None else (str(self.folder / name), None)
         trust, safe = self.trust_remote_code, {"use_safetensors": True}  # nothing pickled
         options = {"top_k": 5, "trust_remote_code": trust, "model_kwargs": safe}
         try:
             return pipeline("image-classification", model=place, revision=revision, **options)
-        except Exception as error:  # whatever the reason, it has to be told
+        except Exception as error:  # whatever the reason, the user has to see it
             advice = ""
             if find_spec("hf_cdl") is None and not trust:
                 advice = (
@@ -98,7 +98,7 @@ class States:
 
 
 def _checked(name: Any, class_names: Any, matrix: Any, task: int) -> Results:
-    """The results after a task. Raises ValueError for what is no results of hf_cdl: it may be anybody's file."""
+    """The results after a task. Raises ValueError if they are not hf_cdl's: the file may be anybody's."""
     names, rows = class_names[:task], [row[: number + 1] for number, row in enumerate(matrix[:task])]
     texts = [name, *(name for group in names for name in group)]
     numbers = [value for row in rows for value in row if value is not None]
@@ -124,5 +124,5 @@ def _tags(repository: str) -> list[str]:
             "repository log in with `hf auth login`, or set HF_TOKEN (in a Space: a secret of that name) to a token "
             "that may read it."
         ) from error
-    except Exception as error:  # no network has many names
+    except Exception as error:  # a missing network raises many kinds of errors
         raise StatesError(f"The Hub cannot be asked for {repository} ({type(error).__name__}: {error}).") from error
