@@ -307,8 +307,11 @@ class PromptedBackbone(PreTrainedModel):
             return None
         skip = families.num_extra_tokens(self.backbone.config)
 
+        # transformers records the first state when the first layer has its tokens, the others when a layer ends
+        first = self.pool is not None and 0 in self.pool.layers
+
         def image_tokens(number: int, sequence: torch.Tensor) -> torch.Tensor:
-            sequence, _ = self._take_token(self._cut_tokens(sequence, number))
+            sequence, _ = self._take_token(self._cut_tokens(sequence, number or (None if first else 0)))
             return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
 
         return tuple(

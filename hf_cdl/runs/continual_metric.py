@@ -42,5 +42,7 @@ class ContinualMetric(evaluate.Metric):
         )
 
     def _compute(self, *, accuracies: AccuracyMatrix, **options: Any) -> dict[str, Any]:
+        if options and self.config_name not in (None, "default"):
+            raise ValueError(f"counts have no effect on {self.config_name}; leave them out, or make ContinualMetric()")
         values = continual_metrics(accuracies, **options)
         return {name: value for name, value in values.items() if self.config_name in (None, "default", name)}

@@ -26,6 +26,8 @@ class ClassificationMetric(evaluate.Metric):
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
+        if config_name not in (None, "default"):
+            raise ValueError(f"there is no configuration {config_name!r}; leave it out: all metrics come together")
         super().__init__(config_name, **{**options, "keep_in_memory": True})
 
     def _info(self) -> evaluate.MetricInfo:
@@ -40,6 +42,13 @@ class ClassificationMetric(evaluate.Metric):
         logits, labels = torch.as_tensor(predictions), torch.as_tensor(references)
         if not len(labels):
             raise ValueError("there are no predictions; add logits and labels of at least one image")
+        if not logits.isfinite().all():
+            raise ValueError("there are logits that are NaN or infinite; check the model")
+        if labels.min() < 0 or labels.max() >= logits.shape[1]:
+            raise ValueError(
+                f"labels lie between {labels.min()} and {labels.max()}, but there are logits of {logits.shape[1]} "
+                f"classes; give labels from 0 to {logits.shape[1] - 1}"
+            )
         confidence, answers = logits.softmax(dim=-1).max(dim=-1)
         return {
             "accuracy": 100 * (answers == labels).double().mean().item(),

@@ -145,6 +145,8 @@ def test_the_evaluate_class_takes_counts_combines_and_knows_its_names():
     assert combined.compute(accuracies=HAND) == pytest.approx({name: HAND_VALUES[name] for name in names})
     with pytest.raises(ValueError, match="no metric 'forgeting'; allowed: average_accuracy, .*forgetting"):
         ContinualMetric("forgeting")
+    with pytest.raises(ValueError, match="counts have no effect on forgetting"):
+        ContinualMetric("forgetting").compute(accuracies=HAND, counts=HAND_COUNTS)
 
 
 def test_the_evaluate_class_is_usable_after_an_error():

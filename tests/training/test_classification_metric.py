@@ -50,3 +50,21 @@ def test_evaluate_loads_it_from_its_file(tmp_path: Path) -> None:
 def test_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="no predictions; add logits"):
         ClassificationMetric()._compute(predictions=np.zeros((0, 3)), references=[])
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "said"),
+    [
+        ([[0.0, 1.0, 2.0]], [7], "from 0 to 2"),
+        ([[0.0, 1.0, 2.0]], [-100], "from 0 to 2"),
+        ([[0.0, float("nan"), 2.0]], [1], "NaN or infinite"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(logits: list[list[float]], labels: list[int], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ClassificationMetric().compute(predictions=logits, references=labels)
+
+
+def test_there_is_no_part_of_it_alone() -> None:
+    with pytest.raises(ValueError, match="no configuration 'accuracy'; leave it out"):
+        ClassificationMetric("accuracy")
