@@ -26,6 +26,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("strike", range(kills))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start what takes minutes first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("minutes") is None)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
     modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]

@@ -228,6 +228,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_shown(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.minutes
 def test_it_survives_twenty_kills_at_random_times(tmp_path: Path):
     """The table equals that of an uninterrupted comparison, whether hf-cdl alone or its runs are killed, too.
 
