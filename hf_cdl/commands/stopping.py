@@ -45,6 +45,8 @@ class Stopped(KeyboardInterrupt):
 class _State:
     launcher: list[str] | None = None
     """The command line of the launcher that started this process."""
+    parent: int | None = None
+    """The process ID of that launcher."""
     owner: int | None = None
     """Id of the process that handles signals; its forks do not."""
     stopped: float | None = None
@@ -68,8 +70,8 @@ def listen(resumes: bool = True) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup or a shell's & may have it ignored
             signal.signal(number, _stop)
     if _State.launcher is not None and os.name == "posix":
-        parent = os.getppid()
-        end_after(lambda: _wait_until(lambda: os.getppid() != parent))
+        _State.parent = os.getppid()
+        end_after(lambda: _wait_until(_is_orphan))
 
 
 def ready() -> None:
@@ -107,6 +109,11 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt as stop:
         say_goes_on()
         code = getattr(stop, "code", 130)
+    except Exception:
+        if not _is_orphan():
+            raise
+        say_goes_on()  # another process ended first, in the middle of what they computed together
+        code = 128 + signal.SIGTERM
     leave(code)
 
 
@@ -190,6 +197,11 @@ def _find_launcher() -> list[str] | None:
         return None
     started = ["hf_cdl"] if _is_module() else sys.argv[:1]
     return words if words[-len(sys.argv) :] == [*started, *sys.argv[1:]] else None
+
+
+def _is_orphan() -> bool:
+    """Whether the launcher that started this process has ended."""
+    return _State.parent is not None and os.getppid() != _State.parent
 
 
 def _wait_until(arrived: Callable[[], bool]) -> None:

@@ -230,6 +230,19 @@ def test_a_command_ends_with_its_launcher(
     assert shlex.split(said.split(STOPPED)[1])[1:] == words[1:]
 
 
+def test_what_breaks_when_the_launcher_and_other_processes_end_is_no_error(
+    command: Callable[..., list[str]], begin: Begin, tmp_path: Path
+) -> None:
+    """One that ends first breaks what they compute together, before the others have looked for their launcher."""
+    broken = "def broken():\n    while os.getppid() == parent:\n        pass\n    raise RuntimeError('closed by peer')"
+    body = command("stopping.end_with(broken)", f"parent = os.getppid()\n{broken}")
+    process, pid = begin([*launched(tmp_path, TORCHELASTIC_RUN_ID="1"), *body])
+    process.kill()
+    assert ended(pid, 5)
+    said, _ = process.communicate(timeout=5)
+    assert said.count(STOPPED) == 1 and "Traceback" not in said
+
+
 @pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}])
 def test_a_command_without_a_launcher_outlives_its_parent(
     command: Callable[..., list[str]], begin: Begin, tmp_path: Path, environment: dict[str, str]
