@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
-from hf_cdl.commands import card, train, verify
+from hf_cdl.commands import card, push, train, verify
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -185,6 +186,29 @@ def test_a_plugin_that_failed_can_be_run_again(tmp_path: Path) -> None:
     file.write_text(text)
     load_plugins([str(file)])
     assert PROMPTS["prefix"].__module__.endswith(".mine")
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "raise SystemExit", "raise GeneratorExit('x')"])
+def test_a_plugin_that_ends_the_process_is_an_error_of_the_command(tmp_path: Path, capsys: Any, end: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"x = 1\n{end}\n")
+    for main in (verify.main, card.main, push.main):
+        assert main([str(tmp_path), "--plugins", str(file)]) == 2
+        assert re.search(r"error: The plugin '.*mine.py' failed at line 2: \w+Exit", capsys.readouterr().err)
+
+
+def test_a_plugin_that_was_interrupted_runs_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("raise KeyboardInterrupt\n")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            load_plugins([str(file)])
+
+
+@pytest.mark.parametrize("files", ["mine.py", None, {"a": 1}, [1], 3])
+def test_plugins_that_are_no_list_are_refused(files: Any) -> None:
+    with pytest.raises(RecipeError, match=r"'plugins' is .* a list of Python files; nothing was run. Write it in br"):
+        load_plugins(files)
 
 
 # ---- register ----
