@@ -33,7 +33,12 @@ class Registry(dict[str, type[T]]):
     ):
         super().__init__(own)
         self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
-        self.added: set[str] = set()  # registered by plugins, whose code is not saved with checkpoints
+        self._own = dict(own)
+
+    @property
+    def added(self) -> set[str]:
+        """Names of classes that are not the package's own, so that their code is not saved with checkpoints."""
+        return {name for name, kind in self.items() if self._own.get(name) is not kind}
 
     @property
     def types(self) -> list[str]:
@@ -75,7 +80,6 @@ class Registry(dict[str, type[T]]):
             return lambda decorated: self.register(name, decorated)
         self._check(name, kind)
         self[name] = kind
-        self.added.add(name)
         return kind
 
     def _check(self, name: str, kind: Any) -> None:

@@ -39,7 +39,6 @@ def forget() -> None:
     for registry in (PROMPTS, TERMS, HEADS):
         for name in registry.added:
             registry.pop(name)  # type: ignore[call-overload]
-        registry.added.clear()
     for name in [name for name in sys.modules if name.startswith("hf_cdl_plugins")]:
         del sys.modules[name]
 
@@ -163,6 +162,27 @@ def test_a_model_with_code_has_no_part_of_a_plugin(tmp_path: Path) -> None:
     backbone = make_recipe(tmp_path)["student"]["backbone"]
     with pytest.raises(ValueError, match="save_code is true, but the code of prefix is a plugin's"):
         CDLForImageClassification.from_backbone(backbone, prompt={"type": "prefix"}, save_code=True)
+
+
+def test_code_of_a_plugin_is_refused_whenever_it_would_be_saved(tmp_path: Path) -> None:
+    load_plugins([str(OWN)])
+    backbone = make_recipe(tmp_path)["student"]["backbone"]
+    prefix = CDLForImageClassification.from_backbone(backbone, prompt={"type": "prefix"})
+    prefix.config.save_code = True
+    with pytest.raises(ValueError, match="the code of prefix is a plugin's"):
+        prefix.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    rest: dict[str, Any] = {"mapping": {}, "teacher_pool": prefix.pool_config, "save_code": True}
+    with pytest.raises(ValueError, match="the code of prefix is a plugin's"):
+        CDLForImageClassification.from_backbone(backbone, **rest)
+
+
+def test_what_is_put_into_a_registry_without_register_is_not_the_package_s_own() -> None:
+    assert PROMPTS.added == set()
+    PROMPTS["coda"], PROMPTS["mine"] = type("Other", (Coda,), {}), Coda
+    assert PROMPTS.added == {"coda", "mine"}
+    PROMPTS["coda"] = Coda
+    assert PROMPTS.added == {"mine"}
 
 
 def test_plugins_of_one_name_are_both_run_and_once_each(tmp_path: Path) -> None:
