@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
-from hf_cdl.recipe import described, load_plugins
+from hf_cdl.recipe import described
 from hf_cdl.runs.files import RunError, write_whole
 from hf_cdl.runs.results import run_results
 
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     options, _ = read("card", arguments)
     output = options.output or options.run
     try:
-        load_plugins(options.plugins)
+        load_named(options.run, options.plugins)
         results = run_results(options.run, described)
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:

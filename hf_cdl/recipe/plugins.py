@@ -21,8 +21,8 @@ def load_plugins(files: Any) -> None:
     """
     if not isinstance(files, list | tuple) or not all(isinstance(file, str | Path) for file in files):
         raise RecipeError(
-            f"'plugins' is {visible(repr(files))[:200]}, but takes a list of Python files; nothing was run. Write it in "
-            "brackets, also for one: --plugins '[FILE.py]', or plugins: [FILE.py] in a recipe."
+            f"'plugins' is {visible(repr(files))[:200]}, but takes a list of Python files; nothing was run. Write it "
+            "in brackets, also for one: --plugins '[FILE.py]', or plugins: [FILE.py] in a recipe."
         )
     for file in map(Path, files):
         name = f"hf_cdl_plugins.of_{crc32(bytes(file.resolve())):08x}.{file.stem}"  # names may repeat between folders

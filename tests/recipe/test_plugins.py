@@ -95,10 +95,40 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     forget()
     for main in (card.main, verify.main):
         assert main([str(tmp_path / "run")]) == 2
-        assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in said
+        assert f"name them: --plugins {OWN}\n" in said
     assert verify.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert card.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
+
+
+def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, capsys: Any) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN.read_text())
+    words = [str(write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path, plugins=[str(mine)])))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
+        assert train.main(words) == 130
+    ledger = tmp_path / "run" / "run.json"
+    before = ledger.read_text()
+    mine.write_text(f"{OWN.read_text()}\n# other\n")
+    assert train.main(words) == 2
+    said = capsys.readouterr().err
+    assert f"'plugins' names {mine}, which was edited since the run in" in said and "Put the old content back" in said
+    assert ledger.read_text() == before
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(mine)]) == 0
+    assert f"The plugin {mine} was edited since the run was trained" in capsys.readouterr().err
+
+    older = json.loads(before)
+    del older["plugins"]  # as before plugins were recorded
+    ledger.write_text(json.dumps(older))
+    assert train.main(words) == 0, capsys.readouterr().err
+    assert [*json.loads(ledger.read_text())["plugins"]] == [str(mine)]
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(mine)]) == 0
+    assert "edited" not in capsys.readouterr().err
+    mine.write_text(OWN.read_text())
+    assert train.main(words) == 2, "also of a finished run"
 
 
 @pytest.mark.parametrize(
