@@ -247,7 +247,7 @@ def _jobs(text: str) -> int:
 def _demo(verb: str) -> argparse.ArgumentParser:
     parser = _parser(
         verb,
-        "WHERE [--trust_remote_code]",
+        "WHERE [--trust_remote_code] [--plugins FILE ...]",
         """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
 
 The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).""",
@@ -261,6 +261,7 @@ The variable GRADIO_SERVER_PORT chooses the port (default: the first free one fr
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code that lies in it (default: it is not run)"
     )
+    _plugins(parser)
     return parser
 
 

@@ -13,11 +13,19 @@ from hf_cdl.runs.results import stored_ledger
 
 
 def load_named(folder: Path, plugins: Sequence[str]) -> None:
-    """Run plugins named by the user; say which ones of the run's recipe are not run, or were edited since.
+    """Run plugins named by the user, and say how they differ from those of the run.
 
     Raises RecipeError for a plugin that fails, and RunError if the folder holds no run.
     """
     load_plugins(plugins)
+    say_differences(folder, plugins)
+
+
+def say_differences(folder: Path, plugins: Sequence[str]) -> None:
+    """Say which plugins of the run's recipe are not among those named, or were edited since the run.
+
+    Raises RunError if the folder holds no run.
+    """
     ledger = stored_ledger(folder)
     listed, stored = ledger["recipe"].get("plugins"), ledger.get("plugins", {})
     named = [Path(file).name for file in plugins]

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from helpers import ROOT, make_recipe, python, write_recipe
+from states import States
 from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
-from hf_cdl.commands import card, push, train, verify
+from hf_cdl.commands import add, card, demo, push, train, verify
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -98,6 +99,15 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
         said = capsys.readouterr().err
         assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in said
         assert f"name them: --plugins {OWN}\n" in said
+    assert demo.main([str(student)]) == 2
+    said = capsys.readouterr().err
+    assert "after task 2 cannot be loaded. ValueError: Unknown prompt type 'prefix'" in said
+    assert "Traceback" not in said and "\\n" not in said and f"name them: --plugins {OWN}\n" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.show", lambda where, trust: 0 if States(where, trust).classifier(2) else 1)
+        assert demo.main([str(student), "--plugins", str(OWN)]) == 0
+        forget()
+        assert demo.main([str(student), "--plugins", "gone.py"]) == 2
     assert verify.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert card.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
@@ -259,6 +269,12 @@ def test_a_plugin_that_was_interrupted_runs_again(tmp_path: Path) -> None:
 def test_plugins_that_are_no_list_are_refused(files: Any) -> None:
     with pytest.raises(RecipeError, match=r"'plugins' is .* a list of Python files; nothing was run. Write it in br"):
         load_plugins(files)
+
+
+def test_hf_cdl_add_says_that_plugins_are_written_in_brackets(tmp_path: Path, capsys: Any) -> None:
+    assert add.main([str(tmp_path), str(tmp_path), "--plugins", "mine.py"]) == 2
+    said = capsys.readouterr().err
+    assert "'plugins' is 'mine.py', but takes a list" in said and "brackets, also for one: --plugins '[FILE" in said
 
 
 # ---- register ----
