@@ -63,6 +63,13 @@ def listen(resumes: bool = True) -> None:
     `resumes`: whether the command resumes where it stopped when it is run again.
     """
     _State.resumes = resumes
+    try:
+        os.getcwd()
+    except OSError:
+        print(
+            "error: The current folder is gone. Go to another one with cd, and run the command there.", file=sys.stderr
+        )
+        sys.exit(2)
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
     for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ())):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup or a shell's & may have it ignored
@@ -107,7 +114,27 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt as stop:
         say_goes_on()
         code = getattr(stop, "code", 130)
+    except OSError as error:
+        try:
+            os.write(1, b"\n")  # is it the output that cannot be written?
+        except OSError:
+            code = _say_unwritten(error)
+        else:
+            raise
     leave(code)
+
+
+def _say_unwritten(error: OSError) -> int:
+    """Say on standard error that standard output is closed or full; returns the exit code."""
+    end = "the same command goes on from what is finished" if _State.resumes else "run it again"
+    with contextlib.suppress(OSError):
+        print(
+            f"error: Standard output cannot be written ({error.strerror or error}), so not all was said. Give it "
+            f"another file, or a program that reads to the end; then {end}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return 2
 
 
 def leave(code: int) -> NoReturn:
@@ -118,6 +145,10 @@ def leave(code: int) -> NoReturn:
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _say_unwritten(error)
     sys.exit(code)
 
 
