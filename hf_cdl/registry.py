@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from hf_cdl.checked import short
+from hf_cdl.checked import short, storable
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -117,8 +117,16 @@ class Registry(dict[str, type[T]]):
             return f"({config.__qualname__}) has no {' and no '.join(lacking)}"
         if "type" in names:
             return f"({config.__qualname__}) has a field 'type', which says of what type the section is"
+        needed = [f for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]
+        if needed:
+            return f"({config.__qualname__}) has no default for {', '.join(f.name for f in needed)}; give it one"
         try:
-            typing.get_type_hints(config)
+            hints = typing.get_type_hints(config)
         except NameError as error:
             return f"({config.__qualname__}) has an annotation that is unknown where the class is defined: {error}"
+        if odd := [f"{name}: {short(hints[name])}" for name in names if not storable(hints[name])]:
+            return (
+                f"({config.__qualname__}) has {', '.join(odd)}, which cannot be stored as JSON and read again; allowed"
+                " are bool, int, float, str, None, Literal words, and tuple, list or dict of these"
+            )
         return None

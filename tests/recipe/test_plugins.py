@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -334,6 +335,31 @@ def test_a_class_without_what_the_contract_needs_is_refused(registry: Any, kind:
     with pytest.raises(ValueError, match=said):
         registry.register("mine", kind)
     assert "mine" not in registry
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (("length", int), r"config_class \(Made\) has no default for length; give it one; allowed is a data"),
+        (("mode", Colour, Colour.RED), "has mode: <enum 'Colour'>, which cannot be stored as JSON and read again"),
+        (("part", Bare | None, None), "has part: .*Bare.*cannot be stored"),
+        (("path", Path, Path()), "has path: .*Path.*cannot be stored"),
+        (("words", Literal[1, 2], 1), "has words: .*allowed are bool, int"),
+        (("rates", tuple, ()), "has rates: <class 'tuple'>"),
+    ],
+)
+def test_fields_that_no_config_can_hold_are_refused(field: Any, said: str) -> None:
+    field = (*field[:2], dataclasses.field(default=field[2])) if len(field) == 3 else field
+    made = dataclasses.make_dataclass("Made", [field], bases=(TermConfig,), frozen=True, kw_only=True)
+    with pytest.raises(ValueError, match=said):
+        TERMS.register("mine", type("Made", (KD,), {"config_class": made}))
+    kinds = [("a", tuple[int, ...] | None, None), ("b", dict[str, list[float]] | None, None), ("c", Literal["x"], "x")]
+    fine = dataclasses.make_dataclass("Fine", kinds, bases=(TermConfig,), frozen=True)
+    assert TERMS.register("mine", type("Fine", (KD,), {"config_class": fine}))
 
 
 def test_an_annotation_of_a_function_s_own_is_refused() -> None:
