@@ -78,6 +78,12 @@ def plugin_hashes(files: Any) -> dict[str, str]:
     return {file: content_hash(Path(file)) for file in files or [] if Path(file).is_file()}
 
 
+def edited_plugins(ledger: Mapping[str, Any], files: Any) -> list[str]:
+    """Plugin files, by the paths in `files`, that have other content than the ledger says."""
+    stored = ledger.get("plugins", {})
+    return [file for file, now in plugin_hashes(files).items() if stored.get(file, now) != now]
+
+
 def read_ledger(
     folder: Path, way: str = "choose another folder to train in (hf-cdl train --output_dir FOLDER)"
 ) -> dict[str, Any]:

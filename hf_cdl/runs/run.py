@@ -37,6 +37,7 @@ from hf_cdl.runs.ledger import (
     FORMAT,
     data_changes,
     differences,
+    edited_plugins,
     new_ledger,
     plugin_hashes,
     read_ledger,
@@ -148,8 +149,7 @@ class Run:
             self.ledger = {**ledger, "recipe": self.recipe, "stream": None}
 
     def _check_plugins(self, ledger: dict[str, Any]) -> None:
-        stored, now = ledger.get("plugins", {}), plugin_hashes(self.recipe.get("plugins"))
-        if edited := [file for file in now if stored.get(file, now[file]) != now[file]]:
+        if edited := edited_plugins(ledger, self.recipe.get("plugins")):
             raise RunError(
                 f"'plugins' names {', '.join(edited)}, which was edited since the run in {self.folder} was started: "
                 "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "

@@ -21,6 +21,7 @@ from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
 from hf_cdl.commands import add, card, demo, push, train, verify
+from hf_cdl.compare.spec import PlannedRun
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -140,6 +141,10 @@ def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, caps
     assert "edited" not in capsys.readouterr().err
     mine.write_text(OWN.read_text())
     assert train.main(words) == 2, "also of a finished run"
+    planned = PlannedRun("a", 0, tmp_path / "run", words, load_recipe(words, ""), "", None)
+    assert planned.results() is None, "hf-cdl compare starts it, which says what is wrong"
+    mine.write_text(f"{OWN.read_text()}\n# other\n")
+    assert (planned.results() or {})["finished"]
 
 
 @pytest.mark.parametrize(
