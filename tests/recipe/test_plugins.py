@@ -241,6 +241,11 @@ def test_plugins_of_one_name_are_both_run_and_once_each(tmp_path: Path) -> None:
     load_plugins(files)
     load_plugins(files)
     assert (tmp_path / "ran").read_text() == "ab"
+    edited = tmp_path / "b" / "mine.py"
+    edited.write_text(edited.read_text().replace("'b'", "'c'"))
+    load_plugins(files)
+    load_plugins(files)
+    assert (tmp_path / "ran").read_text() == "abc", "once more where its content is another"
 
 
 def test_a_plugin_that_failed_can_be_run_again(tmp_path: Path) -> None:
