@@ -139,6 +139,18 @@ def fits(value: Any, hint: Any) -> bool:
     return kind is Any or isinstance(value, kind)
 
 
+def storable(hint: Any) -> bool:
+    """Whether values of a type annotation can be checked by `fits`, stored as JSON, and are the same when read."""
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, UnionType):
+        return all(map(storable, inner))
+    if kind is Literal:
+        return all(isinstance(word, str) for word in inner)
+    if kind in (tuple, list, dict):
+        return bool(inner) and all(storable(part) for part in inner if part is not ...)
+    return kind in (Any, *_WORDS)
+
+
 def _finite(value: float) -> bool:
     """Whether the value is also finite in float32, the dtype of the weights."""
     return abs(value) <= torch.finfo(torch.float32).max  # false for NaN

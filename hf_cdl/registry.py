@@ -9,7 +9,7 @@ from typing import Any, TypeVar, overload
 
 from torch import nn
 
-from hf_cdl.checked import short
+from hf_cdl.checked import short, storable
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -33,7 +33,12 @@ class Registry(dict[str, type[T]]):
     ):
         super().__init__(own)
         self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
-        self.added: set[str] = set()  # registered by plugins, whose code is not saved with checkpoints
+        self._own = dict(own)
+
+    @property
+    def added(self) -> set[str]:
+        """Names of classes that are not the package's own, so that their code is not saved with checkpoints."""
+        return {name for name, kind in self.items() if self._own.get(name) is not kind}
 
     @property
     def types(self) -> list[str]:
@@ -75,7 +80,6 @@ class Registry(dict[str, type[T]]):
             return lambda decorated: self.register(name, decorated)
         self._check(name, kind)
         self[name] = kind
-        self.added.add(name)
         return kind
 
     def _check(self, name: str, kind: Any) -> None:
@@ -113,8 +117,16 @@ class Registry(dict[str, type[T]]):
             return f"({config.__qualname__}) has no {' and no '.join(lacking)}"
         if "type" in names:
             return f"({config.__qualname__}) has a field 'type', which says of what type the section is"
+        needed = [f for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING]
+        if needed:
+            return f"({config.__qualname__}) has no default for {', '.join(f.name for f in needed)}; give it one"
         try:
-            typing.get_type_hints(config)
+            hints = typing.get_type_hints(config)
         except NameError as error:
             return f"({config.__qualname__}) has an annotation that is unknown where the class is defined: {error}"
+        if odd := [f"{name}: {short(hints[name])}" for name in names if not storable(hints[name])]:
+            return (
+                f"({config.__qualname__}) has {', '.join(odd)}, which cannot be stored as JSON and read again; allowed"
+                " are bool, int, float, str, None, Literal words, and tuple, list or dict of these"
+            )
         return None

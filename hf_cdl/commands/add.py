@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         folder = options.output_dir or Path("runs", name)
         fields = ["--data.path", json.dumps(options.data), "--name", json.dumps(name), *fields]
         with PartialState().main_process_first():
-            plugins = dict(fields_given(fields)).get("plugins")
+            plugins = dict(fields_given(fields)).get("plugins", [])
             load_plugins(plugins)
             if not (folder / "run.json").exists():
                 undo = begin(folder, options.student, options.teacher, options.revision, bool(plugins))

@@ -8,10 +8,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
-from hf_cdl.recipe import described, load_plugins
+from hf_cdl.recipe import described
 from hf_cdl.runs.files import RunError, write_whole
 from hf_cdl.runs.results import run_results
 
@@ -20,7 +24,8 @@ def main(arguments: list[str]) -> int:
     options, _ = read("card", arguments)
     output = options.output or options.run
     try:
-        load_plugins(options.plugins)
+        check_name(options.repo_id)
+        load_named(options.run, options.plugins)
         results = run_results(options.run, described)
         names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
         for role in [role for role in names if role in results["roles"]]:
@@ -34,6 +39,16 @@ def main(arguments: list[str]) -> int:
         return 2
     print(f"Wrote the cards to {visible(output)}/")
     return 0
+
+
+def check_name(name: str | None) -> None:
+    """Raise RunError unless the student and its teacher can have a repository of this name."""
+    try:
+        if name is not None:
+            validate_repo_id(name)
+            validate_repo_id(f"{name}-teacher")
+    except HFValidationError as error:
+        raise RunError(f"--repo_id cannot name a repository on the Hub: {error} Give OWNER/NAME.") from error
 
 
 def made(results: dict[str, Any], role: str, name: str | None, other: str | None) -> dict[str, bytes]:

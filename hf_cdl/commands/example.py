@@ -28,7 +28,8 @@ def write_example(words: list[str]) -> str:
 
     Raises RecipeError for any other arguments, and RunError if the file already exists or cannot be written.
     """
-    name = words[1] if len(words) == 2 and words[0] == "--example" else None
+    parts = [part for word in words for part in word.split("=", 1)]
+    name = parts[1] if len(parts) == 2 and parts[0] == "--example" else None
     if name not in NAMES:
         raise RecipeError(f"--example is given alone and with a name; allowed: {', '.join(NAMES)}.")
     file, content = Path(f"{name}.yaml"), (_FOLDER / f"{name}.yaml").read_bytes()

@@ -7,13 +7,15 @@ transformers and torch are imported.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
 import hf_cdl
 from hf_cdl.commands import stopping
 from hf_cdl.commands.parsers import VERBS, main_parser, read
+from hf_cdl.escape import visible
 
 
 def main() -> NoReturn:
@@ -33,4 +35,18 @@ def start(verb: str, words: Sequence[str], **more: Any) -> NoReturn:
     command = import_module(f"hf_cdl.commands.{verb}")
     if VERBS[verb].quiet:
         import_module("hf_cdl.commands.console").quiet()
-    stopping.end_with(lambda: command.main([*words], **more))
+    stopping.end_with(lambda: _unended(lambda: command.main([*words], **more)))
+
+
+def _unended(run: Callable[[], int]) -> int:
+    """Run a command that returns its exit code. Code of a plugin or package that ends the process is an error."""
+    try:
+        return run()
+    except SystemExit as end:
+        place = traceback.extract_tb(end.__traceback__)[-1]
+        where = visible(f"{place.filename}, line {place.lineno} ({place.line})")
+        print(
+            f"error: {where} ended the process before the command was done. Make it raise an error in place of that.",
+            file=sys.stderr,
+        )
+        return 2

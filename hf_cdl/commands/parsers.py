@@ -121,7 +121,7 @@ plugins (Python files), read them, then name them yourself: --plugins '[FILE]'."
     )
     parser.add_argument("--teacher", help="its teacher, if it had one (default: OWNER/NAME-teacher, or the run's)")
     parser.add_argument("--revision", metavar="task-NN", help="the state to go on from (default: the newest)")
-    parser.add_argument("--output_dir", type=Path, metavar="FOLDER", help="the new run's (default: runs/NAME-DATA)")
+    parser.add_argument("--output_dir", type=_path, metavar="FOLDER", help="the new run's (default: runs/NAME-DATA)")
     return parser
 
 
@@ -132,7 +132,7 @@ def _push(verb: str) -> argparse.ArgumentParser:
         "Push what a run has finished and the Hugging Face Hub does not hold yet.",
         "hf-cdl push runs/quickstart --hub_model_id me/quickstart --push_teacher true",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     last = "(default: as it was last to be pushed)"
     parser.add_argument("--hub_model_id", metavar="NAME", help=f"the student's repository {last}")
     parser.add_argument(
@@ -149,6 +149,13 @@ def _plugins(parser: argparse.ArgumentParser) -> None:
     """Add --plugins: files with methods that a run's recipe names; no other files are run."""
     text = "Python files of yours with methods that the run's recipe names; no other is run (default: none)"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=text)
+
+
+def _path(text: str) -> Path:
+    """Parse a path; an empty one, which would be the current folder, raises an error."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty, but takes a file or a folder (for this one: .)")
+    return Path(text)
 
 
 def _true_or_false(text: str) -> bool:
@@ -170,8 +177,8 @@ def _card(verb: str) -> argparse.ArgumentParser:
         "Write the model cards of a run, with their picture: ROLE/README.md and ROLE/accuracy_matrix.png.",
         "hf-cdl card runs/quickstart --repo_id me/quickstart",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where they are written (default: RUN)")
+    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--output", type=_path, metavar="FOLDER", help="where they are written (default: RUN)")
     parser.add_argument(
         "--repo_id",
         metavar="OWNER/NAME",
@@ -191,7 +198,7 @@ Nothing that the run's files name is executed. If its recipe has plugins (Python
 them, then name them here.""",
         "hf-cdl verify runs/quickstart",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     _plugins(parser)
     return parser
 
@@ -207,7 +214,7 @@ embeddings are interpolated, a ViT's here and once, those of DINOv2 and most oth
         "hf-cdl shrink facebook/dinov2-small backbones/dinov2-small-8 --layers 8 --size 56",
     )
     parser.add_argument("backbone", metavar="BACKBONE", help="a Hub id or folder")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the smaller one is written")
+    parser.add_argument("folder", type=_path, metavar="FOLDER", help="where the smaller one is written")
     parser.add_argument("--layers", type=int, metavar="N", help="how many are kept (default: all)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="an image's side (default: as it was)")
     parser.add_argument("--revision", help="of BACKBONE on the Hub (default: main)")
@@ -231,7 +238,7 @@ images, writes the same files to runs/comparisons/NAME/test/, and records in run
 were read; it does so once, at the very end.""",
         "hf-cdl compare recipes/comparisons/quickstart_baselines.yaml --jobs 2",
     )
-    parser.add_argument("specs", type=Path, nargs="+", metavar="SPEC", help="a comparison's file")
+    parser.add_argument("specs", type=_path, nargs="+", metavar="SPEC", help="a comparison's file")
     parser.add_argument("--jobs", type=_jobs, metavar="N", help="runs at a time (default: GPUs, or cores without one)")
     parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
     return parser
@@ -247,7 +254,7 @@ def _jobs(text: str) -> int:
 def _demo(verb: str) -> argparse.ArgumentParser:
     parser = _parser(
         verb,
-        "WHERE [--trust_remote_code]",
+        "WHERE [--trust_remote_code] [--plugins FILE ...]",
         """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
 
 The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).""",
@@ -261,6 +268,7 @@ The variable GRADIO_SERVER_PORT chooses the port (default: the first free one fr
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code that lies in it (default: it is not run)"
     )
+    _plugins(parser)
     return parser
 
 

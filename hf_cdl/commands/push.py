@@ -8,9 +8,10 @@ from typing import Any
 
 from hf_cdl.commands import stopping
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
-from hf_cdl.recipe import build_recipe, described, load_plugins, untrained
+from hf_cdl.recipe import build_recipe, described, untrained
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.repair import examine
 from hf_cdl.runs.results import run_results, stored_ledger
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
     given = vars(read("push", arguments)[0])
     folder, plugins = given.pop("run"), given.pop("plugins")
     try:
-        load_plugins(plugins)
+        load_named(folder, plugins)
         ledger = stored_ledger(folder)
         asked = {**(ledger.get("hub") or {}), **{name: value for name, value in given.items() if value is not None}}
         if not asked:

@@ -65,6 +65,13 @@ def listen(resumes: bool = True) -> None:
     `resumes`: whether the command resumes where it stopped when it is run again.
     """
     _State.resumes = resumes
+    try:
+        os.getcwd()
+    except OSError:
+        print(
+            "error: The current folder is gone. Go to another one with cd, and run the command there.", file=sys.stderr
+        )
+        sys.exit(2)
     _State.owner, _State.launcher = os.getpid(), _find_launcher()
     for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if os.name == "posix" else ())):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup or a shell's & may have it ignored
@@ -109,12 +116,28 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt as stop:
         say_goes_on()
         code = getattr(stop, "code", 130)
-    except Exception:
-        if not _is_orphan():
+    except Exception as error:
+        if _is_orphan():  # another process ended first, in the middle of what they computed together
+            say_goes_on()
+            code = 128 + signal.SIGTERM
+        elif isinstance(error, OSError) and _output_is_gone():
+            code = _say_unwritten(error)
+        else:
             raise
-        say_goes_on()  # another process ended first, in the middle of what they computed together
-        code = 128 + signal.SIGTERM
     leave(code)
+
+
+def _say_unwritten(error: OSError) -> int:
+    """Say on standard error that standard output is closed or full; returns the exit code."""
+    end = "the same command goes on from what is finished" if _State.resumes else "run it again"
+    with contextlib.suppress(OSError):
+        print(
+            f"error: Standard output cannot be written ({error.strerror or error}), so not all was said. Give it "
+            f"another file, or a program that reads to the end; then {end}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    return 2
 
 
 def leave(code: int) -> NoReturn:
@@ -125,6 +148,10 @@ def leave(code: int) -> NoReturn:
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = _say_unwritten(error)
     sys.exit(code)
 
 
@@ -197,6 +224,15 @@ def _find_launcher() -> list[str] | None:
         return None
     started = ["hf_cdl"] if _is_module() else sys.argv[:1]
     return words if words[-len(sys.argv) :] == [*started, *sys.argv[1:]] else None
+
+
+def _output_is_gone() -> bool:
+    """Whether nothing can be written to standard output."""
+    try:
+        os.write(1, b"\n")
+    except OSError:
+        return True
+    return False
 
 
 def _is_orphan() -> bool:

@@ -44,7 +44,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
     try:
         stopping.ready()
         try:
-            if "--example" in arguments:
+            if any(word.partition("=")[0] == "--example" for word in arguments):
                 say(write_example(arguments))
                 return 0
             recipe = read(arguments, default)

@@ -13,8 +13,9 @@ from typing import Any
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible, visible_lines
-from hf_cdl.recipe import Recipe, build_recipe, load_plugins, untrained
+from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import data_changes, stored_tasks
@@ -37,16 +38,8 @@ def main(arguments: list[str]) -> int:
 
 def verify(folder: Path, plugins: Sequence[str]) -> int:
     """Measure a run again, after running `plugins`."""
-    load_plugins(plugins)
-    recipe = stored_recipe(folder)
-    named = [Path(file).name for file in plugins]
-    if unread := [file for file in recipe.plugins if Path(file).name not in named]:
-        print(
-            f"The run's recipe has plugins that are not run here: {visible(', '.join(unread))[:300]}. If its models "
-            "need them, read them and name them: --plugins FILE ...",
-            file=sys.stderr,
-        )
-    ledger = stored_ledger(folder)
+    load_named(folder, plugins)
+    recipe, ledger = stored_recipe(folder), stored_ledger(folder)
     check_data(folder, ledger, recipe)
     elsewhere = ledger.get("origin", {}).get("tasks", 0)
     if elsewhere:

@@ -24,6 +24,7 @@ from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
 from hf_cdl.recipe.type_checks import WRONG, build_typed
 from hf_cdl.runs.files import read_json
+from hf_cdl.runs.ledger import edited_plugins, read_ledger
 from hf_cdl.runs.results import checked_results
 
 ROOT = Path("runs", "comparisons")
@@ -102,7 +103,10 @@ class PlannedRun:
         return results if results.get("finished") and same else None
 
     def results(self) -> dict[str, Any] | None:
-        """Results of the run; None until it is finished."""
+        """Results of the run; None until it is finished, and if a plugin was edited since: hf-cdl train says so."""
+        plugins = self.recipe.plugins
+        if plugins and (self.folder / "run.json").exists() and edited_plugins(read_ledger(self.folder), plugins):
+            return None
         return self.read(self.folder / "results.json")
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -194,11 +194,14 @@ def told(place: str) -> Iterator[None]:
         raise HubError(
             f"{visible(place)} is neither a folder here nor a repository. Give a run's folder, or OWNER/NAME."
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+    except Exception as error:  # a missing network raises many kinds of errors
+        absent = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
+        if not isinstance(error, absent) or isinstance(error, LocalEntryNotFoundError):
+            raise HubError(
+                f"{place} cannot be read now ({type(error).__name__}). Try again, with a network if it is on the Hub."
+            ) from error
         what = "no results.json" if isinstance(error, EntryNotFoundError) else "no such repository"
         raise HubError(
             f"{place}: {what}, or this token may not see it. A model that was pushed by hf_cdl is needed, as "
             "OWNER/NAME, or a run's folder; for a private one log in with `hf auth login`, or set HF_TOKEN."
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise HubError(f"{place} cannot be read now ({type(error).__name__}). Try again.") from error

@@ -23,8 +23,9 @@ _PACKAGE = Path(__file__).parent.parent
 def put_code(config: Any, folder: Path) -> None:
     """Write the code into a checkpoint folder and reference it in the config, if `save_code` is set.
 
-    Call this before the config is saved.
+    Call this before the config is saved. Raises ValueError if part of the code is a plugin's.
     """
+    check_code(config)
     if not config.save_code:
         vars(config).pop("auto_map", None)  # left over from a checkpoint with code
         return
@@ -49,8 +50,10 @@ def put_code(config: Any, folder: Path) -> None:
 
 def check_code(config: Any) -> None:
     """Raise ValueError if checkpoints should include the code (`save_code`), but part of it comes from a plugin."""
-    sections = ((PROMPTS, config.prompt), (HEADS, config.head), (HEADS, config.first_session))
-    if config.save_code and (added := [s["type"] for known, s in sections if s and s["type"] in known.added]):
+    pools = (config.prompt, (config.teacher_pool or {}).get("prompt"))
+    heads = (config.head, config.first_session)
+    sections = [(registry, s) for registry, of in ((PROMPTS, pools), (HEADS, heads)) for s in of if s]
+    if config.save_code and (added := [s["type"] for known, s in sections if s["type"] in known.added]):
         raise ValueError(
             f"save_code is true, but the code of {', '.join(added)} is a plugin's, which is not copied beside the "
             "weights. Set save_code to false; who loads the model imports the plugin first."

@@ -51,7 +51,7 @@ def load_recipe(arguments: Sequence[str], default: str | Path) -> Recipe:
     RecipeError with all problems at once.
     """
     content = read_recipe(arguments, default)
-    load_plugins(content.get("plugins"))
+    load_plugins(content.get("plugins", []))
     return build_recipe(content)
 
 

@@ -184,6 +184,10 @@ def fields_given(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 shown = visible(name)
                 raise RecipeError(f"--{shown} has no value{then}; write --{shown} VALUE, or --{shown}=VALUE.")
             text = arguments.pop(0)
+        if not text.strip():
+            raise RecipeError(
+                f"--{visible(name)} is empty; leave it out for the recipe's value, or write null for none."
+            )
         try:
             pairs.append((name, _parse(text)))
         except yaml.YAMLError as error:

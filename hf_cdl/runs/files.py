@@ -182,7 +182,7 @@ def sync_tree(folder: Path) -> None:
 def fingerprint(file: Path) -> list[Any]:
     """Fingerprint of a file: [size in bytes, modification time in ns, SHA-256 of the content]."""
     found = file.stat()
-    return [found.st_size, found.st_mtime_ns, _sha256(file)]
+    return [found.st_size, found.st_mtime_ns, content_hash(file)]
 
 
 def fingerprints(folder: Path, root: Path) -> dict[str, list[Any]]:
@@ -203,7 +203,7 @@ def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | Non
             return "is no file"
         if found.st_size != size:
             return f"has {found.st_size:,} bytes instead of {size:,}"
-        if (thorough or found.st_mtime_ns != time) and _sha256(file) != digest:
+        if (thorough or found.st_mtime_ns != time) and content_hash(file) != digest:
             return "has another content than was written"
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
@@ -212,7 +212,8 @@ def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | Non
     return None
 
 
-def _sha256(file: Path) -> str:
+def content_hash(file: Path) -> str:
+    """SHA-256 of a file's content."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from hf_cdl.runs.files import RunError, check_readable, read_numbers, versions
+from hf_cdl.runs.files import RunError, check_readable, content_hash, read_numbers, versions
 
 FORMAT = 1
 """Incremented when an older hf_cdl would misread the ledger. Ledgers without a format are read as 1."""
@@ -46,7 +46,7 @@ class _Ledger(TypedDict):
     """Schema of run.json.
 
     `files`: fingerprints of stored files, by path in the folder. `images`: split -> image counts per class, in stream
-    order.
+    order. `plugins`: SHA-256 of the recipe's plugins, by their path there; older versions did not store it.
     """
 
     recipe: dict[str, Any]
@@ -57,6 +57,7 @@ class _Ledger(TypedDict):
     versions: dict[str, Any]
     files: NotRequired[dict[str, Annotated[tuple[int, int, str], Strict(False)]]]
     images: NotRequired[dict[str, list[int]]]
+    plugins: NotRequired[dict[str, str]]
     labels: NotRequired[dict[str, str]]
     costs: NotRequired[dict[str, dict[str, Any]]]
     hub: NotRequired[dict[str, Any]]
@@ -70,6 +71,17 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
     """The ledger of a run that has learnt nothing yet."""
     start = {"stream": None, "class_names": [], "entries": {}, "finished": False, "files": {}}
     return {"format": FORMAT, "recipe": recipe, "versions": versions(), **start}
+
+
+def plugin_hashes(files: Any) -> dict[str, str]:
+    """SHA-256 of plugin files, by path; of those that are there."""
+    return {file: content_hash(Path(file)) for file in files or [] if Path(file).is_file()}
+
+
+def edited_plugins(ledger: Mapping[str, Any], files: Any) -> list[str]:
+    """Plugin files, by the paths in `files`, that have other content than the ledger says."""
+    stored = ledger.get("plugins", {})
+    return [file for file, now in plugin_hashes(files).items() if stored.get(file, now) != now]
 
 
 def read_ledger(

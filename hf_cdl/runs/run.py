@@ -33,7 +33,16 @@ from hf_cdl.runs.files import (
     sync_tree,
     write_json,
 )
-from hf_cdl.runs.ledger import FORMAT, data_changes, differences, new_ledger, read_ledger, shortened
+from hf_cdl.runs.ledger import (
+    FORMAT,
+    data_changes,
+    differences,
+    edited_plugins,
+    new_ledger,
+    plugin_hashes,
+    read_ledger,
+    shortened,
+)
 from hf_cdl.runs.repair import examine, mend, publish, unreadable
 from hf_cdl.runs.results import ledger_results
 from hf_cdl.runs.source import Source
@@ -68,12 +77,14 @@ class Run:
         self._made: list[Path] = []  # folders and files that did not exist before
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one per process
         self._open()
+        self._note_plugins()
         if self.recipe.get("teacher_from") is not None and not self.finished:
             Source(self.recipe, "teacher").check_recipe(self._completed)
         if writer and not self.finished:
             self._made = [path for path in (self.folder / "run.json", self.folder / ".lock") if not path.exists()]
             self._acquire()
             self._open()  # again: another process may have continued the run before we got the lock
+            self._note_plugins()
             found = examine(self.folder, self.ledger)
             mend(self.folder, self.ledger, found)  # also after a kill between checkpoint and copy
             for line in found.said:
@@ -122,17 +133,34 @@ class Run:
         old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
         changes = list(differences(old, new))
         learnt = any(len(of_role) > ledger.get("origin", {}).get("tasks", 0) for of_role in entries.values())
-        if changes and (learnt or any(self.folder.glob("work/*/checkpoint-*"))):
+        learnt = learnt or any(self.folder.glob("work/*/checkpoint-*"))
+        if changes and learnt:
             raise RunError(
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
                 + shortened(changes)
                 + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
             )
+        if learnt:
+            self._check_plugins(ledger)
         if not changes:
             self.ledger = {**ledger, "recipe": {**known, "card": self.recipe.get("card")}}
         elif "origin" in ledger:
             self.ledger = {**ledger, "recipe": self.recipe, "stream": None}
+
+    def _check_plugins(self, ledger: dict[str, Any]) -> None:
+        if edited := edited_plugins(ledger, self.recipe.get("plugins")):
+            raise RunError(
+                f"'plugins' names {', '.join(edited)}, which was edited since the run in {self.folder} was started: "
+                "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "
+                "folder with --output_dir FOLDER."
+            )
+
+    def _note_plugins(self) -> None:
+        """Note in the ledger what the recipe's plugins are, unless the run was finished without saying so."""
+        now = plugin_hashes(self.recipe.get("plugins"))
+        if now and not self.finished:
+            self.ledger["plugins"] = {**self.ledger.get("plugins", {}), **now}
 
     def _completed(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """A stored recipe in its current form; unchanged if it cannot be read as a recipe."""

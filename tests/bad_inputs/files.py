@@ -102,6 +102,8 @@ def words(name: str, *arguments: Any, says: tuple[str, ...], way: str = WAY, scr
 
 TRAIN = [
     words("no value", "recipe.yaml", "--seed", says=("--seed",)),
+    words("an empty value", "recipe.yaml", "--output_dir", "", says=("--output_dir",), way="write null"),
+    words("an empty value after =", "recipe.yaml", "--seed=", says=("--seed",), way="write null"),
     words("an unknown field", "recipe.yaml", "--sead", 3, says=("sead",), way="did you mean 'seed'"),
     words("an unknown nested field", "recipe.yaml", "--train.lr", 3, says=("train.lr",), way="learning_rate|unknown"),
     words("a single dash", "recipe.yaml", "-seed", 3, says=("-seed",), way="--seed|--field"),
@@ -189,6 +191,15 @@ OTHERS = [
     ),
     words("hf-cdl add without data", "{done}", says=("data",), way="required", script="add"),
     words("hf-cdl add with options first", "--revision", "x", "a", "b", says=("first",), script="add"),
+    words("hf-cdl add with an empty folder", "a", "b", "--output_dir", "", says=("output_dir", "empty"), script="add"),
+    *(
+        words(f"hf-cdl {verb} of nothing", "", says=("RUN", "empty"), script=verb)
+        for verb in ("card", "push", "verify")
+    ),
+    *(
+        words(f"hf-cdl card for {name!r}", "{done}", "--repo_id", name, says=("--repo_id",), script="card")
+        for name in ("a b", "", "a/b/c", "a" * 95)
+    ),
     words("hf-cdl card with two runs", "{done}", "{done}", says=("done",), script="card"),
     words(
         "hf-cdl push with perhaps",

@@ -125,6 +125,7 @@ TYPES = [
     plugin("without its import", "import os\nimport no_such_package\n", "line 2: ModuleNotFoundError"),
     plugin("that fails", "\n\nassert 2 == 3, 'no'\n", "line 3: AssertionError: no"),
     plugin("that fails in a function", "def f():\n    return {}['key']\n\nf()\n", "line 2: KeyError"),
+    plugin("that ends the process", "import sys\nsys.exit(0)\n", "line 2: SystemExit"),
     plugin("of bytes", "\0", "SyntaxError|ValueError"),
     field({"student.prompt.components": True}, "components", way="should be a number, not yes or no"),
     field({"data.classes_per_task": True}, "classes_per_task", way="should be a number, not yes or no"),

@@ -233,6 +233,16 @@ def test_a_head_of_class_means_goes_on_without_a_teacher(source: Path, tmp_path:
     assert state(added) == state(whole)
 
 
+@pytest.mark.parametrize("failing", ["list_repo_refs", "list_repo_tree", "hf_hub_download"])
+def test_without_a_network_there_is_no_traceback(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    api, nowhere = HfApi(hub.url, token="hf_write"), HfApi("http://127.0.0.1:9")
+    monkeypatch.setattr(api, failing, getattr(nowhere, failing))
+    with pytest.raises(HubError, match=rf"{STUDENT} cannot be read now \(\w+\)\. Try again, with a network"):
+        read_origin(api, STUDENT, "student")
+
+
 def test_origins_that_cannot_be(hub: HubServer) -> None:
     api = HfApi(hub.url, token="hf_write")
     assert read_origin(api, STUDENT, "student").tasks == 2

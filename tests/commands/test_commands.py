@@ -79,6 +79,41 @@ def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+BROKEN = {
+    "a full disk": ('"$@" > /dev/full', "Standard output cannot be written (No space left on device)"),
+    "a reader that ends": ('{ "$@"; echo "code $?" >&2; } | true', "Standard output cannot be written (Broken pipe)"),
+    "a folder that is gone": ('mkdir gone; cd gone; rmdir "$PWD"; "$@"', "The current folder is gone. Go to another"),
+}
+
+
+@pytest.mark.parametrize("verb", [("train", "--example", "quickstart"), ("compare", "--help"), ("plan", "gone.yaml")])
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_command_that_cannot_speak_ends_without_a_traceback(
+    what: str, verb: tuple[str, ...], tmp_path: Path
+) -> None:
+    line, said = BROKEN[what]
+    command = ["bash", "-c", line, "bash", sys.executable, "-m", "hf_cdl", *verb]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    if verb[0] == "train" or "folder" in what:  # the others print nothing, or only their help, on standard output
+        assert f"error: {said}" in done.stderr, done.stderr
+        assert done.returncode == 2 or "code 2" in done.stderr
+
+
+def test_code_that_ends_the_process_is_an_error_of_the_command(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "made", plugins=[str(tmp_path / "mine.py")])
+    text = (ROOT / "recipes" / "own_methods.py").read_text()
+    (tmp_path / "mine.py").write_text(
+        f"{text}\n\ndef leave(self, *args):\n    raise SystemExit(0)\n\n\nPrefix.__init__ = leave\n"
+    )
+    recipe["student"]["prompt"] = {"type": "prefix", "length": 2, "layers": [0]}
+    file = write_recipe(tmp_path / "own.yaml", recipe)
+    code, said = script("train", file, env={}, cwd=tmp_path)
+    assert code == 2 and "Traceback" not in said
+    assert "mine.py, line" in said and "(raise SystemExit(0)) ended the process before the command was done" in said
+
+
 # ---- the example recipe ----
 
 
@@ -93,12 +128,14 @@ def test_the_example_is_the_recipe_of_the_repository(
     said, file = capfd.readouterr().out, tmp_path / "quickstart.yaml"
     assert file.read_bytes() == (ROOT / "recipes" / "quickstart.yaml").read_bytes()
     assert ("are in this folder" in said) == clone
+    file.unlink()
+    assert train_recipe.main(["--example=quickstart"]) == 0 and capfd.readouterr().out == said
     fields = ("data.path", "teacher.backbone", "student.backbone", "card.data_card")
     assert [field in said for field in fields] == [not clone] * 4, said
     file.write_text("mine")
     assert train_recipe.main(["--example", "quickstart"]) == 2
     assert "is here already" in capfd.readouterr().err and file.read_text() == "mine"
-    for words in (["--example"], ["--example", "nothing"], ["--example", "quickstart", "--seed", "1"]):
+    for words in (["--example"], ["--example", "nothing"], ["--example="], ["--example", "quickstart", "--seed", "1"]):
         assert train_recipe.main(words) == 2
         assert "allowed: quickstart" in capfd.readouterr().err
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 from helpers import ROOT, make_recipe, python, write_recipe
+from states import States
 from test_docs import code_blocks
 from torch import nn
 
 from hf_cdl import CDLForImageClassification, CDLTrainer
-from hf_cdl.commands import card, train, verify
+from hf_cdl.commands import add, card, demo, push, train, verify
+from hf_cdl.compare.spec import PlannedRun
 from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
@@ -38,7 +42,6 @@ def forget() -> None:
     for registry in (PROMPTS, TERMS, HEADS):
         for name in registry.added:
             registry.pop(name)  # type: ignore[call-overload]
-        registry.added.clear()
     for name in [name for name in sys.modules if name.startswith("hf_cdl_plugins")]:
         del sys.modules[name]
 
@@ -95,10 +98,53 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     forget()
     for main in (card.main, verify.main):
         assert main([str(tmp_path / "run")]) == 2
-        assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert "'student.prompt.type' is 'prefix'; allowed: none, coda" in said
+        assert f"name them: --plugins {OWN}\n" in said
+    assert demo.main([str(student)]) == 2
+    said = capsys.readouterr().err
+    assert "after task 2 cannot be loaded. ValueError: Unknown prompt type 'prefix'" in said
+    assert "Traceback" not in said and "\\n" not in said and f"name them: --plugins {OWN}\n" in said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("app.show", lambda where, trust: 0 if States(where, trust).classifier(2) else 1)
+        assert demo.main([str(student), "--plugins", str(OWN)]) == 0
+        forget()
+        assert demo.main([str(student), "--plugins", "gone.py"]) == 2
     assert verify.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert card.main([str(tmp_path / "run"), "--plugins", str(OWN)]) == 0
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
+
+
+def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, capsys: Any) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(OWN.read_text())
+    words = [str(write_recipe(tmp_path / "own.yaml", own_recipe(tmp_path, plugins=[str(mine)])))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
+        assert train.main(words) == 130
+    ledger = tmp_path / "run" / "run.json"
+    before = ledger.read_text()
+    mine.write_text(f"{OWN.read_text()}\n# other\n")
+    assert train.main(words) == 2
+    said = capsys.readouterr().err
+    assert f"'plugins' names {mine}, which was edited since the run in" in said and "Put the old content back" in said
+    assert ledger.read_text() == before
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(mine)]) == 0
+    assert f"The plugin {mine} was edited since the run was trained" in capsys.readouterr().err
+
+    older = json.loads(before)
+    del older["plugins"]  # as before plugins were recorded
+    ledger.write_text(json.dumps(older))
+    assert train.main(words) == 0, capsys.readouterr().err
+    assert [*json.loads(ledger.read_text())["plugins"]] == [str(mine)]
+    assert verify.main([str(tmp_path / "run"), "--plugins", str(mine)]) == 0
+    assert "edited" not in capsys.readouterr().err
+    mine.write_text(OWN.read_text())
+    assert train.main(words) == 2, "also of a finished run"
+    planned = PlannedRun("a", 0, tmp_path / "run", words, load_recipe(words, ""), "", None)
+    assert planned.results() is None, "hf-cdl compare starts it, which says what is wrong"
+    mine.write_text(f"{OWN.read_text()}\n# other\n")
+    assert (planned.results() or {})["finished"]
 
 
 @pytest.mark.parametrize(
@@ -164,6 +210,27 @@ def test_a_model_with_code_has_no_part_of_a_plugin(tmp_path: Path) -> None:
         CDLForImageClassification.from_backbone(backbone, prompt={"type": "prefix"}, save_code=True)
 
 
+def test_code_of_a_plugin_is_refused_whenever_it_would_be_saved(tmp_path: Path) -> None:
+    load_plugins([str(OWN)])
+    backbone = make_recipe(tmp_path)["student"]["backbone"]
+    prefix = CDLForImageClassification.from_backbone(backbone, prompt={"type": "prefix"})
+    prefix.config.save_code = True
+    with pytest.raises(ValueError, match="the code of prefix is a plugin's"):
+        prefix.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    rest: dict[str, Any] = {"mapping": {}, "teacher_pool": prefix.pool_config, "save_code": True}
+    with pytest.raises(ValueError, match="the code of prefix is a plugin's"):
+        CDLForImageClassification.from_backbone(backbone, **rest)
+
+
+def test_what_is_put_into_a_registry_without_register_is_not_the_package_s_own() -> None:
+    assert PROMPTS.added == set()
+    PROMPTS["coda"], PROMPTS["mine"] = type("Other", (Coda,), {}), Coda
+    assert PROMPTS.added == {"coda", "mine"}
+    PROMPTS["coda"] = Coda
+    assert PROMPTS.added == {"mine"}
+
+
 def test_plugins_of_one_name_are_both_run_and_once_each(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -174,6 +241,11 @@ def test_plugins_of_one_name_are_both_run_and_once_each(tmp_path: Path) -> None:
     load_plugins(files)
     load_plugins(files)
     assert (tmp_path / "ran").read_text() == "ab"
+    edited = tmp_path / "b" / "mine.py"
+    edited.write_text(edited.read_text().replace("'b'", "'c'"))
+    load_plugins(files)
+    load_plugins(files)
+    assert (tmp_path / "ran").read_text() == "abc", "once more where its content is another"
 
 
 def test_a_plugin_that_failed_can_be_run_again(tmp_path: Path) -> None:
@@ -185,6 +257,35 @@ def test_a_plugin_that_failed_can_be_run_again(tmp_path: Path) -> None:
     file.write_text(text)
     load_plugins([str(file)])
     assert PROMPTS["prefix"].__module__.endswith(".mine")
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(0)", "raise SystemExit", "raise GeneratorExit('x')"])
+def test_a_plugin_that_ends_the_process_is_an_error_of_the_command(tmp_path: Path, capsys: Any, end: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"x = 1\n{end}\n")
+    for main in (verify.main, card.main, push.main):
+        assert main([str(tmp_path), "--plugins", str(file)]) == 2
+        assert re.search(r"error: The plugin '.*mine.py' failed at line 2: \w+Exit", capsys.readouterr().err)
+
+
+def test_a_plugin_that_was_interrupted_runs_again(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("raise KeyboardInterrupt\n")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            load_plugins([str(file)])
+
+
+@pytest.mark.parametrize("files", ["mine.py", None, {"a": 1}, [1], 3])
+def test_plugins_that_are_no_list_are_refused(files: Any) -> None:
+    with pytest.raises(RecipeError, match=r"'plugins' is .* a list of Python files; nothing was run. Write it in br"):
+        load_plugins(files)
+
+
+def test_hf_cdl_add_says_that_plugins_are_written_in_brackets(tmp_path: Path, capsys: Any) -> None:
+    assert add.main([str(tmp_path), str(tmp_path), "--plugins", "mine.py"]) == 2
+    said = capsys.readouterr().err
+    assert "'plugins' is 'mine.py', but takes a list" in said and "brackets, also for one: --plugins '[FILE" in said
 
 
 # ---- register ----
@@ -244,6 +345,31 @@ def test_a_class_without_what_the_contract_needs_is_refused(registry: Any, kind:
     with pytest.raises(ValueError, match=said):
         registry.register("mine", kind)
     assert "mine" not in registry
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (("length", int), r"config_class \(Made\) has no default for length; give it one; allowed is a data"),
+        (("mode", Colour, Colour.RED), "has mode: <enum 'Colour'>, which cannot be stored as JSON and read again"),
+        (("part", Bare | None, None), "has part: .*Bare.*cannot be stored"),
+        (("path", Path, Path()), "has path: .*Path.*cannot be stored"),
+        (("words", Literal[1, 2], 1), "has words: .*allowed are bool, int"),
+        (("rates", tuple, ()), "has rates: <class 'tuple'>"),
+    ],
+)
+def test_fields_that_no_config_can_hold_are_refused(field: Any, said: str) -> None:
+    field = (*field[:2], dataclasses.field(default=field[2])) if len(field) == 3 else field
+    made = dataclasses.make_dataclass("Made", [field], bases=(TermConfig,), frozen=True, kw_only=True)
+    with pytest.raises(ValueError, match=said):
+        TERMS.register("mine", type("Made", (KD,), {"config_class": made}))
+    kinds = [("a", tuple[int, ...] | None, None), ("b", dict[str, list[float]] | None, None), ("c", Literal["x"], "x")]
+    fine = dataclasses.make_dataclass("Fine", kinds, bases=(TermConfig,), frozen=True)
+    assert TERMS.register("mine", type("Fine", (KD,), {"config_class": fine}))
 
 
 def test_an_annotation_of_a_function_s_own_is_refused() -> None:

@@ -71,7 +71,7 @@ class States:
                     "(save_code: true) and you trust it, use --trust_remote_code (in a Space "
                     "HF_CDL_TRUST_REMOTE_CODE=1). "
                 )
-            raise StatesError(f"{self.where} after task {task} cannot be loaded. {advice}{error}") from error
+            raise StatesError(f"{self.where} after task {task} cannot be loaded. {advice}{_reason(error)}") from error
 
     def _results(self, task: int) -> Results:
         try:
@@ -95,6 +95,13 @@ class States:
                 f"The results.json of {self.where} after task {task} cannot be read ({type(error).__name__}: {error})."
                 " A run of hf_cdl keeps it beside its models, and pushes it with each state."
             ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What an error says; of the tracebacks that transformers' pipelines put into theirs only the first one's end."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    ends = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception): ", line)]
+    return ends[0] if ends and any(line.startswith("Traceback") for line in lines) else str(error)
 
 
 def _checked(name: Any, class_names: Any, matrix: Any, task: int) -> Results:
