@@ -13,8 +13,13 @@ from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
+from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task
+
+KNOWN = (
+    "A loaded model goes on with a stream that names what it knows: StreamConfig(path=..., known_classes=model.tasks)."
+)
 
 
 def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
@@ -55,6 +60,37 @@ def check_tasks(tasks: Any) -> None:
     if wrong or not tasks:
         got = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise ValueError(f"Give tasks of a stream: learn(stream[0]), answer([stream[0], stream[1]]); got {got}.")
+
+
+def check_order(task: Task, seen: Sequence[Task]) -> None:
+    """Raise ValueError unless a task is the one after those `seen`."""
+    if task.index != len(seen):
+        way = f"Learn task {len(seen) + 1} first" if task.index > len(seen) else "This trainer has learnt it already"
+        raise ValueError(
+            f"Tasks come in order: expected task {len(seen) + 1}, got task {task.index + 1}. {way}. {KNOWN}"
+        )
+
+
+def check_new(model: Any, task: Task) -> None:
+    """Raise ValueError if a model that learns has been trained on a task already, even in part."""
+    if task.index < model.trained_tasks and (model.fitted or model.trains(task.index)):
+        raise ValueError(
+            f"The model has been trained on task {task.index + 1} already, and would learn it a second time on top. "
+            f"{KNOWN} To learn the task anew, give a model as it was before."
+        )
+
+
+def check_not_cut_off(task: Task | None, run: Run | None, role: str) -> None:
+    """Raise ValueError if `task`, which a trainer was learning, was interrupted."""
+    if task is None:
+        return
+    start = None if run is None else run.checkpoint(role)
+    way = "a model like the one this trainer began with" if start is None else f"the model from {start}"
+    rest = "it begins this task again" if run is None else "with the same run it goes on from what is stored"
+    raise ValueError(
+        f"Learning task {task.index + 1} was interrupted, and the model of this trainer is in the middle of it. Make "
+        f"a new trainer with {way}: {rest}."
+    )
 
 
 def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool = True) -> None:

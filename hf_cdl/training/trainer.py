@@ -24,6 +24,9 @@ from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
     check_names,
+    check_new,
+    check_not_cut_off,
+    check_order,
     check_parts,
     check_served,
     check_task,
@@ -98,6 +101,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _begin(self) -> None:
         """Start with no task learnt; replace Trainer's progress, early stopping and trackers with task-aware ones."""
         self.seen: list[Task] = []
+        self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
         self._best = {}
         self._total, self._steps_learnt = Total(), 0
         self._begin_counting()
@@ -133,6 +137,7 @@ class CDLTrainer(EvaluatingTrainer):
                 "train() learns the tasks of train_dataset, but none was given. Give a TaskStream, as "
                 "CDLTrainer(model, args, train_dataset=stream), or learn a single task: learn(stream[0])."
             )
+        check_not_cut_off(self._cut_off, self.run, self.role)
         to_learn = self.tasks[max(0, len(self.seen) - self.tasks[0].index) :]
         for task in to_learn:
             self._check_learnable(task)
@@ -144,15 +149,26 @@ class CDLTrainer(EvaluatingTrainer):
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`)."""
+        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`).
+
+        After an error or Ctrl-C in the middle the trainer learns no more: its model is neither before the task nor
+        behind it. A new trainer with the same run and a newly loaded model resumes.
+        """
         check_tasks([task])
-        if task.index != len(self.seen):
-            raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
+        check_not_cut_off(self._cut_off, self.run, self.role)
+        check_order(task, self.seen)
         to_learn = self._check_learnable(task)
         self.seen.append(task)
-        if not to_learn:
-            return
+        if to_learn:
+            try:
+                self._learn(task)
+            except BaseException:
+                self._cut_off = self.seen.pop()
+                raise
+
+    def _learn(self, task: Task) -> None:
         self._begin_task(task)
+        self.model.trained_tasks = task.index + 1
         if self._take_over(task):
             return
         result = TaskResult(self.role, task.index)
@@ -178,6 +194,7 @@ class CDLTrainer(EvaluatingTrainer):
         if done or self._came_with(task):
             return False
         self._check_measured()
+        check_new(self.model, task)
         check_served(self.model, task)
         check_task(self.role, self.model, self.objective, self.args, task)
         self.check(task)
