@@ -14,6 +14,7 @@ from bad_inputs.parts import Parts
 from bad_inputs.runner import WAY, Row, rows
 from hf_cdl import CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.types import ModelShape
 
 
 def call(name: str, act: Callable[[Parts], Any], *says: str) -> Row:
@@ -95,6 +96,11 @@ def ignorant_teacher(parts: Parts) -> None:
     term = TERMS["kd"](TERMS["kd"].config_class(), student.shape, teacher.shape)
     args = CDLTrainingArguments("work", use_cpu=True)
     CDLTrainer(student, args, Objective(0.5, [("kd", term)]), teacher, train_dataset=stream(parts)).train()
+
+
+def named(*names: Any) -> Objective:
+    shape = ModelShape(8, 3)
+    return Objective(0.5, [(name, TERMS["kd"](TERMS["kd"].config_class(), shape, shape)) for name in names])
 
 
 def listed_names(parts: Parts) -> None:
@@ -230,6 +236,11 @@ TRAINERS = [
     ),
     call("an objective of no weight", lambda parts: trainer(parts, None, True, objective=Objective(0.0)), "ce_weight"),
     call("an objective of a word", lambda parts: Objective("1"), "ce_weight"),  # type: ignore[arg-type]
+    *(
+        call(f"an objective with a term named {name!r}", lambda parts, name=name: named(name), repr(name), "'kd'")
+        for name in ("loss", "ce", "prompt", "training", "", 3, "a.b")
+    ),
+    call("an objective with two terms of one name", lambda parts: named("kd_2", "kd", "kd"), "kd_2", "another name"),
     call("an objective of a class", lambda parts: Objective(1.0, [("kd", TERMS["kd"])]), "kd"),  # type: ignore[list-item]
     call("an image for a role that is misspelt", lambda parts: first_split(parts).seen_by("teahcer"), "teahcer"),
     call(
