@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,11 @@ def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher:
     """Raise ValueError if a trainer cannot be built from these parts, or if its teacher would never be used."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
+    if not isinstance(model, nn.Module) or not hasattr(model, "trained_tasks"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which learns no tasks; give CDLForImageClassification.from_backbone("
+            "...), or to train a plain image classifier on one task, ImageClassifier(model)."
+        )
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ValueError(
             f"teacher is {teacher!r}, but must be a model: CDLForImageClassification.from_pretrained(...)."
@@ -37,12 +43,25 @@ def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher:
             "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
             "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
         )
+    if teacher is not None:
+        check_answers(teacher)
     layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
     if args.gradient_checkpointing and not (layers and hasattr(model, "gradient_checkpointing_enable")):
         raise ValueError(
             f"activation_checkpointing is true, but the layers of this {type(model).__name__} cannot compute "
             "their activations again; leave it out."
         )
+
+
+def check_answers(teacher: nn.Module) -> None:
+    """Raise ValueError unless a teacher can be called as its student's trainer does."""
+    try:
+        signature(teacher.forward).bind(pixel_values=0, query=None, task_id=None, output_hidden_states=None)
+    except TypeError as error:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}, which cannot be asked ({error}); give a model whose forward "
+            "takes pixel_values, query, task_id and output_hidden_states (or **kwargs) and returns logits."
+        ) from error
 
 
 def check_names(role: Any, eval_split: Any, num_tasks: Any) -> None:

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from bad_inputs.models import INF, NAN, begun, fresh
 from bad_inputs.parts import Parts
@@ -98,8 +106,25 @@ def ignorant_teacher(parts: Parts) -> None:
     CDLTrainer(student, args, Objective(0.5, [("kd", term)]), teacher, train_dataset=stream(parts)).train()
 
 
+def plain() -> ViTForImageClassification:
+    return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+
+
+def taught_by(parts: Parts, teacher: Any) -> CDLTrainer:
+    student = fresh(parts)
+    return trainer(parts, objective=named_for(student.shape, "kd"), teacher=teacher)
+
+
+def measured_by(parts: Parts, compute_metrics: Any) -> None:
+    made = trainer(parts, learnt=True, compute_metrics=compute_metrics)
+    made.evaluate(stream(parts)[0].test)
+
+
 def named(*names: Any) -> Objective:
-    shape = ModelShape(8, 3)
+    return named_for(ModelShape(8, 3), *names)
+
+
+def named_for(shape: ModelShape, *names: Any) -> Objective:
     return Objective(0.5, [(name, TERMS["kd"](TERMS["kd"].config_class(), shape, shape)) for name in names])
 
 
@@ -177,6 +202,27 @@ TRAINERS = [
         lambda parts: trainer(parts, train_dataset=stream(parts)).train(trial={"learning_rate": 1}),
         "trial",
     ),
+    call(
+        "a trainer of a plain classifier",
+        lambda parts: CDLTrainer(plain(), CDLTrainingArguments("work", use_cpu=True)),
+        "ViTForImageClassification",
+        "from_backbone",
+    ),
+    call("a teacher that cannot be asked", lambda parts: taught_by(parts, nn.Linear(3, 3)), "Linear", "pixel_values"),
+    made("a run's folder for the run", {"run": "folder"}, "run", "folder", "Run"),
+    made("a processor that cannot be saved", {"processing_class": object()}, "processing_class", "save_pretrained"),
+    made("a callback that is not in a list", {"callbacks": TrainerCallback()}, "callbacks", "list"),
+    made("a callback that is none", {"callbacks": [print]}, "callbacks", "TrainerCallback"),
+    made("a word to evaluate on", {"eval_dataset": "nonsense"}, "eval_dataset", "nonsense"),
+    *(
+        call(
+            f"metrics that give {wrong!r}",
+            lambda parts, wrong=wrong: measured_by(parts, lambda found: wrong),
+            "compute_metrics",
+            "dict",
+        )
+        for wrong in (None, 0.5, {1: 0.5}, {"recall": "high"}, {"recall": [0.5, 1.0]})
+    ),
     made("metrics that are none", {"compute_metrics": "accuracy"}, "compute_metrics", "EvalPrediction"),
     *(
         made(f"transformers' {name}", {name: object()}, name)
@@ -211,7 +257,7 @@ TRAINERS = [
         lambda parts: trainer(
             parts,
             TrainingArguments(
-                "work", use_cpu=True, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+                "work", use_cpu=True, eval_strategy="epoch", save_strategy="best", metric_for_best_model="loss"
             ),
         ),
         "metric_for_best_model",
