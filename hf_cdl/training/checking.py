@@ -64,6 +64,28 @@ def check_answers(teacher: nn.Module) -> None:
         ) from error
 
 
+def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None) -> None:
+    """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
+
+    A recipe's shared arguments may belong to another role's model; its command says what has no effect.
+    """
+    given = {"eval_strategy": args.eval_strategy != IntervalStrategy.NO, "callbacks": bool(callbacks)}
+    idle = (
+        []
+        if model.trains(0)
+        else [name for name, used in given.items() if used and (run is None or name == "callbacks")]
+    )
+    if idle:
+        raise ValueError(
+            f"No loss trains this {type(model).__name__}, so {' and '.join(idle)} would have no effect; leave it out."
+        )
+    if run is None and not args.load_best_model_at_end and (args.save_steps != 500 or args.save_total_limit):
+        raise ValueError(
+            "save_steps or save_total_limit is set, but without a run nothing is stored; give run=Run(folder, recipe) "
+            "or leave that out."
+        )
+
+
 def check_names(role: Any, eval_split: Any, num_tasks: Any) -> None:
     """Raise ValueError for an unknown role, an unknown split or an invalid number of tasks."""
     check_role(role)

@@ -30,6 +30,7 @@ from hf_cdl.training.checking import (
     check_served,
     check_task,
     check_tasks,
+    check_used,
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.progress import PhaseProgress
@@ -80,8 +81,8 @@ class CDLTrainer(EvaluatingTrainer):
         self.objective = Objective() if objective is None else objective
         check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
-        self.tasks = tasks_of(train_dataset)
-        self.teacher = Teacher(teacher, model, self.objective)
+        check_used(model, args, callbacks, run)
+        self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it

@@ -20,7 +20,7 @@ from transformers import (
 from bad_inputs.models import INF, NAN, begun, fresh
 from bad_inputs.parts import Parts
 from bad_inputs.runner import WAY, Row, rows
-from hf_cdl import CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
+from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.types import ModelShape
 
@@ -76,11 +76,16 @@ def launched(variable: str, value: str, *says: str) -> Row:
     return call(f"arguments beside {variable}={value}", act, variable, *says)
 
 
-def foreign_callback(parts: Parts) -> None:
-    class Mine(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            control.should_training_stop = True
+class Mine(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_training_stop = True
 
+
+def class_means(parts: Parts) -> CDLForImageClassification:
+    return CDLForImageClassification.from_backbone(parts.student, head={"type": "ncm"})
+
+
+def foreign_callback(parts: Parts) -> None:
     args = CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch", report_to="none")
     made = trainer(parts, args)
     made.add_callback(Mine())
@@ -213,6 +218,20 @@ TRAINERS = [
     made("a processor that cannot be saved", {"processing_class": object()}, "processing_class", "save_pretrained"),
     made("a callback that is not in a list", {"callbacks": TrainerCallback()}, "callbacks", "list"),
     made("a callback that is none", {"callbacks": [print]}, "callbacks", "TrainerCallback"),
+    call(
+        "a fitted head beside what follows a loss",
+        lambda parts: CDLTrainer(
+            class_means(parts), CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch"), callbacks=[Mine()]
+        ),
+        "no loss",
+        "eval_strategy and callbacks",
+    ),
+    call(
+        "what is stored without a run",
+        lambda parts: trainer(parts, CDLTrainingArguments("work", use_cpu=True, save_strategy="steps", save_steps=3)),
+        "save_steps",
+        "run=Run",
+    ),
     made("a word to evaluate on", {"eval_dataset": "nonsense"}, "eval_dataset", "nonsense"),
     *(
         call(
