@@ -15,11 +15,17 @@ T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
 
+def usable(name: Any) -> bool:
+    """Whether a module can have a part of this name: an identifier that is no attribute of a ModuleDict."""
+    return isinstance(name, str) and name.isidentifier() and not hasattr(nn.ModuleDict(), name)
+
+
 class Registry(dict[str, type[T]]):
     """Classes of one kind of method, keyed by the name used as `type` in a recipe.
 
     In messages `name` is the registry's name and `what` an entry's. Entries derive from `base`; their `config_class`,
-    a dataclass with `fields`, derives from that of `base`. `bare` are types without a class or fields.
+    a dataclass with `fields`, derives from that of `base`. `bare` are types without a class or fields,
+    `reserved` names that are no types.
     """
 
     def __init__(
@@ -30,9 +36,11 @@ class Registry(dict[str, type[T]]):
         own: Mapping[str, type[T]],
         fields: Collection[str] = (),
         bare: Collection[str] = (),
+        reserved: Collection[str] = (),
     ):
         super().__init__(own)
         self.name, self.what, self.base, self.fields, self.bare = name, what, base, fields, bare
+        self.reserved = reserved
         self._own = dict(own)
 
     @property
@@ -70,8 +78,7 @@ class Registry(dict[str, type[T]]):
         A class redefined in a notebook replaces the old one. Raises ValueError for a name that is not an identifier or
         is taken, and for a class that lacks what every method of its kind has.
         """
-        taken = name in self.bare or hasattr(nn.ModuleDict, str(name))  # where an objective stores its terms
-        if not isinstance(name, str) or not name.isidentifier() or taken:
+        if not usable(name) or name in (*self.bare, *self.reserved):
             raise ValueError(
                 f"{self.name}.register: {short(name)} cannot be the name of a {self.what}; allowed are words of "
                 "letters, digits and _ without another meaning. Choose one, as 'my_method'."

@@ -11,7 +11,7 @@ from hf_cdl.distill.kd_token import KDToken
 from hf_cdl.distill.kdp import KDP
 from hf_cdl.distill.kdp_labels import KDPLabels
 from hf_cdl.distill.label_smoothing import LabelSmoothing
-from hf_cdl.distill.objective import Objective, Term
+from hf_cdl.distill.objective import LOSSES, Objective, Term
 from hf_cdl.distill.os_prompt import OSPrompt
 from hf_cdl.distill.prompt_mapping import PromptMappingKD
 from hf_cdl.distill.review_kd import ReviewKD
@@ -37,6 +37,7 @@ TERMS: Registry[Term] = Registry(
         "prompt_mapping": PromptMappingKD,
         "os_prompt": OSPrompt,
     },
+    reserved=LOSSES,
 )
 
 __all__ = ["TERMS", "Objective", "Term"]

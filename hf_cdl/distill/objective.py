@@ -24,9 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_cdl.checked import check_types, fits, short
+from hf_cdl.registry import usable
 from hf_cdl.types import CDLOutput, ModelShape
 
 Role = Literal["student", "teacher"]
+LOSSES = ("loss", "ce", "prompt")
+"""Names of the objective's own losses, which no term can have."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,11 @@ class Objective(nn.Module):
         if not fits(ce_weight, float) or ce_weight < 0:
             raise ValueError(f"ce_weight is {short(ce_weight)}, but a weight must be a finite number of at least 0.")
         for name, term in (pairs := list(terms.items() if isinstance(terms, Mapping) else terms)):
+            if name in LOSSES or not usable(name):
+                raise ValueError(
+                    f"A term is named {short(name)}; allowed are words of letters, digits and _ without another "
+                    f"meaning (which {', '.join(LOSSES)} have). Name it as its type: ('kd', term)."
+                )
             if not isinstance(term, Term):
                 raise ValueError(
                     f"The term {name} is {short(term)}, but must be one that was made for both models: "
@@ -138,7 +146,10 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict()
         for name, term in pairs:
             count = sum(key == name or key.startswith(f"{name}_") for key in self.terms)
-            self.terms[f"{name}_{count + 1}" if count else name] = term
+            key = f"{name}_{count + 1}" if count else name
+            if key in self.terms:
+                raise ValueError(f"Two terms would be named {key}; give one of them another name than {name}.")
+            self.terms[key] = term
         consulted = [name for name, term in pairs if type(term).consult is not Term.consult]
         if len(consulted) > 1:
             raise ValueError(f"The terms {', '.join(consulted)} each put a path beside the teacher's own; keep one.")

@@ -44,6 +44,7 @@ class ImageClassifier(nn.Module):
         self.model = model
         self.pretrained = pretrained
         self.tasks: list[list[str]] = []
+        self.trained_tasks = 0  # whose images it has seen
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
 
     @classmethod
@@ -81,7 +82,7 @@ class ImageClassifier(nn.Module):
         model, info = load_weights(AutoModelForImageClassification, config, str(folder))
         check_complete(info, f"The checkpoint '{folder}'")
         loaded = cls(model)
-        loaded.tasks = [labels_of(loaded.config)]
+        loaded.tasks, loaded.trained_tasks = [labels_of(loaded.config)], 1
         return loaded
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -54,6 +54,7 @@ class CDLForImageClassification(Checkpointed):
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
+        self.trained_tasks = len(config.tasks)  # whose images it has seen: those of a checkpoint, or of a trainer
         self.session_head: Head | None = None  # the head of a first session while it runs; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:

@@ -238,9 +238,11 @@ class Run:
     ) -> None:
         """Store a learnt task: its checkpoint (by `write(folder)`), loss curve and ledger entry, in this order.
 
-        Raises RunError if writing fails (a full disk); what was stored before stays intact.
+        Raises RunError if writing fails (a full disk), or if it is not the role's next task; what was stored before
+        stays intact.
         """
         entries, files = self.ledger["entries"].setdefault(result.role, []), dict(self.ledger["files"])
+        self._check_place(result, len(entries), len(entries))
         entries.append(dataclasses.asdict(result))
         if not self.writer:
             return
@@ -258,7 +260,7 @@ class Run:
                 self._note_files(result.role, task)
                 self._write_ledger()
                 publish(self.folder, self.ledger, result.role)
-        except RunError:
+        except BaseException:  # Ctrl-C too: the ledger in memory must not know more than the one in the file
             shutil.rmtree(partial, ignore_errors=True)
             entries.pop()
             self.ledger["files"] = files
@@ -304,9 +306,20 @@ class Run:
         return checkpoint, source.result(task), read_json(curve)
 
     def save_result(self, result: TaskResult) -> None:
-        """Add the measured accuracies to the ledger entry of a learnt task."""
-        self.ledger["entries"][result.role][result.task] = dataclasses.asdict(result)
+        """Add the measured accuracies to the ledger entry of a learnt task. Raises RunError if there is none."""
+        entries = self.ledger["entries"].get(result.role, [])
+        self._check_place(result, 0, len(entries) - 1)
+        entries[result.task] = dataclasses.asdict(result)
         self._write_ledger()
+
+    def _check_place(self, result: TaskResult, first: int, last: int) -> None:
+        """Raise RunError unless the number of a result's task lies in first .. last; its ledger could not be read."""
+        if not first <= result.task <= last:
+            count = len(self.ledger["entries"].get(result.role, []))
+            raise RunError(
+                f"The run in {self.folder} holds {count} learnt tasks of the role {result.role!r}, so a result of "
+                f"task {result.task + 1} has no place in it. Nothing was stored; learn and measure the tasks in order."
+            )
 
     # ---- results ----
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -13,14 +14,24 @@ from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
+from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.types import Task
+
+KNOWN = (
+    "A loaded model goes on with a stream that names what it knows: StreamConfig(path=..., known_classes=model.tasks)."
+)
 
 
 def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
     """Raise ValueError if a trainer cannot be built from these parts, or if its teacher would never be used."""
     if not isinstance(objective, Objective):
         raise ValueError(f"objective is {objective!r}, but must be an Objective: Objective(0.5, [('kd', term)]).")
+    if not isinstance(model, nn.Module) or not hasattr(model, "trained_tasks"):
+        raise ValueError(
+            f"model is a {type(model).__name__}, which learns no tasks; give CDLForImageClassification.from_backbone("
+            "...), or to train a plain image classifier on one task, ImageClassifier(model)."
+        )
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ValueError(
             f"teacher is {teacher!r}, but must be a model: CDLForImageClassification.from_pretrained(...)."
@@ -32,11 +43,46 @@ def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher:
             "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
             "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
         )
+    if teacher is not None:
+        check_answers(teacher)
     layers = any(hasattr(layer, "gradient_checkpointing") for layer in model.modules())
     if args.gradient_checkpointing and not (layers and hasattr(model, "gradient_checkpointing_enable")):
         raise ValueError(
             f"activation_checkpointing is true, but the layers of this {type(model).__name__} cannot compute "
             "their activations again; leave it out."
+        )
+
+
+def check_answers(teacher: nn.Module) -> None:
+    """Raise ValueError unless a teacher can be called as its student's trainer does."""
+    try:
+        signature(teacher.forward).bind(pixel_values=0, query=None, task_id=None, output_hidden_states=None)
+    except TypeError as error:
+        raise ValueError(
+            f"teacher is a {type(teacher).__name__}, which cannot be asked ({error}); give a model whose forward "
+            "takes pixel_values, query, task_id and output_hidden_states (or **kwargs) and returns logits."
+        ) from error
+
+
+def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None) -> None:
+    """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
+
+    A recipe's shared arguments may belong to another role's model; its command says what has no effect.
+    """
+    given = {"eval_strategy": args.eval_strategy != IntervalStrategy.NO, "callbacks": bool(callbacks)}
+    idle = (
+        []
+        if model.trains(0)
+        else [name for name, used in given.items() if used and (run is None or name == "callbacks")]
+    )
+    if idle:
+        raise ValueError(
+            f"No loss trains this {type(model).__name__}, so {' and '.join(idle)} would have no effect; leave it out."
+        )
+    if run is None and not args.load_best_model_at_end and (args.save_steps != 500 or args.save_total_limit):
+        raise ValueError(
+            "save_steps or save_total_limit is set, but without a run nothing is stored; give run=Run(folder, recipe) "
+            "or leave that out."
         )
 
 
@@ -55,6 +101,37 @@ def check_tasks(tasks: Any) -> None:
     if wrong or not tasks:
         got = f"a {type(wrong[0]).__name__}" if wrong else "an empty list"
         raise ValueError(f"Give tasks of a stream: learn(stream[0]), answer([stream[0], stream[1]]); got {got}.")
+
+
+def check_order(task: Task, seen: Sequence[Task]) -> None:
+    """Raise ValueError unless a task is the one after those `seen`."""
+    if task.index != len(seen):
+        way = f"Learn task {len(seen) + 1} first" if task.index > len(seen) else "This trainer has learnt it already"
+        raise ValueError(
+            f"Tasks come in order: expected task {len(seen) + 1}, got task {task.index + 1}. {way}. {KNOWN}"
+        )
+
+
+def check_new(model: Any, task: Task) -> None:
+    """Raise ValueError if a model that learns has been trained on a task already, even in part."""
+    if task.index < model.trained_tasks and (model.fitted or model.trains(task.index)):
+        raise ValueError(
+            f"The model has been trained on task {task.index + 1} already, and would learn it a second time on top. "
+            f"{KNOWN} To learn the task anew, give a model as it was before."
+        )
+
+
+def check_not_cut_off(task: Task | None, run: Run | None, role: str) -> None:
+    """Raise ValueError if `task`, which a trainer was learning, was interrupted."""
+    if task is None:
+        return
+    start = None if run is None else run.checkpoint(role)
+    way = "a model like the one this trainer began with" if start is None else f"the model from {start}"
+    rest = "it begins this task again" if run is None else "with the same run it goes on from what is stored"
+    raise ValueError(
+        f"Learning task {task.index + 1} was interrupted, and the model of this trainer is in the middle of it. Make "
+        f"a new trainer with {way}: {rest}."
+    )
 
 
 def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool = True) -> None:

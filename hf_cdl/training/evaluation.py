@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +143,11 @@ class EvaluatingTrainer(TaskTrainer):
         if self.compute_metrics is None:
             return {}
         found: Any = denumpify_detensorize(self.compute_metrics(EvalPrediction(_array(logits), _array(labels))))
+        pairs = found.items() if isinstance(found, Mapping) else [(None, found)]
+        if not all(isinstance(name, str) and isinstance(value, int | float) for name, value in pairs):
+            raise ValueError(
+                f'compute_metrics gave {found!r}, but must give a dict of names to numbers: {{"recall": 0.5}}.'
+            )
         return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": v for name, v in found.items()}
 
     # ---- continual evaluation ----

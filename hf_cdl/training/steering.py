@@ -1,6 +1,7 @@
 """A Trainer whose phases may be steered by the accuracy during training: best epoch, early stopping, plateau.
 
-That accuracy is measured on validation images. Callback counters belong to one phase and survive an interruption.
+That accuracy is measured on validation images. Early stopping counts within one phase; what callbacks count survives
+an interruption.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cdl.runs.files import RunError
@@ -108,11 +108,10 @@ class SteeredTrainer(Trainer):
             )
 
     def _begin_callbacks(self) -> None:
-        """Reset callbacks with a state, such as early stopping: they count within one phase."""
+        """Reset early stopping, which counts within one phase; a callback of the user's keeps its state."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):  # may be added after the arguments were created
                 self.args.go_by_accuracy()
-            if isinstance(callback, ExportableState):
                 fresh: Any = type(callback)(**callback.state()["args"])
                 for name, value in fresh.state()["attributes"].items():
                     setattr(callback, name, value)

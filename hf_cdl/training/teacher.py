@@ -108,6 +108,11 @@ class Teacher:
             self.model = unprepared(accelerator, self.model)
             self.model.train(mode)
 
+    @property
+    def fitted_head(self) -> Any:
+        """The teacher's head if it is a fitted one; a user's own module need not have any."""
+        return self.model.head if getattr(self.model, "fitted", False) else None
+
     # ---- batches ----
 
     def shares_query(self, batch: Mapping[str, Any]) -> bool:
@@ -153,5 +158,5 @@ def unprepared(accelerator: Any, model: Any) -> Any:
 
 def _can_share(student: Any, teacher: Any) -> bool:
     """Whether the teacher could reuse the student's query: both need one, from frozen weights and the same pixels."""
-    asks = teacher.needs_query and student.needs_query and not student.config.train_backbone
+    asks = getattr(teacher, "needs_query", False) and student.needs_query and not student.config.train_backbone
     return asks and teacher.config.query_view is None

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_cdl.distill import Objective
@@ -24,17 +23,21 @@ from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
     check_names,
+    check_new,
+    check_not_cut_off,
+    check_order,
     check_parts,
     check_served,
     check_task,
     check_tasks,
+    check_used,
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.task_trainer import peak_memory
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
-from hf_cdl.training.trainer_contract import Total, check_keywords, check_train, refused, tasks_of
+from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
@@ -72,13 +75,14 @@ class CDLTrainer(EvaluatingTrainer):
         num_tasks: int | None = None,
         **others: Any,
     ):
-        check_keywords(others, compute_metrics, [*signature(CDLTrainer).parameters][:-1])
+        check_keywords(others, [*signature(CDLTrainer).parameters][:-1])
+        check_given(compute_metrics, callbacks, processing_class, eval_dataset, run)
         args = CDLTrainingArguments.of(args)  # a copy: the changes below are this trainer's only
         self.objective = Objective() if objective is None else objective
         check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
-        self.tasks = tasks_of(train_dataset)
-        self.teacher = Teacher(teacher, model, self.objective)
+        check_used(model, args, callbacks, run)
+        self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
@@ -88,24 +92,24 @@ class CDLTrainer(EvaluatingTrainer):
             processing_class=processing_class,
             eval_dataset={},  # Trainer requires one for eval_strategy
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or ())],
         )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self.role, self.run, self.eval_split = role, run, eval_split
-        self.num_tasks = num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
+        self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
         self._begin()
 
     def _begin(self) -> None:
         """Start with no task learnt; replace Trainer's progress, early stopping and trackers with task-aware ones."""
+        self.num_tasks = self.num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
         self.seen: list[Task] = []
+        self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
         self._best = {}
         self._total, self._steps_learnt = Total(), 0
         self._begin_counting()
         self.teacher.place(self.accelerator)
         args, run = self.args, self.run
         self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
+        self.callback_handler.callbacks.pop()  # Trainer's own progress, which it adds after the user's callbacks
         self.add_callback(self._phase)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -128,11 +132,14 @@ class CDLTrainer(EvaluatingTrainer):
         Raises ValueError, before anything is learnt, if one of the tasks cannot be.
         """
         check_train(resume_from_checkpoint, trial, ignore_keys_for_eval, self.run is not None)
+        self.tasks = tasks_of(self.train_dataset)  # which may have been set since
         if not self.tasks:
             raise ValueError(
                 "train() learns the tasks of train_dataset, but none was given. Give a TaskStream, as "
                 "CDLTrainer(model, args, train_dataset=stream), or learn a single task: learn(stream[0])."
             )
+        check_not_cut_off(self._cut_off, self.run, self.role)
+        self.num_tasks = max(self.num_tasks or 0, self.tasks[-1].index + 1)
         to_learn = self.tasks[max(0, len(self.seen) - self.tasks[0].index) :]
         for task in to_learn:
             self._check_learnable(task)
@@ -144,15 +151,26 @@ class CDLTrainer(EvaluatingTrainer):
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`)."""
+        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`).
+
+        After an error or Ctrl-C in the middle the trainer learns no more: its model is neither before the task nor
+        behind it. A new trainer with the same run and a newly loaded model resumes.
+        """
         check_tasks([task])
-        if task.index != len(self.seen):
-            raise ValueError(f"Tasks come in order: expected task {len(self.seen) + 1}, got task {task.index + 1}.")
+        check_not_cut_off(self._cut_off, self.run, self.role)
+        check_order(task, self.seen)
         to_learn = self._check_learnable(task)
         self.seen.append(task)
-        if not to_learn:
-            return
+        if to_learn:
+            try:
+                self._learn(task)
+            except BaseException:
+                self._cut_off = self.seen.pop()
+                raise
+
+    def _learn(self, task: Task) -> None:
         self._begin_task(task)
+        self.model.trained_tasks = task.index + 1
         if self._take_over(task):
             return
         result = TaskResult(self.role, task.index)
@@ -178,6 +196,7 @@ class CDLTrainer(EvaluatingTrainer):
         if done or self._came_with(task):
             return False
         self._check_measured()
+        check_new(self.model, task)
         check_served(self.model, task)
         check_task(self.role, self.model, self.objective, self.args, task)
         self.check(task)
@@ -288,9 +307,8 @@ class CDLTrainer(EvaluatingTrainer):
             with torch.no_grad():
                 output = self.model(pixel_values=batch["pixel_values"])
                 if self.teacher.teaches_head:
-                    teacher = self.teacher.model
                     taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, teacher.head if teacher.fitted else None)
+                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
             found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
             found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
             found = self.accelerator.gather_for_metrics(found)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_cdl.data import TaskStream
+from hf_cdl.runs.run import Run
 from hf_cdl.types import Task
 
 _OPTIMIZER = (
@@ -42,21 +44,36 @@ METHODS = {
 """Methods of Trainer that would not do here what their names promise, and why."""
 
 
-def check_keywords(given: dict[str, Any], compute_metrics: Any, known: list[str]) -> None:
-    """Raise ValueError for unsupported arguments of Trainer, or if compute_metrics is not callable.
-
-    Raises TypeError for unknown arguments; `known`: the names of all arguments.
-    """
+def check_keywords(given: dict[str, Any], known: list[str]) -> None:
+    """Raise ValueError for unsupported arguments of Trainer, and TypeError for unknown ones; `known`: all names."""
     for name in given:
         if name in KEYWORDS:
             raise ValueError(f"{name} is no argument of CDLTrainer: {KEYWORDS[name]}.")
         near = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, known, 1))
         raise TypeError(f"CDLTrainer has no argument {name!r}{near or '; it has ' + ', '.join(known) + '.'}")
-    if compute_metrics is not None and not callable(compute_metrics):
-        raise ValueError(
-            f"compute_metrics is {compute_metrics!r}, but must be a function of an EvalPrediction (predictions, "
-            "label_ids) that gives a dict."
-        )
+
+
+def check_given(compute_metrics: Any, callbacks: Any, processing_class: Any, eval_dataset: Any, run: Any) -> None:
+    """Raise ValueError for arguments of the wrong kind."""
+    items = callbacks if isinstance(callbacks, list | tuple) else [0]
+    kinds = [item if isinstance(item, type) else type(item) for item in items]
+    lists = hasattr(eval_dataset, "__len__") and hasattr(eval_dataset, "__getitem__")
+    metrics = "a function of an EvalPrediction (predictions, label_ids) that gives a dict"
+    processor = "an image processor, with save_pretrained: AutoImageProcessor.from_pretrained(...)"
+    for name, value, fits, wanted in (
+        ("compute_metrics", compute_metrics, callable(compute_metrics), metrics),
+        (
+            "callbacks",
+            callbacks,
+            all(issubclass(kind, TrainerCallback) for kind in kinds),
+            "a list of TrainerCallbacks",
+        ),
+        ("processing_class", processing_class, hasattr(processing_class, "save_pretrained"), processor),
+        ("eval_dataset", eval_dataset, lists and not isinstance(eval_dataset, str | bytes), "a dataset of images"),
+        ("run", run, isinstance(run, Run), "a Run: Run(folder, recipe)"),
+    ):
+        if value is not None and not fits:
+            raise ValueError(f"{name} is {value!r}, but must be {wanted}.")
 
 
 def refused(name: str) -> Callable[..., NoReturn]:

@@ -7,13 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, Seq2SeqTrainingArguments, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    Seq2SeqTrainingArguments,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from bad_inputs.models import INF, NAN, begun, fresh
 from bad_inputs.parts import Parts
 from bad_inputs.runner import WAY, Row, rows
-from hf_cdl import CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
+from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.types import ModelShape
 
 
 def call(name: str, act: Callable[[Parts], Any], *says: str) -> Row:
@@ -67,11 +76,16 @@ def launched(variable: str, value: str, *says: str) -> Row:
     return call(f"arguments beside {variable}={value}", act, variable, *says)
 
 
-def foreign_callback(parts: Parts) -> None:
-    class Mine(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            control.should_training_stop = True
+class Mine(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_training_stop = True
 
+
+def class_means(parts: Parts) -> CDLForImageClassification:
+    return CDLForImageClassification.from_backbone(parts.student, head={"type": "ncm"})
+
+
+def foreign_callback(parts: Parts) -> None:
     args = CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch", report_to="none")
     made = trainer(parts, args)
     made.add_callback(Mine())
@@ -95,6 +109,28 @@ def ignorant_teacher(parts: Parts) -> None:
     term = TERMS["kd"](TERMS["kd"].config_class(), student.shape, teacher.shape)
     args = CDLTrainingArguments("work", use_cpu=True)
     CDLTrainer(student, args, Objective(0.5, [("kd", term)]), teacher, train_dataset=stream(parts)).train()
+
+
+def plain() -> ViTForImageClassification:
+    return ViTForImageClassification(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+
+
+def taught_by(parts: Parts, teacher: Any) -> CDLTrainer:
+    student = fresh(parts)
+    return trainer(parts, objective=named_for(student.shape, "kd"), teacher=teacher)
+
+
+def measured_by(parts: Parts, compute_metrics: Any) -> None:
+    made = trainer(parts, learnt=True, compute_metrics=compute_metrics)
+    made.evaluate(stream(parts)[0].test)
+
+
+def named(*names: Any) -> Objective:
+    return named_for(ModelShape(8, 3), *names)
+
+
+def named_for(shape: ModelShape, *names: Any) -> Objective:
+    return Objective(0.5, [(name, TERMS["kd"](TERMS["kd"].config_class(), shape, shape)) for name in names])
 
 
 def listed_names(parts: Parts) -> None:
@@ -171,6 +207,41 @@ TRAINERS = [
         lambda parts: trainer(parts, train_dataset=stream(parts)).train(trial={"learning_rate": 1}),
         "trial",
     ),
+    call(
+        "a trainer of a plain classifier",
+        lambda parts: CDLTrainer(plain(), CDLTrainingArguments("work", use_cpu=True)),
+        "ViTForImageClassification",
+        "from_backbone",
+    ),
+    call("a teacher that cannot be asked", lambda parts: taught_by(parts, nn.Linear(3, 3)), "Linear", "pixel_values"),
+    made("a run's folder for the run", {"run": "folder"}, "run", "folder", "Run"),
+    made("a processor that cannot be saved", {"processing_class": object()}, "processing_class", "save_pretrained"),
+    made("a callback that is not in a list", {"callbacks": TrainerCallback()}, "callbacks", "list"),
+    made("a callback that is none", {"callbacks": [print]}, "callbacks", "TrainerCallback"),
+    call(
+        "a fitted head beside what follows a loss",
+        lambda parts: CDLTrainer(
+            class_means(parts), CDLTrainingArguments("work", use_cpu=True, eval_strategy="epoch"), callbacks=[Mine()]
+        ),
+        "no loss",
+        "eval_strategy and callbacks",
+    ),
+    call(
+        "what is stored without a run",
+        lambda parts: trainer(parts, CDLTrainingArguments("work", use_cpu=True, save_strategy="steps", save_steps=3)),
+        "save_steps",
+        "run=Run",
+    ),
+    made("a word to evaluate on", {"eval_dataset": "nonsense"}, "eval_dataset", "nonsense"),
+    *(
+        call(
+            f"metrics that give {wrong!r}",
+            lambda parts, wrong=wrong: measured_by(parts, lambda found: wrong),
+            "compute_metrics",
+            "dict",
+        )
+        for wrong in (None, 0.5, {1: 0.5}, {"recall": "high"}, {"recall": [0.5, 1.0]})
+    ),
     made("metrics that are none", {"compute_metrics": "accuracy"}, "compute_metrics", "EvalPrediction"),
     *(
         made(f"transformers' {name}", {name: object()}, name)
@@ -205,7 +276,7 @@ TRAINERS = [
         lambda parts: trainer(
             parts,
             TrainingArguments(
-                "work", use_cpu=True, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+                "work", use_cpu=True, eval_strategy="epoch", save_strategy="best", metric_for_best_model="loss"
             ),
         ),
         "metric_for_best_model",
@@ -230,6 +301,11 @@ TRAINERS = [
     ),
     call("an objective of no weight", lambda parts: trainer(parts, None, True, objective=Objective(0.0)), "ce_weight"),
     call("an objective of a word", lambda parts: Objective("1"), "ce_weight"),  # type: ignore[arg-type]
+    *(
+        call(f"an objective with a term named {name!r}", lambda parts, name=name: named(name), repr(name), "'kd'")
+        for name in ("loss", "ce", "prompt", "training", "", 3, "a.b")
+    ),
+    call("an objective with two terms of one name", lambda parts: named("kd_2", "kd", "kd"), "kd_2", "another name"),
     call("an objective of a class", lambda parts: Objective(1.0, [("kd", TERMS["kd"])]), "kd"),  # type: ignore[list-item]
     call("an image for a role that is misspelt", lambda parts: first_split(parts).seen_by("teahcer"), "teahcer"),
     call(

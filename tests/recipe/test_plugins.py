@@ -321,10 +321,17 @@ def test_a_class_is_registered_by_decorator_or_call() -> None:
     assert TERMS.register("mine_too")(Mine) is Mine and list(TERMS)[-2:] == ["mine", "mine_too"]
 
 
-@pytest.mark.parametrize("name", ["", "a b", "my-term", "1st", 3, None, "keys", "forward", "none"])
+@pytest.mark.parametrize("name", ["", "a b", "my-term", "1st", 3, None, "keys", "forward", "none", "training"])
 def test_a_name_that_is_no_word_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match="cannot be the name of a prompt pool; allowed are words"):
         PROMPTS.register(name)
+
+
+@pytest.mark.parametrize("name", ["loss", "ce", "prompt"])
+def test_a_term_is_not_named_as_a_loss_of_the_objective(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot be the name of a distillation term"):
+        TERMS.register(name, Mine)
+    assert name not in TERMS
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 from helpers import make_data
 from test_contract import Pictures, arguments, model_of, stream, vit
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
@@ -27,6 +28,7 @@ from hf_cdl.runs.run import Run
 from hf_cdl.training.trainer_contract import KEYWORDS, METHODS
 
 TASKS = list(stream())
+EPOCHS: dict[str, Any] = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
 def trainer_of(folder: Path, tasks: Any = None, run: Run | None = None, model: Any = None, **more: Any) -> CDLTrainer:
@@ -86,6 +88,17 @@ def test_train_takes_a_stream_and_one_task(tmp_path: Path) -> None:
     assert trainer.num_tasks == len(tasks) == 2
     alone = trainer_of(tmp_path, TASKS[0])
     assert alone.train().global_step == 3
+
+
+def test_tasks_may_be_given_later(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.train_dataset = TASKS[:1]
+    assert trainer.train().global_step == 3 and trainer.num_tasks == 1
+    trainer.train_dataset = TASKS
+    assert trainer.train().global_step == 2 and trainer.num_tasks == 2 and trainer.seen == TASKS
+    trainer.train_dataset = TASKS[0].test
+    with pytest.raises(ValueError, match="train_dataset is Pictures, but must be a TaskStream"):
+        trainer.train()
 
 
 def test_with_a_run_train_measures_every_task_and_skips_what_the_ledger_has(tmp_path: Path) -> None:
@@ -151,6 +164,50 @@ def test_a_user_s_callback_is_called_in_every_task(tmp_path: Path) -> None:
     steps = Steps()
     trainer_of(tmp_path, TASKS, callbacks=[steps]).train()
     assert steps.begun == [3, 2] and steps.steps == [1, 2, 3, 1, 2]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+@pytest.mark.parametrize("kind", [ProgressCallback, PrinterCallback])
+def test_a_user_s_own_progress_stays_and_trainer_s_goes(
+    kind: type[TrainerCallback], quiet: bool, tmp_path: Path
+) -> None:
+    class Mine(kind):  # type: ignore[misc, valid-type]
+        begun = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            self.begun += 1
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            pass
+
+        on_log = on_train_end = on_step_end
+
+    mine = Mine()
+    args = CDLTrainingArguments(str(tmp_path), num_train_epochs=1, report_to="none", use_cpu=True, disable_tqdm=quiet)
+    trainer = CDLTrainer(model_of("coda"), args, train_dataset=TASKS, callbacks=(mine,))
+    trainer.train()
+    assert mine.begun == 2
+    kept = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kind)]
+    assert kept == [mine], "Trainer's own is replaced by the progress of a task"
+
+
+class Counter(TrainerCallback, ExportableState):
+    """A user's callback with a state, and an argument that is none of its attributes."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.steps = start
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"steps": self.steps}}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.steps += 1
+
+
+def test_a_user_s_callback_keeps_its_state_from_task_to_task(tmp_path: Path) -> None:
+    counter = Counter(10)
+    trainer_of(tmp_path, TASKS, callbacks=[counter]).train()
+    assert counter.steps == 10 + 3 + 2
 
 
 def test_a_user_s_callback_beside_evaluation_needs_images_for_validation(tmp_path: Path) -> None:
@@ -397,6 +454,27 @@ def test_all_that_transformers_arguments_can_say_is_taken_over(tmp_path: Path) -
     assert {name: getattr(args, name) for name in values} == values
     with pytest.raises(ValueError, match="push_to_hub is True.* label_names is"):
         CDLTrainingArguments.of(plain(tmp_path, label_names=["x"], push_to_hub=True))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"load_best_model_at_end": True},
+        {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ],
+    ids=lambda fields: "-".join(fields),
+)
+def test_what_transformers_arguments_derive_is_not_asked_for(fields: dict[str, Any], tmp_path: Path) -> None:
+    args = plain(tmp_path, eval_strategy="epoch", save_strategy="epoch", num_train_epochs=1, **fields)
+    trainer = CDLTrainer(model_of("coda"), args, train_dataset=TASKS[:1], eval_dataset=Pictures(range(3)))
+    trainer.train()
+    assert (trainer.args.metric_for_best_model, trainer.args.greater_is_better) == ("accuracy", True)
+    with pytest.raises(ValueError, match="metric_for_best_model is 'recall'"):
+        CDLTrainingArguments.of(plain(tmp_path, **{**fields, "metric_for_best_model": "recall"}, **EPOCHS))
+    with pytest.raises(ValueError, match="greater_is_better is false"):
+        found = {**fields, "metric_for_best_model": "accuracy", "greater_is_better": False}
+        CDLTrainingArguments.of(plain(tmp_path, **found, **EPOCHS))
 
 
 if __name__ == "__main__":

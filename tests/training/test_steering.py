@@ -58,13 +58,19 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[TrainerCallback] | None]] = {
 
 
 class Stopper(TrainerCallback, ExportableState):
-    """A user's callback: ends a phase after three evaluations if the first was not above the second."""
+    """A user's callback: ends a phase after three evaluations if the first was not above the second.
+
+    It counts anew in every phase, but not where one resumes.
+    """
 
     def __init__(self) -> None:
         self.values: list[float] = []
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"values": list(self.values)}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.values = self.values if state.global_step else []
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self.values.append(metrics["eval_accuracy"])

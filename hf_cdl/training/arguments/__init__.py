@@ -80,8 +80,9 @@ class CDLTrainingArguments(TrainingArguments):
         """Copy these arguments, or convert transformers' own TrainingArguments to the same training.
 
         In a conversion every field that has an effect keeps its value, also a default that differs from the one here
-        (rate, batch, epochs, schedule, clipping). Raises ValueError for fields that were set but can have no effect,
-        all in one message.
+        (rate, batch, epochs, schedule, clipping). What TrainingArguments derive from others counts as unset: beside
+        load_best_model_at_end they would go by the loss, and here it is the accuracy. Raises ValueError for fields
+        that were set but can have no effect, all in one message.
         """
         if isinstance(args, cls):
             return copy.copy(args)
@@ -97,6 +98,11 @@ class CDLTrainingArguments(TrainingArguments):
         said -= {"logging_steps"} if args.logging_strategy != IntervalStrategy.STEPS else set()
         said -= {"num_train_epochs"} if args.max_steps > 0 else set()
         idle = {name for name, value in values.items() if value == getattr(unset, name)} - said
+        metric, greater = args.metric_for_best_model, args.greater_is_better
+        if metric is not None and greater is not metric.endswith("loss"):
+            idle |= {"greater_is_better"}
+            steered = args.load_best_model_at_end or args.lr_scheduler_type in STEERED
+            idle |= {"metric_for_best_model"} if metric == "loss" and steered else set()
         if "activation_checkpointing" in values:  # the same fields under their older names
             idle |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
         return cls(**{name: value for name, value in values.items() if name not in idle})
