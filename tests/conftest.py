@@ -8,6 +8,7 @@ from typing import Any
 import forking
 import pytest
 
+os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of datasets; it waits for a network that is not there
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # the tests' Hub supports only LFS; read on import of huggingface_hub
 
 

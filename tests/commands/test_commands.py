@@ -79,6 +79,7 @@ def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+FAST = ("a full disk", "train")
 BROKEN = {
     "a full disk": ('"$@" > /dev/full', "Standard output cannot be written (No space left on device)"),
     "a reader that ends": ('{ "$@"; echo "code $?" >&2; } | true', "Standard output cannot be written (Broken pipe)"),
@@ -86,17 +87,28 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("verb", [("train", "--example", "quickstart"), ("compare", "--help"), ("plan", "gone.yaml")])
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_command_that_cannot_speak_ends_without_a_traceback(
-    what: str, verb: tuple[str, ...], tmp_path: Path
-) -> None:
+VERBS_OF = {
+    "train": ("train", "--example", "quickstart"),
+    "help": ("compare", "--help"),
+    "plan": ("plan", "gone.yaml"),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "verb"),
+    [  # what imports everything before it speaks takes seconds: once will do
+        pytest.param(what, verb, marks=() if verb == "help" or (what, verb) == FAST else pytest.mark.slow)
+        for what in BROKEN
+        for verb in VERBS_OF
+    ],
+)
+def test_a_command_that_cannot_speak_ends_without_a_traceback(what: str, verb: str, tmp_path: Path) -> None:
     line, said = BROKEN[what]
-    command = ["bash", "-c", line, "bash", sys.executable, "-m", "hf_cdl", *verb]
+    command = ["bash", "-c", line, "bash", sys.executable, "-m", "hf_cdl", *VERBS_OF[verb]]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    if verb[0] == "train" or "folder" in what:  # the others print nothing, or only their help, on standard output
+    if verb == "train" or "folder" in what:  # the others print nothing, or only their help, on standard output
         assert f"error: {said}" in done.stderr, done.stderr
         assert done.returncode == 2 or "code 2" in done.stderr
 

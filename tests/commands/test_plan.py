@@ -43,6 +43,7 @@ def giga(flops: float) -> float:
     return flops / 1e9
 
 
+@pytest.mark.slow
 def test_full_size_vits(vits: Path) -> None:
     """The known sizes: ViT-B/16 has 85.8 M parameters and 17.6 GFLOPs, ViT-S/16 21.7 M and 4.6."""
     recipe = cifar(vits, "coda", "kd")

@@ -84,11 +84,12 @@ def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no folders task-01"), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({}, "set the Space's variable HF_CDL_REPO"),
-        pytest.param({"HF_CDL_REPO": "me/gone"}, "me/gone", marks=pytest.mark.slow),
+        ({"HF_CDL_REPO": "me/gone"}, "me/gone"),
     ],
 )
 def test_a_space_that_names_no_repository_says_so(variables: dict[str, str], said: str, tmp_path: Path) -> None:
