@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import ROOT, picture, png, python
+from helpers import ROOT, picture, png, python, script
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from markup import answers_html, state_html
@@ -79,9 +79,8 @@ def test_the_states_of_a_repository_and_what_is_said_where_there_are_none(hub: H
 
 
 def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hf_cdl", "demo", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path} has no folders task-01"), done.stderr
+    code, said = script("demo", tmp_path, env={})
+    assert code == 2 and said.startswith(f"error: {tmp_path} has no folders task-01"), said
 
 
 @pytest.mark.slow

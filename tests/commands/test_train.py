@@ -279,6 +279,7 @@ print(json.dumps({"rows": rows, "said": classify(str(folder.parent / "some.png")
 """
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_fresh_process_repeat_their_rows(tiny: Path, finished: tuple[Path, str]) -> None:
     """Image by image, so that batching cannot matter either; and the command printed at the end works."""
     folder, _ = finished
