@@ -12,7 +12,11 @@ import torch
 from torch import nn
 
 from hf_cdl.checked import check_types
+from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.standardise import Standardise
+
+_LEFT = 1e-4
+"""Share of a mean squared feature that rounding may leave of a class's sum, if all its images are taken away."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,6 @@ class HeadConfig:
     def given_statistics(self) -> Path | None:
         """The file of statistics, if they are given instead of measured."""
         return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
-
-
-def movable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor on its device, or on the CPU if the device lacks float64."""
-    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
 
 class Head(nn.Module, ABC):
@@ -96,8 +95,32 @@ class Head(nn.Module, ABC):
     def end_task(self) -> None:
         """Hook called once a task is learnt (ridge regression solves here); does nothing by default."""
 
+    def choices(self) -> dict[str, float]:
+        """What the head chose by itself, by the name of the option."""
+        return {}
+
     def check_growth(self) -> None:
         """Raise ValueError if the head cannot learn further tasks."""
+
+    @torch.no_grad()
+    def keep(self, task: int, rows: list[int]) -> None:
+        """Keep these classes of a task, in this order, and drop the others; without any the block goes.
+
+        Every tensor of a block has a row per class.
+        """
+        if not rows:
+            del self.blocks[task]
+            return
+        block = self.blocks[task]
+        for module in block.modules():
+            for name, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                kept = value[rows].clone()
+                if isinstance(value, nn.Parameter):
+                    setattr(module, name, nn.Parameter(kept, requires_grad=value.requires_grad))
+                else:
+                    setattr(module, name, kept)
+            if isinstance(module, nn.Linear):
+                module.out_features = len(rows)
 
     def drop_sums(self) -> None:
         """Drop the sums of a head that `keeps_sums` for good, and record that in its `config`."""
@@ -134,14 +157,66 @@ class FittedHead(Head):
 
     fitted: ClassVar[bool] = True
     config_class: ClassVar[type] = FittedConfig
+    class_sums: ClassVar[tuple[str, ...]] = ()
+    """Names of a block's buffers that add up over a class's images: `total`, `count` and any others."""
 
     @abstractmethod
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
-        """Add features (B, D) of the newest task; `labels` (B,) count from its first class.
+    def accumulate(
+        self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
+    ) -> None:
+        """Add features (B, D) with `labels` (B,) over all classes to the sums; with `sign` -1 take them away.
 
-        `taught` (B, C_t): the `targets` made of a teacher's logits, for a head that `needs_teacher`. Raises
-        FloatingPointError for features or targets that are NaN or infinite.
+        `taught` (B, C_t): the `targets` made of a teacher's logits over the classes of the one task that they are of,
+        for a head that `needs_teacher`. Raises FloatingPointError for features or targets that are NaN or infinite.
         """
+
+    @property
+    def name(self) -> str:
+        """The head's name in messages."""
+        return type(self).__name__.removesuffix("Head").lower()
+
+    def check_labels(self, labels: torch.Tensor) -> None:
+        """Raise ValueError for labels beyond the known classes."""
+        classes = sum(len(block.count) for block in self.blocks if isinstance(block.count, torch.Tensor))
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise ValueError(
+                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes; "
+                "count them from 0 over all tasks."
+            )
+
+    def check_change(self) -> None:
+        """Raise ValueError if the sums of known classes cannot change."""
+        self.check_growth()
+        if not self.class_sums:
+            raise ValueError(f"A {type(self).__name__} does not say which sums it keeps of a class (class_sums).")
+
+    def check_forgotten(self, task: int, row: int) -> None:
+        """Raise ValueError unless all images of a class, and no others, have been taken away."""
+        block: Any = self.blocks[task]
+        left, total = int(block.count[row]), block.total[row]
+        if left:
+            number = f"{left} of them are missing" if left > 0 else f"these are {-left} too many"
+            raise ValueError(f"To forget a class, give all images that it was learnt from and no others; {number}.")
+        total = read(total) if "total" in self.bits else total
+        if total.square().sum() > _LEFT * self._mean_square():
+            raise ValueError(
+                "These are as many images as the class was learnt from, but not the same ones: taken away, they leave "
+                "more than zero. Give the very images that it was learnt from."
+            )
+
+    def _mean_square(self) -> Any:
+        """The mean squared length of the features that are summed."""
+        return 1.0
+
+    @torch.no_grad()
+    def merge(self, first: tuple[int, int], second: tuple[int, int]) -> None:
+        """Add the sums of the second class, given as (task, row), to those of the first."""
+        for name in self.class_sums:
+            whole, part = (getattr(self.blocks[task], name)[row] for task, row in (first, second))
+            if name in self.bits:
+                write(whole, read(whole) + read(part))
+            elif whole is not None:
+                whole.add_(part)
 
     def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
         """Turn a teacher's logits (B, C_t) over the task's classes into targets, for a head that `needs_teacher`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ class ClassMeans(nn.Module):
 class NearestMeanHead(FittedHead):
     """Nearest class mean without training (iCaRL's classifier, Rebuffi et al. 2017, arXiv 1611.07725, on all data)."""
 
+    class_sums: ClassVar[tuple[str, ...]] = ("total", "count")
+
     def add_task(self, num_classes: int) -> None:
         self.blocks.append(ClassMeans(self.hidden_size, num_classes))
 
@@ -43,8 +45,16 @@ class NearestMeanHead(FittedHead):
         return F.normalize(super().prepare(features), dim=-1)
 
     @torch.no_grad()
-    def accumulate(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None) -> None:
+    def accumulate(
+        self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
+    ) -> None:
         check_features(features)
-        block: Any = self.blocks[-1]
-        block.total.index_add_(0, labels, self.prepare(features.float()))
-        block.count.index_add_(0, labels, torch.ones_like(labels, dtype=block.count.dtype))
+        self.check_labels(labels)
+        features, first = self.prepare(features.float()), 0
+        for module in self.blocks:
+            block: Any = module
+            own = (labels >= first) & (labels < first + len(block.count))
+            rows = labels[own] - first
+            block.total.index_add_(0, rows, features[own], alpha=sign)
+            block.count.index_add_(0, rows, torch.ones_like(rows, dtype=block.count.dtype), alpha=sign)
+            first += len(block.count)

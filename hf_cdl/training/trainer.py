@@ -288,7 +288,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_session()
         self._measure(task)
         for output, labels, taught in self._features(task):
-            self.model.head.accumulate(output.features, labels - task.first_class, taught)
+            self.model.head.accumulate(output.features, labels, taught)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
         if not result.images_per_second:  # if it trained, that rate stays
