@@ -53,6 +53,11 @@ def _whole(labels: Mapping[Any, Any]) -> dict[int, Any] | None:
     return {int(text): name for text, name in zip(texts, labels.values(), strict=True)} if fits else None
 
 
+def same_name(first: str, second: str) -> bool:
+    """Whether two class names are the same text; different Unicode encodings of it count as one."""
+    return normalize("NFC", first) == normalize("NFC", second)
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Names that occur more than once, sorted; different Unicode encodings of the same text count as one name."""
     return sorted(name for name, count in Counter(normalize("NFC", name) for name in names).items() if count > 1)

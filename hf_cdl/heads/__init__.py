@@ -8,6 +8,7 @@ from hf_cdl.checked import build_fields, check_size
 from hf_cdl.heads.base import Head
 from hf_cdl.heads.class_means import NearestMeanHead
 from hf_cdl.heads.cosine import CosineHead
+from hf_cdl.heads.lda import LdaHead
 from hf_cdl.heads.linear import LinearHead
 from hf_cdl.heads.ridge import RidgeHead
 from hf_cdl.heads.weight_normalised import WeightNormalisedHead
@@ -22,6 +23,7 @@ HEADS: Registry[Head] = Registry(
         "weight_normalised": WeightNormalisedHead,
         "cosine": CosineHead,
         "ridge": RidgeHead,
+        "lda": LdaHead,
         "ncm": NearestMeanHead,
     },
 )

@@ -41,6 +41,11 @@ class HeadConfig:
         return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
 
 
+def at_least_float32(features: torch.Tensor) -> torch.Tensor:
+    """Features as they are summed: those of half precision in float32."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
 class Head(nn.Module, ABC):
     """Features (B, D) -> logits (B, C) over the classes of all tasks, in stream order. One block per task.
 
@@ -190,6 +195,17 @@ class FittedHead(Head):
         if not self.class_sums:
             raise ValueError(f"A {type(self).__name__} does not say which sums it keeps of a class (class_sums).")
 
+    @property
+    def forgets(self) -> bool:
+        """Whether dropping a class takes all that its images left out of the sums."""
+        return True
+
+    def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Raise ValueError for features (B, D) that were certainly not learnt with these labels (B,).
+
+        By default nothing is known about it.
+        """
+
     def check_forgotten(self, task: int, row: int) -> None:
         """Raise ValueError unless all images of a class, and no others, have been taken away."""
         block: Any = self.blocks[task]
@@ -210,13 +226,17 @@ class FittedHead(Head):
 
     @torch.no_grad()
     def merge(self, first: tuple[int, int], second: tuple[int, int]) -> None:
-        """Add the sums of the second class, given as (task, row), to those of the first."""
+        """Move the sums of the second class, given as (task, row), to the first."""
         for name in self.class_sums:
-            whole, part = (getattr(self.blocks[task], name)[row] for task, row in (first, second))
+            sums = [getattr(self.blocks[task], name) for task, _ in (first, second)]
+            if sums[0] is None:
+                continue
+            whole, part = sums[0][first[1]], sums[1][second[1]]
             if name in self.bits:
                 write(whole, read(whole) + read(part))
-            elif whole is not None:
+            else:
                 whole.add_(part)
+            part.zero_()  # of float64 bits too: they are those of 0.0
 
     def targets(self, logits: torch.Tensor, teacher: FittedHead | None) -> torch.Tensor:
         """Turn a teacher's logits (B, C_t) over the task's classes into targets, for a head that `needs_teacher`.

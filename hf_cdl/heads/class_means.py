@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.heads.base import FittedHead
+from hf_cdl.heads.base import FittedHead, at_least_float32
 from hf_cdl.heads.standardise import check_features
 
 
@@ -50,7 +50,7 @@ class NearestMeanHead(FittedHead):
     ) -> None:
         check_features(features)
         self.check_labels(labels)
-        features, first = self.prepare(features.float()), 0
+        features, first = self.prepare(at_least_float32(features)), 0
         for module in self.blocks:
             block: Any = module
             own = (labels >= first) & (labels < first + len(block.count))

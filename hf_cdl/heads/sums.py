@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
-from hf_cdl.heads.base import FittedConfig, FittedHead
+from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32
 from hf_cdl.heads.bits import add, movable, read
 from hf_cdl.heads.standardise import check_features
+
+_ZERO, _STRANGE = 1e-12, 1e-6
+"""Eigenvalues below this share of the largest are 0; features may have this share of their square along those."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class SumsHead(FittedHead):
     ) -> None:
         check_features(features)
         self.check_labels(labels)
-        mapped = movable(self.prepare(features.float())).double()
+        mapped = movable(self.prepare(at_least_float32(features))).double()
         first = 0
         for block in map(_sums_of, self.blocks):
             own = (labels >= first) & (labels < first + len(block.count))
@@ -169,7 +172,7 @@ class SumsHead(FittedHead):
         block.count.add_(sign * torch.bincount(rows, minlength=len(block.count)))
         if block.grams is not None:
             upper = torch.triu_indices(self.width, self.width, device=mapped.device)
-            for row in rows.unique():
+            for row in rows.unique().tolist():
                 of_class = mapped[rows == row]
                 add(block.grams[row], sign * (of_class.T @ of_class)[upper[0], upper[1]])
 
@@ -186,6 +189,29 @@ class SumsHead(FittedHead):
             self.images.sub_(block.count[~kept].sum())
         super().keep(task, rows)
 
+    @property
+    def forgets(self) -> bool:
+        return self.config.sums == "per_class"
+
+    @torch.no_grad()
+    def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        mapped = movable(self.prepare(at_least_float32(features))).double()
+        if self.gram is not None:
+            parts = [(read(self.gram), torch.ones_like(labels, dtype=torch.bool))]
+        else:
+            grams = torch.cat([read(_sums_of(block).grams) for block in self.blocks])
+            parts = [(self._unpacked(grams[label]), labels == label) for label in labels.unique().tolist()]
+        for gram, own in parts:
+            values, vectors = torch.linalg.eigh(gram)
+            outside = mapped[own] @ vectors[:, values < _ZERO * values[-1]]
+            strange = outside.square().sum(dim=1) > _STRANGE * mapped[own].square().sum(dim=1)
+            if strange.any():
+                raise ValueError(
+                    f"{int(strange.sum())} of {int(own.sum())} images were not learnt with the label that they are "
+                    "said to have had: their features are no combination of those that were. Give the images and "
+                    "labels of the training."
+                )
+
     def _mean_square(self) -> torch.Tensor:
         return self.gram_matrix().diagonal().sum() / self.images.clamp(min=1)
 
@@ -195,10 +221,13 @@ class SumsHead(FittedHead):
         """G (M, M) of all images, in float64; a copy."""
         if self.gram is not None:
             return read(self.gram).clone()
-        upper = torch.triu_indices(self.width, self.width)
-        packed = sum(read(_sums_of(block).grams).sum(dim=0) for block in self.blocks)
-        gram: torch.Tensor = torch.zeros(self.width, self.width, dtype=torch.float64).to(packed)
-        gram[upper[0], upper[1]] = packed
+        return self._unpacked(torch.cat([read(_sums_of(block).grams) for block in self.blocks]).sum(dim=0))
+
+    def _unpacked(self, upper: torch.Tensor) -> torch.Tensor:
+        """The symmetric matrix (M, M) with this upper triangle."""
+        row, column = torch.triu_indices(self.width, self.width, device=upper.device)
+        gram = torch.zeros(self.width, self.width, dtype=upper.dtype, device=upper.device)
+        gram[row, column] = upper
         return gram + gram.triu(diagonal=1).T
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from hf_cdl.config import CDLConfig, check_names
 from hf_cdl.heads import Head, build_head, drop_sums
 from hf_cdl.heads.standardise import Standardise
 from hf_cdl.labels import class_list
+from hf_cdl.models import changes
+from hf_cdl.models.changes import Change
 from hf_cdl.models.checkpointing import Checkpointed
 from hf_cdl.models.first_session import check_session
 from hf_cdl.models.input_checks import check_labels, check_pixels, check_task
@@ -55,6 +58,7 @@ class CDLForImageClassification(Checkpointed):
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.trained_tasks = len(config.tasks)  # whose images it has seen: those of a checkpoint, or of a trainer
+        self._before_change: Any = None
         self.session_head: Head | None = None  # the head of a first session while it runs; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.first_session is not None:
@@ -149,6 +153,45 @@ class CDLForImageClassification(Checkpointed):
         """
         drop_sums(self.head)
         self.config.head = {**self.config.head, **dataclasses.asdict(self.head.config)}
+
+    # ---- changing what was learnt ----
+
+    def add(self, images: Any, labels: Sequence[str], processor: Any = None) -> Change:
+        """Learn images of new and of known classes, in one pass; new classes become a task.
+
+        `images`: pixel values (N, 3, H, W), or a list of PIL images or files, which `processor` prepares (by default
+        the one that is stored with the model); `labels`: the class name of each. As all methods here it leaves the
+        model as it was if it fails, and returns what it did. Raises ValueError for a head that is trained, and for
+        images or labels that cannot be used.
+        """
+        return changes.add(self, images, labels, processor)
+
+    def correct(self, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
+        """Give images that were learnt with the labels `was` their right `labels`.
+
+        Raises ValueError as `add` does, and for images that certainly were not learnt.
+        """
+        return changes.correct(self, images, labels, was, processor)
+
+    def remove(self, name: str, images: Any = None, processor: Any = None) -> Change:
+        """Remove a class: it is never answered again.
+
+        With all its training `images`, or with a head that keeps sums per class, what they left in the head is taken
+        out too: the head is one that never saw them. Raises ValueError if these are not the images it was learnt from.
+        """
+        return changes.remove(self, name, images, processor)
+
+    def rename(self, old: str, new: str) -> Change:
+        """Rename a class. Raises ValueError for an unknown class and a name that another has."""
+        return changes.rename(self, old, new)
+
+    def merge(self, names: Sequence[str], name: str) -> Change:
+        """Make one class of several, called `name`, at the place of the first. Raises ValueError as `add` does."""
+        return changes.merge(self, names, name)
+
+    def undo(self) -> Change:
+        """Undo the last change of this model in memory. Raises ValueError if there is none."""
+        return changes.undo(self)
 
     def follow(self, teacher: CDLForImageClassification) -> None:
         """Update this model's copy of the teacher's prompt pool, once the teacher has learnt the newest task."""

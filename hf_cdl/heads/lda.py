@@ -1,0 +1,59 @@
+"""Linear discriminant analysis, from the same sums as ridge regression."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+
+from hf_cdl.heads.sums import SumsConfig, SumsHead
+
+_LEAST = 1e-6
+"""Least mean variance within classes, as a share of the mean square: classes of one image have none."""
+
+
+@dataclass(frozen=True)
+class LdaConfig(SumsConfig):
+    scale: float = field(
+        default=1.0,
+        metadata={"help": "Factor of the scores, which are log-likelihoods: for confidence, not accuracy."},
+    )
+    shrinkage: float = field(
+        default=0.2, metadata={"help": "Share a of a multiple of the identity in the covariance, above 0 to 1."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.shrinkage <= 1:
+            raise ValueError(f"An lda head needs shrinkage above 0 to 1; got {self.shrinkage}.")
+
+
+class LdaHead(SumsHead):
+    r"""Linear discriminant analysis with one shrunk covariance of all classes (Fisher 1936; Hastie et al., Sec. 4.3).
+
+        \Sigma = (G - \sum_c n_c \mu_c \mu_c^T) / n    \Sigma_a = (1 - a) \Sigma + a (tr \Sigma / M) I
+        scores_c = \mu_c^T \Sigma_a^{-1} h - \mu_c^T \Sigma_a^{-1} \mu_c / 2
+
+    with class means \mu_c and `shrinkage` a. The classes have equal priors, however many images they have. SLDA (Hayes
+    and Kanan 2020, arXiv 1909.01520) updates the same statistics image by image.
+    """
+
+    config_class: ClassVar[type] = LdaConfig
+    has_bias: ClassVar[bool] = True
+    config: LdaConfig
+
+    def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        means = total / count.clamp(min=1)[:, None]
+        within = (gram - means.T @ total) / self.images
+        size = torch.maximum(within.diagonal().mean(), _LEAST * gram.diagonal().mean() / self.images)
+        share = self.config.shrinkage
+        within = (1 - share) * within
+        within.diagonal().add_(share * size)
+        factor, failed = torch.linalg.cholesky_ex(within)
+        if failed:
+            raise FloatingPointError(
+                f"The lda head's shrinkage {share} is too small for these features; raise head.shrinkage."
+            )
+        weight = torch.cholesky_solve(means.T, factor).T
+        return weight, -(weight * means).sum(dim=1) / 2

@@ -1,0 +1,334 @@
+"""Changes of a trained classifier: images added or corrected, classes removed, renamed or merged.
+
+With a fitted head every change is exact: the model is the one that learning the final images at once would have given
+(with the same standardisation). A change that fails leaves the model as it was; the last one can be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor
+
+from hf_cdl.checked import near, short
+from hf_cdl.data.images import check_resized, decode
+from hf_cdl.data.views import Preprocess
+from hf_cdl.heads.base import FittedHead
+from hf_cdl.labels import class_list, same_name
+from hf_cdl.models.input_checks import check_pixels
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change did. `images`: number of images added (or taken away, below 0) by class name."""
+
+    kind: str
+    said: str
+    images: dict[str, int] = field(default_factory=dict)
+    choices: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        chosen = "".join(f"; {name} {value:.4g} chosen" for name, value in self.choices.items())
+        return f"{self.said}{chosen}."
+
+
+def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -> Change:
+    names = _labels(images, labels)
+    known = _class_names(model)
+    new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
+    with _changing(model):
+        head = _fitted(model, "add images to")
+        if new:
+            _begin(model, new)
+        features = _features(model, images, processor)
+        if model.unmeasured and head.standard is not None:
+            head.standard.measure(features)
+        head.accumulate(features, _rows(model, names, features))
+        model.end_task()
+    count = Counter(_class_names(model)[_index(model, name)] for name in names)
+    parts = []
+    if new:
+        parts.append(f"{len(new)} new {_plural('class', len(new))} ({_list(new)})")
+    if more := [name for name in count if name not in new]:
+        parts.append(f"more images of {_list(more)}")
+    return Change(
+        "add", f"{len(names)} {_plural('image', len(names))} learnt: {', '.join(parts)}", {**count}, head.choices()
+    )
+
+
+def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
+    names, before = _labels(images, labels), _labels(images, was, "was")
+    if same := [name for name, old in zip(names, before, strict=True) if same_name(name, old)]:
+        raise ValueError(f"{len(same)} images have the same label before and after, such as {short(same[0])}.")
+    known = _class_names(model)
+    new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
+    with _changing(model):
+        head = _fitted(model, "correct labels of")
+        old = torch.tensor([_index(model, name) for name in before], device=model.device)
+        if new:
+            _begin(model, new)
+        features = _features(model, images, processor)
+        head.check_learnt(features, old)
+        head.accumulate(features, old, sign=-1)
+        head.accumulate(features, _rows(model, names, features))
+        _check_counts(model, head)
+        model.end_task()
+    count = Counter(names)
+    count.subtract(before)
+    moved = Counter(zip(before, names, strict=True))
+    what = ", ".join(f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.items())
+    return Change(
+        "correct", f"{len(names)} {_plural('label', len(names))} corrected: {what}", {**count}, head.choices()
+    )
+
+
+def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> Change:
+    task, row = _place(model, index := _index(model, name))
+    name = _class_names(model)[index]
+    tasks = [[*names] for names in model.tasks]
+    if sum(map(len, tasks)) == 1:
+        raise ValueError(f"{short(name)} is the only class of this model, which cannot be without one.")
+    if len(tasks[task]) == 1 and model._prompts(1):
+        raise ValueError(
+            f"{short(name)} is the only class of its task, whose prompts belong to the model. Only models with a "
+            "fitted head can lose a task."
+        )
+    head, count = model.head, {}
+    with _changing(model):
+        if images is not None:
+            head = _fitted(model, "forget images of")
+            features = _features(model, images, processor)
+            labels = torch.full((len(features),), index, device=features.device)
+            head.accumulate(features, labels, sign=-1)
+            head.check_forgotten(task, row)
+            count = {name: -len(features)}
+        elif isinstance(head, FittedHead) and head.forgets:
+            count = {name: -int(head.blocks[task].count[row])}  # type: ignore[index]
+        _keep(model, {task: [r for r in range(len(tasks[task])) if r != row]})
+        if head.fitted:
+            model.end_task()
+    said = f"{name!r} is removed: the model never answers it again"
+    if head.fitted:
+        left = "and nothing of its images is left in the sums" if count else "its images still count as other ones"
+        said = f"{said}, {left}" if head.keeps_sums or count else said
+    return Change("remove", said, count, head.choices() if head.fitted else {})
+
+
+def rename(model: Any, old: str, new: str) -> Change:
+    index, (fresh,) = _index(model, old), class_list([new])
+    taken = _find(_class_names(model), fresh)
+    if taken is not None and taken != index:
+        raise ValueError(f"There is a class {short(fresh)} already; to make one of both, merge them.")
+    with _changing(model, head=False):
+        task, row = _place(model, index)
+        tasks = [[*names] for names in model.tasks]
+        old, tasks[task][row] = tasks[task][row], fresh
+        model.config.set_tasks(tasks)
+    return Change("rename", f"{old!r} is called {fresh!r} now")
+
+
+def merge(model: Any, names: Sequence[str], name: str) -> Change:
+    (fresh,) = class_list([name])
+    indices = [_index(model, old) for old in class_list(names)]
+    if len(indices) < 2 or len({*indices}) < len(indices):
+        raise ValueError(f"Merging takes at least two different classes; got {short([*names])}.")
+    taken = _find(_class_names(model), fresh)
+    if taken is not None and taken not in indices:
+        raise ValueError(f"There is another class {short(fresh)} already; merge it too, or choose another name.")
+    old = [_class_names(model)[index] for index in indices]
+    with _changing(model):
+        head = _fitted(model, "merge classes of")
+        first, *others = [_place(model, index) for index in indices]
+        for other in others:
+            head.merge(first, other)
+        tasks = [[*each] for each in model.tasks]
+        tasks[first[0]][first[1]] = fresh
+        kept = {task: [row for row in range(len(tasks[task])) if (task, row) not in others] for task, _ in others}
+        if any(not rows for rows in kept.values()) and model._prompts(1):
+            raise ValueError("A task would be left without classes, but its prompts belong to the model.")
+        _keep(model, kept, tasks)
+        model.end_task()
+    return Change("merge", f"{_list(old)} are one class {fresh!r} now", {}, head.choices())
+
+
+def undo(model: Any) -> Change:
+    before = model._before_change
+    if before is None:
+        raise ValueError("There is no change to undo: only the last one of this model in memory can be undone.")
+    before.restore(model)
+    model._before_change = None
+    return Change("undo", "The last change is undone")
+
+
+# ---- parts ----
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a change may change."""
+
+    tasks: list[list[str]]
+    trained_tasks: int
+    heads: tuple[Any, Any] | None
+
+    @classmethod
+    def of(cls, model: Any, head: bool) -> _State:
+        heads = copy.deepcopy((model.head, model.kd_head)) if head else None
+        return cls([[*names] for names in model.tasks], model.trained_tasks, heads)
+
+    def restore(self, model: Any) -> None:
+        if self.heads is not None:
+            model.head, model.kd_head = self.heads
+        model.config.set_tasks(self.tasks)
+        model.trained_tasks = self.trained_tasks
+
+
+@contextmanager
+def _changing(model: Any, head: bool = True) -> Iterator[None]:
+    """Restore the model if the change fails; otherwise keep what undoes it."""
+    if model.session_head is not None:
+        raise ValueError("The model is in the middle of its first session; change it once the task has been learnt.")
+    if not model.tasks and head and model.config.first_session is not None:
+        raise ValueError("The model's first session trains it on its first task; learn that with a CDLTrainer.")
+    before = _State.of(model, head)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            yield
+    except BaseException:
+        before.restore(model)
+        raise
+    finally:
+        model.train(was_training)
+    model._before_change = before
+
+
+def _fitted(model: Any, what: str) -> FittedHead:
+    """The model's head, if its sums can change. Raises ValueError otherwise."""
+    if not model.fitted:
+        raise ValueError(
+            f"To {what} known classes their old images are needed: this model's head is trained, and what it learnt "
+            "cannot be told apart. A fitted head (head: {type: ridge} in a recipe) keeps sums that can change exactly."
+        )
+    model.head.check_change()
+    return model.head
+
+
+def _features(model: Any, images: Any, processor: Any) -> torch.Tensor:
+    """Features (N, D) of pixel values (N, C, H, W), or of anything that `decode` reads."""
+    if isinstance(images, torch.Tensor):
+        check_pixels(images, model.backbone.config.num_channels)
+        batches: Any = images.split(_BATCH)
+    else:
+        view = Preprocess(_processor(model) if processor is None else processor)
+        batches = (_pixels(images[at : at + _BATCH], view) for at in range(0, len(images), _BATCH))
+    found = []
+    for pixels in batches:
+        found.append(model(pixel_values=pixels.to(model.device, model.dtype)).features)
+    return torch.cat(found)
+
+
+def _pixels(images: Sequence[Any], view: Preprocess) -> torch.Tensor:
+    decoded = [decode(image) for image in images]
+    for image in decoded:
+        check_resized(image.size, view.processor)
+    return view.evaluation(decoded)
+
+
+def _processor(model: Any) -> Any:
+    place = model.name_or_path
+    try:
+        return AutoImageProcessor.from_pretrained(place, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No image processor is known for these images ({short(place)} has none). Give one, as processor="
+            "AutoImageProcessor.from_pretrained(...), or give pixel values (N, 3, H, W)."
+        ) from error
+
+
+def _begin(model: Any, names: list[str]) -> None:
+    """Give the model a task of these classes, as learnt."""
+    model.begin_task(names)
+    model.trained_tasks = len(model.tasks)
+
+
+def _keep(model: Any, kept: dict[int, list[int]], tasks: list[list[str]] | None = None) -> None:
+    """Keep these rows of tasks, and drop the others; `tasks`: the names, if they changed too."""
+    tasks = [[*names] for names in model.tasks] if tasks is None else tasks
+    for task in sorted(kept, reverse=True):
+        for head in (model.head, model.kd_head):
+            if head is not None:
+                head.keep(task, kept[task])
+        tasks[task] = [tasks[task][row] for row in kept[task]]
+    model.trained_tasks -= sum(not names for names in tasks)
+    model.config.set_tasks([names for names in tasks if names])
+
+
+def _check_counts(model: Any, head: FittedHead) -> None:
+    counts = [int(number) for block in head.blocks for number in block.count]  # type: ignore[union-attr]
+    for name, count in zip(_class_names(model), counts, strict=True):
+        if count < 1:
+            raise ValueError(
+                f"Class {short(name)} would be left with {count} images. Check which labels these images were learnt "
+                "with; a class without images is removed or merged instead."
+            )
+
+
+def _labels(images: Any, labels: Any, what: str = "labels") -> list[str]:
+    names = class_list(labels) if not isinstance(labels, torch.Tensor) else []
+    if not hasattr(images, "__len__") or isinstance(images, str | bytes | dict):
+        raise ValueError(f"images is a {type(images).__name__}; give a list of images, or pixel values (N, 3, H, W).")
+    if len(names) != len(images):
+        raise ValueError(
+            f"There are {len(images)} images, but {len(names)} {what}; give the class name of each image."
+        )
+    return names
+
+
+def _class_names(model: Any) -> list[str]:
+    return [name for task in model.tasks for name in task]
+
+
+def _find(known: list[str], name: Any) -> int | None:
+    return next((index for index, other in enumerate(known) if same_name(other, name)), None)
+
+
+def _index(model: Any, name: Any) -> int:
+    """Index of a class over all tasks. Raises ValueError for a class that is not known."""
+    known = _class_names(model)
+    found = _find(known, name) if isinstance(name, str) else None
+    if found is None:
+        raise ValueError(f"The model knows no class {short(name)}{near(str(name), known)}")
+    return found
+
+
+def _place(model: Any, index: int) -> tuple[int, int]:
+    """Task and row of a class."""
+    for task, names in enumerate(model.tasks):
+        if index < len(names):
+            return task, index
+        index -= len(names)
+    raise IndexError(index)
+
+
+def _rows(model: Any, names: list[str], features: torch.Tensor) -> torch.Tensor:
+    known = {name: _index(model, name) for name in dict.fromkeys(names)}
+    return torch.tensor([known[name] for name in names], device=features.device)
+
+
+def _plural(word: str, count: int) -> str:
+    return word if count == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
+
+
+def _list(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
