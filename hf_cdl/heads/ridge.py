@@ -14,6 +14,8 @@ from hf_cdl.heads.base import FittedHead
 from hf_cdl.heads.bits import read, write
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 
+_ZERO, _LEVEL = 1e-12, 1.001
+"""Eigenvalues below this share of the largest are 0; of strengths whose error is level, the largest is taken."""
 _LEAST, _MOST = 1e-7, 10.0
 """Range of the strengths that are tried, as shares of the largest eigenvalue of G: below, rounding decides."""
 
@@ -150,18 +152,20 @@ def solve_by_validation(
     `gram` (M, M), `total` (C, M), `count` (C,): as in SumsHead.solve. `images`: those in `gram`.
     """
     values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp(min=0)
     along = total @ vectors  # C^T V, (C, M)
-    power = along.square().sum(dim=0)
-    largest = max(values[-1].item(), 1e-30)
+    there = values > _ZERO * values[-1]
+    found, rank = values[there], int(there.sum())
+    inside = along[:, there].square().sum(dim=0) / found  # of tr Y^T Y, by direction; without cancellation
+    outside = 0.0 if rank >= images else max(0.0, (count.sum() - inside.sum()).item())
+    largest = max(values[-1].item(), 1e-30)  # features may all be 0
     first, last = math.ceil(2 * math.log10(_LEAST * largest)), math.floor(2 * math.log10(_MOST * largest))
     strengths = [10 ** (half / 2) for half in range(first, last + 1)]
 
     def error(strength: float) -> float:
-        shrunk = 1 / (values + strength)
-        residual = count.sum() - 2 * (power * shrunk).sum() + (power * values * shrunk.square()).sum()
-        free = 1 - (values * shrunk).sum() / images
-        return (residual / free.square()).item() if free > 1e-9 else math.inf
+        kept = strength / (found + strength)
+        residual = (inside * kept.square()).sum().item() + outside
+        return residual / (max(0, images - rank) + kept.sum().item()) ** 2
 
-    best = min(strengths, key=error)
-    return (along / (values + best)) @ vectors.T, best
+    errors = [error(strength) for strength in strengths]
+    best = max(s for s, e in zip(strengths, errors, strict=True) if e <= _LEVEL * min(errors))
+    return (along / (values.clamp(min=0) + best)) @ vectors.T, best

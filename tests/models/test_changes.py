@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_contract import vit
-from transformers import set_seed
+from transformers import ViTImageProcessor, pipeline, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification
 
@@ -36,7 +40,7 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 def logits(model: CDLForImageClassification) -> dict[str, torch.Tensor]:
     """Logits of some images by class name, so that the order of the classes does not matter."""
     with torch.no_grad():
-        found = model(pictures(20, seed=99)).logits
+        found = model(pictures(20, seed=99).to(model.dtype)).logits
     return {name: found[:, number] for number, name in model.config.id2label.items()}
 
 
@@ -129,3 +133,224 @@ def test_any_changes_in_any_order_give_the_model_of_the_final_images(name: str, 
         album.change()
     assert {*logits(album.model)} == {*album.names}
     assert_same(album.model, album.at_once())
+
+
+# ---- one change ----
+
+LABELS = ["owl", "owl", "owl", "fox", "fox", "hen", "hen", "hen"]
+
+
+def learnt(head: dict[str, Any], **fields: Any) -> CDLForImageClassification:
+    model = model_with(head, **fields)
+    model.add(pictures(8), LABELS)
+    return model
+
+
+def trained(**fields: Any) -> CDLForImageClassification:
+    model = model_with({"type": "linear"}, **fields).float()
+    model.begin_task(["owl", "fox"])
+    model.begin_task(["hen"])
+    return model
+
+
+def numbers(model: CDLForImageClassification) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.head.state_dict().items()}
+
+
+def same_numbers(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_change_says_what_it_did_and_can_be_undone(head: dict[str, Any]) -> None:
+    model = learnt(head)
+    steps: list[tuple[Callable[[], Any], str]] = [
+        (
+            lambda: model.add(pictures(3, 1), ["owl", "cat", "cat"]),
+            "3 images learnt: 1 new class ('cat'), more images of 'owl'",
+        ),
+        (lambda: model.correct(pictures(8)[[0]], ["fox"], was=["owl"]), "1 label corrected: 1 from 'owl' to 'fox'"),
+        (lambda: model.remove("hen"), "'hen' is removed: the model never answers it again"),
+        (lambda: model.rename("fox", "red fox"), "'fox' is called 'red fox' now"),
+        (lambda: model.merge(["owl", "fox"], "animal"), "'owl', 'fox' are one class 'animal' now"),
+    ]
+    before, classes = numbers(model), [*model.tasks]
+    for step, said in steps:
+        assert str(step()).startswith(said)
+        assert not same_numbers(numbers(model), before) or model.tasks != classes
+        assert str(model.undo()) == "The last change is undone."
+        assert same_numbers(numbers(model), before)
+        assert model.tasks == classes
+        with pytest.raises(ValueError, match="no change to undo"):
+            model.undo()
+
+
+def test_a_class_removed_without_its_images_still_counts_as_other_ones() -> None:
+    """Its column of the targets goes, its images stay: ridge's solution is that of images without any class."""
+    model = learnt({"type": "ridge", "strength": 2.0})
+    assert str(model.remove("hen")).endswith("its images still count as other ones.")
+    with torch.no_grad():
+        features = model(pictures(8)).features
+        targets = torch.tensor([[name == "owl", name == "fox"] for name in LABELS]).double()
+        weight = torch.linalg.solve(features.T @ features + 2 * torch.eye(32).double(), features.T @ targets)
+        torch.testing.assert_close(model(pictures(20, 99)).logits, 10 * model(pictures(20, 99)).features @ weight)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "lda"])
+def test_with_sums_per_class_nothing_of_a_removed_class_is_left_in_any_byte(kind: str) -> None:
+    """The checkpoint is the very one of a model that never saw the class."""
+    model, never = (model_with({"type": kind, "sums": "per_class"}) for _ in range(2))
+    for one in (model, never):
+        one.add(pictures(5), LABELS[:5])
+    model.add(pictures(3, 5), LABELS[5:])
+    assert str(model.remove("hen")).endswith("nothing of its images is left in the sums.")
+    assert same_numbers(numbers(model), numbers(never))
+
+
+def test_a_changed_model_is_saved_and_loaded_and_changes_on(tmp_path: Path) -> None:
+    model = learnt({"type": "ridge", "strength": "auto"})
+    model.merge(["owl", "fox"], "animal")
+    model.add(pictures(2, 5), ["cat", "dog"])
+    model.remove("cat")
+    model.save_pretrained(tmp_path)
+    loaded = CDLForImageClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert loaded.tasks == model.tasks == [["animal", "hen"], ["dog"]]
+    for one in (model, loaded):
+        one.add(pictures(2, 7), ["hen", "bee"])
+    assert_same(loaded, model)
+
+
+def test_images_are_prepared_as_the_pipeline_does(tmp_path: Path) -> None:
+    """PIL images and files, by the processor that is stored with the model or given."""
+    files = []
+    for number in range(6):
+        values = np.random.default_rng(number).integers(0, 256, (20 + number, 24, 3), dtype=np.uint8)
+        files.append(tmp_path / f"{number}.png")
+        Image.fromarray(values).save(files[-1])
+    size = {"height": 16, "width": 16}
+    processor = ViTImageProcessor(size=size)
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge"}))
+    names = ["owl", "owl", "fox", "fox", "hen", "hen"]
+    with pytest.raises(ValueError, match="No image processor is known for these images"):
+        model.add(files, names)
+    assert not model.tasks
+    model.add([Image.open(file) for file in files], names, processor)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "model")
+    loaded.add([str(file) for file in files], names)
+    served = pipeline("image-classification", str(tmp_path / "model"), device="cpu")
+    assert [served(str(file))[0]["label"] for file in files] == names  # type: ignore[index]
+    assert [int(block.count.sum()) for block in loaded.head.blocks] == [12]  # type: ignore[operator, union-attr]
+
+
+def test_the_first_images_give_the_statistics_of_a_standardised_head() -> None:
+    model = learnt({"type": "ridge", "standardise": "first_task"})
+    before = model.head.standard.mean.clone()  # type: ignore[union-attr]
+    assert float(before.abs().max()) > 0
+    model.add(pictures(4, 3), ["cat"] * 4)
+    assert torch.equal(model.head.standard.mean, before)  # type: ignore[union-attr]
+
+
+# ---- trained heads ----
+
+
+def test_a_trained_head_loses_and_renames_classes_and_says_why_it_can_do_no_more() -> None:
+    model = trained()
+    want = logits(model)
+    model.rename("fox", "red fox")
+    assert {**logits(model)}.keys() == {"owl", "red fox", "hen"}
+    model.remove("owl")
+    found = logits(model)
+    assert found.keys() == {"red fox", "hen"}
+    torch.testing.assert_close(found["red fox"], want["fox"])
+    torch.testing.assert_close(found["hen"], want["hen"])
+    for change in (
+        lambda: model.add(pictures(1), ["hen"]),
+        lambda: model.correct(pictures(1), ["hen"], was=["red fox"]),
+        lambda: model.merge(["red fox", "hen"], "animal"),
+        lambda: model.remove("hen", images=pictures(2)),
+    ):
+        with pytest.raises(ValueError, match="this model's head is trained, .* A fitted head"):
+            change()
+    model.remove("hen")
+    assert model.tasks == [["red fox"]]
+
+
+def test_a_task_whose_prompts_stay_keeps_a_class() -> None:
+    model = trained(prompt={"type": "coda", "components": 4, "length": 2, "layers": [0]})
+    with pytest.raises(ValueError, match="'hen' is the only class of its task, whose prompts belong to the model"):
+        model.remove("hen")
+    assert model.tasks == [["owl", "fox"], ["hen"]]
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.add(pictures(2), ["owl"]), "There are 2 images, but 1 labels; give the class name of each"),
+        (lambda m: m.add(pictures(2), "owl"), "The class names of a task are a list of texts"),
+        (lambda m: m.add(pictures(2), [0, 1]), "A class name must be a text"),
+        (lambda m: m.add(pictures(2), torch.tensor([0, 1])), "There are 2 images, but 0 labels"),
+        (lambda m: m.add("owl.png", ["owl"]), "images is a str; give a list of images"),
+        (lambda m: m.add(pictures(2)[:, :2], ["owl", "fox"]), "but the model takes"),
+        (lambda m: m.add(pictures(2) * float("nan"), ["owl", "fox"]), "NaN or infinite"),
+        (
+            lambda m: m.add(["nothing.png"], ["owl"], ViTImageProcessor(size={"height": 16, "width": 16})),
+            "nothing.png",
+        ),
+        (lambda m: m.correct(pictures(1), ["owl"], was=["owl"]), "1 images have the same label before and after"),
+        (lambda m: m.correct(pictures(1), ["owl"], was=["fux"]), "knows no class 'fux'; did you mean 'fox'"),
+        (lambda m: m.correct(pictures(1), ["owl"], was=[]), "at least one class"),
+        (lambda m: m.correct(pictures(8)[3:5], ["owl"] * 2, was=["fox"] * 2), "'fox' would be left with 0 images"),
+        (lambda m: m.correct(pictures(2, 77), ["owl"] * 2, was=["hen"] * 2), "2 of 2 images were not learnt with"),
+        (lambda m: m.remove("bear"), "knows no class 'bear'"),
+        (lambda m: m.remove(3), "knows no class 3"),
+        (lambda m: m.remove("owl", images=pictures(2)), "give all images that it was learnt from .* 1 of them"),
+        (lambda m: m.remove("owl", images=pictures(5)), "these are 2 too many"),
+        (lambda m: m.remove("owl", images=pictures(3, 5)), "but not the same ones"),
+        (lambda m: m.rename("owl", "hen"), "There is a class 'hen' already; to make one of both, merge them"),
+        (lambda m: m.rename("owl", " "), "A class name must be a text with something in it"),
+        (lambda m: m.rename("bear", "owl"), "knows no class 'bear'"),
+        (lambda m: m.merge(["owl"], "bird"), "at least two different classes"),
+        (lambda m: m.merge(["owl", "owl"], "bird"), "at least two different classes"),
+        (lambda m: m.merge(["owl", "hen"], "fox"), "There is another class 'fox' already"),
+        (lambda m: m.merge("owl", "bird"), "a list"),
+        (lambda m: m.merge(["owl", "bear"], "bird"), "knows no class 'bear'"),
+    ],
+)
+def test_what_cannot_be_done_is_said_and_changes_nothing(change: Callable[[Any], Any], said: str) -> None:
+    model = learnt({"type": "ridge"})
+    before = numbers(model)
+    with pytest.raises((ValueError, FloatingPointError), match=said):
+        change(model)
+    assert same_numbers(numbers(model), before)
+    assert model.tasks == [["owl", "fox", "hen"]]
+    assert model.trained_tasks == 1
+
+
+def test_the_only_class_stays() -> None:
+    model = model_with({"type": "ridge"})
+    model.add(pictures(2), ["owl", "owl"])
+    with pytest.raises(ValueError, match="'owl' is the only class of this model"):
+        model.remove("owl")
+
+
+def test_a_model_in_its_first_session_and_sums_that_are_gone_cannot_change() -> None:
+    model = model_with({"type": "ridge"}, first_session={"type": "linear"}, lora={"r": 2})
+    with pytest.raises(ValueError, match="first session trains it on its first task"):
+        model.add(pictures(2), ["owl", "fox"])
+    model.begin_task(["owl", "fox"])
+    with pytest.raises(ValueError, match="in the middle of its first session"):
+        model.rename("owl", "bird")
+    gone = learnt({"type": "ridge"})
+    gone.drop_sums()
+    with pytest.raises(ValueError, match="has no sums"):
+        gone.add(pictures(1), ["owl"])
+    gone.rename("owl", "bird")
+    taught = model_with({"type": "ridge", "soft_targets": 0.5})
+    taught.begin_task(["owl", "fox"])
+    with pytest.raises(ValueError, match="learnt a teacher's answers"):
+        taught.add(pictures(1), ["owl"])
