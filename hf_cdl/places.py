@@ -50,3 +50,13 @@ def _shared(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         return {name: _shared(item, name) for name, item in value.items()}
     return [_shared(item, "") for item in value] if isinstance(value, list | tuple) else value
+
+
+def short_name(student: str) -> str:
+    """The name of a student's repository, or of its run's folder."""
+    place = Path(student)
+    if not place.is_dir():
+        return student.split("/")[-1]
+    parts = place.resolve().parts
+    inside = 2 if parts[-1].startswith("task-") else 1 if parts[-1] in ("student", "teacher") else 0
+    return parts[-1 - inside] if len(parts) > inside + 1 else parts[-1]

@@ -22,6 +22,7 @@ from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
+from hf_cdl.places import short_name
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
 from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.recipe.files import fields_given, read_yaml
@@ -57,16 +58,6 @@ def main(arguments: list[str]) -> int:
     if code in (0, 4):
         say(differences(recipe))
     return code
-
-
-def short_name(student: str) -> str:
-    """The name of a repository, or of a run's folder."""
-    place = Path(student)
-    if not place.is_dir():
-        return student.split("/")[-1]
-    parts = place.resolve().parts
-    inside = 2 if parts[-1].startswith("task-") else 1 if parts[-1] in ("student", "teacher") else 0
-    return parts[-1 - inside] if len(parts) > inside + 1 else parts[-1]
 
 
 def begin(

@@ -84,7 +84,6 @@ class SumsHead(FittedHead):
     class_sums: ClassVar[tuple[str, ...]] = ("total", "count", "grams")
     keeps_sums: ClassVar[bool] = True
     has_bias: ClassVar[bool] = False
-    config: SumsConfig
 
     def __init__(self, config: SumsConfig, hidden_size: int):
         super().__init__(config, hidden_size)
@@ -241,12 +240,11 @@ class SumsHead(FittedHead):
         sizes = [len(block.count) for block in blocks]
         total, count = torch.cat([read(block.total) for block in blocks]), torch.cat([b.count for b in blocks])
         weight, bias = self.solve(self.gram_matrix(), total, count.to(total))
-        for block, rows, shift in zip(
-            blocks, weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes), strict=True
-        ):
+        for block, rows in zip(blocks, weight.split(sizes), strict=True):
             block.weight.copy_(rows)
+        for block, rows in zip(blocks, () if bias is None else bias.split(sizes), strict=False):
             if block.bias is not None:
-                block.bias.copy_(shift)
+                block.bias.copy_(rows)
 
 
 def _sums_of(block: Any) -> ClassSums:

@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.card import shared
+from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.metrics import continual_metrics
 from hf_cdl.runs.report import number
 
@@ -18,24 +19,38 @@ DOCUMENTS = ("README.md", "accuracy_matrix.png", "results.json", ".gitattributes
 
 
 def results_after(results: Results, count: int) -> dict[str, Any]:
-    """The results of a run as of `count` finished tasks, without local paths."""
-    roles = {}
+    """The results of a run as of its revision `count`, without local paths."""
+    roles, tasks = {}, len(results["class_names"])
+    changes = results.get("changes", [])[: max(0, count - tasks)]
     for role, entry in results["roles"].items():
         cut = {key: value[:count] if isinstance(value, list) else value for key, value in entry.items()}
         if count < len(entry["accuracy_matrix"]):
             cut.pop("cost", None)  # only known for the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
-    return {**shared(results), "roles": roles, "finished": count == len(results["class_names"])}
+    rest = {key: value for key, value in shared(results).items() if key != "changes"}
+    more = {"changes": changes} if changes else {}
+    return {**rest, **more, "roles": roles, "finished": count >= tasks}
 
 
-def finished_tasks(results: Results, role: str) -> int:
-    """Number of tasks a role has learnt and been measured on."""
-    return len(results["roles"].get(role, {}).get("accuracy_matrix", ()))
+def finished_revisions(results: Results, role: str) -> int:
+    """Number of states of a role that can be pushed: one after each task it was measured on, and after each change."""
+    tasks = len(results["roles"].get(role, {}).get("accuracy_matrix", ()))
+    return tasks + (len(results.get("changes", [])) if role == CHANGED else 0)
+
+
+def classes_of(results: Results, revision: int) -> list[list[str]]:
+    """Class names, by the tasks that they are stored in, of a role's revision."""
+    changes = {change["revision"]: change for change in results.get("changes", [])}
+    return changes[revision]["class_names"] if revision in changes else results["class_names"][:revision]
 
 
 def commit_message(results: Results, role: str, count: int) -> tuple[str, str]:
-    """Title and description of the commit after `count` tasks."""
+    """Title and description of the commit of revision `count`."""
+    for change in results.get("changes", []):
+        if role == CHANGED and change["revision"] == count:
+            classes = ", ".join(visible(name) for names in change["class_names"] for name in names)
+            return f"Change: {shorten(visible(change['said']), 100, placeholder=' ...')}", f"Classes: {classes}"
     names, matrix = (
         [*map(visible, results["class_names"][count - 1])],
         results["roles"][role]["accuracy_matrix"][:count],

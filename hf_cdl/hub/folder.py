@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.escape import visible
+from hf_cdl.hub.content import finished_revisions
 from hf_cdl.hub.origin import Origin, check_role, told
 from hf_cdl.hub.repository import HubError
 from hf_cdl.runs.files import CHECKPOINT, RunError, read_json
+from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.results import checked_results, run_results
 
 
@@ -76,13 +78,16 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
                 f"{visible(checkpoint)} is no checkpoint of hf_cdl that knows classes (tasks in config.json)."
             )
         results = _alone(config, checkpoint, role) if root is None else _of_run(root)
-    tasks = len(learnt)
+    revision = len(learnt)
     if root is not None:
         inside = checkpoint.resolve().relative_to(root.resolve()).parts
         if inside and inside[0] != role:
             raise HubError(f"{visible(folder)} is the {visible(inside[0])} of its run, but its {role} is needed here.")
-        check_role(results, role, tasks, visible(folder))
-    return FolderOrigin(role, tasks, results, checkpoint, (root or folder).resolve().name)
+        if results.get("changes") and role == CHANGED:
+            named = [name for name in inside[1:2] if re.fullmatch(r"task-\d{2,4}", name)]
+            revision = int(named[0][5:]) if named else finished_revisions(results, role)
+        check_role(results, role, revision, visible(folder))
+    return FolderOrigin(role, revision, results, checkpoint, (root or folder).resolve().name)
 
 
 def _is_run(folder: Path) -> bool:

@@ -28,21 +28,34 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 
 from hf_cdl.escape import visible
-from hf_cdl.hub.content import finished_tasks
+from hf_cdl.hub.content import classes_of, finished_revisions
 from hf_cdl.hub.repository import HubError
 from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
+from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.results import checked_results
 from hf_cdl.types import is_ours
 
 
 @dataclass(frozen=True)
 class Origin(ABC):
-    """A stored model after `tasks` tasks, from which a run can continue."""
+    """A stored model, from which a run can continue."""
 
     role: str
-    tasks: int
+    revision: int
+    """Number of tasks learnt, and of changes of a student after them."""
     results: dict[str, Any]
     """The checked content of its results.json."""
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """The changes of the student after its tasks, oldest first."""
+        kept = self.results.get("changes", []) if self.role == CHANGED else []
+        return [change for change in kept if change["revision"] <= self.revision]
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks learnt before any changes."""
+        return self.revision - len(self.changes)
 
     @property
     @abstractmethod
@@ -67,7 +80,7 @@ class Origin(ABC):
             config = read_json(folder / "config.json")
             if not is_ours(config):
                 raise RunError("its config.json is not of a model of hf_cdl (model_type: cdl).")
-            known, ours = config.get("tasks"), self.results["class_names"][: self.tasks]
+            known, ours = config.get("tasks"), classes_of(self.results, self.revision)
             if known != ours:
                 raise RunError(
                     f"its config.json has {_counted(known)}, but its results {_counted(ours)}, or others of that "
@@ -135,17 +148,17 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
         with TemporaryDirectory() as folder:
             file = api.hf_hub_download(repository, "results.json", revision=commits[tag], local_dir=folder)
             results = checked_results(read_json(Path(file)), f"{repository} at {tag}: results.json")
-    tasks = int(tag[5:])
-    check_role(results, role, tasks, f"{repository} at {tag}")
-    known = {name: commit for name, commit in commits.items() if int(name[5:]) <= tasks}
-    return HubOrigin(role, tasks, results, api, repository, commits[tag], known)
+    revision = int(tag[5:])
+    check_role(results, role, revision, f"{repository} at {tag}")
+    known = {name: commit for name, commit in commits.items() if int(name[5:]) <= revision}
+    return HubOrigin(role, revision, results, api, repository, commits[tag], known)
 
 
-def check_role(results: dict[str, Any], role: str, tasks: int, where: str) -> None:
-    if results.get("role", role) != role or finished_tasks(results, role) < tasks:
+def check_role(results: dict[str, Any], role: str, revision: int, where: str) -> None:
+    if results.get("role", role) != role or finished_revisions(results, role) < revision:
         raise HubError(
-            f"{where} is no {role} of {tasks} tasks, by its results.json. Name where a {role} is, and with --revision "
-            "task-NN a state that it has been in."
+            f"{where} is no {role} of {revision} tasks, by its results.json. Name where a {role} is, and with "
+            "--revision task-NN a state that it has been in."
         )
 
 

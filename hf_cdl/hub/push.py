@@ -18,8 +18,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import disable_progress_bars, get_session, logging
 
-from hf_cdl.hub.content import Results, finished_tasks
+from hf_cdl.hub.content import Results, finished_revisions
 from hf_cdl.hub.repository import HubError, Repository
+from hf_cdl.runs.ledger import CHANGED
 
 _PERMANENT = {400, 401, 402, 403, 404, 413, 422}
 _ATTEMPTS, _LONGEST_WAIT, _SILENCE = 5, 300.0, 60.0
@@ -79,7 +80,7 @@ class Pusher:
             try:
                 _limit_silence()
                 repository.open()
-                repository.compare(finished_tasks(results, repository.role))
+                repository.compare(finished_revisions(results, repository.role))
             except HubError:
                 raise
             except Exception as error:
@@ -110,10 +111,12 @@ class Pusher:
         except KeyboardInterrupt:
             self._give_up(results, "the waiting was stopped.")
         for repository in self.repositories:
-            count = finished_tasks(results, repository.role)
+            count = finished_revisions(results, repository.role)
             address = f"{repository.api.endpoint}/{repository.id}"
             if repository.role not in self.problems:
-                self.say(f"Pushed the {repository.role}: {address} ({count} tasks, the newest task-{count:02d})")
+                changes = len(results.get("changes", [])) if repository.role == CHANGED else 0
+                held = f"{count - changes} tasks{f' and {changes} changes' if changes else ''}"
+                self.say(f"Pushed the {repository.role}: {address} ({held}, the newest task-{count:02d})")
         for role, problem in dict(self.problems).items():
             self.say(f"NOT PUSHED: the {role}. {problem}")
         if self.problems:
@@ -132,7 +135,7 @@ class Pusher:
 
     def _give_up(self, results: Results, reason: str) -> None:
         for repository in self.repositories:
-            if repository.pushed < finished_tasks(results, repository.role):
+            if repository.pushed < finished_revisions(results, repository.role):
                 self.problems.setdefault(repository.role, reason)
 
     def _pushed(self) -> int:

@@ -16,8 +16,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.hf_api import RepoFile
 
 from hf_cdl.hub.card import card_files
-from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_tasks, results_after
+from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_revisions, results_after
 from hf_cdl.runs.files import CHECKPOINT, RunError
+from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.results import stored_ledger
 
 _CODE = re.compile(r"[\w.-]+\.py")
@@ -58,7 +59,7 @@ class Repository:
         self, api: HfApi, name: str, role: str, folder: Path, private: bool, origin: Mapping[str, Any] | None = None
     ):
         self.api, self.id, self.role, self.folder, self.private = api, name, role, folder / role, private
-        self.start = max(0, (origin or {}).get("tasks", 0) - 1)
+        self.start = max(0, _revision(origin, role) - 1)
         self.known: Mapping[str, str] = origin["roles"][role]["tags"] if origin else {}
         self.other: Repository | None = None
         """The repository of the run's other model, for links in the cards."""
@@ -89,7 +90,7 @@ class Repository:
         Raises HubError if the repository holds something else.
         """
         self.open()
-        found = self.compare(finished_tasks(results, self.role))
+        found = self.compare(finished_revisions(results, self.role))
         head, files = found.head, found.files
         for number in found.to_do:
             if number != found.held:
@@ -221,6 +222,12 @@ class Repository:
             content = file.read_bytes()
             self._digests[file] = hashlib.sha256(content).hexdigest(), _git_oid(content)
         return self._digests[file]
+
+
+def _revision(origin: Mapping[str, Any] | None, role: str) -> int:
+    """The revision of a role that was taken over from elsewhere; 0 if none was."""
+    found = origin or {}
+    return found.get("revision" if role == CHANGED and "revision" in found else "tasks", 0)
 
 
 def _git_oid(content: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_cdl.runs.files import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
-from hf_cdl.runs.ledger import new_ledger, read_ledger
+from hf_cdl.runs.ledger import CHANGED, new_ledger, read_ledger, stored_tasks
 from hf_cdl.runs.repair import publish
 from hf_cdl.types import TaskResult
 
@@ -23,14 +23,15 @@ def continue_elsewhere(
     results: Mapping[str, dict[str, Any]],
     put: Callable[[str, Path], Any],
     recipe_file: str,
+    finished: bool = False,
 ) -> Callable[[], None]:
     """Create a run that continues from models which learnt their first `origin["tasks"]` tasks elsewhere.
 
     `origin`: the number of tasks, and for each of its `roles` where the model is from. `results`: role -> the
     results.json from there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
-    text of the recipe.yaml stored next to the ledger. The folder appears only once it is complete. Raises RunError if
-    something is in its place, and passes on errors of `put`; in both cases nothing is left behind. Returns a function
-    that removes the run again, as long as nothing was learnt in it.
+    text of the recipe.yaml stored next to the ledger. `finished`: no further task is to be learnt. The folder appears
+    only once it is complete. Raises RunError if something is in its place, and passes on errors of `put`; in both cases
+    nothing is left behind. Returns a function that removes the run again, as long as nothing was learnt in it.
     """
     with _started(folder) as made:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -39,7 +40,7 @@ def continue_elsewhere(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             with saving(f"start the run in {folder}"):
-                _fill(partial, origin, results, put)
+                _fill(partial, origin, results, put, finished)
                 (partial / "recipe.yaml").write_text(recipe_file)
                 sync_tree(partial)
                 if folder.exists():
@@ -57,19 +58,23 @@ def _fill(
     origin: dict[str, Any],
     results: Mapping[str, dict[str, Any]],
     put: Callable[[str, Path], Any],
+    finished: bool,
 ) -> None:
     """Write the checkpoints and the ledger of tasks learnt elsewhere into a new folder."""
     make_folder(folder)
-    count, roles = origin["tasks"], origin["roles"]
-    for role in roles:
-        put(role, folder / role / f"task-{count:02d}")
+    count, roles, student = origin["tasks"], origin["roles"], results[CHANGED]
     ledger = {
-        **new_ledger({}),  # until something is learnt here, any compatible recipe is accepted
-        "class_names": results["student"]["class_names"][:count],
+        **new_ledger(student["recipe"] if finished else {}),  # {}: any compatible recipe is accepted until it learns
+        "class_names": student["class_names"][:count],
         "entries": {role: _entries(role, results[role], count) for role in roles},
-        "files": fingerprints(folder, folder),
         "origin": origin,
+        "finished": finished,
     }
+    if changes := [c for c in student.get("changes", []) if c["revision"] <= origin.get("revision", 0)]:
+        ledger["changes"] = changes
+    for role in roles:
+        put(role, folder / role / stored_tasks(ledger, role)[-1])
+    ledger["files"] = fingerprints(folder, folder)
     for role in roles:
         publish(folder, ledger, role)
     write_json(folder / "run.json", ledger)

@@ -12,6 +12,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from hf_cdl.runs.files import RunError, check_readable, content_hash, read_numbers, versions
 
+CHANGED = "student"
+"""The role that can be changed after its tasks."""
 FORMAT = 1
 """Incremented when an older hf_cdl would misread the ledger. Ledgers without a format are read as 1."""
 
@@ -37,8 +39,29 @@ class _Entry(TypedDict):
 
 
 class _Origin(TypedDict):
+    """`revision`: of the student taken over, if changes came after its tasks."""
+
     tasks: int
     roles: dict[str, dict[str, Any]]
+    revision: NotRequired[int]
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class _Change(TypedDict):
+    """A change of the student after its tasks.
+
+    `images`: number of images added by class name, below 0 if taken away. `choices`: what the head chose. `state`: the
+    revision that an undo went back to.
+    """
+
+    revision: int
+    kind: str
+    said: str
+    time: str
+    class_names: list[list[str]]
+    images: dict[str, int]
+    choices: dict[str, float]
+    state: NotRequired[int]
 
 
 @with_config(ConfigDict(strict=True))
@@ -62,6 +85,7 @@ class _Ledger(TypedDict):
     costs: NotRequired[dict[str, dict[str, Any]]]
     hub: NotRequired[dict[str, Any]]
     origin: NotRequired[_Origin]
+    changes: NotRequired[list[_Change]]
 
 
 _LEDGER = TypeAdapter(_Ledger)
@@ -114,10 +138,31 @@ def read_ledger(
     return ledger
 
 
+def revisions(ledger: Mapping[str, Any], role: str) -> int:
+    """Number of states that a role has been in: one after each task, and for the student one after each change."""
+    changes = ledger.get("changes", []) if role == CHANGED else []
+    return len(ledger["entries"].get(role, [])) + len(changes)
+
+
 def stored_tasks(ledger: Mapping[str, Any], role: str) -> list[str]:
-    """Names of the tasks whose checkpoint of a role is in the run's folder, oldest first."""
-    first = max(0, ledger.get("origin", {}).get("tasks", 0) - 1)  # of tasks learnt elsewhere, only the last
-    return [f"task-{index + 1:02d}" for index in range(first, len(ledger["entries"].get(role, [])))]
+    """Names of the revisions whose checkpoint of a role is in the run's folder, oldest first."""
+    origin = ledger.get("origin", {})
+    elsewhere = origin.get("revision" if role == CHANGED and "revision" in origin else "tasks", 0)
+    first = max(0, elsewhere - 1)  # of those learnt elsewhere, only the last
+    return [revision_name(index + 1) for index in range(first, revisions(ledger, role))]
+
+
+def revision_name(number: int) -> str:
+    """Name of a revision: of its folder in a run, and of its tag on the Hub."""
+    return f"task-{number:02d}"
+
+
+def state_before(ledger: Mapping[str, Any], number: int) -> int | None:
+    """The revision that undoing revision `number` goes back to; None for a state after a task."""
+    changes = {change["revision"]: change for change in ledger.get("changes", [])}
+    while (change := changes.get(number)) is not None and "state" in change:
+        number = change["state"]
+    return None if change is None else number - 1
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -190,6 +235,12 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
                 yield f"entries.{role}.{index}.row is {row}, but accuracies lie between 0 and 100"
             if any(len(entry.get(key, row)) != len(row) for key in ("correct", "counts")):
                 yield f"entries.{role}.{index}: row, correct and counts are not of the same length"
+    for index, change in enumerate(ledger.get("changes", [])):
+        expected = len(entries.get(CHANGED, [])) + index + 1
+        if change["revision"] != expected or not 0 < change.get("state", 1) < expected:
+            yield f"changes.{index} is revision {change['revision']}, but {expected} comes next"
+    if ledger.get("changes") and not ledger["finished"]:
+        yield "changes of the student, but the run is not finished"
     short = [role for role, of_role in entries.items() if len(of_role) < planned or not of_role[-1].get("row")]
     if ledger["finished"] and (not entries or short):
         yield f"finished, but {short[0] if short else 'every role'} lacks tasks"

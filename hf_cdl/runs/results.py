@@ -69,6 +69,16 @@ class _Role(_Checked):
     cost: _Cost | None = None
 
 
+class _Change(_Checked):
+    revision: Count
+    kind: Name
+    said: Name
+    time: Name
+    class_names: list[Annotated[list[Name], Field(min_length=1)]]
+    images: dict[Name, int]
+    choices: dict[Name, FiniteFloat]
+
+
 class _Results(_Checked):
     name: Name
     seed: int | None
@@ -79,6 +89,7 @@ class _Results(_Checked):
     finished: bool = False
     versions: dict[Name, Name] = {}
     origin: _Origin | None = None
+    changes: list[_Change] = []
 
 
 def stored_ledger(folder: Path) -> dict[str, Any]:
@@ -124,6 +135,8 @@ def checked_results(content: Any, where: str) -> dict[str, Any]:
             if not count and any(row[i] is not None for row in matrix[i:] if i < len(row)):
                 problems.append(f"{path}.counts.{i} is 0, but accuracies of that task were measured")
     _check_origin(content, len(tasks), problems)
+    for index, change in enumerate(content.get("changes", [])):
+        _check_names(change["class_names"], problems, f"changes.{index}.class_names")
     _raise(problems, where)
     return content
 
@@ -158,6 +171,7 @@ def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "stream": ledger["stream"],
         "class_names": ledger["class_names"],
         **({"origin": ledger["origin"]} if ledger.get("origin") else {}),
+        **({"changes": ledger["changes"]} if ledger.get("changes") else {}),
         "roles": roles,
     }
 
@@ -200,10 +214,10 @@ def _too_deep(content: Any) -> bool:
     return True
 
 
-def _check_names(class_names: list[list[str]], problems: list[str]) -> None:
+def _check_names(class_names: list[list[str]], problems: list[str], where: str = "class_names") -> None:
     names = [name for task in class_names for name in task]
     if len({*names}) < len(names):
-        problems.append("class_names has a class twice, but a class belongs to one task")
+        problems.append(f"{where} has a class twice, but a class belongs to one task")
 
 
 def _check_origin(content: Mapping[str, Any], tasks: int, problems: list[str]) -> None:

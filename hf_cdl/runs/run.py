@@ -41,6 +41,8 @@ from hf_cdl.runs.ledger import (
     new_ledger,
     plugin_hashes,
     read_ledger,
+    revision_name,
+    revisions,
     shortened,
 )
 from hf_cdl.runs.repair import examine, mend, publish, unreadable
@@ -218,8 +220,8 @@ class Run:
 
     def checkpoint(self, role: str) -> Path | None:
         """Folder of a role's newest finished checkpoint; None before its first task is finished."""
-        count = len(self.ledger["entries"].get(role, []))
-        return self.folder / role / f"task-{count:02d}" if count else None
+        count = revisions(self.ledger, role)
+        return self.folder / role / revision_name(count) if count else None
 
     def work_folder(self, role: str, task: Task) -> Path:
         """Folder where the phase in progress keeps the state it can resume from."""
@@ -246,28 +248,35 @@ class Run:
         entries.append(dataclasses.asdict(result))
         if not self.writer:
             return
-        target = self.folder / result.role / task.name
-        partial = target.with_name(f".{task.name}.partial")
         try:
             with saving(f"save {result.role} after {task.name} in {self.folder}"):
-                shutil.rmtree(partial, ignore_errors=True)
-                make_folder(partial)
-                write(partial)
-                sync_tree(partial)
-                shutil.rmtree(target, ignore_errors=True)  # left by a kill before the ledger was updated
-                replace(partial, target)
+                self._put_checkpoint(result.role, task.name, write)
                 write_json(self.history_file(result.role, task), history)
                 self._note_files(result.role, task)
                 self._write_ledger()
                 publish(self.folder, self.ledger, result.role)
         except BaseException:  # Ctrl-C too: the ledger in memory must not know more than the one in the file
-            shutil.rmtree(partial, ignore_errors=True)
             entries.pop()
             self.ledger["files"] = files
             raise
         shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
         if task.index > 0:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
+
+    def _put_checkpoint(self, role: str, name: str, write: Callable[[Path], None]) -> None:
+        """Write a checkpoint by `write(folder)`; its folder appears only once it is complete."""
+        target = self.folder / role / name
+        partial = target.with_name(f".{name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            make_folder(partial)
+            write(partial)
+            sync_tree(partial)
+            shutil.rmtree(target, ignore_errors=True)  # left by a kill before the ledger was updated
+            replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _note_files(self, role: str, task: Task) -> None:
         """Add the fingerprints of a finished task's files to the ledger."""

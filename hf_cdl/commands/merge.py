@@ -1,0 +1,11 @@
+"""hf-cdl merge: one class in place of several."""
+
+from __future__ import annotations
+
+from hf_cdl.commands.changing import change
+from hf_cdl.commands.parsers import read
+
+
+def main(arguments: list[str]) -> int:
+    options, _ = read("merge", arguments)
+    return change(options, lambda model, processor: model.merge(options.names, options.name))

@@ -1,0 +1,11 @@
+"""hf-cdl rename: another name for one of a student's classes."""
+
+from __future__ import annotations
+
+from hf_cdl.commands.changing import change
+from hf_cdl.commands.parsers import read
+
+
+def main(arguments: list[str]) -> int:
+    options, _ = read("rename", arguments)
+    return change(options, lambda model, processor: model.rename(options.old, options.new))

@@ -1,0 +1,110 @@
+"""Changes of a finished run's student: each is one more revision, and none is ever overwritten."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.runs.files import RunError, fingerprint, fingerprints, saving, write_json
+from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions, state_before
+from hf_cdl.runs.repair import examine, mend, publish
+from hf_cdl.runs.run import RESULTS, Run
+
+
+class ChangingRun(Run):
+    """The finished run in `folder`, to change its student.
+
+    Raises RunError if it is not finished, or holds no run.
+    """
+
+    def __init__(self, folder: str | Path, say: Callable[[str], Any] = print):
+        super().__init__(folder, read_ledger(Path(folder))["recipe"], say=say)
+        if not self.finished:
+            self.close()
+            raise RunError(
+                f"The run in {self.folder} is not finished, and its next tasks build on the student as it is. Finish "
+                "it first: the command that began it goes on with it."
+            )
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the run's lock while its student is changed. Raises RunError if another process uses it."""
+        self._acquire()
+        try:
+            self._open()  # another process may have changed it before we got the lock
+            found = examine(self.folder, self.ledger)
+            mend(self.folder, self.ledger, found)
+            for line in found.said:
+                self.say(line)
+            yield
+        finally:
+            self._lock.release(force=True)
+
+    def save_change(self, change: dict[str, Any], write: Callable[[Path], None]) -> str:
+        """Store the changed student as the next revision (by `write(folder)`), within `changing`; returns its name.
+
+        `change`: as in the ledger, without revision and time. Raises RunError if writing fails; what was stored before
+        stays intact, also after a kill.
+        """
+        number, before = revisions(self.ledger, CHANGED) + 1, json.loads(json.dumps(self.ledger))
+        name, results = revision_name(number), self.folder / RESULTS
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.ledger.setdefault("changes", []).append({"revision": number, **change, "time": now})
+        try:
+            with saving(f"save the student as {name} in {self.folder}"):
+                self._put_checkpoint(CHANGED, name, write)
+                write_json(results, self.results())
+                known = self.ledger["files"]
+                known.update(
+                    fingerprints(self.folder / CHANGED / name, self.folder), **{RESULTS: fingerprint(results)}
+                )
+                self._write_ledger()
+                publish(self.folder, self.ledger, CHANGED)
+        except BaseException:  # Ctrl-C too: the ledger in memory must not know more than the one in the file
+            self.ledger = before
+            raise
+        return name
+
+    def undo(self) -> dict[str, Any]:
+        """Go back, by one more revision, to the student before its last change that is not undone.
+
+        Returns the change as stored, also within `changing`. Raises RunError if there is none.
+        """
+        last = revisions(self.ledger, CHANGED)
+        back = state_before(self.ledger, last)
+        if back is None:
+            raise RunError(f"There is no change to undo in {self.folder}: its student is as it was after its tasks.")
+        source, change = self.folder / CHANGED / revision_name(back), self._change_of(back)
+        undone = next(c for c in self.changes if c["revision"] == back + 1)
+        if not source.is_dir():
+            raise RunError(f"{source} is not there, so the student cannot go back to it: it was changed elsewhere.")
+
+        def copy(folder: Path) -> None:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+
+        names = self.ledger["class_names"] if change is None else change["class_names"]
+        self.save_change(
+            {
+                "kind": "undo",
+                "said": f"Undone: {undone['said']} The student is that of {revision_name(back)} again.",
+                "class_names": names,
+                "images": {name: -count for name, count in undone["images"].items()},
+                "choices": {} if change is None else change["choices"],
+                "state": back,
+            },
+            copy,
+        )
+        return self.changes[-1]
+
+    @property
+    def changes(self) -> list[dict[str, Any]]:
+        """All changes so far, oldest first."""
+        return self.ledger.get("changes", [])
+
+    def _change_of(self, number: int) -> dict[str, Any] | None:
+        return next((change for change in self.changes if change["revision"] == number), None)
