@@ -18,7 +18,7 @@ from hf_cdl.prompts import PROMPTS
 FILE, METHOD, FUNCTION = 300, 150, 40
 EMPTY = {getattr(tokenize, name) for name in ("COMMENT", "NL", "NEWLINE", "INDENT", "DEDENT", "ENDMARKER")}
 FILES = [file for folder in ("hf_cdl", "recipes") for file in sorted((ROOT / folder).rglob("*.py"))]
-HEADS = {file for file in (ROOT / "hf_cdl" / "heads").glob("*.py") if file.stem not in ("__init__", "base")}
+HEADS = {file for file in (ROOT / "hf_cdl" / "heads").glob("*.py") if file.stem not in ("__init__", "base", "sums")}
 METHODS = {Path(inspect.getfile(kind)) for registry in (PROMPTS, TERMS) for kind in registry.values()} | HEADS
 
 
@@ -57,7 +57,7 @@ CORE = ("types", "config", "data", "backbones", "prompts", "heads", "distill", "
 AROUND = ("runs", "hub", "recipe", "compare", "commands")
 
 
-@pytest.mark.parametrize(("rooms", "most"), [(CORE, 7_300), (AROUND, 6_300)], ids=["core", "around it"])
+@pytest.mark.parametrize(("rooms", "most"), [(CORE, 8_100), (AROUND, 7_000)], ids=["core", "around it"])
 def test_the_rooms_do_not_grow_unnoticed(rooms: tuple[str, ...], most: int) -> None:
     """The bounds are moved on purpose: whoever adds a feature states its size here."""
     files = [

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from hf_cdl.commands import changing_parsers as changing
+from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,8 @@ def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     return options, fields
 
 
-def _parser(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"hf-cdl {verb}",
-        usage=f"hf-cdl {verb} {usage}",
-        description=about,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def _train(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "[RECIPE.yaml ...] [--any.field value ...] [--plan]\n       hf-cdl train --example quickstart",
         """Teach, distil, evaluate, task after task. Running the same command again goes on where the run stopped.
@@ -84,7 +75,7 @@ recipe and their defaults: the tables in README.md. On several GPUs: accelerate 
 
 
 def _plan(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "RECIPE.yaml ... [--any.field value ...]",
         "What a run would need: parameters, FLOPs, steps, memory and files. Nothing is trained.",
@@ -96,7 +87,7 @@ def _plan(verb: str) -> argparse.ArgumentParser:
 
 
 def _add(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "STUDENT DATA [options] [--any.field value ...]",
         """Learn one more task with a student and a teacher from the Hugging Face Hub or a folder; no more is needed.
@@ -121,165 +112,50 @@ plugins (Python files), read them, then name them yourself: --plugins '[FILE]'."
     )
     parser.add_argument("--teacher", help="its teacher, if it had one (default: OWNER/NAME-teacher, or the run's)")
     parser.add_argument("--revision", metavar="task-NN", help="the state to go on from (default: the newest)")
-    parser.add_argument("--output_dir", type=_path, metavar="FOLDER", help="the new run's (default: runs/NAME-DATA)")
-    return parser
-
-
-def _changing(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
-    """The parser of a command that changes a trained student."""
-    more = """
-
-Every change is a further revision of the student (task-06 after task-05): nothing is overwritten, and hf-cdl undo goes
-back. A student from the Hub or of a lone checkpoint is first taken over into a run of its own. With a fitted head
-(ridge, lda, ncm) the result equals learning the final images at once."""
-    parser = _parser(verb, f"STUDENT {usage} [options]", about + more, example)
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="a run's folder (runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub",
-    )
-    return parser
-
-
-def _changing_options(parser: argparse.ArgumentParser) -> None:
-    text = "of a run of its own, for a student from elsewhere (default: runs/NAME)"
-    parser.add_argument("--output_dir", type=_path, metavar="FOLDER", help=text)
-    parser.add_argument(
-        "--push_to_hub", type=_true_or_false, metavar="true|false", help="push it (default: if the run was pushed)"
-    )
-    _plugins(parser)
-
-
-def _correct(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb,
-        "FILE.csv",
-        "Give images that the student learnt with a wrong label their right one.",
-        "hf-cdl correct runs/flowers wrong.csv",
-    )
-    parser.add_argument(
-        "file",
-        type=_path,
-        metavar="FILE.csv",
-        help="columns image (its path, from the file's folder), label (the right one) and was (the one it was learnt "
-        "with; without the column: the name of the image's folder)",
-    )
-    _changing_options(parser)
-    return parser
-
-
-def _remove(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb,
-        "CLASS [--images FOLDER]",
-        """Remove a class: the student never answers it again.
-
-With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
-afterwards one that never saw them. Otherwise they go on counting as images of no class.""",
-        "hf-cdl remove runs/flowers 'ox-eye daisy' --images flowers/train",
-    )
-    parser.add_argument("name", metavar="CLASS", help="the name of the class")
-    parser.add_argument(
-        "--images", type=_path, metavar="FOLDER", help="all its training images, or a folder with a folder CLASS/"
-    )
-    _changing_options(parser)
-    return parser
-
-
-def _rename(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb, "OLD NEW", "Give a class another name.", "hf-cdl rename runs/flowers daisy 'common daisy'"
-    )
-    parser.add_argument("old", metavar="OLD", help="the class as it is called")
-    parser.add_argument("new", metavar="NEW", help="the class as it will be called")
-    _changing_options(parser)
-    return parser
-
-
-def _merge(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb,
-        "CLASS CLASS [...] --as NAME",
-        "Make one class of several.",
-        "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
-    )
-    parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
-    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help="the name of the one they become")
-    _changing_options(parser)
-    return parser
-
-
-def _undo(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(verb, "", "Go back to the student before its last change.", "hf-cdl undo runs/flowers")
-    _changing_options(parser)
+    parser.add_argument("--output_dir", type=path, metavar="FOLDER", help="the new run's (default: runs/NAME-DATA)")
     return parser
 
 
 def _push(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "RUN [--hub_model_id NAME] [--push_teacher true|false] [--hub_private_repo true|false] [options]",
         "Push what a run has finished and the Hugging Face Hub does not hold yet.",
         "hf-cdl push runs/quickstart --hub_model_id me/quickstart --push_teacher true",
     )
-    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     last = "(default: as it was last to be pushed)"
     parser.add_argument("--hub_model_id", metavar="NAME", help=f"the student's repository {last}")
     parser.add_argument(
-        "--push_teacher", type=_true_or_false, metavar="true|false", help=f"the teacher, too: NAME-teacher {last}"
+        "--push_teacher", type=true_or_false, metavar="true|false", help=f"the teacher, too: NAME-teacher {last}"
     )
     parser.add_argument(
-        "--hub_private_repo", type=_true_or_false, metavar="true|false", help=f"whether others see it {last}"
+        "--hub_private_repo", type=true_or_false, metavar="true|false", help=f"whether others see it {last}"
     )
-    _plugins(parser)
+    plugins(parser)
     return parser
 
 
-def _plugins(parser: argparse.ArgumentParser) -> None:
-    """Add --plugins: files with methods that a run's recipe names; no other files are run."""
-    text = "Python files of yours with methods that the run's recipe names; no other is run (default: none)"
-    parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=text)
-
-
-def _path(text: str) -> Path:
-    """Parse a path; an empty one, which would be the current folder, raises an error."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("it is empty, but takes a file or a folder (for this one: .)")
-    return Path(text)
-
-
-def _true_or_false(text: str) -> bool:
-    """Parse a boolean as a recipe does; anything else raises an error that says so."""
-    import yaml
-
-    try:
-        if isinstance(value := yaml.safe_load(text), bool):
-            return value
-    except yaml.YAMLError:
-        pass
-    raise argparse.ArgumentTypeError(f"it is {text!r}, but takes true or false")
-
-
 def _card(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "RUN [--output FOLDER] [--repo_id OWNER/NAME] [--plugins FILE ...]",
         "Write the model cards of a run, with their picture: ROLE/README.md and ROLE/accuracy_matrix.png.",
         "hf-cdl card runs/quickstart --repo_id me/quickstart",
     )
-    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, finished or not")
-    parser.add_argument("--output", type=_path, metavar="FOLDER", help="where they are written (default: RUN)")
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, finished or not")
+    parser.add_argument("--output", type=path, metavar="FOLDER", help="where they are written (default: RUN)")
     parser.add_argument(
         "--repo_id",
         metavar="OWNER/NAME",
         help="where the student will be; its teacher: NAME-teacher (default: none)",
     )
-    _plugins(parser)
+    plugins(parser)
     return parser
 
 
 def _verify(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "RUN [--plugins FILE ...]",
         """Load every checkpoint of a run again and compare its accuracies with the ones that the run recorded.
@@ -288,13 +164,13 @@ Nothing that the run's files name is executed. If its recipe has plugins (Python
 them, then name them here.""",
         "hf-cdl verify runs/quickstart",
     )
-    parser.add_argument("run", type=_path, metavar="RUN", help="a run's folder, such as runs/quickstart")
-    _plugins(parser)
+    parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, such as runs/quickstart")
+    plugins(parser)
     return parser
 
 
 def _shrink(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "BACKBONE FOLDER [options]",
         """A smaller backbone from a pre-trained one: its first layers and final norm, at another image size.
@@ -304,7 +180,7 @@ embeddings are interpolated, a ViT's here and once, those of DINOv2 and most oth
         "hf-cdl shrink facebook/dinov2-small backbones/dinov2-small-8 --layers 8 --size 56",
     )
     parser.add_argument("backbone", metavar="BACKBONE", help="a Hub id or folder")
-    parser.add_argument("folder", type=_path, metavar="FOLDER", help="where the smaller one is written")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="where the smaller one is written")
     parser.add_argument("--layers", type=int, metavar="N", help="how many are kept (default: all)")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="an image's side (default: as it was)")
     parser.add_argument("--revision", help="of BACKBONE on the Hub (default: main)")
@@ -313,7 +189,7 @@ embeddings are interpolated, a ViT's here and once, those of DINOv2 and most oth
 
 
 def _compare(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "SPEC.yaml [SPEC.yaml ...] [--jobs N] [--test]",
         """Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
@@ -328,7 +204,7 @@ images, writes the same files to runs/comparisons/NAME/test/, and records in run
 were read; it does so once, at the very end.""",
         "hf-cdl compare recipes/comparisons/quickstart_baselines.yaml --jobs 2",
     )
-    parser.add_argument("specs", type=_path, nargs="+", metavar="SPEC", help="a comparison's file")
+    parser.add_argument("specs", type=path, nargs="+", metavar="SPEC", help="a comparison's file")
     parser.add_argument("--jobs", type=_jobs, metavar="N", help="runs at a time (default: GPUs, or cores without one)")
     parser.add_argument("--test", action="store_true", help="measure the finished runs on the test images, once")
     return parser
@@ -342,7 +218,7 @@ def _jobs(text: str) -> int:
 
 
 def _demo(verb: str) -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = verb_parser(
         verb,
         "WHERE [--trust_remote_code] [--plugins FILE ...]",
         """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
@@ -358,7 +234,7 @@ The variable GRADIO_SERVER_PORT chooses the port (default: the first free one fr
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code that lies in it (default: it is not run)"
     )
-    _plugins(parser)
+    plugins(parser)
     return parser
 
 
@@ -366,11 +242,11 @@ VERBS = {
     "train": Verb("teach, distil, evaluate, task after task", _train, open=True, resumes=True),
     "plan": Verb("what a run would need: parameters, FLOPs, steps, memory and files", _plan, open=True),
     "add": Verb("one more task for a student and a teacher, from the Hub or a folder", _add, open=True, resumes=True),
-    "correct": Verb("give images that a student learnt with a wrong label their right one", _correct),
-    "remove": Verb("remove a class from a student", _remove),
-    "rename": Verb("rename a class of a student", _rename),
-    "merge": Verb("make one class of several", _merge),
-    "undo": Verb("go back to a student before its last change", _undo),
+    "correct": Verb("give images that a student learnt with a wrong label their right one", changing.correct),
+    "remove": Verb("remove a class from a student", changing.remove),
+    "rename": Verb("rename a class of a student", changing.rename),
+    "merge": Verb("make one class of several", changing.merge),
+    "undo": Verb("go back to a student before its last change", changing.undo),
     "push": Verb("push what the Hub lacks of a run", _push, resumes=True),
     "card": Verb("write a run's model cards", _card),
     "verify": Verb("load a run's checkpoints again and compare their accuracies", _verify),

@@ -12,17 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32
 from hf_cdl.heads.bits import add, movable, read
+from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
 from hf_cdl.heads.standardise import check_features
-
-_ZERO, _STRANGE = 1e-12, 1e-6
-"""Eigenvalues below this share of the largest are 0; features may have this share of their square along those."""
 
 
 @dataclass(frozen=True)
@@ -42,31 +39,6 @@ class SumsConfig(FittedConfig):
             raise ValueError(f"A head of sums needs features >= 1 or null; got {self.features}.")
         if self.sums not in (True, False, "per_class"):
             raise ValueError(f"A head's sums are {self.sums!r}; allowed: true, false, per_class.")
-
-
-class ClassSums(nn.Module):
-    """What the images of a task's C_t classes leave: `total` (C_t, M) and `count` (C_t,), and the solved weights.
-
-    With `per_class` also `grams` (C_t, M (M + 1) / 2), the upper triangle of each class's Gram matrix. Float64 numbers
-    are stored as their bits in integers, which changing the model's dtype cannot round.
-    """
-
-    def __init__(self, width: int, num_classes: int, sums: bool | str, bias: bool):
-        super().__init__()
-        self.weight: torch.Tensor
-        self.bias: torch.Tensor | None
-        self.total: torch.Tensor
-        self.count: torch.Tensor
-        self.grams: torch.Tensor
-        packed = torch.zeros(num_classes, width * (width + 1) // 2, dtype=torch.int64) if sums == "per_class" else None
-        self.register_buffer("weight", torch.zeros(num_classes, width))
-        self.register_buffer("bias", torch.zeros(num_classes) if bias else None)
-        self.register_buffer("total", torch.zeros(num_classes, width, dtype=torch.int64) if sums else None)
-        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64) if sums else None)
-        self.register_buffer("grams", packed)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.weight, self.bias)
 
 
 class SumsHead(FittedHead):
@@ -153,7 +125,7 @@ class SumsHead(FittedHead):
         self.check_labels(labels)
         mapped = movable(self.prepare(at_least_float32(features))).double()
         first = 0
-        for block in map(_sums_of, self.blocks):
+        for block in map(sums_of, self.blocks):
             own = (labels >= first) & (labels < first + len(block.count))
             if own.any():
                 self._add_to(block, mapped[own], labels[own] - first, None if taught is None else taught[own], sign)
@@ -170,10 +142,9 @@ class SumsHead(FittedHead):
         add(block.total, sign * (targets.T @ mapped))
         block.count.add_(sign * torch.bincount(rows, minlength=len(block.count)))
         if block.grams is not None:
-            upper = torch.triu_indices(self.width, self.width, device=mapped.device)
             for row in rows.unique().tolist():
                 of_class = mapped[rows == row]
-                add(block.grams[row], sign * (of_class.T @ of_class)[upper[0], upper[1]])
+                add(block.grams[row], sign * packed(of_class.T @ of_class))
 
     def _targets(self, targets: torch.Tensor, taught: torch.Tensor | None) -> torch.Tensor:
         """Targets of a task's images (B, C_t), given as one-hot."""
@@ -182,7 +153,7 @@ class SumsHead(FittedHead):
     @torch.no_grad()
     def keep(self, task: int, rows: list[int]) -> None:
         if self.config.sums == "per_class":
-            block = _sums_of(self.blocks[task])
+            block = sums_of(self.blocks[task])
             kept = torch.zeros_like(block.count, dtype=torch.bool)
             kept[rows] = True
             self.images.sub_(block.count[~kept].sum())
@@ -198,15 +169,12 @@ class SumsHead(FittedHead):
         if self.gram is not None:
             parts = [(read(self.gram), torch.ones_like(labels, dtype=torch.bool))]
         else:
-            grams = torch.cat([read(_sums_of(block).grams) for block in self.blocks])
-            parts = [(self._unpacked(grams[label]), labels == label) for label in labels.unique().tolist()]
+            grams = torch.cat([read(sums_of(block).grams) for block in self.blocks])
+            parts = [(unpacked(self.width, grams[label]), labels == label) for label in labels.unique().tolist()]
         for gram, own in parts:
-            values, vectors = torch.linalg.eigh(gram)
-            outside = mapped[own] @ vectors[:, values < _ZERO * values[-1]]
-            strange = outside.square().sum(dim=1) > _STRANGE * mapped[own].square().sum(dim=1)
-            if strange.any():
+            if strange := outside(gram, mapped[own]):
                 raise ValueError(
-                    f"{int(strange.sum())} of {int(own.sum())} images were not learnt with the label that they are "
+                    f"{strange} of {int(own.sum())} images were not learnt with the label that they are "
                     "said to have had: their features are no combination of those that were. Give the images and "
                     "labels of the training."
                 )
@@ -220,14 +188,7 @@ class SumsHead(FittedHead):
         """G (M, M) of all images, in float64; a copy."""
         if self.gram is not None:
             return read(self.gram).clone()
-        return self._unpacked(torch.cat([read(_sums_of(block).grams) for block in self.blocks]).sum(dim=0))
-
-    def _unpacked(self, upper: torch.Tensor) -> torch.Tensor:
-        """The symmetric matrix (M, M) with this upper triangle."""
-        row, column = torch.triu_indices(self.width, self.width, device=upper.device)
-        gram = torch.zeros(self.width, self.width, dtype=upper.dtype, device=upper.device)
-        gram[row, column] = upper
-        return gram + gram.triu(diagonal=1).T
+        return unpacked(self.width, torch.cat([read(sums_of(block).grams) for block in self.blocks]).sum(dim=0))
 
     @torch.no_grad()
     def end_task(self) -> None:
@@ -236,7 +197,7 @@ class SumsHead(FittedHead):
             check_finite(self.numbers(), f"The sums of the {self.name} head")
         except ValueError as error:
             raise FloatingPointError(str(error)) from error
-        blocks = [*map(_sums_of, self.blocks)]
+        blocks = [*map(sums_of, self.blocks)]
         sizes = [len(block.count) for block in blocks]
         total, count = torch.cat([read(block.total) for block in blocks]), torch.cat([b.count for b in blocks])
         weight, bias = self.solve(self.gram_matrix(), total, count.to(total))
@@ -245,7 +206,3 @@ class SumsHead(FittedHead):
         for block, rows in zip(blocks, () if bias is None else bias.split(sizes), strict=False):
             if block.bias is not None:
                 block.bias.copy_(rows)
-
-
-def _sums_of(block: Any) -> ClassSums:
-    return block

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
 
 from hf_cdl.checked import near, short
-from hf_cdl.data.images import check_resized, decode
-from hf_cdl.data.views import Preprocess
+from hf_cdl.heads import example
 from hf_cdl.heads.base import FittedHead
 from hf_cdl.labels import class_list, same_name
 from hf_cdl.models.input_checks import check_pixels
@@ -217,7 +215,8 @@ def _fitted(model: Any, what: str) -> FittedHead:
     if not model.fitted:
         raise ValueError(
             f"To {what} known classes their old images are needed: this model's head is trained, and what it learnt "
-            "cannot be told apart. A fitted head (head: {type: ridge} in a recipe) keeps sums that can change exactly."
+            "cannot be told apart. A fitted head keeps sums that can change exactly: in a recipe, head: "
+            f"{example(fitted=True)}."
         )
     model.head.check_change()
     return model.head
@@ -229,6 +228,8 @@ def _features(model: Any, images: Any, processor: Any) -> torch.Tensor:
         check_pixels(images, model.backbone.config.num_channels)
         batches: Any = images.split(_BATCH)
     else:
+        from hf_cdl.data.views import Preprocess  # not at import of hf_cdl: Pillow takes its time
+
         view = Preprocess(_processor(model) if processor is None else processor)
         batches = (_pixels(images[at : at + _BATCH], view) for at in range(0, len(images), _BATCH))
     found = []
@@ -237,7 +238,9 @@ def _features(model: Any, images: Any, processor: Any) -> torch.Tensor:
     return torch.cat(found)
 
 
-def _pixels(images: Sequence[Any], view: Preprocess) -> torch.Tensor:
+def _pixels(images: Sequence[Any], view: Any) -> torch.Tensor:
+    from hf_cdl.data.images import check_resized, decode
+
     decoded = [decode(image) for image in images]
     for image in decoded:
         check_resized(image.size, view.processor)
@@ -245,6 +248,8 @@ def _pixels(images: Sequence[Any], view: Preprocess) -> torch.Tensor:
 
 
 def _processor(model: Any) -> Any:
+    from transformers import AutoImageProcessor  # not at import of hf_cdl: it loads tokenizers
+
     place = model.name_or_path
     try:
         return AutoImageProcessor.from_pretrained(place, trust_remote_code=False)

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.runs.files import RunError, fingerprint, fingerprints, saving, write_json
+from hf_cdl.runs.files import RunError, fingerprint, fingerprints, put_folder, saving, write_json
 from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions, state_before
 from hf_cdl.runs.repair import examine, mend, publish
 from hf_cdl.runs.run import RESULTS, Run
@@ -57,7 +57,7 @@ class ChangingRun(Run):
         self.ledger.setdefault("changes", []).append({"revision": number, **change, "time": now})
         try:
             with saving(f"save the student as {name} in {self.folder}"):
-                self._put_checkpoint(CHANGED, name, write)
+                put_folder(self.folder / CHANGED / name, write)
                 write_json(results, self.results())
                 known = self.ledger["files"]
                 known.update(

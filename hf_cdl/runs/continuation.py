@@ -30,8 +30,8 @@ def continue_elsewhere(
     `origin`: the number of tasks, and for each of its `roles` where the model is from. `results`: role -> the
     results.json from there. `put(role, folder)` puts a role's newest checkpoint into a folder. `recipe_file`: the
     text of the recipe.yaml stored next to the ledger. `finished`: no further task is to be learnt. The folder appears
-    only once it is complete. Raises RunError if something is in its place, and passes on errors of `put`; in both cases
-    nothing is left behind. Returns a function that removes the run again, as long as nothing was learnt in it.
+    only once it is complete. Raises RunError if something is in its place, and passes on errors of `put`; nothing is
+    left behind then. Returns a function that removes the run again, as long as nothing was learnt in it.
     """
     with _started(folder) as made:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

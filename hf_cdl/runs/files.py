@@ -131,6 +131,21 @@ def _copy(source: Path, target: Path) -> None:
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
+def put_folder(target: Path, write: Callable[[Path], Any]) -> None:
+    """Create a folder filled by `write(folder)`, which appears only once it is complete, replacing a former one."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        make_folder(partial)
+        write(partial)
+        sync_tree(partial)
+        shutil.rmtree(target, ignore_errors=True)  # left by a kill before the ledger was updated
+        replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def replace(source: Path, target: Path) -> None:
     """os.replace for a file or folder already synced to disk; the new name is synced too."""
     os.replace(source, target)

@@ -26,11 +26,10 @@ from hf_cdl.runs.files import (
     fingerprints,
     make_folder,
     make_way,
+    put_folder,
     read_json,
-    replace,
     saving,
     sync,
-    sync_tree,
     write_json,
 )
 from hf_cdl.runs.ledger import (
@@ -250,7 +249,7 @@ class Run:
             return
         try:
             with saving(f"save {result.role} after {task.name} in {self.folder}"):
-                self._put_checkpoint(result.role, task.name, write)
+                put_folder(self.folder / result.role / task.name, write)
                 write_json(self.history_file(result.role, task), history)
                 self._note_files(result.role, task)
                 self._write_ledger()
@@ -262,21 +261,6 @@ class Run:
         shutil.rmtree(self.work_folder(result.role, task), ignore_errors=True)
         if task.index > 0:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
-
-    def _put_checkpoint(self, role: str, name: str, write: Callable[[Path], None]) -> None:
-        """Write a checkpoint by `write(folder)`; its folder appears only once it is complete."""
-        target = self.folder / role / name
-        partial = target.with_name(f".{name}.partial")
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            make_folder(partial)
-            write(partial)
-            sync_tree(partial)
-            shutil.rmtree(target, ignore_errors=True)  # left by a kill before the ledger was updated
-            replace(partial, target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def _note_files(self, role: str, task: Task) -> None:
         """Add the fingerprints of a finished task's files to the ledger."""

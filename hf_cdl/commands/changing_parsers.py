@@ -1,0 +1,97 @@
+"""The arguments of the commands that change a trained student."""
+
+from __future__ import annotations
+
+import argparse
+
+from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
+
+
+def _changing(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
+    """The parser of a command that changes a trained student."""
+    more = """
+
+Every change is a further revision of the student (task-06 after task-05): nothing is overwritten, and hf-cdl undo goes
+back. A student from the Hub or of a lone checkpoint is first taken over into a run of its own. With a fitted head
+(ridge, lda, ncm) the result equals learning the final images at once."""
+    parser = verb_parser(verb, f"STUDENT {usage} [options]", about + more, example)
+    parser.add_argument(
+        "student",
+        metavar="STUDENT",
+        help="a run's folder (runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub",
+    )
+    return parser
+
+
+def _changing_options(parser: argparse.ArgumentParser) -> None:
+    text = "of a run of its own, for a student from elsewhere (default: runs/NAME)"
+    parser.add_argument("--output_dir", type=path, metavar="FOLDER", help=text)
+    parser.add_argument(
+        "--push_to_hub", type=true_or_false, metavar="true|false", help="push it (default: if the run was pushed)"
+    )
+    plugins(parser)
+
+
+def correct(verb: str) -> argparse.ArgumentParser:
+    parser = _changing(
+        verb,
+        "FILE.csv",
+        "Give images that the student learnt with a wrong label their right one.",
+        "hf-cdl correct runs/flowers wrong.csv",
+    )
+    parser.add_argument(
+        "file",
+        type=path,
+        metavar="FILE.csv",
+        help="columns image (its path, from the file's folder), label (the right one) and was (the one it was learnt "
+        "with; without the column: the name of the image's folder)",
+    )
+    _changing_options(parser)
+    return parser
+
+
+def remove(verb: str) -> argparse.ArgumentParser:
+    parser = _changing(
+        verb,
+        "CLASS [--images FOLDER]",
+        """Remove a class: the student never answers it again.
+
+With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
+afterwards one that never saw them. Otherwise they go on counting as images of no class.""",
+        "hf-cdl remove runs/flowers 'ox-eye daisy' --images flowers/train",
+    )
+    parser.add_argument("name", metavar="CLASS", help="the name of the class")
+    parser.add_argument(
+        "--images", type=path, metavar="FOLDER", help="all its training images, or a folder with a folder CLASS/"
+    )
+    _changing_options(parser)
+    return parser
+
+
+def rename(verb: str) -> argparse.ArgumentParser:
+    parser = _changing(
+        verb, "OLD NEW", "Give a class another name.", "hf-cdl rename runs/flowers daisy 'common daisy'"
+    )
+    parser.add_argument("old", metavar="OLD", help="the class as it is called")
+    parser.add_argument("new", metavar="NEW", help="the class as it will be called")
+    _changing_options(parser)
+    return parser
+
+
+def merge(verb: str) -> argparse.ArgumentParser:
+    parser = _changing(
+        verb,
+        "CLASS CLASS [...] --as NAME",
+        "Make one class of several.",
+        "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
+    )
+    parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
+    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help="the name of the one they become")
+    _changing_options(parser)
+    return parser
+
+
+def undo(verb: str) -> argparse.ArgumentParser:
+    parser = _changing(verb, "", "Go back to the student before its last change.", "hf-cdl undo runs/flowers")
+    _changing_options(parser)
+    return parser
