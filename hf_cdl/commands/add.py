@@ -18,10 +18,14 @@ from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import train as training
+from hf_cdl.commands.changing import change
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
+from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
+from hf_cdl.heads import HEADS
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
+from hf_cdl.models.changes import Change
 from hf_cdl.places import short_name
 from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
 from hf_cdl.recipe.build import build_processors, load_model
@@ -34,6 +38,8 @@ from hf_cdl.runs.run import Run
 
 def main(arguments: list[str]) -> int:
     options, fields = read("add", arguments)
+    if options.output_dir is None and is_fitted(options):
+        return learn(options, fields)
     undo = None
     try:
         name = f"{short_name(options.student)}-{Path(options.data).resolve().name}"
@@ -58,6 +64,40 @@ def main(arguments: list[str]) -> int:
     if code in (0, 4):
         say(differences(recipe))
     return code
+
+
+def is_fitted(options: Any) -> bool:
+    """Whether the student is there, and has a head that takes more images into its sums, without a teacher."""
+    try:
+        section = find(options.student, "student", None).results["recipe"]["student"]
+        head = HEADS[section["head"]["type"]]
+    except (OSError, ValueError, KeyError, TypeError, RunError):  # what is wrong is said when it is read again
+        return False
+    return head.fitted and not section["head"].get("soft_targets")
+
+
+def learn(options: Any, fields: list[str]) -> int:
+    """Add images of new and known classes to a fitted head, as a change of the student."""
+    try:
+        given = dict(fields_given(fields))
+        given |= {name: value for name in ("teacher", "revision") if (value := getattr(options, name)) is not None}
+        options.plugins, options.push_to_hub = given.pop("plugins", []), given.pop("push_to_hub", None)
+        if given:
+            raise RecipeError(
+                f"{', '.join(sorted(given))} would have no effect: the student's head is fitted, so images are added "
+                "to its sums in one pass. Leave it out, or give --output_dir FOLDER for a task in a run of its own."
+            )
+    except ValueError as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def added(model: Any, processor: Any) -> Change:
+        images = read_images(options.data)
+        for note in images.notes:
+            say(f"note: {note}")
+        return model.add(images, images.labels, processor)
+
+    return change(options, added)
 
 
 def begin(

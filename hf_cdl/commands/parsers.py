@@ -90,7 +90,11 @@ def _add(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
         "STUDENT DATA [options] [--any.field value ...]",
-        """Learn one more task with a student and a teacher from the Hugging Face Hub or a folder; no more is needed.
+        """Learn more images with a student from the Hugging Face Hub or a folder; no more is needed.
+
+A student with a fitted head (ridge, lda, ncm) takes images of new and known classes alike into its sums, in seconds;
+the result is a further revision of it, which hf-cdl undo takes back. With --output_dir, and for a trained head, one
+more task of new classes is learnt in a run of its own, with its teacher.
 
 The same command goes on where it stopped. With --push_to_hub true (and --push_teacher true) the new task is pushed to
 the repositories it came from, or to those of --hub_model_id.
@@ -107,7 +111,7 @@ plugins (Python files), read them, then name them yourself: --plugins '[FILE]'."
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="images of the new classes, as data.path of a recipe: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png; "
+        help="images by class, as data.path of a recipe: DATA/train/CLASS/*.png and DATA/test/CLASS/*.png; "
         "test images of known classes are used too: they tell what was forgotten",
     )
     parser.add_argument("--teacher", help="its teacher, if it had one (default: OWNER/NAME-teacher, or the run's)")
