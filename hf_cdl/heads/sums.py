@@ -27,6 +27,7 @@ class SumsConfig(FittedConfig):
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
     )
+    own_features: bool = field(default=False, metadata={"help": "Keep the own features beside the random ones."})
     sums: bool | str = field(
         default=True,
         metadata={"help": "Keep the Gram matrix and the class sums; per_class: a Gram matrix of each class, so that a "
@@ -37,6 +38,11 @@ class SumsConfig(FittedConfig):
         super().__post_init__()
         if self.features is not None and self.features < 1:
             raise ValueError(f"A head of sums needs features >= 1 or null; got {self.features}.")
+        if self.own_features and self.features is None:
+            raise ValueError(
+                "A head's own_features would have no effect: without random ones they are all that there is. Give "
+                "their number, as features: 2000, or leave own_features out."
+            )
         if self.sums not in (True, False, "per_class"):
             raise ValueError(f"A head's sums are {self.sums!r}; allowed: true, false, per_class.")
 
@@ -44,8 +50,8 @@ class SumsConfig(FittedConfig):
 class SumsHead(FittedHead):
     r"""Head that is a function of G = \sum_n h_n h_n^T (M, M) and of each class's sum \sum_n h_n and count.
 
-    h is the (standardised) feature, or with `features` M its random map ReLU(x P), P (D, M) drawn once and kept. Ours:
-    P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
+    h is the (standardised) feature x (D,), or with `features` its random map ReLU(x P), P drawn once and kept, or with
+    `own_features` both side by side. Ours: P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
 
     `gram` (M, M) is the Gram matrix of all `images` that were learnt, classes removed without their images included;
     it is not stored if every class has its own.
@@ -59,14 +65,14 @@ class SumsHead(FittedHead):
 
     def __init__(self, config: SumsConfig, hidden_size: int):
         super().__init__(config, hidden_size)
-        self.width = config.features or hidden_size
+        self.width = (config.features or 0) + (hidden_size if config.own_features or not config.features else 0)
         self.gram: torch.Tensor
         self.images: torch.Tensor
         self.projection: torch.Tensor | None
         whole = torch.zeros(self.width, self.width, dtype=torch.int64) if config.sums is True else None
         self.register_buffer("gram", whole)
         self.register_buffer("images", torch.zeros((), dtype=torch.int64) if config.sums else None)
-        self.register_buffer("projection", torch.empty(hidden_size, self.width) if config.features else None)
+        self.register_buffer("projection", torch.empty(hidden_size, config.features) if config.features else None)
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
@@ -98,7 +104,10 @@ class SumsHead(FittedHead):
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
         features = super().prepare(features)
-        return features if self.projection is None else torch.relu(features @ self.projection)
+        if self.projection is None:
+            return features
+        mapped = torch.relu(features @ self.projection)
+        return torch.cat([features, mapped], dim=-1) if self.config.own_features else mapped
 
     def check_growth(self) -> None:
         if not self.config.sums:

@@ -27,7 +27,7 @@ VARIANTS: list[dict[str, Any]] = [
     *({"type": kind, "standardise": "first_task"} for kind in HEADS),
     {"type": "cosine", "scale": 4.0, "learn_scale": False},
     {"type": "ridge", "features": 40, "standardise": "first_task", "strength": 0.1},
-    {"type": "ridge", "sums": "per_class"},
+    {"type": "ridge", "sums": "per_class", "features": 30, "own_features": True},
     {"type": "lda", "features": 40, "standardise": "first_task", "shrinkage": 0.5},
 ]
 FITTED, TRAINED = ([head for head in VARIANTS if HEADS[head["type"]].fitted == fitted] for fitted in (True, False))
@@ -180,7 +180,7 @@ def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_wit
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, **fields}
+    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, "own_features": False, **fields}
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, "):
         build_head({"type": "ridge", "lambda": 1}, 8)
 
@@ -193,6 +193,11 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
         ({"type": "ncm", "scale": 0.0}, "needs scale > 0; got 0.0"),
         ({"type": "ridge", "strength": 0.0}, "needs strength > 0 or auto; got 0.0"),
         ({"type": "ridge", "features": 0}, "needs features >= 1 or null; got 0"),
+        ({"type": "ridge", "own_features": True}, "own_features would have no effect"),
+        ({"type": "ridge", "sums": "some"}, "sums are 'some'; allowed: true, false, per_class"),
+        ({"type": "ridge", "strength": "much"}, "strength is 'much'; allowed: "),
+        ({"type": "ridge", "strength": "auto", "soft_targets": 0.5}, "Give the strength as a number, or leave soft"),
+        ({"type": "lda", "shrinkage": 0.0}, "needs shrinkage above 0 to 1; got 0.0"),
     ],
 )
 def test_impossible_options_are_refused(head: dict[str, Any], said: str) -> None:
@@ -371,6 +376,40 @@ def test_a_strength_that_is_too_small_for_the_features_is_refused() -> None:
     head.accumulate(torch.full((4, 24), 1e4), torch.tensor([0, 1, 0, 1]))
     with pytest.raises(FloatingPointError, match="strength 1e-12 is too small .* raise head.strength"):
         head.end_task()
+
+
+@pytest.mark.parametrize("count", [12, 60, 300])
+def test_the_strength_is_that_of_the_least_generalised_cross_validation(count: int) -> None:
+    """Against the definition, by the hat matrix of the images, also for fewer images than features."""
+    features, labels = data()
+    features = (features[:count] - features.mean(0)) / features.std(0) + torch.randn(count, 24)
+    head: Any = build_fitted({"type": "ridge", "strength": "auto"})
+    head.add_task(10)
+    head.init_shared()
+    head.accumulate(features, labels[:count])
+    head.end_task()
+    x, y = features.double(), F.one_hot(labels[:count], 10).double()
+
+    def error(strength: float) -> float:
+        hat = x @ torch.linalg.solve(x.T @ x + strength * torch.eye(24).double(), x.T)
+        left = torch.eye(count).double() - hat
+        return ((left @ y).square().sum() / left.diagonal().sum().square()).item()
+
+    tried = {10 ** (half / 2): error(10 ** (half / 2)) for half in range(-6, 9)}
+    best = max(strength for strength, found in tried.items() if found <= 1.001 * min(tried.values()))
+    assert head.strength == pytest.approx(best)
+    assert head.choices() == {"strength": head.strength}
+    weight = torch.linalg.solve(x.T @ x + best * torch.eye(24).double(), x.T @ y).T
+    torch.testing.assert_close(head.blocks[0].weight.double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_own_and_random_features_side_by_side() -> None:
+    features, _ = data()
+    both, alone = (
+        fit({"type": "ridge", "features": 30, "own_features": own}, [list(range(10))])[0] for own in (True, False)
+    )
+    assert torch.equal(both.prepare(features)[:, :24], features)
+    assert torch.equal(both.prepare(features)[:, 24:], alone.prepare(features))
 
 
 # ---- standardised features ----
