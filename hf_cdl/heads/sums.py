@@ -51,7 +51,8 @@ class SumsHead(FittedHead):
     r"""Head that is a function of G = \sum_n h_n h_n^T (M, M) and of each class's sum \sum_n h_n and count.
 
     h is the (standardised) feature x (D,), or with `features` its random map ReLU(x P), P drawn once and kept, or with
-    `own_features` both side by side. Ours: P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
+    `own_features` both side by side. Ours: P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for
+    weights of all classes in `solve`.
 
     `gram` (M, M) is the Gram matrix of all `images` that were learnt, classes removed without their images included;
     it is not stored if every class has its own.
