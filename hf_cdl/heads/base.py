@@ -6,17 +6,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from hf_cdl.checked import check_types
 from hf_cdl.heads.bits import movable, read, write
-from hf_cdl.heads.standardise import Standardise
+from hf_cdl.heads.calibration import RecentImages, fit_scale
+from hf_cdl.heads.standardise import Standardise, check_features
 
 _LEFT = 1e-4
 """Share of a mean squared feature that rounding may leave of a class's sum, if all its images are taken away."""
+_ENOUGH = 200
+"""Images that determine the scale; of fewer the scale from before keeps its share."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +146,16 @@ class Head(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class FittedConfig(HeadConfig):
-    scale: float = field(
+    scale: float | Literal["auto"] = field(
         default=10.0,
-        metadata={"help": "Factor of the scores, which are about 0 to 1, as logits: for confidence, not accuracy."},
-    )
+        metadata={"help": "Factor of the scores as logits: for confidence, not accuracy; auto: fitted after every "
+                  "task to leave-one-out scores of its images."},
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
-        if self.scale <= 0:
-            raise ValueError(f"A fitted head needs scale > 0; got {self.scale}.")
+        if self.scale != "auto" and self.scale <= 0:
+            raise ValueError(f"A fitted head needs scale > 0 or auto; got {self.scale}.")
 
 
 class FittedHead(Head):
@@ -165,7 +170,26 @@ class FittedHead(Head):
     class_sums: ClassVar[tuple[str, ...]] = ()
     """Names of a block's buffers that add up over a class's images: `total`, `count` and any others."""
 
-    @abstractmethod
+    def __init__(self, config: Any, hidden_size: int):
+        super().__init__(config, hidden_size)
+        self.fitted_scale: torch.Tensor | None
+        self.register_buffer("fitted_scale", torch.zeros(()) if config.scale == "auto" else None)
+        self._recent = RecentImages()
+
+    @property
+    def scale(self) -> Any:
+        """Factor of the scores as logits."""
+        return self.config.scale if self.fitted_scale is None else self.fitted_scale
+
+    def init_shared(self) -> None:
+        super().init_shared()
+        if self.fitted_scale is not None:
+            init.zeros_(self.fitted_scale)
+
+    def choices(self) -> dict[str, float]:
+        return {} if self.fitted_scale is None else {"scale": float(self.fitted_scale)}
+
+    @torch.no_grad()
     def accumulate(
         self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
     ) -> None:
@@ -174,13 +198,38 @@ class FittedHead(Head):
         `taught` (B, C_t): the `targets` made of a teacher's logits over the classes of the one task that they are of,
         for a head that `needs_teacher`. Raises FloatingPointError for features or targets that are NaN or infinite.
         """
+        check_features(features)
+        self._check_labels(labels)
+        features = at_least_float32(features)
+        self.update(self.prepare(features), labels, taught, sign)
+        if sign > 0 and self.fitted_scale is not None:
+            self._recent.add(features, labels)
+
+    @abstractmethod
+    def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
+        """Add prepared features (B, M) to the sums, or take them away, as `accumulate` says."""
+
+    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Scores (N, C) of prepared features (N, M) that are in the sums, each by a head without that one."""
+        raise NotImplementedError(f"{type(self).__name__} has scale: auto, but does not say its leave-one-out scores.")
+
+    @torch.no_grad()
+    def end_task(self) -> None:
+        """Fit the scale to the images learnt since the last time; a few of them move it only in part."""
+        recent = self._recent.take()
+        if self.fitted_scale is None or recent is None:
+            return
+        features, labels = recent
+        found, before = fit_scale(self.leave_one_out(self.prepare(features), labels), labels), float(self.fitted_scale)
+        share = min(1.0, len(labels) / _ENOUGH) if before else 1.0
+        self.fitted_scale.fill_(found**share * before ** (1 - share))
 
     @property
     def name(self) -> str:
         """The head's name in messages."""
         return type(self).__name__.removesuffix("Head").lower()
 
-    def check_labels(self, labels: torch.Tensor) -> None:
+    def _check_labels(self, labels: torch.Tensor) -> None:
         """Raise ValueError for labels beyond the known classes."""
         classes = sum(len(block.count) for block in self.blocks if isinstance(block.count, torch.Tensor))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
@@ -246,4 +295,4 @@ class FittedHead(Head):
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.config.scale * super().forward(features)
+        return self.scale * super().forward(features)

@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.heads.base import FittedHead, at_least_float32
-from hf_cdl.heads.standardise import check_features
+from hf_cdl.heads.base import FittedHead
 
 
 class ClassMeans(nn.Module):
@@ -45,12 +44,8 @@ class NearestMeanHead(FittedHead):
         return F.normalize(super().prepare(features), dim=-1)
 
     @torch.no_grad()
-    def accumulate(
-        self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
-    ) -> None:
-        check_features(features)
-        self.check_labels(labels)
-        features, first = self.prepare(at_least_float32(features)), 0
+    def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
+        first = 0
         for module in self.blocks:
             block: Any = module
             own = (labels >= first) & (labels < first + len(block.count))
@@ -58,3 +53,9 @@ class NearestMeanHead(FittedHead):
             block.total.index_add_(0, rows, features[own], alpha=sign)
             block.count.index_add_(0, rows, torch.ones_like(rows, dtype=block.count.dtype), alpha=sign)
             first += len(block.count)
+
+    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        total = torch.cat([block.total for block in self.blocks])  # type: ignore[arg-type]
+        scores = features @ F.normalize(total, dim=-1).T
+        own = (features * F.normalize(total[labels] - features, dim=-1)).sum(dim=-1)
+        return scores.scatter(1, labels[:, None], own[:, None])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from torch.nn import functional as F
 
+from hf_cdl.heads.bits import movable, read
+from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 
 _LEAST = 1e-6
@@ -45,7 +48,12 @@ class LdaHead(SumsHead):
 
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         means = total / count.clamp(min=1)[:, None]
-        within = (gram - means.T @ total) / self.images
+        weight = torch.cholesky_solve(means.T, self._factor(gram, means, count)).T
+        return weight, -(weight * means).sum(dim=1) / 2
+
+    def _factor(self, gram: torch.Tensor, means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """Cholesky factor of the shrunk covariance (M, M)."""
+        within = (gram - means.T @ (count[:, None] * means)) / self.images
         size = torch.maximum(within.diagonal().mean(), _LEAST * gram.diagonal().mean() / self.images)
         share = self.config.shrinkage
         within = (1 - share) * within
@@ -55,5 +63,28 @@ class LdaHead(SumsHead):
             raise FloatingPointError(
                 f"The lda head's shrinkage {share} is too small for these features; raise head.shrinkage."
             )
-        weight = torch.cholesky_solve(means.T, factor).T
-        return weight, -(weight * means).sum(dim=1) / 2
+        return factor
+
+    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        r"""Scores by means and covariance without each image; the shrinkage's share of the identity stays.
+
+        With d = h - \mu_y, the mean becomes \mu_y - d / (n_y - 1) and the covariance \Sigma_a - k d d^T, whose inverse
+        follows by Sherman and Morrison.
+        """
+        blocks = [*map(sums_of, self.blocks)]
+        count = torch.cat([block.count for block in blocks])
+        means = torch.cat([read(block.total) for block in blocks]) / count.clamp(min=1)[:, None]
+        inverse = torch.cholesky_inverse(self._factor(self.gram_matrix(), means, count.to(means)))
+        h = movable(features).double()
+        rest = (count[labels] - 1).clamp(min=1).to(h)[:, None]
+        d = h - means[labels]
+        mapped, weight = d @ inverse, means @ inverse
+        own = F.one_hot(labels, len(means)).to(h) / rest  # mu_c moves by -own d
+        size = (d * mapped).sum(dim=1, keepdim=True)
+        k = (1 - self.config.shrinkage) / self.images * (rest + 1) / rest
+        gain = k / (1 - k * size).clamp(min=1e-6)
+        along = mapped @ means.T - own * size  # d^T Sigma^-1 mu of the moved means
+        linear = h @ weight.T - own * (mapped * h).sum(dim=1, keepdim=True)
+        square = (weight * means).sum(dim=1) - 2 * own * (mapped @ means.T) + own.square() * size
+        linear = linear + gain * along * (mapped * h).sum(dim=1, keepdim=True)
+        return linear - (square + gain * along.square()) / 2

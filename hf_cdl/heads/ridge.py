@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.heads.base import FittedHead
-from hf_cdl.heads.bits import read, write
+from hf_cdl.heads.bits import movable, read, write
+from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 
 _ZERO, _LEVEL = 1e-12, 1.001
@@ -93,7 +95,8 @@ class RidgeHead(SumsHead):
         return float(read(self.chosen)) if self.config.strength == "auto" else self.config.strength
 
     def choices(self) -> dict[str, float]:
-        return {"strength": self.strength} if self.config.strength == "auto" else {}
+        chosen = {"strength": self.strength} if self.config.strength == "auto" else {}
+        return {**chosen, **super().choices()}
 
     def init_shared(self) -> None:
         super().init_shared()
@@ -106,7 +109,7 @@ class RidgeHead(SumsHead):
         """Return probabilities softened by the temperature, or a fitted teacher's unscaled scores."""
         if teacher is None:
             return (logits / self.config.temperature).softmax(dim=-1)
-        return logits / teacher.config.scale
+        return logits / teacher.scale
 
     def check_change(self) -> None:
         super().check_change()
@@ -142,6 +145,15 @@ class RidgeHead(SumsHead):
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )
         return torch.cholesky_solve(total.T, factor).T, None
+
+    def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        r"""(f - l y) / (1 - l) of scores f, targets y and leverage l = h^T (G + \lambda I)^{-1} h."""
+        gram = self.gram_matrix()
+        gram.diagonal().add_(self.strength)
+        h = movable(features).double()
+        leverage = (h * torch.cholesky_solve(h.T, torch.linalg.cholesky(gram)).T).sum(dim=1, keepdim=True)
+        scores = h @ torch.cat([sums_of(block).weight for block in self.blocks]).double().T
+        return (scores - leverage * F.one_hot(labels, scores.shape[1])) / (1 - leverage)
 
 
 def solve_by_validation(

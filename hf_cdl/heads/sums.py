@@ -19,7 +19,6 @@ from hf_cdl.checked import check_finite
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32
 from hf_cdl.heads.bits import add, movable, read
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
-from hf_cdl.heads.standardise import check_features
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,8 @@ class SumsHead(FittedHead):
     # ---- changing ----
 
     @torch.no_grad()
-    def accumulate(
-        self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
-    ) -> None:
-        check_features(features)
-        self.check_labels(labels)
-        mapped = movable(self.prepare(at_least_float32(features))).double()
-        first = 0
+    def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
+        mapped, first = movable(features).double(), 0
         for block in map(sums_of, self.blocks):
             own = (labels >= first) & (labels < first + len(block.count))
             if own.any():
@@ -216,3 +210,4 @@ class SumsHead(FittedHead):
         for block, rows in zip(blocks, () if bias is None else bias.split(sizes), strict=False):
             if block.bias is not None:
                 block.bias.copy_(rows)
+        super().end_task()

@@ -19,6 +19,7 @@ from transformers import set_seed
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.heads import HEADS, build_head
 from hf_cdl.heads.base import FittedConfig, FittedHead
+from hf_cdl.heads.calibration import RecentImages, fit_scale
 from hf_cdl.heads.lda import LdaConfig
 
 # Fields that a head is tested with, in addition to its defaults.
@@ -190,7 +191,7 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     [
         ({"type": "linear", "standardise": "always"}, "standardise is 'always'; allowed: null, first_task"),
         ({"type": "cosine", "scale": 0.0}, "needs scale > 0; got 0.0"),
-        ({"type": "ncm", "scale": 0.0}, "needs scale > 0; got 0.0"),
+        ({"type": "ncm", "scale": 0.0}, "needs scale > 0 or auto; got 0.0"),
         ({"type": "ridge", "strength": 0.0}, "needs strength > 0 or auto; got 0.0"),
         ({"type": "ridge", "features": 0}, "needs features >= 1 or null; got 0"),
         ({"type": "ridge", "own_features": True}, "own_features would have no effect"),
@@ -410,6 +411,76 @@ def test_own_and_random_features_side_by_side() -> None:
     )
     assert torch.equal(both.prepare(features)[:, :24], features)
     assert torch.equal(both.prepare(features)[:, 24:], alone.prepare(features))
+
+
+# ---- confidence ----
+
+
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_leave_one_out_scores_are_those_of_heads_fitted_without_the_image(head: dict[str, Any]) -> None:
+    """Up to the shrinkage of lda, whose variance the image has a small part in."""
+    features, labels = data()
+    built, order = fit(head, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    assert order == [*range(10)]
+    rows = torch.arange(0, 300, 23)
+    found = built.leave_one_out(built.prepare(features[rows]), labels[rows])
+    for row, scores in zip(rows.tolist(), found, strict=True):
+        built.accumulate(features[[row]], labels[[row]], sign=-1)
+        built.end_task()
+        want = built(features[[row]])[0].double() / built.scale
+        built.accumulate(features[[row]], labels[[row]])
+        assert (scores.double() - want).abs().max() < (0.02 if head["type"] == "lda" else 2e-4) * want.abs().max()
+
+
+@pytest.mark.parametrize("head", FITTED, ids=name_of)
+def test_a_scale_that_is_fitted_makes_the_confidence_the_accuracy(head: dict[str, Any]) -> None:
+    """On images that the head has not seen, whatever the size of its scores."""
+    features, labels = data()
+    noisy = features + 8 * torch.randn(features.shape, generator=torch.Generator().manual_seed(7)) * features.std(0)
+    set_seed(3)
+    built = build_fitted({**head, "scale": "auto"})
+    built.init_shared()
+    if built.standard is not None:
+        built.standard.measure(noisy[:200])
+    for number, task in enumerate(([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])):
+        built.add_task(5)
+        built.init_task(number)
+        own = torch.tensor([c in task for c in labels[:200].tolist()])
+        built.accumulate(noisy[:200][own], labels[:200][own])
+        built.end_task()
+    assert built.choices()["scale"] == pytest.approx(float(built.scale))
+    probability = built(noisy[200:]).softmax(dim=-1)
+    confidence, answer = probability.max(dim=-1)
+    assert abs(confidence.mean() - (answer == labels[200:]).float().mean()) < 0.15
+
+
+def test_the_fitted_scale_is_that_of_the_least_cross_entropy_and_a_few_images_move_it_little() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 4, (2000,), generator=generator)
+    scores = torch.randn(2000, 4, generator=generator) * 0.1 + 0.1 * F.one_hot(labels, 4)
+    found = fit_scale(scores, labels)
+    losses = [F.cross_entropy(factor * found * scores, labels) for factor in (0.98, 1.0, 1.02)]
+    assert losses[1] == min(losses)
+    head: Any = build_fitted({"type": "ncm", "scale": "auto"})
+    head.add_task(10)
+    head.init_task(0)
+    head.accumulate(*data())
+    head.end_task()
+    before = float(head.scale)
+    head.accumulate(data()[0][:5], (data()[1][:5] + 1) % 10)
+    head.end_task()
+    assert 0.7 * before < float(head.scale) < before
+
+
+def test_features_kept_for_the_scale_are_thinned_evenly() -> None:
+    recent = RecentImages()
+    for start in range(0, 90_000, 1000):
+        recent.add(torch.arange(start, start + 1000)[:, None].float(), torch.arange(start, start + 1000))
+    features, labels = recent.take() or pytest.fail("nothing kept")
+    assert torch.equal(features[:, 0].long(), labels)
+    assert 10_000 <= len(labels) <= 20_000
+    assert labels.diff().unique().tolist() == [8]
+    assert recent.take() is None
 
 
 # ---- standardised features ----
