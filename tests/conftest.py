@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
     modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]
-    if any({"train", "script", "python"} & names.keys() for names in modules):  # imported from helpers
+    if any({"train", "script", "python", "Host"} & names.keys() for names in modules):  # imported from helpers
         forking.begin()  # so that it is ready for the first of these tests
 
 
