@@ -17,8 +17,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         yield host
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-@pytest.mark.parametrize("alone", [pytest.param(False, id=""), pytest.param(True, id="alone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("row", "alone"),
+    [
+        *(pytest.param(row, False, id=row.name) for row in ROWS),
+        *(pytest.param(row, True, id=f"{row.name}, alone", marks=pytest.mark.slow) for row in ROWS),
+    ],
+)
 def test_bad_input(row: Row, alone: bool, host: Host, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()

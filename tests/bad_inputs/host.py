@@ -94,10 +94,11 @@ def serve(requests: Connection, root: Path) -> None:
 
 def failure(row: Row, parts: Parts, folder: Path, alone: bool) -> str:
     """What is wrong with a row. What fails among the others has another try, alone: they may be the reason."""
+    alone = alone or row.hub  # huggingface_hub keeps its sessions
     try:
-        check(row, parts, folder, alone or row.hub or row.alone)
+        check(row, parts, folder, alone)
     except Exception:
-        if alone or row.hub or row.alone:
+        if alone:
             return traceback.format_exc()
         shutil.rmtree(folder)
         folder.mkdir()

@@ -66,8 +66,7 @@ class Row:
 
     `make(parts)` writes what is needed into the empty current folder and returns what to do: a command, which must
     exit with code 2, or a callable, which must raise one of NAMED. `says`: what the message must name, alternatives
-    separated by `|`; `way`: a pattern of the solution it offers. `hub`: it uses the tests' Hub. `alone`: it leaves
-    something in its process, such as what a plugin registers.
+    separated by `|`; `way`: a pattern of the solution it offers. `hub`: it uses the tests' Hub.
     """
 
     name: str
@@ -75,7 +74,6 @@ class Row:
     says: tuple[str, ...]
     way: str = WAY
     hub: bool = False
-    alone: bool = False
 
 
 class Result(NamedTuple):
@@ -200,6 +198,7 @@ def _result(measured: Sequence[Any], log: int) -> Result:
 
 def _measured(act: Act, folder: Path, hub: str | None) -> tuple[Any, ...]:
     """What `_do` returns, then the bytes and seconds that it took."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
     memory, start, waited = _peak(), time.monotonic(), _waited()
     answer = _do(act, folder, hub)
     seconds = time.monotonic() - start - (_waited() - waited)
@@ -236,7 +235,8 @@ def _waited() -> float:
 
 def _peak() -> int:
     """Peak memory of this process in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None, str]:
