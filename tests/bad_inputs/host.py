@@ -99,7 +99,7 @@ def failure(row: Row, parts: Parts, folder: Path, alone: bool) -> str:
         check(row, parts, folder, alone)
     except Exception:
         if alone:
-            return traceback.format_exc()
+            return traceback.format_exc(chain=False)
         shutil.rmtree(folder)
         folder.mkdir()
         return failure(row, parts, folder, True)
