@@ -107,7 +107,7 @@ def failure(row: Row, parts: Parts, folder: Path, alone: bool) -> str:
 
 
 def warm_up(parts: Parts) -> None:
-    """Import, and compute what is cached, once and not in every child."""
+    """Import and cache what the first row, and each in its own process, would have to."""
     for verb in VERBS:
         import_module(f"hf_cdl.commands.{verb}")
     with inside(parts.root):
