@@ -64,11 +64,16 @@ def check_answers(teacher: nn.Module) -> None:
         ) from error
 
 
-def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None) -> None:
+def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None, objective: Objective) -> None:
     """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
 
     A recipe's shared arguments may belong to another role's model; its command says what has no effect.
     """
+    if not model.trains(0) and (objective.terms or objective.ce_weight != 1):
+        raise ValueError(
+            f"No loss trains this {type(model).__name__}, whose head is fitted, so the objective would have no "
+            "effect; leave it out, or give the model a first_session."
+        )
     given = {"eval_strategy": args.eval_strategy != IntervalStrategy.NO, "callbacks": bool(callbacks)}
     idle = (
         []

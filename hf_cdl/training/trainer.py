@@ -81,7 +81,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.objective = Objective() if objective is None else objective
         check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
-        check_used(model, args, callbacks, run)
+        check_used(model, args, callbacks, run, self.objective)
         self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:

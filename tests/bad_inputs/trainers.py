@@ -155,6 +155,12 @@ TRAINERS = [
         "teacher",
         "leave the teacher out",
     ),
+    call(
+        "a trainer with a weight of the cross-entropy that no loss reads",
+        lambda parts: CDLTrainer(class_means(parts), CDLTrainingArguments("work", use_cpu=True), Objective(0.5)),
+        "objective",
+        "no effect",
+    ),
     asked("measures before it learnt", lambda made, parts: made.evaluate(), "learn"),
     asked("measures the tasks before it learnt", lambda made, parts: made.evaluate_seen(), "learn"),
     asked("learns None", lambda made, parts: made.learn(None), "None", "Task|tasks"),  # type: ignore[arg-type]

@@ -795,3 +795,20 @@ def test_a_fraction_that_holds_nothing_out_is_said() -> None:
     stream = make(both, test_fraction=0.5, classes_per_task=2)
     assert any("test_fraction" in note and "'test'" in note for note in stream.notes)
     assert len(stream[0].train) == 4 and len(stream[0].test) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "notes"),
+    [
+        ({}, ["split_seed 3 has no effect, since nothing is drawn by it"]),
+        ({"max_train_per_class": 2}, []),
+        ({"max_eval_per_class": 1}, []),
+    ],
+)
+def test_a_seed_that_draws_nothing_is_said(fields: dict[str, Any], notes: list[str]) -> None:
+    assert make(data(4, train=4), split_seed=3, classes_per_task=2, **fields).notes == notes
+
+
+def test_a_seed_that_draws_the_test_images_is_not_said() -> None:
+    train = data(4, train=8)["train"]
+    assert make({"train": train}, split_seed=3, test_fraction=0.5, classes_per_task=2).notes == []
