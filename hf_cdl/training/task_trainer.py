@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Rounds, ViewSampler
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -244,8 +245,17 @@ class TaskTrainer(SteeredTrainer):
         return broadcast_object_list(found)[0]
 
     def _settings(self) -> dict[str, Any]:
-        """What the learning depends on besides the data, for the run's ledger."""
+        """What the learning depends on besides the data."""
         return settings_of(self.args, self.objective, self.model, self.teacher.model)  # type: ignore[arg-type]
+
+    def _check_settings(self) -> None:
+        """Raise RunError if the run holds what the role has learnt with other settings."""
+        if self.run is not None:
+            check_settings(self.run.folder, self.run.ledger, self.role, self._settings())
+
+    def _keep_settings(self) -> None:
+        if self.run is not None:
+            self.run.set_settings(self.role, self._settings())
 
     def _state_of(self, task: Task) -> dict[str, Any]:
         """What a stored state must match so that resuming from it is exact."""

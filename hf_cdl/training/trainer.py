@@ -20,7 +20,6 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from hf_cdl.distill import Objective
 from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.run import Run
-from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
     check_names,
@@ -174,8 +173,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.trained_tasks = task.index + 1
         if self._take_over(task):
             return
-        if self.run is not None:
-            self.run.set_settings(self.role, self._settings())
+        self._keep_settings()
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -195,8 +193,7 @@ class CDLTrainer(EvaluatingTrainer):
         """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
         if self.model.fitted and self.model.head.needs_teacher and not self.teacher.teaches_head:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
-        if self.run is not None:
-            check_settings(self.run.folder, self.run.ledger, self.role, self._settings())
+        self._check_settings()
         done = self.run is not None and self.run.result(self.role, task) is not None
         if done or self._came_with(task):
             return False
