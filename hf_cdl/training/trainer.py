@@ -258,7 +258,7 @@ class CDLTrainer(EvaluatingTrainer):
         last = self._stored_state(task)
         if last is None:
             self._measure(task)
-        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, *self.teacher.views)
+        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, task.classes, *self.teacher.views)
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._begin_counting()
@@ -304,7 +304,8 @@ class CDLTrainer(EvaluatingTrainer):
         classes, if it has one.
         """
         self.model.eval()
-        for batch in self._bar(self._title(task), iterable=self._loader(task.train, *self.teacher.head_views)):
+        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
+        for batch in self._bar(self._title(task), iterable=loader):
             taught = None
             with torch.no_grad():
                 output = self.model(pixel_values=batch["pixel_values"])
