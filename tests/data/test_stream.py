@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import time
+from datetime import date
 from typing import Any, ClassVar
 
 import datasets
@@ -46,6 +47,13 @@ def table(labels: list, kind: Any = None, split: int = 0) -> Dataset:
     features = Features({"image": datasets.Image(), "label": kind})
     cells = [{"bytes": png(split, i), "path": None} for i in range(len(labels))]
     return Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+def with_labels(found: Dataset, labels: list[int]) -> Dataset:
+    """The table with unsigned labels, which Dataset.from_dict could not make."""
+    column = pa.array(labels, pa.uint64())
+    images = found.remove_columns("label")
+    return Dataset(images.data.table.append_column("label", column)).cast_column("image", datasets.Image())
 
 
 def data(classes: int = 5, train: int = 4, test: int = 2, kind: Any = None, **more: Dataset) -> DatasetDict:
@@ -618,7 +626,27 @@ ERRORS = {
     "float labels": (
         lambda: {s: table([0.0, 1.0], Value("float32")) for s in ("train", "test")},
         {},
-        "Labels are of type float",
+        r"Labels are of type float.*'label' of the train split has 0.0, 1.0: make the labels texts, as dataset.map",
+    ),
+    "no float labels": (
+        lambda: {s: table([], Value("float32")) for s in ("train", "test")},
+        {},
+        "Labels are of type float.*has no rows: make",
+    ),
+    "yes and no": (
+        lambda: {s: table([True, False], Value("bool")) for s in ("train", "test")},
+        {},
+        r"Labels are of type bool.*'label' of the train split has (True|False), ",
+    ),
+    "days": (
+        lambda: {s: table([date(2020, 1, 1)] * 2, Value("date32")) for s in ("train", "test")},
+        {},
+        r"Labels are of type date32.*has datetime.date\(2020, 1, 1\): make",
+    ),
+    "huge numbers": (
+        lambda: {s: with_labels(table([0, 1], Value("int64")), [0, 2**63]) for s in ("train", "test")},
+        {},
+        r"Labels are of type uint64; allowed: .*below 2\*\*63.*has 0, 9223372036854775808",
     ),
     "disagreeing names": (
         lambda: {
