@@ -43,6 +43,15 @@ class PromptPool(nn.Module, ABC):
         self.blocks = nn.ModuleList()
 
     @classmethod
+    def check_class(cls) -> str | None:
+        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        if not cls.needs_query and cls.similarity is not PromptPool.similarity:
+            return (
+                "has a similarity of queries, but not needs_query, so there would be none; set that, or leave it out"
+            )
+        return None
+
+    @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], role: str) -> list[tuple[str, str]]:
         """List the problems of a recipe's fields for this pool, as pairs of a field and a problem with its remedy.
 

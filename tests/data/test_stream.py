@@ -641,7 +641,7 @@ ERRORS = {
     "days": (
         lambda: {s: table([date(2020, 1, 1)] * 2, Value("date32")) for s in ("train", "test")},
         {},
-        r"Labels are of type date32.*has datetime.date\(2020, 1, 1\): make",
+        r"Labels are of type date32.*has datetime.date\(2020, 1, 1\), ",
     ),
     "huge numbers": (
         lambda: {s: with_labels(table([0, 1], Value("int64")), [0, 2**63]) for s in ("train", "test")},
