@@ -149,6 +149,42 @@ def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, caps
     assert (planned.results() or {})["finished"]
 
 
+def test_a_teacher_of_an_edited_plugin_is_not_taken_over(tmp_path: Path, capsys: Any) -> None:
+    """Its own plugin may lie elsewhere, but under the same name it has the same content."""
+    places = [tmp_path / name / "mine.py" for name in ("there", "here")]
+    for mine in places:
+        mine.parent.mkdir()
+        mine.write_text(OWN.read_text())
+    there, here = (
+        [str(write_recipe(mine.parent / "own.yaml", own_recipe(tmp_path, plugins=[str(mine)])))] for mine in places
+    )
+    here += ["--teacher_from", str(tmp_path / "run"), "--output_dir", str(tmp_path / "mine")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
+        assert train.main(there) == 130
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for mine, words in ((places[1], here), (places[0], [there[0], *here[1:]])):
+        mine.write_text(f"{OWN.read_text()}\n# other\n")
+        forget()
+        assert train.main(words) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"'teacher_from' is {tmp_path / 'run'}, where {mine} in 'plugins' had other content" in said
+        assert "Put the old content back, or leave 'teacher_from' out" in said
+        assert not (tmp_path / "mine").exists(), "nothing was begun"
+        mine.write_text(OWN.read_text())
+    assert before == {path: path.read_bytes() for path in before}
+    forget()
+    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1], "it would be taken over"
+    ledger = tmp_path / "run" / "run.json"
+    older = json.loads(ledger.read_text())
+    del older["plugins"]  # as before plugins were recorded
+    ledger.write_text(json.dumps(older))
+    places[1].write_text(f"{OWN.read_text()}\n# other\n")
+    forget()
+    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1]
+
+
 @pytest.mark.parametrize(
     ("role", "part", "values", "said"),
     [
