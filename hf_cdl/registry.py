@@ -101,7 +101,8 @@ class Registry(dict[str, type[T]]):
 
     def _check(self, name: str, kind: Any) -> None:
         """Raise ValueError unless a class can be registered under a name."""
-        base, call = self.base, f"{self.name}.register('{name}')"
+        base: Any = self.base
+        call = f"{self.name}.register('{name}')"
         if not isinstance(kind, type) or not issubclass(kind, base):
             raise ValueError(
                 f"{call} got {short(kind)}, which is no {self.what}: allowed are classes derived from "

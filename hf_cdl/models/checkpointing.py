@@ -56,7 +56,7 @@ class Checkpointed(PromptedBackbone):
         if self.config.lora is not None:
             place = Path(save_directory) / lora.FOLDER
             lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
-        return super(Checkpointed, self._to_save()).save_pretrained(save_directory, *args, **kwargs)
+        return PromptedBackbone.save_pretrained(self._to_save(), save_directory, *args, **kwargs)
 
     def _to_save(self) -> Any:
         """A model of the same parts without those that only training needs; this one is not changed."""

@@ -192,7 +192,12 @@ def test_a_run_does_not_go_on_with_other_settings(interrupted: bool, tmp_path: P
                 act()
             assert re.search(rf"{re.escape(line)}(?![\d.])", str(caught.value)), caught.value
     assert files_of(run.folder) == before
-    shown = {"logging_steps": 3, "save_steps": 2, "per_device_eval_batch_size": 4, "dataloader_num_workers": 1}
+    shown: dict[str, Any] = {
+        "logging_steps": 3,
+        "save_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 1,
+    }
     resumed = going_on(tmp_path, run, **shown)
     resumed.train()
     whole = trainer_of(tmp_path / "whole")
