@@ -161,7 +161,8 @@ def _prompt_rules(model: _Model) -> Iterator[str]:
     if pool is not None:
         for name, what in pool.check_recipe(prompt, model.role):
             yield f"'{model.role}.prompt.{name}' {what}"
-    if model.plain or query in (None, _DEFAULTS["query"]) or (pool is None and model.prompted):
+    default = (None, _DEFAULTS["query"], *(["self"] if model.role == "student" else []))  # the same for a student
+    if model.plain or query in default or (pool is None and model.prompted):
         return  # an unknown type is another problem
     if pool is None or not pool.needs_query:
         able = ", ".join(name for name, kind in PROMPTS.items() if kind.needs_query)

@@ -303,7 +303,7 @@ AGAINST_EACH_OTHER = [
         field({f"{role}.prompt": prompts, f"{role}.query": query}, f"{role}.query", query, way="leave it out")
         for role, prompts, query in (
             ("student", {"type": "vpt"}, "one_pass"),
-            ("student", {"type": "apt"}, "self"),
+            ("student", {"type": "apt"}, "one_pass"),
             ("student", NONE, "one_pass"),
             ("teacher", {"type": "vpt"}, "one_pass"),
             ("teacher", NONE, "self"),
