@@ -57,6 +57,8 @@ def vit(width: int) -> ViTConfig:
 
 def model_of(method: str, width: int = 32, query_width: int | None = None, **fields: Any) -> CDLForImageClassification:
     set_seed(1)
+    if not PROMPTS[method].needs_query:  # no query can be chosen where nothing reads one
+        query_width, fields = None, {**fields, "query": "two_pass"}
     query = None if query_width is None else vit(query_width)
     prompt = {"type": method, **SMALL[method]}
     return CDLForImageClassification(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.checked import check_finite
+from hf_cdl.checked import check_effect, check_finite
 from hf_cdl.heads.base import FittedConfig, FittedHead, movable
 from hf_cdl.heads.standardise import check_features
 
@@ -36,6 +36,7 @@ class RidgeConfig(FittedConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_effect(self, "A ridge head", "temperature", self.soft_targets != 0, "soft_targets is 0")
         if not 0 <= self.soft_targets <= 1 or self.temperature <= 0:
             raise ValueError(
                 f"A ridge head needs soft_targets from 0 to 1 and temperature > 0; got {self.soft_targets} and "

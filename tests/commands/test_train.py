@@ -223,7 +223,7 @@ def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
         (
             [
                 *("--data.classes_per_task", 5, "--teacher", "null", "--distill", "[]", "--student.head.type", "ncm"),
-                *("--student.prompt", "{type: none}", "--baselines", "[linear_head]"),
+                *("--student.prompt", "{type: none}", "--baselines", "[linear_head]", "--ce_weight", 1),
             ],
             "linear head cannot learn task 2, which has one class ('class f')",
         ),

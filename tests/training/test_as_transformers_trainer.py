@@ -317,7 +317,7 @@ def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_p
     bare = trainer.predict(Unlabelled(range(3)), metric_key_prefix="now")
     assert bare.label_ids is None and {name.split("_")[0] for name in bare.metrics or {}} == {"now"}
     np.testing.assert_allclose(bare.predictions, by_hand(trainer.model, TASKS[0].test)[0], atol=1e-5)
-    with pytest.raises(ValueError, match="The dataset has the label 7, but the model's lie between 0 and 4"):
+    with pytest.raises(ValueError, match="The dataset has the label 5, but the model's lie between 0 and 4"):
         trainer.predict(Pictures(range(4, 8)))
 
 
