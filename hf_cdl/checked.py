@@ -52,6 +52,13 @@ def check_types(fields: Any, what: str) -> None:
             raise ValueError(f"{what}'s {name} is {short(value)}; allowed: {_allowed(hint)}.")
 
 
+def check_effect(fields: Any, what: str, name: str, used: bool, why: str) -> None:
+    """Raise ValueError for a field of a dataclass that is not its default, unless it is `used`; `why` it is not."""
+    value = getattr(fields, name)
+    if not used and value != next(f.default for f in dataclasses.fields(fields) if f.name == name):
+        raise ValueError(f"{what}: {name} is {short(value)}, but has no effect, as {why}. Leave {name} out.")
+
+
 def build_fields(kind: Any, content: Any, what: str) -> Any:
     """Build the dataclass `kind` from a config section. Raises ValueError for anything else and for unknown fields."""
     if not isinstance(content, Mapping):

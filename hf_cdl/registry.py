@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -20,12 +22,20 @@ def usable(name: Any) -> bool:
     return isinstance(name, str) and name.isidentifier() and not hasattr(nn.ModuleDict(), name)
 
 
+def _misfit(name: str, own: inspect.Signature, promised: inspect.Signature) -> Iterator[str]:
+    """What is wrong if a method of the signature `own` cannot be called as one that is `promised`."""
+    try:
+        own.bind(*promised.parameters)
+    except TypeError as error:
+        yield f"has {name}{own}, but it is called as {name}{promised} ({error}); give it those arguments"
+
+
 class Registry(dict[str, type[T]]):
     """Classes of one kind of method, keyed by the name used as `type` in a recipe.
 
-    In messages `name` is the registry's name and `what` an entry's. Entries derive from `base`; their `config_class`,
-    a dataclass with `fields`, derives from that of `base`. `bare` are types without a class or fields,
-    `reserved` names that are no types.
+    In messages `name` is the registry's name and `what` an entry's. Entries derive from `base`, whose `check_class`
+    says what they lack; their `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types
+    without a class or fields, `reserved` names that are no types.
     """
 
     def __init__(
@@ -91,7 +101,8 @@ class Registry(dict[str, type[T]]):
 
     def _check(self, name: str, kind: Any) -> None:
         """Raise ValueError unless a class can be registered under a name."""
-        base, call = self.base, f"{self.name}.register('{name}')"
+        base: Any = self.base
+        call = f"{self.name}.register('{name}')"
         if not isinstance(kind, type) or not issubclass(kind, base):
             raise ValueError(
                 f"{call} got {short(kind)}, which is no {self.what}: allowed are classes derived from "
@@ -113,6 +124,22 @@ class Registry(dict[str, type[T]]):
                 f"{call}: {kind.__qualname__}.config_class {problem}; allowed is a dataclass, whose fields are those "
                 "of the recipe's section."
             )
+        for problem in (*self._promises(kind), kind.check_class()):
+            if problem is not None:
+                raise ValueError(f"{call}: {kind.__qualname__} {problem}.")
+
+    def _promises(self, kind: Any) -> Iterator[str]:
+        """Problems of what a class redefines: methods that cannot be called as its base's, attributes of instances."""
+        bases = [parent for parent in kind.__mro__[1:] if parent.__module__ == self.base.__module__]
+        for base, name, promised in ((parent, *item) for parent in bases for item in vars(parent).items()):
+            own = inspect.getattr_static(kind, name)
+            if isinstance(promised, bool) and str(base.__annotations__.get(name, "")).startswith("ClassVar"):
+                if not isinstance(own, bool):
+                    yield f"has {name} {short(own)}; allowed: True or False, as a class is asked before one is made"
+            elif isinstance(promised, classmethod) and not isinstance(own, classmethod | staticmethod):
+                yield f"has {name} as a method of instances; make it a classmethod, as {base.__name__}.{name} is"
+            elif isinstance(promised, FunctionType) and isinstance(own, FunctionType):
+                yield from _misfit(name, inspect.signature(own), inspect.signature(promised))
 
     def _config_problem(self, config: Any) -> str | None:
         if not isinstance(config, type) or not dataclasses.is_dataclass(config):

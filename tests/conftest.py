@@ -8,6 +8,7 @@ from typing import Any
 import forking
 import pytest
 
+gc.disable()  # until all tests are imported; collections of what stays took a third of that time
 os.environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"  # of datasets; it waits for a network that is not there
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # the tests' Hub supports only LFS; read on import of huggingface_hub
 
@@ -34,8 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     settle()
+    gc.enable()
     modules = [vars(item.module) for item in session.items if isinstance(item, pytest.Function)]
-    if any({"train", "script", "python"} & names.keys() for names in modules):  # imported from helpers
+    if any({"train", "script", "python", "Host"} & names.keys() for names in modules):  # imported from helpers
         forking.begin()  # so that it is ready for the first of these tests
 
 

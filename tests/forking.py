@@ -23,6 +23,7 @@ import pytest
 
 IMPORTED = (
     "helpers",
+    "bad_inputs",
     "test_hub",
     "test_kills",
     "hf_cdl.commands.train",

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from bad_inputs import ROWS, Parts, Row, check, make_parts
-from hub_server import HubServer
-
-from hf_cdl.training.arguments import checks
+from bad_inputs import ROWS, Host, Row
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
-    parts = make_parts(tmp_path_factory.mktemp("parts"))
-    with HubServer(parts.root / "hub", stall_seconds=0.3) as hub:
-        yield Parts(parts.root, hub.url)
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with contextlib.closing(Host(tmp_path_factory.mktemp("parts"))) as host:
+        yield host
 
 
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretend that bitsandbytes, which a row asks for, is not installed."""
-    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
-
-
-@pytest.mark.usefixtures("bare")
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, parts: Parts, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "alone"),
+    [
+        *(pytest.param(row, False, id=row.name) for row in ROWS),
+        *(pytest.param(row, True, id=f"{row.name}, alone", marks=pytest.mark.slow) for row in ROWS),
+    ],
+)
+def test_bad_input(row: Row, alone: bool, host: Host, tmp_path: Path) -> None:
     folder = tmp_path / "here"
     folder.mkdir()
-    check(row, parts, folder)
+    host.check(row, folder, alone)
     shutil.rmtree(tmp_path)  # hundreds of them
 
 

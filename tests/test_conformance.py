@@ -55,7 +55,8 @@ def model_for(case: Case, role: str, **fields: Any) -> CDLForImageClassification
     """A model without tasks on the case's ViT; the student's ViT answers the teacher's queries."""
     config, weights = case.vit(role)
     query_config, query_weights = (None, None)
-    if role == "teacher" and "student" in case.info["vit_weights"]:
+    pool = PROMPTS.get(fields.get("prompt", {}).get("type"))
+    if role == "teacher" and "student" in case.info["vit_weights"] and pool is not None and pool.needs_query:
         query_config, query_weights = case.vit("student")
     model = CDLForImageClassification(CDLConfig(backbone_config=config, query_config=query_config, **fields))
     model.backbone.load_state_dict(weights)

@@ -12,6 +12,7 @@ peft wraps a projection in its own layer: `q_proj.weight` becomes `q_proj.base_l
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -119,7 +120,7 @@ def save_adapters(backbone: Any, folder: Path, name: str | None, revision: str |
 
     `PeftModel.from_pretrained(AutoModel.from_pretrained(name, revision=revision), folder)` is the adapted backbone.
     """
-    adapters = backbone.peft_config["default"]
+    adapters = copy.copy(backbone.peft_config["default"])
     adapters.base_model_name_or_path, adapters.revision, adapters.inference_mode = name, revision, True
     adapters.save_pretrained(str(folder))
     weights = {

@@ -107,10 +107,15 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
             raise ValueError(f"{cells.null_count} labels of the {role} split are missing (null). Remove these rows.")
         if any(fits(cells.type) for fits in _TEXTS):
             values[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC").to_numpy()  # type: ignore[attr-defined]
-        elif pa.types.is_integer(cells.type):
+        elif pa.types.is_integer(cells.type) and not any(cell.as_py() >= 2**63 for cell in cells.unique()):
             values[role] = cells.cast(pa.int64()).to_numpy()
         else:
-            raise ValueError(f"Labels are of type {cells.type}; allowed: ClassLabel, whole numbers and strings.")
+            found = some(repr(cell.as_py()) for cell in cells[:3]) if len(cells) else "no rows"
+            raise ValueError(
+                f"Labels are of type {cells.type}; allowed: ClassLabel, whole numbers (below 2**63) and strings. The "
+                f"column {column!r} of the {role} split has {found:.80}: make the labels texts, as "
+                f"dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}}), or name another label_column."
+            )
     present = np.unique(np.concatenate(list(values.values())))
     names = list(map(nfc, kind.names)) if isinstance(kind, ClassLabel) else [str(value) for value in present]
     _check_names(names, column)

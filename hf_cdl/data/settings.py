@@ -82,6 +82,8 @@ class StreamConfig:
         counts = [Counter(map(nfc, filter(_text, given))) for given in (names, known)]
         if not all(tasks) or max(counts[1].values(), default=0) > 1:
             problems.append(f"known_classes is {some(known)}, but tasks are not empty and a class belongs to one task")
+        if self.known_train == "ignore" and not tasks:
+            problems.append("known_train is ignore, but there are no known_classes; leave it out")
         if names:
             if both := sorted(counts[0].keys() & counts[1].keys()):
                 problems.append(f"classes_per_task names {some(both)}, which known_classes has too")

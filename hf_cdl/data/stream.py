@@ -58,7 +58,7 @@ class TaskStream:
         needed = {"train", "test", config.eval_split} - ({"test"} if config.test_fraction else set())
         splits = choose_splits(found, named, needed)
         tables = {role: found[name] for role, name in splits.items()}
-        self.notes = _notes(found, splits, held_out is not None)
+        self.notes = _notes(found, splits, held_out is not None, config)
         image_column, label_column = choose_columns(tables, config.image_column, config.label_column)
         names, labels = read_labels(tables, label_column)
         known = config.known_classes or []
@@ -208,13 +208,18 @@ def _given(config: StreamConfig, dataset: Mapping[str, Dataset] | Dataset) -> Ma
     return check_tables(dataset, config.test_fraction)
 
 
-def _notes(found: Mapping[str, Dataset], splits: Mapping[str, str], holds_out: bool) -> list[str]:
+def _notes(
+    found: Mapping[str, Dataset], splits: Mapping[str, str], holds_out: bool, config: StreamConfig
+) -> list[str]:
     """Notes on data and settings that are not used."""
     notes = [*getattr(found, "notes", ())]
     if unused := [name for name in found if name not in splits.values()]:
         notes.append(f"not read are the splits {some(unused)} of the data")
     if holds_out and "test" in splits:
         notes.append(nothing_held_out(splits["test"]))
+    drawn = "test" not in splits or config.max_train_per_class or config.max_eval_per_class
+    if config.split_seed and not drawn:
+        notes.append(f"split_seed {config.split_seed} has no effect, since nothing is drawn by it")
     return notes
 
 

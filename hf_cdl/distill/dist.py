@@ -33,9 +33,9 @@ class DISTConfig(TermConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.beta, self.gamma) < 0 or self.temperature <= 0:
+        if min(self.beta, self.gamma) < 0 or self.beta + self.gamma == 0 or self.temperature <= 0:
             raise ValueError(
-                f"dist needs beta and gamma >= 0 and temperature > 0; got {self.beta}, {self.gamma} and "
+                f"dist needs beta and gamma >= 0, not both 0, and temperature > 0; got {self.beta}, {self.gamma} and "
                 f"{self.temperature}."
             )
 

@@ -34,9 +34,9 @@ class DKDConfig(TermConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.alpha, self.beta) < 0 or self.temperature <= 0:
+        if min(self.alpha, self.beta) < 0 or self.alpha + self.beta == 0 or self.temperature <= 0:
             raise ValueError(
-                f"dkd needs alpha and beta >= 0 and temperature > 0; got {self.alpha}, {self.beta} and "
+                f"dkd needs alpha and beta >= 0, not both 0, and temperature > 0; got {self.alpha}, {self.beta} and "
                 f"{self.temperature}."
             )
 

@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.checked import check_effect
 from hf_cdl.distill.objective import TermConfig, kd_loss
 from hf_cdl.distill.prompt_path import PromptPath
 from hf_cdl.types import CDLOutput, ModelShape
@@ -67,6 +68,11 @@ class DualPathConfig(TermConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_effect(
+            self, "dual_path", "copy_rate", self.copy_from is not None, "copy_from is null: nothing is copied"
+        )
+        check_effect(self, "dual_path", "warmup_steps", self.beta_p != 0, "beta_p, which it grows to, is 0")
+        check_effect(self, "dual_path", "fraction", bool(self.kernels), "there are no kernels")
         weights = (self.beta_o, self.beta_p, self.lambda_y, self.copy_rate, self.warmup_steps)
         if min(weights) < 0 or not 0 <= self.rho <= 1 or self.temperature <= 0:
             raise ValueError(

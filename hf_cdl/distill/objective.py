@@ -30,6 +30,8 @@ from hf_cdl.types import CDLOutput, ModelShape
 Role = Literal["student", "teacher"]
 LOSSES = ("loss", "ce", "prompt")
 """Names of the objective's own losses, which no term can have."""
+PARTS = ("kd_prompt", "mapping")
+"""Sections of a CDLConfig that terms may ask for."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,23 @@ class Term(nn.Module, ABC):
     def forward(
         self, student: CDLOutput, teacher: Any, labels: torch.Tensor
     ) -> torch.Tensor | dict[str, torch.Tensor]: ...
+
+    @classmethod
+    def check_class(cls) -> str | None:
+        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        asked = [name for name in ("attach", "begin_task", "consult") if getattr(cls, name) is not getattr(Term, name)]
+        if asked and not cls.needs_teacher:
+            return f"has {', '.join(asked)}, which only a teacher leads to, but not needs_teacher; set that"
+        parts: Any = cls.student_parts
+        if (
+            not isinstance(parts, dict)
+            or not {*parts} <= {*PARTS}
+            or not all(isinstance(p, dict) for p in parts.values())
+        ):
+            return (
+                f"has student_parts {short(parts)}; allowed: fields of {' or '.join(PARTS)}, as {{'{PARTS[0]}': {{}}}}"
+            )
+        return None
 
     @classmethod
     def check_recipe(cls, student: Asks, teacher: Asks | None) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,22 @@ class Head(nn.Module, ABC):
         self.hidden_size = hidden_size
         self.standard = Standardise(hidden_size, config.given_statistics) if config.standardise else None
         self.blocks = nn.ModuleList()
+
+    @classmethod
+    def check_class(cls) -> str | None:
+        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        learns, fits = inspect.getattr_static(cls, "needs_teacher") is not False, issubclass(cls, FittedHead)
+        if cls.fitted != fits:
+            return f"has fitted {cls.fitted}, which heads derived from FittedHead have and no others; derive it so"
+        if fits and not issubclass(cls.config_class, FittedConfig):
+            return "is fitted, so its config_class has the `scale` of FittedConfig; derive it from that"
+        if learns and not fits:
+            return "needs_teacher, but a trained head learns by terms; derive it from FittedHead, or leave that out"
+        if learns and cls.targets is FittedHead.targets:  # type: ignore[attr-defined]
+            return "needs_teacher, but does not say what it learns: define `targets`, or leave needs_teacher out"
+        if cls.keeps_sums and cls.drop_sums is Head.drop_sums:
+            return "keeps_sums, but does not say how to drop them: define `drop_sums`, or leave keeps_sums out"
+        return None
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class LdaConfig(SumsConfig):
-    scale: float = field(
+    scale: float | Literal["auto"] = field(
         default=1.0,
         metadata={"help": "Factor of the scores, which are log-likelihoods: for confidence, not accuracy."},
     )

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hf_cdl.checked import check_effect
 from hf_cdl.heads.base import FittedHead
 from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.class_sums import sums_of
@@ -39,6 +40,7 @@ class RidgeConfig(SumsConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_effect(self, "A ridge head", "temperature", self.soft_targets != 0, "soft_targets is 0")
         if not 0 <= self.soft_targets <= 1 or self.temperature <= 0:
             raise ValueError(
                 f"A ridge head needs soft_targets from 0 to 1 and temperature > 0; got {self.soft_targets} and "

@@ -6,6 +6,7 @@ a checkpoint that does not hold what its config claims.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ from hf_cdl.models.prompted_backbone import PromptedBackbone
 from hf_cdl.models.remote_code import put_code
 from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 
+_TRAINING = ("scaffold", "session_head")
+"""Parts that training needs and a checkpoint does not hold."""
+
 
 class Checkpointed(PromptedBackbone):
     """A model with heads whose checkpoints hold all weights, or all but those of the frozen backbones."""
@@ -52,13 +56,18 @@ class Checkpointed(PromptedBackbone):
         if self.config.lora is not None:
             place = Path(save_directory) / lora.FOLDER
             lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
-        scaffold, self.scaffold = self.scaffold, None
-        session_head, self.session_head = self.session_head, None
-        self._keys_to_ignore_on_save = {n for n in self.state_dict() if left_out(n) and not self.config.save_backbone}
-        try:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.scaffold, self.session_head = scaffold, session_head
+        return PromptedBackbone.save_pretrained(self._to_save(), save_directory, *args, **kwargs)
+
+    def _to_save(self) -> Any:
+        """A model of the same parts without those that only training needs; this one is not changed."""
+        bare = copy.copy(self)
+        bare.config = copy.deepcopy(self.config)  # transformers notes in it what it saves
+        bare._modules = {name: None if name in _TRAINING else part for name, part in self._modules.items()}
+        small, names = not self.config.save_backbone, self.state_dict()  # a caller's own state_dict may hold them all
+        bare._keys_to_ignore_on_save = {
+            name for name in names if name.partition(".")[0] in _TRAINING or (small and left_out(name))
+        }
+        return bare
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

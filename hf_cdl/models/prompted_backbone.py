@@ -66,8 +66,7 @@ class PromptedBackbone(PreTrainedModel):
         if config.query == "one_pass" or self.num_tokens:
             for number, layer in enumerate(families.layers(self.backbone)):
                 layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        self._check_query(config)
         self._with_token = False
         self.set_attn_implementation(config._attn_implementation or "sdpa")
 
@@ -100,6 +99,23 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
+
+    def _check_query(self, config: CDLConfig) -> None:
+        """Raise ValueError for settings of a query that nothing would read."""
+        own = self.pool is not None and self.pool.needs_query
+        if config.query == "one_pass" and not own:
+            raise ValueError(
+                f"query is one_pass, but prompts of type {config.prompt['type']} read no query. Set query two_pass, "
+                "the default (from_pretrained takes it too), or give prompts that read one."
+            )
+        if config.query == "one_pass" and self.query_backbone is not None:
+            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
+        given = [name for name in ("query_config", "query_view") if getattr(config, name) is not None]
+        if given and not self.needs_query and not own:
+            raise ValueError(
+                f"{' and '.join(given)} would have no effect: prompts of type {config.prompt['type']} read no query. "
+                "Leave the query backbone (query_name) and its view out, or give prompts that read one."
+            )
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)

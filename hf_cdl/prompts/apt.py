@@ -20,6 +20,7 @@ just trained for that task. Here it teaches with P_t; `teach_with: merged_before
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,6 +64,12 @@ class APT(PromptPool):
     def __init__(self, config: APTConfig, hidden_size: int, query_size: int, num_layers: int):
         super().__init__(config, hidden_size, query_size, num_layers)
         self.prompt = nn.Parameter(torch.empty(len(self.layers), 2, hidden_size))
+
+    @classmethod
+    def check_recipe(cls, fields: Mapping[str, Any], role: str) -> list[tuple[str, str]]:
+        if role != "teacher" and fields.get("teach_with", "trained") != "trained":
+            return [("teach_with", f"is a teacher's, but the {role} teaches no one; leave it out")]
+        return []
 
     def init_shared(self) -> None:
         init.trunc_normal_(self.prompt, std=0.02)

@@ -9,7 +9,7 @@ input before the layer does.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,23 @@ class PromptPool(nn.Module, ABC):
         self.query_size = query_size
         self.layers = _check_layers(range(num_layers) if config.layers is None else config.layers, num_layers)
         self.blocks = nn.ModuleList()
+
+    @classmethod
+    def check_class(cls) -> str | None:
+        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        if not cls.needs_query and cls.similarity is not PromptPool.similarity:
+            return (
+                "has a similarity of queries, but not needs_query, so there would be none; set that, or leave it out"
+            )
+        return None
+
+    @classmethod
+    def check_recipe(cls, fields: Mapping[str, Any], role: str) -> list[tuple[str, str]]:
+        """List the problems of a recipe's fields for this pool, as pairs of a field and a problem with its remedy.
+
+        The values of `fields` may be of any type: types are checked elsewhere. `role`: of the model, as "student".
+        """
+        return []
 
     def init_shared(self) -> None:
         """Initialise what all tasks share (outside `blocks`), with the same functions as in `init_task`."""

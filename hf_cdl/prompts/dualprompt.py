@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.checked import check_types
+from hf_cdl.checked import check_effect, check_types
 from hf_cdl.prompts.base import PromptPool
 from hf_cdl.types import KV
 
@@ -52,6 +52,7 @@ class DualPromptConfig:
 
     def __post_init__(self):
         check_types(self, "DualPrompt")
+        check_effect(self, "DualPrompt", "general_length", bool(self.general_layers), "general_layers names no layer")
         lengths = (self.general_length, self.expert_length)
         if any(length < 2 or length % 2 for length in lengths) or not self.expert_layers or self.reserved_tasks < 0:
             raise ValueError(

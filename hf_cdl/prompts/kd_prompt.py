@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from hf_cdl.checked import check_types
+from hf_cdl.checked import check_effect, check_types
 from hf_cdl.types import KV
 
 
@@ -53,6 +53,8 @@ class KDPromptConfig:
 
     def __post_init__(self):
         check_types(self, "KD prompts")
+        for name in ("layers", "prompt_init"):
+            check_effect(self, "KD prompts", name, self.length != 0, "length is 0: there is the KD token alone")
         fits = self.length >= 0 and self.length % 2 == 0 and (self.layers is None or self.layers >= 1)
         if not fits or not 0 <= self.alpha <= 1 or self.later_rate < 0:
             raise ValueError(

@@ -40,6 +40,8 @@ def _heads(fitted: bool) -> list[str]:
 
 
 _DEFAULTS = {f.name: default_of(f) for f in dataclasses.fields(ModelRecipe)}
+_PUSHED = {"push_teacher": False, "hub_private_repo": True, "hub_strategy": "every_task"}
+"""How a run is pushed, with the defaults; where to is also asked of a run that is not pushed yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +106,11 @@ def broken_rules(content: dict[str, Any]) -> Iterator[str]:
         yield from _session_rules(model, terms if model.role == "student" else [], _terms(content))
         yield from _part_rules(model, student_parts(content))
         yield from _classifier_rules(model)
+        yield from _prompt_rules(model)
         yield from training_problems(content, model.role)
     yield from _teacher_rules(content, models)
     yield from _plain_rules(content, models, terms)
+    yield from _saving_rules(content, models)
     yield from _hub_rules(content)
 
 
@@ -149,6 +153,23 @@ def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:
     if (known := _known(HEADS, head)) is not None:
         for name, what in known.check_recipe(head, model.role == "student" and has_teacher):
             yield f"'{model.role}.head.{name}' {what}"
+
+
+def _prompt_rules(model: _Model) -> Iterator[str]:
+    """What the pool asks of its fields, and a query only where something reads it."""
+    pool, prompt, query = _known(PROMPTS, model.part("prompt")), model.part("prompt"), model.section.get("query")
+    if pool is not None:
+        for name, what in pool.check_recipe(prompt, model.role):
+            yield f"'{model.role}.prompt.{name}' {what}"
+    default = (None, _DEFAULTS["query"], *(["self"] if model.role == "student" else []))  # the same for a student
+    if model.plain or query in default or (pool is None and model.prompted):
+        return  # an unknown type is another problem
+    if pool is None or not pool.needs_query:
+        able = ", ".join(name for name, kind in PROMPTS.items() if kind.needs_query)
+        yield (
+            f"'{model.role}.query' is {query}, but prompts of type {prompt['type']} read no query; leave it out, or "
+            f"use one of {able}"
+        )
 
 
 def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
@@ -261,9 +282,20 @@ def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list
             yield "'teacher.query' is student, but a model: classifier answers no queries; set it to self"
 
 
+def _saving_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+    """How checkpoints are saved is said of cdl models."""
+    if models and all(model.plain for model in models.values()):
+        for name, default in (("save_backbone", True), ("save_code", False)):
+            if content.get(name, default) is not default:
+                yield f"'{name}' is of cdl models, but here every model is a model: classifier; leave it out"
+
+
 def _hub_rules(content: dict[str, Any]) -> Iterator[str]:
     """Pushing needs a repository name that the Hub accepts, and a teacher if one is to be pushed."""
     if content.get("push_to_hub") is not True:
+        for name, default in _PUSHED.items():
+            if content.get(name, default) != default:
+                yield f"'{name}' is set, but 'push_to_hub' is false, so nothing is pushed; set it, or leave that out"
         return
     if content.get("push_teacher") is True and content.get("teacher") is None:
         yield "'push_teacher' is true, but there is no teacher; leave it out"
@@ -301,6 +333,8 @@ def without_effect(recipe: Recipe) -> Iterator[str]:
     for name in idle_arguments(recipe):
         if not name.startswith("train."):
             yield f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"
+    if not _trains(recipe.student) and recipe.ce_weight != Recipe.ce_weight:
+        yield f"'ce_weight' is {recipe.ce_weight:g}, but no loss trains a student whose head is fitted; leave it out"
     weights = [term.get("weight", TERMS[term["type"]].config_class.weight) for term in recipe.distill]
     if _trains(recipe.student) and recipe.ce_weight == 0 and not any(weight > 0 for weight in weights):
         yield (

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from hf_cdl.recipe.type_checks import default_of, near_name, typed_value
+from hf_cdl.recipe.type_checks import default_of, hints_of, near_name, typed_value
 from hf_cdl.training.arguments import CDLTrainingArguments
 
 PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
@@ -16,7 +16,7 @@ PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_priv
 
 def training(section: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:
     """Check the names and types of a `train` section. null means the default for a field that cannot be null."""
-    hints = typing.get_type_hints(CDLTrainingArguments)
+    hints = hints_of(CDLTrainingArguments)
     fields = {f.name: f for f in dataclasses.fields(CDLTrainingArguments) if f.init}
     values: dict[str, Any] = {}
     for key, value in section.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -55,7 +56,7 @@ def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any
     if not isinstance(content, dict):
         problems.append(f"{path or 'the recipe'} must have fields, but is {_short(content)}")
         return WRONG
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
     at = f"{path}." if path else ""
     values = {key: typed_value(hints[key], content[key], f"{at}{key}", problems) for key in content if key in fields}
@@ -74,6 +75,12 @@ def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any
     except (ValueError, TypeError) as error:
         problems.append(f"{path}: {error}" if path else str(error))
         return WRONG
+
+
+@functools.cache  # a recipe is built several times in a process, and evaluating annotations takes most of that time
+def hints_of(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with what `Annotated` adds to them."""
+    return typing.get_type_hints(kind, include_extras=True)
 
 
 def _typed_fields(kind: type, fields: dict[str, Any], path: str, problems: list[str]) -> dict[str, Any]:

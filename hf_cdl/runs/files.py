@@ -7,6 +7,7 @@ Content is synced to disk before a file gets its name, and so are names: every r
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -237,7 +238,12 @@ def content_hash(file: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+@functools.cache  # it parses a file, for every state that is stored
+def _version(package: str) -> str:
+    return version(package)
 
 
 # ---- reading ----

@@ -71,6 +71,7 @@ class _Ledger(TypedDict):
 
     `files`: fingerprints of stored files, by path in the folder. `images`: split -> image counts per class, in stream
     order. `plugins`: SHA-256 of the recipe's plugins, by their path there; older versions did not store it.
+    `settings`: by role, what its learning depends on (see settings.py).
     """
 
     recipe: dict[str, Any]
@@ -87,6 +88,7 @@ class _Ledger(TypedDict):
     hub: NotRequired[dict[str, Any]]
     origin: NotRequired[_Origin]
     changes: NotRequired[list[_Change]]
+    settings: NotRequired[dict[str, dict[str, Any]]]
 
 
 _LEDGER = TypeAdapter(_Ledger)
@@ -107,6 +109,16 @@ def edited_plugins(ledger: Mapping[str, Any], files: Any) -> list[str]:
     """Plugin files, by the paths in `files`, that have other content than the ledger says."""
     stored = ledger.get("plugins", {})
     return [file for file, now in plugin_hashes(files).items() if stored.get(file, now) != now]
+
+
+def check_plugins(folder: Path, ledger: Mapping[str, Any], files: Any) -> None:
+    """Raise RunError if plugins were edited since the run in a folder was started."""
+    if edited := edited_plugins(ledger, files):
+        raise RunError(
+            f"'plugins' names {', '.join(edited)}, which was edited since the run in {folder} was started: "
+            "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "
+            "folder with --output_dir FOLDER."
+        )
 
 
 def read_ledger(

@@ -34,9 +34,9 @@ from hf_cdl.runs.files import (
 )
 from hf_cdl.runs.ledger import (
     FORMAT,
+    check_plugins,
     data_changes,
     differences,
-    edited_plugins,
     new_ledger,
     plugin_hashes,
     read_ledger,
@@ -143,19 +143,11 @@ class Run:
                 + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
             )
         if learnt:
-            self._check_plugins(ledger)
+            check_plugins(self.folder, ledger, self.recipe.get("plugins"))
         if not changes:
             self.ledger = {**ledger, "recipe": {**known, "card": self.recipe.get("card")}}
         elif "origin" in ledger:
             self.ledger = {**ledger, "recipe": self.recipe, "stream": None}
-
-    def _check_plugins(self, ledger: dict[str, Any]) -> None:
-        if edited := edited_plugins(ledger, self.recipe.get("plugins")):
-            raise RunError(
-                f"'plugins' names {', '.join(edited)}, which was edited since the run in {self.folder} was started: "
-                "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "
-                "folder with --output_dir FOLDER."
-            )
 
     def _note_plugins(self) -> None:
         """Note in the ledger what the recipe's plugins are, unless the run was finished without saying so."""
@@ -329,6 +321,12 @@ class Run:
         for role, cost in costs.items():
             files = [*(self.checkpoint(role) or self.folder).glob("*.safetensors")]
             self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
+
+    def set_settings(self, role: str, settings: dict[str, Any]) -> None:
+        """Remember with which settings a role learns; written at once."""
+        if self.ledger.get("settings", {}).get(role) != settings:
+            self.ledger["settings"] = {**self.ledger.get("settings", {}), role: settings}
+            self._write_ledger()
 
     def set_hub(self, fields: dict[str, Any]) -> None:
         """Remember where the run is pushed to, for a later push; written at once."""

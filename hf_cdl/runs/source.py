@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.runs.files import RunError, damage
-from hf_cdl.runs.ledger import differences, read_ledger, shortened
+from hf_cdl.runs.ledger import differences, edited_plugins, plugin_hashes, read_ledger, shortened
 from hf_cdl.runs.repair import unreadable
 from hf_cdl.types import Task, TaskResult
 
@@ -28,9 +28,28 @@ class Source:
             raise RunError(f"'{role}_from' is {self.folder}, which holds no readable run.json: {error}") from error
 
     def check_recipe(self, complete: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Check that the role learns the same there as here; `complete` updates a stored recipe to today's form."""
+        """Check that the role learns the same there as here; `complete` updates a stored recipe to today's form.
+
+        A plugin of the same path, or else of the same file name, must have the same content.
+        """
+        if edited := edited_plugins(self._plugins(), self.recipe.get("plugins")):
+            raise RunError(
+                f"'{self.role}_from' is {self.folder}, where {', '.join(edited)} in 'plugins' had other content: its "
+                f"{self.role} may be of another method. Nothing was touched. Put the old content back, or leave "
+                f"'{self.role}_from' out: then the {self.role} is trained."
+            )
         theirs = _makes(complete(self.ledger["recipe"]), self.role)
         self._refuse(differences(theirs, _makes(self.recipe, self.role)))
+
+    def _plugins(self) -> dict[str, dict[str, str]]:
+        """What the other run's ledger says of the plugins that are named here."""
+        stored = self.ledger.get("plugins", {})
+        found = {}
+        for file, now in plugin_hashes(self.recipe.get("plugins")).items():
+            same = [known for path, known in stored.items() if path == file]
+            same = same or [known for path, known in stored.items() if Path(path).name == Path(file).name]
+            found |= {file: now if now in same else same[0]} if same else {}
+        return {"plugins": found}
 
     def check_stream(self, fingerprint: str | None) -> None:
         """Check that both runs have the same stream."""

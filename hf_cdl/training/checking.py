@@ -16,6 +16,7 @@ from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
+from hf_cdl.training.labelled import check_label, check_task_labels
 from hf_cdl.types import Task
 
 KNOWN = (
@@ -64,11 +65,16 @@ def check_answers(teacher: nn.Module) -> None:
         ) from error
 
 
-def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None) -> None:
+def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None, objective: Objective) -> None:
     """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
 
     A recipe's shared arguments may belong to another role's model; its command says what has no effect.
     """
+    if not model.trains(0) and (objective.terms or objective.ce_weight != 1):
+        raise ValueError(
+            f"No loss trains this {type(model).__name__}, whose head is fitted, so the objective would have no "
+            "effect; leave it out, or give the model a first_session."
+        )
     given = {"eval_strategy": args.eval_strategy != IntervalStrategy.NO, "callbacks": bool(callbacks)}
     idle = (
         []
@@ -153,13 +159,7 @@ def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool
             "evaluate_seen()."
         )
     if "labels" in item:
-        check_label(int(item["labels"]), classes)
-
-
-def check_label(label: int, classes: int) -> None:
-    """Raise ValueError for a label outside 0 .. classes - 1."""
-    if not 0 <= label < classes:
-        raise ValueError(f"The dataset has the label {label}, but the model's lie between 0 and {classes - 1}.")
+        check_label(item["labels"], range(classes))
 
 
 def asks_teacher(model: Any, objective: Objective) -> bool:
@@ -185,6 +185,7 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
         )
     if model.trains(task.index):
         check_training(role, model, objective, args, task.index, task.class_names, images)
+    check_task_labels(task)
 
 
 def check_training(

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
-from hf_cdl.training.checking import check_items, check_label, check_tasks
+from hf_cdl.training.checking import check_items, check_tasks
+from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
 from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.training.teacher import Teacher
@@ -92,10 +93,7 @@ class EvaluatingTrainer(TaskTrainer):
         logits = torch.cat([part["logits"] for part in parts])
         if "labels" not in parts[0]:
             return logits, None
-        labels = torch.cat([part["labels"] for part in parts])
-        for label in (labels.min(), labels.max()):
-            check_label(int(label), logits.shape[1])
-        return logits, labels
+        return logits, torch.cat([part["labels"] for part in parts])
 
     def _measure_newest(self, prefix: str) -> dict[str, float]:
         """Accuracy of the model and its teacher on images of the newest task, over that task's classes only."""
@@ -159,7 +157,8 @@ class EvaluatingTrainer(TaskTrainer):
         if stored is not None and stored.row:
             return stored
         start = time.perf_counter()
-        result = replace(stored or TaskResult(self.role, task.index), **self.answer(self.seen))
+        choices = self.model.head.choices() if self.model.fitted else {}
+        result = replace(stored or TaskResult(self.role, task.index), choices=choices, **self.answer(self.seen))
         result.eval_seconds = time.perf_counter() - start
         if self.run is not None:
             self.run.save_result(result)
@@ -214,17 +213,21 @@ class EvaluatingTrainer(TaskTrainer):
 
     # ---- images ----
 
-    def _loader(self, split: Any, *others: str) -> Any:
+    def _loader(self, split: Any, *others: str, classes: slice | None = None) -> Any:
         """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self.get_test_dataloader(self._as_seen(split, *others))
+            return self.get_test_dataloader(self._as_seen(split, classes, *others))
         finally:
             self.args.dataloader_drop_last = dropping
 
-    def _as_seen(self, split: Any, *others: str) -> Any:
-        """A split as seen by this role's model and the `others`; most users' own splits look the same to all roles."""
-        return split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
+    def _as_seen(self, split: Any, classes: slice | None, *others: str) -> Any:
+        """A split as seen by this role's model and the `others`, labelled with `classes`; None: all that are known.
+
+        Most users' own splits look the same to all roles.
+        """
+        seen = split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
+        return Labelled(seen, range(self._known_classes) if classes is None else range(classes.start, classes.stop))
 
     def _bar(self, title: str, **options: Any) -> Any:
         return progress_bar(title, self.args.disable_tqdm or not self.is_world_process_zero(), **options)

@@ -21,8 +21,10 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Rounds, ViewSampler
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
+from hf_cdl.training.settings import settings_of
 from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.training.trainer_contract import Total
@@ -38,6 +40,7 @@ class TaskTrainer(SteeredTrainer):
     """
 
     objective: Any
+    teacher: Any
     _sums: dict[str, torch.Tensor]
     """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
     _steps_summed: int
@@ -240,6 +243,19 @@ class TaskTrainer(SteeredTrainer):
                 self.run.say("\n".join([*discarded, f"{self._title(task)}: {start}."]))
             found = [state and str(state)]
         return broadcast_object_list(found)[0]
+
+    def _settings(self) -> dict[str, Any]:
+        """What the learning depends on besides the data."""
+        return settings_of(self.args, self.objective, self.model, self.teacher.model)  # type: ignore[arg-type]
+
+    def _check_settings(self) -> None:
+        """Raise RunError if the run holds what the role has learnt with other settings."""
+        if self.run is not None:
+            check_settings(self.run.folder, self.run.ledger, self.role, self._settings())
+
+    def _keep_settings(self) -> None:
+        if self.run is not None:
+            self.run.set_settings(self.role, self._settings())
 
     def _state_of(self, task: Task) -> dict[str, Any]:
         """What a stored state must match so that resuming from it is exact."""

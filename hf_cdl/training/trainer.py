@@ -81,7 +81,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.objective = Objective() if objective is None else objective
         check_parts(model, args, self.objective, teacher)
         check_names(role, eval_split, num_tasks)
-        check_used(model, args, callbacks, run)
+        check_used(model, args, callbacks, run, self.objective)
         self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
@@ -173,6 +173,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.trained_tasks = task.index + 1
         if self._take_over(task):
             return
+        self._keep_settings()
         result = TaskResult(self.role, task.index)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -182,8 +183,6 @@ class CDLTrainer(EvaluatingTrainer):
         if self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
-        if self.model.fitted:
-            result.choices = self.model.head.choices()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory()
         if self.run is not None:
@@ -194,6 +193,7 @@ class CDLTrainer(EvaluatingTrainer):
         """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
         if self.model.fitted and self.model.head.needs_teacher and not self.teacher.teaches_head:
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
+        self._check_settings()
         done = self.run is not None and self.run.result(self.role, task) is not None
         if done or self._came_with(task):
             return False
@@ -258,7 +258,7 @@ class CDLTrainer(EvaluatingTrainer):
         last = self._stored_state(task)
         if last is None:
             self._measure(task)
-        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, *self.teacher.views)
+        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, task.classes, *self.teacher.views)
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._begin_counting()
@@ -304,7 +304,8 @@ class CDLTrainer(EvaluatingTrainer):
         classes, if it has one.
         """
         self.model.eval()
-        for batch in self._bar(self._title(task), iterable=self._loader(task.train, *self.teacher.head_views)):
+        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
+        for batch in self._bar(self._title(task), iterable=loader):
             taught = None
             with torch.no_grad():
                 output = self.model(pixel_values=batch["pixel_values"])

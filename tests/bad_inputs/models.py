@@ -275,6 +275,9 @@ CHECKPOINTS = [
 ]
 
 
+VIEW = {"size": [16, 16], "scale": [1.0, 1.0, 1.0], "shift": [0.0, 0.0, 0.0]}
+
+
 def fresh(parts: Parts, **fields: Any) -> CDLForImageClassification:
     return CDLForImageClassification.from_backbone(str(parts.student), **fields)
 
@@ -354,6 +357,22 @@ CALLS = [
         "a small checkpoint of a trained backbone", {"save_backbone": False, "train_backbone": True}, "save_backbone"
     ),
     built("an unknown query", {"query": "both"}, "both"),
+    *(
+        built(
+            f"a one-pass query beside {prompt['type']}", {"query": "one_pass", "prompt": prompt}, "one_pass", "query"
+        )
+        for prompt in ({"type": "none"}, {"type": "apt"}, {"type": "vpt"})
+    ),
+    built("a query's view that nothing reads", {"query_view": VIEW}, "query_view", "no effect"),
+    call(
+        "a query backbone that nothing reads",
+        lambda parts: fresh(parts, prompt={"type": "vpt"}, query_name=parts.teacher),
+        "query_name",
+        "no effect",
+    ),
+    built(
+        "a ridge head's idle temperature", {"head": {"type": "ridge", "temperature": 2.0}}, "temperature", "no effect"
+    ),
     call("from_backbone of nothing", lambda parts: CDLForImageClassification.from_backbone("./gone"), "./gone"),
     call("from_backbone of a number", lambda parts: CDLForImageClassification.from_backbone(3), "3|name"),  # type: ignore[arg-type]
     call("a model without classes", lambda parts: fresh(parts)(torch.zeros(1, 3, 16, 16)), "class", way="begin_task"),

@@ -1,4 +1,4 @@
-"""Bad inputs, one per row, and the code that runs each in a forked child, with a time and a memory limit."""
+"""Bad inputs, one per row, and the code that runs each, with a time and a memory limit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
@@ -26,6 +27,7 @@ import huggingface_hub.constants as hub_constants
 import torch
 from accelerate.state import AcceleratorState
 from helpers import MAIN, ROOT
+from transformers.utils import logging as hf_logging
 
 from bad_inputs.parts import Parts
 
@@ -64,7 +66,7 @@ class Row:
 
     `make(parts)` writes what is needed into the empty current folder and returns what to do: a command, which must
     exit with code 2, or a callable, which must raise one of NAMED. `says`: what the message must name, alternatives
-    separated by `|`; `way`: a pattern of the solution it offers.
+    separated by `|`; `way`: a pattern of the solution it offers. `hub`: it uses the tests' Hub.
     """
 
     name: str
@@ -93,12 +95,15 @@ def rows(kind: str, *tables: list[Row]) -> list[Row]:
     return [dataclasses.replace(row, name=f"{kind}: {row.name}") for table in tables for row in table]
 
 
-def check(row: Row, parts: Parts, folder: Path) -> None:
-    """Run a row in an empty folder. Raises AssertionError with everything that is wrong."""
-    with _inside(folder):
+def check(row: Row, parts: Parts, folder: Path, alone: bool) -> None:
+    """Run a row in an empty folder, in a forked child or in this process.
+
+    Raises AssertionError with everything that is wrong.
+    """
+    with inside(folder):
         act = row.make(parts)
     before = snapshot(folder, parts.root)
-    result = in_child(act, folder, parts.hub_url if row.hub else None)
+    result = (in_child if alone else in_process)(act, folder, parts.hub_url if row.hub else None)
     after = snapshot(folder, parts.root)
     wrong = [*problems(row, act, result)]
     if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
@@ -142,10 +147,20 @@ def problems(row: Row, act: Act, result: Result) -> list[str]:
     return wrong
 
 
+def in_process(act: Act, folder: Path, hub: str | None = None) -> Result:
+    """Run it in this process, where what earlier ones imported and cached is there; what it changes is set back."""
+    log = _log(folder)
+    with _set_back():
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        measured = _measured(act, folder, hub)
+    return _result(measured, log)
+
+
 def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
     """Run it in a forked child; a child that takes too long is killed."""
     reading, writing = os.pipe()
-    log = os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+    log = _log(folder)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -155,10 +170,7 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            memory, start, waited = _peak(), time.monotonic(), _waited()
-            answer = _do(act, folder, hub)
-            seconds = time.monotonic() - start - (_waited() - waited)
-            os.write(writing, json.dumps([*answer, _peak() - memory, seconds]).encode())
+            os.write(writing, json.dumps(_measured(act, folder, hub)).encode())
         finally:
             os._exit(0)  # even if other threads are running
     os.close(writing)
@@ -169,10 +181,51 @@ def in_child(act: Act, folder: Path, hub: str | None = None) -> Result:
     os.waitpid(child, 0)
     os.close(reading)
     stopped = (None, "a process that had to be stopped", "", 0, 3.0 * SECONDS)
-    code, error, message, memory, seconds = json.loads(content) if content else stopped
+    return _result(json.loads(content) if content else stopped, log)
+
+
+def _log(folder: Path) -> int:
+    """A file next to the folder for all output."""
+    return os.open(str(folder.with_name(f"{folder.name}.log")), os.O_CREAT | os.O_RDWR | os.O_TRUNC)
+
+
+def _result(measured: Sequence[Any], log: int) -> Result:
+    code, error, message, memory, seconds = measured
     output = os.pread(log, 1 << 20, 0).decode(errors="replace")
     os.close(log)
     return Result(code, error, message, memory, output, seconds)
+
+
+def _measured(act: Act, folder: Path, hub: str | None) -> tuple[Any, ...]:
+    """What `_do` returns, then the bytes and seconds that it took."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that of now
+    memory, start, waited = _peak(), time.monotonic(), _waited()
+    answer = _do(act, folder, hub)
+    seconds = time.monotonic() - start - (_waited() - waited)
+    return *answer, _peak() - memory, seconds
+
+
+@contextlib.contextmanager
+def _set_back() -> Iterator[None]:
+    """Set back what a command changes in its process."""
+    streams, words, level = (sys.stdout, sys.stderr), sys.argv, hf_logging.get_verbosity()
+    numbers, environment = [os.dup(number) for number in (1, 2)], dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    memory = resource.getrlimit(resource.RLIMIT_AS)
+    with warnings.catch_warnings(), inside(Path.cwd()):
+        yield
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (sys.stdout, sys.stderr), sys.argv = streams, words
+    hf_logging.set_verbosity(level)
+    for to, number in enumerate(numbers, 1):
+        os.dup2(number, to)
+        os.close(number)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
 def _waited() -> float:
@@ -182,7 +235,8 @@ def _waited() -> float:
 
 def _peak() -> int:
     """Peak memory of this process in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None, str]:
@@ -190,7 +244,7 @@ def _do(act: Act, folder: Path, hub: str | None) -> tuple[int | None, str | None
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.chdir(folder)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, size + 3 * MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MEMORY, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     _use_hub(hub, folder.with_name(f"{folder.name}.cache"))
@@ -244,7 +298,7 @@ def snapshot(folder: Path, *others: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _inside(folder: Path) -> Any:
+def inside(folder: Path) -> Any:
     """Like contextlib.chdir, which Python 3.10 lacks."""
     before = os.getcwd()
     os.chdir(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from transformers import (
 )
 
 from bad_inputs.models import INF, NAN, begun, fresh
-from bad_inputs.parts import Parts
+from bad_inputs.parts import GONE, Parts
 from bad_inputs.runner import WAY, Row, rows
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
-from hf_cdl.types import ModelShape
+from hf_cdl.types import ModelShape, Task
 
 
 def call(name: str, act: Callable[[Parts], Any], *says: str) -> Row:
@@ -104,6 +105,32 @@ def evaluated_on(parts: Parts, of: Callable[[Any], Any]) -> None:
     trainer(parts, args, eval_dataset=of(task)).learn(task)
 
 
+def labelled(split: Any, place: int, label: Any) -> list[dict[str, Any]]:
+    """The items of a split as a list, one of them with another label; GONE: without any."""
+    items = [split[index] for index in range(len(split))]
+    items[place] = {**items[place], "labels": label}
+    if label is GONE:
+        del items[place]["labels"]
+    return items
+
+
+class Lazy:
+    """Items of a user's own dataset, with views."""
+
+    def __init__(self, items: list[dict[str, Any]]):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        return self.items[key[0] if isinstance(key, tuple) else key]
+
+
+def relabelled(task: Task, place: int, label: Any) -> Task:
+    return replace(task, train=Lazy(labelled(task.train, place, label)))
+
+
 def ignorant_teacher(parts: Parts) -> None:
     student, teacher = fresh(parts), fresh(parts)
     term = TERMS["kd"](TERMS["kd"].config_class(), student.shape, teacher.shape)
@@ -155,6 +182,12 @@ TRAINERS = [
         "teacher",
         "leave the teacher out",
     ),
+    call(
+        "a trainer with a weight of the cross-entropy that no loss reads",
+        lambda parts: CDLTrainer(class_means(parts), CDLTrainingArguments("work", use_cpu=True), Objective(0.5)),
+        "objective",
+        "no effect",
+    ),
     asked("measures before it learnt", lambda made, parts: made.evaluate(), "learn"),
     asked("measures the tasks before it learnt", lambda made, parts: made.evaluate_seen(), "learn"),
     asked("learns None", lambda made, parts: made.learn(None), "None", "Task|tasks"),  # type: ignore[arg-type]
@@ -174,6 +207,53 @@ TRAINERS = [
         lambda made, parts: made.predict(stream(parts)[1].test),
         "label",
         learnt=True,
+    ),
+    *(
+        asked(
+            f"{taker}s the label {label!r} at {place}",
+            lambda made, parts, taker=taker, label=label, place=place: getattr(made, taker)(
+                labelled(stream(parts)[0].test, place, label)
+            ),
+            "label",
+            repr(label),
+            type(label).__name__,
+            "0 to 1",
+            learnt=True,
+        )
+        for taker in ("evaluate", "predict")
+        for label in ("cat", 0.5, None, True)
+        for place in (0, 2)
+    ),
+    asked(
+        "measures a label in the middle that is unknown",
+        lambda made, parts: made.evaluate(labelled(stream(parts)[0].test, 2, 7)),
+        "label 7",
+        "0 and 1",
+        learnt=True,
+    ),
+    asked(
+        "predicts labels of some items",
+        lambda made, parts: made.predict(labelled(stream(parts)[0].test, 2, GONE)),
+        "some items",
+        "none",
+        learnt=True,
+    ),
+    *(
+        asked(
+            f"learns the label {label!r} at {place}",
+            lambda made, parts, label=label, place=place: made.learn(relabelled(stream(parts)[0], place, label)),
+            "label",
+            "task-01.train" if place == 0 else "The dataset",
+            "0 to 1|0 and 1",
+        )
+        for label in ("cat", 0.5, None, True, 3, -1)
+        for place in (0, 2)
+    ),
+    asked(
+        "learns a list of items",
+        lambda made, parts: made.learn(replace(stream(parts)[0], train=labelled(stream(parts)[0].test, 0, 0))),
+        "task-01.train",
+        "list",
     ),
     asked("predicts before it learnt", lambda made, parts: made.predict(stream(parts)[0].test), "learn", "predict"),
     asked(

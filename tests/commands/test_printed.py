@@ -18,8 +18,8 @@ from helpers import (
     MODULE,
     ROOT,
     TRAIN,
+    class_means,
     interrupt_when,
-    make_backbone,
     make_data,
     make_recipe,
     picture,
@@ -30,9 +30,9 @@ from helpers import train as train_process
 from hub_server import TOKEN, HubServer, environment
 from huggingface_hub import CommitOperationAdd, HfApi
 from packaging.requirements import Requirement
-from safetensors.torch import load_file
 from test_classifier import write as write_classifiers
 from test_stopping import STOPPED
+from test_train import assert_same_run
 from transformers import ViTImageProcessor
 
 from hf_cdl import StreamConfig, TaskStream
@@ -132,24 +132,12 @@ def execute(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.run(line, shell=True, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-def means(folder: Path) -> dict[str, Any]:
-    """A recipe whose student has class means; it takes seconds."""
-    return {
-        "name": "tiny",
-        "data": {"path": str(make_data(folder / "data", classes=4)), "classes_per_task": 2},
-        "student": {"backbone": str(make_backbone(folder / "backbone")), "head": {"type": "ncm"}},
-        "baselines": [],
-        "train": {"use_cpu": True},
-    }
-
-
 @pytest.mark.slow
 def test_a_push_that_fails_says_the_command_that_pushes(tmp_path: Path) -> None:
     """The push command itself, with the options it was called with; without a Hub, and with a slow one."""
     folder = "it's a run"
-    code, output = train_process(
-        write_recipe(tmp_path / "r.yaml", means(tmp_path)), "--output_dir", folder, cwd=tmp_path
-    )
+    words = (class_means(tmp_path), "--data.max_classes", 4, "--output_dir", folder)
+    code, output = train_process(*words, cwd=tmp_path)
     assert code == 0, output
     with HubServer(tmp_path / "gone") as gone:
         pass
@@ -194,17 +182,15 @@ def test_a_run_that_was_stopped_goes_on_by_what_it_says(
     assert done.returncode == 0, (line, done.stdout + done.stderr)
     code, said = train_process(file, "--output_dir", tmp_path / "whole")
     assert code == 0, said
-    for weights in (tmp_path / "whole").rglob("model.safetensors"):
-        ours, theirs = load_file(weights), load_file(cut / weights.relative_to(tmp_path / "whole"))
-        assert all(value.equal(theirs[name]) for name, value in ours.items()), weights
+    assert_same_run(cut, tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_a_data_set_is_downloaded_as_it_is_said(tmp_path: Path) -> None:
     """Without a network, the command is printed; with one, it makes a folder that a stream can read."""
     data = make_data(tmp_path / "data")
-    recipe = {**means(tmp_path / "more"), "data": {"path": "me/photos", "classes_per_task": 2}}
-    code, said = train_process(write_recipe(tmp_path / "r.yaml", recipe), "--output_dir", tmp_path / "run")
+    words = ("--data.path", "me/photos", "--output_dir", tmp_path / "run")
+    code, said = train_process(class_means(tmp_path / "more"), *words)
     assert code == 2 and not (tmp_path / "run").exists(), said
     found = re.search(r"run `(hf download [^`]*)`", said)
     assert found is not None and "FOLDER" in found[1], said

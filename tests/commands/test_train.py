@@ -223,7 +223,7 @@ def test_tasks_smaller_than_a_batch_are_refused_if_only_full_batches_count(
         (
             [
                 *("--data.classes_per_task", 5, "--teacher", "null", "--distill", "[]", "--student.head.type", "ncm"),
-                *("--student.prompt", "{type: none}", "--baselines", "[linear_head]"),
+                *("--student.prompt", "{type: none}", "--baselines", "[linear_head]", "--ce_weight", 1),
             ],
             "linear head cannot learn task 2, which has one class ('class f')",
         ),
@@ -491,6 +491,14 @@ def test_a_wrong_recipe(run: Callable[..., tuple[int, str]], tmp_path: Path) -> 
     assert "unknown field 'train.epochs'" in message
 
 
+def test_a_wrong_call_says_one_thing(tmp_path: Path) -> None:
+    code, output = train("nowhere.yaml", cwd=tmp_path)
+    assert code == 2
+    assert output == "error: Cannot read the recipe nowhere.yaml: No such file or directory. Give a YAML file.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_wrong_call_as_a_process_says_one_thing_on_stderr(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, str(TRAIN), "nowhere.yaml"], capture_output=True, text=True, cwd=tmp_path, env=_offline()

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import time
+from datetime import date
 from typing import Any, ClassVar
 
 import datasets
@@ -46,6 +47,13 @@ def table(labels: list, kind: Any = None, split: int = 0) -> Dataset:
     features = Features({"image": datasets.Image(), "label": kind})
     cells = [{"bytes": png(split, i), "path": None} for i in range(len(labels))]
     return Dataset.from_dict({"image": cells, "label": labels}, features=features)
+
+
+def with_labels(found: Dataset, labels: list[int]) -> Dataset:
+    """The table with unsigned labels, which Dataset.from_dict could not make."""
+    column = pa.array(labels, pa.uint64())
+    images = found.remove_columns("label")
+    return Dataset(images.data.table.append_column("label", column)).cast_column("image", datasets.Image())
 
 
 def data(classes: int = 5, train: int = 4, test: int = 2, kind: Any = None, **more: Dataset) -> DatasetDict:
@@ -618,7 +626,27 @@ ERRORS = {
     "float labels": (
         lambda: {s: table([0.0, 1.0], Value("float32")) for s in ("train", "test")},
         {},
-        "Labels are of type float",
+        r"Labels are of type float.*'label' of the train split has 0.0, 1.0: make the labels texts, as dataset.map",
+    ),
+    "no float labels": (
+        lambda: {s: table([], Value("float32")) for s in ("train", "test")},
+        {},
+        "Labels are of type float.*has no rows: make",
+    ),
+    "yes and no": (
+        lambda: {s: table([True, False], Value("bool")) for s in ("train", "test")},
+        {},
+        r"Labels are of type bool.*'label' of the train split has (True|False), ",
+    ),
+    "days": (
+        lambda: {s: table([date(2020, 1, 1)] * 2, Value("date32")) for s in ("train", "test")},
+        {},
+        r"Labels are of type date32.*has datetime.date\(2020, 1, 1\), ",
+    ),
+    "huge numbers": (
+        lambda: {s: with_labels(table([0, 1], Value("int64")), [0, 2**63]) for s in ("train", "test")},
+        {},
+        r"Labels are of type uint64; allowed: .*below 2\*\*63.*has 0, 9223372036854775808",
     ),
     "disagreeing names": (
         lambda: {
@@ -795,3 +823,20 @@ def test_a_fraction_that_holds_nothing_out_is_said() -> None:
     stream = make(both, test_fraction=0.5, classes_per_task=2)
     assert any("test_fraction" in note and "'test'" in note for note in stream.notes)
     assert len(stream[0].train) == 4 and len(stream[0].test) == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "notes"),
+    [
+        ({}, ["split_seed 3 has no effect, since nothing is drawn by it"]),
+        ({"max_train_per_class": 2}, []),
+        ({"max_eval_per_class": 1}, []),
+    ],
+)
+def test_a_seed_that_draws_nothing_is_said(fields: dict[str, Any], notes: list[str]) -> None:
+    assert make(data(4, train=4), split_seed=3, classes_per_task=2, **fields).notes == notes
+
+
+def test_a_seed_that_draws_the_test_images_is_not_said() -> None:
+    train = data(4, train=8)["train"]
+    assert make({"train": train}, split_seed=3, test_fraction=0.5, classes_per_task=2).notes == []

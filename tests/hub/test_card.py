@@ -248,3 +248,10 @@ def test_a_run_s_cards_at_any_stage_by_the_command(tmp_path: Path) -> None:
         assert (out / role / "accuracy_matrix.png").is_file()
         stored = json.loads((out / "results.json").read_text())["roles"][role]["cost"]
         assert stored["bytes"] == (out / role / "model.safetensors").stat().st_size
+
+
+def test_the_words_on_licences_are_in_the_template() -> None:
+    """Where one looks for them first; a card without the facts says so in the same place."""
+    template = (ROOT / "model_cards" / "template.md.jinja").read_text()
+    for line in ("- Licence: {{ licence or", "- Licence of the data: {{ data_licence or"):
+        assert f'{line} "not stated by the author" }}}}' in template

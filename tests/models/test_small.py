@@ -201,3 +201,90 @@ def test_a_run_with_small_checkpoints_learns_the_same_also_when_it_is_killed(tmp
         assert (small / role / "hf_cdl_models_modeling_cdl.py").is_file()
         models = [CDLForImageClassification.from_pretrained(folder / role / "task-03") for folder in (whole, small)]
         assert torch.equal(logits(models[0]), logits(models[1])), role
+
+
+# ---- saving changes nothing ----
+
+
+def in_training(backbone: Path, part: str, **fields: Any) -> Any:
+    """A model in a first session, or one beside a term's layers."""
+    set_seed(5)
+    if part == "session_head":
+        session = {"head": {"type": "ridge"}, "first_session": {"type": "linear"}}
+        model = CDLForImageClassification.from_backbone(str(backbone), prompt=CODA, **session, **fields)
+        model.begin_task(["cat", "dog"])
+        return model
+    model = student(backbone, **fields).train()
+    model.scaffold = torch.nn.Linear(5, 5)
+    return model
+
+
+def state_of(model: Any) -> dict[str, Any]:
+    """Every attribute, every part and every weight, by identity."""
+    named = {f"part {name}": id(part) for name, part in model.named_modules()}
+    own = {f"own {key}": (id(value), str(value)) for key, value in vars(model).items() if key != "_modules"}
+    return {**own, **named, **{f"weight {name}": id(value) for name, value in model.named_parameters()}}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PARTS = pytest.mark.parametrize("part", ["scaffold", "session_head"])
+
+
+@PARTS
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+def test_a_checkpoint_in_training_is_that_of_the_model_without_what_only_training_needs(
+    small: bool, part: str, tmp_path: Path
+) -> None:
+    """Also in shards, whose index counts the parameters, and if the caller hands over the weights of all parts."""
+    model = in_training(make_backbone(tmp_path / "vit", 32, 2, 2), part, save_backbone=not small)
+    before = state_of(model)
+    ways: dict[str, Any] = {"one": {}, "shards": {"max_shard_size": "2KB"}}
+    for name, options in ways.items():
+        model.save_pretrained(tmp_path / name, **options)
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    assert state_of(model) == before and model.training
+    setattr(model, part, None)
+    for name, options in ways.items():
+        model.save_pretrained(tmp_path / f"bare {name}", **options)
+        assert files_of(tmp_path / name) == files_of(tmp_path / f"bare {name}"), name
+    assert len(files_of(tmp_path / "shards")) > 3
+    assert files_of(tmp_path / "given") == files_of(tmp_path / "one")
+    assert logits(CDLForImageClassification.from_pretrained(str(tmp_path / "one"))).isfinite().all()
+
+
+@PARTS
+def test_a_save_that_fails_leaves_the_model_as_it_was_and_never_takes_a_part_away(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = in_training(make_backbone(tmp_path / "vit", 32, 2, 2), part)
+    before, want, during = state_of(model), logits(model.eval()), []
+
+    def fail(*arguments: Any, **options: Any) -> None:
+        during.append((state_of(model), logits(model)))
+        raise OSError("No space left on device")
+
+    model.train()
+    model.eval()
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path / "full")
+    [(then, found)] = during
+    before["own training"] = then["own training"]  # changed by eval()
+    assert then == before == state_of(model) and getattr(model, part) is not None
+    assert torch.equal(found, want), "another thread can use the model meanwhile"
+
+
+def test_saving_adapters_leaves_the_backbone_s_own_as_they_are(tmp_path: Path) -> None:
+    session = {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "lora": {"r": 2}}
+    backbone = make_backbone(tmp_path / "vit", 32, 2, 2)
+    model: Any = CDLForImageClassification.from_backbone(str(backbone), **session)
+    model.begin_task(["cat", "dog"])
+    adapters = model.backbone.peft_config["default"]
+    before = dict(vars(adapters))
+    model.save_pretrained(tmp_path / "model")
+    assert vars(adapters) == before and not adapters.inference_mode
+    stored = json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())
+    assert stored["inference_mode"] and stored["base_model_name_or_path"] == str(backbone)

@@ -26,7 +26,9 @@ from hf_cdl.distill import TERMS
 from hf_cdl.distill.kd import KD
 from hf_cdl.distill.objective import Term, TermConfig
 from hf_cdl.heads import HEADS
-from hf_cdl.heads.base import Head
+from hf_cdl.heads.base import Head, HeadConfig
+from hf_cdl.heads.class_means import NearestMeanHead
+from hf_cdl.heads.linear import LinearHead
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.prompts.coda import Coda
 from hf_cdl.recipe import RecipeError, build_recipe, load_plugins, load_recipe
@@ -145,6 +147,42 @@ def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, caps
     assert planned.results() is None, "hf-cdl compare starts it, which says what is wrong"
     mine.write_text(f"{OWN.read_text()}\n# other\n")
     assert (planned.results() or {})["finished"]
+
+
+def test_a_teacher_of_an_edited_plugin_is_not_taken_over(tmp_path: Path, capsys: Any) -> None:
+    """Its own plugin may lie elsewhere, but under the same name it has the same content."""
+    places = [tmp_path / name / "mine.py" for name in ("there", "here")]
+    for mine in places:
+        mine.parent.mkdir()
+        mine.write_text(OWN.read_text())
+    there, here = (
+        [str(write_recipe(mine.parent / "own.yaml", own_recipe(tmp_path, plugins=[str(mine)])))] for mine in places
+    )
+    here += ["--teacher_from", str(tmp_path / "run"), "--output_dir", str(tmp_path / "mine")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CDLTrainer, "evaluate_seen", interrupt)
+        assert train.main(there) == 130
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for mine, words in ((places[1], here), (places[0], [there[0], *here[1:]])):
+        mine.write_text(f"{OWN.read_text()}\n# other\n")
+        forget()
+        assert train.main(words) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"'teacher_from' is {tmp_path / 'run'}, where {mine} in 'plugins' had other content" in said
+        assert "Put the old content back, or leave 'teacher_from' out" in said
+        assert not (tmp_path / "mine").exists(), "nothing was begun"
+        mine.write_text(OWN.read_text())
+    assert before == {path: path.read_bytes() for path in before}
+    forget()
+    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1], "it would be taken over"
+    ledger = tmp_path / "run" / "run.json"
+    older = json.loads(ledger.read_text())
+    del older["plugins"]  # as before plugins were recorded
+    ledger.write_text(json.dumps(older))
+    places[1].write_text(f"{OWN.read_text()}\n# other\n")
+    forget()
+    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1]
 
 
 @pytest.mark.parametrize(
@@ -346,6 +384,63 @@ def test_a_term_is_not_named_as_a_loss_of_the_objective(name: str) -> None:
         (TERMS, type("Named", (KD,), {"config_class": Typed}), r"\(Typed\) has a field 'type'"),
         (PROMPTS, type("Odd", (Coda,), {"config_class": dict}), "config_class is <class 'dict'>; allowed is a data"),
         (PROMPTS, type("Flat", (Coda,), {"config_class": Bare}), r"\(Bare\) has no layers"),
+        (HEADS, type("Sums", (LinearHead,), {"keeps_sums": True}), "Sums keeps_sums, but .*: define `drop_sums`, or"),
+        (
+            HEADS,
+            type("Taught", (NearestMeanHead,), {"needs_teacher": True}),
+            "Taught needs_teacher, .*define `targets`",
+        ),
+        (
+            HEADS,
+            type("Asks", (NearestMeanHead,), {"needs_teacher": property(bool)}),
+            "Asks needs_teacher, .*`targets`",
+        ),
+        (
+            HEADS,
+            type("Trained", (LinearHead,), {"needs_teacher": True}),
+            "by terms; derive it from FittedHead, or leave that",
+        ),
+        (HEADS, type("Fits", (LinearHead,), {"fitted": True}), "has fitted True, which heads derived from FittedHead"),
+        (
+            HEADS,
+            type("Not", (NearestMeanHead,), {"fitted": False}),
+            "has fitted False, which heads derived from Fitted",
+        ),
+        (HEADS, type("Plain", (NearestMeanHead,), {"config_class": HeadConfig}), "the `scale` of FittedConfig"),
+        (
+            HEADS,
+            type("Lazy", (LinearHead,), {"keeps_sums": property(bool)}),
+            "has keeps_sums <property.*True or False",
+        ),
+        (
+            HEADS,
+            type("Few", (LinearHead,), {"add_task": lambda self: None}),
+            r"has add_task\(self\), but it is called",
+        ),
+        (HEADS, type("Made", (LinearHead,), {"__init__": lambda self: None}), r"called as __init__\(self, config"),
+        (
+            HEADS,
+            type("Own", (LinearHead,), {"check_recipe": lambda *a: []}),
+            "check_recipe as .*make it a classmethod",
+        ),
+        (
+            TERMS,
+            type("Beside", (KD,), {"needs_teacher": False, "consult": lambda s, a, b: a}),
+            "has consult, which only",
+        ),
+        (
+            TERMS,
+            type("Parts", (KD,), {"student_parts": {"kd_promt": {}}}),
+            "kd_promt.*allowed: fields of kd_prompt or",
+        ),
+        (TERMS, type("Word", (KD,), {"needs_query": "no"}), "has needs_query 'no'; allowed: True or False"),
+        (
+            TERMS,
+            type("Two", (KD,), {"forward": lambda self, student, teacher: 0}),
+            r"has forward\(self, student, teach",
+        ),
+        (PROMPTS, type("Deaf", (Coda,), {"needs_query": False}), "has a similarity of queries, but not needs_query"),
+        (PROMPTS, type("Short", (Coda,), {"forward": lambda self, layer, query: None}), "called as forward.*task_id"),
     ],
 )
 def test_a_class_without_what_the_contract_needs_is_refused(registry: Any, kind: Any, said: str) -> None:

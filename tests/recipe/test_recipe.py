@@ -285,7 +285,9 @@ def test_a_student_that_trains_has_a_loss_with_a_weight() -> None:
         assert "'ce_weight' is 0 and no term of 'distill' has a weight above 0" in line
     assert build_recipe(changed(ce_weight=0)) and build_recipe(changed(ce_weight=0, distill=[{"type": "kd"}]))
     fitted = {"student__prompt": {"type": "none"}, "student__head": {"type": "ncm"}}
-    assert build_recipe(changed(ce_weight=0, distill=[], **fitted)), "no loss trains it"
+    [line] = problems(changed(ce_weight=0, distill=[], **fitted))
+    assert "'ce_weight' is 0, but no loss trains a student whose head is fitted; leave it out" in line
+    assert build_recipe(changed(ce_weight=1, distill=[], **fitted))
 
 
 @pytest.mark.parametrize("value", ["1:30", "1:30.5"])

@@ -20,6 +20,7 @@ from test_contract import Pictures, arguments, model_of, stream, vit
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
+from transformers.utils import logging as hf_logging
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.distill import TERMS, Objective
@@ -317,7 +318,7 @@ def test_predict_gives_logits_over_all_classes_in_the_order_of_the_dataset(tmp_p
     bare = trainer.predict(Unlabelled(range(3)), metric_key_prefix="now")
     assert bare.label_ids is None and {name.split("_")[0] for name in bare.metrics or {}} == {"now"}
     np.testing.assert_allclose(bare.predictions, by_hand(trainer.model, TASKS[0].test)[0], atol=1e-5)
-    with pytest.raises(ValueError, match="The dataset has the label 7, but the model's lie between 0 and 4"):
+    with pytest.raises(ValueError, match="The dataset has the label 5, but the model's lie between 0 and 4"):
         trainer.predict(Pictures(range(4, 8)))
 
 
@@ -454,6 +455,18 @@ def test_all_that_transformers_arguments_can_say_is_taken_over(tmp_path: Path) -
     assert {name: getattr(args, name) for name in values} == values
     with pytest.raises(ValueError, match="push_to_hub is True.* label_names is"):
         CDLTrainingArguments.of(plain(tmp_path, label_names=["x"], push_to_hub=True))
+
+
+def test_a_progress_bar_stays_as_it_was_set_at_every_log_level(tmp_path: Path) -> None:
+    """transformers derives the field from its log level, so a set value may look like the default."""
+    before = hf_logging.get_verbosity()
+    try:
+        for level in (hf_logging.ERROR, hf_logging.INFO):
+            hf_logging.set_verbosity(level)
+            for disabled in (True, False):
+                assert CDLTrainingArguments.of(plain(tmp_path, disable_tqdm=disabled)).disable_tqdm is disabled
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize(

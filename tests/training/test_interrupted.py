@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from test_contract import arguments, model_of, stream, vit
 from transformers import TrainerCallback
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
+from hf_cdl.distill import TERMS, Objective
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.run import Run
 from hf_cdl.types import TaskResult
@@ -125,3 +127,125 @@ def test_a_result_out_of_its_place_is_not_stored(tmp_path: Path) -> None:
         run.save_task(TaskResult("student", 0), TASKS[0], write, [])
     run.close()
     assert len(bound(tmp_path).ledger["entries"]["student"]) == 1
+
+
+# ---- going on with other settings ----
+
+
+def begun_in(folder: Path, interrupted: bool) -> Run:
+    """A run with one finished task, or with a stored state of it; opened again."""
+    run = bound(folder)
+    trainer = trainer_of(folder, run=run, callbacks=[CtrlC(0, 2)] if interrupted else None)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert any((run.folder / "work").glob("student-task-01/checkpoint-*"))
+    else:
+        trainer.learn(TASKS[0])
+        trainer.evaluate_seen()
+    run.close()
+    return bound(folder)
+
+
+def going_on(folder: Path, run: Run, objective: Objective | None = None, teacher: Any = None, **fields: Any) -> Any:
+    start = run.checkpoint("student")
+    model = model_of("coda") if start is None else CDLForImageClassification.from_pretrained(str(start))
+    steps = {"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 1}
+    args = arguments(folder / "work", **{**steps, **fields})
+    return CDLTrainer(model, args, objective, teacher, run=run, train_dataset=TASKS)
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "learning_rate: 0.01 -> 0.02": {"learning_rate": 0.02},
+    "per_device_train_batch_size: 8 -> 4": {"per_device_train_batch_size": 4},
+    "num_train_epochs: 1 -> 2": {"num_train_epochs": 2},
+    "max_steps: -1 -> 5": {"num_train_epochs": 20, "max_steps": 5},
+    "arguments.seed: 42 -> 7": {"seed": 7},
+    "data_seed: 0 -> 3": {"data_seed": 3},
+    "lr_scheduler_type: 'constant' -> 'cosine'": {"lr_scheduler_type": "cosine"},
+    "optim: 'adamw_torch": {"optim": "sgd"},
+    "weight_decay: 0.0 -> 0.1": {"weight_decay": 0.1},
+    "max_grad_norm: 0.0 -> 1.0": {"max_grad_norm": 1.0},
+    "gradient_accumulation_steps: 1 -> 2": {"gradient_accumulation_steps": 2},
+    "bf16: False -> True": {"bf16": True},
+    "train_sampling_strategy: 'random' -> 'sequential'": {"train_sampling_strategy": "sequential"},
+    "objective.ce_weight: 1.0 -> 0.5": {"objective": Objective(0.5)},
+}
+
+
+@pytest.mark.parametrize("interrupted", [False, True], ids=["a task learnt", "a state stored"])
+def test_a_run_does_not_go_on_with_other_settings(interrupted: bool, tmp_path: Path) -> None:
+    run = begun_in(tmp_path, interrupted)
+    before = files_of(run.folder)
+    for line, fields in OTHER.items():
+        trainer = going_on(tmp_path, run, **fields)
+        for act in (trainer.train, lambda trainer=trainer: trainer.learn(TASKS[0])):
+            with pytest.raises(RunError, match="learnt with other settings; nothing was touched") as caught:
+                act()
+            assert re.search(rf"{re.escape(line)}(?![\d.])", str(caught.value)), caught.value
+    assert files_of(run.folder) == before
+    shown: dict[str, Any] = {
+        "logging_steps": 3,
+        "save_steps": 2,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 1,
+    }
+    resumed = going_on(tmp_path, run, **shown)
+    resumed.train()
+    whole = trainer_of(tmp_path / "whole")
+    whole.train()
+    for name, value in whole.model.state_dict().items():
+        assert value.equal(resumed.model.state_dict()[name]), name
+
+
+def test_a_run_does_not_go_on_with_another_teacher_term_or_model(tmp_path: Path) -> None:
+    run = begun_in(tmp_path, interrupted=True)
+    config = TERMS["kd"].config_class()
+    taught = going_on(
+        tmp_path, run, Objective(1.0, [("kd", TERMS["kd"](config, model_of("coda").shape, model_of("coda").shape))]),
+        model_of("coda"),
+    )  # fmt: skip
+    with pytest.raises(RunError, match=r"objective\.terms\.kd: None -> [^\n]*\n  teacher: None -> "):
+        taught.learn(TASKS[0])
+    alone = going_on(tmp_path, run)
+    alone.model.config.prompt = {**alone.model.config.prompt, "orthogonality": 0.5}
+    with pytest.raises(RunError, match=r"model\.prompt\.orthogonality: 0\.1 -> 0\.5"):
+        alone.learn(TASKS[0])
+
+
+def test_what_matters_only_where_accuracy_steers_may_change_where_it_does_not(tmp_path: Path) -> None:
+    run = begun_in(tmp_path, interrupted=False)
+    going_on(tmp_path, run, eval_strategy="epoch").learn(TASKS[0])
+    with pytest.raises(RunError, match="early_stopping_patience: None -> 2"):
+        going_on(tmp_path, run, eval_strategy="epoch", early_stopping_patience=2).learn(TASKS[0])
+
+
+def test_other_settings_are_fine_where_nothing_was_learnt_or_no_one_said_with_which(tmp_path: Path) -> None:
+    run = bound(tmp_path)
+    trainer = trainer_of(tmp_path, run=run, callbacks=[Broken()])
+    with pytest.raises(ZeroDivisionError):
+        trainer.learn(TASKS[0])  # before anything was stored
+    run.close()
+    run = bound(tmp_path)
+    going_on(tmp_path, run, learning_rate=0.02).learn(TASKS[0])
+    assert run.ledger.pop("settings")["student"]["arguments"]["learning_rate"] == 0.02
+    going_on(tmp_path, run, learning_rate=0.03).learn(TASKS[0])  # an older version wrote the run
+
+
+class Broken(TrainerCallback):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        raise ZeroDivisionError
+
+
+def test_measuring_asks_for_no_settings(tmp_path: Path) -> None:
+    run = begun_in(tmp_path, interrupted=False)
+    trainer = going_on(tmp_path, run, learning_rate=0.5)
+    assert trainer.evaluate(TASKS[0].test)["eval_accuracy"] >= 0

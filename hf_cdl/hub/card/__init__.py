@@ -50,6 +50,8 @@ def model_card(
         picture=picture,
         model_facts=text.lines(text.model_facts(recipe, role, other_id)),
         data_facts=text.lines(text.data_facts(results)),
+        licence=markdown(stated(recipe, "license") or ""),
+        data_licence=markdown(stated(recipe, "data_license") or ""),
         origin=text.origin(results, role),
         overlap=visible_lines(stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP),
         cost_facts=text.lines(text.cost_facts(results["roles"][role])),

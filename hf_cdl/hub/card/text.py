@@ -126,7 +126,7 @@ def _table(rows: Sequence[Sequence[str]], align: str) -> str:
 
 
 def model_facts(recipe: Mapping[str, Any], role: str, other_id: str | None) -> list[str]:
-    """Backbone, the other model, distillation, licence."""
+    """Backbone, the other model, distillation."""
     section, other = recipe[role], "teacher" if role == "student" else "student"
     facts = [f"Backbone: {_backbone(section)}"]
     if recipe[other] is not None:
@@ -137,8 +137,7 @@ def model_facts(recipe: Mapping[str, Any], role: str, other_id: str | None) -> l
             f"`{t['type']}` ({', '.join(f'{k} {v}' for k, v in t.items() if k != 'type')})" for t in recipe["distill"]
         ]
         facts.append(f"Distillation: {' + '.join(terms)}, cross-entropy with weight {recipe['ce_weight']}")
-    licence = stated(recipe, "license")
-    return [*facts, f"Licence: {markdown(licence or 'not stated by the author')}"]
+    return facts
 
 
 def _backbone(section: Mapping[str, Any]) -> str:
@@ -150,7 +149,7 @@ def _backbone(section: Mapping[str, Any]) -> str:
 
 
 def data_facts(results: Results) -> list[str]:
-    """The data, with page and licence, and the stream."""
+    """The data, with page, and the stream."""
     recipe, data = results["recipe"], dataset(results["recipe"]["data"])
     page = stated(recipe, "data_card") or data["id"]
     if page is None:
@@ -167,7 +166,7 @@ def data_facts(results: Results) -> list[str]:
         f"Stream: {sum(counts)} classes in {len(counts)} tasks, "
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
-    return [*facts, f"Licence of the data: {markdown(stated(recipe, 'data_license') or 'not stated by the author')}"]
+    return facts
 
 
 def origin(results: Results, role: str) -> str | None:

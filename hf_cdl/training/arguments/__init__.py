@@ -94,7 +94,7 @@ class CDLTrainingArguments(TrainingArguments):
         unset = TrainingArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
         values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
         used = {name for name, row in ARGUMENTS.items() if isinstance(row, Used)}
-        said = {"output_dir", "use_cpu"} | (used & _with_other_defaults(cls))
+        said = {"output_dir", "use_cpu", "disable_tqdm"} | (used & _with_other_defaults(cls))
         said -= {"logging_steps"} if args.logging_strategy != IntervalStrategy.STEPS else set()
         said -= {"num_train_epochs"} if args.max_steps > 0 else set()
         idle = {name for name, value in values.items() if value == getattr(unset, name)} - said

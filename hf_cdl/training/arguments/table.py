@@ -231,6 +231,18 @@ ARGUMENTS: dict[str, Used | Refused] = {
 NOT_IN_ALL = frozenset({"activation_checkpointing", "activation_checkpointing_kwargs"})
 """Fields that some supported versions of transformers lack."""
 
+BESIDE = (
+    "output_dir per_device_eval_batch_size use_cpu torch_empty_cache_steps activation_checkpointing "
+    "gradient_checkpointing logging_strategy logging_steps logging_first_step log_level disable_tqdm report_to "
+    "run_name project save_strategy save_steps save_total_limit dataloader_num_workers "
+    "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context"
+).split()
+"""Fields that may change while a run goes on: of what is shown or stored and how fast, not of what is learnt."""
+
+STEERING = "eval_strategy eval_steps eval_delay metric_for_best_model greater_is_better".split()
+"""Fields that affect what is learnt only where the accuracy during training does."""
+
 IN_PASSES = (
     "use_cpu bf16 fp16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed data_seed "
     "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "

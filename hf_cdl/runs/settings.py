@@ -1,0 +1,40 @@
+"""With which settings a role has learnt in a run: kept in the ledger, so that it goes on with the same ones or not.
+
+The recipe describes them for commands. A trainer that is made in Python has arguments, an objective, a model and a
+teacher that no recipe need name; it describes them as sections of JSON values, the `settings` below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import differences, shortened
+
+
+def check_settings(folder: Path, ledger: Mapping[str, Any], role: str, settings: Mapping[str, Any]) -> None:
+    """Raise RunError if what a role has learnt in the run, in whole tasks or in part, was learnt with other settings.
+
+    Fields of a section that an older version did not store are not compared.
+    """
+    stored = ledger.get("settings", {}).get(role)
+    learnt = ledger["entries"].get(role) or any(folder.glob(f"work/{role}-*/checkpoint-*"))
+    if stored is None or not learnt:
+        return
+    if changes := [*_changes(stored, settings)]:
+        raise RunError(
+            f"What the {role.replace('_', ' ')} has learnt in {folder} was learnt with other settings; nothing was "
+            "touched. Differences (there -> here):\n"
+            + shortened(changes)
+            + "\nGive the trainer the same ones to go on, or choose another folder: Run(OTHER_FOLDER, recipe)."
+        )
+
+
+def _changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for section, old in stored.items():
+        new = now.get(section)
+        if isinstance(old, dict) and isinstance(new, dict):
+            new = {name: value for name, value in new.items() if name in old}
+        yield from differences(old, new, section)
