@@ -104,6 +104,11 @@ class CDLConfig(PreTrainedConfig):
             "help": "Low-rank adapters on the backbone, which learn in the first session (None: there are none)."
         },
     )
+    patch_mean: bool = field(
+        default=False,
+        metadata={"help": "The heads read the mean of the patch tokens beside CLS, as transformers' own DINOv2 "
+                  "classifiers do."},
+    )  # fmt: skip
     train_backbone: bool = field(
         default=False, metadata={"help": "Train the backbone too (the sequential fine-tuning baseline)."}
     )

@@ -150,6 +150,20 @@ def pool(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
     return final_norm(backbone, family(backbone.config).feature(backbone.config, hidden))
 
 
+def patch_mean(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean (B, D) of the patches' final tokens, of tokens (B, N, D), after the final norm."""
+    return final_norm(backbone, hidden[:, 1 + num_extra_tokens(backbone.config) :].mean(dim=1))
+
+
+def check_patch_mean(config: PreTrainedConfig) -> None:
+    """Raise ValueError if the mean of the patches adds nothing to this backbone's feature."""
+    if family(config).feature is not _cls_token and (not family(config).has_cls or config.use_mean_pooling):
+        raise ValueError(
+            f"patch_mean would have no effect: the feature of this {config.model_type} backbone is the mean of its "
+            "patches already. Leave patch_mean out."
+        )
+
+
 def extra_inputs(config: PreTrainedConfig, pixel_values: torch.Tensor) -> dict[str, Any]:
     """Return the model inputs other than pixels."""
     return family(config).inputs(config, pixel_values)

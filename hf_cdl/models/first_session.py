@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hf_cdl.config import CDLConfig
 from hf_cdl.heads import HEADS, example
@@ -34,4 +34,15 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
         raise ValueError(
             f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
             f"task. Give first_session a trained head, as {example(fitted=False)}: they learn on the first task alone."
+        )
+
+
+def check_one_head(parts: Mapping[str, object]) -> None:
+    """Raise ValueError if a model that reads patch_mean has another head, for the KD token alone.
+
+    `parts`: name -> KD prompts and mapping, or None.
+    """
+    if taught := [name for name, part in parts.items() if part is not None and name != "prompts"]:
+        raise ValueError(
+            f"patch_mean is true, but the model has {taught[0]}, whose head reads one token. Leave patch_mean out."
         )

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from hf_cdl.backbones import lora
-from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.families import check_image_size, check_patch_mean
 from hf_cdl.backbones.loading import commit_of, digest, load_backbone
 from hf_cdl.checked import build_fields, short
 from hf_cdl.config import CDLConfig, check_names
@@ -24,7 +24,7 @@ from hf_cdl.labels import class_list
 from hf_cdl.models import changes
 from hf_cdl.models.changes import Change
 from hf_cdl.models.checkpointing import Checkpointed
-from hf_cdl.models.first_session import check_session
+from hf_cdl.models.first_session import check_one_head, check_session
 from hf_cdl.models.input_checks import check_labels, check_pixels, check_task
 from hf_cdl.models.prompted_backbone import Encoded
 from hf_cdl.models.remote_code import check_code
@@ -51,7 +51,7 @@ class CDLForImageClassification(Checkpointed):
             raise ValueError(f"{', '.join(fields)}: a field of the config is set there, not beside it.")
         super().__init__(config)
         config = self.config
-        self.head = build_head(config.head, self.shape.hidden_size)
+        self.head = build_head(config.head, self.feature_size)
         config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
@@ -61,8 +61,11 @@ class CDLForImageClassification(Checkpointed):
         self._before_change: Any = None
         self.session_head: Head | None = None  # the head of a first session while it runs; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
+        if config.patch_mean:
+            check_patch_mean(config.backbone_config)
+            check_one_head(parts)
         if config.first_session is not None:
-            build_head(config.first_session, self.shape.hidden_size)
+            build_head(config.first_session, self.feature_size)
         check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
         if config.lora is not None:
@@ -212,7 +215,7 @@ class CDLForImageClassification(Checkpointed):
     def begin_session(self) -> None:
         """Create the first session's head and re-initialise any adapters; `freeze` then makes them trainable."""
         first: Any = self.config.first_session
-        self.session_head = build_head(first, self.shape.hidden_size)
+        self.session_head = build_head(first, self.feature_size)
         self.session_head.add_task(len(self.config.tasks[0]))
         self._init_weights(self.session_head)
         if self.config.lora is not None:

@@ -167,6 +167,11 @@ class PromptedBackbone(PreTrainedModel):
         """Width and number of layers of the backbone."""
         return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
 
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that heads read."""
+        return self.shape.hidden_size * (2 if self.config.patch_mean else 1)
+
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Set `sdpa` or `eager`, always in the variant with prefixes. Raises ValueError for anything else."""
         name = _attention(attn_implementation)
@@ -198,6 +203,8 @@ class PromptedBackbone(PreTrainedModel):
             loss = torch.stack([*one_pass.losses.values()]).sum()
         hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
         features = families.pool(self.backbone, hidden)
+        if self.config.patch_mean:
+            features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
         return Encoded(
             features=features,
             token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),

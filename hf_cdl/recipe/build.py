@@ -135,6 +135,7 @@ def _build(
         mapping=section.mapping,
         teacher_pool=None if section.mapping is None or teacher is None else teacher.pool_config,
         lora=section.lora,
+        patch_mean=section.patch_mean,
         train_backbone=section.train_backbone,
         save_backbone=recipe.save_backbone,
         save_code=recipe.save_code,

@@ -63,6 +63,7 @@ class ModelRecipe:
         "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
         default="student",
     )
+    patch_mean: bool = _help("The head reads the mean of the patch tokens beside CLS.", default=False)
     train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
     train: Training | None = _help(
         "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "

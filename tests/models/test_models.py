@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    Dinov2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -547,3 +548,73 @@ def test_onnx_gives_the_same_logits(vit: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
     outputs = session.run(None, {"pixel_values": images(5).numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs[0]), model(images(5)).logits, atol=1e-5, rtol=1e-4)
+
+
+# ---- the mean of the patches ----
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if kind not in ("ijepa", "beit")])
+def test_heads_read_the_mean_of_the_patches_beside_the_feature(kind: str, tmp_path: Path) -> None:
+    """Prompts, registers and a distillation token are no patches."""
+    place = str(stored_backbone(tmp_path, kind))
+    fields: dict[str, Any] = {"prompt": {"type": "vpt", "length": 3}} if kind == "vit" else {}
+    models = [CDLForImageClassification.from_backbone(place, patch_mean=mean, **fields) for mean in (False, True)]
+    for model in models:
+        model.begin_task(["a", "b"])
+        model.eval()
+    if fields:
+        models[1].pool.load_state_dict(models[0].pool.state_dict())  # type: ignore[union-attr]
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        alone, both = (model(pixels, output_hidden_states=[-1]) for model in models)
+    assert both.features.shape == (2, 64)
+    torch.testing.assert_close(both.features[:, :32], alone.features)
+    last = alone.hidden_states[-1]  # CLS and patches
+    backbone = models[0].backbone
+    if kind in ("dinov2", "dinov2_with_registers"):
+        last = backbone.layernorm(last)
+    elif kind == "dinov3_vit":
+        last = backbone.norm(last)
+    elif kind != "clip_vision_model":
+        last = backbone.layernorm(last)
+    patches = last[:, 1:].mean(dim=1)
+    want = backbone.post_layernorm(patches) if kind == "clip_vision_model" else patches
+    torch.testing.assert_close(both.features[:, 32:], want)
+
+
+def test_the_features_with_patch_mean_are_those_of_transformers_own_dinov2_classifier(tmp_path: Path) -> None:
+    theirs = Dinov2ForImageClassification(family_config("dinov2")).eval()
+    theirs.dinov2.save_pretrained(tmp_path)
+    ours = CDLForImageClassification.from_backbone(tmp_path, patch_mean=True)
+    ours.begin_task(["a", "b"])
+    read: list[torch.Tensor] = []
+    theirs.classifier.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs(pixels)
+        torch.testing.assert_close(ours.eval()(pixels).features, read[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("ijepa", {}, "patch_mean would have no effect: the feature of this ijepa backbone is the mean"),
+        ("beit", {}, "patch_mean would have no effect"),
+        ("vit", {"kd_prompt": {"length": 0}}, "the model has KD prompts, whose head reads one token"),
+    ],
+)
+def test_a_mean_of_patches_without_use_is_refused(kind: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CDLForImageClassification(CDLConfig(backbone_config=family_config(kind), patch_mean=True, **fields))
+
+
+def test_a_head_on_patches_too_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = CDLForImageClassification.from_backbone(
+        str(stored_backbone(tmp_path / "vit")), patch_mean=True, head={"type": "ridge", "standardise": "first_task"}
+    )
+    pixels = torch.randn(6, 3, 32, 32)
+    model.add(pixels, ["a", "b"] * 3)
+    model.save_pretrained(tmp_path / "model")
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, model.eval()(pixels).logits)
