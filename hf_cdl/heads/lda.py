@@ -7,10 +7,12 @@ from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
+from transformers import initialization as init
 
-from hf_cdl.heads.bits import movable, read
+from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
+from hf_cdl.heads.validation import choose_strength
 
 _LEAST = 1e-6
 """Least mean variance within classes, as a share of the mean square: classes of one image have none."""
@@ -22,14 +24,16 @@ class LdaConfig(SumsConfig):
         default=1.0,
         metadata={"help": "Factor of the scores, which are log-likelihoods: for confidence, not accuracy."},
     )
-    shrinkage: float = field(
-        default=0.2, metadata={"help": "Share a of a multiple of the identity in the covariance, above 0 to 1."}
-    )
+    shrinkage: float | Literal["auto"] = field(
+        default="auto",
+        metadata={"help": "Share a of a multiple of the identity in the covariance, above 0 to 1; auto: as much as "
+                  "ridge regression would choose, anew after every task."},
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 < self.shrinkage <= 1:
-            raise ValueError(f"An lda head needs shrinkage above 0 to 1; got {self.shrinkage}.")
+        if self.shrinkage != "auto" and not 0 < self.shrinkage <= 1:
+            raise ValueError(f"An lda head needs shrinkage above 0 to 1, or auto; got {self.shrinkage}.")
 
 
 class LdaHead(SumsHead):
@@ -39,25 +43,55 @@ class LdaHead(SumsHead):
         scores_c = \mu_c^T \Sigma_a^{-1} h - \mu_c^T \Sigma_a^{-1} \mu_c / 2
 
     with class means \mu_c and `shrinkage` a. The classes have equal priors, however many images they have. SLDA (Hayes
-    and Kanan 2020, arXiv 1909.01520) updates the same statistics image by image.
+    and Kanan 2020, arXiv 1909.01520) updates the same statistics image by image. With `auto` (ours) n \Sigma gets the
+    same multiple of the identity that ridge regression would choose for G.
     """
 
     config_class: ClassVar[type] = LdaConfig
+    bits: ClassVar[tuple[str, ...]] = (*SumsHead.bits, "chosen")
     has_bias: ClassVar[bool] = True
     config: LdaConfig
 
+    def __init__(self, config: LdaConfig, hidden_size: int):
+        super().__init__(config, hidden_size)
+        self.chosen: torch.Tensor
+        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64) if config.shrinkage == "auto" else None)
+
+    @property
+    def shrinkage(self) -> float:
+        """The share a, or the one chosen at the end of the newest task; 0 if nothing was learnt yet."""
+        return float(read(self.chosen)) if self.config.shrinkage == "auto" else self.config.shrinkage
+
+    def choices(self) -> dict[str, float]:
+        chosen = {"shrinkage": self.shrinkage} if self.config.shrinkage == "auto" else {}
+        return {**chosen, **super().choices()}
+
+    def init_shared(self) -> None:
+        super().init_shared()
+        if self.chosen is not None:
+            init.zeros_(self.chosen)
+
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.shrinkage == "auto":
+            strength = choose_strength(gram, total, count, int(self.images))
+            size = self._variance(gram, total, count) * int(self.images)
+            write(self.chosen, torch.tensor(strength / (strength + size), dtype=torch.float64))
         means = total / count.clamp(min=1)[:, None]
         weight = torch.cholesky_solve(means.T, self._factor(gram, means, count)).T
         return weight, -(weight * means).sum(dim=1) / 2
 
+    def _variance(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
+        """Mean variance of a feature within its class."""
+        between = (total.square().sum(dim=1) / count.clamp(min=1)).sum()
+        least = _LEAST * gram.diagonal().sum()
+        return float(torch.maximum(gram.diagonal().sum() - between, least)) / len(gram) / int(self.images)
+
     def _factor(self, gram: torch.Tensor, means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance (M, M)."""
         within = (gram - means.T @ (count[:, None] * means)) / self.images
-        size = torch.maximum(within.diagonal().mean(), _LEAST * gram.diagonal().mean() / self.images)
-        share = self.config.shrinkage
+        share = self.shrinkage
         within = (1 - share) * within
-        within.diagonal().add_(share * size)
+        within.diagonal().add_(share * self._variance(gram, count[:, None] * means, count))
         factor, failed = torch.linalg.cholesky_ex(within)
         if failed:
             raise FloatingPointError(
@@ -81,7 +115,7 @@ class LdaHead(SumsHead):
         mapped, weight = d @ inverse, means @ inverse
         own = F.one_hot(labels, len(means)).to(h) / rest  # mu_c moves by -own d
         size = (d * mapped).sum(dim=1, keepdim=True)
-        k = (1 - self.config.shrinkage) / self.images * (rest + 1) / rest
+        k = (1 - self.shrinkage) / self.images * (rest + 1) / rest
         gain = k / (1 - k * size).clamp(min=1e-6)
         along = mapped @ means.T - own * size  # d^T Sigma^-1 mu of the moved means
         linear = h @ weight.T - own * (mapped * h).sum(dim=1, keepdim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,11 +15,7 @@ from hf_cdl.heads.base import FittedHead
 from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
-
-_ZERO, _LEVEL = 1e-12, 1.001
-"""Eigenvalues below this share of the largest are 0; of strengths whose error is level, the largest is taken."""
-_LEAST, _MOST = 1e-7, 10.0
-"""Range of the strengths that are tried, as shares of the largest eigenvalue of G: below, rounding decides."""
+from hf_cdl.heads.validation import choose_strength
 
 
 @dataclass(frozen=True)
@@ -62,10 +57,7 @@ class RidgeHead(SumsHead):
 
     y is one-hot, or with `soft_targets` \rho it is (1 - \rho) one-hot + \rho times the teacher's output over the
     task's classes (ours). The random map's N(0, 1 / D) is equivalent to the paper's N(0, 1) with \lambda D times
-    larger, and the paper chooses \lambda per task on images held back. `auto` (ours here) needs none: it minimises the
-    generalised cross-validation of Golub, Heath and Wahba 1979 over \lambda = 10^{k/2},
-
-        (RSS / n) / (1 - df / n)^2    RSS = tr Y^T Y - 2 tr W^T C + tr W^T G W    df = tr G (G + \lambda I)^{-1}.
+    larger, and the paper chooses \lambda per task on images held back; `auto` (ours) needs none, see validation.py.
 
     The sums are in float64, since the condition number of G is far beyond float32, and W is solved again for all
     classes after each task, so it is the joint solution however the tasks are split.
@@ -136,14 +128,13 @@ class RidgeHead(SumsHead):
 
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, None]:
         if self.config.strength == "auto":
-            weight, strength = solve_by_validation(gram, total, count, int(self.images))
-            write(self.chosen, torch.tensor(strength, dtype=torch.float64))
-            return weight, None
-        gram.diagonal().add_(self.config.strength)
+            chosen = choose_strength(gram, total, count, int(self.images))
+            write(self.chosen, torch.tensor(chosen, dtype=torch.float64))
+        gram.diagonal().add_(self.strength)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise FloatingPointError(
-                f"The ridge head's strength {self.config.strength} is too small for features of this size (diagonal "
+                f"The ridge head's strength {self.strength} is too small for features of this size (diagonal "
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )
         return torch.cholesky_solve(total.T, factor).T, None
@@ -156,30 +147,3 @@ class RidgeHead(SumsHead):
         leverage = (h * torch.cholesky_solve(h.T, torch.linalg.cholesky(gram)).T).sum(dim=1, keepdim=True)
         scores = h @ torch.cat([sums_of(block).weight for block in self.blocks]).double().T
         return (scores - leverage * F.one_hot(labels, scores.shape[1])) / (1 - leverage)
-
-
-def solve_by_validation(
-    gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor, images: int
-) -> tuple[torch.Tensor, float]:
-    """Solve for weights (C, M) with the strength that generalised cross-validation chooses, which is returned too.
-
-    `gram` (M, M), `total` (C, M), `count` (C,): as in SumsHead.solve. `images`: those in `gram`.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    along = total @ vectors  # C^T V, (C, M)
-    there = values > _ZERO * values[-1]
-    found, rank = values[there], int(there.sum())
-    inside = along[:, there].square().sum(dim=0) / found  # of tr Y^T Y, by direction; without cancellation
-    outside = 0.0 if rank >= images else max(0.0, (count.sum() - inside.sum()).item())
-    largest = max(values[-1].item(), 1e-30)  # features may all be 0
-    first, last = math.ceil(2 * math.log10(_LEAST * largest)), math.floor(2 * math.log10(_MOST * largest))
-    strengths = [10 ** (half / 2) for half in range(first, last + 1)]
-
-    def error(strength: float) -> float:
-        kept = strength / (found + strength)
-        residual = (inside * kept.square()).sum().item() + outside
-        return residual / (max(0, images - rank) + kept.sum().item()) ** 2
-
-    errors = [error(strength) for strength in strengths]
-    best = max(s for s, e in zip(strengths, errors, strict=True) if e <= _LEVEL * min(errors))
-    return (along / (values.clamp(min=0) + best)) @ vectors.T, best

@@ -20,6 +20,9 @@ from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32
 from hf_cdl.heads.bits import add, movable, read
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
 
+_OWN = 4
+"""Squared length of the own features beside random ones, as a multiple of that of the random ones."""
+
 
 @dataclass(frozen=True)
 class SumsConfig(FittedConfig):
@@ -50,8 +53,8 @@ class SumsHead(FittedHead):
     r"""Head that is a function of G = \sum_n h_n h_n^T (M, M) and of each class's sum \sum_n h_n and count.
 
     h is the (standardised) feature x (D,), or with `features` its random map ReLU(x P), P drawn once and kept, or with
-    `own_features` both side by side. Ours: P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for
-    weights of all classes in `solve`.
+    `own_features` both side by side, the own ones with four times the squared length of the random ones. Ours:
+    P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
 
     `gram` (M, M) is the Gram matrix of all `images` that were learnt, classes removed without their images included;
     it is not stored if every class has its own.
@@ -107,7 +110,10 @@ class SumsHead(FittedHead):
         if self.projection is None:
             return features
         mapped = torch.relu(features @ self.projection)
-        return torch.cat([features, mapped], dim=-1) if self.config.own_features else mapped
+        if not self.config.own_features:
+            return mapped
+        factor = (_OWN * mapped.shape[1] / (2 * features.shape[1])) ** 0.5  # |ReLU(x P)|^2 is M |x|^2 / 2D on average
+        return torch.cat([factor * features, mapped], dim=-1)
 
     def check_growth(self) -> None:
         if not self.config.sums:

@@ -198,7 +198,7 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
         ({"type": "ridge", "sums": "some"}, "sums are 'some'; allowed: true, false, per_class"),
         ({"type": "ridge", "strength": "much"}, "strength is 'much'; allowed: "),
         ({"type": "ridge", "strength": "auto", "soft_targets": 0.5}, "Give the strength as a number, or leave soft"),
-        ({"type": "lda", "shrinkage": 0.0}, "needs shrinkage above 0 to 1; got 0.0"),
+        ({"type": "lda", "shrinkage": 0.0}, "needs shrinkage above 0 to 1, or auto; got 0.0"),
     ],
 )
 def test_impossible_options_are_refused(head: dict[str, Any], said: str) -> None:
@@ -283,7 +283,7 @@ def joint(head: FittedHead) -> torch.Tensor:
     features, labels = data()
     mapped = head.prepare(features).double()
     if head.config_class is LdaConfig:
-        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=head.config.shrinkage)
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=head.shrinkage)
         theirs.fit(mapped.numpy(), labels.numpy())
         return torch.from_numpy(theirs.decision_function(mapped.numpy()) - np.log(theirs.priors_))  # ours are equal
     if head.config_class is FittedConfig:
@@ -396,8 +396,8 @@ def test_the_strength_is_that_of_the_least_generalised_cross_validation(count: i
         left = torch.eye(count).double() - hat
         return ((left @ y).square().sum() / left.diagonal().sum().square()).item()
 
-    tried = {10 ** (half / 2): error(10 ** (half / 2)) for half in range(-6, 9)}
-    best = max(strength for strength, found in tried.items() if found <= 1.001 * min(tried.values()))
+    tried = {10 ** (step / 4): error(10 ** (step / 4)) for step in range(-12, 17)}
+    best = max(strength for strength, found in tried.items() if found <= 1.001 * min(tried.values())) / 2
     assert head.strength == pytest.approx(best)
     assert head.choices() == {"strength": head.strength}
     weight = torch.linalg.solve(x.T @ x + best * torch.eye(24).double(), x.T @ y).T
@@ -409,8 +409,9 @@ def test_own_and_random_features_side_by_side() -> None:
     both, alone = (
         fit({"type": "ridge", "features": 30, "own_features": own}, [list(range(10))])[0] for own in (True, False)
     )
-    assert torch.equal(both.prepare(features)[:, :24], features)
-    assert torch.equal(both.prepare(features)[:, 24:], alone.prepare(features))
+    ours = both.prepare(features)
+    torch.testing.assert_close(ours[:, :24], features * (4 * 30 / (2 * 24)) ** 0.5)
+    assert torch.equal(ours[:, 24:], alone.prepare(features))
 
 
 # ---- confidence ----

@@ -203,7 +203,7 @@ def test_with_sums_per_class_nothing_of_a_removed_class_is_left_in_any_byte(kind
     for one in (model, never):
         one.add(pictures(5), LABELS[:5])
     model.add(pictures(3, 5), LABELS[5:])
-    assert str(model.remove("hen")).endswith("nothing of its images is left in the sums.")
+    assert "nothing of its images is left in the sums" in str(model.remove("hen"))
     assert same_numbers(numbers(model), numbers(never))
 
 

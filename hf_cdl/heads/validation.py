@@ -1,0 +1,44 @@
+r"""The strength of ridge regression by generalised cross-validation, from sums alone (Golub, Heath and Wahba 1979).
+
+    GCV(\lambda) = (RSS / n) / (1 - df / n)^2
+    RSS = tr Y^T Y - 2 tr W^T C + tr W^T G W    df = tr G (G + \lambda I)^{-1}    W = (G + \lambda I)^{-1} C
+
+for n images with one-hot targets Y (n, C), Gram matrix G (M, M) and class sums C (M, C). GCV estimates the squared
+error of images that were left out. For the largest score to be that of the right class less shrinkage will do: half of
+its minimum is as good or better on every stream that was tried (ours).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+_ZERO, _LEVEL = 1e-12, 1.001
+"""Eigenvalues below this share of the largest are 0; of strengths whose GCV is level, the largest is taken."""
+_LEAST, _MOST, _PER_DECADE, _SHARE = 1e-7, 10.0, 4, 0.5
+"""Range of the strengths, as shares of the largest eigenvalue of G (below, rounding decides); steps; share taken."""
+
+
+def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor, images: int) -> float:
+    """Half of the strength with the least GCV.
+
+    `gram` (M, M) of all `images`; `total` (C, M), class sums; `count` (C,), the images of each class.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    there = values > _ZERO * values[-1]
+    found, rank = values[there], int(there.sum())
+    inside = (total @ vectors[:, there]).square().sum(dim=0) / found  # of tr Y^T Y, by direction: nothing cancels
+    outside = 0.0 if rank >= images else max(0.0, (count.sum() - inside.sum()).item())
+    largest = max(values[-1].item(), 1e-30)  # features may all be 0
+    ends = (math.log10(share * largest) * _PER_DECADE for share in (_LEAST, _MOST))
+    first, last = math.ceil(next(ends)), math.floor(next(ends))
+
+    def error(strength: float) -> float:
+        kept = strength / (found + strength)
+        residual = (inside * kept.square()).sum().item() + outside
+        return residual / (max(0, images - rank) + kept.sum().item()) ** 2
+
+    errors = {10 ** (step / _PER_DECADE): error(10 ** (step / _PER_DECADE)) for step in range(first, last + 1)}
+    least = min(errors.values())
+    return _SHARE * max(strength for strength, found in errors.items() if found <= _LEVEL * least)
