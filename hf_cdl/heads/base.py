@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from hf_cdl.checked import check_types
 from hf_cdl.heads.bits import movable, read, write
-from hf_cdl.heads.calibration import RecentImages, fit_scale
+from hf_cdl.heads.calibration import RecentImages, fit_scale, standardised
 from hf_cdl.heads.standardise import Standardise, check_features
 
 _LEFT = 1e-4
@@ -165,8 +165,8 @@ class Head(nn.Module, ABC):
 class FittedConfig(HeadConfig):
     scale: float | Literal["auto"] = field(
         default=10.0,
-        metadata={"help": "Factor of the scores as logits: for confidence, not accuracy; auto: fitted after every "
-                  "task to leave-one-out scores of its images."},
+        metadata={"help": "Factor of the scores as logits: for confidence, not accuracy; auto: logits whose "
+                  "confidence is the accuracy, fitted after every task to leave-one-out scores of its images."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -179,7 +179,7 @@ class FittedHead(Head):
     """Head without parameters that accumulates statistics of fixed features instead of being trained.
 
     Its scores (cosines or regression outputs) are multiplied by `scale` (ours) to give logits; otherwise their softmax
-    would be nearly uniform.
+    would be nearly uniform. With `auto` see calibration.py.
     """
 
     fitted: ClassVar[bool] = True
@@ -190,7 +190,9 @@ class FittedHead(Head):
     def __init__(self, config: Any, hidden_size: int):
         super().__init__(config, hidden_size)
         self.fitted_scale: torch.Tensor | None
+        self.variance: torch.Tensor
         self.register_buffer("fitted_scale", torch.zeros(()) if config.scale == "auto" else None)
+        self.register_buffer("variance", torch.zeros(()) if config.scale == "auto" else None)
         self._recent = RecentImages()
 
     @property
@@ -202,6 +204,7 @@ class FittedHead(Head):
         super().init_shared()
         if self.fitted_scale is not None:
             init.zeros_(self.fitted_scale)
+            init.zeros_(self.variance)
 
     def choices(self) -> dict[str, float]:
         return {} if self.fitted_scale is None else {"scale": float(self.fitted_scale)}
@@ -237,8 +240,10 @@ class FittedHead(Head):
         if self.fitted_scale is None or recent is None:
             return
         features, labels = recent
-        found, before = fit_scale(self.leave_one_out(self.prepare(features), labels), labels), float(self.fitted_scale)
+        scores, before = self.leave_one_out(self.prepare(features), labels), float(self.fitted_scale)
         share = min(1.0, len(labels) / _ENOUGH) if before else 1.0
+        self.variance.lerp_(scores.var(dim=1, correction=0).mean().to(self.variance), share)
+        found = fit_scale(standardised(scores, self.variance.to(scores)), labels)
         self.fitted_scale.fill_(found**share * before ** (1 - share))
 
     @property
@@ -312,4 +317,5 @@ class FittedHead(Head):
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.scale * super().forward(features)
+        scores = super().forward(features)
+        return self.scale * (scores if self.fitted_scale is None else standardised(scores, self.variance))

@@ -55,6 +55,11 @@ class Teacher:
         self.teaches_terms = model is not None and objective.needs_teacher
         self.teaches_head = model is not None and student.fitted and student.head.needs_teacher
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if self.teaches_head and self.fitted_head is not None and self.fitted_head.fitted_scale is not None:
+            raise ValueError(
+                "The teacher's head has scale: auto, so its logits do not give the scores that a student's "
+                "soft_targets are made of. Give the teacher's head a number as its scale."
+            )
         if self.teaches_terms:
             objective.attach(model)
         self._shares = self.teaches_terms and _can_share(student, model) and same_weights(student, model)
