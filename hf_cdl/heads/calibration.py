@@ -3,9 +3,9 @@ r"""Logits of a fitted head whose softmax is a confidence that one can trust.
     z_c = T (f_c - m) / \sqrt{0.8 s^2 + 0.2 v}
 
 with scores f_c over all classes, their mean m and variance s^2 for this image, and v the mean of s^2 over images
-(ours). The order of the classes is that of the scores. v and T are fitted to leave-one-out scores, those of a head that
-has learnt all images but the one in question, since the scores of images that a head was fitted to are too good. T
-makes the mean confidence the accuracy.
+(ours). The order of the classes is that of the scores. v and T are fitted to leave-one-out scores, those of a head
+that has learnt all images but the one in question, since the scores of images that a head was fitted to are too good.
+T makes the mean confidence the accuracy.
 """
 
 from __future__ import annotations
