@@ -16,6 +16,8 @@ import torch
 
 _ZERO, _LEVEL = 1e-12, 1.001
 """Eigenvalues below this share of the largest are 0; of strengths whose GCV is level, the largest is taken."""
+_FREE = 0.5
+"""Least n - df, as a share of n: with fewer images than features GCV becomes 0 / 0 as the strength falls."""
 _LEAST, _MOST, _PER_DECADE, _SHARE = 1e-7, 10.0, 4, 0.5
 """Range of the strengths, as shares of the largest eigenvalue of G (below, rounding decides); steps; share taken."""
 
@@ -37,8 +39,10 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
     def error(strength: float) -> float:
         kept = strength / (found + strength)
         residual = (inside * kept.square()).sum().item() + outside
-        return residual / (max(0, images - rank) + kept.sum().item()) ** 2
+        free = max(0, images - rank) + kept.sum().item()  # n - df
+        return residual / free**2 if free >= _FREE * images else math.inf
 
-    errors = {10 ** (step / _PER_DECADE): error(10 ** (step / _PER_DECADE)) for step in range(first, last + 1)}
+    strengths = [10 ** (step / _PER_DECADE) for step in range(first, last + 1)]
+    errors = {strength: error(strength) for strength in strengths}
     least = min(errors.values())
     return _SHARE * max(strength for strength, found in errors.items() if found <= _LEVEL * least)
