@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.heads.bits import movable, read, write
+from hf_cdl.heads.bits import add, movable, read, write
 from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 from hf_cdl.heads.validation import choose_strength
@@ -70,6 +70,16 @@ class LdaHead(SumsHead):
         super().init_shared()
         if self.chosen is not None:
             init.zeros_(self.chosen)
+
+    @torch.no_grad()
+    def keep(self, task: int, rows: list[int]) -> None:
+        """As in Head; a dropped class whose images stay in G leaves it its scatter, but not its mean."""
+        block = sums_of(self.blocks[task])
+        if self.gram is not None:
+            gone = [row for row in range(len(block.count)) if row not in rows and block.count[row]]
+            total = read(block.total)[gone]
+            add(self.gram, -total.T @ (total / block.count[gone, None]))
+        super().keep(task, rows)
 
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.config.shrinkage == "auto":

@@ -196,6 +196,20 @@ def test_a_class_removed_without_its_images_still_counts_as_other_ones() -> None
         torch.testing.assert_close(model(pictures(20, 99)).logits, 10 * model(pictures(20, 99)).features @ weight)
 
 
+def test_a_class_removed_without_its_images_leaves_lda_its_scatter_but_not_its_mean() -> None:
+    model = learnt({"type": "lda", "shrinkage": 0.3})
+    model.remove("hen")
+    with torch.no_grad():
+        features, images = model(pictures(8)).features, model(pictures(20, 99))
+    labels = torch.tensor([["owl", "fox", "hen"].index(name) for name in LABELS])
+    means = torch.stack([features[labels == number].mean(dim=0) for number in range(3)])
+    scatter = (features - means[labels]).T @ (features - means[labels]) / 8
+    shrunk = 0.7 * scatter + 0.3 * scatter.diagonal().mean() * torch.eye(32).double()
+    weight = torch.linalg.solve(shrunk, means[:2].T)
+    want = images.features @ weight - (means[:2].T * weight).sum(dim=0) / 2
+    torch.testing.assert_close(images.logits, want)
+
+
 @pytest.mark.parametrize("kind", ["ridge", "lda"])
 def test_with_sums_per_class_nothing_of_a_removed_class_is_left_in_any_byte(kind: str) -> None:
     """The checkpoint is the very one of a model that never saw the class."""
