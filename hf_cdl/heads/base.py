@@ -189,6 +189,11 @@ class FittedHead(Head):
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__(config, hidden_size)
+        if config.scale == "auto" and type(self).leave_one_out is FittedHead.leave_one_out:
+            raise ValueError(
+                f"{type(self).__name__} has no leave_one_out scores, which scale: auto is fitted to. Define them, or "
+                "give the scale as a number."
+            )
         self.fitted_scale: torch.Tensor | None
         self.variance: torch.Tensor
         self.register_buffer("fitted_scale", torch.zeros(()) if config.scale == "auto" else None)
@@ -231,7 +236,7 @@ class FittedHead(Head):
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Scores (N, C) of prepared features (N, M) that are in the sums, each by a head without that one."""
-        raise NotImplementedError(f"{type(self).__name__} has scale: auto, but does not say its leave-one-out scores.")
+        raise NotImplementedError(f"{type(self).__name__} does not say its leave-one-out scores.")
 
     @torch.no_grad()
     def end_task(self) -> None:

@@ -20,6 +20,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.heads import HEADS, build_head
 from hf_cdl.heads.base import FittedConfig, FittedHead
 from hf_cdl.heads.calibration import RecentImages, fit_scale
+from hf_cdl.heads.class_means import NearestMeanHead
 from hf_cdl.heads.lda import LdaConfig
 
 # Fields that a head is tested with, in addition to its defaults.
@@ -472,6 +473,15 @@ def test_the_fitted_scale_makes_the_mean_confidence_the_accuracy_and_a_few_image
     head.accumulate(data()[0][:5], (data()[1][:5] + 1) % 10)
     head.end_task()
     assert 0.7 * before < float(head.scale) < before
+
+
+def test_a_head_without_leave_one_out_scores_has_no_fitted_scale() -> None:
+    class Own(NearestMeanHead):
+        leave_one_out = FittedHead.leave_one_out
+
+    Own(FittedConfig(scale=2.0), 8)
+    with pytest.raises(ValueError, match="Own has no leave_one_out scores, which scale: auto is fitted to"):
+        Own(FittedConfig(scale="auto"), 8)
 
 
 def test_features_kept_for_the_scale_are_thinned_evenly() -> None:
