@@ -25,6 +25,11 @@ class RidgeConfig(SumsConfig):
         metadata={"help": "Lambda, added to the diagonal of the Gram matrix; auto: chosen anew after every task by "
                   "generalised cross-validation, from the sums alone."},
     )  # fmt: skip
+    balanced: bool = field(
+        default=False,
+        metadata={"help": "Divide each class's weights by the root of its number of images, relative to the others: "
+                  "classes of few images are no longer answered too rarely."},
+    )  # fmt: skip
     soft_targets: float = field(
         default=0.0, metadata={"help": "Share rho of the teacher's answers in the targets, the labels have the rest."}
     )
@@ -59,8 +64,9 @@ class RidgeHead(SumsHead):
     task's classes (ours). The random map's N(0, 1 / D) is equivalent to the paper's N(0, 1) with \lambda D times
     larger, and the paper chooses \lambda per task on images held back; `auto` (ours) needs none, see validation.py.
 
-    The sums are in float64, since the condition number of G is far beyond float32, and W is solved again for all
-    classes after each task, so it is the joint solution however the tasks are split.
+    With `balanced` (ours) the columns of W are divided by the roots of the classes' numbers of images. The sums are in
+    float64, since the condition number of G is far beyond float32, and W is solved again for all classes after each
+    task, so it is the joint solution however the tasks are split.
     """
 
     config_class: ClassVar[type] = RidgeConfig
@@ -137,7 +143,12 @@ class RidgeHead(SumsHead):
                 f"The ridge head's strength {self.strength} is too small for features of this size (diagonal "
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )
-        return torch.cholesky_solve(total.T, factor).T, None
+        return self._factors(count)[:, None] * torch.cholesky_solve(total.T, factor).T, None
+
+    def _factors(self, count: torch.Tensor) -> torch.Tensor:
+        """Factors (C,) of the classes' scores, for their numbers of images (C,); 1 if all have as many."""
+        root = count.double().clamp(min=1).sqrt()
+        return root.mean() / root if self.config.balanced else torch.ones_like(root)
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         r"""(f - l y) / (1 - l) of scores f, targets y and leverage l = h^T (G + \lambda I)^{-1} h."""
@@ -145,5 +156,6 @@ class RidgeHead(SumsHead):
         gram.diagonal().add_(self.strength)
         h = movable(features).double()
         leverage = (h * torch.cholesky_solve(h.T, torch.linalg.cholesky(gram)).T).sum(dim=1, keepdim=True)
+        factors = self._factors(torch.cat([sums_of(block).count for block in self.blocks]))
         scores = h @ torch.cat([sums_of(block).weight for block in self.blocks]).double().T
-        return (scores - leverage * F.one_hot(labels, scores.shape[1])) / (1 - leverage)
+        return (scores - leverage * factors * F.one_hot(labels, scores.shape[1])) / (1 - leverage)

@@ -30,7 +30,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"type": "cosine", "scale": 4.0, "learn_scale": False},
     {"type": "ridge", "features": 40, "standardise": "first_task", "strength": 0.1},
     {"type": "ridge", "sums": "per_class", "features": 30, "own_features": True},
-    {"type": "ridge", "strength": "auto", "scale": "auto"},
+    {"type": "ridge", "strength": "auto", "scale": "auto", "balanced": True},
     {"type": "lda", "features": 40, "standardise": "first_task", "shrinkage": 0.5},
 ]
 FITTED, TRAINED = ([head for head in VARIANTS if HEADS[head["type"]].fitted == fitted] for fitted in (True, False))
@@ -183,7 +183,14 @@ def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_wit
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, "own_features": False, **fields}
+    assert config.head == {
+        "type": "ridge",
+        "scale": 10.0,
+        "sums": True,
+        "own_features": False,
+        "balanced": False,
+        **fields,
+    }
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, "):
         build_head({"type": "ridge", "lambda": 1}, 8)
 
@@ -294,7 +301,9 @@ def joint(head: FittedHead) -> torch.Tensor:
     root = head.strength**0.5  # type: ignore[operator]
     stacked = torch.cat([mapped, root * torch.eye(mapped.shape[1], dtype=torch.float64)])
     targets = torch.cat([F.one_hot(labels, 10), torch.zeros(mapped.shape[1], 10, dtype=torch.int64)])
-    return mapped @ torch.linalg.lstsq(stacked, targets.double(), driver="gelsd").solution
+    weight = torch.linalg.lstsq(stacked, targets.double(), driver="gelsd").solution
+    counts = labels.bincount().double().sqrt()
+    return mapped @ (weight * counts.mean() / counts if head.config.balanced else weight)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 10])
@@ -406,6 +415,33 @@ def test_the_strength_is_that_of_the_least_generalised_cross_validation(count: i
     assert head.choices() == {"strength": head.strength}
     weight = torch.linalg.solve(x.T @ x + best * torch.eye(24).double(), x.T @ y).T
     torch.testing.assert_close(head.blocks[0].weight.double(), weight, rtol=1e-5, atol=1e-6)
+
+
+def test_balanced_weights_answer_a_class_of_few_images_as_often_as_the_others() -> None:
+    """Three images of one class against sixty of each other one, all of the same spread."""
+    generator = torch.Generator().manual_seed(3)
+    centres = torch.randn(4, 24, generator=generator)
+
+    def images(count: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = torch.repeat_interleave(torch.arange(4), torch.tensor(count))
+        return centres[labels] + 0.7 * torch.randn(len(labels), 24, generator=generator), labels
+
+    learnt, (test, labels) = images([60, 60, 60, 3]), images([200] * 4)
+    recall = {}
+    for balanced in (False, True):
+        head = build_fitted({"type": "ridge", "strength": 10.0, "balanced": balanced})
+        head.add_task(4)
+        head.init_shared()
+        head.accumulate(*learnt)
+        head.end_task()
+        right = head(test).argmax(dim=1) == labels
+        recall[balanced] = [float(right[labels == c].float().mean()) for c in range(4)]
+    assert recall[False][3] < 0.3 < 0.8 < recall[True][3]
+    assert min(recall[True][:3]) > 0.8
+    equal, plain = (fit({"type": "ridge", "balanced": balanced}, [[0, 1], [2, 3]])[0] for balanced in (True, False))
+    features, _ = data()
+    counts = torch.cat([block.count for block in plain.blocks]).double().sqrt()  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(equal(features).double(), plain(features).double() * counts.mean() / counts)
 
 
 def test_own_and_random_features_side_by_side() -> None:
