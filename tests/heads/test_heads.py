@@ -183,14 +183,8 @@ def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_wit
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    assert config.head == {
-        "type": "ridge",
-        "scale": 10.0,
-        "sums": True,
-        "own_features": False,
-        "balanced": False,
-        **fields,
-    }
+    fields |= {"own_features": False, "balanced": False}
+    assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, **fields}
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, "):
         build_head({"type": "ridge", "lambda": 1}, 8)
 
@@ -441,7 +435,9 @@ def test_balanced_weights_answer_a_class_of_few_images_as_often_as_the_others() 
     equal, plain = (fit({"type": "ridge", "balanced": balanced}, [[0, 1], [2, 3]])[0] for balanced in (True, False))
     features, _ = data()
     counts = torch.cat([block.count for block in plain.blocks]).double().sqrt()  # type: ignore[arg-type, union-attr]
-    torch.testing.assert_close(equal(features).double(), plain(features).double() * counts.mean() / counts)
+    torch.testing.assert_close(
+        equal(features).double(), plain(features).double() * counts.mean() / counts, atol=1e-4, rtol=0
+    )
 
 
 def test_own_and_random_features_side_by_side() -> None:
@@ -459,8 +455,9 @@ def test_own_and_random_features_side_by_side() -> None:
 
 @pytest.mark.parametrize("head", FITTED, ids=name_of)
 def test_leave_one_out_scores_are_those_of_heads_fitted_without_the_image(head: dict[str, Any]) -> None:
-    """Up to the shrinkage of lda, whose variance the image has a small part in."""
+    """Up to the shrinkage of lda and the counts of balanced weights, which the image has a small part in."""
     features, labels = data()
+    loose = head["type"] == "lda" or head.get("balanced")
     fixed = {"strength": 5.0} if head["type"] == "ridge" else {"shrinkage": 0.3} if head["type"] == "lda" else {}
     built, order = fit({**head, "scale": 1.0, **fixed}, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
     assert order == [*range(10)]
@@ -471,7 +468,7 @@ def test_leave_one_out_scores_are_those_of_heads_fitted_without_the_image(head: 
         built.end_task()
         want = built(features[[row]])[0].double()
         built.accumulate(features[[row]], labels[[row]])
-        assert (scores.double() - want).abs().max() < (0.02 if head["type"] == "lda" else 2e-4) * want.abs().max()
+        assert (scores.double() - want).abs().max() < (0.02 if loose else 2e-4) * want.abs().max()
 
 
 @pytest.mark.parametrize("head", FITTED, ids=name_of)
