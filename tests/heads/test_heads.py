@@ -468,7 +468,7 @@ def test_leave_one_out_scores_are_those_of_heads_fitted_without_the_image(head: 
         built.end_task()
         want = built(features[[row]])[0].double()
         built.accumulate(features[[row]], labels[[row]])
-        assert (scores.double() - want).abs().max() < (0.02 if loose else 2e-4) * want.abs().max()
+        assert (scores.double() - want).abs().max() < (0.03 if loose else 2e-4) * want.abs().max()
 
 
 @pytest.mark.parametrize("head", FITTED, ids=name_of)
