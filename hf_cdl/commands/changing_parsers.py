@@ -29,6 +29,9 @@ def _changing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push_to_hub", type=true_or_false, metavar="true|false", help="push it (default: if the run was pushed)"
     )
+    parser.add_argument(
+        "--backbone", metavar="FOLDER", help="where the frozen backbone of a small checkpoint lies (default: as named)"
+    )
     plugins(parser)
 
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import classes_of, finished_revisions
-from hf_cdl.hub.repository import HubError
+from hf_cdl.hub.repository import HubError, digests
 from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
 from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.results import checked_results
@@ -69,6 +69,10 @@ class Origin(ABC):
     @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """What the continuing run records about it."""
+
+    @abstractmethod
+    def same(self, folder: Path) -> bool:
+        """Whether a local folder holds this very checkpoint, by the bytes of its files."""
 
     def copy(self, folder: Path) -> None:
         """Put the checkpoint into a folder and check it. Raises HubError if it does not match the results."""
@@ -121,6 +125,17 @@ class HubOrigin(Origin):
             )
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
+    def same(self, folder: Path) -> bool:
+        with told(self.repository):
+            entries: Iterable[Any] = self.api.list_repo_tree(self.repository, recursive=True, revision=self.commit)
+            theirs = {
+                entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id)
+                for entry in entries
+                if isinstance(entry, RepoFile) and CHECKPOINT.fullmatch(entry.path)
+            }
+        ours = checkpoint_files(folder)
+        return ours.keys() == theirs.keys() and all(theirs[path] in digests(file) for path, file in ours.items())
+
     def as_dict(self) -> dict[str, Any]:
         return {"repository": self.repository, "commit": self.commit, "tags": self.tags}
 
@@ -160,6 +175,12 @@ def check_role(results: dict[str, Any], role: str, revision: int, where: str) ->
             f"{where} is no {role} of {revision} tasks, by its results.json. Name where a {role} is, and with "
             "--revision task-NN a state that it has been in."
         )
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint in a folder, by their path in it."""
+    files = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*"), *folder.glob("adapter/*"))}
+    return {name: path for name, path in sorted(files.items()) if CHECKPOINT.fullmatch(name)}
 
 
 def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:
