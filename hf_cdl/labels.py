@@ -58,6 +58,11 @@ def same_name(first: str, second: str) -> bool:
     return normalize("NFC", first) == normalize("NFC", second)
 
 
+def alike(name: str) -> str:
+    """The same text for all spellings of a class name: capitals, spaces, hyphens and forms of characters aside."""
+    return " ".join(normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Names that occur more than once, sorted; different Unicode encodings of the same text count as one name."""
     return sorted(name for name, count in Counter(normalize("NFC", name) for name in names).items() if count > 1)

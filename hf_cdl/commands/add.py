@@ -18,19 +18,20 @@ from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import train as training
-from hf_cdl.commands.changing import change
+from hf_cdl.commands.changing import Made, change
 from hf_cdl.commands.console import say
+from hf_cdl.commands.known_images import to_add
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.taking_over import inherited
 from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
 from hf_cdl.heads import HEADS
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
-from hf_cdl.models.changes import Change
 from hf_cdl.places import short_name
 from hf_cdl.recipe import Recipe, RecipeError, load_plugins, load_recipe
 from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.recipe.files import fields_given, read_yaml
+from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.report import difference_lines
@@ -94,11 +95,12 @@ def learn(options: Any, fields: list[str]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2
 
-    def added(model: Any, processor: Any) -> Change:
+    def added(run: ChangingRun, model: Any, processor: Any) -> Made | None:
         images = read_images(options.data)
         for note in images.notes:
             say(f"note: {note}")
-        return model.add(images, images.labels, processor)
+        images, moves = to_add(run, model, images)
+        return (model.add(images, images.labels, processor), moves) if moves else None
 
     return change(options, added)
 

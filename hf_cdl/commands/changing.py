@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_cdl import CDLForImageClassification
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.plugin_files import say_differences
@@ -23,12 +22,20 @@ from hf_cdl.recipe import build_recipe, described, load_plugins, untrained
 from hf_cdl.recipe.build import load_model, load_processor
 from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.files import RunError
+from hf_cdl.runs.learnt import Moves
 from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.results import run_results
 
+Made = tuple[Change, Moves]
+"""What a command did to the model, and the images that it moved."""
+Make = Callable[[ChangingRun, Any, Any], Made | None]
 
-def change(options: Any, make: Callable[[CDLForImageClassification, Any], Change]) -> int:
-    """Change the student that the options name by `make(model, processor)`, and store it as a new revision."""
+
+def change(options: Any, make: Make) -> int:
+    """Change the student that the options name, and store it as a new revision.
+
+    `make(run, model, processor)` does it; None: there is nothing to change.
+    """
     return _told(lambda: _change(options, lambda run: _store(run, options, make)))
 
 
@@ -61,23 +68,29 @@ def _change(options: Any, store: Callable[[ChangingRun], Any]) -> int:
         take_away()
         raise
     with _stored_or_not(run):
+        if run.stored() is None:
+            say(f"Nothing was changed: the student in {run.folder / CHANGED}/ is what was asked for.")
+            return 0
         return _after(run, hub)
 
 
-def _store(run: ChangingRun, options: Any, make: Callable[[CDLForImageClassification, Any], Change]) -> None:
+def _store(run: ChangingRun, options: Any, make: Make) -> None:
     say_differences(run.folder, options.plugins)
     checkpoint = run.checkpoint(CHANGED)
     if checkpoint is None:
         raise RunError(f"The run in {run.folder} has no student that could be changed; name one that has.")
     model, processor = _load(run, checkpoint, options.backbone), load_processor(checkpoint)
-    made = make(model, processor)
+    if (found := make(run, model, processor)) is None:
+        return
+    made, moves = found
 
     def write(place: Path) -> None:
         model.save_pretrained(place)
         processor.save_pretrained(place)
 
     said = {"kind": made.kind, "said": str(made), "images": made.images, "choices": made.choices}
-    run.save_change({**said, "class_names": model.tasks}, write)
+    said |= {"classes": made.classes} if made.classes else {}
+    run.save_change({**said, "class_names": model.tasks}, write, moves)
 
 
 def _load(run: ChangingRun, checkpoint: Path, backbone: str | None) -> Any:

@@ -56,7 +56,7 @@ def correct(verb: str) -> argparse.ArgumentParser:
 def remove(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb,
-        "CLASS [--images FOLDER]",
+        "CLASS [--images FOLDER ...]",
         """Remove a class: the student never answers it again.
 
 With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
@@ -65,7 +65,11 @@ afterwards one that never saw them. Otherwise they go on counting as images of n
     )
     parser.add_argument("name", metavar="CLASS", help="the name of the class")
     parser.add_argument(
-        "--images", type=path, metavar="FOLDER", help="all its training images, or a folder with a folder CLASS/"
+        "--images",
+        type=path,
+        nargs="+",
+        metavar="FOLDER",
+        help="all its training images, in folders that have a folder CLASS/ or are of that class alone",
     )
     _changing_options(parser)
     return parser

@@ -68,7 +68,9 @@ def earlier_state(run: Run, number: int, folder: Path) -> None:
         )
     origin = read_origin(HfApi(), repository, CHANGED, tag)
     if origin.commit != commit:
-        raise HubError(f"The tag {tag} of {repository} was moved since the student was taken over; nothing was undone.")
+        raise HubError(
+            f"The tag {tag} of {repository} was moved since the student was taken over. Nothing was undone."
+        )
     origin.copy(folder)
 
 

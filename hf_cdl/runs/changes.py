@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.runs.files import RunError, fingerprint, fingerprints, first_line, put_folder, saving, write_json
+from hf_cdl.runs.learnt import Moves, moves_file
 from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions, state_before, stored_tasks
 from hf_cdl.runs.repair import examine, mend, publish
 from hf_cdl.runs.run import RESULTS, Run
@@ -47,11 +48,11 @@ class ChangingRun(Run):
         finally:
             self._lock.release(force=True)
 
-    def save_change(self, change: dict[str, Any], write: Callable[[Path], None]) -> str:
+    def save_change(self, change: dict[str, Any], write: Callable[[Path], None], moves: Moves = ()) -> str:
         """Store the changed student as the next revision (by `write(folder)`), within `changing`; returns its name.
 
-        `change`: as in the ledger, without revision and time. Raises RunError if writing fails; what was stored before
-        stays intact, also after a kill.
+        `change`: as in the ledger, without revision and time; `moves`: the images that it moved. Raises RunError if
+        writing fails; what was stored before stays intact, also after a kill.
         """
         number, before = revisions(self.ledger, CHANGED) + 1, json.loads(json.dumps(self.ledger))
         name, results = revision_name(number), self.folder / RESULTS
@@ -60,6 +61,7 @@ class ChangingRun(Run):
         try:
             with saving(f"save the student as {name} in {self.folder}"):
                 put_folder(self.folder / CHANGED / name, write)
+                write_json(moves_file(self.folder, number), moves)
                 write_json(results, self.results())
                 known = self.ledger["files"]
                 known.update(

@@ -50,8 +50,8 @@ class _Origin(TypedDict):
 class _Change(TypedDict):
     """A change of the student after its tasks.
 
-    `images`: number of images added by class name, below 0 if taken away. `choices`: what the head chose. `state`: the
-    revision that an undo went back to.
+    `images`: number of images added by class name, below 0 if taken away. `choices`: what the head chose. `classes`:
+    new name of a class that was renamed or merged; None of one removed. `state`: the revision an undo went back to.
     """
 
     revision: int
@@ -61,6 +61,7 @@ class _Change(TypedDict):
     class_names: list[list[str]]
     images: dict[str, int]
     choices: dict[str, float]
+    classes: NotRequired[dict[str, str | None]]
     state: NotRequired[int]
 
 

@@ -77,6 +77,8 @@ class _Change(_Checked):
     class_names: list[Annotated[list[Name], Field(min_length=1)]]
     images: dict[Name, int]
     choices: dict[Name, FiniteFloat]
+    classes: dict[Name, Name | None] = {}
+    state: Annotated[int, Field(ge=1)] | None = None
 
 
 class _Results(_Checked):
