@@ -34,6 +34,7 @@ from hf_cdl.recipe.files import fields_given, read_yaml
 from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import last_learnt, revision_name
 from hf_cdl.runs.report import difference_lines
 from hf_cdl.runs.run import Run
 
@@ -112,12 +113,14 @@ def begin(
 
     `plugins`: whether any were named on the command line.
     """
-    first = find(student, "student", tag)
+    changed = find(student, "student", tag)
+    first = changed.settled()
     recipe, left = inherited(student, first.results["recipe"], plugins)
     if "classifier" in {recipe.student.model, recipe.teacher and recipe.teacher.model}:
         raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
     origins = {}
     if recipe.teacher is not None:
+        check_unchanged(student, changed)
         try:
             origins["teacher"] = find(teacher or beside(student), "teacher", f"task-{first.tasks:02d}")
         except HubError as error:
@@ -160,6 +163,16 @@ def beside(student: str) -> str:
     return str(
         Path(*("teacher" if part == "student" and i >= len(parts) - 2 else part for i, part in enumerate(parts)))
     )
+
+
+def check_unchanged(student: str, changed: Origin) -> None:
+    """Check that a student with a teacher is as after its tasks. Raises HubError if not."""
+    if changed.changes and last_learnt(changed.changes, changed.revision) is None:
+        raise HubError(
+            f"{visible(student)} was changed after its {changed.tasks} tasks, and its teacher was not, so they cannot "
+            f"learn a further task together. Go on from before (--revision {revision_name(changed.tasks)}), or undo the "
+            "changes (hf-cdl undo)."
+        )
 
 
 def check_pair(student: Origin, teacher: Origin) -> None:

@@ -23,7 +23,7 @@ def to_add(run: ChangingRun, model: Any, images: LabelledImages) -> tuple[Labell
 
     Raises ValueError for those that have another label, here or in what was learnt, and for a head that is trained.
     """
-    fitted_head(model, "add images to")
+    fitted_head(model, "add images to known classes")
     digests, known = _known(run, images)
     chosen, seen, again = [], dict[str, int](), 0
     for index, (digest, label) in enumerate(zip(digests, images.labels, strict=True)):
@@ -53,7 +53,7 @@ def to_correct(
 
     Raises ValueError for those that had another label, and for a head that is trained.
     """
-    fitted_head(model, "correct labels of")
+    fitted_head(model, "correct labels of classes")
     digests, known = _known(run, images)
     chosen = []
     for index, (digest, label, old) in enumerate(zip(digests, images.labels, was, strict=True)):
@@ -75,7 +75,7 @@ def to_forget(run: ChangingRun, model: Any, images: LabelledImages, name: str) -
 
     Raises ValueError if none are left, and for a head that is trained.
     """
-    fitted_head(model, "forget images of")
+    fitted_head(model, "forget images of classes")
     digests, known = _known(run, images)
     chosen = [index for index, digest in enumerate(digests) if nfc(name) in known.get(digest, {nfc(name): 1})]
     _say_left_out(len(digests) - len(chosen), "counted in another class now")

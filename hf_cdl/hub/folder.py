@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_revisions
-from hf_cdl.hub.origin import Origin, check_role, checkpoint_files, told
+from hf_cdl.hub.origin import Origin, check_role, checkpoint_files, told, unmeasured
 from hf_cdl.hub.repository import HubError
 from hf_cdl.runs.files import RunError, content_hash, read_json
 from hf_cdl.runs.ledger import CHANGED, revision_name, stored_tasks
@@ -126,14 +126,11 @@ def _alone(config: dict[str, Any], folder: Path, role: str) -> dict[str, Any]:
     recipe = {"student": section, "teacher": None}
     recipe |= {key: config[key] for key in same if key in config and key.startswith("save_")}
     names, count = config["tasks"], len(config["tasks"])
-    nothing: dict[str, Any] = {name: [0] * count for name in ("train_seconds", "peak_memory_bytes", "counts")}
-    rows = [[None] * (task + 1) for task in range(count)]
-    entry = {"accuracy_matrix": rows, "correct": [[0] * len(row) for row in rows], **nothing}
     results = {
         "name": folder.resolve().name,
         "seed": 0,
         "recipe": recipe,
         "class_names": names,
-        "roles": {role: entry},
+        "roles": {role: unmeasured(count)},
     }
     return checked_results(results, visible(folder / "config.json"))

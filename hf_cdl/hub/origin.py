@@ -11,7 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +26,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
+from typing_extensions import Self
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import classes_of, finished_revisions
 from hf_cdl.hub.repository import HubError, digests
 from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
-from hf_cdl.runs.ledger import CHANGED
+from hf_cdl.runs.ledger import CHANGED, last_learnt
 from hf_cdl.runs.results import checked_results
 from hf_cdl.types import is_ours
 
@@ -56,6 +57,21 @@ class Origin(ABC):
     def tasks(self) -> int:
         """Number of tasks learnt before any changes."""
         return self.revision - len(self.changes)
+
+    def settled(self) -> Self:
+        """The same model as one whose present classes are its tasks, for a run that goes on from a changed one.
+
+        What its accuracies are since the changes was not measured.
+        """
+        if not self.changes:
+            return self
+        names, state = classes_of(self.results, self.revision), last_learnt(self.changes, self.revision)
+        rest = {key: value for key, value in self.results.items() if key != "changes"}
+        if state is None:
+            rest |= {"class_names": names, "roles": {self.role: unmeasured(len(names))}}
+        count = len(names) if state is None else state
+        more = {"tags": {}} if "tags" in {field.name for field in fields(self)} else {}  # those of other states
+        return replace(self, revision=count, results=rest, **more)
 
     @property
     @abstractmethod
@@ -167,6 +183,13 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
     check_role(results, role, revision, f"{repository} at {tag}")
     known = {name: commit for name, commit in commits.items() if int(name[5:]) <= revision}
     return HubOrigin(role, revision, results, api, repository, commits[tag], known)
+
+
+def unmeasured(count: int) -> dict[str, Any]:
+    """A role's results for `count` tasks of which nothing was measured."""
+    nothing: dict[str, Any] = {name: [0] * count for name in ("train_seconds", "peak_memory_bytes", "counts")}
+    rows = [[None] * (task + 1) for task in range(count)]
+    return {"accuracy_matrix": rows, "correct": [[0] * len(row) for row in rows], **nothing}
 
 
 def check_role(results: dict[str, Any], role: str, revision: int, where: str) -> None:

@@ -50,7 +50,7 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
-        head = fitted_head(model, "add images to")
+        head = fitted_head(model, "add images to known classes")
         if new:
             _begin(model, new)
         features, notes = _features(model, images, names, processor)
@@ -75,7 +75,7 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
-        head = fitted_head(model, "correct labels of")
+        head = fitted_head(model, "correct labels of classes")
         old = torch.tensor([_index(model, name) for name in before], device=model.device)
         if new:
             _begin(model, new)
@@ -108,7 +108,7 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     head, count = model.head, {}
     with _changing(model):
         if images is not None:
-            head = fitted_head(model, "forget images of")
+            head = fitted_head(model, "forget images of classes")
             features, _ = _features(model, images, [name] * len(images), processor)
             labels = torch.full((len(features),), index, device=features.device)
             head.accumulate(features, labels, sign=-1)
@@ -151,7 +151,7 @@ def merge(model: Any, names: Sequence[str], name: str) -> Change:
         raise ValueError(f"There is another class {short(fresh)} already; merge it too, or choose another name.")
     old = [_class_names(model)[index] for index in indices]
     with _changing(model):
-        head = fitted_head(model, "merge classes of")
+        head = fitted_head(model, "merge classes")
         first, *others = [_place(model, index) for index in indices]
         for other in others:
             head.merge(first, other)
@@ -223,9 +223,9 @@ def fitted_head(model: Any, what: str) -> FittedHead:
     """The model's head, if its sums can change. Raises ValueError otherwise."""
     if not model.fitted:
         raise ValueError(
-            f"To {what} known classes their old images are needed: this model's head is trained, and what it learnt "
-            "cannot be told apart. A fitted head keeps sums that can change exactly: in a recipe, head: "
-            f"{example(fitted=True)}."
+            f"To {what} their old images are needed: this model's head is trained, and what it learnt cannot be told "
+            "apart (new classes alone are learnt by a CDLTrainer, or hf-cdl add). A fitted head keeps sums that can "
+            f"change exactly: in a recipe, head: {example(fitted=True)}."
         )
     model.head.check_change()
     return model.head

@@ -158,6 +158,14 @@ def revision_name(number: int) -> str:
     return f"task-{number:02d}"
 
 
+def last_learnt(changes: Sequence[Mapping[str, Any]], number: int) -> int | None:
+    """The revision after a task that revision `number` equals, as all changes were undone; None if it is changed."""
+    by_number = {change["revision"]: change for change in changes}
+    while (change := by_number.get(number)) is not None and change.get("state") is not None:
+        number = change["state"]
+    return number if change is None else None
+
+
 def state_before(ledger: Mapping[str, Any], number: int) -> int | None:
     """The revision that undoing revision `number` goes back to; None for a state after a task."""
     changes = {change["revision"]: change for change in ledger.get("changes", [])}
