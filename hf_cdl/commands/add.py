@@ -170,8 +170,8 @@ def check_unchanged(student: str, changed: Origin) -> None:
     if changed.changes and last_learnt(changed.changes, changed.revision) is None:
         raise HubError(
             f"{visible(student)} was changed after its {changed.tasks} tasks, and its teacher was not, so they cannot "
-            f"learn a further task together. Go on from before (--revision {revision_name(changed.tasks)}), or undo the "
-            "changes (hf-cdl undo)."
+            f"learn a further task together. Go on from before (--revision {revision_name(changed.tasks)}), or undo "
+            "the changes (hf-cdl undo)."
         )
 
 

@@ -118,14 +118,9 @@ def changes(results: Results, role: str) -> str | None:
     if not (made := _changes(results, role)):
         return None
     rows = [["revision", "when", "what"]]
-    rows += [
-        [
-            f"`{revision_name(change['revision'])}`",
-            markdown(change["time"][:16].replace("T", " ")),
-            markdown(change["said"]),
-        ]
-        for change in made[-_SHOWN:]
-    ]
+    for change in made[-_SHOWN:]:
+        when = markdown(change["time"][:16].replace("T", " "))
+        rows.append([f"`{revision_name(change['revision'])}`", when, markdown(change["said"])])
     names = [markdown(name) for task in made[-1]["class_names"] for name in task]
     earlier = f"The last {_SHOWN} of {len(made)}; all are in `results.json`.\n\n" if len(made) > _SHOWN else ""
     listed = ", ".join(names)
