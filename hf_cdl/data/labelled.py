@@ -130,7 +130,10 @@ def _files_of_class(folder: Path, name: str) -> list[Path]:
     (place,) = inside or [folder]
     files = [file for file in sorted(place.iterdir()) if file.is_file() and not file.name.startswith(".")]
     if not files:
-        raise ValueError(f"{readable(str(folder))} has no images of {name!r}: neither there, nor in a folder {name}/.")
+        raise ValueError(
+            f"{readable(str(folder))} has no images of {name!r}: neither there, nor in a folder {name}/. Put them "
+            "there, or name another folder."
+        )
     return files
 
 
@@ -149,7 +152,8 @@ def read_corrections(file: Path) -> tuple[LabelledImages, list[str]]:
     if not {"image", "label"} <= {*columns} or {*columns} - {"image", "label", "was"}:
         raise ValueError(
             f"{readable(str(file))} has the columns {some(columns)}, but corrections have image, label and, if the "
-            "images' folders are not called like the class that they were learnt as, was."
+            "images' folders are not called like the class that they were learnt as, was. Write these into "
+            "its first line."
         )
     if not rows:
         raise ValueError(f"{readable(str(file))} has no corrections below its line of columns.")

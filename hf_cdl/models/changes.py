@@ -246,6 +246,8 @@ def _features(model: Any, images: Any, names: list[str], processor: Any) -> tupl
         batches = (_pixels(images[at : at + _BATCH], view) for at in range(0, len(images), _BATCH))
     found, keys = [], []
     for pixels in batches:
+        if wrong := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
+            raise ValueError(f"Pixel values of {wrong} images are NaN or infinite; give those of an image processor.")
         keys += [sha256(image.numpy().tobytes()).digest() for image in pixels.cpu().contiguous()]
         found.append(model(pixel_values=pixels.to(model.device, model.dtype)).features)
     return torch.cat(found), _repeated(keys, names)
@@ -347,7 +349,9 @@ def _index(model: Any, name: Any) -> int:
     known = _class_names(model)
     found = _find(known, name) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"The model knows no class {short(name)}{near(str(name), known)}")
+        raise ValueError(
+            f"The model knows no class {short(name)}{near(str(name), known)} It has {len(known)}: {_list(known)}."
+        )
     return found
 
 
