@@ -123,8 +123,9 @@ def newest(run: Path) -> Any:
 @pytest.fixture
 def place(ready: Path, tmp_path: Path) -> Iterator[Path]:
     for path in ready.iterdir():
-        if path.name not in ("run", "taken"):
+        if path.name not in ("run", "alone"):
             (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(ready / "alone", tmp_path / "alone")
     yield tmp_path
     shutil.rmtree(tmp_path)  # hundreds of checkpoints
 
