@@ -69,7 +69,7 @@ afterwards one that never saw them. Otherwise they go on counting as images of n
         type=path,
         nargs="+",
         metavar="FOLDER",
-        help="all its training images, in folders that have a folder CLASS/ or are of that class alone",
+        help="all its training images: folders that have a folder CLASS/, or of that class alone (default: none)",
     )
     _changing_options(parser)
     return parser
@@ -93,7 +93,13 @@ def merge(verb: str) -> argparse.ArgumentParser:
         "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
     )
     parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
-    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help="the name of the one they become")
+    text = "the name of the one they become (default: none, so give one)"
+    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=text)
+        dest="name",
+        required=True,
+        metavar="NAME",
+        help="the name of the one they become (default: none, so give one)",
+    )
     _changing_options(parser)
     return parser
 

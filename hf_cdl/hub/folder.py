@@ -63,7 +63,8 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
                 f"{visible(folder)} is neither a run's folder (run.json or results.json) nor a checkpoint's "
                 "(config.json). Name one, such as runs/quickstart or runs/quickstart/student."
             )
-        known = _known_states(folder, role)  # a kill may have left another folder there
+        with told(visible(folder)):
+            known = _known_states(folder, role)  # a kill may have left another folder there
         states = sorted(path.name for path in folder.glob(f"{role}/task-*") if path.name in known)
         if tag not in (None, *states):
             raise HubError(f"{visible(folder)} has no {role}/{tag}; it has {', '.join(states) or 'none'}.")

@@ -50,7 +50,8 @@ class States:
         self.folder = Path(where).resolve() if Path(where).is_dir() else None
         names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.iterdir()]
         self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d{2,4}", name)}
-        self.tasks = [number for number in sorted(self._names) if number <= self._finished()]
+        finished = self._finished()
+        self.tasks = [number for number in sorted(self._names) if number <= finished]
         if not self.tasks:
             raise StatesError(
                 f"{where} has no {'tags' if self.folder is None else 'folders'} task-01, task-02, ... Name a "
@@ -61,11 +62,14 @@ class States:
 
     def _finished(self) -> float:
         """Number of states that a run has finished; a kill may have left another folder there."""
+        file = None if self.folder is None else self.folder.parent / "results.json"
         try:
-            found = json.loads((self.folder.parent / "results.json").read_text(encoding="utf-8"))
-            return len(found["class_names"]) + len(found.get("changes", []))
-        except (AttributeError, OSError, ValueError, TypeError, KeyError):  # said once its results are read
-            return math.inf
+            if file is not None and file.is_file() and file.stat().st_size <= LARGEST:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                return len(found["class_names"]) + len(found.get("changes", []))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass  # said once its results are read
+        return math.inf
 
     def _classifier(self, task: int) -> Any:
         """The model after a task, as a pipeline that returns its five most likely classes."""
