@@ -95,11 +95,6 @@ def merge(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
     text = "the name of the one they become (default: none, so give one)"
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=text)
-        dest="name",
-        required=True,
-        metavar="NAME",
-        help="the name of the one they become (default: none, so give one)",
-    )
     _changing_options(parser)
     return parser
 

@@ -77,8 +77,15 @@ def to_forget(run: ChangingRun, model: Any, images: LabelledImages, name: str) -
     """
     fitted_head(model, "forget images of classes")
     digests, known = _known(run, images)
-    chosen = [index for index, digest in enumerate(digests) if nfc(name) in known.get(digest, {nfc(name): 1})]
-    _say_left_out(len(digests) - len(chosen), "counted in another class now")
+    left = {digest: labels[nfc(name)] for digest, labels in known.items()}
+    chosen, again = [], 0
+    for index, digest in enumerate(digests):
+        if left.get(digest, 1) > 0:
+            chosen.append(index)
+        again += digest in left and left[digest] <= 0 and known[digest][nfc(name)] > 0
+        left[digest] = left.get(digest, len(digests)) - 1
+    _say_left_out(again, "the same as another one of these, and learnt once")
+    _say_left_out(len(digests) - len(chosen) - again, "counted in another class now")
     if not chosen:
         raise ValueError(f"None of these images is counted in the class {name!r} now. Give those it was learnt from.")
     return images.chosen(chosen), [(digests[i], name, None) for i in chosen]
