@@ -26,6 +26,7 @@ from hf_cdl.commands.taking_over import inherited
 from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
 from hf_cdl.heads import HEADS
+from hf_cdl.heads.base import FittedHead
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.places import short_name
 from hf_cdl.recipe import Recipe, RecipeError, load_plugins, load_recipe
@@ -77,7 +78,7 @@ def is_fitted(options: Any, fields: list[str]) -> bool:
         head = HEADS[section["head"]["type"]]
     except (OSError, ValueError, KeyError, TypeError, RunError):  # what is wrong is said when it is read again
         return False
-    return head.fitted and bool(head.class_sums) and not section["head"].get("soft_targets")
+    return issubclass(head, FittedHead) and bool(head.class_sums) and not section["head"].get("soft_targets")
 
 
 def learn(options: Any, fields: list[str]) -> int:

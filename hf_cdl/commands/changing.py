@@ -106,7 +106,8 @@ def _load(run: ChangingRun, checkpoint: Path, backbone: str | None) -> Any:
         raise RunError(
             f"--backbone {backbone} would have no effect: the student's checkpoint holds its own. Leave it out."
         )
-    return load_model(recipe, section, checkpoint).to(PartialState().device)
+    model: Any = load_model(recipe, section, checkpoint)
+    return model.to(PartialState().device)
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def scores(folder: Path, images: list[Any]) -> dict[str, torch.Tensor]:
     model, processor = load(folder), AutoImageProcessor.from_pretrained(folder)
     with torch.no_grad():
         found = model(**processor([decode(image) for image in images], return_tensors="pt")).logits
-    return {name: found[:, index] for index, name in model.config.id2label.items()}
+    return {name: found[:, index] for index, name in enumerate(sum(model.tasks, []))}
 
 
 def results(run: Path) -> dict[str, Any]:
