@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_backbone, picture, run_script, write_recipe
+from helpers import ROOT, make_backbone, picture, run_script, write_recipe
 from markup import state_html
 from states import States
 from transformers import AutoImageProcessor
@@ -377,3 +379,36 @@ def test_a_disk_that_is_full_once_the_change_is_stored(
     assert "The change is stored as task-03, so do not make it again; but" in capsys.readouterr().err
     assert command("undo", day / "run") == 0
     assert load(day / "run" / "student").tasks[0][0] == "class a"
+
+
+# ---- the README ----
+
+
+def test_the_commands_and_the_python_of_the_readme_change_a_student(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    [shell] = re.findall(r"<!-- change-commands -->\n```bash\n(.*?)```", readme, re.DOTALL)
+    [python] = re.findall(r"```python\n([^`]*student\.add[^`]*)```", readme)
+    monkeypatch.chdir(tmp_path)
+    for kind, name in enumerate(("tulip", "daisy", "rose", "dog rose", "iris")):
+        put(Path("images", "train"), name, range(4), kind)
+        put(Path("images", "test"), name, range(50, 52), kind)
+    put(Path("photos"), "aster", range(2), 20)
+    put(Path("photos"), "rose", range(10, 12), 2)
+    csv_of(Path("wrong.csv"), ("images/train/rose/0.png", "dog rose", "rose"))
+    recipe = {
+        "name": "flowers",
+        "data": {"path": "images", "classes_per_task": None},
+        "student": {"backbone": str(make_backbone(tmp_path / "backbone")), "head": {"type": "ridge"}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    assert command("train", write_recipe(Path("flowers.yaml"), recipe)) == 0
+    lines = [shlex.split(line) for line in shell.splitlines()]
+    assert [words[1] for words in lines] == ["add", "correct", "remove", "rename", "merge", "undo"]
+    for program, *words in lines:
+        assert program == "hf-cdl" and command(*words) == 0, capsys.readouterr().err
+    assert load(Path("runs/flowers/student")).tasks == [["common daisy", "dog rose", "iris", "rose"], ["aster"]]
+    exec(python, {})
+    assert load(Path("changed")).tasks == [["common daisy", "dog rose", "rose"], ["aster"]]
