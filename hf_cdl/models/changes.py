@@ -22,7 +22,8 @@ from hf_cdl.heads.base import FittedHead
 from hf_cdl.labels import alike, class_list, same_name
 from hf_cdl.models.input_checks import check_pixels
 
-_BATCH = 32
+_BATCH, _PAIRS = 32, 20
+"""Images prepared at a time; pairs of labels that are said."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     count = Counter(names)
     count.subtract(before)
     moved = Counter(zip(before, names, strict=True))
-    what = ", ".join(f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.items())
+    parts = [f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.most_common(_PAIRS)]
+    what = ", ".join([*parts, *([f"and {len(moved) - _PAIRS} more pairs"] if len(moved) > _PAIRS else [])])
     said = f"{len(names)} {_plural('label', len(names))} corrected: {what}"
     said += f"; {len(new)} new {_plural('class', len(new))} ({_list(new)})" if new else ""
     return Change("correct", said, {**count}, head.choices(), notes=(*_alike(new, known), *notes))

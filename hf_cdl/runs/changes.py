@@ -12,7 +12,16 @@ from typing import Any
 
 from hf_cdl.runs.files import RunError, fingerprint, fingerprints, first_line, put_folder, saving, write_json
 from hf_cdl.runs.learnt import Moves, moves_file
-from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions, state_before, stored_tasks
+from hf_cdl.runs.ledger import (
+    CHANGED,
+    LONGEST_NAME,
+    LONGEST_SAID,
+    read_ledger,
+    revision_name,
+    revisions,
+    state_before,
+    stored_tasks,
+)
 from hf_cdl.runs.repair import examine, mend, publish
 from hf_cdl.runs.run import RESULTS, Run
 
@@ -54,6 +63,12 @@ class ChangingRun(Run):
         `change`: as in the ledger, without revision and time; `moves`: the images that it moved. Raises RunError if
         writing fails; what was stored before stays intact, also after a kill.
         """
+        for name in (name for task in change["class_names"] for name in task if len(name) > LONGEST_NAME):
+            raise RunError(
+                f"A class name has {len(name):,} characters; at most {LONGEST_NAME:,} can be stored. Shorten it."
+            )
+        if len(change["said"]) > LONGEST_SAID:
+            change = {**change, "said": f"{change['said'][:LONGEST_SAID]} ..."}
         number, before = revisions(self.ledger, CHANGED) + 1, json.loads(json.dumps(self.ledger))
         name, results = revision_name(number), self.folder / RESULTS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")

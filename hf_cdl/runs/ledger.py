@@ -14,6 +14,8 @@ from hf_cdl.runs.files import RunError, check_readable, content_hash, read_numbe
 
 CHANGED = "student"
 """The role that can be changed after its tasks."""
+LONGEST_NAME, LONGEST_SAID = 1000, 5000
+"""Characters of a name in results, and of what a change says that it did."""
 FORMAT = 1
 """Incremented when an older hf_cdl would misread the ledger. Ledgers without a format are read as 1."""
 
@@ -246,7 +248,8 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
                 yield f"entries.{role}.{index}: row, correct and counts are not of the same length"
     for index, change in enumerate(ledger.get("changes", [])):
         expected = len(entries.get(CHANGED, [])) + index + 1
-        if change["revision"] != expected or not 0 < change.get("state", 1) < expected:
+        first = len(entries.get(CHANGED, []))
+        if change["revision"] != expected or not first <= change.get("state", first) < expected:
             yield f"changes.{index} is revision {change['revision']}, but {expected} comes next"
     if ledger.get("changes") and not ledger["finished"]:
         yield "changes of the student, but the run is not finished"

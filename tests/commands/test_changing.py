@@ -24,6 +24,8 @@ from hf_cdl.data.images import decode
 from hf_cdl.hub import read_folder
 from hf_cdl.hub.card import model_card
 from hf_cdl.runs import changes as runs_changes
+from hf_cdl.runs.files import RunError
+from hf_cdl.runs.results import checked_results
 
 NAMES = [f"class {letter}" for letter in "abcdefghijkl"]
 Command = Callable[..., int]
@@ -412,3 +414,59 @@ def test_the_commands_and_the_python_of_the_readme_change_a_student(
     assert load(Path("runs/flowers/student")).tasks == [["common daisy", "dog rose", "iris", "rose"], ["aster"]]
     exec(python, {})
     assert load(Path("changed")).tasks == [["common daisy", "dog rose", "rose"], ["aster"]]
+
+
+# ---- what a stranger may have written ----
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"revision": 5},
+        {"state": 4},
+        {"state": 3},
+        {"state": 1},
+        {"said": "x" * 20_000},
+        {"class_names": [["a"], ["a"]]},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_changes_in_results_that_no_run_has_written_are_refused(
+    day: Path, command: Command, wrong: dict[str, Any]
+) -> None:
+    run = day / "run"
+    for verb, *words in (("rename", "class a", "ant"), ("undo",)):
+        assert command(verb, run, *words) == 0
+    content = results(run)
+    assert checked_results(content, "results.json") is content
+    content["changes"][0] |= wrong
+    with pytest.raises(RunError, match="is not as hf_cdl writes it: .*changes"):
+        checked_results(content, "results.json")
+
+
+def test_a_change_that_says_much_can_be_read_again(
+    day: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, long = day / "run", "x" * 990
+    for number, name in enumerate(NAMES[:8]):
+        assert command("rename", run, name, f"{long} {number}") == 0
+    names = [f"{long} {number}" for number in range(8)]
+    assert command("merge", run, *names, "--as", long) == 0
+    assert command("undo", run) == 0
+    assert checked_results(results(run), "results.json")["changes"][-1]["kind"] == "undo"
+    before = (run / "run.json").read_bytes()
+    assert command("rename", run, "class k", "y" * 1001) == 2
+    assert "A class name has 1,001 characters; at most 1,000" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_a_damaged_student_is_restored_before_it_is_changed(
+    day: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = day / "run"
+    file = run / "student" / "task-02" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert command("rename", run, "class a", "ant") == 0
+    assert "it is restored from" in capsys.readouterr().out
+    assert load(run / "student" / "task-02").tasks[0][0] == "class a"
+    assert load(run / "student").tasks[0][0] == "ant"
