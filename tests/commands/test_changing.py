@@ -470,3 +470,21 @@ def test_a_damaged_student_is_restored_before_it_is_changed(
     assert "it is restored from" in capsys.readouterr().out
     assert load(run / "student" / "task-02").tasks[0][0] == "class a"
     assert load(run / "student").tasks[0][0] == "ant"
+
+
+def test_verify_tells_of_changed_states_whether_they_are_what_was_stored(
+    day: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = day / "run"
+    for name in ("ant", "emmet"):
+        assert command("rename", run, "class a" if name == "ant" else "ant", name) == 0
+    capsys.readouterr()
+    assert command("verify", run) == 0
+    out = capsys.readouterr().out
+    assert out.count("a change, of which no accuracy is recorded; as stored") == 2 and "task-04" in out
+    config = run / "student" / "task-03" / "config.json"
+    config.write_text(config.read_text().replace("ant", "aunt"))
+    assert command("verify", run) == 1
+    assert "task-03: a change, of which no accuracy is recorded; NOT as stored: student/task-03/config.json has" in (
+        capsys.readouterr().out
+    )
