@@ -102,8 +102,12 @@ def test_changes_go_from_machine_to_machine(source: Path, hub: HubServer, tmp_pa
 
 @pytest.mark.slow
 def test_a_run_that_was_pushed_pushes_its_changes(source: Path, hub: HubServer, tmp_path: Path) -> None:
+    """By its training or, as here, by hf-cdl push."""
     here = Machine(hub, tmp_path / "here")
-    shutil.copytree(source / "run", here.folder / "run")
+    ledger = json.loads((Path(shutil.copytree(source / "run", here.folder / "run")) / "run.json").read_text())
+    del ledger["hub"]
+    (here.folder / "run" / "run.json").write_text(json.dumps(ledger))
+    here.run("push", "run", "--hub_model_id", STUDENT)
     assert "the newest task-03" in here.run("rename", "run", "ant", "emmet")
     assert "Pushed" not in here.run("rename", "run", "bee", "wasp", "--push_to_hub", "false")
     assert "task-04" not in tags(hub)
