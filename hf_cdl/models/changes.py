@@ -19,7 +19,7 @@ import torch
 from hf_cdl.checked import near, short
 from hf_cdl.heads import example
 from hf_cdl.heads.base import FittedHead
-from hf_cdl.labels import alike, class_list, same_name
+from hf_cdl.labels import alike, class_list, one_encoding, same_name
 from hf_cdl.models.input_checks import check_pixels
 
 _BATCH, _PAIRS = 32, 20
@@ -335,7 +335,7 @@ def _labels(images: Any, labels: Any, what: str = "labels") -> list[str]:
         raise ValueError(
             f"There are {len(images)} images, but {len(names)} {what}; give the class name of each image."
         )
-    return names
+    return one_encoding(names)
 
 
 def _class_names(model: Any) -> list[str]:

@@ -315,7 +315,6 @@ METHODS = [
     method("model.add of a missing file", lambda m: m.add(["gone.png"], ["ant"], processor()), "gone.png"),
     method("model.add of None", lambda m: m.add([None], ["ant"], processor()), "None|NoneType|image"),
     method("model.add to a trained head", lambda m: m.add(pixels(1), ["ant"]), "trained", fields=LINEAR),
-    method("model.add of two spellings of a name", lambda m: m.add(pixels(2), ["é", "e\u0301"]), "é", way="one"),
     method(
         "model.correct to what it was", lambda m: m.correct(pixels(1), ["ant"], ["ant"]), "same label", way="before"
     ),

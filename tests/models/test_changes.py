@@ -425,6 +425,8 @@ def test_equal_images_and_names_that_differ_in_spelling_are_said() -> None:
     assert made.notes == ("'Owl' is another class than 'owl', as it is spelt differently; to make one, merge them",)
     assert "than 'red-fox'" in str(model.rename("fox", "Red Fox"))
     assert not model.rename("Red Fox", "wolf").notes
+    model.add(pictures(3, 8), ["caf\u00e9", "cafe\u0301", "cafe\u0301"])
+    assert model.tasks[-1] == ["caf\u00e9"], "two encodings of one text"
     made = model.correct(pictures(8)[[0]], ["hem"], was=["owl"])
     assert "1 new class ('hem')" in made.said and made.images == {"hem": 1, "owl": -1}
 
