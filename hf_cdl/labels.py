@@ -58,6 +58,17 @@ def same_name(first: str, second: str) -> bool:
     return normalize("NFC", first) == normalize("NFC", second)
 
 
+def one_encoding(names: Iterable[str]) -> list[str]:
+    """The same names, those that are the same text in different Unicode encodings as the first of them."""
+    first: dict[str, str] = {}
+    return [first.setdefault(normalize("NFC", name), name) for name in names]
+
+
+def alike(name: str) -> str:
+    """The same text for all spellings of a class name: capitals, spaces, hyphens and forms of characters aside."""
+    return " ".join(normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """Names that occur more than once, sorted; different Unicode encodings of the same text count as one name."""
     return sorted(name for name, count in Counter(normalize("NFC", name) for name in names).items() if count > 1)

@@ -175,6 +175,11 @@ def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest
 
 COMMANDS: dict[str, list[str]] = {
     "add": ["{bad}", "{bad}"],
+    "correct": ["{bad}", "{bad}"],
+    "merge": ["{bad}", "{bad}", "{bad}", "--as", "x"],
+    "remove": ["{bad}", "{bad}"],
+    "rename": ["{bad}", "{bad}", "x"],
+    "undo": ["{bad}"],
     "card": ["{bad}"],
     "compare": ["{bad}"],
     "demo": ["{bad}"],

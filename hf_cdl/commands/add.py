@@ -18,27 +18,31 @@ from huggingface_hub import HfApi
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import train as training
-from hf_cdl.commands.changing import change
+from hf_cdl.commands.changing import Made, change
 from hf_cdl.commands.console import say
+from hf_cdl.commands.known_images import to_add
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.taking_over import inherited
 from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
 from hf_cdl.heads import HEADS
+from hf_cdl.heads.base import FittedHead
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
-from hf_cdl.models.changes import Change
 from hf_cdl.places import short_name
-from hf_cdl.recipe import Recipe, RecipeError, build_recipe, load_plugins, load_recipe, taken_over
+from hf_cdl.recipe import Recipe, RecipeError, load_plugins, load_recipe
 from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.recipe.files import fields_given, read_yaml
+from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import last_learnt, revision_name
 from hf_cdl.runs.report import difference_lines
 from hf_cdl.runs.run import Run
 
 
 def main(arguments: list[str]) -> int:
     options, fields = read("add", arguments)
-    if options.output_dir is None and is_fitted(options):
+    if options.output_dir is None and is_fitted(options, fields):
         return learn(options, fields)
     undo = None
     try:
@@ -66,14 +70,15 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def is_fitted(options: Any) -> bool:
+def is_fitted(options: Any, fields: list[str]) -> bool:
     """Whether the student is there, and has a head that takes more images into its sums, without a teacher."""
     try:
+        load_plugins(dict(fields_given(fields)).get("plugins", []))
         section = find(options.student, "student", None).results["recipe"]["student"]
         head = HEADS[section["head"]["type"]]
     except (OSError, ValueError, KeyError, TypeError, RunError):  # what is wrong is said when it is read again
         return False
-    return head.fitted and not section["head"].get("soft_targets")
+    return issubclass(head, FittedHead) and bool(head.class_sums) and not section["head"].get("soft_targets")
 
 
 def learn(options: Any, fields: list[str]) -> int:
@@ -82,6 +87,7 @@ def learn(options: Any, fields: list[str]) -> int:
         given = dict(fields_given(fields))
         given |= {name: value for name in ("teacher", "revision") if (value := getattr(options, name)) is not None}
         options.plugins, options.push_to_hub = given.pop("plugins", []), given.pop("push_to_hub", None)
+        options.backbone = given.pop("student.backbone", None)
         if given:
             raise RecipeError(
                 f"{', '.join(sorted(given))} would have no effect: the student's head is fitted, so images are added "
@@ -91,11 +97,12 @@ def learn(options: Any, fields: list[str]) -> int:
         say(f"error: {error}", file=sys.stderr)
         return 2
 
-    def added(model: Any, processor: Any) -> Change:
+    def added(run: ChangingRun, model: Any, processor: Any) -> Made | None:
         images = read_images(options.data)
         for note in images.notes:
             say(f"note: {note}")
-        return model.add(images, images.labels, processor)
+        images, moves = to_add(run, model, images)
+        return (model.add(images, images.labels, processor), moves) if moves else None
 
     return change(options, added)
 
@@ -107,18 +114,14 @@ def begin(
 
     `plugins`: whether any were named on the command line.
     """
-    first = find(student, "student", tag)
-    stored = first.results["recipe"]
-    if not plugins:
-        refuse_theirs(student, stored)
-    try:
-        recipe, left = taken_over(stored, build_recipe)
-    except RecipeError as error:
-        raise HubError(f"The recipe of {visible(student)} cannot be gone on with: {error}.") from error
+    changed = find(student, "student", tag)
+    first = changed.settled()
+    recipe, left = inherited(student, first.results["recipe"], plugins)
     if "classifier" in {recipe.student.model, recipe.teacher and recipe.teacher.model}:
         raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
     origins = {}
     if recipe.teacher is not None:
+        check_unchanged(student, changed)
         try:
             origins["teacher"] = find(teacher or beside(student), "teacher", f"task-{first.tasks:02d}")
         except HubError as error:
@@ -142,16 +145,6 @@ def begin(
     )
 
 
-def refuse_theirs(student: str, stored: Any) -> None:
-    """Refuse a stored recipe that runs Python files. Raises HubError."""
-    if listed := stored.get("plugins") if isinstance(stored, dict) else None:
-        raise HubError(
-            f"The recipe of {visible(student)} runs Python files, which were not run and not downloaded: "
-            f"{visible(listed)[:300]}. Whoever made it chose what they do. Get and read them, then name them "
-            "yourself: --plugins '[FILE.py]'."
-        )
-
-
 def find(where: str, role: str, tag: str | None) -> Origin:
     """Find a model in a folder or on the Hub. Raises HubError if there is none."""
     if not (place := Path(where)).is_dir():
@@ -171,6 +164,16 @@ def beside(student: str) -> str:
     return str(
         Path(*("teacher" if part == "student" and i >= len(parts) - 2 else part for i, part in enumerate(parts)))
     )
+
+
+def check_unchanged(student: str, changed: Origin) -> None:
+    """Check that a student with a teacher is as after its tasks. Raises HubError if not."""
+    if changed.changes and last_learnt(changed.changes, changed.revision) is None:
+        raise HubError(
+            f"{visible(student)} was changed after its {changed.tasks} tasks, and its teacher was not, so they cannot "
+            f"learn a further task together. Go on from before (--revision {revision_name(changed.tasks)}), or undo "
+            "the changes (hf-cdl undo)."
+        )
 
 
 def check_pair(student: Origin, teacher: Origin) -> None:

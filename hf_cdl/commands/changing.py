@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
-from huggingface_hub import HfApi
 
-from hf_cdl import CDLForImageClassification
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.plugin_files import say_differences
+from hf_cdl.commands.taking_over import earlier_state, run_of
 from hf_cdl.escape import visible_lines
-from hf_cdl.hub import HubError, Origin, Pusher, read_folder, read_origin
+from hf_cdl.hub import HubError, Pusher
 from hf_cdl.models.changes import Change
-from hf_cdl.places import short_name
 from hf_cdl.recipe import build_recipe, described, load_plugins, untrained
-from hf_cdl.recipe.build import load_processor
+from hf_cdl.recipe.build import load_model, load_processor
 from hf_cdl.runs.changes import ChangingRun
-from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
-from hf_cdl.runs.ledger import CHANGED
+from hf_cdl.runs.learnt import Moves
+from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.results import run_results
 
+Made = tuple[Change, Moves]
+"""What a command did to the model, and the images that it moved."""
+Make = Callable[[ChangingRun, Any, Any], Made | None]
 
-def change(options: Any, make: Callable[[CDLForImageClassification, Any], Change]) -> int:
-    """Change the student that the options name by `make(model, processor)`, and store it as a new revision."""
-    return _told(lambda: _change(options, make))
+
+def change(options: Any, make: Make) -> int:
+    """Change the student that the options name, and store it as a new revision.
+
+    `make(run, model, processor)` does it; None: there is nothing to change.
+    """
+    return _told(lambda: _change(options, lambda run: _store(run, options, make)))
 
 
 def undo(options: Any) -> int:
     """Go back to the student before its last change, as a new revision."""
 
-    def undone() -> int:
-        run = ChangingRun(_folder(options)[0], say)
-        with run.changing():
-            stored = run.undo()
-        return _after(run, stored, options)
+    def undone(run: ChangingRun) -> None:
+        run.undo(lambda number, folder: earlier_state(run, number, folder))
 
-    return _told(undone)
+    return _told(lambda: _change(options, undone))
 
 
 def _told(act: Callable[[], int]) -> int:
@@ -53,49 +56,94 @@ def _told(act: Callable[[], int]) -> int:
         return 2
 
 
-def _change(options: Any, make: Callable[[CDLForImageClassification, Any], Change]) -> int:
+def _change(options: Any, store: Callable[[ChangingRun], Any]) -> int:
     load_plugins(options.plugins)
-    folder, take_away = _folder(options)
+    folder, take_away = run_of(options.student, options.output_dir, bool(options.plugins))
     try:
         run = ChangingRun(folder, say)
-        _store(run, options, make)
+        hub = _hub(run, options)
+        with _stored_or_not(run), run.changing():
+            store(run)
     except BaseException:  # Ctrl-C too: a failed first change leaves nothing behind
         take_away()
         raise
-    return _after(run, run.changes[-1], options)
+    with _stored_or_not(run):
+        if run.stored() is None:
+            say(f"Nothing was changed: the student in {run.folder / CHANGED}/ is what was asked for.")
+            return 0
+        return _after(run, hub)
 
 
-def _store(run: ChangingRun, options: Any, make: Callable[[CDLForImageClassification, Any], Change]) -> None:
+def _store(run: ChangingRun, options: Any, make: Make) -> None:
     say_differences(run.folder, options.plugins)
-    with run.changing():
-        checkpoint = run.checkpoint(CHANGED)
-        if checkpoint is None:
-            raise RunError(f"The run in {run.folder} has no student that could be changed.")
-        model: Any = CDLForImageClassification.from_pretrained(checkpoint).to(PartialState().device)
-        processor = load_processor(checkpoint)
-        made = make(model, processor)
+    checkpoint = run.checkpoint(CHANGED)
+    if checkpoint is None:
+        raise RunError(f"The run in {run.folder} has no student that could be changed; name one that has.")
+    model, processor = _load(run, checkpoint, options.backbone), load_processor(checkpoint)
+    if (found := make(run, model, processor)) is None:
+        return
+    made, moves = found
 
-        def write(place: Path) -> None:
-            model.save_pretrained(place)
-            processor.save_pretrained(place)
+    def write(place: Path) -> None:
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
 
-        said = {"kind": made.kind, "said": str(made), "images": made.images, "choices": made.choices}
-        run.save_change({**said, "class_names": model.tasks}, write)
+    said = {"kind": made.kind, "said": str(made), "images": made.images, "choices": made.choices}
+    said |= {"classes": made.classes} if made.classes else {}
+    run.save_change({**said, "class_names": model.tasks}, write, moves)
 
 
-def _after(run: ChangingRun, stored: dict[str, Any], options: Any) -> int:
+def _load(run: ChangingRun, checkpoint: Path, backbone: str | None) -> Any:
+    """The student; a small checkpoint's backbone comes from where the run's recipe names it, or from `backbone`."""
+    recipe = build_recipe(untrained(run.ledger["recipe"]))
+    section = recipe.student if backbone is None else replace(recipe.student, backbone=backbone, revision=None)
+    if section.model == "classifier":
+        raise RunError(
+            f"The student of {run.folder} is of model: classifier, which learns one task alone and whose classes do "
+            "not change. Train one with model: cdl, such as with a ridge head on it as the backbone."
+        )
+    if backbone is not None and recipe.save_backbone:
+        raise RunError(
+            f"--backbone {backbone} would have no effect: the student's checkpoint holds its own. Leave it out."
+        )
+    model: Any = load_model(recipe, section, checkpoint)
+    return model.to(PartialState().device)
+
+
+@contextlib.contextmanager
+def _stored_or_not(run: ChangingRun) -> Iterator[None]:
+    """Say after Ctrl-C if the change is stored: the same command would make it once more."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (change := run.stored()) is not None:
+            stopping.stored(
+                f"The change is stored as {revision_name(change['revision'])} in {run.folder}, so the same command "
+                f"would make it once more. To go back:\n  {stopping.command('undo', run.folder)}"
+            )
+        raise
+
+
+def _after(run: ChangingRun, hub: dict[str, Any] | None) -> int:
     """Say what was done and, if the run is pushed, push it."""
-    name = f"task-{stored['revision']:02d}"
+    stored = run.changes[-1]
     say(stored["said"])
-    say(f"Stored as {name} in {run.folder / CHANGED}/. To go back: {stopping.command('undo', run.folder)}")
-    hub = _hub(run, options)
+    say(
+        f"Stored as {revision_name(stored['revision'])} in {run.folder / CHANGED}/. To go back: "
+        f"{stopping.command('undo', run.folder)}"
+    )
     if hub is None:
         return 0
+    run.set_hub(hub)
     recipe = build_recipe({**untrained(run.ledger["recipe"]), **hub, "push_to_hub": True})
     later = stopping.command("push", run.folder)
     pusher = Pusher(run.folder, recipe.repositories, recipe.hub_private_repo, say=say, origin=run.origin, later=later)
     results = run_results(run.folder, described)
-    pusher.check(results)
+    try:
+        pusher.check(results)
+    except HubError as error:
+        say(f"NOT PUSHED: the student. {visible_lines(error)}\nThe change is stored. Push it later with:\n  {later}")
+        return 4
     return 0 if pusher.finish(results) else 4
 
 
@@ -108,50 +156,9 @@ def _hub(run: ChangingRun, options: Any) -> dict[str, Any] | None:
         repository = run.origin.get("roles", {}).get(CHANGED, {}).get("repository")
         if repository is None:
             raise RunError(
-                "The change is stored, but not pushed: this run was never pushed. Say where to, once: "
+                f"{run.folder} was never pushed, so it is not known where to push it, and nothing was changed. Make "
+                "the change without --push_to_hub, then say where to, once: "
                 f"{stopping.command('push', run.folder, '--hub_model_id', 'NAME')}"
             )
         hub = {"hub_model_id": repository, "push_teacher": False, "hub_private_repo": True}
-        run.set_hub(hub)
     return hub
-
-
-def _folder(options: Any) -> tuple[Path, Callable[[], None]]:
-    """The run whose student is changed: the one that is named, or a new one for a student from elsewhere.
-
-    Returns a function, too, that takes a new one away again.
-    """
-    place = Path(options.student)
-    if place.is_dir():
-        root = next((p for p in (place, *place.resolve().parents[:2]) if (p / "run.json").exists()), None)
-        inside = place.resolve().relative_to(root.resolve()).parts if root else ()
-        if root is not None and inside in ((), (CHANGED,)):
-            if options.output_dir is not None:
-                raise RunError(
-                    f"{root} is a run, whose student is changed there: every change is a revision, and none is lost. "
-                    "Leave --output_dir out."
-                )
-            return root, _nothing
-        origin: Origin = read_folder(place, CHANGED)
-    else:
-        origin = read_origin(HfApi(), options.student, CHANGED)
-    folder = options.output_dir or Path("runs", short_name(options.student))
-    return folder, _nothing if (folder / "run.json").exists() else _take_over(folder, origin)
-
-
-def _nothing() -> None:
-    """What takes away a run that is not new."""
-
-
-def _take_over(folder: Path, origin: Origin) -> Callable[[], None]:
-    """Create a finished run of a student from elsewhere; returns a function that takes it away again."""
-    recipe = origin.results["recipe"]
-    say(f"{origin.place} is taken over into {folder}/")
-    return continue_elsewhere(
-        folder,
-        {"tasks": origin.tasks, "revision": origin.revision, "roles": {CHANGED: origin.as_dict()}},
-        {CHANGED: origin.results},
-        lambda role, target: origin.copy(target),
-        yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110),
-        finished=True,
-    )

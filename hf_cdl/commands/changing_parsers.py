@@ -29,6 +29,9 @@ def _changing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--push_to_hub", type=true_or_false, metavar="true|false", help="push it (default: if the run was pushed)"
     )
+    parser.add_argument(
+        "--backbone", metavar="FOLDER", help="where the frozen backbone of a small checkpoint lies (default: as named)"
+    )
     plugins(parser)
 
 
@@ -53,7 +56,7 @@ def correct(verb: str) -> argparse.ArgumentParser:
 def remove(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb,
-        "CLASS [--images FOLDER]",
+        "CLASS [--images FOLDER ...]",
         """Remove a class: the student never answers it again.
 
 With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
@@ -62,7 +65,11 @@ afterwards one that never saw them. Otherwise they go on counting as images of n
     )
     parser.add_argument("name", metavar="CLASS", help="the name of the class")
     parser.add_argument(
-        "--images", type=path, metavar="FOLDER", help="all its training images, or a folder with a folder CLASS/"
+        "--images",
+        type=path,
+        nargs="+",
+        metavar="FOLDER",
+        help="all its training images: folders that have a folder CLASS/, or of that class alone (default: none)",
     )
     _changing_options(parser)
     return parser
@@ -86,7 +93,8 @@ def merge(verb: str) -> argparse.ArgumentParser:
         "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
     )
     parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
-    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help="the name of the one they become")
+    text = "the name of the one they become (default: none, so give one)"
+    parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=text)
     _changing_options(parser)
     return parser
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cdl import CDLForImageClassification
-from hf_cdl.commands.changing import change
+from hf_cdl.commands.changing import Made, change
+from hf_cdl.commands.known_images import to_correct
 from hf_cdl.commands.parsers import read
 from hf_cdl.data.labelled import read_corrections
-from hf_cdl.models.changes import Change
+from hf_cdl.runs.changes import ChangingRun
 
 
 def main(arguments: list[str]) -> int:
     options, _ = read("correct", arguments)
 
-    def correct(model: CDLForImageClassification, processor: Any) -> Change:
+    def correct(run: ChangingRun, model: Any, processor: Any) -> Made | None:
         images, was = read_corrections(options.file)
-        return model.correct(images, images.labels, was, processor)
+        images, was, moves = to_correct(run, model, images, was)
+        return (model.correct(images, images.labels, was, processor), moves) if moves else None
 
     return change(options, correct)

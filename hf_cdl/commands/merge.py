@@ -8,4 +8,4 @@ from hf_cdl.commands.parsers import read
 
 def main(arguments: list[str]) -> int:
     options, _ = read("merge", arguments)
-    return change(options, lambda model, processor: model.merge(options.names, options.name))
+    return change(options, lambda run, model, processor: (model.merge(options.names, options.name), ()))

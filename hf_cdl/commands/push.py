@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import build_recipe, described, untrained
+from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.repair import examine
 from hf_cdl.runs.results import run_results, stored_ledger
+
+HUB_FIELDS = ("hub_model_id", "push_teacher", "hub_private_repo")
 
 
 def main(arguments: list[str]) -> int:
@@ -34,10 +38,22 @@ def main(arguments: list[str]) -> int:
         rest = {"patience": None, "origin": results.get("origin"), "later": stopping.again()}
         pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, **rest)
         pusher.check(results)
-        return 0 if pusher.finish(results) else 4
+        if not pusher.finish(results):
+            return 4
+        remember(folder, {name: getattr(recipe, name) for name in HUB_FIELDS})
+        return 0
     except (OSError, ValueError, RunError, HubError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2
+
+
+def remember(folder: Path, hub: dict[str, Any]) -> None:
+    """Note in a finished run where it was pushed to, so that changes of its student are pushed there, too."""
+    with contextlib.suppress(RunError):  # it is not finished, or in use: it is pushed, and that was said
+        if stored_ledger(folder).get("hub") != hub:
+            run = ChangingRun(folder, lambda line: None)
+            with run.changing():
+                run.set_hub(hub)
 
 
 def check_files(folder: Path, ledger: dict[str, Any]) -> None:

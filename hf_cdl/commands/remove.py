@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_cdl import CDLForImageClassification
-from hf_cdl.commands.changing import change
+from hf_cdl.commands.changing import Made, change
+from hf_cdl.commands.known_images import to_forget
 from hf_cdl.commands.parsers import read
 from hf_cdl.data.labelled import read_class
-from hf_cdl.models.changes import Change
+from hf_cdl.runs.changes import ChangingRun
 
 
 def main(arguments: list[str]) -> int:
     options, _ = read("remove", arguments)
 
-    def remove(model: CDLForImageClassification, processor: Any) -> Change:
-        images = None if options.images is None else read_class(options.images, options.name)
-        return model.remove(options.name, images, processor)
+    def remove(run: ChangingRun, model: Any, processor: Any) -> Made:
+        if options.images is None:
+            return model.remove(options.name), ()
+        images, moves = to_forget(run, model, read_class(options.images, options.name), options.name)
+        return model.remove(options.name, images, processor), moves
 
     return change(options, remove)

@@ -8,4 +8,4 @@ from hf_cdl.commands.parsers import read
 
 def main(arguments: list[str]) -> int:
     options, _ = read("rename", arguments)
-    return change(options, lambda model, processor: model.rename(options.old, options.new))
+    return change(options, lambda run, model, processor: (model.rename(options.old, options.new), ()))

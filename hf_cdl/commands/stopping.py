@@ -57,6 +57,8 @@ class _State:
     """Whether the command resumes where it stopped; otherwise it starts over."""
     said = False
     """Whether the user was told how to continue."""
+    stored: str | None = None
+    """What a command that does not resume has stored nevertheless: it must not begin again."""
 
 
 def listen(resumes: bool = True) -> None:
@@ -103,9 +105,15 @@ def say_goes_on() -> None:
     """Print, once and from one process only, how to continue a command that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
         how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
+        text = _State.stored or f"{how}:\n  {again()}"
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print(f"\nStopped. {how}:\n  {again()}", flush=True)
+            print(f"\nStopped. {text}", flush=True)
     _State.said = True
+
+
+def stored(what: str) -> None:
+    """Declare what the command has stored by now, to be said in place of how to begin it again."""
+    _State.stored = what
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:

@@ -17,8 +17,8 @@ from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
-from hf_cdl.runs.files import RunError
-from hf_cdl.runs.ledger import data_changes, stored_tasks
+from hf_cdl.runs.files import RunError, damage
+from hf_cdl.runs.ledger import CHANGED, data_changes, revision_name, stored_tasks
 from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
@@ -49,12 +49,28 @@ def verify(folder: Path, plugins: Sequence[str]) -> int:
         found = compared(entry, result, elsewhere)
         different += found == DIFFERENT
         print(f"{visible(checkpoint)}: {sum(result.correct)} of {sum(result.counts)} right, {found}", flush=True)
+    lost = check_changes(folder, ledger)
     if different:
         print(
             "The data may have changed: images of as many bytes as before are not told apart from them. Another "
             "machine or other packages may answer a few images differently, too."
         )
-    return 1 if different else 0
+    return 1 if different or lost else 0
+
+
+def check_changes(folder: Path, ledger: dict[str, Any]) -> int:
+    """Compare the files of the student's changed states with what was stored; returns how many states differ.
+
+    No accuracies are recorded of them.
+    """
+    lost, made = 0, {revision_name(change["revision"]) for change in ledger.get("changes", [])}
+    for name in (name for name in stored_tasks(ledger, CHANGED) if name in made):
+        known = {path: stored for path, stored in ledger["files"].items() if path.startswith(f"{CHANGED}/{name}/")}
+        bad = [f"{path} {problem}" for path in known if (problem := damage(folder / path, known[path]))]
+        lost += bool(bad)
+        found = f"NOT as stored: {visible(bad[0])}" if bad else "as stored"
+        print(f"{visible(folder / CHANGED / name)}: a change, of which no accuracy is recorded; {found}", flush=True)
+    return lost
 
 
 DIFFERENT = "NOT as recorded"

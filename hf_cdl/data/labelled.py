@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_cdl.data.cells import Cells, cells_of
-from hf_cdl.data.images import MAX_PIXELS, decode, readable
+from hf_cdl.data.images import MAX_PIXELS, ImageError, check_regular, decode, readable
 from hf_cdl.data.loading import load_splits, read_labels
 from hf_cdl.data.names import nfc, some
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
@@ -32,6 +34,32 @@ class LabelledImages:
 
     def __getitem__(self, chosen: slice) -> list[Image.Image]:
         return [self._decoded(index) for index in range(*chosen.indices(len(self)))]
+
+    def digest(self, index: int) -> str:
+        """16 hex digits of the SHA-256 of an image's file. Raises ValueError if it cannot be read."""
+        if not isinstance(self.data, Dataset):
+            return file_digest(self.data[index])
+        (cell,) = self.data[index].values()
+        return cell_digest(self.cells, cell)
+
+    def size(self, index: int) -> int:
+        """Size of an image's file in bytes; -1 if there is none."""
+        if isinstance(self.data, Dataset):
+            return int(self.cells.sizes(self.data.select([index]))[0])
+        file = Path(self.data[index])
+        return file.stat().st_size if file.is_file() else -1
+
+    def place(self, index: int) -> str:
+        """Name an image for messages."""
+        if not isinstance(self.data, Dataset):
+            return readable(str(self.data[index]))
+        (cell,) = self.data[index].values()
+        return readable(cell["path"]) if cell and cell["path"] else f"row {index}"
+
+    def chosen(self, indices: Sequence[int]) -> LabelledImages:
+        """These of the images."""
+        data = self.data.select(indices) if isinstance(self.data, Dataset) else [self.data[i] for i in indices]
+        return replace(self, data=data, labels=[self.labels[index] for index in indices])
 
     def _decoded(self, index: int) -> Image.Image:
         if not isinstance(self.data, Dataset):
@@ -63,8 +91,35 @@ def read_images(path: str) -> LabelledImages:
     )
 
 
-def read_class(folder: Path, name: str) -> LabelledImages:
-    """Read the images of one class: those in a folder, or in its subfolder of that name. Raises ValueError if none."""
+def file_digest(file: str | Path) -> str:
+    """The digest of an image by its file. Raises ImageError if it cannot be read."""
+    try:
+        check_regular(file)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ImageError(f"{readable(str(file))} cannot be read: {error.strerror}; supply the image") from error
+
+
+def cell_digest(cells: Cells, cell: Any) -> str:
+    """The digest of an image by its cell in a table. Raises ImageError if there is none."""
+    if not cell or (cell["bytes"] is None and not cell["path"]):
+        raise ImageError("an image is missing in the table; supply it or remove the row")
+    file = cells.file(cell)
+    return hashlib.sha256(cell["bytes"]).hexdigest()[:16] if file is None else file_digest(file)
+
+
+def read_class(folders: Sequence[Path], name: str) -> LabelledImages:
+    """Read the images of one class: those in each folder, or in its subfolder of that name.
+
+    Raises ValueError for a folder without any, and one that is named twice.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ValueError(f"The folders {some(folders)} are not all different; name each of them once.")
+    files = [file for folder in folders for file in _files_of_class(folder, name)]
+    return LabelledImages(files, [name] * len(files))
+
+
+def _files_of_class(folder: Path, name: str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{readable(str(folder))} is no folder; name the folder with the images of {name!r}.")
     inside = [place for place in folder.rglob("*") if place.is_dir() and nfc(place.name) == nfc(name)]
@@ -75,8 +130,11 @@ def read_class(folder: Path, name: str) -> LabelledImages:
     (place,) = inside or [folder]
     files = [file for file in sorted(place.iterdir()) if file.is_file() and not file.name.startswith(".")]
     if not files:
-        raise ValueError(f"{readable(str(folder))} has no images of {name!r}: neither there, nor in a folder {name}/.")
-    return LabelledImages(files, [name] * len(files))
+        raise ValueError(
+            f"{readable(str(folder))} has no images of {name!r}: neither there, nor in a folder {name}/. Put them "
+            "there, or name another folder."
+        )
+    return files
 
 
 def read_corrections(file: Path) -> tuple[LabelledImages, list[str]]:
@@ -94,7 +152,8 @@ def read_corrections(file: Path) -> tuple[LabelledImages, list[str]]:
     if not {"image", "label"} <= {*columns} or {*columns} - {"image", "label", "was"}:
         raise ValueError(
             f"{readable(str(file))} has the columns {some(columns)}, but corrections have image, label and, if the "
-            "images' folders are not called like the class that they were learnt as, was."
+            "images' folders are not called like the class that they were learnt as, was. Write these into "
+            "its first line."
         )
     if not rows:
         raise ValueError(f"{readable(str(file))} has no corrections below its line of columns.")
@@ -108,6 +167,7 @@ def read_corrections(file: Path) -> tuple[LabelledImages, list[str]]:
     if twice := sorted({str(path) for path in images if images.count(path) > 1}):
         raise ValueError(f"{readable(str(file))} has {readable(twice[0])} more than once.")
     was = [
-        row["was"] if "was" in columns else path.resolve().parent.name for row, path in zip(rows, paths, strict=True)
+        row["was"].strip() if "was" in columns else path.resolve().parent.name
+        for row, path in zip(rows, paths, strict=True)
     ]
-    return LabelledImages(paths, [row["label"] for row in rows]), was
+    return LabelledImages(paths, [row["label"].strip() for row in rows]), was

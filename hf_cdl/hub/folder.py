@@ -10,11 +10,11 @@ from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_revisions
-from hf_cdl.hub.origin import Origin, check_role, told
+from hf_cdl.hub.origin import Origin, check_role, checkpoint_files, told, unmeasured
 from hf_cdl.hub.repository import HubError
-from hf_cdl.runs.files import CHECKPOINT, RunError, read_json
-from hf_cdl.runs.ledger import CHANGED
-from hf_cdl.runs.results import checked_results, run_results
+from hf_cdl.runs.files import RunError, content_hash, read_json
+from hf_cdl.runs.ledger import CHANGED, revision_name, stored_tasks
+from hf_cdl.runs.results import checked_results, run_results, stored_ledger
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,7 @@ class FolderOrigin(Origin):
         return visible(self.folder)
 
     def put(self, folder: Path) -> None:
-        for source in sorted(self.folder.glob("*")) + sorted(self.folder.glob("adapter/*")):
-            path = source.relative_to(self.folder).as_posix()
-            if not CHECKPOINT.fullmatch(path):
-                continue
+        for path, source in checkpoint_files(self.folder).items():
             if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
                 raise HubError(
                     f"{visible(source)} is a link or no regular file, so it is not taken over: it may stand for any "
@@ -42,6 +39,12 @@ class FolderOrigin(Origin):
                 )
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, folder / path)
+
+    def same(self, folder: Path) -> bool:
+        ours, theirs = checkpoint_files(folder), checkpoint_files(self.folder)
+        return ours.keys() == theirs.keys() and all(
+            content_hash(file) == content_hash(theirs[path]) for path, file in ours.items()
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return {"folder": self.name, "tags": {}}
@@ -60,9 +63,9 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
                 f"{visible(folder)} is neither a run's folder (run.json or results.json) nor a checkpoint's "
                 "(config.json). Name one, such as runs/quickstart or runs/quickstart/student."
             )
-        states = sorted(
-            path.name for path in folder.glob(f"{role}/task-*") if re.fullmatch(r"task-\d{2,4}", path.name)
-        )
+        with told(visible(folder)):
+            known = _known_states(folder, role)  # a kill may have left another folder there
+        states = sorted(path.name for path in folder.glob(f"{role}/task-*") if path.name in known)
         if tag not in (None, *states):
             raise HubError(f"{visible(folder)} has no {role}/{tag}; it has {', '.join(states) or 'none'}.")
         checkpoint = folder / role / (tag or (max(states, key=lambda name: int(name[5:])) if states else ""))
@@ -88,6 +91,13 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
             revision = int(named[0][5:]) if named else finished_revisions(results, role)
         check_role(results, role, revision, visible(folder))
     return FolderOrigin(role, revision, results, checkpoint, (root or folder).resolve().name)
+
+
+def _known_states(root: Path, role: str) -> list[str]:
+    """Names of the states of a role that a run's ledger or results list."""
+    if (root / "run.json").exists():
+        return stored_tasks(stored_ledger(root), role)
+    return [revision_name(number + 1) for number in range(finished_revisions(_of_run(root), role))]
 
 
 def _is_run(folder: Path) -> bool:
@@ -117,14 +127,11 @@ def _alone(config: dict[str, Any], folder: Path, role: str) -> dict[str, Any]:
     recipe = {"student": section, "teacher": None}
     recipe |= {key: config[key] for key in same if key in config and key.startswith("save_")}
     names, count = config["tasks"], len(config["tasks"])
-    nothing: dict[str, Any] = {name: [0] * count for name in ("train_seconds", "peak_memory_bytes", "counts")}
-    rows = [[None] * (task + 1) for task in range(count)]
-    entry = {"accuracy_matrix": rows, "correct": [[0] * len(row) for row in rows], **nothing}
     results = {
         "name": folder.resolve().name,
         "seed": 0,
         "recipe": recipe,
         "class_names": names,
-        "roles": {role: entry},
+        "roles": {role: unmeasured(count)},
     }
     return checked_results(results, visible(folder / "config.json"))

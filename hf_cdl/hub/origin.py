@@ -11,7 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,12 +26,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
+from typing_extensions import Self
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import classes_of, finished_revisions
-from hf_cdl.hub.repository import HubError
+from hf_cdl.hub.repository import HubError, digests
 from hf_cdl.runs.files import CHECKPOINT, LARGEST, RunError, read_json
-from hf_cdl.runs.ledger import CHANGED
+from hf_cdl.runs.ledger import CHANGED, last_learnt
 from hf_cdl.runs.results import checked_results
 from hf_cdl.types import is_ours
 
@@ -57,6 +58,21 @@ class Origin(ABC):
         """Number of tasks learnt before any changes."""
         return self.revision - len(self.changes)
 
+    def settled(self) -> Self:
+        """The same model as one whose present classes are its tasks, for a run that goes on from a changed one.
+
+        What its accuracies are since the changes was not measured.
+        """
+        if not self.changes:
+            return self
+        names, state = classes_of(self.results, self.revision), last_learnt(self.changes, self.revision)
+        rest = {key: value for key, value in self.results.items() if key != "changes"}
+        if state is None:
+            rest |= {"class_names": names, "roles": {self.role: unmeasured(len(names))}}
+        count = len(names) if state is None else state
+        more = {"tags": {}} if "tags" in {field.name for field in fields(self)} else {}  # those of other states
+        return replace(self, revision=count, results=rest, **more)
+
     @property
     @abstractmethod
     def place(self) -> str:
@@ -69,6 +85,10 @@ class Origin(ABC):
     @abstractmethod
     def as_dict(self) -> dict[str, Any]:
         """What the continuing run records about it."""
+
+    @abstractmethod
+    def same(self, folder: Path) -> bool:
+        """Whether a local folder holds this very checkpoint, by the bytes of its files."""
 
     def copy(self, folder: Path) -> None:
         """Put the checkpoint into a folder and check it. Raises HubError if it does not match the results."""
@@ -121,6 +141,17 @@ class HubOrigin(Origin):
             )
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
+    def same(self, folder: Path) -> bool:
+        with told(self.repository):
+            entries: Iterable[Any] = self.api.list_repo_tree(self.repository, recursive=True, revision=self.commit)
+            theirs = {
+                entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id)
+                for entry in entries
+                if isinstance(entry, RepoFile) and CHECKPOINT.fullmatch(entry.path)
+            }
+        ours = checkpoint_files(folder)
+        return ours.keys() == theirs.keys() and all(theirs[path] in digests(file) for path, file in ours.items())
+
     def as_dict(self) -> dict[str, Any]:
         return {"repository": self.repository, "commit": self.commit, "tags": self.tags}
 
@@ -154,12 +185,25 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
     return HubOrigin(role, revision, results, api, repository, commits[tag], known)
 
 
+def unmeasured(count: int) -> dict[str, Any]:
+    """A role's results for `count` tasks of which nothing was measured."""
+    nothing: dict[str, Any] = {name: [0] * count for name in ("train_seconds", "peak_memory_bytes", "counts")}
+    rows = [[None] * (task + 1) for task in range(count)]
+    return {"accuracy_matrix": rows, "correct": [[0] * len(row) for row in rows], **nothing}
+
+
 def check_role(results: dict[str, Any], role: str, revision: int, where: str) -> None:
     if results.get("role", role) != role or finished_revisions(results, role) < revision:
         raise HubError(
             f"{where} is no {role} of {revision} tasks, by its results.json. Name where a {role} is, and with "
             "--revision task-NN a state that it has been in."
         )
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint in a folder, by their path in it."""
+    files = {path.relative_to(folder).as_posix(): path for path in (*folder.glob("*"), *folder.glob("adapter/*"))}
+    return {name: path for name, path in sorted(files.items()) if CHECKPOINT.fullmatch(name)}
 
 
 def _files(api: HfApi, repository: str, commit: str) -> dict[str, int]:

@@ -219,8 +219,7 @@ class Repository:
 
     def _digest(self, file: Path) -> tuple[str, str]:
         if file not in self._digests:
-            content = file.read_bytes()
-            self._digests[file] = hashlib.sha256(content).hexdigest(), _git_oid(content)
+            self._digests[file] = digests(file)
         return self._digests[file]
 
 
@@ -228,6 +227,12 @@ def _revision(origin: Mapping[str, Any] | None, role: str) -> int:
     """The revision of a role that was taken over from elsewhere; 0 if none was."""
     found = origin or {}
     return found.get("revision" if role == CHANGED and "revision" in found else "tasks", 0)
+
+
+def digests(file: Path) -> tuple[str, str]:
+    """The two hashes by which the Hub may know a file: sha256, of one in LFS, and git's sha1."""
+    content = file.read_bytes()
+    return hashlib.sha256(content).hexdigest(), _git_oid(content)
 
 
 def _git_oid(content: bytes) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -18,24 +19,31 @@ import torch
 from hf_cdl.checked import near, short
 from hf_cdl.heads import example
 from hf_cdl.heads.base import FittedHead
-from hf_cdl.labels import class_list, same_name
+from hf_cdl.labels import alike, class_list, one_encoding, same_name
 from hf_cdl.models.input_checks import check_pixels
 
-_BATCH = 32
+_BATCH, _PAIRS = 32, 20
+"""Images prepared at a time; pairs of labels that are said."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a change did. `images`: number of images added (or taken away, below 0) by class name."""
+    """What a change did.
+
+    `images`: number of images added (or taken away, below 0) by class name. `classes`: new name of each class whose
+    name changed, None of one that is gone. `notes`: what may not have been meant.
+    """
 
     kind: str
     said: str
     images: dict[str, int] = field(default_factory=dict)
     choices: dict[str, float] = field(default_factory=dict)
+    classes: dict[str, str | None] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         chosen = "".join(f"; {name} {value:.4g} chosen" for name, value in self.choices.items())
-        return f"{self.said}{chosen}."
+        return ". ".join([f"{self.said}{chosen}", *self.notes]) + "."
 
 
 def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -> Change:
@@ -43,10 +51,10 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
-        head = _fitted(model, "add images to")
+        head = fitted_head(model, "add images to known classes")
         if new:
             _begin(model, new)
-        features = _features(model, images, processor)
+        features, notes = _features(model, images, names, processor)
         if model.unmeasured and head.standard is not None:
             head.standard.measure(features)
         head.accumulate(features, _rows(model, names, features))
@@ -57,9 +65,8 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
         parts.append(f"{len(new)} new {_plural('class', len(new))} ({_list(new)})")
     if more := [name for name in count if name not in new]:
         parts.append(f"more images of {_list(more)}")
-    return Change(
-        "add", f"{len(names)} {_plural('image', len(names))} learnt: {', '.join(parts)}", {**count}, head.choices()
-    )
+    said = f"{len(names)} {_plural('image', len(names))} learnt: {', '.join(parts)}"
+    return Change("add", said, {**count}, head.choices(), notes=(*_alike(new, known), *notes))
 
 
 def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
@@ -69,11 +76,11 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
-        head = _fitted(model, "correct labels of")
+        head = fitted_head(model, "correct labels of classes")
         old = torch.tensor([_index(model, name) for name in before], device=model.device)
         if new:
             _begin(model, new)
-        features = _features(model, images, processor)
+        features, notes = _features(model, images, names, processor)
         head.check_learnt(features, old)
         head.accumulate(features, old, sign=-1)
         head.accumulate(features, _rows(model, names, features))
@@ -82,10 +89,11 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     count = Counter(names)
     count.subtract(before)
     moved = Counter(zip(before, names, strict=True))
-    what = ", ".join(f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.items())
-    return Change(
-        "correct", f"{len(names)} {_plural('label', len(names))} corrected: {what}", {**count}, head.choices()
-    )
+    parts = [f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.most_common(_PAIRS)]
+    what = ", ".join([*parts, *([f"and {len(moved) - _PAIRS} more pairs"] if len(moved) > _PAIRS else [])])
+    said = f"{len(names)} {_plural('label', len(names))} corrected: {what}"
+    said += f"; {len(new)} new {_plural('class', len(new))} ({_list(new)})" if new else ""
+    return Change("correct", said, {**count}, head.choices(), notes=(*_alike(new, known), *notes))
 
 
 def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> Change:
@@ -102,8 +110,8 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     head, count = model.head, {}
     with _changing(model):
         if images is not None:
-            head = _fitted(model, "forget images of")
-            features = _features(model, images, processor)
+            head = fitted_head(model, "forget images of classes")
+            features, _ = _features(model, images, [name] * len(images), processor)
             labels = torch.full((len(features),), index, device=features.device)
             head.accumulate(features, labels, sign=-1)
             head.check_forgotten(task, row)
@@ -117,12 +125,13 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     if head.fitted:
         left = "and nothing of its images is left in the sums" if count else "its images still count as other ones"
         said = f"{said}, {left}" if head.keeps_sums or count else said
-    return Change("remove", said, count, head.choices() if head.fitted else {})
+    return Change("remove", said, count, head.choices() if head.fitted else {}, {name: None})
 
 
 def rename(model: Any, old: str, new: str) -> Change:
     index, (fresh,) = _index(model, old), class_list([new])
-    taken = _find(_class_names(model), fresh)
+    known = _class_names(model)
+    taken = _find(known, fresh)
     if taken is not None and taken != index:
         raise ValueError(f"There is a class {short(fresh)} already; to make one of both, merge them.")
     with _changing(model, head=False):
@@ -130,7 +139,8 @@ def rename(model: Any, old: str, new: str) -> Change:
         tasks = [[*names] for names in model.tasks]
         old, tasks[task][row] = tasks[task][row], fresh
         model.config.set_tasks(tasks)
-    return Change("rename", f"{old!r} is called {fresh!r} now")
+    notes = _alike([fresh], known[:index] + known[index + 1 :])
+    return Change("rename", f"{old!r} is called {fresh!r} now", classes={old: fresh}, notes=notes)
 
 
 def merge(model: Any, names: Sequence[str], name: str) -> Change:
@@ -143,7 +153,7 @@ def merge(model: Any, names: Sequence[str], name: str) -> Change:
         raise ValueError(f"There is another class {short(fresh)} already; merge it too, or choose another name.")
     old = [_class_names(model)[index] for index in indices]
     with _changing(model):
-        head = _fitted(model, "merge classes of")
+        head = fitted_head(model, "merge classes")
         first, *others = [_place(model, index) for index in indices]
         for other in others:
             head.merge(first, other)
@@ -154,7 +164,8 @@ def merge(model: Any, names: Sequence[str], name: str) -> Change:
             raise ValueError("A task would be left without classes, but its prompts belong to the model.")
         _keep(model, kept, tasks)
         model.end_task()
-    return Change("merge", f"{_list(old)} are one class {fresh!r} now", {}, head.choices())
+    said, others = f"{_list(old)} are one class {fresh!r} now", [name for name in _class_names(model) if name != fresh]
+    return Change("merge", said, {}, head.choices(), dict.fromkeys(old, fresh), _alike([fresh], others))
 
 
 def undo(model: Any) -> Change:
@@ -210,20 +221,23 @@ def _changing(model: Any, head: bool = True) -> Iterator[None]:
     model._before_change = before
 
 
-def _fitted(model: Any, what: str) -> FittedHead:
+def fitted_head(model: Any, what: str) -> FittedHead:
     """The model's head, if its sums can change. Raises ValueError otherwise."""
     if not model.fitted:
         raise ValueError(
-            f"To {what} known classes their old images are needed: this model's head is trained, and what it learnt "
-            "cannot be told apart. A fitted head keeps sums that can change exactly: in a recipe, head: "
-            f"{example(fitted=True)}."
+            f"To {what} their old images are needed: this model's head is trained, and what it learnt cannot be told "
+            "apart (new classes alone are learnt by a CDLTrainer, or hf-cdl add). A fitted head keeps sums that can "
+            f"change exactly: in a recipe, head: {example(fitted=True)}."
         )
     model.head.check_change()
     return model.head
 
 
-def _features(model: Any, images: Any, processor: Any) -> torch.Tensor:
-    """Features (N, D) of pixel values (N, C, H, W), or of anything that `decode` reads."""
+def _features(model: Any, images: Any, names: list[str], processor: Any) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """Features (N, D) of pixel values (N, C, H, W), or of anything that `decode` reads, and notes on equal images.
+
+    `names`: the label of each.
+    """
     if isinstance(images, torch.Tensor):
         check_pixels(images, model.backbone.config.num_channels)
         batches: Any = images.split(_BATCH)
@@ -232,10 +246,35 @@ def _features(model: Any, images: Any, processor: Any) -> torch.Tensor:
 
         view = Preprocess(_processor(model) if processor is None else processor)
         batches = (_pixels(images[at : at + _BATCH], view) for at in range(0, len(images), _BATCH))
-    found = []
+    found, keys = [], []
     for pixels in batches:
+        if wrong := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
+            raise ValueError(f"Pixel values of {wrong} images are NaN or infinite; give those of an image processor.")
+        keys += [sha256(image.numpy().tobytes()).digest() for image in pixels.cpu().contiguous()]
         found.append(model(pixel_values=pixels.to(model.device, model.dtype)).features)
-    return torch.cat(found)
+    return torch.cat(found), _repeated(keys, names)
+
+
+def _repeated(keys: list[bytes], names: list[str]) -> tuple[str, ...]:
+    """Notes on images that are the same to the model, given as keys of their pixels and their labels."""
+    labels: dict[bytes, set[str]] = {}
+    for key, name in zip(keys, names, strict=True):
+        labels.setdefault(key, set()).add(name)
+    again, several = len(keys) - len(labels), sum(len(of_key) > 1 for of_key in labels.values())
+    notes = [f"{again} of the images {'is' if again == 1 else 'are'} the same as another one, and counted again"]
+    notes += [f"{several} {_plural('image', several)} came with different labels, which cannot both be right"]
+    return (*notes[: again > 0], *notes[1 : 1 + (several > 0)])
+
+
+def _alike(new: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Notes on new classes whose names differ from known ones, or one another, in spelling alone."""
+    seen, notes = {alike(name): name for name in known}, []
+    for name in new:
+        if (other := seen.setdefault(alike(name), name)) != name:
+            notes.append(
+                f"{name!r} is another class than {other!r}, as it is spelt differently; to make one, merge them"
+            )
+    return tuple(notes)
 
 
 def _pixels(images: Sequence[Any], view: Any) -> torch.Tensor:
@@ -296,7 +335,7 @@ def _labels(images: Any, labels: Any, what: str = "labels") -> list[str]:
         raise ValueError(
             f"There are {len(images)} images, but {len(names)} {what}; give the class name of each image."
         )
-    return names
+    return one_encoding(names)
 
 
 def _class_names(model: Any) -> list[str]:
@@ -312,7 +351,9 @@ def _index(model: Any, name: Any) -> int:
     known = _class_names(model)
     found = _find(known, name) if isinstance(name, str) else None
     if found is None:
-        raise ValueError(f"The model knows no class {short(name)}{near(str(name), known)}")
+        raise ValueError(
+            f"The model knows no class {short(name)}{near(str(name), known)} It has {len(known)}: {_list(known)}."
+        )
     return found
 
 

@@ -10,8 +10,18 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.runs.files import RunError, fingerprint, fingerprints, put_folder, saving, write_json
-from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions, state_before
+from hf_cdl.runs.files import RunError, fingerprint, fingerprints, first_line, put_folder, saving, write_json
+from hf_cdl.runs.learnt import Moves, moves_file
+from hf_cdl.runs.ledger import (
+    CHANGED,
+    LONGEST_NAME,
+    LONGEST_SAID,
+    read_ledger,
+    revision_name,
+    revisions,
+    state_before,
+    stored_tasks,
+)
 from hf_cdl.runs.repair import examine, mend, publish
 from hf_cdl.runs.run import RESULTS, Run
 
@@ -24,6 +34,7 @@ class ChangingRun(Run):
 
     def __init__(self, folder: str | Path, say: Callable[[str], Any] = print):
         super().__init__(folder, read_ledger(Path(folder))["recipe"], say=say)
+        self._known = len(self.changes)
         if not self.finished:
             self.close()
             raise RunError(
@@ -37,6 +48,7 @@ class ChangingRun(Run):
         self._acquire()
         try:
             self._open()  # another process may have changed it before we got the lock
+            self._known = len(self.changes)
             found = examine(self.folder, self.ledger)
             mend(self.folder, self.ledger, found)
             for line in found.said:
@@ -45,12 +57,18 @@ class ChangingRun(Run):
         finally:
             self._lock.release(force=True)
 
-    def save_change(self, change: dict[str, Any], write: Callable[[Path], None]) -> str:
+    def save_change(self, change: dict[str, Any], write: Callable[[Path], None], moves: Moves = ()) -> str:
         """Store the changed student as the next revision (by `write(folder)`), within `changing`; returns its name.
 
-        `change`: as in the ledger, without revision and time. Raises RunError if writing fails; what was stored before
-        stays intact, also after a kill.
+        `change`: as in the ledger, without revision and time; `moves`: the images that it moved. Raises RunError if
+        writing fails; what was stored before stays intact, also after a kill.
         """
+        for name in (name for task in change["class_names"] for name in task if len(name) > LONGEST_NAME):
+            raise RunError(
+                f"A class name has {len(name):,} characters; at most {LONGEST_NAME:,} can be stored. Shorten it."
+            )
+        if len(change["said"]) > LONGEST_SAID:
+            change = {**change, "said": f"{change['said'][:LONGEST_SAID]} ..."}
         number, before = revisions(self.ledger, CHANGED) + 1, json.loads(json.dumps(self.ledger))
         name, results = revision_name(number), self.folder / RESULTS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -58,22 +76,35 @@ class ChangingRun(Run):
         try:
             with saving(f"save the student as {name} in {self.folder}"):
                 put_folder(self.folder / CHANGED / name, write)
+                write_json(moves_file(self.folder, number), moves)
                 write_json(results, self.results())
                 known = self.ledger["files"]
                 known.update(
                     fingerprints(self.folder / CHANGED / name, self.folder), **{RESULTS: fingerprint(results)}
                 )
                 self._write_ledger()
-                publish(self.folder, self.ledger, CHANGED)
         except BaseException:  # Ctrl-C too: the ledger in memory must not know more than the one in the file
             self.ledger = before
             raise
+        try:
+            publish(self.folder, self.ledger, CHANGED)
+        except (OSError, RunError) as error:
+            raise RunError(
+                f"The change is stored as {name}, so do not make it again; but {self.folder / CHANGED}/ could not be "
+                f"made what it is: {first_line(error)}. Make room or fix the folder; the next command that changes "
+                "this run, or trains it, mends that."
+            ) from error
         return name
 
-    def undo(self) -> dict[str, Any]:
-        """Go back, by one more revision, to the student before its last change that is not undone.
+    def stored(self) -> dict[str, Any] | None:
+        """The change that was stored since the run's lock was held, also by a command that was then stopped."""
+        return next(iter(read_ledger(self.folder).get("changes", [])[self._known :]), None)
 
-        Returns the change as stored, also within `changing`. Raises RunError if there is none.
+    def undo(self, get: Callable[[int, Path], Any]) -> None:
+        """Go back, by one more revision, to the student before its last change that is not undone; within `changing`.
+
+        `get(revision, folder)` puts an earlier revision that is not in this run into a folder. Raises RunError if
+        there is no change to undo.
         """
         last = revisions(self.ledger, CHANGED)
         back = state_before(self.ledger, last)
@@ -81,11 +112,12 @@ class ChangingRun(Run):
             raise RunError(f"There is no change to undo in {self.folder}: its student is as it was after its tasks.")
         source, change = self.folder / CHANGED / revision_name(back), self._change_of(back)
         undone = next(c for c in self.changes if c["revision"] == back + 1)
-        if not source.is_dir():
-            raise RunError(f"{source} is not there, so the student cannot go back to it: it was changed elsewhere.")
 
         def copy(folder: Path) -> None:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
+            if source.name in stored_tasks(self.ledger, CHANGED):
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+            else:
+                get(back, folder)
 
         names = self.ledger["class_names"] if change is None else change["class_names"]
         self.save_change(
@@ -99,7 +131,6 @@ class ChangingRun(Run):
             },
             copy,
         )
-        return self.changes[-1]
 
     @property
     def changes(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_cdl.runs.files import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
-from hf_cdl.runs.ledger import CHANGED, new_ledger, read_ledger, stored_tasks
+from hf_cdl.runs.ledger import CHANGED, new_ledger, read_ledger, revisions, stored_tasks
 from hf_cdl.runs.repair import publish
 from hf_cdl.types import TaskResult
 
@@ -50,7 +50,7 @@ def continue_elsewhere(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         above = [] if was_there else [folder, *made]
-        return lambda: _take_away(folder, origin["tasks"], above)
+        return lambda: _take_away(folder, origin, above)
 
 
 def _fill(
@@ -80,12 +80,12 @@ def _fill(
     write_json(folder / "run.json", ledger)
 
 
-def _take_away(folder: Path, count: int, above: list[Path]) -> None:
+def _take_away(folder: Path, origin: dict[str, Any], above: list[Path]) -> None:
     """Undo the creation of a run, unless something was learnt in it or another process is using it."""
     if not (folder / "run.json").exists():  # another process has removed it
         return
     with _alone(folder / ".lock") as alone:
-        if not alone or _learnt(folder, count):  # another process uses the run by now
+        if not alone or _learnt(folder, origin):  # another process uses the run by now
             return
         for path in folder.iterdir():
             if path.name != ".lock":
@@ -109,10 +109,12 @@ def _started(folder: Path) -> Iterator[list[Path]]:
         raise
 
 
-def _learnt(folder: Path, count: int) -> bool:
-    """Whether a run with `count` tasks learnt elsewhere has learnt anything since."""
-    entries = read_ledger(folder)["entries"].values()
-    return any(len(of_role) > count for of_role in entries) or any(folder.glob("work/*/checkpoint-*"))
+def _learnt(folder: Path, origin: dict[str, Any]) -> bool:
+    """Whether a run with tasks learnt elsewhere has learnt anything since, or its student was changed."""
+    ledger = read_ledger(folder)
+    learnt = any(len(of_role) > origin["tasks"] for of_role in ledger["entries"].values())
+    changed = revisions(ledger, CHANGED) > origin.get("revision", origin["tasks"])
+    return learnt or changed or any(folder.glob("work/*/checkpoint-*"))
 
 
 @contextlib.contextmanager

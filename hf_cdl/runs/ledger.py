@@ -14,6 +14,8 @@ from hf_cdl.runs.files import RunError, check_readable, content_hash, read_numbe
 
 CHANGED = "student"
 """The role that can be changed after its tasks."""
+LONGEST_NAME, LONGEST_SAID = 1000, 5000
+"""Characters of a name in results, and of what a change says that it did."""
 FORMAT = 1
 """Incremented when an older hf_cdl would misread the ledger. Ledgers without a format are read as 1."""
 
@@ -51,8 +53,8 @@ class _Origin(TypedDict):
 class _Change(TypedDict):
     """A change of the student after its tasks.
 
-    `images`: number of images added by class name, below 0 if taken away. `choices`: what the head chose. `state`: the
-    revision that an undo went back to.
+    `images`: number of images added by class name, below 0 if taken away. `choices`: what the head chose. `classes`:
+    new name of a class that was renamed or merged; None of one removed. `state`: the revision an undo went back to.
     """
 
     revision: int
@@ -62,6 +64,7 @@ class _Change(TypedDict):
     class_names: list[list[str]]
     images: dict[str, int]
     choices: dict[str, float]
+    classes: NotRequired[dict[str, str | None]]
     state: NotRequired[int]
 
 
@@ -170,6 +173,14 @@ def revision_name(number: int) -> str:
     return f"task-{number:02d}"
 
 
+def last_learnt(changes: Sequence[Mapping[str, Any]], number: int) -> int | None:
+    """The revision after a task that revision `number` equals, as all changes were undone; None if it is changed."""
+    by_number = {change["revision"]: change for change in changes}
+    while (change := by_number.get(number)) is not None and change.get("state") is not None:
+        number = change["state"]
+    return number if change is None else None
+
+
 def state_before(ledger: Mapping[str, Any], number: int) -> int | None:
     """The revision that undoing revision `number` goes back to; None for a state after a task."""
     changes = {change["revision"]: change for change in ledger.get("changes", [])}
@@ -250,7 +261,8 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
                 yield f"entries.{role}.{index}: row, correct and counts are not of the same length"
     for index, change in enumerate(ledger.get("changes", [])):
         expected = len(entries.get(CHANGED, [])) + index + 1
-        if change["revision"] != expected or not 0 < change.get("state", 1) < expected:
+        first = len(entries.get(CHANGED, []))
+        if change["revision"] != expected or not first <= change.get("state", first) < expected:
             yield f"changes.{index} is revision {change['revision']}, but {expected} comes next"
     if ledger.get("changes") and not ledger["finished"]:
         yield "changes of the student, but the run is not finished"

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs import report
 from hf_cdl.runs.files import RunError
-from hf_cdl.runs.ledger import read_ledger
+from hf_cdl.runs.ledger import LONGEST_NAME, LONGEST_SAID, read_ledger
 from hf_cdl.runs.metrics import continual_metrics
 
 _DEEPEST = 50
@@ -26,7 +26,7 @@ _LISTED += ("choices", "train_seconds", "eval_seconds", "images_per_second", "pe
 Percent = Annotated[float, Field(ge=0, le=100)]
 Amount = Annotated[FiniteFloat, Field(ge=0)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
-Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 RoleName = Annotated[str, Field(pattern=r"^[a-z_]{1,100}$")]
 """Also used as the name of a folder."""
 
@@ -72,11 +72,13 @@ class _Role(_Checked):
 class _Change(_Checked):
     revision: Count
     kind: Name
-    said: Name
+    said: Annotated[str, Field(min_length=1, max_length=2 * LONGEST_SAID)]
     time: Name
     class_names: list[Annotated[list[Name], Field(min_length=1)]]
     images: dict[Name, int]
     choices: dict[Name, FiniteFloat]
+    classes: dict[Name, Name | None] = {}
+    state: Annotated[int, Field(ge=1)] | None = None
 
 
 class _Results(_Checked):
@@ -137,6 +139,9 @@ def checked_results(content: Any, where: str) -> dict[str, Any]:
     _check_origin(content, len(tasks), problems)
     for index, change in enumerate(content.get("changes", [])):
         _check_names(change["class_names"], problems, f"changes.{index}.class_names")
+        number = len(tasks) + index + 1
+        if change["revision"] != number or not len(tasks) <= (change.get("state") or len(tasks)) < number:
+            problems.append(f"changes.{index} is of revision {change['revision']}, but {number} comes next")
     _raise(problems, where)
     return content
 

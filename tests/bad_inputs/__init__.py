@@ -1,5 +1,6 @@
 """A table of bad inputs of every kind; tests/test_bad_inputs.py runs it."""
 
+from bad_inputs.changes import ROWS as CHANGES
 from bad_inputs.data import ROWS as DATA
 from bad_inputs.files import ROWS as FILES
 from bad_inputs.host import Host
@@ -11,6 +12,6 @@ from bad_inputs.runner import Row
 from bad_inputs.runs import ROWS as RUNS
 from bad_inputs.trainers import ROWS as TRAINERS
 
-ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *HUB]
+ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *CHANGES, *HUB]
 
 __all__ = ["ROWS", "Host", "Row"]

@@ -97,6 +97,10 @@ def make_parts(root: Path) -> Parts:
     (root / "recipe.yaml").write_text(yaml.safe_dump(parts.recipe({**places, "train.num_train_epochs": 3})))
     _train(root, "done")
     _train(root, "cut", stop_at=5)
+    fitted = {"student.prompt": GONE, "student.head": {"type": "ridge"}, "data.path": "photos", "teacher": None}
+    fitted |= {"student.backbone": "student", "distill": [], "ce_weight": 1.0, "data.classes_per_task": None}
+    (root / "fitted.yaml").write_text(yaml.safe_dump(parts.recipe(fitted)))
+    _train(root, "fitted", recipe="fitted.yaml")
     for role, repository in (("student", "me/tiny"), ("teacher", "me/tiny-teacher")):
         publish(root / "hub", repository, pushed(parts, role))
     publish(root / "hub", "me/foreign", {"notes.txt": b"mine"}, None)
@@ -122,8 +126,8 @@ def checkpoints(parts: Parts) -> None:
         shutil.copy(parts.student / "preprocessor_config.json", parts.root / name)
 
 
-def _train(root: Path, name: str, stop_at: int | None = None) -> None:
-    """Run `root`/recipe.yaml; stop it as by Ctrl-C after it stored `stop_at` checkpoints."""
+def _train(root: Path, name: str, stop_at: int | None = None, recipe: str = "recipe.yaml") -> None:
+    """Run a recipe in `root`; stop it as by Ctrl-C after it stored `stop_at` checkpoints."""
     child = os.fork()
     if child == 0:
         try:
@@ -141,7 +145,7 @@ def _train(root: Path, name: str, stop_at: int | None = None) -> None:
 
             TaskTrainer._save_checkpoint = stop  # type: ignore[method-assign]
             console.quiet()
-            os._exit(train.main(["recipe.yaml", "--output_dir", name]))
+            os._exit(train.main([recipe, "--output_dir", name]))
         finally:
             os._exit(99)
     _, status = os.waitpid(child, 0)

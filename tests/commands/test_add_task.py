@@ -224,10 +224,10 @@ def test_a_head_of_class_means_goes_on_without_a_teacher(source: Path, tmp_path:
     assert code == 0, output
     shutil.move(tmp_path / "there", empty / "here")
     with HubServer(tmp_path / "hub") as hub:
-        code, output = add_task(hub, empty, source / "data", "--data.known_train", "ignore")
-        assert code == 2 and "(in a recipe: the section's backbone)" in output, output
-        words = ("--data.known_train", "ignore", "--student.backbone", "here")
+        words = ("--data.known_train", "ignore", "--output_dir", "runs/tiny-data")
         code, output = add_task(hub, empty, source / "data", *words)
+        assert code == 2 and "(in a recipe: the section's backbone)" in output, output
+        code, output = add_task(hub, empty, source / "data", *words, "--student.backbone", "here")
         assert code == 0, output
     added, whole = (run / "student" / "task-03" for run in (empty / "runs" / "tiny-data", tmp_path / "whole"))
     assert state(added) == state(whole)

@@ -81,6 +81,8 @@ def test_a_relative_folder_that_looks_like_a_repository_is_the_folder(
 
     monkeypatch.setattr(add, "HfApi", asked)
     words = ["runs/flowers", "photos", "--data.known_train", "ignore", "--train.use_cpu", "true"]
+    assert add.main(words) == 2, "as a change of the student these have no effect"
+    words += ["--output_dir", "runs/flowers-photos"]
     assert add.main(words) == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"flowers", "flowers-photos"}
     added = tmp_path / "runs" / "flowers-photos"

@@ -41,7 +41,7 @@ def logits(model: CDLForImageClassification) -> dict[str, torch.Tensor]:
     """Logits of some images by class name, so that the order of the classes does not matter."""
     with torch.no_grad():
         found = model(pictures(20, seed=99).to(model.dtype)).logits
-    return {name: found[:, number] for number, name in model.config.id2label.items()}
+    return {name: found[:, number] for number, name in enumerate(sum(model.tasks, []))}
 
 
 def assert_same(model: CDLForImageClassification, other: CDLForImageClassification) -> None:
@@ -368,3 +368,85 @@ def test_a_model_in_its_first_session_and_sums_that_are_gone_cannot_change() -> 
     taught.begin_task(["owl", "fox"])
     with pytest.raises(ValueError, match="learnt a teacher's answers"):
         taught.add(pictures(1), ["owl"])
+
+
+CODA = {"type": "coda", "components": 4, "length": 2, "layers": [0]}
+DUAL = {"type": "dualprompt", "general_length": 2, "general_layers": [0], "expert_length": 2, "expert_layers": [1]}
+MODELS: dict[str, dict[str, Any]] = {
+    "KD head": {"prompt": CODA, "kd_prompt": {}},
+    "prompts per task": {"prompt": DUAL},
+    "cosine": {"head": {"type": "cosine"}},
+    "weight normalised": {"head": {"type": "weight_normalised"}},
+    "backbone": {"train_backbone": True},
+    "ridge after prompts": {"prompt": CODA, "head": {"type": "ridge"}, "first_session": {"type": "linear"}},
+    "class means after prompts": {
+        "prompt": DUAL,
+        "head": {"type": "ncm"},
+        "first_session": {"type": "linear"},
+    },
+    "ridge after adapters": {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "lora": {"r": 2}},
+}
+
+
+def weights(model: CDLForImageClassification) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model_renames_and_removes_classes_and_is_whole_after_a_failure(
+    kind: str, tmp_path: Path
+) -> None:
+    set_seed(1)
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), **MODELS[kind])).eval()
+    model.begin_task(["owl", "fox", "hen"])
+    model.end_session()
+    if model.fitted:
+        model.head.accumulate(model(pictures(12).float()).features.detach(), torch.arange(12) % 3)  # type: ignore[operator]
+        model.end_task()
+        model.trained_tasks = 1
+        model.add(pictures(4, 3).float(), ["cat", "cat", "dog", "owl"])
+    else:
+        model.begin_task(["cat", "dog"])
+    before, want = weights(model), logits(model)
+    model.rename("fox", "red fox")
+    model.remove("cat")
+    found = logits(model)
+    assert [*found] == ["owl", "red fox", "hen", "dog"]
+    for name in () if model.fitted else ("owl", "hen", "dog"):
+        torch.testing.assert_close(found[name], want[name])
+    model.save_pretrained(tmp_path)
+    loaded = CDLForImageClassification.from_pretrained(tmp_path).eval()
+    assert loaded.tasks == model.tasks
+    for name, value in logits(loaded).items():
+        torch.testing.assert_close(value, found[name])
+    loaded.begin_task(["bee", "cow"])
+    model.undo()
+    assert same_numbers(weights(model), before)
+    with pytest.raises(ValueError, match="trained|NaN or infinite"):
+        model.add(pictures(2).float() * float("nan"), ["new", "owl"])
+    assert same_numbers(weights(model), before), "a task that was begun is gone"
+
+
+# ---- what may not have been meant ----
+
+
+def test_equal_images_and_names_that_differ_in_spelling_are_said() -> None:
+    model = learnt({"type": "ridge"})
+    twice = pictures(2, 5)[[0, 1, 0]]
+    assert "1 of the images is the same as another one, and counted again." in str(model.add(twice, ["cat"] * 3))
+    assert "1 image came with different labels" in str(model.add(twice, ["cat", "cat", "owl"]))
+    made = model.add(pictures(2, 6), ["Owl", "red-fox"])
+    assert made.notes == ("'Owl' is another class than 'owl', as it is spelt differently; to make one, merge them",)
+    assert "than 'red-fox'" in str(model.rename("fox", "Red Fox"))
+    assert not model.rename("Red Fox", "wolf").notes
+    model.add(pictures(3, 8), ["caf\u00e9", "cafe\u0301", "cafe\u0301"])
+    assert model.tasks[-1] == ["caf\u00e9"], "two encodings of one text"
+    made = model.correct(pictures(8)[[0]], ["hem"], was=["owl"])
+    assert "1 new class ('hem')" in made.said and made.images == {"hem": 1, "owl": -1}
+
+
+def test_a_change_names_the_classes_that_changed() -> None:
+    model = learnt({"type": "ridge"})
+    assert model.rename("fox", "wolf").classes == {"fox": "wolf"}
+    assert model.merge(["owl", "wolf"], "animal").classes == {"owl": "animal", "wolf": "animal"}
+    assert model.remove("hen").classes == {"hen": None}

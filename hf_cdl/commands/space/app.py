@@ -24,13 +24,16 @@ def build(states: States, gr: Any) -> Any:
     first, last = states.tasks[0], states.tasks[-1]
     newest = states.results(last)
     title = f"{plain(newest.name)}, task after task"
-    about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {last} tasks"
+    tasks = len(newest.accuracy_matrix)
+    about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {tasks} tasks"
+    about += "" if newest.change is None else f" and {last - tasks} changes"
 
     def classify(image: Any, task: int) -> str:
         if image is None:
             return "Upload an image, or choose an example."
         with _told(gr):
-            return answers_html(states.classifier(task)(image), states.results(task).class_names)
+            found = states.results(task)
+            return answers_html(states.classifier(task)(image), [] if found.change else found.class_names)
 
     def describe(task: int) -> str:
         with _told(gr):

@@ -49,6 +49,8 @@ def answers_html(answers: list[dict[str, Any]], class_names: list[list[str]]) ->
 
 def state_html(results: Results) -> str:
     """What the model knows after its tasks: their classes, accuracies when learnt and now, the accuracy matrix."""
+    if results.change is not None:
+        return _changed_html(results)
     matrix, names = results.accuracy_matrix, results.class_names
     rows = ""
     for task, classes in enumerate(names):
@@ -65,6 +67,18 @@ def state_html(results: Results) -> str:
         f"{_matrix_html(matrix)}<p>Accuracy matrix. Row t, column i: accuracy in percent on the test images of task i "
         "after learning task t, always among all classes learnt so far.</p>"
         f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _changed_html(results: Results) -> str:
+    """What a model knows that was changed after its tasks."""
+    names = [name for classes in results.class_names for name in classes]
+    return (
+        f"<div class=cdl><h3>Changed after its {len(results.accuracy_matrix)} tasks: {len(names)} classes</h3>"
+        f"<p>{_text(results.change or '')}</p>{_matrix_html(results.accuracy_matrix)}"
+        "<p>Accuracy matrix, measured before the changes. Row t, column i: accuracy in percent on the test images of "
+        f"task i after learning task t.</p><p>Its classes now:</p><div class=classes>{_text(', '.join(names))}</div>"
+        "</div>"
     )
 
 

@@ -27,11 +27,15 @@ class StatesError(RuntimeError):
 
 
 class Results(NamedTuple):
-    """Results of a model after some tasks; `accuracy_matrix` in percent, None where it was not measured."""
+    """Results of a model after some tasks; `accuracy_matrix` in percent, None where it was not measured.
+
+    `change`: what was done to it last, if it was changed after its tasks; the accuracies are those from before.
+    """
 
     name: str
     class_names: list[list[str]]
     accuracy_matrix: list[list[float | None]]
+    change: str | None = None
 
 
 class States:
@@ -46,7 +50,8 @@ class States:
         self.folder = Path(where).resolve() if Path(where).is_dir() else None
         names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.iterdir()]
         self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d{2,4}", name)}
-        self.tasks = sorted(self._names)
+        finished = self._finished()
+        self.tasks = [number for number in sorted(self._names) if number <= finished]
         if not self.tasks:
             raise StatesError(
                 f"{where} has no {'tags' if self.folder is None else 'folders'} task-01, task-02, ... Name a "
@@ -54,6 +59,17 @@ class States:
             )
         self.classifier = lru_cache(maxsize=4)(self._classifier)
         self.results = lru_cache(maxsize=100)(self._results)
+
+    def _finished(self) -> float:
+        """Number of states that a run has finished; a kill may have left another folder there."""
+        file = None if self.folder is None else self.folder.parent / "results.json"
+        try:
+            if file is not None and file.is_file() and file.stat().st_size <= LARGEST:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                return len(found["class_names"]) + len(found.get("changes", []))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass  # said once its results are read
+        return math.inf
 
     def _classifier(self, task: int) -> Any:
         """The model after a task, as a pipeline that returns its five most likely classes."""
@@ -89,7 +105,14 @@ class States:
             found = json.loads(file.read_text(encoding="utf-8"))
             place = self.folder.name if self.folder else self.where  # a role's folder, NAME or NAME-teacher
             role = found.get("role") or next((role for role in found["roles"] if place.endswith(role)), "student")
-            return _checked(found["name"], found["class_names"], found["roles"][role]["accuracy_matrix"], task)
+            names, matrix, said = found["class_names"], found["roles"][role]["accuracy_matrix"], None
+            if task > len(names):
+                change = next(change for change in found.get("changes", []) if change["revision"] == task)
+                now, said = change["class_names"], str(change["said"])
+                return _checked(found["name"], names, matrix, len(names))._replace(
+                    class_names=_texts(now), change=said
+                )
+            return _checked(found["name"], names, matrix, task)
         except Exception as error:
             raise StatesError(
                 f"The results.json of {self.where} after task {task} cannot be read ({type(error).__name__}: {error})."
@@ -118,6 +141,12 @@ def _checked(name: Any, class_names: Any, matrix: Any, task: int) -> Results:
     if not all(isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 100 for value in numbers):
         raise ValueError("an accuracy is no number of percent")
     return Results(name, names, rows)
+
+
+def _texts(class_names: Any) -> list[list[str]]:
+    if not all(isinstance(group, list) and all(isinstance(t, str) for t in group) for group in class_names):
+        raise ValueError("a class's name is no text")
+    return class_names
 
 
 def _tags(repository: str) -> list[str]:

@@ -42,6 +42,7 @@ def model_card(
         planned=len(results["class_names"]),
         usage=text.usage(recipe, role, repo_id),
         usage_notes=text.usage_notes(results, role, repo_id),
+        changes=text.changes(results, role),
         split=recipe["data"]["eval_split"],
         seed=results["seed"],
         task_table=text.task_table(results, role),

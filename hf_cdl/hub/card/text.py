@@ -13,9 +13,12 @@ from hf_cdl.escape import acts, code, longest_run, markdown
 from hf_cdl.hub.card.metadata import METRICS, Results, backbone_id, dataset, stated
 from hf_cdl.places import HUB_ID, by_name
 from hf_cdl.runs import report
+from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.metrics import average_accuracy, continual_metrics
 
 _ADDRESS = re.compile(r"https?://[^\s<>()\[\]`\"'\\]+")
+_SHOWN = 20
+"""Number of changes that a card lists."""
 UNKNOWN_OVERLAP = (
     "Not stated. If the backbones' pre-training showed these classes or images, with or without labels, the numbers "
     "above say less about learning new classes than they seem to."
@@ -32,6 +35,9 @@ def summary(results: Results, role: str) -> str:
         text += " All its weights were trained." if section["train"] is not None else " It is used as it was found."
     else:
         text += f" {_learnt_parts(section)}"
+    if changed := _changes(results, role):
+        count = sum(map(len, changed[-1]["class_names"]))
+        text += f" It was changed since, and knows {count} class{'es' * (count != 1)} now."
     terms = ", ".join(f"`{term['type']}`" for term in recipe["distill"])
     if recipe["teacher"] is None:
         return text
@@ -71,10 +77,13 @@ def usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
 def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
     """What a user must know in addition to the example code."""
     recipe, learnt = results["recipe"], len(results["roles"][role]["accuracy_matrix"])
-    classes = sum(map(len, results["class_names"][:learnt]))
+    changed = _changes(results, role)
+    classes = sum(map(len, changed[-1]["class_names"] if changed else results["class_names"][:learnt]))
+    learnt += len(changed)
     notes = [f"Every image is answered with one of the {classes} classes below, also one that shows none of them."]
     if repo_id is not None:
-        notes.append(f'The state after each task is a revision, `revision="task-01"` to `"task-{learnt:02d}"`.')
+        after = "task and each change" if changed else "task"
+        notes.append(f'The state after each {after} is a revision, `revision="task-01"` to `"task-{learnt:02d}"`.')
     if recipe[role]["model"] == "cdl":
         if not recipe.get("save_backbone", True):
             notes.append("The files hold what was learnt alone; loading fetches the frozen backbone named below.")
@@ -98,6 +107,24 @@ def task_table(results: Results, role: str) -> str:
         names = ", ".join(map(markdown, results["class_names"][i]))
         rows.append([str(i + 1), names, str(counts[i]), report.number(matrix[i][i]), report.number(now)])
     return _table(rows, "rlrrr")
+
+
+def _changes(results: Results, role: str) -> list[Any]:
+    return results.get("changes", []) if role == CHANGED else []
+
+
+def changes(results: Results, role: str) -> str | None:
+    """A table of what was changed after the tasks, newest last, and the classes that are left; None if nothing was."""
+    if not (made := _changes(results, role)):
+        return None
+    rows = [["revision", "when", "what"]]
+    for change in made[-_SHOWN:]:
+        when = markdown(change["time"][:16].replace("T", " "))
+        rows.append([f"`{revision_name(change['revision'])}`", when, markdown(change["said"])])
+    names = [markdown(name) for task in made[-1]["class_names"] for name in task]
+    earlier = f"The last {_SHOWN} of {len(made)}; all are in `results.json`.\n\n" if len(made) > _SHOWN else ""
+    listed = ", ".join(names)
+    return f"{earlier}{_table(rows, 'lll')}\n\nIts {len(names)} class{'es' * (len(names) != 1)} now: {listed}."
 
 
 def better(results: Results, role: str) -> list[str]:
