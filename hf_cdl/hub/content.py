@@ -10,6 +10,7 @@ from hf_cdl.escape import visible
 from hf_cdl.hub.card import shared
 from hf_cdl.runs.metrics import continual_metrics
 from hf_cdl.runs.report import number
+from hf_cdl.runs.verdict import with_verdict
 
 Results = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
             cut.pop("cost", None)  # only known for the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
-    return {**shared(results), "roles": roles, "finished": count == len(results["class_names"])}
+    return with_verdict({**shared(results), "roles": roles, "finished": count == len(results["class_names"])})
 
 
 def finished_tasks(results: Results, role: str) -> int:
