@@ -7,10 +7,11 @@ from bad_inputs.images import ROWS as IMAGES
 from bad_inputs.models import ROWS as MODELS
 from bad_inputs.parts import Parts, make_parts
 from bad_inputs.recipes import ROWS as RECIPES
+from bad_inputs.recommended import ROWS as RECOMMENDED
 from bad_inputs.runner import Row, check
 from bad_inputs.runs import ROWS as RUNS
 from bad_inputs.trainers import ROWS as TRAINERS
 
-ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *HUB]
+ROWS = [*RECIPES, *RECOMMENDED, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *HUB]
 
 __all__ = ["ROWS", "Parts", "Row", "check", "make_parts"]
