@@ -50,12 +50,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_it_says_what_it_chose_and_how_the_student_did(first: tuple[Path, str]) -> None:
     place, said = first
     lines, found = said.splitlines(), results(place / "runs" / "photos")
-    assert lines[:6] == [
+    assert lines[:7] == [
         "images: 12 classes in one task; 72 images to learn from",
         "test: 24 images, 20 % of each class: there is no test split",
         f"student: {STUDENT}",
         "  with a ridge head: fitted in one pass over the images, which also choose its strength",
-        "  why: the best student without a teacher in every setting of the study (docs/evidence.md)",
+        "  why: ridge heads were 20 to 47 points ahead of prompted students in the study (docs/evidence.md)",
+        "beside it: nearest class mean, linear head (20 epochs; without: --baselines '[nearest_class_mean]')",
         "recipe: runs/photos/recipe.yaml, written with the first task",
     ]
     assert "student, chosen by the images: strength " in said
