@@ -64,7 +64,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
             train(run, pusher, *prepared)
-        pushed = pusher.finish(run.results())
+        pushed, best = pusher.finish(run.results()), verdict(run.results())
     except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,7 +78,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
     finally:
         if run is not None:
             run.close()
-    say(use(recipe, verdict(run.results())))
+    say(use(recipe, best))
     return 0 if pushed else 4
 
 
@@ -163,6 +163,8 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     `chosen`: whether the recipe was chosen for the user's images, who is told what it is.
     """
     refuse_known(recipe, run.origin)
+    if chosen:
+        TaskStream(recipe.data, {}, seed=recipe.seed)  # first of all: no backbone is fetched for images of no use
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     run.check_source(stream.fingerprint, run.to_learn(stream))
