@@ -53,6 +53,8 @@ def _check_images(images: str) -> None:
             f"{shown} is a file. Give the folder of the images, with one folder per class (FOLDER/CLASS/*.jpg), a "
             "data set on the Hub, or a recipe, whose name ends in .yaml."
         )
+    if os.path.isfile(os.path.join(images, "run.json")):
+        raise RecipeError(f"{shown} is a run, no folder of images. To go on with it give its {shown}/recipe.yaml.")
     if os.path.exists(images):
         return
     if os.path.exists(f"{images}.yaml"):

@@ -28,6 +28,17 @@ def images(
     return Row(name, act, says, way)
 
 
+def a_run() -> None:
+    Path("old").mkdir()
+    Path("old/run.json").write_text("{}")
+
+
+def one_class(folder: Path) -> None:
+    (folder / "ant").mkdir(parents=True)
+    for number in range(4):
+        picture(0, number).save(folder / "ant" / f"{number}.png")
+
+
 IMAGES = [
     images("a folder that is not there", "./gone", says=("./gone",), way="a folder that exists"),
     images("a folder below one that is not there", "gone/a/b", says=("gone/a/b",), way="a folder that exists"),
@@ -36,18 +47,13 @@ IMAGES = [
     images("an empty folder", "empty", says=("empty", "none"), way="allowed", make=lambda: Path("empty").mkdir()),
     images("one image", "photos/train/ant/0.png", says=("0.png", "is a file"), way="the folder of the images"),
     images("an archive", "a.zip", says=("a.zip", "is a file"), make=lambda: Path("a.zip").write_bytes(b"PK")),
+    images("a run", "old", says=("old is a run",), way="old/recipe.yaml", make=a_run),
     images("a recipe without its .yaml", "recipe", says=("recipe.yaml",), way="did you mean"),
     images("a recipe that is not there", "gone.yaml", says=("gone.yaml", "No such file")),
     images("a folder called like a recipe", "x.yaml", says=("x.yaml",), way="YAML file", make=Path("x.yaml").mkdir),
     images("a recipe behind it", "photos", "recipe.yaml", says=("recipe.yaml",), way="--field"),
     images("images of one class", "one", says=("one class",), way="linear_head", make=lambda: one_class(Path("one"))),
 ]
-
-
-def one_class(folder: Path) -> None:
-    (folder / "ant").mkdir(parents=True)
-    for number in range(4):
-        picture(0, number).save(folder / "ant" / f"{number}.png")
 
 
 BACKBONES = [

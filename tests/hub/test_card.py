@@ -22,6 +22,7 @@ from transformers import ViTForImageClassification
 from hf_cdl import CDLForImageClassification
 from hf_cdl.distill import TERMS
 from hf_cdl.hub.card import card_files, eval_results, model_card
+from hf_cdl.hub.content import results_after
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import build_recipe
 from hf_cdl.runs.cost import cost_in_use
@@ -117,6 +118,7 @@ def test_the_truth_about_baselines_is_in_words(results: dict[str, Any]) -> None:
     assert "at least as accurate as this model: class means, no training; linear head" in text
     assert said is not None and f"\n\n{said.said}\n\n" in text and said.said.startswith("Use the ridge head: ")
     assert said.said not in model_card(cut(results, 3), "student")
+    assert results_after(results, 5)["verdict"] == said.said and "verdict" not in results_after(results, 3)
     for role in ("nearest_class_mean", "linear_head", "ridge_head"):
         del results["roles"][role]
     text = model_card(results, "student")
