@@ -17,7 +17,7 @@ from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.example import NAMES, write_example
 from hf_cdl.commands.images import explained, names_images, recommended
-from hf_cdl.data import ImageError, NoDataError
+from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size
 from hf_cdl.distill import Objective
 from hf_cdl.escape import visible_lines
@@ -176,8 +176,10 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
                 check_task(role, models[role], objective, arguments, task)
     if not run.started:
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+        known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
         for note in (*stream.notes, *stream.check_images(plain)):
-            say(f"note: {note}")
+            if note != known:
+                say(f"note: {note}")
         for line in explained(recipe, stream) if chosen else ():
             say(line)
     bind(run, stream)
