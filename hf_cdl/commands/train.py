@@ -245,10 +245,6 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
             run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
         pusher.push(run.results())
-    for trainer in trainers:
-        if trainer.model.fitted and (chosen := trainer.model.head.choices()):
-            values = ", ".join(f"{name} {value:.3g}" for name, value in chosen.items())
-            say(f"{trainer.role.replace('_', ' ')}, chosen by the images: {values}")
     say(f"\n{run.finish()}")
 
 

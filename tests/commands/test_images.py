@@ -59,7 +59,7 @@ def test_it_says_what_it_chose_and_how_the_student_did(first: tuple[Path, str]) 
         "beside it: nearest class mean, linear head (20 epochs; without: --baselines '[nearest_class_mean]')",
         "recipe: runs/photos/recipe.yaml, written with the first task",
     ]
-    assert "student, chosen by the images: strength " in said
+    assert "the student's head chose: strength " in said
     assert [*found["roles"]] == ["student", "nearest_class_mean", "linear_head"]
     assert found["verdict"] in said.replace("\n", " ") and found["verdict"].startswith("Use the ")
     assert (
