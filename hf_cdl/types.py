@@ -126,7 +126,8 @@ class TaskResult:
 
     `row`: accuracy per task, None for a task without test images. `within_task`, `task_identification`: likewise for
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
-    `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation.
+    `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
+    itself, by the name of the option.
     """
 
     role: str
@@ -139,6 +140,7 @@ class TaskResult:
     confidence: float | None = None
     calibration_error: float | None = None
     class_accuracy: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

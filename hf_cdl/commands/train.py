@@ -240,6 +240,10 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
         rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
+        for role, result in rows.items():
+            if result.choices:
+                chosen = ", ".join(f"{name} {value:.4g}" for name, value in result.choices.items())
+                say(f"  the {role.replace('_', ' ')}'s head chose: {chosen}")
         write_recipe(run)
         if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]

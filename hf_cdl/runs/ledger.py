@@ -30,6 +30,7 @@ class _Entry(TypedDict):
     confidence: NotRequired[float | None]
     calibration_error: NotRequired[float | None]
     class_accuracy: NotRequired[dict[str, float]]
+    choices: NotRequired[dict[str, float]]
     train_seconds: NotRequired[float]
     eval_seconds: NotRequired[float]
     images_per_second: NotRequired[float]
