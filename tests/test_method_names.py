@@ -30,6 +30,7 @@ EXCEPTIONS = {
     ("hub.card.text", "linear"): "a card calls the default head `a head`",
     ("recipe.fields", "linear"): "the default of the field `head`, and the baseline linear_head",
     ("recipe.fields", "ncm"): "the baseline nearest_class_mean",
+    ("recipe.fields", "ridge"): "the baseline ridge_head",
     ("training.checking", "ridge"): "an example, where no head may be imported",
     ("training.arguments.table", "label_smoothing"): "what to write in the place of an argument of transformers",
 }

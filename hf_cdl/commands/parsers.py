@@ -60,14 +60,34 @@ def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
 def _train(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
-        "[RECIPE.yaml ...] [--any.field value ...] [--plan]\n       hf-cdl train --example quickstart",
-        """Teach, distil, evaluate, task after task. Running the same command again goes on where the run stopped.
+        "IMAGES [--backbone NAME] [--teacher NAME] [--any.field value ...] [--plan]\n"
+        "       hf-cdl train RECIPE.yaml ... [--any.field value ...] [--plan]\n"
+        "       hf-cdl train --example quickstart",
+        """Learn from images: teach, distil, evaluate, task after task. The same command goes on where the run stopped.
 
-Of several recipe files a later one overrides an earlier one; values on the command line override all. The fields of a
-recipe and their defaults: the tables in README.md. On several GPUs: accelerate launch -m hf_cdl train RECIPE.yaml""",
-        "hf-cdl train flowers.yaml --train.num_train_epochs 5 --output_dir runs/flowers-5",
+With IMAGES the recipe is the recommended one, and is said: a frozen backbone with a ridge head, whose strength the
+images choose, beside class means and a linear head; with --teacher after a first session that the teacher learns and
+then teaches. All classes are one task (--data.classes_per_task N: so many at a time).
+
+With RECIPE.yaml everything is as written there; of several files a later one overrides an earlier one. In both forms
+values on the command line override all. The fields of a recipe and their defaults: the tables in README.md. On several
+GPUs: accelerate launch -m hf_cdl train ...""",
+        "hf-cdl train photos --backbone facebook/dinov2-base --data.classes_per_task 5",
     )
-    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what is trained")
+    parser.add_argument(
+        "images",
+        nargs="?",
+        metavar="IMAGES",
+        help="a folder of class folders (FOLDER/CLASS/*.jpg, or in FOLDER/train and FOLDER/test), a folder of parquet "
+        "files, or a data set on the Hub; anything whose name does not end in .yaml",
+    )
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what is trained, and how")
+    parser.add_argument(
+        "--backbone", metavar="NAME", help="of the student, a Hub id or a folder (default: facebook/dinov2-small)"
+    )
+    parser.add_argument(
+        "--teacher", metavar="NAME", help="backbone of a teacher, usually larger (default: no teacher)"
+    )
     parser.add_argument("--any.field", metavar="value", help="a field of the recipe, as YAML (default: the recipe's)")
     parser.add_argument("--plan", action="store_true", help="only print what the run would need: hf-cdl plan")
     parser.add_argument("--example", metavar="NAME", help="write the recipe NAME.yaml into this folder: quickstart")
@@ -77,11 +97,11 @@ recipe and their defaults: the tables in README.md. On several GPUs: accelerate 
 def _plan(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
-        "RECIPE.yaml ... [--any.field value ...]",
+        "IMAGES | RECIPE.yaml ... [--any.field value ...]",
         "What a run would need: parameters, FLOPs, steps, memory and files. Nothing is trained.",
         "hf-cdl plan flowers.yaml --train.per_device_train_batch_size 64",
     )
-    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what would be trained")
+    parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="what would be trained; IMAGES: see train")
     parser.add_argument("--any.field", metavar="value", help="a field of the recipe, as YAML (default: the recipe's)")
     return parser
 

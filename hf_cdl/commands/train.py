@@ -9,13 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import PartialState
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.example import NAMES, write_example
-from hf_cdl.data import ImageError, NoDataError
+from hf_cdl.commands.images import explained, names_images, recommended
+from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size
 from hf_cdl.distill import Objective
 from hf_cdl.escape import visible_lines
@@ -30,10 +32,11 @@ from hf_cdl.recipe.build import (
     labels,
 )
 from hf_cdl.runs.cost import cost_in_use
-from hf_cdl.runs.files import RunError, first_line
+from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.run import Run
+from hf_cdl.runs.verdict import Verdict, verdict
 from hf_cdl.training.checking import asks_teacher, check_task
 
 
@@ -53,7 +56,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
                 return 0
             with PartialState().main_process_first():  # it repairs files that the others read
                 run = Run(recipe.folder, recipe.as_dict(), PartialState().is_main_process, completed, say)
-            prepared = check(recipe, run) if run.finished else prepare(recipe, run)
+            prepared = check(recipe, run) if run.finished else prepare(recipe, run, names_images(arguments))
             pusher = push_from(run, recipe)
         except ValueError as error:  # recipe, data or backbones; a later ValueError is a bug and shows its traceback
             raise RunError(str(error)) from error
@@ -61,7 +64,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
             train(run, pusher, *prepared)
-        pushed = pusher.finish(run.results())
+        pushed, best = pusher.finish(run.results()), verdict(run.results())
     except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,18 +78,28 @@ def main(arguments: list[str], default: Path | None = None) -> int:
     finally:
         if run is not None:
             run.close()
-    say(f"Use the student:\n  {use(recipe)}")
+    say(use(recipe, best))
     return 0 if pushed else 4
 
 
 def read(arguments: list[str], default: Path | None) -> Recipe:
-    """Load the recipe that the arguments name. Raises RecipeError if it is wrong or if none is named."""
+    """Load the recipe that the arguments name, or the recommended one for the images that they name.
+
+    Raises RecipeError if it is wrong or if nothing is named.
+    """
     words = [word for word in arguments if word != "--plan"]
+    if names_images(words):
+        return recommended(words)
     if default is None and (not words or words[0].startswith("--")):
         raise RecipeError(
-            "No recipe was named; its file comes before every --field VALUE:\n"
-            f"  {stopping.command('train', 'RECIPE.yaml')}\nThis writes one into the current folder, to begin with:\n"
+            "No recipe was named; its file comes before every --field VALUE, or a folder of images does:\n"
+            f"  {stopping.command('train', 'RECIPE.yaml')}\n  {stopping.command('train', 'IMAGES')}\n"
+            "This writes a recipe into the current folder, to begin with:\n"
             f"  {stopping.command('train', '--example', NAMES[0])}"
+        )
+    if any(word.partition("=")[0] == "--backbone" for word in words):
+        raise RecipeError(
+            "--backbone goes with images in the place of a recipe. With a recipe write --student.backbone NAME."
         )
     return load_recipe(words, default or "")
 
@@ -100,17 +113,19 @@ def planned(recipe: Recipe) -> str:
     return plan(recipe)
 
 
-def use(recipe: Recipe) -> str:
-    """A shell command that classifies IMAGE.png with the run's student."""
+def use(recipe: Recipe, best: Verdict | None) -> str:
+    """How to classify IMAGE.png with the run's student, or with the baseline that is better: a shell command."""
+    role = "student" if best is None else best.role
     plain, more = recipe.student.model == "classifier", ""
     if recipe.plugins and plain:
         more = ", trust_remote_code=True"  # the plugin's source is in the folder
     needed = "" if plain else "import hf_cdl; "
     if recipe.plugins and not plain:
         needed = f"from hf_cdl.recipe import load_plugins; load_plugins({list(recipe.plugins)}); "
-    folder = json.dumps(str(recipe.folder / "student"), ensure_ascii=False)
+    folder = json.dumps(str(recipe.folder / role), ensure_ascii=False)
     call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
-    return stopping.shown([stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"])
+    words = [stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"]
+    return f"Use the {role.replace('_', ' ')}:\n  {stopping.shown(words)}"
 
 
 def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
@@ -142,9 +157,14 @@ def bind(run: Run, stream: TaskStream) -> None:
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
 
 
-def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
-    """Build the tasks and the trainers. Raises ValueError if something is wrong with the data or the backbones."""
+def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream, list[CDLTrainer]]:
+    """Build the tasks and the trainers. Raises ValueError if something is wrong with the data or the backbones.
+
+    `chosen`: whether the recipe was chosen for the user's images, who is told what it is.
+    """
     refuse_known(recipe, run.origin)
+    if chosen:
+        TaskStream(recipe.data, {}, seed=recipe.seed)  # first of all: no backbone is fetched for images of no use
     processors = build_processors(recipe, run.checkpoint)
     stream = TaskStream(recipe.data, processors, seed=recipe.seed)
     run.check_source(stream.fingerprint, run.to_learn(stream))
@@ -156,8 +176,12 @@ def prepare(recipe: Recipe, run: Run) -> tuple[TaskStream, list[CDLTrainer]]:
                 check_task(role, models[role], objective, arguments, task)
     if not run.started:
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+        known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
         for note in (*stream.notes, *stream.check_images(plain)):
-            say(f"note: {note}")
+            if note != known:
+                say(f"note: {note}")
+        for line in explained(recipe, stream) if chosen else ():
+            say(line)
     bind(run, stream)
     run.set_labels(labels(recipe))
     if not plotting_available():
@@ -220,11 +244,22 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             if result.choices:
                 chosen = ", ".join(f"{name} {value:.4g}" for name, value in result.choices.items())
                 say(f"  the {role.replace('_', ' ')}'s head chose: {chosen}")
+        write_recipe(run)
         if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
             run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
         pusher.push(run.results())
     say(f"\n{run.finish()}")
+
+
+def write_recipe(run: Run) -> None:
+    """Write the run's whole recipe beside its ledger as recipe.yaml, unless one is there (from which it was begun)."""
+    file = run.folder / "recipe.yaml"
+    if not run.writer or file.exists():
+        return
+    told = "# The recipe of this run with every default. Again: hf-cdl train recipe.yaml --output_dir FOLDER\n"
+    content = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    write_whole(file, lambda path: path.write_text(told + content, encoding="utf-8"))
 
 
 def said(row: list[float | None]) -> str:

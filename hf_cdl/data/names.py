@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_cdl.data.images import readable
 
-ROLES = ("student", "teacher", "nearest_class_mean", "linear_head")
+ROLES = ("student", "teacher", "nearest_class_mean", "linear_head", "ridge_head")
 """The roles used in recipes; training without a recipe may use others."""
 
 

@@ -11,6 +11,7 @@ from hf_cdl.hub.card import shared
 from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.metrics import continual_metrics
 from hf_cdl.runs.report import number
+from hf_cdl.runs.verdict import with_verdict
 
 Results = Mapping[str, Any]
 
@@ -30,7 +31,7 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
     rest = {key: value for key, value in shared(results).items() if key != "changes"}
     more = {"changes": changes} if changes else {}
-    return {**rest, **more, "roles": roles, "finished": count >= tasks}
+    return with_verdict({**rest, **more, "roles": roles, "finished": count >= tasks})
 
 
 def finished_revisions(results: Results, role: str) -> int:

@@ -194,6 +194,7 @@ def labels(recipe: Recipe) -> dict[str, str]:
         "student": f"student ({describe(recipe.student)}{terms})",
         "nearest_class_mean": "class means, no training",
         "linear_head": "linear head alone",
+        "ridge_head": "ridge head, recommended",
     }
 
 

@@ -15,8 +15,12 @@ from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe.training import PLACES, training
 from hf_cdl.recipe.type_checks import fields_of, method
 
-BASELINES: dict[str, dict[str, Any]] = {"nearest_class_mean": {"type": "ncm"}, "linear_head": {"type": "linear"}}
-"""The baselines' heads: one without any training, and one trained alone on the frozen features."""
+BASELINES: dict[str, dict[str, Any]] = {
+    "nearest_class_mean": {"type": "ncm"},
+    "linear_head": {"type": "linear"},
+    "ridge_head": {"type": "ridge", "standardise": "first_task", "strength": "auto"},
+}
+"""The baselines' heads: class means, one trained alone on the frozen features, and the recommended student's."""
 
 
 Prompt = Annotated[dict[str, Any], method(PROMPTS)]
@@ -109,7 +113,7 @@ class Recipe:
     normalise: bool = _help(
         "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
     )
-    baselines: list[Literal["nearest_class_mean", "linear_head"]] = _help(
+    baselines: list[Literal["nearest_class_mean", "linear_head", "ridge_head"]] = _help(
         "The student's bare backbone, measured beside the models (a classifier has none).",
         default_factory=lambda: ["nearest_class_mean"],
     )

@@ -40,9 +40,14 @@ def read_recipe(arguments: Sequence[str], default: str | Path) -> dict[str, Any]
     names = [str(part["name"]) for part in parts if part.get("name") is not None]
     if len(names) > 1:
         content["name"] = "-".join(names)
-    for name, value in fields_given(arguments):
-        _override(content, name.split("."), value, name)
+    override(content, fields_given(arguments))
     return content
+
+
+def override(content: dict[str, Any], fields: Sequence[tuple[str, Any]]) -> None:
+    """Set fields of a recipe, given by their dotted names. Raises RecipeError for a field that cannot be."""
+    for name, value in fields:
+        _override(content, name.split("."), value, name)
 
 
 class _Refused(yaml.YAMLError):

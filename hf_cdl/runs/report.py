@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from textwrap import shorten
+from textwrap import shorten, wrap
 from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.runs.metrics import average_accuracy, continual_metrics
+from hf_cdl.runs.verdict import verdict
 
 Results = Mapping[str, Any]
 
@@ -36,7 +37,7 @@ _TRAINING = ("seconds", "images/s", "memory")
 
 
 def table(results: Results) -> str:
-    """Summarise a run as plain text, at most 119 columns wide: a line per role, then the student's accuracy matrix.
+    """Summarise a run as plain text, at most 119 columns wide: a line per role, the student's matrix, the verdict.
 
     Accuracies are in percent, forgetting and transfer in percentage points; `-` means not measured. Without a student
     the first role's matrix is shown. Its entry in row t and column i is the accuracy on task i after task t.
@@ -58,6 +59,9 @@ def table(results: Results) -> str:
             lines.append("  ".join([name.ljust(widths[0]), *padded]))
         shown = "student" if "student" in roles else next(iter(roles))
         lines += ["", *_matrix_lines(label_of(shown, roles[shown], 60), roles[shown]["accuracy_matrix"], results)]
+        if (found := verdict(results)) is not None:
+            kept = found.said.replace(" %", "\u00a0%")  # no line begins with the sign
+            lines += ["", *(line.replace("\u00a0", " ") for line in wrap(kept, WIDTH))]
     return "\n".join(line.rstrip()[:WIDTH] for line in lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from hf_cdl.runs import report
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import LONGEST_NAME, LONGEST_SAID, read_ledger
 from hf_cdl.runs.metrics import continual_metrics
+from hf_cdl.runs.verdict import with_verdict
 
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
@@ -167,7 +168,7 @@ def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
         }
         if role in ledger.get("costs", {}):
             roles[role]["cost"] = ledger["costs"][role]
-    return {
+    found = {
         "name": recipe.get("name", folder),
         "seed": recipe.get("seed"),
         "finished": ledger["finished"],
@@ -179,6 +180,7 @@ def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
         **({"changes": ledger["changes"]} if ledger.get("changes") else {}),
         "roles": roles,
     }
+    return with_verdict(found)
 
 
 def _latest(counts: Iterable[int]) -> int:

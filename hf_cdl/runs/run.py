@@ -336,7 +336,7 @@ class Run:
 
     def finish(self) -> str:
         """Draw the pictures, write results.json, mark the run as finished and return the table for the console."""
-        results = {**self.results(), "finished": True}
+        results = ledger_results({**self.ledger, "recipe": self.recipe, "finished": True}, self.folder.name)
         if self.writer:
             files = {path: stored for path, stored in self.ledger["files"].items() if not path.startswith("work/")}
             files |= self._draw(results)

@@ -8,10 +8,11 @@ from bad_inputs.hub import ROWS as HUB
 from bad_inputs.images import ROWS as IMAGES
 from bad_inputs.models import ROWS as MODELS
 from bad_inputs.recipes import ROWS as RECIPES
+from bad_inputs.recommended import ROWS as RECOMMENDED
 from bad_inputs.runner import Row
 from bad_inputs.runs import ROWS as RUNS
 from bad_inputs.trainers import ROWS as TRAINERS
 
-ROWS = [*RECIPES, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *CHANGES, *HUB]
+ROWS = [*RECIPES, *RECOMMENDED, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *CHANGES, *HUB]
 
 __all__ = ["ROWS", "Host", "Row"]

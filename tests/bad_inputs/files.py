@@ -133,7 +133,6 @@ TRAIN = [
     words("a wrong type", "recipe.yaml", "--data.flip", "often", says=("data.flip",)),
     words("an alias bomb as value", "recipe.yaml", "--card", f"{{{BOMB}}}".replace("\n", ", "), says=("card",)),
     words("two recipes, one missing", "recipe.yaml", "gone.yaml", says=("gone.yaml",), way="No such file"),
-    words("a folder of data as recipe", "data", says=("data",), way="directory|file"),
     words("an output folder that is a file", "recipe.yaml", "--output_dir", "recipe.yaml", says=("recipe.yaml",)),
     words("an output folder with other files", "recipe.yaml", "--output_dir", "data", says=("data",), way="another"),
     words(

@@ -266,8 +266,8 @@ def odd(tiny: Path, tmp_path: Path) -> Iterator[tuple[str, list[Any], str]]:
     (tmp_path / "thesis.txt").write_text("important")
     (tmp_path / "empty.yaml").write_text("")
     out = ("--output_dir", tmp_path / "out")
-    yield "a folder as recipe", [tmp_path, *out], f"Cannot read the recipe {tmp_path}: Is a directory."
-    yield "a text as recipe", [tmp_path / "thesis.txt", *out], "must hold fields like 'name: ...'"
+    yield "a folder without images", [tmp_path, *out], "cannot be read as a data set; in it lie empty.yaml"
+    yield "a text as recipe", [tmp_path / "thesis.txt", *out], "thesis.txt is a file. Give the folder of the images"
     yield "nothing as recipe", [tmp_path / "empty.yaml", *out], "must hold fields like 'name: ...'"
     yield "a file as folder", [tiny, "--output_dir", tmp_path / "thesis.txt"], "is a file; choose another folder"
     yield "below a file", [tiny, "--output_dir", tmp_path / "thesis.txt" / "run"], "Could not open the run in"

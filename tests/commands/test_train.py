@@ -52,6 +52,7 @@ from transformers import (
 from hf_cdl.commands import train as train_recipe
 from hf_cdl.commands import verify
 from hf_cdl.runs.metrics import continual_metrics
+from hf_cdl.runs.verdict import verdict
 
 ROLES = ("teacher", "student", "nearest_class_mean")
 
@@ -143,7 +144,9 @@ def test_what_a_run_says(finished: tuple[Path, str]) -> None:
     assert len(stream) == 16 and shown[0] == f"tiny: 3 tasks, 6 classes, stream {stream} -> {folder}/"
     assert [line.split(":")[0] for line in shown[1:4]] == ["task 1/3", "task 2/3", "task 3/3"]
     assert any(line.startswith("student (coda + kdp)") for line in shown)
-    assert shown[-2] == "Use the student:"
+    best = verdict(results(folder))
+    assert best is not None and best.said in output.replace("\n", " ")
+    assert shown[-2] == f"Use the {best.role.replace('_', ' ')}:" and f"{folder}/{best.role}" in shown[-1]
     assert "Warning" not in output and "Traceback" not in output and "[transformers]" not in output, output
     assert max(map(len, shown[:-1])) <= 119
 
@@ -183,7 +186,7 @@ def test_the_same_command_again_returns_at_once(tiny: Path, finished: tuple[Path
     first, *rest = output.splitlines()
     assert code == 0
     assert first == f"This run is finished. Its results are in {folder}/ (results.json, pictures, checkpoints)."
-    assert rest[0] == "Use the student:" and len(rest) == 2
+    assert rest == finished[1].splitlines()[-2:] and rest[0].startswith("Use the ")
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 

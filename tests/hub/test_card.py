@@ -22,9 +22,11 @@ from transformers import ViTForImageClassification
 from hf_cdl import CDLForImageClassification
 from hf_cdl.distill import TERMS
 from hf_cdl.hub.card import card_files, eval_results, model_card
+from hf_cdl.hub.content import results_after
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import build_recipe
 from hf_cdl.runs.cost import cost_in_use
+from hf_cdl.runs.verdict import verdict
 
 EXAMPLES = ROOT / "model_cards"
 CARDS = [("quickstart", "student"), ("quickstart", "teacher"), ("quickstart_ridge", "student")]
@@ -112,10 +114,15 @@ def test_the_examples_are_what_is_rendered_and_their_metadata_read_back(name: st
 
 
 def test_the_truth_about_baselines_is_in_words(results: dict[str, Any]) -> None:
-    assert "at least as accurate as this model: class means, no training" in model_card(results, "student")
-    for role in ("nearest_class_mean", "linear_head"):
+    text, said = model_card(results, "student"), verdict(results)
+    assert "at least as accurate as this model: class means, no training; linear head" in text
+    assert said is not None and f"\n\n{said.said}\n\n" in text and said.said.startswith("Use the ridge head: ")
+    assert said.said not in model_card(cut(results, 3), "student")
+    assert results_after(results, 5)["verdict"] == said.said and "verdict" not in results_after(results, 3)
+    for role in ("nearest_class_mean", "linear_head", "ridge_head"):
         del results["roles"][role]
-    assert "at least as accurate" not in model_card(results, "student")
+    text = model_card(results, "student")
+    assert "at least as accurate" not in text and "points ahead" not in text
 
 
 def test_models_and_data_of_the_hub_are_linked(results: dict[str, Any]) -> None:

@@ -134,7 +134,10 @@ def test_unknown_names_at_every_level(fields: dict[str, Any], said: str) -> None
         ({"distill": {"type": "kdp"}}, "'distill' is {'type': 'kdp'}, but should be a valid list"),
         ({"distill": [{"type": "kdp", "weight": -1}]}, "distill.0: A KD head needs weight >= 0"),
         ({"distill": [{"type": "kdp", "temperature": "hot"}]}, "'distill.0.temperature' is 'hot'"),
-        ({"baselines": ["knn"]}, "'baselines' is ['knn'], but should be 'nearest_class_mean' or 'linear_head'"),
+        (
+            {"baselines": ["knn"]},
+            "'baselines' is ['knn'], but should be 'nearest_class_mean', 'linear_head' or 'ridge_head'",
+        ),
         ({"train": 3}, "'train' is 3, but should be a valid dictionary"),
         ({"train__learning_rate": "fast"}, "'train.learning_rate' is 'fast', but should be a valid number"),
         ({"train__lr_scheduler_type": "zigzag"}, "'train.lr_scheduler_type' is 'zigzag'; allowed: linear"),

@@ -48,6 +48,7 @@ def model_card(
         task_table=text.task_table(results, role),
         role_table=text.role_table(results, len(matrix)),
         better=text.better(results, role),
+        verdict=text.verdict_of(results),
         picture=picture,
         model_facts=text.lines(text.model_facts(recipe, role, other_id)),
         data_facts=text.lines(text.data_facts(results)),

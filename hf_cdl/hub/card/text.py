@@ -15,6 +15,7 @@ from hf_cdl.places import HUB_ID, by_name
 from hf_cdl.runs import report
 from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.metrics import average_accuracy, continual_metrics
+from hf_cdl.runs.verdict import verdict
 
 _ADDRESS = re.compile(r"https?://[^\s<>()\[\]`\"'\\]+")
 _SHOWN = 20
@@ -136,6 +137,12 @@ def better(results: Results, role: str) -> list[str]:
         for other, average in averages.items()
         if other not in ("student", "teacher") and average >= averages[role]
     ]
+
+
+def verdict_of(results: Results) -> str | None:
+    """Which model of a finished run to use, by its numbers."""
+    found = verdict(results)
+    return found and markdown(found.said)
 
 
 def role_table(results: Results, learnt: int) -> str:
