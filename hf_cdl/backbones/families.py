@@ -155,12 +155,18 @@ def patch_mean(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
     return final_norm(backbone, hidden[:, 1 + num_extra_tokens(backbone.config) :].mean(dim=1))
 
 
+def adds_patch_mean(config: PreTrainedConfig) -> bool:
+    """Whether the mean of the patches adds something to this backbone's feature, which may be that mean already."""
+    row = family(config)
+    return row.feature is _cls_token or (row.has_cls and not config.use_mean_pooling)
+
+
 def check_patch_mean(config: PreTrainedConfig) -> None:
     """Raise ValueError if the mean of the patches adds nothing to this backbone's feature."""
-    if family(config).feature is not _cls_token and (not family(config).has_cls or config.use_mean_pooling):
+    if not adds_patch_mean(config):
         raise ValueError(
             f"patch_mean would have no effect: the feature of this {config.model_type} backbone is the mean of its "
-            "patches already. Leave patch_mean out."
+            "patches already. Set patch_mean to false."
         )
 
 

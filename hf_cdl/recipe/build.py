@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, set_seed
 
-from hf_cdl.backbones.families import check_image_size
+from hf_cdl.backbones.families import adds_patch_mean, check_image_size
 from hf_cdl.backbones.loading import load_config, read_config
 from hf_cdl.checked import said
 from hf_cdl.config import CDLConfig
@@ -19,6 +19,7 @@ from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.models.modeling_cdl import CDLForImageClassification
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe import BASELINES, ModelRecipe, Recipe
+from hf_cdl.recipe.fields import RECOMMENDED
 
 Model = CDLForImageClassification | ImageClassifier
 Models = dict[str, Model]
@@ -84,7 +85,8 @@ def build_models(
     student = recipe.student
     sections = {"teacher": recipe.teacher, "student": student}
     for name in recipe.baselines:
-        sections[name] = ModelRecipe(student.backbone, student.revision, head=BASELINES[name])
+        patches = name == RECOMMENDED and adds_patch_mean(load_config(student.backbone, student.revision))
+        sections[name] = ModelRecipe(student.backbone, student.revision, head=BASELINES[name], patch_mean=patches)
     models: Models = {}
     for role, section in sections.items():
         if section is not None:

@@ -18,9 +18,14 @@ from hf_cdl.recipe.type_checks import fields_of, method
 BASELINES: dict[str, dict[str, Any]] = {
     "nearest_class_mean": {"type": "ncm"},
     "linear_head": {"type": "linear"},
-    "ridge_head": {"type": "ridge", "standardise": "first_task", "strength": "auto"},
+    "ridge_head": {
+        **{"type": "ridge", "standardise": "first_task", "strength": "auto", "scale": "auto"},
+        **{"features": 2000, "own_features": True, "balanced": True},
+    },
 }
 """The baselines' heads: class means, one trained alone on the frozen features, and the recommended student's."""
+RECOMMENDED = "ridge_head"
+"""The baseline whose head also reads the mean of the patches, if the backbone has one beside its feature."""
 
 
 Prompt = Annotated[dict[str, Any], method(PROMPTS)]

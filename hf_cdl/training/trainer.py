@@ -183,8 +183,6 @@ class CDLTrainer(EvaluatingTrainer):
         if self.model.fitted:
             self._fit_head(task, result)
         self.model.end_task()
-        if self.model.fitted:
-            result.choices = self.model.head.choices()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory()
         if self.run is not None:

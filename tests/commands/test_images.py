@@ -54,7 +54,7 @@ def test_it_says_what_it_chose_and_how_the_student_did(first: tuple[Path, str]) 
         "images: 12 classes in one task; 72 images to learn from",
         "test: 24 images, 20 % of each class: there is no test split",
         f"student: {STUDENT}",
-        "  with a ridge head: fitted in one pass over the images, which also choose its strength",
+        "  with a ridge head: fitted in one pass over the images, which also choose its strength and scale",
         "  why: ridge heads were 20 to 47 points ahead of prompted students in the study (docs/evidence.md)",
         "beside it: nearest class mean, linear head (20 epochs; without: --baselines '[nearest_class_mean]')",
         "recipe: runs/photos/recipe.yaml, written with the first task",
