@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import os
 import subprocess
@@ -461,7 +462,7 @@ def test_a_progress_bar_stays_as_it_was_set_at_every_log_level(tmp_path: Path) -
     """transformers derives the field from its log level, so a set value may look like the default."""
     before = hf_logging.get_verbosity()
     try:
-        for level in (hf_logging.ERROR, hf_logging.INFO):
+        for level in (logging.ERROR, logging.INFO):
             hf_logging.set_verbosity(level)
             for disabled in (True, False):
                 assert CDLTrainingArguments.of(plain(tmp_path, disable_tqdm=disabled)).disable_tqdm is disabled
