@@ -173,7 +173,11 @@ def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], b
     assert process.returncode == 143 and said.startswith("\nStopped. The same command begins again:\n  ")
 
 
-TAKES = {"add": ["a", "b"], "shrink": ["a", "b"], "make_digits": ["a"], "pretrain": ["--data", "a"]}
+TAKES = {
+    **dict.fromkeys(("add", "shrink", "correct", "remove"), ["a", "b"]),
+    **{"rename": ["a", "b", "c"], "merge": ["a", "b", "c", "--as", "d"]},
+    **{"make_digits": ["a"], "pretrain": ["--data", "a"]},
+}
 
 
 @pytest.mark.parametrize("name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/pretrain.py"])

@@ -98,6 +98,7 @@ def test_the_stored_recipe_finds_the_run_and_repeats_it(first: tuple[Path, str])
     assert (place / "again" / "recipe.yaml").read_text() == (place / "runs" / "photos" / "recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_test_split_is_used_and_classes_come_in_tasks(tmp_path: Path) -> None:
     for split, images in (("train", 4), ("test", 3)):
         make_photos(tmp_path / "photos", 4, images, split)
@@ -112,6 +113,7 @@ def test_a_test_split_is_used_and_classes_come_in_tasks(tmp_path: Path) -> None:
     assert results(tmp_path / "runs" / "mine")["roles"]["student"]["counts"] == [6, 6]
 
 
+@pytest.mark.slow
 def test_parquet_files_and_a_teacher(tmp_path: Path) -> None:
     """The teacher's session and the student's are on the first task alone; the table shows ridge without one, too."""
     make_data(tmp_path / "tables", classes=4, train=6, test=3)
