@@ -493,3 +493,4 @@ def test_what_transformers_arguments_derive_is_not_asked_for(fields: dict[str, A
 
 if __name__ == "__main__":
     predict_all(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # its threads could abort the process at its end

@@ -326,3 +326,4 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    torch.distributed.destroy_process_group()  # its threads could abort the process at its end
