@@ -160,7 +160,16 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
     except OSError as error:
         code = _say_unwritten(error)
+    if code == 0:
+        _end_process_group()
     sys.exit(code)
+
+
+def _end_process_group() -> None:
+    """End what connects this process with others, whose threads could abort it while Python cleans up."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def again() -> str:
