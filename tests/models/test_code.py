@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from helpers import make_backbone, picture
 from PIL import Image
@@ -49,6 +50,7 @@ torch.save({"answers": answers, "scores": scores, "grown": grown(images).logits}
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_hf_cdl_loads_the_same_model(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     teacher(tmp_path, save_code=True, save_backbone=False).save_pretrained(tmp_path / "teacher")
