@@ -245,7 +245,8 @@ class FittedHead(Head):
         if self.fitted_scale is None or recent is None:
             return
         features, labels = recent
-        scores, before = self.leave_one_out(self.prepare(features), labels), float(self.fitted_scale)
+        scores = movable(self.leave_one_out(self.prepare(features), labels))
+        labels, before = movable(labels), float(self.fitted_scale)
         share = min(1.0, len(labels) / _ENOUGH) if before else 1.0
         self.variance.lerp_(scores.var(dim=1, correction=0).mean().to(self.variance), share)
         found = fit_scale(standardised(scores, self.variance.to(scores)), labels)

@@ -76,9 +76,10 @@ class LdaHead(SumsHead):
         """As in Head; a dropped class whose images stay in G leaves it its scatter, but not its mean."""
         block = sums_of(self.blocks[task])
         if self.gram is not None:
-            gone = [row for row in range(len(block.count)) if row not in rows and block.count[row]]
+            count = movable(block.count)
+            gone = [row for row in range(len(count)) if row not in rows and count[row]]
             total = read(block.total)[gone]
-            add(self.gram, -total.T @ (total / block.count[gone, None]))
+            add(self.gram, -total.T @ (total / count[gone, None]))
         super().keep(task, rows)
 
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,7 +99,7 @@ class LdaHead(SumsHead):
 
     def _factor(self, gram: torch.Tensor, means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance (M, M)."""
-        within = (gram - means.T @ (count[:, None] * means)) / self.images
+        within = (gram - means.T @ (count[:, None] * means)) / int(self.images)
         share = self.shrinkage
         within = (1 - share) * within
         within.diagonal().add_(share * self._variance(gram, count[:, None] * means, count))
@@ -116,7 +117,7 @@ class LdaHead(SumsHead):
         follows by Sherman and Morrison.
         """
         blocks = [*map(sums_of, self.blocks)]
-        count = torch.cat([block.count for block in blocks])
+        count, labels = movable(torch.cat([block.count for block in blocks])), movable(labels)
         means = torch.cat([read(block.total) for block in blocks]) / count.clamp(min=1)[:, None]
         inverse = torch.cholesky_inverse(self._factor(self.gram_matrix(), means, count.to(means)))
         h = movable(features).double()
@@ -125,7 +126,7 @@ class LdaHead(SumsHead):
         mapped, weight = d @ inverse, means @ inverse
         own = F.one_hot(labels, len(means)).to(h) / rest  # mu_c moves by -own d
         size = (d * mapped).sum(dim=1, keepdim=True)
-        k = (1 - self.shrinkage) / self.images * (rest + 1) / rest
+        k = (1 - self.shrinkage) / int(self.images) * (rest + 1) / rest
         gain = k / (1 - k * size).clamp(min=1e-6)
         along = mapped @ means.T - own * size  # d^T Sigma^-1 mu of the moved means
         linear = h @ weight.T - own * (mapped * h).sum(dim=1, keepdim=True)

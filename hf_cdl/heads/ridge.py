@@ -156,6 +156,6 @@ class RidgeHead(SumsHead):
         gram.diagonal().add_(self.strength)
         h = movable(features).double()
         leverage = (h * torch.cholesky_solve(h.T, torch.linalg.cholesky(gram)).T).sum(dim=1, keepdim=True)
-        factors = self._factors(torch.cat([sums_of(block).count for block in self.blocks]))
-        scores = h @ torch.cat([sums_of(block).weight for block in self.blocks]).double().T
-        return (scores - leverage * factors * F.one_hot(labels, scores.shape[1])) / (1 - leverage)
+        factors = self._factors(movable(torch.cat([sums_of(block).count for block in self.blocks])))
+        scores = h @ movable(torch.cat([sums_of(block).weight for block in self.blocks])).double().T
+        return (scores - leverage * factors * F.one_hot(movable(labels), scores.shape[1])) / (1 - leverage)

@@ -119,22 +119,22 @@ class SumsHead(FittedHead):
         if not self.config.sums:
             raise ValueError(
                 f"This model's {self.name} head has no sums (head.sums is false): it can answer, but learn no further "
-                "task. "
-                "Load the checkpoint that still has them, such as task-05 of its run."
+                "task. Load the checkpoint that still has them, such as task-05 of its run."
             )
 
     def drop_sums(self) -> None:
-        """Keep only what inference needs: weights and random map."""
+        """Keep only what inference needs, weights and random map, and what was chosen."""
         self.config = replace(self.config, sums=False)
         for module in (self, *self.blocks):
-            for name in {"images", "count", *self.bits} & module._buffers.keys():
+            for name in {"gram", "images", *self.class_sums} & module._buffers.keys():
                 module.register_buffer(name, None)
 
     # ---- changing ----
 
     @torch.no_grad()
     def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
-        mapped, first = movable(features).double(), 0
+        mapped, labels, first = movable(features).double(), movable(labels), 0
+        taught = None if taught is None else movable(taught)
         for block in map(sums_of, self.blocks):
             own = (labels >= first) & (labels < first + len(block.count))
             if own.any():
@@ -150,7 +150,7 @@ class SumsHead(FittedHead):
         """Add images of a task's classes to its sums, or take them away; `rows` (B,) count from its first class."""
         targets = self._targets(F.one_hot(rows, len(block.count)).to(mapped), taught)
         add(block.total, sign * (targets.T @ mapped))
-        block.count.add_(sign * torch.bincount(rows, minlength=len(block.count)))
+        block.count.add_(sign * torch.bincount(rows, minlength=len(block.count)).to(block.count))
         if block.grams is not None:
             for row in rows.unique().tolist():
                 of_class = mapped[rows == row]
@@ -190,7 +190,7 @@ class SumsHead(FittedHead):
                 )
 
     def _mean_square(self) -> torch.Tensor:
-        return self.gram_matrix().diagonal().sum() / self.images.clamp(min=1)
+        return self.gram_matrix().diagonal().sum() / max(1, int(self.images))
 
     # ---- solving ----
 

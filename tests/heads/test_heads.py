@@ -158,6 +158,24 @@ def test_a_ridge_head_without_its_sums_answers_as_before_and_cannot_learn(tmp_pa
 
 
 @pytest.mark.parametrize(
+    "head",
+    [{"type": "ridge", "strength": "auto", "scale": "auto", "features": 40, "own_features": True}, {"type": "lda"}],
+)
+@pytest.mark.parametrize("sums", [True, "per_class"])
+def test_what_a_head_chose_outlives_its_sums(head: dict[str, Any], sums: bool | str, tmp_path: Path) -> None:
+    model = learnt({**head, "sums": sums}, tmp_path / "work").model
+    chosen, want = model.head.choices(), model(images()).logits
+    model.drop_sums()
+    model.save_pretrained(tmp_path / "small")
+    small = CDLForImageClassification.from_pretrained(tmp_path / "small").eval()
+    with torch.no_grad():
+        assert torch.equal(small(images()).logits, want)
+    assert small.head.choices() == chosen and all(chosen.values())  # type: ignore[operator]
+    kept = {name.rpartition(".")[2] for name, value in small.head.named_buffers() if not value.is_floating_point()}
+    assert kept == {"chosen"}, "of the sums nothing is left"
+
+
+@pytest.mark.parametrize(
     ("fields", "has_teacher", "wrong"),
     [
         ({}, False, []),
