@@ -35,6 +35,7 @@ from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.pictures import plotting_available
+from hf_cdl.runs.report import telling
 from hf_cdl.runs.run import Run
 from hf_cdl.runs.verdict import Verdict, verdict
 from hf_cdl.training.checking import asks_teacher, check_task
@@ -237,13 +238,16 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             trainer.learn(task)
         if task not in to_learn:
             continue
-        rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
+        later = [other for other in stream if other.index > task.index]
+        rows = {trainer.role: trainer.evaluate_seen(later) for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
         for role, result in rows.items():
             if result.choices:
                 chosen = ", ".join(f"{name} {value:.4g}" for name, value in result.choices.items())
                 say(f"  the {role.replace('_', ' ')}'s head chose: {chosen}")
+            if result.known:
+                say(f"  {telling(result.known, 'the ' + role.replace('_', ' '))}")
         write_recipe(run)
         if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]

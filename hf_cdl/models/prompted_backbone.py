@@ -17,6 +17,8 @@ from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
+from hf_cdl.heads.known import layers_read
+from hf_cdl.models.hidden_states import asked_for, patch_means, with_read
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
@@ -24,7 +26,10 @@ from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
 
 
 class Encoded(NamedTuple):
-    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest."""
+    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest.
+
+    `layers`: (B, 3, D), the mean patch tokens of the layers that a head reads.
+    """
 
     features: torch.Tensor
     token: torch.Tensor
@@ -33,6 +38,7 @@ class Encoded(NamedTuple):
     similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None
     hidden_states: tuple[torch.Tensor | None, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
+    layers: torch.Tensor | None = None
 
 
 class PromptedBackbone(PreTrainedModel):
@@ -191,28 +197,38 @@ class PromptedBackbone(PreTrainedModel):
         return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _encode(
-        self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
+        self,
+        pixel_values: torch.Tensor,
+        query: torch.Tensor | None,
+        task_id: int | None,
+        reads_layers: bool = False,
+        asked: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> Encoded:
         """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None."""
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
         one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
         prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
-        found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
+        read = layers_read(self.shape.num_layers) if reads_layers else []
+        more = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **more)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
         hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
         features = families.pool(self.backbone, hidden)
         if self.config.patch_mean:
             features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
+        shown = self._image_tokens(found.hidden_states)
         return Encoded(
             features=features,
             token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
-            hidden_states=self._image_tokens(found.hidden_states),
+            hidden_states=asked_for(shown, asked),
             attentions=found.attentions,
+            layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )
 
     def _prefixes(

@@ -290,7 +290,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_session()
         self._measure(task)
         for output, labels, taught in self._features(task):
-            self.model.head.accumulate(output.features, labels, taught)
+            self.model.accumulate(output, labels, taught)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
         if not result.images_per_second:  # if it trained, that rate stays
@@ -312,8 +312,8 @@ class CDLTrainer(EvaluatingTrainer):
                 if self.teacher.teaches_head:
                     taught = self.teacher.logits(batch)[:, task.classes].float()
                     taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
-            found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
+            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
+            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
             found = self.accelerator.gather_for_metrics(found)
             labels, taught = found.pop("labels"), found.pop("taught", None)
             yield CDLOutput(**found), labels, taught
