@@ -191,13 +191,18 @@ class PromptedBackbone(PreTrainedModel):
         return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _encode(
-        self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
+        self,
+        pixel_values: torch.Tensor,
+        query: torch.Tensor | None,
+        task_id: int | None,
+        labelled: int | None = None,
+        **outputs: Any,
     ) -> Encoded:
         """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None."""
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
-        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
-        prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
+        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id, labelled))
+        prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id, labelled)
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
@@ -216,24 +221,34 @@ class PromptedBackbone(PreTrainedModel):
         )
 
     def _prefixes(
-        self, query: torch.Tensor | None, task_id: int | None
+        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None
     ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
         """The prompts of all layers, and the sum of the pool's losses."""
-        found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
+        layers = range(len(families.layers(self.backbone)))
+        found = [self._ask(query, query, task_id, labelled, layer) for layer in layers]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None
 
-    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[Prompt], torch.Tensor | None]:
-        """A layer's prompts and the pool's loss; `own` is the query of this pool, `query` of the teacher's pool."""
+    def _ask(
+        self, own: Any, query: Any, task_id: int | None, labelled: int | None, layer: int
+    ) -> tuple[list[Prompt], torch.Tensor | None]:
+        """A layer's prompts and the pool's loss; `own` is the query of this pool, `query` of the teacher's pool.
+
+        The loss is that of the first `labelled` queries: keys are to match the images of their own task.
+        """
         prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
+        if loss is not None and labelled is not None and own is not None and self.pool is not None:
+            loss = self.pool(layer, own[:labelled], task_id)[1]
         mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
         kd = None if self.kd_prompt is None else self.kd_prompt(layer)
         return [prompt for prompt in (prefix, mapped, kd) if prompt is not None], loss
 
-    def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
+    def _ask_one_pass(
+        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None, layer: int, own: torch.Tensor
+    ) -> Any:
         """The same on entering a layer, plus the similarities of the pool's keys with `own` and `query` if given."""
-        prefixes, loss = self._ask(own, query, task_id, layer)
+        prefixes, loss = self._ask(own, query, task_id, labelled, layer)
         pairs = () if query is None or self.pool is None else (own, query)
         similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
         return prefixes, loss, similarity if similarity and similarity[0] is not None else None

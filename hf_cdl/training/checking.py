@@ -185,7 +185,30 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
         )
     if model.trains(task.index):
         check_training(role, model, objective, args, task.index, task.class_names, images)
+    _check_unlabelled(role, model, objective, task)
     check_task_labels(task)
+
+
+def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:
+    """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
+
+    A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
+    """
+    if task.unlabelled is None:
+        if model.trains(task.index) and (idle := objective.needs_unlabelled):
+            raise ValueError(
+                f"{', '.join(idle)} would have no effect: {task.name} has no unlabelled images. Give the stream some "
+                "(data.unlabelled), or leave that out."
+            )
+        return
+    if not len(task.unlabelled) or task.unlabelled_ratio < 1:
+        raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
+    if role == "student" and not (model.trains(0) and objective.reads_unlabelled):
+        why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
+        raise ValueError(
+            f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "
+            "and a teacher; or leave the unlabelled images out."
+        )
 
 
 def check_training(

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -258,7 +257,7 @@ class CDLTrainer(EvaluatingTrainer):
         last = self._stored_state(task)
         if last is None:
             self._measure(task)
-        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, task.classes, *self.teacher.views)
+        given, self.train_dataset = self.train_dataset, self._trained_on(task)
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._begin_counting()
@@ -318,31 +317,22 @@ class CDLTrainer(EvaluatingTrainer):
             labels, taught = found.pop("labels"), found.pop("taught", None)
             yield CDLOutput(**found), labels, taught
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Compute the objective on a batch: one query pass, one teacher pass without gradient, one student pass.
-
-        `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
-        """
-        task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, inputs, task.index)
-        losses = self.objective(student, teacher, inputs["labels"], task.classes)
-        self._note_losses(losses, weight)
-        loss = weight * losses["loss"]
-        return (loss, student) if return_outputs else loss
-
     def _student_and_teacher(
         self, model: nn.Module, batch: dict[str, Any], task_id: int | None
     ) -> tuple[CDLOutput, CDLOutput | None]:
-        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once."""
+        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once.
+
+        Images behind those with `labels` have none.
+        """
         pixels, query = batch["pixel_values"], None
         if self.objective.needs_query or self.teacher.shares_query(batch):
             with torch.no_grad(), self.accelerator.autocast():
                 query = self.model.compute_query(pixels)
         teacher = self.teacher.answer(batch, query, task_id)
-        hidden = self.objective.hidden_states("student") or None
-        student: CDLOutput = model(pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden)
+        asked: dict[str, Any] = {"output_hidden_states": self.objective.hidden_states("student") or None}
+        if len(batch["labels"]) < len(pixels):
+            asked["labelled"] = len(batch["labels"])
+        student: CDLOutput = model(pixel_values=pixels, query=query, task_id=task_id, **asked)
         return student, teacher
 
     # ---- files, and what the user sees ----
