@@ -36,7 +36,8 @@ def load_splits(
 ) -> Mapping[str, Dataset]:
     """Load split name -> data from a local folder (by `read`) or the Hub; `named`: further split names.
 
-    `field`: the field of `data` that named the path, for messages. Raises ValueError if there is nothing to read, the layout is ambiguous, or the Hub cannot be reached.
+    `field`: the field of `data` that named the path, for messages. Raises ValueError if there is nothing to read, the
+    layout is ambiguous, or the Hub cannot be reached.
     """
     if path is None:
         raise ValueError(f"data.{field} is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
@@ -48,7 +49,9 @@ def load_splits(
     if root.exists():
         raise ValueError(f"data.{field} {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise NoDataError(f"The folder {readable(path)} does not exist (data.{field}); name one that does, or a Hub id.")
+        raise NoDataError(
+            f"The folder {readable(path)} does not exist (data.{field}); name one that does, or a Hub id."
+        )
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_cdl.data.images import MAX_PIXELS
@@ -56,8 +56,8 @@ class StreamConfig:
     eval_split: Literal["test", "validation"] = _option("test", "images on which accuracy is measured")
     unlabelled: str | None = _option(
         None,
-        "Hub id or local folder of images on which the teacher teaches the student in every session, beside the task's "
-        "own; labels are not read",
+        "Hub id or local folder of images on which the teacher teaches the student in every session, beside the "
+        "task's own; labels are not read",
     )
     unlabelled_split: str | None = _option(
         None, "of a data set; none: the one called unlabelled or unlabeled, or train, or the only one"
@@ -69,6 +69,11 @@ class StreamConfig:
         problems = [*self._class_problems(), *self._split_problems(), *self._number_problems(), *self._view_problems()]
         if problems:
             raise ValueError("These settings make no stream of tasks:\n- " + "\n- ".join(problems))
+
+    @property
+    def labelled(self) -> StreamConfig:
+        """The stream without its unlabelled images."""
+        return replace(self, unlabelled=None, unlabelled_split=None, unlabelled_ratio=1)
 
     def _class_problems(self) -> list[str]:
         """Problems of the tasks and class names given here."""

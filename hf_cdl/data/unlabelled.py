@@ -70,7 +70,7 @@ def put_beside(
         raise ValueError("data.unlabelled would not be used beside `unlabelled`; leave out one of them.")
     if config.unlabelled is None and given is None:
         if config.unlabelled_split is not None or config.unlabelled_ratio != 1:
-            raise ValueError("unlabelled_split and unlabelled_ratio are of data.unlabelled; leave them out, or give it.")
+            raise ValueError("unlabelled_split and unlabelled_ratio are of data.unlabelled: give it or leave them out")
         return [*tasks], []
     table, notes = _read(config) if given is None else (check_tables({"unlabelled": given}, None)["unlabelled"], [])
     where, column = readable(config.unlabelled or "unlabelled"), _image_column(table, config)
@@ -83,7 +83,7 @@ def put_beside(
     if left_out := len(data) - len(kept):
         notes.append(f"left out of {where} are {left_out} images that are validation or test images of the stream")
     if not kept:
-        raise ValueError(f"There are no images in {where} (data.unlabelled) to learn from. Put some there, or leave it out.")
+        raise ValueError(f"{where} (data.unlabelled) has no images to learn from. Put some there, or leave it out.")
     if labels := label_columns(table):
         notes.append(f"the labels of {where} (column {some(labels)}) are not read")
     found = Unlabelled(
@@ -151,14 +151,15 @@ def _digest(data: Dataset, cells: Cells, row: int) -> str | ImageError:
 
 
 class Beside:
-    """A task's images as they are trained on, each with unlabelled ones; keys are those of a ViewSampler.
+    """A task's images as they are trained on, each with unlabelled ones as seen by `roles`; keys as of a ViewSampler.
 
     The pixel values (R, 3, H, W) of the R images beside one are `unlabelled_pixel_values` (and, where another role's
     view differs, `unlabelled_ROLE_pixel_values`). What `unlabelled` gives besides pixel values is not read.
     """
 
-    def __init__(self, images: Any, unlabelled: Any):
-        self.images, self.unlabelled = images, unlabelled
+    def __init__(self, images: Any, unlabelled: Any, *roles: str):
+        self.images = images
+        self.unlabelled = unlabelled.seen_by(*roles) if hasattr(unlabelled, "seen_by") else unlabelled
 
     def __len__(self) -> int:
         return len(self.images)

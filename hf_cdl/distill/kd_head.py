@@ -3,8 +3,8 @@ r"""Distillation into a separate KD head, shared by all terms that use one.
     L = (1 - \alpha) CE(z_{cls}, y) + \alpha K_\tau(z_t || z_{kd})
 
 Cross-entropy trains the CLS head, the distillation loss the KD head z_kd (B, C_t); inference blends both. The terms
-differ in what the KD head reads and which prompts feed it. `weight` is \alpha, `temperature` is \tau; `threshold` masks
-unlabelled images as in kd.py.
+differ in what the KD head reads and which prompts feed it. `weight` is \alpha, `temperature` is \tau; `threshold`
+masks unlabelled images as in kd.py.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ class Term(nn.Module, ABC):
     student's `similarities` to a query; one without `needs_teacher` gets None if there is no teacher; one with
     `needs_hidden_states` uses some, so both models must have token layers; one with `needs_features` uses the CLS
     features, which ordinary classifiers do not expose. A term that does not compare classes (`compares_classes` false)
-    also learns from a task with one class. A term with `reads_unlabelled` also learns from images without labels, which
-    the teacher answers like the others: of outputs with B images the first `len(labels)` have labels. One with
-    `needs_unlabelled` learns from these alone. A field of its config that is about them says so: `unlabelled` in its
+    also learns from a task with one class. A term with `reads_unlabelled` also learns from images without labels,
+    which both models answer like the others: of outputs with B images the first `len(labels)` have labels. One with
+    `needs_unlabelled` learns from these alone. A field of its config that is about them has `unlabelled` in its
     metadata.
     """
 

@@ -5,10 +5,10 @@ that makes the pseudo-label, and \hat q_b = argmax(q_b):
 
     L = 1 / (\mu B) \sum_b 1(max(q_b) >= \tau) CE(z_s(u_b), \hat q_b)
 
-`threshold` is the paper's \tau = 0.95, `weight` its \lambda_u = 1; \mu is `data.unlabelled_ratio`. Ours: the prediction
-is the teacher's instead of the model's own; both see the same augmented view, where the paper has a weak one for q_b
-and a strong one for the model; as for every loss, the classes are those of the current task, so an image of another
-class counts only if the teacher takes it for one of these. The student learns with its CLS head.
+`threshold` is the paper's \tau = 0.95, `weight` its \lambda_u = 1; \mu is `data.unlabelled_ratio` (7 in the paper).
+Ours: the prediction is the teacher's instead of the model's own; both see the same augmented view, where the paper has
+a weak one for q_b and a strong one for the model; as for every loss, the classes are those of the current task, so an
+image of another class counts only if the teacher takes it for one of these. The student learns with its CLS head.
 """
 
 from __future__ import annotations

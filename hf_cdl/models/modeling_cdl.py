@@ -319,8 +319,8 @@ class CDLForImageClassification(Checkpointed):
         The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
         model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
         evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
-        those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: only the first so many images have labels
-        and count in the pool's loss.
+        those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: number of images, from the first, that
+        count in the pool's loss; the others have no labels.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None

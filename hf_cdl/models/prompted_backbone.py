@@ -202,7 +202,8 @@ class PromptedBackbone(PreTrainedModel):
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
         one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id, labelled))
-        prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id, labelled)
+        two_pass = self.config.query != "one_pass"
+        prefix, loss = self._prefixes(query, task_id, labelled) if two_pass else (one_pass, None)
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
@@ -221,7 +222,7 @@ class PromptedBackbone(PreTrainedModel):
         )
 
     def _prefixes(
-        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None
+        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None = None
     ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
         """The prompts of all layers, and the sum of the pool's losses."""
         layers = range(len(families.layers(self.backbone)))

@@ -118,6 +118,21 @@ def check_order(task: Task, seen: Sequence[Task]) -> None:
         )
 
 
+def check_measured(run: Run | None, role: str, seen: Sequence[Task]) -> None:
+    """Raise ValueError if the previous task was stored but not measured: later its model would be gone."""
+    before = run.result(role, seen[-1]) if run is not None and seen else None
+    if before is not None and not before.row:
+        raise ValueError(
+            f"{seen[-1].name} has not been measured yet, but a run keeps the accuracies after every task. "
+            "Call evaluate_seen() after each learn(task); train() does it by itself."
+        )
+
+
+def came_with(model: Any, task: Task) -> bool:
+    """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
+    return not len(task.train) and model.tasks[task.index : task.index + 1] == [list(task.class_names)]
+
+
 def check_new(model: Any, task: Task) -> None:
     """Raise ValueError if a model that learns has been trained on a task already, even in part."""
     if task.index < model.trained_tasks and (model.fitted or model.trains(task.index)):

@@ -16,12 +16,11 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
-from hf_cdl.data.unlabelled import Beside, together
+from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
@@ -89,15 +88,6 @@ class TaskTrainer(SteeredTrainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
         return self.optimizer
 
-    def _trained_on(self, task: Task) -> Any:
-        """The images of a task as they are trained on; beside unlabelled ones, if a term learns from these."""
-        images = self._as_seen(task.train, task.classes, *self.teacher.views)
-        if not (self.objective.reads_unlabelled and task.unlabelled is not None):
-            return images
-        beside: Any = task.unlabelled
-        seen = beside.seen_by(self.role, *self.teacher.views) if hasattr(beside, "seen_by") else beside
-        return Beside(images, seen)
-
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -123,9 +113,9 @@ class TaskTrainer(SteeredTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step, each with the `weight` of its loss: n_i k P / N.
 
-        n_i: its labelled images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k and
-        gradients are averaged over processes, so the weighted micro-batch means add up to the mean over all N images. So
-        do means over labelled and unlabelled images, as there are equally many of these beside each labelled one.
+        n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k and
+        gradients are averaged over processes, so the weighted micro-batch means add up to the mean over all N images.
+        So do means over labelled and unlabelled images: there are equally many of these beside each labelled one.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         per_epoch = -(-self._rounds.count // self.args.gradient_accumulation_steps)
@@ -159,20 +149,6 @@ class TaskTrainer(SteeredTrainer):
         return self.lr_scheduler
 
     # ---- losses ----
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Compute the objective on a batch: one query pass, one teacher pass without gradient, one student pass.
-
-        `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
-        """
-        task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, together(inputs), task.index)
-        losses = self.objective(student, teacher, inputs["labels"], task.classes)
-        self._note_losses(losses, weight)
-        loss = weight * losses["loss"]
-        return (loss, student) if return_outputs else loss
 
     def _steps_before(self) -> int:
         """Optimizer steps of all earlier tasks, from which the trackers' step count continues."""
