@@ -167,7 +167,7 @@ def told_unlabelled(recipe: Recipe, run: Run) -> str:
     when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
     return (
         f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}: {', '.join(found['terms'])} learns from "
-        f"{ratio} beside each training image, in {when}; their labels, if there are any, are not read"
+        f"{ratio} beside each training image, in {when}"
     )
 
 
