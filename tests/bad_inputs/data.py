@@ -306,9 +306,16 @@ WORD: Any = "vit"
 NOTHING: Any = None
 FIELDS: Any = {"path": "x"}
 ONE_EACH = StreamConfig(classes_per_task=1)
+TWICE, SHARE = (StreamConfig(classes_per_task=1, **one) for one in ({"unlabelled": "more"}, {"unlabelled_ratio": 2}))
+PATHS: Any = ["x.png"]
 KNOWN = StreamConfig(classes_per_task=1, known_classes=[["class b"]])
 ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ignore")
 CALLS = [
+    call("unlabelled paths", lambda p: TaskStream(ONE_EACH, {}, dataset=both(), unlabelled=PATHS), "unlabelled"),
+    call(
+        "unlabelled images twice", lambda p: TaskStream(TWICE, {}, dataset=both(), unlabelled=both()["train"]), "leave"
+    ),
+    call("unlabelled images of a share", lambda p: TaskStream(SHARE, {}, dataset=both()), "unlabelled_ratio"),
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
     call(
