@@ -151,8 +151,8 @@ def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(
     source: Path, finished: Path, task: str, tmp_path: Path
 ) -> None:
     """Stored after every second step, three a epoch, so that it resumes within an epoch; bit by bit the same."""
-    steps = ("--train.save_strategy", "steps", "--train.save_steps", 2, "--teacher_from", finished)
-    command = (source / "taught.yaml", *steps, "--output_dir")
+    stored = "{save_strategy: steps, save_steps: 2}"
+    command = (source / "taught.yaml", "--student.train", stored, "--teacher_from", finished, "--output_dir")
     assert train(*command, tmp_path / "whole")[0] == 0
     work = tmp_path / "cut" / "work" / f"student-{task}"
     interrupt_when(lambda: (work / "checkpoint-4").exists(), *command, tmp_path / "cut")

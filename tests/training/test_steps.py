@@ -90,8 +90,8 @@ def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) ->
 def learnt(case: str, images: int, folder: Path, **train: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """The resulting weights of a student and of the terms' layers, and its log."""
     trainer, task = trainer_of(case, folder, **train), task_of(images)
-    if case == "unlabelled":  # labels that are in no task are not read
-        task = replace(task, unlabelled=Images(7, first=100), unlabelled_ratio=2)
+    if case == "unlabelled":
+        task = replace(task, unlabelled=Images(7), unlabelled_ratio=2)
     trainer.model.begin_task(task.class_names)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.learn(task)
