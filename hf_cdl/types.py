@@ -103,7 +103,8 @@ class TaskSplit(Protocol):
 class Task:
     """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order.
 
-    A task learnt elsewhere has no training images, and test images only if they are provided.
+    A task learnt elsewhere has no training images, and test images only if they are provided. `unlabelled` are images
+    without labels on which a teacher teaches its student beside the task's own, `unlabelled_ratio` of them for each.
     """
 
     index: int
@@ -112,6 +113,8 @@ class Task:
     train: TaskSplit
     validation: TaskSplit | None
     test: TaskSplit
+    unlabelled: TaskSplit | None = None
+    unlabelled_ratio: int = 1
 
     @property
     def classes(self) -> slice:

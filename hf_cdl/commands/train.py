@@ -19,7 +19,7 @@ from hf_cdl.commands.example import NAMES, write_example
 from hf_cdl.commands.images import explained, names_images, recommended
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size
-from hf_cdl.distill import Objective
+from hf_cdl.distill import TERMS, Objective
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
@@ -155,7 +155,21 @@ def check(recipe: Recipe, run: Run) -> None:
 
 
 def bind(run: Run, stream: TaskStream) -> None:
-    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
+    unlabelled = None
+    if stream.unlabelled is not None:
+        terms = [term["type"] for term in run.recipe["distill"] if TERMS[term["type"]].reads_unlabelled]
+        unlabelled = {"images": len(stream.unlabelled), "terms": terms}
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images, unlabelled)
+
+
+def told_unlabelled(recipe: Recipe, run: Run) -> str:
+    """How many unlabelled images there are, and what learns from them when."""
+    found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
+    when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
+    return (
+        f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}: {', '.join(found['terms'])} learns from "
+        f"{ratio} beside each training image, in {when}"
+    )
 
 
 def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream, list[CDLTrainer]]:
@@ -184,6 +198,8 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         for line in explained(recipe, stream) if chosen else ():
             say(line)
     bind(run, stream)
+    if stream.unlabelled is not None:
+        say(f"note: {told_unlabelled(recipe, run)}")
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")

@@ -18,7 +18,7 @@ from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
 from hf_cdl.runs.files import RunError, damage
-from hf_cdl.runs.ledger import CHANGED, data_changes, revision_name, stored_tasks
+from hf_cdl.runs.ledger import CHANGED, data_changes, labelled_part, revision_name, stored_tasks
 from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
@@ -94,8 +94,8 @@ def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
     """Check that the data give the stream the run was trained on. Raises RunError if not."""
     if ledger["stream"] is None:
         return
-    stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # without processors: no image is decoded
-    if stream.fingerprint != ledger["stream"]:
+    stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)  # without processors: no image is decoded
+    if stream.fingerprint != labelled_part(ledger["stream"]):
         changes = data_changes(ledger, [list(task.class_names) for task in stream], stream.images)
         raise RunError(
             f"The data changed since {visible(folder)} was trained (stream {visible(ledger['stream'])}, now "
@@ -133,7 +133,7 @@ def measure_again(
             if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt in another run
                 continue
             processor = load_processor(checkpoint)
-            stream = TaskStream(recipe.data, processor, seed=recipe.seed)
+            stream = TaskStream(recipe.data.labelled, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
                 given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}

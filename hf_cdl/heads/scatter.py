@@ -42,7 +42,7 @@ def shrunk(scatter: torch.Tensor, images: int, scale: torch.Tensor) -> Scatter:
 
 
 def deviations(gram: torch.Tensor, mean: torch.Tensor, images: int) -> torch.Tensor:
-    """Deviations (D,) of the dimensions, of a Gram matrix (D, D) and the mean (D,); not too small for constant ones."""
+    """Deviations (D,) of the dimensions, of a Gram matrix (D, D) and the mean (D,), none of them too small."""
     square = gram.diagonal() / images
     found = (square - mean.square()).clamp(min=0).sqrt()
     least = torch.maximum(_LEAST * found.mean(), _ROUNDING * square.mean().sqrt())

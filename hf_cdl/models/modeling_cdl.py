@@ -318,13 +318,15 @@ class CDLForImageClassification(Checkpointed):
         task_id: int | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        labelled: int | None = None,
     ) -> CDLOutput:
         """Compute logits of images (B, 3, H, W) over all classes seen so far, and the loss given labels (B,).
 
         The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
         model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
         evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
-        those to keep: 0 for the embeddings, -1 for the last layer.
+        those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: number of images, from the first, that
+        count in the pool's loss; the others have no labels.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None
@@ -335,6 +337,7 @@ class CDLForImageClassification(Checkpointed):
             pixel_values,
             query,
             None if self.fitted and self.session_head is None else task_id,  # fixed prompts no longer belong to a task
+            labelled,
             reads_layers=self._heads()[0].reads_layers,
             asked=output_hidden_states,
             output_attentions=output_attentions,

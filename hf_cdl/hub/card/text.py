@@ -225,6 +225,13 @@ def data_facts(results: Results) -> list[str]:
         f"Stream: {sum(counts)} classes in {len(counts)} tasks, "
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
+    if (beside := results.get("unlabelled")) is not None:
+        name, terms = recipe["data"]["unlabelled"], ", ".join(f"`{markdown(term)}`" for term in beside["terms"])
+        where = "in the first session" if recipe["student"]["first_session"] else "in every session"
+        facts.append(
+            f"Unlabelled images: {beside['images']} of {code(by_name(name))}, from which the student learnt {where} "
+            f"by its teacher's answers ({terms}); labels of theirs, if there are any, were not read"
+        )
     return facts
 
 
