@@ -255,7 +255,7 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
         if task not in to_learn:
             continue
         later = [other for other in stream if other.index > task.index]
-        rows = {trainer.role: trainer.evaluate_seen(later) for trainer in trainers}
+        rows = {trainer.role: trainer.evaluate_seen(later, stream.foreign) for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
         for role, result in rows.items():

@@ -120,11 +120,12 @@ def _measuring(train: Any) -> dict[str, Any]:
 
 
 def measure_again(
-    folder: Path, recipe: Recipe, split: str, *only: str
+    folder: Path, recipe: Recipe, split: str, *only: str, others: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
     """Measure each checkpoint of a run (of the roles `only`, or all) on a split; yields path, ledger entry, result.
 
-    `recipe`: the run's recipe. Its plugins are not run here.
+    `recipe`: the run's recipe. Its plugins are not run here. `others`: also on images that the checkpoint should not
+    answer, of later tasks and foreign ones, as far as it tells.
     """
     ledger = stored_ledger(folder)
     for role, entries in ledger["entries"].items():
@@ -145,5 +146,6 @@ def measure_again(
                     raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
                 trainer = CDLTrainer(model, arguments, eval_split=split)
                 tasks = [stream[i] for i in range(entry["task"] + 1)]
-                answers = trainer.answer(tasks) if any(len(getattr(task, split)) for task in tasks) else {}
+                beside = (list(stream)[len(tasks) :], stream.foreign) if others else ()
+                answers = trainer.answer(tasks, *beside) if any(len(getattr(task, split)) for task in tasks) else {}
             yield checkpoint, entry, TaskResult(role, entry["task"], **answers)

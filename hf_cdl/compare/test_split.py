@@ -86,12 +86,13 @@ def _file(comparison: Comparison, run: PlannedRun) -> Path:
 def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
     """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
-    for _, _, result in measure_again(run.folder, run.recipe, "test", *comparison.spec.variants[run.variant].rows):
+    chosen = comparison.spec.variants[run.variant].rows
+    for _, _, result in measure_again(run.folder, run.recipe, "test", *chosen, others=True):
         roles.setdefault(result.role, []).append(result)
     results: Any = run.results()
     for role, found in roles.items():
         matrix, counts = [result.row for result in found], found[-1].counts
-        lists = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
+        lists = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy", "known")
         results["roles"][role] |= {
             "accuracy_matrix": matrix,
             "correct": [result.correct for result in found],

@@ -63,6 +63,11 @@ class StreamConfig:
         None, "of a data set; none: the one called unlabelled or unlabeled, or train, or the only one"
     )
     unlabelled_ratio: int = _option(1, "unlabelled images beside each training image, in every batch")
+    foreign: str | None = _option(
+        None,
+        "Hub id or local folder of images of none of the classes, of which the results say how many would be answered "
+        "(see a head's known); labels are not read",
+    )
     max_pixels: int = _option(MAX_PIXELS, "an image of more pixels (width * height) is refused before it is unpacked")
 
     def __post_init__(self) -> None:
@@ -116,7 +121,16 @@ class StreamConfig:
             )
         if len(set(splits)) < len(splits):
             problems.append(f"train_split, validation_split and test_split must differ, but are {some(splits)}")
-        for source in ("path", "name", "revision", "image_column", "label_column", "unlabelled", "unlabelled_split"):
+        for source in (
+            "path",
+            "name",
+            "revision",
+            "image_column",
+            "label_column",
+            "unlabelled",
+            "unlabelled_split",
+            "foreign",
+        ):
             if (value := getattr(self, source)) is not None and not str(value).strip():
                 problems.append(f"{source} is {value!r}, but must not be empty; give one, or leave it out")
         if self.eval_split not in ("test", "validation"):

@@ -27,7 +27,7 @@ from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
 from hf_cdl.data.task_split import TaskSplit
-from hf_cdl.data.unlabelled import Unlabelled, put_beside
+from hf_cdl.data.unlabelled import Unlabelled, foreign_images, put_beside
 from hf_cdl.data.views import Preprocess, same_view
 from hf_cdl.types import Task
 
@@ -80,7 +80,8 @@ class TaskStream:
         tasks = [*known, *([names[c] for c in classes] for classes in plan)]
         alone = list(source.cut(tasks, len(known), config.eval_split))
         self._tasks, notes = put_beside(alone, config, unlabelled, views)
-        self.notes += notes
+        self.foreign, more = foreign_images(config, views)
+        self.notes += [*notes, *more]
 
     def __getitem__(self, index: int) -> Task:
         return self._tasks[index]
@@ -101,7 +102,7 @@ class TaskStream:
         """16 hex digits that depend on the classes, their order, the tasks, the rows and the file sizes.
 
         Independent of folder and machine: the same data elsewhere has the same fingerprint. If there are unlabelled
-        images, a + and 16 digits that depend on their content follow.
+        or foreign images, a + and 16 digits that depend on their content follow.
         """
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
@@ -112,8 +113,8 @@ class TaskStream:
                     sizes[split.name] = split.cells.sizes(split.data)
                 digest.update(f"{role} {split.name} {split.labels}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
-        unlabelled = self.unlabelled
-        return digest.hexdigest()[:16] + ("" if unlabelled is None else f"+{unlabelled.fingerprint}")
+        beside = [images.fingerprint for images in (self.unlabelled, self.foreign) if images is not None]
+        return "+".join([digest.hexdigest()[:16], *beside])
 
     @property
     def unlabelled(self) -> Unlabelled | None:
@@ -139,7 +140,8 @@ class TaskStream:
         refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
         parts: list[Any] = [(task, role, split) for task in self for role, split in _parts(task)]
-        parts += [] if self.unlabelled is None else [(None, "unlabelled", self.unlabelled)]
+        for name, images in (("unlabelled", self.unlabelled), ("foreign", self.foreign)):
+            parts += [] if images is None else [(None, name, images)]
         bad: list[str] = []
         flat: dict[str, _Flat] = {}  # per class
         with (

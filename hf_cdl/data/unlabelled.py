@@ -1,4 +1,4 @@
-"""Images without labels, on which a teacher teaches its student beside the images of a task.
+"""Images without labels, on which a teacher teaches its student beside the images of a task, and foreign images.
 
 They come from a folder, with all images in and below it, or from a table. Labels and the names of folders are never
 read: the order of the images is that of their digests. Images that are also validation or test images of the stream
@@ -37,6 +37,8 @@ from hf_cdl.types import Task
 
 _SPLITS = ("unlabelled", "unlabeled", "unsupervised", *USUAL_SPLITS["train"])
 """Splits whose images are read, the first one that there is."""
+_FOREIGN = ("foreign", *USUAL_SPLITS["test"], *USUAL_SPLITS["train"])
+"""The same for foreign images, which are measured."""
 _BESIDE = "unlabelled_"
 """Prefix of the pixel values, in a batch, of unlabelled images."""
 
@@ -72,9 +74,11 @@ def put_beside(
         if config.unlabelled_split is not None or config.unlabelled_ratio != 1:
             raise ValueError("unlabelled_split and unlabelled_ratio are of data.unlabelled: give it or leave them out")
         return [*tasks], []
-    table, notes = _read(config) if given is None else (check_tables({"unlabelled": given}, None)["unlabelled"], [])
-    where, column = readable(config.unlabelled or "unlabelled"), _image_column(table, config)
-    data = table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    if config.unlabelled is not None:
+        table, notes = _read(config.unlabelled, config.unlabelled_split, "unlabelled", _SPLITS)
+    else:
+        table, notes = check_tables({"unlabelled": given}, None)["unlabelled"], []
+    where, data = readable(config.unlabelled or "unlabelled"), _pictures(table, config)
     cells = cells_of(config.unlabelled, config.max_pixels)
     measured = [split for task in tasks for split in (task.validation, task.test) if isinstance(split, TaskSplit)]
     digests = _digests(data, cells, range(len(data)), "Reading unlabelled images")
@@ -95,20 +99,32 @@ def put_beside(
     return [replace(t, unlabelled=b, unlabelled_ratio=ratio) for t, b in zip(tasks, beside, strict=True)], notes
 
 
-def _read(config: StreamConfig) -> tuple[Dataset, list[str]]:
-    """The table of images that `data.unlabelled` names, and notes for the user."""
-    path, wanted = config.unlabelled, config.unlabelled_split
-    found = load_splits(path, None, None, [], read=_read_folder, field="unlabelled")
-    usual = [name for word in _SPLITS for name in found if name.casefold() == word]
-    name = wanted or next(iter(usual or (found if len(found) == 1 else ())), None)
+def foreign_images(config: StreamConfig, views: Mapping[str, Preprocess]) -> tuple[Unlabelled | None, list[str]]:
+    """The images of no class that `config` names, and notes for the user. Raises ValueError if there are none."""
+    if config.foreign is None:
+        return None, []
+    table, notes = _read(config.foreign, None, "foreign", _FOREIGN)
+    data, cells = _pictures(table, config), cells_of(config.foreign, config.max_pixels)
+    if not len(data):
+        raise ValueError(f"{readable(config.foreign)} (data.foreign) has no images. Put some there, or leave it out.")
+    digests = _digests(data, cells, range(len(data)), "Reading foreign images")
+    return Unlabelled(data, "foreign", 0, np.arange(len(data)), [], views, cells, digests=tuple(digests)), notes
+
+
+def _read(path: str, wanted: str | None, field: str, usual: Sequence[str]) -> tuple[Dataset, list[str]]:
+    """The table of images that a field of `data` names, of the split `wanted` or a usual one, and notes."""
+    found = load_splits(path, None, None, [], read=_read_folder, field=field)
+    named = [name for word in usual for name in found if name.casefold() == word]
+    name = wanted or next(iter(named or (found if len(found) == 1 else ())), None)
     if name is None or name not in found:
+        way = f"data.{field}_split" if field == "unlabelled" else f"putting them alone into data.{field}"
         raise ValueError(
-            f"The splits of {readable(str(path))} (data.unlabelled) are {some(found)}"
+            f"The splits of {readable(path)} (data.{field}) are {some(found)}"
             + (". Name the one with the images" if wanted is None else f", and {wanted!r} is none of them. Name one")
-            + " by data.unlabelled_split."
+            + f" by {way}."
         )
     others = [other for other in found if other != name]
-    return found[name], [f"not read are the splits {some(others)} of the unlabelled images"] if others else []
+    return found[name], [f"not read are the splits {some(others)} of the {field} images"] if others else []
 
 
 def _read_folder(root: Path, named: Iterable[str], label_column: str | None) -> Mapping[str, Dataset]:
@@ -119,6 +135,12 @@ def _read_folder(root: Path, named: Iterable[str], label_column: str | None) -> 
     files = [str(file) for file in image_files(root)]
     features = datasets.Features({"image": ImageFeature(decode=False)})
     return {"unlabelled": Dataset.from_dict({"image": files}, features=features)}
+
+
+def _pictures(table: Dataset, config: StreamConfig) -> Dataset:
+    """The images of a table alone, not decoded."""
+    column = _image_column(table, config)
+    return table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
 def _image_column(table: Dataset, config: StreamConfig) -> str:

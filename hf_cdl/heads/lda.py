@@ -97,13 +97,8 @@ class LdaHead(SumsHead):
         With d = h - \mu_y, the mean becomes \mu_y - d / (n_y - 1) and the covariance \Sigma_a - k d d^T, whose inverse
         follows by Sherman and Morrison.
         """
-        count, labels = self.of_classes("count"), movable(labels)
-        means = self.of_classes("total") / count.clamp(min=1)[:, None]
-        factor = self._factor
-        if factor is None:
-            factor = self._factorised(self.gram_matrix(), means, count.to(means))
-        inverse = torch.cholesky_inverse(factor)
-        h = movable(features).double()
+        count, means, inverse = self._solved()
+        h, labels = movable(features).double(), movable(labels)
         rest = (count[labels] - 1).clamp(min=1).to(h)[:, None]
         d = h - means[labels]
         mapped, weight = d @ inverse, means @ inverse
@@ -116,3 +111,27 @@ class LdaHead(SumsHead):
         square = (weight * means).sum(dim=1) - 2 * own * (mapped @ means.T) + own.square() * size
         linear = linear + gain * along * (mapped * h).sum(dim=1, keepdim=True)
         return linear - (square + gain * along.square()) / 2
+
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor:
+        r"""Scores by the covariance without these images; the shrinkage's share of the identity stays.
+
+        With U the images' deviations from their mean and P = \Sigma_a^{-1}, the inverse of \Sigma_a - k U^T U is
+        P + k P U^T (I - k U P U^T)^{-1} U P (Woodbury).
+        """
+        _, means, inverse = self._solved()
+        h = movable(features).double()
+        u = h - means[label]
+        mapped = u @ inverse
+        k = (1 - self.choice_made) / int(self.images)
+        gain = k * torch.linalg.solve(torch.eye(len(h)).to(h) - k * mapped @ u.T, mapped)
+        weight = means @ inverse + means @ mapped.T @ gain
+        return h @ weight.T - (weight * means).sum(dim=1) / 2
+
+    def _solved(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class counts and means, and the inverse of the shrunk covariance."""
+        count = self.of_classes("count")
+        means = self.of_classes("total") / count.clamp(min=1)[:, None]
+        factor = self._factor
+        if factor is None:
+            factor = self._factorised(self.gram_matrix(), means, count.to(means))
+        return count, means, torch.cholesky_inverse(factor)

@@ -131,12 +131,24 @@ class RidgeHead(SumsHead):
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         r"""(f - l y) / (1 - l) of scores f, targets y and leverage l = h^T (G + \lambda I)^{-1} h."""
-        h, factor = movable(features).double(), self._factor
-        if factor is None:
-            gram = self.gram_matrix()
-            gram.diagonal().add_(self.choice_made)
-            factor = torch.linalg.cholesky(gram)
-        leverage = (h * torch.cholesky_solve(h.T, factor).T).sum(dim=1, keepdim=True)
+        h = movable(features).double()
+        leverage = (h * torch.cholesky_solve(h.T, self._solved()).T).sum(dim=1, keepdim=True)
         factors = self._factors(self.of_classes("count"))
         scores = h @ self.of_classes("weight").double().T
         return (scores - leverage * factors * F.one_hot(movable(labels), scores.shape[1])) / (1 - leverage)
+
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor | None:
+        r"""(I - K)^{-1} F of scores F and K = H (G + \lambda I)^{-1} H^T; the factors of `balanced` stay."""
+        if self.needs_teacher:  # other classes had a part in these images' targets
+            return None
+        h = movable(features).double()
+        kept = torch.eye(len(h)).to(h) - h @ torch.cholesky_solve(h.T, self._solved())
+        return torch.linalg.solve(kept, h @ self.of_classes("weight").double().T)
+
+    def _solved(self) -> torch.Tensor:
+        r"""Cholesky factor of G + \lambda I."""
+        if self._factor is not None:
+            return self._factor
+        gram = self.gram_matrix()
+        gram.diagonal().add_(self.choice_made)
+        return torch.linalg.cholesky(gram)

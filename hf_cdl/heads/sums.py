@@ -152,8 +152,12 @@ class SumsHead(FittedHead):
         for value in self.blocks[task].buffers():
             init.zeros_(value)
 
+    def standardised(self, features: torch.Tensor) -> torch.Tensor:
+        """The own features (B, D), standardised if the head does that."""
+        return super().prepare(features)
+
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        features = super().prepare(features)
+        features = self.standardised(features)
         if self.projection is None:
             return features
         mapped = torch.relu(features @ self.projection)
@@ -278,29 +282,39 @@ class SumsHead(FittedHead):
     def fit_recent(self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, *layers: Any) -> None:
         super().fit_recent(scores, labels, features, *layers)
         if self.known is not None:
-            x, logits = movable(super().prepare(features)), self.scaled(scores)
+            x, logits = movable(self.standardised(features)), self.scaled(scores)
             share = share_of(len(labels))
             centres, count = self.of_classes("centre"), self.of_classes("count")
-            self.known.fit(x, *map(movable, layers), labels, logits, centres, count, share)
-            self._factor = None
-            if (strange := unlearnt(self, features, labels.to(features.device), *layers)) is not None:
+            read = [movable(value) for value in layers]
+            self.known.fit(x, *read, labels, logits, centres, count, share)
+            if (strange := unlearnt(self, movable(features), labels, *read)) is not None:
                 self.known.note_strange(strange, share)
 
     def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
         if self.known is None:
             return None
         centres = torch.cat([sums_of(block).centre for block in self.blocks])
-        return self.known(super().prepare(features), layers, logits, centres)
+        return self.known(self.standardised(features), layers, logits, centres)
 
-    def _solve_known(self, known: Known, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Solve for how known images are, from G, class sums and counts; returns the rows `centre` (C, D)."""
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor | None:
+        """Scores (N, C) of all images of a class, prepared features (N, M), by a head that never learnt them.
+
+        The column of the class means nothing. None for a head that cannot tell.
+        """
+        return None
+
+    def own_sums(self, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gram matrix (D, D) and class sums (C, D) of the own features, from G, and class counts (C,)."""
         own, size = self._own, self.hidden_size
+        total = self.of_classes("total")[:, :size] / own
+        return gram[:size, :size] / own**2, total, self.of_classes("count")
+
+    def layer_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gram matrices (3, W, W) and sums (3, W) of the means of layers."""
+        total = self.of_classes("layer_total").sum(dim=0)
         if self.layer_gram is not None:
-            squares = read(self.layer_gram)
-        else:
-            squares = unpacked(known.layer_means.shape[1], self.of_classes("layer_grams").sum(dim=0))
-        sums = self.of_classes("layer_total").sum(dim=0)
-        return known.solve(gram[:size, :size] / own**2, total[:, :size] / own, count, squares, sums)
+            return read(self.layer_gram).clone(), total
+        return unpacked(total.shape[-1], self.of_classes("layer_grams").sum(dim=0)), total
 
     @torch.no_grad()
     def end_task(self) -> None:
@@ -312,20 +326,15 @@ class SumsHead(FittedHead):
         total, count, gram = self.of_classes("total"), self.of_classes("count"), self.gram_matrix()
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
-        self.solve_all(gram, total, count)
-        try:
-            super().end_task()
-        finally:
-            self._factor = None
-
-    @torch.no_grad()
-    def solve_all(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Solve for all classes, with the options as they are; `gram` is used up."""
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
-            solved["centre"] = self._solve_known(self.known, gram, total, count)
+            solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())
         solved["weight"], solved["bias"] = self.solve(gram, total, count.to(total))
         for name, rows in solved.items():
             of_blocks = () if rows is None else rows.split([len(sums_of(block).count) for block in self.blocks])
             for block, own in zip(self.blocks, of_blocks, strict=False):
                 getattr(block, name).copy_(own)
+        try:
+            super().end_task()
+        finally:
+            self._factor = None

@@ -8,36 +8,32 @@ from typing import Any
 import torch
 
 _CLASSES = 8
-"""Classes that are left out, one after another: each needs a solution of its own."""
+"""Classes that are left out, one after another."""
 
 
 @torch.no_grad()
 def unlearnt(head: Any, features: torch.Tensor, labels: torch.Tensor, layers: torch.Tensor) -> torch.Tensor | None:
-    """How known images are (N,) to heads that never learnt their class; None if no class can be left out.
+    """How known images are (N,) to a head that never learnt their class; None if no class can be left out.
 
     `features` (B, D), `labels` (B,), `layers` (B, 3, W) as they were learnt. Classes of which there are all images can
-    be left out; of many, 8 are. The option that the head chose stays.
+    be left out; of many, 8 are. What the head chose or fitted stays.
     """
-    count = head.of_classes("count").tolist()
-    whole = [label for label in labels.unique().tolist() if int((labels == label).sum()) == count[label]]
-    if len(count) < 2 or head.needs_teacher:
-        return None
-    found = []
+    gram, total, count = head.own_sums(head.gram_matrix())
+    squares, sums = head.layer_sums()
+    whole = [c for c in labels.unique().tolist() if int((labels == c).sum()) == int(count[c]) < int(count.sum())]
+    x, layers, found = head.standardised(features).double(), layers.double(), []
     for label in whole[:: -(-len(whole) // _CLASSES) or 1]:
-        own = labels == label
-        without = copy.deepcopy(head)
-        without.accumulate(features[own], labels[own], sign=-1, layers=layers[own])
-        task, row = _place(head, label)
-        without.keep(task, [other for other in range(len(head.blocks[task].count)) if other != row])
-        without.solve_all(without.gram_matrix(), without.of_classes("total"), without.of_classes("count"))
-        found.append(without.how_known(features[own], layers[own], without(features[own])))
+        own, rest = labels == label, [c for c in range(len(count)) if c != label]
+        scores = head.class_left_out(head.prepare(features[own]), label)
+        if scores is None:
+            return None
+        without = copy.deepcopy(head.known)
+        centres = without.solve(
+            gram - x[own].T @ x[own],
+            total[rest],
+            count[rest],
+            squares - torch.einsum("nlw,nlv->lwv", layers[own], layers[own]),
+            sums - layers[own].sum(dim=0),
+        )
+        found.append(without(x[own], layers[own], head.scaled(scores[:, rest]), centres))
     return torch.cat(found) if found else None
-
-
-def _place(head: Any, label: int) -> tuple[int, int]:
-    """Task and row of a class."""
-    for task, block in enumerate(head.blocks):
-        if label < len(block.count):
-            return task, label
-        label -= len(block.count)
-    raise IndexError(label)

@@ -17,7 +17,7 @@ from hf_cdl.distill import TERMS, Term
 from hf_cdl.distill.objective import Asks
 from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS
-from hf_cdl.recipe.fields import BASELINES, ModelRecipe, Recipe
+from hf_cdl.recipe.fields import BASELINES, RECOMMENDED, ModelRecipe, Recipe
 from hf_cdl.recipe.training import training_problems
 from hf_cdl.recipe.type_checks import default_of
 from hf_cdl.registry import Registry
@@ -109,6 +109,7 @@ def broken_rules(content: dict[str, Any]) -> Iterator[str]:
         yield from _prompt_rules(model)
         yield from training_problems(content, model.role)
     yield from _unlabelled_rules(content, models)
+    yield from _foreign_rules(content, models)
     yield from _teacher_rules(content, models)
     yield from _plain_rules(content, models, terms)
     yield from _saving_rules(content, models)
@@ -183,6 +184,15 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Ite
             "of them out (what the protocol sets may be set without it: normalise, train.epoch_cosine, "
             "train.dataloader_drop_last)"
         )
+
+
+def _foreign_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+    """Foreign images are measured by heads that say how known an image is."""
+    data, tells = content.get("data"), RECOMMENDED in (content.get("baselines") or ())
+    tells = tells or any(model.part("head").get("known") is not None for model in models.values())
+    if isinstance(data, dict) and data.get("foreign") is not None and not tells:
+        why = "no head says how known an image is; set known: 0.95 in a head of sums (ridge, lda), or leave it out"
+        yield f"'data.foreign' would have no effect: {why}"
 
 
 def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:

@@ -102,6 +102,6 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
     student = recipe["student"]
     return {
         **{key: recipe[key] for key in (role, "train", "seed", "normalise")},
-        "data": {key: value for key, value in recipe["data"].items() if not key.startswith("unlabelled")},
+        "data": {key: value for key, value in recipe["data"].items() if not key.startswith(("unlabelled", "foreign"))},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
