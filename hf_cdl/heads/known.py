@@ -25,6 +25,9 @@ LAYERS = 3
 _STEPS = 200
 """Steps of the tables of quantiles: shares are told to half a percent."""
 
+_SMALLEST = 1e-2
+"""Least deviation that z divides by: the entropies of a head that is always sure hardly vary."""
+
 
 def layers_read(depth: int) -> list[int]:
     """Indices of the hidden states that are looked at, of a backbone with `depth` layers."""
@@ -118,10 +121,10 @@ class Known(nn.Module):
         parts = self._parts(near.amin(dim=1), around, deep, logits)
         if not self.fitted:
             share = 1.0
-        gauge = torch.stack([parts.mean(dim=0), parts.std(dim=0, correction=0).clamp(min=1e-6)])
+        gauge = torch.stack([parts.mean(dim=0), parts.std(dim=0, correction=0).clamp(min=_SMALLEST)])
         gauge = torch.cat([gauge, torch.zeros_like(gauge[:, :1])], dim=1)
         unusual = -((parts[:, 3:] - gauge[0, 3:-1]) / gauge[1, 3:-1]).square().mean(dim=1)
-        gauge[0, -1], gauge[1, -1] = unusual.mean(), unusual.std(correction=0).clamp(min=1e-6)
+        gauge[0, -1], gauge[1, -1] = unusual.mean(), unusual.std(correction=0).clamp(min=_SMALLEST)
         self.gauge.lerp_(gauge.to(self.gauge), share)
         self._note(self.quantiles, self._sum(parts), share)
 
@@ -177,7 +180,7 @@ class Known(nn.Module):
 
     def _sum(self, parts: torch.Tensor) -> torch.Tensor:
         mean, deviation = self.gauge.to(parts)
-        deviation = deviation.clamp(min=1e-6)  # 0 before anything was learnt
+        deviation = deviation.clamp(min=_SMALLEST)  # 0 before anything was learnt
         scaled = (parts - mean[:-1]) / deviation[:-1]
         unusual = -scaled[:, 3:].square().mean(dim=1)
         return scaled[:, :3].sum(dim=1) + (unusual - mean[-1]) / deviation[-1]

@@ -125,7 +125,8 @@ class LdaHead(SumsHead):
         k = (1 - self.choice_made) / int(self.images)
         gain = k * torch.linalg.solve(torch.eye(len(h)).to(h) - k * mapped @ u.T, mapped)
         weight = means @ inverse + means @ mapped.T @ gain
-        return h @ weight.T - (weight * means).sum(dim=1) / 2
+        fewer = 1 - len(h) / int(self.images)  # the covariance is one of fewer images
+        return fewer * (h @ weight.T - (weight * means).sum(dim=1) / 2)
 
     def _solved(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Class counts and means, and the inverse of the shrunk covariance."""

@@ -160,7 +160,7 @@ def test_what_a_class_never_learnt_would_get_is_what_a_head_without_it_says(kind
         for name in ("gauge", "quantiles"):
             getattr(other.known, name).copy_(getattr(built.known, name))
         want = told(other, features[labels == label], layers[labels == label])
-        size = 1e-3 if kind == "ridge" else 0.05
+        size = 1e-3 if kind == "ridge" else 0.2
         torch.testing.assert_close(found[label * 30 : label * 30 + 30], want, rtol=size, atol=10 * size)
     measured = float((found >= built.known.threshold(0.95)).float().mean())
     assert built.known.passing(0.95) == pytest.approx(measured, abs=0.02)
