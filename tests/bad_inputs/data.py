@@ -32,6 +32,17 @@ def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY
     return Row(name, make, says or ("bad",), way)
 
 
+def foreign(name: str, make: Callable[[], Any], *says: str, way: str = WAY) -> Row:
+    """A run that measures foreign images in the folder `more`, which a callable creates."""
+
+    def act(parts: Parts) -> Command:
+        make()
+        recipe = parts.write({"data.foreign": "./more", "baselines": ["ridge_head"]})
+        return command("train", recipe, "--output_dir", "run")
+
+    return Row(f"foreign images: {name}", act, says, way)
+
+
 def beside(name: str, build: Callable[[Parts], Any], *says: str, way: str = WAY, **fields: Any) -> Row:
     """A run on good data with unlabelled images in the folder `more`, which a callable creates."""
 
@@ -140,6 +151,10 @@ PLACES = [
     data("no folder at an absolute path", lambda parts: None, "/gone/away", way="data.path", path="/gone/away"),
     data("nothing on the Hub", lambda parts: None, "nobody/nothing", way="local", path="nobody/nothing"),
     beside("no folder", lambda parts: None, "./gone", way="data.unlabelled", unlabelled="./gone"),
+    foreign("no folder", lambda: None, "./more", way="data.foreign"),
+    foreign("an empty folder", lambda: os.mkdir("more"), "more", way="data.foreign"),
+    foreign("a text", lambda: (os.mkdir("more"), Path("more/a.png").write_text("x")), "a.png"),
+    foreign("several splits", lambda: test_images("more", "a", "b"), "a, b", way="data.foreign"),
     beside("nothing on the Hub", lambda parts: None, "nobody/none", way="local", unlabelled="nobody/none"),
     beside("an empty folder", lambda parts: os.mkdir("more"), "more", way="data.unlabelled"),
     beside("a file that is no image", files_in("more", x_png=b"x"), "more/x.png", way="repair"),
