@@ -167,8 +167,8 @@ def told_unlabelled(recipe: Recipe, run: Run) -> str:
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
     when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
     return (
-        f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}: {', '.join(found['terms'])} learns from "
-        f"{ratio} beside each training image, in {when}"
+        f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}, {ratio} beside each training image in "
+        f"{when}; the student learns from them by {', '.join(found['terms'])}"
     )
 
 

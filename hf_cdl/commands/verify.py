@@ -146,6 +146,8 @@ def measure_again(
                     raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
                 trainer = CDLTrainer(model, arguments, eval_split=split)
                 tasks = [stream[i] for i in range(entry["task"] + 1)]
-                beside = (list(stream)[len(tasks) :], stream.foreign) if others else ()
-                answers = trainer.answer(tasks, *beside) if any(len(getattr(task, split)) for task in tasks) else {}
+                later, foreign = ([*stream][len(tasks) :], stream.foreign) if others else ([], None)
+                answers = (
+                    trainer.answer(tasks, later, foreign) if any(len(getattr(task, split)) for task in tasks) else {}
+                )
             yield checkpoint, entry, TaskResult(role, entry["task"], **answers)

@@ -111,7 +111,7 @@ def _fingerprints(comparison: Comparison) -> list[str]:
     found = set()
     for recipe in {repr(run.recipe.data): run.recipe for run in comparison.runs}.values():
         images = []
-        for task in TaskStream(recipe.data, build_processors(recipe)):
+        for task in TaskStream(recipe.data.labelled, build_processors(recipe)):
             split: Any = task.test
             sizes = split.cells.sizes(split.data)[split.rows].tolist()
             images += [

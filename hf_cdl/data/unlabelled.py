@@ -11,11 +11,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -24,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_cdl.data.cells import Cells, cells_of
 from hf_cdl.data.files import parquet_tables, saved_tables
-from hf_cdl.data.folders import image_files
+from hf_cdl.data.folders import all_images
 from hf_cdl.data.images import ImageError, readable
 from hf_cdl.data.labelled import cell_digest
 from hf_cdl.data.loading import check_tables, load_splits
@@ -39,6 +37,8 @@ _SPLITS = ("unlabelled", "unlabeled", "unsupervised", *USUAL_SPLITS["train"])
 """Splits whose images are read, the first one that there is."""
 _FOREIGN = ("foreign", *USUAL_SPLITS["test"], *USUAL_SPLITS["train"])
 """The same for foreign images, which are measured."""
+Place = tuple[Dataset, Cells, int]
+"""An image: a row of a table, and how its cells are read."""
 _BESIDE = "unlabelled_"
 """Prefix of the pixel values, in a batch, of unlabelled images."""
 
@@ -80,9 +80,8 @@ def put_beside(
         table, notes = check_tables({"unlabelled": given}, None)["unlabelled"], []
     where, data = readable(config.unlabelled or "unlabelled"), _pictures(table, config)
     cells = cells_of(config.unlabelled, config.max_pixels)
-    measured = [split for task in tasks for split in (task.validation, task.test) if isinstance(split, TaskSplit)]
-    digests = _digests(data, cells, range(len(data)), "Reading unlabelled images")
-    held_out = {d for split in measured for d in _digests(split.data, split.cells, split.rows, "Reading test images")}
+    digests = _digests([(data, cells, row) for row in range(len(data))], "Reading unlabelled images")
+    held_out = {*_digests(_measured(tasks), "Reading images of the evaluation")}
     kept = [row for row in np.argsort(np.array(digests, dtype=str), kind="stable") if digests[row] not in held_out]
     if left_out := len(data) - len(kept):
         notes.append(f"left out of {where} are {left_out} images that are validation or test images of the stream")
@@ -107,7 +106,7 @@ def foreign_images(config: StreamConfig, views: Mapping[str, Preprocess]) -> tup
     data, cells = _pictures(table, config), cells_of(config.foreign, config.max_pixels)
     if not len(data):
         raise ValueError(f"{readable(config.foreign)} (data.foreign) has no images. Put some there, or leave it out.")
-    digests = _digests(data, cells, range(len(data)), "Reading foreign images")
+    digests = _digests([(data, cells, row) for row in range(len(data))], "Reading foreign images")
     return Unlabelled(data, "foreign", 0, np.arange(len(data)), [], views, cells, digests=tuple(digests)), notes
 
 
@@ -132,9 +131,7 @@ def _read_folder(root: Path, named: Iterable[str], label_column: str | None) -> 
     for place in (root, root / "data"):
         if place.is_dir() and (tables := saved_tables(place) or parquet_tables(place)):
             return tables
-    files = [str(file) for file in image_files(root)]
-    features = datasets.Features({"image": ImageFeature(decode=False)})
-    return {"unlabelled": Dataset.from_dict({"image": files}, features=features)}
+    return {"unlabelled": all_images(root)}
 
 
 def _pictures(table: Dataset, config: StreamConfig) -> Dataset:
@@ -154,18 +151,30 @@ def _image_column(table: Dataset, config: StreamConfig) -> str:
     return chosen[0]
 
 
-def _digests(data: Dataset, cells: Cells, rows: Sequence[int] | np.ndarray, title: str) -> list[str]:
+def _measured(tasks: Sequence[Task]) -> list[Place]:
+    """All validation and test images: whole tables, also what the stream leaves out of them, or held-out rows."""
+    found: dict[tuple[int, int], Place] = {}
+    for task in tasks:
+        for split in (task.validation, task.test):
+            if isinstance(split, TaskSplit):
+                held_out = isinstance(task.train, TaskSplit) and split.data is task.train.data
+                rows = split.rows.tolist() if held_out else range(len(split.data))
+                found |= {(id(split.data), row): (split.data, split.cells, row) for row in rows}
+    return [*found.values()]
+
+
+def _digests(places: Sequence[Place], title: str) -> list[str]:
     """The digest of each image. Raises ImageError for files that cannot be read."""
     with ThreadPoolExecutor() as pool:
-        done = tqdm(pool.map(partial(_digest, data, cells), rows), title, len(rows), unit="image", disable=None)
-        found = [*done]
+        found = [*tqdm(pool.map(_digest, places), title, len(places), unit="image", disable=None)]
     if bad := [str(error) for error in found if isinstance(error, ImageError)]:
         raise ImageError(f"{len(bad)} images cannot be read: {some(bad)}")
     return found  # type: ignore[return-value]
 
 
-def _digest(data: Dataset, cells: Cells, row: int) -> str | ImageError:
-    (cell,) = data[int(row)].values()
+def _digest(place: Place) -> str | ImageError:
+    data, cells, row = place
+    (cell,) = data[row].values()
     try:
         return cell_digest(cells, cell)
     except ImageError as error:

@@ -267,7 +267,8 @@ class Objective(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Compute all losses by name, unweighted, and their weighted sum `loss`; `classes`: current task's slice.
 
-        `labels` (n,) are those of the first n of the outputs' images.
+        `labels` (n,) are those of the first n of the outputs' images. `TERM/counted`, for logs alone, is the share of
+        the others that reach the term's threshold.
         """
         student, labels = current_classes(student, classes), labels - classes.start
         ours = first_images(student, len(labels))
@@ -288,6 +289,9 @@ class Objective(nn.Module):
                 losses |= {f"{name}/{part}": value for part, value in found.items()}
                 found = torch.stack([*found.values()]).sum()
             losses[name] = found
+            counted = confident(teacher.logits, len(labels), threshold_of(term)) if teacher is not None else None
+            if counted is not None:
+                losses[f"{name}/counted"] = counted[len(labels) :].float().mean()
             total = total + term.config.weight * found
         return {"loss": total, **losses}
 
@@ -341,6 +345,11 @@ def check_threshold(config: Any) -> None:
     """Raise ValueError unless a term's `threshold` is a probability."""
     if not 0 <= config.threshold <= 1:
         raise ValueError(f"{config.said} needs threshold from 0 to 1, a probability; got {config.threshold}.")
+
+
+def threshold_of(term: Term) -> float:
+    """The threshold of a term that has one; 0 means none."""
+    return getattr(term.config, "threshold", 0.0) if term.reads_unlabelled else 0.0
 
 
 def confident(teacher: torch.Tensor, labelled: int, threshold: float) -> torch.Tensor | None:

@@ -276,11 +276,13 @@ class FittedHead(Head):
         """Fit what is told by leave-one-out scores to the images learnt since the last time."""
         recent = self._recent.take()
         if recent is not None:
-            labels, features, *layers = recent
+            labels, features, layers = (*recent, None)[:3]
             scores = movable(self.leave_one_out(self.prepare(features), labels))
-            self.fit_recent(scores, movable(labels), features, *layers)
+            self.fit_recent(scores, movable(labels), features, layers)
 
-    def fit_recent(self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, *layers: Any) -> None:
+    def fit_recent(
+        self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, layers: Any = None
+    ) -> None:
         """Fit the scale to leave-one-out scores (N, C) of images with `labels` (N,); a few move it only in part."""
         if self.fitted_scale is None:
             return

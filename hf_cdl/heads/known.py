@@ -191,7 +191,8 @@ class Known(nn.Module):
         """The score that this share of images of known classes reaches; below it an image is `unknown`."""
         at = (1 - share) * _STEPS
         low = min(int(at), _STEPS - 1)
-        return float(torch.lerp(*self.quantiles[low : low + 2].double(), at - low))
+        least, most = self.quantiles[low : low + 2].double()
+        return float(torch.lerp(least, most, at - low))
 
     def more_known(self, score: float) -> float:
         """The share of images of known classes that are more known than this score."""

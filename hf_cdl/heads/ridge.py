@@ -116,13 +116,14 @@ class RidgeHead(SumsHead):
 
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, None]:
         gram.diagonal().add_(self.choice_made)
-        self._factor, failed = torch.linalg.cholesky_ex(gram)
+        factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise FloatingPointError(
                 f"The ridge head's strength {self.choice_made} is too small for features of this size (diagonal "
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )
-        return self._factors(count)[:, None] * torch.cholesky_solve(total.T, self._factor).T, None
+        self._factor = factor
+        return self._factors(count)[:, None] * torch.cholesky_solve(total.T, factor).T, None
 
     def _factors(self, count: torch.Tensor) -> torch.Tensor:
         """Factors (C,) of the classes' scores, for their numbers of images (C,); 1 if all have as many."""

@@ -279,15 +279,17 @@ class SumsHead(FittedHead):
         return movable(torch.cat([read(value) if name in self.bits else value for value in values]))
 
     @torch.no_grad()
-    def fit_recent(self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, *layers: Any) -> None:
-        super().fit_recent(scores, labels, features, *layers)
+    def fit_recent(
+        self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, layers: Any = None
+    ) -> None:
+        super().fit_recent(scores, labels, features, layers)
         if self.known is not None:
             x, logits = movable(self.standardised(features)), self.scaled(scores)
             share = share_of(len(labels))
             centres, count = self.of_classes("centre"), self.of_classes("count")
-            read = [movable(value) for value in layers]
-            self.known.fit(x, *read, labels, logits, centres, count, share)
-            if (strange := unlearnt(self, movable(features), labels, *read)) is not None:
+            layers = movable(layers)
+            self.known.fit(x, layers, labels, logits, centres, count, share)
+            if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
                 self.known.note_strange(strange, share)
 
     def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:

@@ -234,8 +234,8 @@ def fitted_head(model: Any, what: str) -> FittedHead:
     return model.head
 
 
-def _encoded(model: Any, images: Any, names: list[str], processor: Any) -> tuple[CDLOutput, tuple[str, ...]]:
-    """Features of pixel values (N, C, H, W), or of anything that `decode` reads, and notes on equal images.
+def _encoded(model: Any, images: Any, names: list[str], processor: Any) -> tuple[Any, tuple[str, ...]]:
+    """Output with features of pixel values (N, C, H, W) or of what `decode` reads, and notes on equal images.
 
     `names`: the label of each.
     """
@@ -254,7 +254,7 @@ def _encoded(model: Any, images: Any, names: list[str], processor: Any) -> tuple
         keys += [sha256(image.numpy().tobytes()).digest() for image in pixels.cpu().contiguous()]
         output = model(pixel_values=pixels.to(model.device, model.dtype))
         found.append({name: output[name] for name in ("features", "kd_features", "layers") if name in output})
-    joined = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in found]) for name in found[0]}
     return CDLOutput(**joined), _repeated(keys, names)
 
 

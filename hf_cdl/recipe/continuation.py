@@ -67,12 +67,15 @@ def _kept(section: Any, fields: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _unlabelled(section: Any, left: list[str]) -> dict[str, Any]:
-    """The unlabelled images, which the next task has too: those on the Hub, or a folder that the user is to name."""
+    """The unlabelled images, which the next task has too: those on the Hub, or a folder that the user is to name.
+
+    Until then it is one that is not there: another's recipe chooses no folder of this machine to learn from.
+    """
     name = section.get("unlabelled") if isinstance(section, dict) else None
     if not isinstance(name, str) or (HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists()):
         return {} if name is None else {"unlabelled": name}
     left.append("data.unlabelled (a folder; name yours by --data.unlabelled FOLDER)")
-    return {"unlabelled": f"./{by_name(name)}"}
+    return {"unlabelled": f"./{by_name(name)} of its author"}
 
 
 def _training(section: Any, path: str, left: list[str]) -> dict[str, Any]:

@@ -231,11 +231,11 @@ class EvaluatingTrainer(TaskTrainer):
         if (expected := part.passing(share)) is not None:
             found["unlearnt_passing_expected"] = 100 * expected
         for name, splits in others.items():
-            theirs = [
-                self.accelerator.gather_for_metrics(output.known).cpu()
-                for split in splits
-                for output, _ in self._outputs(split, f"{title} · {name}", labelled=False)
-            ]
+            theirs: list[torch.Tensor] = []
+            for split in splits:
+                for output, _ in self._outputs(split, f"{title} · {name}", labelled=False):
+                    gathered: Any = self.accelerator.gather_for_metrics(output.known)
+                    theirs.append(gathered.cpu())
             if theirs:
                 found |= {f"{name}_{key}": value for key, value in told_apart(known, torch.cat(theirs), least).items()}
         return found

@@ -321,7 +321,8 @@ WORD: Any = "vit"
 NOTHING: Any = None
 FIELDS: Any = {"path": "x"}
 ONE_EACH = StreamConfig(classes_per_task=1)
-TWICE, SHARE = (StreamConfig(classes_per_task=1, **one) for one in ({"unlabelled": "more"}, {"unlabelled_ratio": 2}))
+TWICE = StreamConfig(classes_per_task=1, unlabelled="more")
+SHARE = StreamConfig(classes_per_task=1, unlabelled_ratio=2)
 PATHS: Any = ["x.png"]
 KNOWN = StreamConfig(classes_per_task=1, known_classes=[["class b"]])
 ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ignore")

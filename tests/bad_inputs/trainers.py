@@ -152,11 +152,11 @@ def measured_by(parts: Parts, compute_metrics: Any) -> None:
     made.evaluate(stream(parts)[0].test)
 
 
-def beside(parts: Parts, images: Any = GONE, terms: str | None = None, ratio: int = 1) -> None:
+def beside(parts: Parts, images: Any = GONE, terms: str = "", ratio: int = 1) -> None:
     """Learn a task with these unlabelled images, by default its own, and this term."""
     student, teacher, task = fresh(parts), fresh(parts), stream(parts)[0]
     teacher.begin_task(task.class_names)
-    kind = terms and TERMS[terms]
+    kind = TERMS[terms] if terms else None
     named_terms = [(terms, kind(kind.config_class(), student.shape, teacher.shape))] if kind else []
     args = CDLTrainingArguments("work", use_cpu=True, num_train_epochs=1, report_to="none")
     taught = CDLTrainer(student, args, Objective(1.0, named_terms), teacher if kind else None)

@@ -191,7 +191,7 @@ def test_a_further_task_has_them_too(source: Path, finished: Path, tmp_path: Pat
         table.filter(lambda row: row["label"] > 3).to_parquet(str(data / f"{name}.parquet"))
     words = ("add", finished / "student", data, "--data.known_train", "ignore", "--output_dir", tmp_path / "added")
     code, output = script(*words, env=env, cwd=tmp_path)
-    assert code == 2 and "./more does not exist (data.unlabelled)" in output, output
+    assert code == 2 and "more of its author does not exist (data.unlabelled)" in output, output
     code, output = script(*words, "--data.unlabelled", source / "more", env=env, cwd=tmp_path)
     assert code == 0, output
     assert "data.unlabelled (a folder; name yours by --data.unlabelled FOLDER)" in output

@@ -98,12 +98,25 @@ def test_images_of_the_evaluation_are_left_out_and_those_of_training_are_not(dat
     stream = make(data, place)
     assert stream.unlabelled is not None and len(stream.unlabelled) == 12
     assert f"left out of {place} are 8 images that are validation or test images of the stream" in stream.notes
+    fewer = make(data, place, max_eval_per_class=1, max_classes=2)
+    assert len(fewer.unlabelled or ()) == 12, "test images that this stream leaves out may be measured later"
     names = {Path(stream.unlabelled.place(i).split(": ")[-1]).name for i in range(12)}
     assert names == {f"train{number}.png" for number in range(12)}
     for file in place.glob("train*"):
         file.unlink()
     with pytest.raises(ValueError, match=r"more \(data.unlabelled\) has no images"):
         make(data, place)
+
+
+def test_held_out_images_are_left_out_and_the_rest_of_their_table_is_not(data: Path, tmp_path: Path) -> None:
+    place = tmp_path / "more"
+    place.mkdir()
+    table = Dataset.from_parquet(str(data / "train.parquet"))
+    for number, cell in enumerate(table.with_format("arrow")[:]["image"]):
+        (place / f"{number}.png").write_bytes(cell["bytes"].as_py())
+    (data / "test.parquet").unlink()
+    stream = make(data, place, test_fraction=0.34)  # one of each class's three
+    assert sum(len(task.test) for task in stream) == 4 and len(stream.unlabelled or ()) == 12 - 4
 
 
 def test_a_data_set_is_read_by_its_split(data: Path, tmp_path: Path) -> None:

@@ -101,6 +101,15 @@ def test_a_masked_image_gives_no_gradient_and_the_teacher_none_at_all() -> None:
         assert (gradient.abs().sum(1) > 0).tolist() == learnt and 0 < sum(learnt[2:]) < 4, name
 
 
+def test_the_share_of_images_that_count_is_logged_and_no_loss() -> None:
+    teacher = outputs()[1].logits[2:, TASK].softmax(1).amax(1)
+    for threshold in (teacher.min().item() + 1e-4, teacher.max().item() + 1e-4):
+        found = losses(("kd", term("kd", weight=1.0, threshold=threshold)))
+        assert found["kd/counted"] == (teacher >= threshold).float().mean()
+        torch.testing.assert_close(found["loss"], found["ce"] + found["prompt"] + found["kd"])
+    assert "kd/counted" not in losses(("kd", term("kd")))
+
+
 def test_thresholds_are_probabilities() -> None:
     for name in ("kd", "kdp", "pseudo_labels"):
         for wrong in (-0.1, 1.5):
