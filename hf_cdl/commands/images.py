@@ -102,6 +102,7 @@ def explained(recipe: Recipe, stream: TaskStream) -> Iterator[str]:
     yield f"student: {visible(student.backbone)}"
     if student.head == BASELINES["ridge_head"]:
         yield "  with a ridge head: fitted in one pass over the images, which also choose its strength and scale"
+        yield "  it can tell images of none of its classes, if asked: pipeline(..., reject=True)"
         yield "  why: ridge heads were 20 to 47 points ahead of prompted students in the study (docs/evidence.md)"
     if teacher is not None and student.first_session is not None:
         yield f"teacher: {visible(teacher.backbone)}"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, make_backbone, make_data, picture, script
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import pipeline
 
@@ -50,16 +51,19 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_it_says_what_it_chose_and_how_the_student_did(first: tuple[Path, str]) -> None:
     place, said = first
     lines, found = said.splitlines(), results(place / "runs" / "photos")
-    assert lines[:7] == [
+    assert lines[:8] == [
         "images: 12 classes in one task; 72 images to learn from",
         "test: 24 images, 20 % of each class: there is no test split",
         f"student: {STUDENT}",
         "  with a ridge head: fitted in one pass over the images, which also choose its strength and scale",
+        "  it can tell images of none of its classes, if asked: pipeline(..., reject=True)",
         "  why: ridge heads were 20 to 47 points ahead of prompted students in the study (docs/evidence.md)",
         "beside it: nearest class mean, linear head (20 epochs; without: --baselines '[nearest_class_mean]')",
         "recipe: runs/photos/recipe.yaml, written with the first task",
     ]
     assert "the student's head chose: strength " in said
+    assert "asked for `unknown`, the student still answers " in said
+    assert {"kept", "unlearnt_passing_expected"} == {*found["roles"]["student"]["known"][0]}
     assert [*found["roles"]] == ["student", "nearest_class_mean", "linear_head"]
     assert found["verdict"] in said.replace("\n", " ") and found["verdict"].startswith("Use the ")
     assert (
@@ -82,6 +86,18 @@ def test_the_student_serves(first: tuple[Path, str]) -> None:
     assert classify(str(place / "photos" / "class c" / "0.png"))[0]["label"] in {f"class {c}" for c in "abcdefghijkl"}
 
 
+def test_the_student_says_unknown_when_asked(first: tuple[Path, str]) -> None:
+    place, _ = first
+    files = [str(file) for file in sorted((place / "photos").rglob("*.png"))]
+    student = str(place / "runs" / "photos" / "student")
+    plain, asked = (pipeline("image-classification", model=student, **options) for options in ({}, {"reject": 0.9}))
+    answers = [(one[0]["label"], other[0]["label"]) for one, other in zip(plain(files), asked(files), strict=True)]
+    kept = [one == other for one, other in answers]
+    assert 0.75 <= sum(kept) / len(kept) < 1 and {"unknown"} == {b for a, b in answers if a != b}
+    noise = torch.randint(0, 256, (48, 48, 3), generator=torch.Generator().manual_seed(0)).numpy().astype("uint8")
+    assert asked(Image.fromarray(noise))[0]["label"] == "unknown"
+
+
 def test_the_same_command_again_is_finished_and_another_choice_is_refused(first: tuple[Path, str]) -> None:
     place, _ = first
     assert train("photos", "--backbone", STUDENT, cwd=place).startswith("This run is finished.")
@@ -102,8 +118,14 @@ def test_the_stored_recipe_finds_the_run_and_repeats_it(first: tuple[Path, str])
 def test_a_test_split_is_used_and_classes_come_in_tasks(tmp_path: Path) -> None:
     for split, images in (("train", 4), ("test", 3)):
         make_photos(tmp_path / "photos", 4, images, split)
+    (tmp_path / "foreign").mkdir()
+    for number in range(5):
+        picture(11, number, 48).rotate(45).save(tmp_path / "foreign" / f"{number}.png")
     words = ("photos", "--backbone", STUDENT, "--data.classes_per_task", 2, "--train.num_train_epochs", 1)
-    said = train(*words, "--name", "mine", cwd=tmp_path)
+    said = train(*words, "--name", "mine", "--data.foreign", "foreign", cwd=tmp_path)
+    told = results(tmp_path / "runs" / "mine")["roles"]["student"]["known"]
+    assert {"unlearnt_auroc", "foreign_passing"} <= {*told[0]} and "unlearnt_auroc" not in told[1]
+    assert "% of the foreign ones, and " in said and "of those of classes not learnt yet" in said
     assert "images: 4 classes in 2 tasks, one after the other; 16 images to learn from" in said
     assert (
         "held out" not in said
