@@ -14,6 +14,11 @@ from typing import Any
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _NAMES = ("known_classes", "classes_per_task", "card")
 """Fields with class names, which may look like paths, and with the author's own text."""
+_PLACES = (
+    *(("data", "path"), ("data", "unlabelled"), ("data", "foreign")),
+    *(("student", "backbone"), ("teacher", "backbone")),
+)
+"""Fields that name a folder or something on the Hub."""
 
 
 def is_private(path: str) -> bool:
@@ -35,7 +40,7 @@ def shareable(recipe: Mapping[str, Any], known: Collection[str] = ()) -> dict[st
     names of data that are not folders.
     """
     shared = {key: _shared(value, key) for key, value in recipe.items()}
-    for section, field in (("data", "path"), ("data", "unlabelled"), ("student", "backbone"), ("teacher", "backbone")):
+    for section, field in _PLACES:
         name = (shared.get(section) or {}).get(field)
         if isinstance(name, str) and name not in known and HUB_ID.fullmatch(name) and Path(name).exists():
             shared[section][field] = f"./{name}"

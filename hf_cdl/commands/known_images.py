@@ -118,7 +118,7 @@ def _of_tasks(run: ChangingRun, images: LabelledImages, wanted: set[str]) -> tup
         return {}, "the data of its tasks are in no folder here"
     try:
         stream = TaskStream(data.labelled, {}, seed=0)
-        if stream.fingerprint != labelled_part(run.ledger["stream"]):
+        if labelled_part(stream.fingerprint) != labelled_part(run.ledger["stream"]):
             return {}, "the data of its tasks have changed since"
         found: dict[str, list[str]] = {}
         sizes = {images.size(index) for index in range(len(images))}

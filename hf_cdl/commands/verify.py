@@ -95,7 +95,7 @@ def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
     if ledger["stream"] is None:
         return
     stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)  # without processors: no image is decoded
-    if stream.fingerprint != labelled_part(ledger["stream"]):
+    if labelled_part(stream.fingerprint) != labelled_part(ledger["stream"]):
         changes = data_changes(ledger, [list(task.class_names) for task in stream], stream.images)
         raise RunError(
             f"The data changed since {visible(folder)} was trained (stream {visible(ledger['stream'])}, now "

@@ -45,6 +45,21 @@ def test_a_run_is_as_recorded(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [line.split(", ")[-1] for line in capsys.readouterr().out.splitlines()] == ["as recorded"] * 2
 
 
+def test_a_run_with_foreign_images_is_as_recorded(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What beside the labelled images was measured is no part of what is compared."""
+    (tmp_path / "other").mkdir()
+    for number in range(3):
+        picture(9, number).save(tmp_path / "other" / f"{number}.png")
+    known = ("--student.head", "{type: ridge, known: 0.95}", "--data.foreign", str(tmp_path / "other"))
+    words = (str(source / "tiny.yaml"), "--output_dir", str(tmp_path / "run"), "--data.max_classes", "4", *known)
+    assert train_main([*words]) == 0
+    capsys.readouterr()
+    assert verify.main([str(tmp_path / "run")]) == 0
+    assert [line.split(", ")[-1] for line in capsys.readouterr().out.splitlines()] == ["as recorded"] * 2
+
+
 def test_what_the_run_has_not_measured_is_no_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run was stopped after the end of a phase."""
     change(run, row=[], correct=[], counts=[])
