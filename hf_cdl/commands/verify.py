@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def measure_again(
             if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt in another run
                 continue
             processor = load_processor(checkpoint)
-            stream = TaskStream(recipe.data.labelled, processor, seed=recipe.seed)
+            data = replace(recipe.data.labelled, foreign=recipe.data.foreign if others else None)
+            stream = TaskStream(data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
                 given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}

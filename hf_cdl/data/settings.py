@@ -77,8 +77,8 @@ class StreamConfig:
 
     @property
     def labelled(self) -> StreamConfig:
-        """The stream without its unlabelled images."""
-        return replace(self, unlabelled=None, unlabelled_split=None, unlabelled_ratio=1)
+        """The stream without its unlabelled and foreign images."""
+        return replace(self, unlabelled=None, unlabelled_split=None, unlabelled_ratio=1, foreign=None)
 
     def _class_problems(self) -> list[str]:
         """Problems of the tasks and class names given here."""
