@@ -366,6 +366,13 @@ class CDLForImageClassification(Checkpointed):
         if attentions and self.config._attn_implementation != "eager":
             raise ValueError("Attention weights are shown by 'eager' alone: model.set_attn_implementation('eager').")
 
+    @torch.no_grad()
+    def answer(self, found: CDLOutput) -> CDLOutput:
+        """The output, without loss, for images whose features are known: `features`, `kd_features`, `layers`."""
+        features: Any = found.features
+        token = features if found.kd_features is None else found.kd_features
+        return self._classify(Encoded(features, token, None, None, None, None, None, found.layers), None)
+
     def _classify(self, found: Encoded, labels: torch.Tensor | None) -> CDLOutput:
         """The heads' output for an encoded batch."""
         head, known = self._heads()[0], None

@@ -21,6 +21,7 @@ import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
 from hf_cdl.training.checking import check_items, check_tasks
+from hf_cdl.training.kept_features import KeptFeatures, keepable
 from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
 from hf_cdl.training.task_trainer import TaskTrainer
@@ -39,6 +40,7 @@ class EvaluatingTrainer(TaskTrainer):
     """
 
     teacher: Teacher
+    _kept_features: KeptFeatures
 
     # ---- Trainer's evaluation methods ----
 
@@ -210,10 +212,19 @@ class EvaluatingTrainer(TaskTrainer):
 
     def _outputs(self, split: Any, title: str, labelled: bool = True) -> Iterator[tuple[CDLOutput, dict[str, Any]]]:
         """The model's outputs for the images of a split, and the batches; `labelled`: with labels of known classes."""
-        loader = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else ()
+        keep = self.accelerator.num_processes == 1 and keepable(split, self.model)
+        if keep and (known := self._kept_features.find(split, self.model)) is not None:
+            yield from known
+            return
+        loader, found = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else (), []
         for batch in self._bar(title, iterable=loader):
             with torch.no_grad():
-                yield self.model(pixel_values=batch["pixel_values"]), batch
+                output = self.model(pixel_values=batch["pixel_values"])
+            if keep:
+                found.append((output, {name: batch[name] for name in ("labels",) if name in batch}))
+            yield output, batch
+        if keep:
+            self._kept_features.keep(split, found)
 
     def _tell(
         self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, list[Any]], title: str

@@ -36,6 +36,7 @@ from hf_cdl.training.checking import (
     check_used,
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
+from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.task_trainer import peak_memory
 from hf_cdl.training.teacher import Teacher, unprepared
@@ -107,7 +108,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.seen: list[Task] = []
         self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
         self._best = {}
-        self._total, self._steps_learnt = Total(), 0
+        self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
         self.teacher.place(self.accelerator)
         args, run = self.args, self.run

@@ -1,0 +1,60 @@
+"""Features of evaluation images, kept in memory while the weights that make them stay the same.
+
+A fitted head is solved anew after every task, but what it reads of an image stays. So the backbone sees an image once
+in a run, not once per task. The answers are the same to the bit, since the batches stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.types import CDLOutput
+
+_MOST = 2**29
+"""Bytes that are kept; beyond them features are computed again."""
+
+
+class KeptFeatures:
+    """Batches of splits, for a model whose features are fixed."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[Any, list[Any]]] = {}
+        self._weights: tuple[Any, ...] = ()
+        self._bytes = 0
+
+    def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
+        """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
+        if (weights := _state_of(model)) != self._weights:
+            self._of, self._weights, self._bytes = {}, weights, 0
+        if id(split) not in self._of:
+            return None
+        return ((model.answer(found), batch) for found, batch in self._of[id(split)][1])
+
+    def keep(self, split: Any, batches: list[tuple[CDLOutput, dict[str, Any]]]) -> None:
+        """Keep the outputs for all batches of a split, if there is room."""
+        kept = [
+            (
+                CDLOutput(features=output.features, kd_features=output.kd_features, layers=output.layers),
+                {name: value for name, value in batch.items() if name == "labels"},
+            )
+            for output, batch in batches
+        ]
+        size = sum(value.nbytes for found, batch in kept for value in (*found.values(), *batch.values()))
+        if self._bytes + size <= _MOST:
+            self._of[id(split)] = split, kept  # the split too, so that no other gets its id
+            self._bytes += size
+
+
+def keepable(split: Any, model: Any) -> bool:
+    """Whether the features of a split's images stay the same: the images do, and so do the weights."""
+    return isinstance(split, TaskSplit) and model.fitted and model.session_head is None
+
+
+def _state_of(model: nn.Module) -> tuple[Any, ...]:
+    """What changes whenever a weight outside the head does."""
+    values = [*model.named_parameters(), *model.named_buffers()]
+    return tuple((id(v), v._version) for name, v in values if not name.startswith(("head.", "kd_head.")))

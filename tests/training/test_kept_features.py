@@ -1,0 +1,76 @@
+"""Features of evaluation images are computed once, and again when the weights that make them change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers import make_backbone, make_data
+from transformers import AutoImageProcessor
+
+from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.data import StreamConfig
+
+HEAD = {"type": "ridge", "scale": "auto", "known": 0.9}
+
+
+def trainer_with(place: Path, backbone: Path, **fields: Any) -> CDLTrainer:
+    model = CDLForImageClassification.from_backbone(backbone, **{"head": HEAD, **fields})
+    arguments = CDLTrainingArguments(
+        str(place), per_device_eval_batch_size=5, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    return CDLTrainer(model, arguments)
+
+
+def tasks_of(place: Path, backbone: Path) -> TaskStream:
+    config = StreamConfig(path=str(make_data(place / "data")), classes_per_task=2)
+    return TaskStream(config, AutoImageProcessor.from_pretrained(backbone))
+
+
+def passes(trainer: CDLTrainer) -> list[int]:
+    """Sizes of the batches that the backbone sees from now on."""
+    seen: list[int] = []
+    trainer.model.backbone.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    return seen
+
+
+def test_the_backbone_sees_every_image_once_and_the_answers_stay_the_same(tmp_path: Path) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone)
+    seen = passes(trainer)
+    for number, task in enumerate(stream):
+        trainer.learn(task)
+        later = list(stream)[number + 1 :]
+        seen.clear()
+        found = trainer.answer(trainer.seen, later)
+        assert sum(seen) == (sum(len(task.test) for task in stream) if number == 0 else 0)
+        trainer._kept_features.__init__()
+        again = trainer.answer(trainer.seen, later)
+        assert found == again, "to the bit"
+        assert found["counts"] == [len(task.test) for task in trainer.seen]
+
+
+def test_other_weights_make_other_features(tmp_path: Path) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone)
+    trainer.learn(stream[0])
+    trainer.answer(trainer.seen)
+    seen = passes(trainer)
+    with torch.no_grad():
+        next(trainer.model.backbone.parameters()).mul_(1.5)
+    trainer.answer(trainer.seen)
+    assert sum(seen) == len(stream[0].test)
+
+
+def test_models_that_train_are_asked_again(tmp_path: Path) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone, head={"type": "linear"})
+    trainer.learn(stream[0])
+    seen = passes(trainer)
+    for _ in range(2):
+        trainer.answer(trainer.seen)
+    assert sum(seen) == 2 * len(stream[0].test)
