@@ -276,9 +276,9 @@ class FittedHead(Head):
         """Fit what is told by leave-one-out scores to the images learnt since the last time."""
         recent = self._recent.take()
         if recent is not None:
-            labels, features, layers = (*recent, None)[:3]
+            labels, features, *layers = recent
             scores = movable(self.leave_one_out(self.prepare(features), labels))
-            self.fit_recent(scores, movable(labels), features, layers)
+            self.fit_recent(scores, movable(labels), features, layers[0] if layers else None)
 
     def fit_recent(
         self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, layers: Any = None
