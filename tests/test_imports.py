@@ -38,6 +38,9 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
         *("models", "registry", "training.arguments"),
     },
+    "inference": {
+        *("types", "checked", "escape", "places", "data", "backbones", "models", "runs", "training", "hub", "recipe"),
+    },
 }
 ANYTHING = {"__main__", "commands", "compare"}
 """Parts that stand on top: they may import all, and no other part imports them."""

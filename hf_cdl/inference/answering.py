@@ -1,0 +1,107 @@
+"""Answers for many images: decoded by worker processes while the model computes, in constant memory, in order.
+
+Images are decoded as in training, so answers are those of the pipeline (hf_cdl/serving.py). An image that cannot be
+read is part of the answer, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch.utils.data import DataLoader, Dataset
+
+from hf_cdl.data.images import Decoded, ImageError, check_resized
+from hf_cdl.data.task_split import CLIPPED
+from hf_cdl.types import is_ours
+
+_MOST_WORKERS = 16
+
+
+class Answers(NamedTuple):
+    """The answers for one batch: `logits` (B, C) in float32 of the images `indices`, and why others have none."""
+
+    indices: list[int]
+    logits: torch.Tensor
+    unreadable: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Images(Dataset[Any]):
+    """Images prepared for a model: `images[[3, 4]]` gives index, pixel values (3, H, W) and problem of each.
+
+    `decode(index)` returns an image, or raises ImageError. `plain`: the model is served by transformers' own pipeline,
+    which would clip 16 bits.
+    """
+
+    decode: Callable[[int], Decoded]
+    count: int
+    processor: Any
+    plain: bool = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            image, wide, _ = self.decode(index)
+            check_resized(image.size, self.processor)
+            if wide and self.plain:
+                raise ImageError(CLIPPED)
+        except ImageError as error:
+            return index, None, str(error)
+        return index, self.processor(images=[image], return_tensors="pt")["pixel_values"][0], None
+
+
+def answer(
+    model: Any, images: Images, batch_size: int = 32, workers: int | None = None, bar: Any = None
+) -> Iterator[Answers]:
+    """Yield the model's answers for all images, in order. `bar.update(n)` is told how many are done.
+
+    `workers`: processes that decode; 0: this one does; None: as many as the machine has use for.
+    """
+    device: Any = PartialState().device
+    model.to(device)
+    workers = useful_workers(math.ceil(len(images) / batch_size)) if workers is None else workers
+    loader = DataLoader(
+        images, batch_size, num_workers=workers, collate_fn=_gathered, pin_memory=device.type == "cuda"
+    )
+    for indices, pixels, unreadable in loader:
+        logits = torch.empty(0)
+        if pixels is not None:
+            with torch.inference_mode():
+                pixels = pixels.to(device, model.dtype, non_blocking=True)
+                logits = model(pixel_values=pixels).logits.float().cpu()
+        yield Answers(indices, logits, unreadable)
+        if bar is not None:
+            bar.update(len(indices) + len(unreadable))
+
+
+def prepared(model: Any, processor: Any, decode: Callable[[int], Decoded], count: int) -> Images:
+    """The images as this model is to see them."""
+    return Images(decode, count, processor, plain=not is_ours(model.config))
+
+
+def useful_workers(batches: int) -> int:
+    """How many processes should decode: a core each, but no more than there are batches beside the first one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if batches < 2 else min(cores, _MOST_WORKERS, batches - 1)
+
+
+def scores(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Probabilities (B, C) of logits (B, C), as the pipeline computes them for a model of this config."""
+    one = config.num_labels == 1 or getattr(config, "problem_type", None) == "multi_label_classification"
+    return logits.sigmoid() if one else logits.softmax(dim=-1)
+
+
+def _gathered(
+    items: Sequence[tuple[int, torch.Tensor | None, str | None]],
+) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
+    good = {index: pixels for index, pixels, _ in items if pixels is not None}
+    unreadable = {index: str(problem) for index, pixels, problem in items if pixels is None}
+    return [*good], torch.stack([*good.values()]) if good else None, unreadable
