@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs import report
+from hf_cdl.runs.exports import NAME as EXPORTS
+from hf_cdl.runs.exports import exports_in
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import LONGEST_NAME, LONGEST_SAID, read_ledger
 from hf_cdl.runs.metrics import continual_metrics
@@ -82,6 +84,26 @@ class _Change(_Checked):
     state: Annotated[int, Field(ge=1)] | None = None
 
 
+class _Export(_Checked):
+    """A file for a device, see runs/exports.py."""
+
+    file: Name
+    revision: Name | None = None
+    precision: Name
+    height: Count
+    width: Count
+    bytes: Count
+    images: Count
+    images_of: Name
+    logit_difference: Amount
+    same_answers: Percent
+    accuracy: Percent | None
+    accuracy_before: Percent | None
+    latency_ms: Amount
+    latency_before_ms: Amount
+    machine: Name
+
+
 class _Results(_Checked):
     name: Name
     seed: int | None
@@ -93,6 +115,7 @@ class _Results(_Checked):
     versions: dict[Name, Name] = {}
     origin: _Origin | None = None
     changes: list[_Change] = []
+    exports: list[_Export] = []
 
 
 def stored_ledger(folder: Path) -> dict[str, Any]:
@@ -111,7 +134,8 @@ def run_results(
         found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
     except ValueError as error:  # an unreadable recipe, or accuracies without images
         raise RunError(f"{where}: {visible_lines(error)}") from error
-    return checked_results(found, where)
+    exports = exports_in(folder / EXPORTS)
+    return checked_results({**found, **({"exports": exports} if exports else {})}, where)
 
 
 def checked_results(content: Any, where: str) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""Smaller weights in an exported graph: whole numbers of 8 bits, or numbers of half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_cdl.export.graph import quietly
+
+_LEAST = 1024
+"""Numbers of a tensor from which on storing it in half precision is worth a conversion."""
+
+
+def plain(graph: Any, file: Path) -> None:
+    """Write a graph with its weights in float32."""
+    import onnx_ir
+
+    onnx_ir.save(graph, file)
+
+
+def int8(graph: Any, file: Path) -> None:
+    """Write a graph whose matrix products compute with 8-bit whole numbers, scaled per output channel.
+
+    Activations are quantised as they come (dynamic quantisation), so no images are needed for it. Raises RuntimeError
+    if a product by a constant was left as it was.
+    """
+    import onnx
+    import onnx_ir
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    wanted = sum(1 for node in graph.graph if node.op_type in _PRODUCTS and node.inputs[1].is_initializer())
+    with quietly():
+        quantize_dynamic(
+            onnx_ir.to_proto(graph),
+            file,
+            op_types_to_quantize=[*_PRODUCTS],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+    made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(file)).graph.node)
+    if made != wanted:
+        raise RuntimeError(f"{made} of {wanted} matrix products by constant weights were quantised; all should be.")
+
+
+_PRODUCTS = ("MatMul", "Gemm")
+
+
+def half(graph: Any, file: Path) -> None:
+    """Write a graph that stores its weights in half precision and computes in float32."""
+    import onnx_ir
+
+    first = next(iter(graph.graph))
+    for name, value in [*graph.graph.initializers.items()]:
+        if value.dtype != onnx_ir.DataType.FLOAT or value.const_value.size < _LEAST:
+            continue
+        limit = np.finfo(np.float16).max
+        stored = onnx_ir.tensor(value.const_value.numpy().clip(-limit, limit).astype(np.float16), name=f"{name}.half")
+        small = onnx_ir.Value(
+            name=stored.name, shape=value.shape, type=onnx_ir.TensorType(stored.dtype), const_value=stored
+        )
+        whole = onnx_ir.node("Cast", [small], attributes={"to": onnx_ir.DataType.FLOAT.value})
+        graph.graph.insert_before(first, whole)
+        value.replace_all_uses_with(whole.outputs[0])
+        del graph.graph.initializers[name]
+        graph.graph.initializers.add(small)
+    onnx_ir.save(graph, file)
+
+
+WRITERS: dict[str, Callable[[Any, Path], None]] = {"fp32": plain, "int8": int8, "fp16": half}
+"""Precision of the weights -> what writes such a file."""

@@ -1,0 +1,27 @@
+"""What is known of a student's files for devices: export.json beside them, which the run's results and card show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_cdl.runs.files import read_json, write_json
+
+NAME = "device"
+"""Folder of a run that its exported files are in."""
+FILE = "export.json"
+
+
+def exports_in(folder: Path) -> list[Any]:
+    """The content of a folder's export.json, unchecked: what was found of each file that is still there."""
+    if not (folder / FILE).is_file():
+        return []
+    content = read_json(folder / FILE)
+    listed = content if isinstance(content, list) else [content]
+    return [facts for facts in listed if not isinstance(facts, dict) or (folder / str(facts.get("file"))).exists()]
+
+
+def add_export(folder: Path, facts: dict[str, Any]) -> None:
+    """Note a file in its folder's export.json, in place of an earlier one of that name."""
+    kept = [other for other in exports_in(folder) if isinstance(other, dict) and other.get("file") != facts["file"]]
+    write_json(folder / FILE, [*kept, facts])
