@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
         *("models", "registry", "training.arguments"),
     },
+    "export": {"backbones", "data", "models"},
     "inference": {
         *("types", "checked", "escape", "places", "data", "backbones", "models", "runs", "training", "hub", "recipe"),
     },

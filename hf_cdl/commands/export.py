@@ -86,7 +86,7 @@ def export(options: argparse.Namespace) -> None:
         facts = _facts(options, student, file, images, found, partial.stat().st_size, size)
         facts["latency_ms"], facts["latency_before_ms"] = latencies(session, own, size)
     _put_beside(file, facts)
-    say(*_words(file, facts, rounded))
+    say(*_words(file, facts, rounded), sep="\n")
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
         say(f"in the student's model card: {stopping.command('card', root)}")
     _warn(facts)
@@ -207,8 +207,8 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
     lines = [
         f"{visible(file)}: {facts['bytes'] / 1e6:.1f} MB, {facts['precision']}, images of "
         f"{facts['height']}x{facts['width']} pixels",
-        f"compared on {facts['images']:,} {visible(facts['images_of'])}: {facts['same_answers']:.1f} % the same answers; "
-        f"logits differ by at most {facts['logit_difference']:.1e} of the largest",
+        f"compared on {facts['images']:,} {visible(facts['images_of'])}: {facts['same_answers']:.1f} % the same "
+        f"answers; logits differ by at most {facts['logit_difference']:.1e} of the largest",
     ]
     if facts["accuracy"] is not None:
         lines.append(f"accuracy: {facts['accuracy_before']:.1f} % before, {facts['accuracy']:.1f} % in the file")
@@ -216,8 +216,8 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
         lines.append("accuracy: not measured, these images have no labels; give some with --images FOLDER")
     speed = facts["latency_before_ms"] / facts["latency_ms"]
     lines.append(
-        f"one image takes {facts['latency_ms']:.1f} ms, torch {facts['latency_before_ms']:.1f} ms: {speed:.2f} times as "
-        f"fast ({facts['machine']})"
+        f"one image takes {facts['latency_ms']:.1f} ms, torch {facts['latency_before_ms']:.1f} ms: {speed:.2f} times "
+        f"as fast ({facts['machine']})"
     )
     if rounded:
         lines.append(

@@ -11,7 +11,7 @@ def export(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
         "STUDENT [--int8 | --fp16] [--size N] [--out FOLDER | FILE.onnx] [options]",
-        """One file for a device: an ONNX model with normalisation and class names inside, any number of images at a time.
+        """One file for a device: an ONNX model with normalisation and class names inside.
 
 Its input are RGB pixels, uint8 of shape (images, height, width, 3), its outputs logits and scores. The script
 classify.py beside it resizes, crops and answers as pipeline("image-classification") does, with onnxruntime and Pillow
@@ -25,22 +25,7 @@ is said, written to export.json beside the file, and shown by the run's model ca
         help="a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub",
     )
     parser.add_argument("--to", choices=["onnx"], default="onnx", help="the format (default: onnx)")
-    smaller = parser.add_mutually_exclusive_group()
-    smaller.add_argument(
-        "--int8",
-        dest="precision",
-        action="store_const",
-        const="int8",
-        default="fp32",
-        help="matrix products in 8-bit whole numbers: a quarter of the size, and faster (default: float32)",
-    )
-    smaller.add_argument(
-        "--fp16",
-        dest="precision",
-        action="store_const",
-        const="fp16",
-        help="weights stored in half precision: half the size, computed in float32 (default: float32)",
-    )
+    _precision(parser.add_mutually_exclusive_group())
     parser.add_argument("--size", type=int, metavar="N", help="for images of N pixels a side (default: as trained)")
     text = "where it is written (default: RUN/device, or device/NAME)"
     parser.add_argument("--out", type=path, metavar="FOLDER | FILE.onnx", help=text)
@@ -49,3 +34,11 @@ is said, written to export.json beside the file, and shown by the run's model ca
     parser.add_argument("--revision", metavar="task-NN", help="an earlier state of STUDENT (default: the newest)")
     plugins(parser)
     return parser
+
+
+def _precision(group: argparse._MutuallyExclusiveGroup) -> None:
+    set_it = {"dest": "precision", "action": "store_const", "default": "fp32"}
+    text = "matrix products in 8-bit whole numbers: a quarter of the size, and faster (default: float32)"
+    group.add_argument("--int8", const="int8", help=text, **set_it)
+    text = "weights stored in half precision: half the size, computed in float32 (default: float32)"
+    group.add_argument("--fp16", const="fp16", help=text, **set_it)

@@ -84,17 +84,16 @@ def prepared(model: Any, processor: Any) -> OnDevice:
 
 
 def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> Any:
-    """Export to an onnx_ir.Model with folded constants, class names and `steps` of preprocessing.
+    """Export to an onnxscript.ir.Model with folded constants, class names and `steps` of preprocessing.
 
     Raises ValueError for a model whose computation depends on the values in its images.
     """
-    import onnx_ir
-    from onnx_ir.passes.common import (
+    from onnxscript import optimizer
+    from onnxscript.ir.passes.common import (
         ClearMetadataAndDocStringPass,
         CommonSubexpressionEliminationPass,
         DeduplicateInitializersPass,
     )
-    from onnxscript import optimizer
 
     size, names = output_size(processor), ["logits", "scores", "known"]
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
@@ -113,7 +112,7 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
             )
         except Exception as error:  # torch raises many types
             raise ValueError(_refusal(error)) from error
-        graph: onnx_ir.Model = program.model
+        graph: Any = program.model
         CommonSubexpressionEliminationPass()(graph)
         optimizer.optimize(graph, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
         DeduplicateInitializersPass(size_limit=_LARGEST)(graph)

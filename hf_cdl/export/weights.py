@@ -16,9 +16,9 @@ _LEAST = 1024
 
 def plain(graph: Any, file: Path) -> None:
     """Write a graph with its weights in float32."""
-    import onnx_ir
+    from onnxscript import ir
 
-    onnx_ir.save(graph, file)
+    ir.save(graph, file)
 
 
 def int8(graph: Any, file: Path) -> None:
@@ -28,13 +28,13 @@ def int8(graph: Any, file: Path) -> None:
     if a product by a constant was left as it was.
     """
     import onnx
-    import onnx_ir
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxscript import ir
 
     wanted = sum(1 for node in graph.graph if node.op_type in _PRODUCTS and node.inputs[1].is_initializer())
     with quietly():
         quantize_dynamic(
-            onnx_ir.to_proto(graph),
+            ir.to_proto(graph),
             file,
             op_types_to_quantize=[*_PRODUCTS],
             per_channel=True,
@@ -50,23 +50,21 @@ _PRODUCTS = ("MatMul", "Gemm")
 
 def half(graph: Any, file: Path) -> None:
     """Write a graph that stores its weights in half precision and computes in float32."""
-    import onnx_ir
+    from onnxscript import ir
 
     first = next(iter(graph.graph))
     for name, value in [*graph.graph.initializers.items()]:
-        if value.dtype != onnx_ir.DataType.FLOAT or value.const_value.size < _LEAST:
+        if value.dtype != ir.DataType.FLOAT or value.const_value.size < _LEAST:
             continue
         limit = np.finfo(np.float16).max
-        stored = onnx_ir.tensor(value.const_value.numpy().clip(-limit, limit).astype(np.float16), name=f"{name}.half")
-        small = onnx_ir.Value(
-            name=stored.name, shape=value.shape, type=onnx_ir.TensorType(stored.dtype), const_value=stored
-        )
-        whole = onnx_ir.node("Cast", [small], attributes={"to": onnx_ir.DataType.FLOAT.value})
+        stored = ir.tensor(value.const_value.numpy().clip(-limit, limit).astype(np.float16), name=f"{name}.half")
+        small = ir.Value(name=stored.name, shape=value.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+        whole = ir.node("Cast", [small], attributes={"to": ir.DataType.FLOAT.value})
         graph.graph.insert_before(first, whole)
         value.replace_all_uses_with(whole.outputs[0])
         del graph.graph.initializers[name]
         graph.graph.initializers.add(small)
-    onnx_ir.save(graph, file)
+    ir.save(graph, file)
 
 
 WRITERS: dict[str, Callable[[Any, Path], None]] = {"fp32": plain, "int8": int8, "fp16": half}
