@@ -88,12 +88,7 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
 
     Raises ValueError for a model whose computation depends on the values in its images.
     """
-    from onnxscript import optimizer
-    from onnxscript.ir.passes.common import (
-        ClearMetadataAndDocStringPass,
-        CommonSubexpressionEliminationPass,
-        DeduplicateInitializersPass,
-    )
+    from onnxscript import ir, optimizer
 
     size, names = output_size(processor), ["logits", "scores", "known"]
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
@@ -113,11 +108,11 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
         except Exception as error:  # torch raises many types
             raise ValueError(_refusal(error)) from error
         graph: Any = program.model
-        CommonSubexpressionEliminationPass()(graph)
+        ir.passes.common.CommonSubexpressionEliminationPass()(graph)
         optimizer.optimize(graph, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
-        DeduplicateInitializersPass(size_limit=_LARGEST)(graph)
+        ir.passes.common.DeduplicateInitializersPass(size_limit=_LARGEST)(graph)
         _name(graph)
-        ClearMetadataAndDocStringPass()(graph)  # torch notes its stack, with paths of this machine
+        ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # torch notes its stack, with paths of this machine
     graph.metadata_props.update(
         labels=json.dumps(labels_of(device.model.config)), preprocessing=json.dumps(steps), hf_cdl=version("hf-cdl")
     )

@@ -47,7 +47,7 @@ def check_steps(processor: Any, steps: dict[str, Any]) -> float:
     if worst > _ROUNDED:
         raise ValueError(
             f"The image processor ({type(processor).__name__}) does more than resize, crop, rescale and normalise, so "
-            "a file for a device would see other pixels than the model. Use a processor that does these alone, such as "
+            "a file for a device would see other pixels than the model. Use a processor that does these alone, as "
             "ViTImageProcessor, in its preprocessor_config.json."
         )
     return worst if worst > _EXACT else 0.0
