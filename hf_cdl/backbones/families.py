@@ -208,7 +208,10 @@ def resize(vit: Any, size: int) -> None:
     """Adapt a ViT to images of `size` pixels a side. Raises ValueError if that is not a multiple of its patch size."""
     patch = vit.config.patch_size
     if size % patch:
-        raise ValueError(f"--size is {size}, which is not a multiple of the backbone's patch size {patch}.")
+        raise ValueError(
+            f"--size is {size}, which is not a multiple of the backbone's patch size {patch}. Give one that is, such as "
+            f"{max(1, round(size / patch)) * patch}."
+        )
     tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)
     with torch.no_grad():
         positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)

@@ -31,7 +31,7 @@ from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
 from hf_cdl.recipe import load_plugins
-from hf_cdl.runs.exports import NAME, add_export
+from hf_cdl.runs.exports import NAME, add_export, exports_in
 from hf_cdl.runs.files import RunError, copy_whole
 
 _MOST, _GENERATED = 1000, 32
@@ -66,6 +66,7 @@ def export(options: argparse.Namespace) -> None:
     root = _run_of(student)
     file = _file(options, student, root)
     check_new_file(file, [".onnx"])
+    exports_in(file.parent)  # one that cannot be read is said now
     before = Model(*load(student))
     own = before if options.size is None else Model(*at_size(*before, options.size))
     steps = steps_of(own.processor)
@@ -122,6 +123,8 @@ def _images(folder: Path | None, root: Path | None, student: Student, model: Mod
     names = labels_of(model.model.config)
     if folder is not None:
         files = _spread(files_of([folder]))
+        for file in files:
+            decode(file)  # a bad one is said before the work
         labels = numbers_of([Path(file).parent.name for file in files], names)
         return Images(f"images in {folder.name}", lambda index: decode(files[index]), labels)
     if root is not None and (found := _of_run(root, student, names)) is not None:

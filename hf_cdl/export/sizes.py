@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from hf_cdl.backbones.families import FAMILIES, check_image_size, resize
+from hf_cdl.data.views import MOST_SIDE
 from hf_cdl.export.preprocessing import resized
 
 
@@ -15,8 +16,8 @@ def at_size(model: Any, processor: Any, side: int) -> tuple[Any, Any]:
     backbone = model.base_model
     kind = backbone.config.model_type
     row = FAMILIES.get(kind)
-    if side < 1:
-        raise ValueError(f"--size is {side}, but an image must have at least one pixel a side.")
+    if not 1 <= side <= MOST_SIDE:
+        raise ValueError(f"--size is {side}, but the side of an image must have 1 to {MOST_SIDE:,} pixels.")
     if row is None or not (row.any_size or row.resizes):
         able = ", ".join(sorted(name for name, row in FAMILIES.items() if row.any_size or row.resizes))
         raise ValueError(f"A {kind} backbone takes images of its own size alone; leave --size out. Able are {able}.")

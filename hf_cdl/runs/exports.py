@@ -18,7 +18,12 @@ def exports_in(folder: Path) -> list[Any]:
         return []
     content = read_json(folder / FILE)
     listed = content if isinstance(content, list) else [content]
-    return [facts for facts in listed if not isinstance(facts, dict) or (folder / str(facts.get("file"))).exists()]
+    return [facts for facts in listed if not isinstance(facts, dict) or _is_there(folder, facts.get("file"))]
+
+
+def _is_there(folder: Path, name: Any) -> bool:
+    """Whether a file is in the folder; what is no file's name is left to be found wrong."""
+    return not isinstance(name, str) or Path(name).name != name or (folder / name).is_file()
 
 
 def add_export(folder: Path, facts: dict[str, Any]) -> None:

@@ -87,8 +87,8 @@ class _Change(_Checked):
 class _Export(_Checked):
     """A file for a device, see runs/exports.py."""
 
-    file: Name
-    revision: Name | None = None
+    file: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+\.onnx$", max_length=LONGEST_NAME)]
+    revision: Name | None
     precision: Name
     height: Count
     width: Count

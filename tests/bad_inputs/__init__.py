@@ -2,6 +2,7 @@
 
 from bad_inputs.changes import ROWS as CHANGES
 from bad_inputs.data import ROWS as DATA
+from bad_inputs.exports import ROWS as EXPORTS
 from bad_inputs.files import ROWS as FILES
 from bad_inputs.host import Host
 from bad_inputs.hub import ROWS as HUB
@@ -13,6 +14,6 @@ from bad_inputs.runner import Row
 from bad_inputs.runs import ROWS as RUNS
 from bad_inputs.trainers import ROWS as TRAINERS
 
-ROWS = [*RECIPES, *RECOMMENDED, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *CHANGES, *HUB]
+ROWS = [*RECIPES, *RECOMMENDED, *FILES, *DATA, *IMAGES, *MODELS, *TRAINERS, *RUNS, *CHANGES, *EXPORTS, *HUB]
 
 __all__ = ["ROWS", "Host", "Row"]
