@@ -70,7 +70,7 @@ EXPORTS = [
     export(
         "of a checkpoint without classes",
         "ridge",
-        says=("tasks",),
+        says=("0 classes",),
         before=small(lambda place: change_json(place / "config.json", {"tasks": []})),
     ),
     export(
