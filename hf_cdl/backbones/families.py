@@ -209,7 +209,7 @@ def resize(vit: Any, size: int) -> None:
     patch = vit.config.patch_size
     if size % patch:
         raise ValueError(
-            f"--size is {size}, which is not a multiple of the backbone's patch size {patch}. Give one that is, such as "
+            f"--size is {size}, which is not a multiple of the backbone's patch size {patch}. Give one that is, as "
             f"{max(1, round(size / patch)) * patch}."
         )
     tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)

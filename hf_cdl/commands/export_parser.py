@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from hf_cdl.commands.parser_parts import path, plugins, verb_parser
 
@@ -37,7 +38,7 @@ is said, written to export.json beside the file, and shown by the run's model ca
 
 
 def _precision(group: argparse._MutuallyExclusiveGroup) -> None:
-    set_it = {"dest": "precision", "action": "store_const", "default": "fp32"}
+    set_it: Any = {"dest": "precision", "action": "store_const", "default": "fp32"}
     text = "matrix products in 8-bit whole numbers: a quarter of the size, and faster (default: float32)"
     group.add_argument("--int8", const="int8", help=text, **set_it)
     text = "weights stored in half precision: half the size, computed in float32 (default: float32)"

@@ -83,8 +83,9 @@ def compare(
         theirs.append(np.column_stack(expected))
         answers.append((expected if before is own else before.outputs(batch))[0].argmax(axis=1))
     found, expected, first = map(np.concatenate, (ours, theirs, answers))
-    chosen, told = found[:, : logits.shape[1]].argmax(axis=1), labels >= 0
-    apart = abs(found - expected).max(axis=0) / np.maximum(_scales(expected, logits.shape[1]), 1e-12)
+    classes = own.model.config.num_labels
+    chosen, told = found[:, :classes].argmax(axis=1), labels >= 0
+    apart = abs(found - expected).max(axis=0) / np.maximum(_scales(expected, classes), 1e-12)
     return Compared(
         images=len(labels),
         difference=float(apart.max()),

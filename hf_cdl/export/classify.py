@@ -1,6 +1,7 @@
-"""What the .onnx file beside this script says of images: python classify.py FILE.onnx IMAGE ...
+"""What the .onnx file beside this script says of images: python classify.py FILE.onnx IMAGE ... [--reject]
 
-It needs onnxruntime and Pillow alone, and answers as transformers' pipeline("image-classification") does.
+It needs onnxruntime and Pillow alone, and answers as transformers' pipeline("image-classification") does. With
+--reject the first answer is `unknown` for an image that is probably of none of the classes, if the model can tell.
 """
 
 from __future__ import annotations
@@ -28,26 +29,31 @@ def decode(file: Any) -> Image.Image:
 
 def fit(image: Image.Image, how: dict[str, Any]) -> np.ndarray:
     """The pixels (H, W, 3) that the model takes: the image resized and cropped as the file's metadata says."""
-    short, (width, height) = how["shortest_edge"], image.size
-    size = how["size"] or (
-        (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-    )
-    image = image.resize(tuple(size), how["resample"])
+    short, (width, height) = how["shortest_edge"] or 0, image.size
+    scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    image = image.resize(how["size"] or scaled, how["resample"])
     wide, high = how["crop"] or image.size
     left, top = (image.width - wide) // 2, (image.height - high) // 2
     return np.asarray(image.crop((left, top, left + wide, top + high)))
 
 
-def main(model: str, *files: str) -> None:
+def main(model: str, *words: str) -> None:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     about = session.get_modelmeta().custom_metadata_map
-    labels, how = json.loads(about["labels"]), json.loads(about["preprocessing"])
-    for file in files:
-        (scores,) = session.run(["scores"], {"pixels": fit(decode(file), how)[None]})[0]
-        best = [{"label": labels[i], "score": float(scores[i])} for i in np.argsort(-scores, kind="stable")[:5]]
-        print(json.dumps({"image": file, "answers": best}))
+    labels, how, unknown = (json.loads(about.get(name, "null")) for name in ("labels", "preprocessing", "unknown"))
+    reject = "--reject" in words
+    if reject and unknown is None:
+        sys.exit(f"{model} cannot tell which images are of none of its classes; leave --reject out")
+    for file in (word for word in words if word != "--reject"):
+        _, scores, *known = session.run(None, {"pixels": fit(decode(file), how)[None]})
+        best = np.argsort(-scores[0], kind="stable")[:5]
+        answers = [{"label": labels[i], "score": float(scores[0, i])} for i in best]
+        if reject and known[0][0] < unknown["threshold"]:
+            more_known = float(np.mean(np.array(unknown["quantiles"]) > known[0][0]))
+            answers = [{"label": "unknown", "score": more_known}, *answers][:5]
+        print(json.dumps({"image": file, "answers": answers}))
 
 
 if __name__ == "__main__":

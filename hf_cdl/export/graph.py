@@ -13,7 +13,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -90,6 +89,8 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
     """
     from onnxscript import ir, optimizer
 
+    passes: Any = ir.passes.common  # type: ignore[attr-defined]
+
     size, names = output_size(processor), ["logits", "scores", "known"]
     pixels = torch.zeros(2, *size, 3, dtype=torch.uint8)
     with quietly(), torch.no_grad():
@@ -108,15 +109,23 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
         except Exception as error:  # torch raises many types
             raise ValueError(_refusal(error)) from error
         graph: Any = program.model
-        ir.passes.common.CommonSubexpressionEliminationPass()(graph)
+        passes.CommonSubexpressionEliminationPass()(graph)
         optimizer.optimize(graph, input_size_limit=_LARGEST, output_size_limit=_LARGEST)
-        ir.passes.common.DeduplicateInitializersPass(size_limit=_LARGEST)(graph)
+        passes.DeduplicateInitializersPass(size_limit=_LARGEST)(graph)
         _name(graph)
-        ir.passes.common.ClearMetadataAndDocStringPass()(graph)  # torch notes its stack, with paths of this machine
-    graph.metadata_props.update(
-        labels=json.dumps(labels_of(device.model.config)), preprocessing=json.dumps(steps), hf_cdl=version("hf-cdl")
-    )
+        passes.ClearMetadataAndDocStringPass()(graph)  # torch notes its stack, with paths of this machine
+    about = {"labels": labels_of(device.model.config), "preprocessing": steps, **_unknown(device.model)}
+    graph.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
     return graph
+
+
+def _unknown(model: Any) -> dict[str, Any]:
+    """What `known` must reach for an image to be of a known class, and its quantiles over such images."""
+    known = getattr(getattr(model, "head", None), "known", None)
+    if known is None or not known.fitted:
+        return {}
+    threshold = known.threshold(model.head.config.known)
+    return {"unknown": {"threshold": threshold, "quantiles": known.quantiles.tolist()}}
 
 
 def _name(graph: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import numpy as np
 
 from hf_cdl.export.graph import quietly
 
+_PRODUCTS = ("MatMul", "Gemm")
+_EXACT = re.compile(r"\.known/")
+"""Names of nodes whose products are not quantised: squared distances are small differences of large numbers."""
 _LEAST = 1024
 """Numbers of a tensor from which on storing it in half precision is worth a conversion."""
 
@@ -31,21 +35,20 @@ def int8(graph: Any, file: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxscript import ir
 
-    wanted = sum(1 for node in graph.graph if node.op_type in _PRODUCTS and node.inputs[1].is_initializer())
+    by_weights = [node for node in graph.graph if node.op_type in _PRODUCTS and node.inputs[1].is_initializer()]
+    exact = [node.name for node in by_weights if _EXACT.search(node.name)]
     with quietly():
         quantize_dynamic(
             ir.to_proto(graph),
             file,
             op_types_to_quantize=[*_PRODUCTS],
+            nodes_to_exclude=exact,
             per_channel=True,
             weight_type=QuantType.QInt8,
         )
     made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(file)).graph.node)
-    if made != wanted:
+    if made != (wanted := len(by_weights) - len(exact)):
         raise RuntimeError(f"{made} of {wanted} matrix products by constant weights were quantised; all should be.")
-
-
-_PRODUCTS = ("MatMul", "Gemm")
 
 
 def half(graph: Any, file: Path) -> None:

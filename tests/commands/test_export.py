@@ -71,7 +71,7 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of an interpreter that has onnxruntime, Pillow and numpy alone."""
     site = tmp_path_factory.mktemp("site")
     for module in (onnxruntime, np, Image):
-        package = Path(module.__file__).parent
+        package = Path(str(module.__file__)).parent
         for part in (package, package.with_name("numpy.libs"), package.with_name("pillow.libs")):
             if part.exists() and not (site / part.name).exists():
                 (site / part.name).symlink_to(part)
