@@ -45,6 +45,26 @@ class _Cost(_Checked):
     device: Name
 
 
+class _Export(_Checked):
+    """A file for a device, see runs/exports.py."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+\.onnx$", max_length=LONGEST_NAME)]
+    revision: Name | None
+    precision: Name
+    height: Count
+    width: Count
+    bytes: Count
+    images: Count
+    images_of: Name
+    logit_difference: Amount
+    same_answers: Percent
+    accuracy: Percent | None
+    accuracy_before: Percent | None
+    latency_ms: Amount
+    latency_before_ms: Amount
+    machine: Name
+
+
 class _Place(_Checked):
     """Where a model learnt its first tasks: a repository on the Hub, or a folder."""
 
@@ -82,26 +102,6 @@ class _Change(_Checked):
     choices: dict[Name, FiniteFloat]
     classes: dict[Name, Name | None] = {}
     state: Annotated[int, Field(ge=1)] | None = None
-
-
-class _Export(_Checked):
-    """A file for a device, see runs/exports.py."""
-
-    file: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+\.onnx$", max_length=LONGEST_NAME)]
-    revision: Name | None
-    precision: Name
-    height: Count
-    width: Count
-    bytes: Count
-    images: Count
-    images_of: Name
-    logit_difference: Amount
-    same_answers: Percent
-    accuracy: Percent | None
-    accuracy_before: Percent | None
-    latency_ms: Amount
-    latency_before_ms: Amount
-    machine: Name
 
 
 class _Results(_Checked):
