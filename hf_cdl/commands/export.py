@@ -36,8 +36,9 @@ from hf_cdl.runs.files import RunError, copy_whole
 
 _MOST, _GENERATED = 1000, 32
 """Images that a file is compared on: at most so many, and so many made up where there are none."""
-_LOGITS, _POINTS = 1e-4, 0.5
-"""What may differ: of a float32 file's logits, as a share of the largest; of a smaller one's accuracy, in points."""
+_LOGITS, _KNOWN, _POINTS = 1e-4, 1e-2, 0.5
+"""What may differ: a float32 file's logits and `known` (a small difference of large squares, which rounding moves
+more), as shares of the largest; of a smaller one's accuracy, in points."""
 
 
 class Images(NamedTuple):
@@ -77,12 +78,8 @@ def export(options: argparse.Namespace) -> None:
         WRITERS[options.precision](graph, partial)
         session = opened(partial)
         found = compare(session, own, before, steps, images.decode, images.labels)
-        if options.precision == "fp32" and found.difference > _LOGITS:
-            raise RunError(
-                f"The file's logits differ from the student's by {found.difference:.1e} of the largest, more than "
-                f"rounding ({_LOGITS:.0e}), so it was not written. Update torch, onnxscript and onnxruntime "
-                "(pip install -U 'hf-cdl[export]'), and try again."
-            )
+        if options.precision == "fp32":
+            _check_exact(found)
         size = output_size(own.processor)
         facts = _facts(options, student, file, images, found, partial.stat().st_size, size)
         facts["latency_ms"], facts["latency_before_ms"] = latencies(session, own, size)
@@ -190,10 +187,21 @@ def _facts(
         "images_of": images.of,
         "logit_difference": found.difference,
         "same_answers": found.same,
+        **({} if found.same_unknown is None else {"same_unknown": found.same_unknown}),
         "accuracy": found.accuracy,
         "accuracy_before": found.accuracy_before,
         "machine": machine(),
     }
+
+
+def _check_exact(found: Compared) -> None:
+    """Raise RunError for a float32 file that is not the student's."""
+    if found.difference > _LOGITS or found.known_difference > _KNOWN:
+        raise RunError(
+            f"The file's logits differ from the student's by {found.difference:.1e} of the largest, and how known an "
+            f"image is by {found.known_difference:.1e}; rounding explains {_LOGITS:.0e} and {_KNOWN:.0e}, so it was not "
+            "written. Update torch, onnxscript and onnxruntime (pip install -U 'hf-cdl[export]'), and try again."
+        )
 
 
 def _put_beside(file: Path, facts: dict[str, Any]) -> None:
@@ -213,6 +221,8 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
         f"compared on {facts['images']:,} {visible(facts['images_of'])}: {facts['same_answers']:.1f} % the same "
         f"answers; logits differ by at most {facts['logit_difference']:.1e} of the largest",
     ]
+    if "same_unknown" in facts:
+        lines.append(f"with --reject: {facts['same_unknown']:.1f} % of them are unknown, or not, to both")
     if facts["accuracy"] is not None:
         lines.append(f"accuracy: {facts['accuracy_before']:.1f} % before, {facts['accuracy']:.1f} % in the file")
     else:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from hf_cdl.export.classify import fit
-from hf_cdl.export.graph import quietly
+from hf_cdl.export.graph import quietly, unknown_of
 
 _BATCH = 16
 _WARM_UP, _LEAST, _MOST, _SECONDS = 3, 10, 50, 10.0
@@ -38,10 +38,11 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """How an exported file answered images, beside the model.
+    """How an exported file answered images, beside the model. Shares are in percent.
 
-    `difference`: largest difference of a logit (and of `known`), as a share of the largest one; `same`: share of
-    images with the same answer, in percent; `accuracy`, `accuracy_before`: in percent, None without labels.
+    `difference`: largest difference of a logit, as a share of the largest logit, and `known_difference` that of
+    `known`; `same`: share of images with the same answer, and `same_unknown` of those that are unknown, or not, to
+    both; `accuracy`, `accuracy_before`: None without labels.
     """
 
     images: int
@@ -49,6 +50,8 @@ class Compared:
     same: float
     accuracy: float | None
     accuracy_before: float | None
+    known_difference: float = 0.0
+    same_unknown: float | None = None
 
 
 def opened(file: Path, threads: int | None = None) -> Any:
@@ -83,23 +86,29 @@ def compare(
         theirs.append(np.column_stack(expected))
         answers.append((expected if before is own else before.outputs(batch))[0].argmax(axis=1))
     found, expected, first = map(np.concatenate, (ours, theirs, answers))
-    classes = own.model.config.num_labels
-    chosen, told = found[:, :classes].argmax(axis=1), labels >= 0
-    apart = abs(found - expected).max(axis=0) / np.maximum(_scales(expected, classes), 1e-12)
+    classes, told = own.model.config.num_labels, labels >= 0
+    chosen = found[:, :classes].argmax(axis=1)
     return Compared(
         images=len(labels),
-        difference=float(apart.max()),
+        difference=_apart(found[:, :classes], expected[:, :classes]),
         same=_percent(chosen == first),
         accuracy=_percent((chosen == labels)[told]) if told.any() else None,
         accuracy_before=_percent((first == labels)[told]) if told.any() else None,
+        **_of_known(own.model, found[:, classes:], expected[:, classes:]),
     )
 
 
-def _scales(expected: np.ndarray, classes: int) -> np.ndarray:
-    """The largest logit for each logit, and the largest `known` for that."""
-    largest = abs(expected).max(axis=0)
-    largest[:classes] = largest[:classes].max()
-    return largest
+def _of_known(model: Any, found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """What is compared of `known` (N, 1), if it is told (N, 0 otherwise)."""
+    if not (about := unknown_of(model)) or not found.size:
+        return {}
+    threshold = about["unknown"]["threshold"]
+    same = _percent((found < threshold) == (expected < threshold))
+    return {"known_difference": _apart(found, expected), "same_unknown": same}
+
+
+def _apart(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(abs(found - expected).max() / max(abs(expected).max(), 1e-12))
 
 
 def _percent(right: np.ndarray) -> float:

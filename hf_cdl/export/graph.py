@@ -114,12 +114,12 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
         passes.DeduplicateInitializersPass(size_limit=_LARGEST)(graph)
         _name(graph)
         passes.ClearMetadataAndDocStringPass()(graph)  # torch notes its stack, with paths of this machine
-    about = {"labels": labels_of(device.model.config), "preprocessing": steps, **_unknown(device.model)}
+    about = {"labels": labels_of(device.model.config), "preprocessing": steps, **unknown_of(device.model)}
     graph.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
     return graph
 
 
-def _unknown(model: Any) -> dict[str, Any]:
+def unknown_of(model: Any) -> dict[str, Any]:
     """What `known` must reach for an image to be of a known class, and its quantiles over such images."""
     known = getattr(getattr(model, "head", None), "known", None)
     if known is None or not known.fitted:

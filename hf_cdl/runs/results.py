@@ -58,6 +58,7 @@ class _Export(_Checked):
     images_of: Name
     logit_difference: Amount
     same_answers: Percent
+    same_unknown: Percent | None = None
     accuracy: Percent | None
     accuracy_before: Percent | None
     latency_ms: Amount
