@@ -199,8 +199,8 @@ def _check_exact(found: Compared) -> None:
     if found.difference > _LOGITS or found.known_difference > _KNOWN:
         raise RunError(
             f"The file's logits differ from the student's by {found.difference:.1e} of the largest, and how known an "
-            f"image is by {found.known_difference:.1e}; rounding explains {_LOGITS:.0e} and {_KNOWN:.0e}, so it was not "
-            "written. Update torch, onnxscript and onnxruntime (pip install -U 'hf-cdl[export]'), and try again."
+            f"image is by {found.known_difference:.1e}; rounding explains {_LOGITS:.0e} and {_KNOWN:.0e}, so it was "
+            "not written. Update torch, onnxscript and onnxruntime (pip install -U 'hf-cdl[export]'), and try again."
         )
 
 
