@@ -74,6 +74,7 @@ def _heads() -> Iterator[tuple[str, Make]]:
         yield f"{name} head", _maker(head={"type": name})
         yield f"{name} head, standardised", _maker(head={"type": name, "standardise": "first_task"})
     features = {"type": "ridge", "features": 64, "own_features": True, "scale": "auto", "strength": "auto"}
+    yield "ridge head, known", _maker(head={"type": "ridge", "known": 0.95, "standardise": "first_task"})
     yield "ridge head, random features", _maker(head=features, patch_mean=True)
 
 
@@ -117,8 +118,7 @@ def _model(kind: str = "vit", width: int = 32, **fields: Any) -> CDLForImageClas
         if model.unmeasured:
             model.measure(model(_noise(24)))
         if model.fitted:
-            head: Any = model.head
-            head.accumulate(model(_noise(24)).features, torch.arange(24) % len(names) + model.num_labels - len(names))
+            model.accumulate(model(_noise(24)), torch.arange(24) % len(names) + model.num_labels - len(names))
         model.end_task()
     return model.eval()
 

@@ -78,9 +78,9 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": str(site), "PATH": os.environ["PATH"]}
 
 
-def classified(file: Path, images: list[Path], environment: dict[str, str]) -> list[Any]:
+def classified(file: Path, images: list[Path], environment: dict[str, str], *more: str) -> list[Any]:
     """What the script beside a file answers, in an interpreter without site-packages."""
-    words = [str(file.with_name("classify.py")), str(file), *map(str, images)]
+    words = [str(file.with_name("classify.py")), str(file), *map(str, images), *more]
     refused = subprocess.run([sys.executable, "-S", "-c", "import torch"], env=environment, capture_output=True)
     assert refused.returncode == 1 and b"No module named 'torch'" in refused.stderr
     done = subprocess.run([sys.executable, "-S", *words], env=environment, capture_output=True, text=True)
@@ -203,6 +203,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("run")
     backbone, data = make_backbone(folder / "backbone"), make_data(folder / "data", classes=4, train=8, test=60)
     words = ["--backbone", str(backbone), "--output_dir", str(folder / "runs"), "--baselines", "[]"]
+    words += ["--student.head", "{type: ridge, known: 0.95, scale: auto, strength: auto}"]
     assert train([str(data), *words, "--data.classes_per_task", "2", "--train.use_cpu", "true"]) == 0
     yield folder / "runs"
 
@@ -220,12 +221,18 @@ def test_a_run_s_files_are_compared_on_its_images_and_stand_on_its_card(
     assert sizes.keys() == {"student.onnx", "student-int8.onnx", "student-fp16.onnx", "student-int8-24px.onnx"}
     assert sizes["student-fp16.onnx"] < 0.7 * sizes["student.onnx"]
     images = [tmp_path / f"{index}.png" for index in range(200)]
-    for index, image in enumerate(images):
-        picture(index % 4, 10_000 + index, 30).save(image)
+    for index, image in enumerate(images):  # a class in five was never learnt
+        picture(index % 5, 10_000 + index, 30).save(image)
     expected = pipeline("image-classification", model=str(run / "student"))([*map(str, images)])
     exact = classified(run / "device" / "student.onnx", images, without_torch)
     small = classified(run / "device" / "student-int8.onnx", images, without_torch)
     tops = [[answer[0]["label"] for answer in answers] for answers in (exact, small, expected)]
+    told = classified(run / "device" / "student.onnx", images, without_torch, "--reject")
+    asked = pipeline("image-classification", model=str(run / "student"), reject=True)([*map(str, images)])
+    assert any(answers[0]["label"] == "unknown" for answers in told)
+    for mine, theirs in zip(told, asked, strict=True):
+        assert [answer["label"] for answer in mine] == [answer["label"] for answer in theirs]
+        assert mine[0]["score"] == pytest.approx(theirs[0]["score"], abs=1e-4)
     assert tops[0] == tops[2] and np.mean([a == b for a, b in zip(tops[1], tops[2], strict=True)]) >= 0.97
     assert card([str(run), "--output", str(tmp_path / "card")]) == 0
     text = (tmp_path / "card" / "student" / "README.md").read_text()
