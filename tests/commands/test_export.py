@@ -38,6 +38,9 @@ from hf_cdl.export.preprocessing import check_steps, resized, steps_of
 from hf_cdl.export.weights import int8
 from hf_cdl.heads import HEADS
 from hf_cdl.heads.linear import LinearHead
+from hf_cdl.hub.card.text import exports
+from hf_cdl.hub.content import results_after
+from hf_cdl.runs.results import run_results
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
@@ -164,6 +167,24 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     )
 
 
+def test_the_card_shows_the_files_of_the_newest_state_alone() -> None:
+    facts = {"file": "student-int8.onnx", "revision": "task-01", "precision": "int8", "height": 16, "width": 16}
+    facts |= {"bytes": 2_500_000, "images": 300, "images_of": "validation images of the run", "same_answers": 99.0}
+    facts |= {
+        "accuracy": 71.25,
+        "accuracy_before": 71.5,
+        "latency_ms": 2.0,
+        "latency_before_ms": 8.0,
+        "machine": "cpu",
+    }
+    results: dict[str, Any] = {"roles": {"student": {"accuracy_matrix": [[71.5]]}}, "exports": [facts]}
+    shown = exports(results, "student") or ""
+    assert "| `student-int8.onnx`, int8 | 2.5 MB | 16 x 16 | 71.2 | 71.5 | 99.0 | 2.0 ms | 8.0 ms |" in shown
+    assert "Compared on 300 validation images of the run; times on cpu." in shown
+    results["roles"]["student"]["accuracy_matrix"].append([70.0, 71.0])
+    assert exports(results, "student") is None and exports({**results, "exports": []}, "student") is None
+
+
 PROCESSORS = {
     "vit": ViTImageProcessorPil(size={"height": 24, "width": 18}, resample=3),
     "dinov2": BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 28}, resample=3),
@@ -237,6 +258,8 @@ def test_a_run_s_files_are_compared_on_its_images_and_stand_on_its_card(
     assert card([str(run), "--output", str(tmp_path / "card")]) == 0
     text = (tmp_path / "card" / "student" / "README.md").read_text()
     assert "## On a device" in text and all(f"`{name}`" in text for name in sizes)
+    results = run_results(run)
+    assert len(results_after(results, 2)["exports"]) == 4 and "exports" not in results_after(results, 1)
     (run / "device" / "student.onnx").unlink()
     assert card([str(run), "--output", str(tmp_path / "card")]) == 0
     assert "`student.onnx`" not in (tmp_path / "card" / "student" / "README.md").read_text()
