@@ -71,8 +71,7 @@ def _prompts() -> Iterator[tuple[str, Make]]:
 
 def _heads() -> Iterator[tuple[str, Make]]:
     for name in HEADS:
-        yield f"{name} head", _maker(head={"type": name})
-        yield f"{name} head, standardised", _maker(head={"type": name, "standardise": "first_task"})
+        yield f"{name} head", _maker(head={"type": name, "standardise": "first_task"})
     features = {"type": "ridge", "features": 64, "own_features": True, "scale": "auto", "strength": "auto"}
     yield "ridge head, known", _maker(head={"type": "ridge", "known": 0.95, "standardise": "first_task"})
     yield "ridge head, random features", _maker(head=features, patch_mean=True)
@@ -82,8 +81,7 @@ def _families() -> Iterator[tuple[str, Make]]:
     for kind in FAMILIES:
         ridge = {"head": {"type": "ridge"}, "patch_mean": adds_patch_mean(_config(kind))}
         yield f"{kind}, ridge head", _maker(kind, **ridge)
-        yield f"{kind}, coda", _maker(kind, prompt={"type": "coda"})
-        yield f"{kind}, vpt + KD token", _maker(kind, prompt={"type": "vpt"}, kd_prompt={})
+        yield f"{kind}, coda + KD token", _maker(kind, prompt={"type": "coda"}, kd_prompt={})
 
 
 def _others() -> Iterator[tuple[str, Make]]:

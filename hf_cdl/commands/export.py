@@ -68,7 +68,8 @@ def export(options: argparse.Namespace) -> None:
     file = _file(options, student, root)
     check_new_file(file, [".onnx"])
     exports_in(file.parent)  # one that cannot be read is said now
-    before = Model(*load(student))
+    model, processor = load(student)
+    before = Model(model.float(), processor)
     own = before if options.size is None else Model(*at_size(*before, options.size))
     steps = steps_of(own.processor)
     rounded = check_steps(own.processor, steps)
@@ -87,7 +88,7 @@ def export(options: argparse.Namespace) -> None:
     say(*_words(file, facts, rounded), sep="\n")
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
         say(f"in the student's model card: {stopping.command('card', root)}")
-    _warn(facts)
+    _warn(facts, options.size is not None)
 
 
 def _run_of(student: Student) -> Path | None:
@@ -241,9 +242,11 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
     return [*lines, f"on the device: python {visible(script)} {visible(file)} IMAGE ..."]
 
 
-def _warn(facts: dict[str, Any]) -> None:
-    if facts["accuracy"] is None or facts["accuracy_before"] - facts["accuracy"] <= _POINTS:
-        return
-    lost = facts["accuracy_before"] - facts["accuracy"]
-    other = "--fp16 keeps more" if facts["precision"] == "int8" else "a larger --size, or none, keeps more"
-    print(f"warning: the file loses {lost:.1f} points of accuracy, more than {_POINTS}; {other}.", file=sys.stderr)
+def _warn(facts: dict[str, Any], sized: bool) -> None:
+    """Say that a file loses too much accuracy, and what keeps more."""
+    lost = (facts["accuracy_before"] or 0) - (facts["accuracy"] or 0)
+    if lost > _POINTS:
+        ways = ["a larger --size"] if sized else []
+        ways += {"int8": ["--fp16 in place of --int8"], "fp16": ["no --fp16"]}.get(facts["precision"], [])
+        said = f"warning: the file loses {lost:.1f} points of accuracy, more than {_POINTS}."
+        print(f"{said} What keeps more: {' or '.join(ways)}.", file=sys.stderr)

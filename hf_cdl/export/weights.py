@@ -28,7 +28,7 @@ def plain(graph: Any, file: Path) -> None:
 def int8(graph: Any, file: Path) -> None:
     """Write a graph whose matrix products compute with 8-bit whole numbers, scaled per output channel.
 
-    Activations are quantised as they come (dynamic quantisation), so no images are needed for it. Raises RuntimeError
+    Activations are quantised as they come (dynamic quantisation), so no images are needed for it. Raises ValueError
     if a product by a constant was left as it was.
     """
     import onnx
@@ -48,7 +48,10 @@ def int8(graph: Any, file: Path) -> None:
         )
     made = sum(node.op_type == "MatMulInteger" for node in onnx.load(str(file)).graph.node)
     if made != (wanted := len(by_weights) - len(exact)):
-        raise RuntimeError(f"{made} of {wanted} matrix products by constant weights were quantised; all should be.")
+        raise ValueError(
+            f"onnxruntime quantised {made} of {wanted} matrix products by weights; all should be. Use --fp16, or "
+            "update onnxruntime and onnxscript (pip install -U 'hf-cdl[export]')."
+        )
 
 
 def half(graph: Any, file: Path) -> None:
