@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if twice := sorted({revision for revision in options.revision if options.revision.count(revision) > 1}):
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
     students = [find_student(options.student, revision) for revision in options.revision or [None]]
-    images = read_labelled(options.images, options.split, students[-1])
+    images = read_labelled(options.images, options.split, students[-1], options.image_column, options.label_column)
     measured = [_measured(student, images, options) for student in students]
     say(*_words(measured, images), sep="\n")
     pictures = _pictures(measured, students, images) if plotting_available() else {}

@@ -74,6 +74,9 @@ calibration of all.""",
     parser.add_argument(
         "--split", metavar="NAME", help="of the images (default: test, validation, or the only one that there is)"
     )
+    for what in ("image", "label"):
+        text = f"that holds the {what}s, where several columns of a table could (default: the only one)"
+        parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
     parser.add_argument(
         "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
     )

@@ -7,12 +7,13 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
-from hf_cdl.data.images import decode, decode_fully
+from hf_cdl.data.images import Decoded, decode, decode_fully
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub import HubError
 from hf_cdl.inference import answering, files, summary
@@ -23,8 +24,11 @@ from hf_cdl.models.classifier import labels_of
 from hf_cdl.recipe import load_plugins
 from hf_cdl.runs.files import RunError
 from hf_cdl.training.progress import progress_bar
+from hf_cdl.types import is_ours
 
 SHEET = ".html"
+Answered = list[tuple[str, float]] | str
+"""Classes with their probabilities, the most likely one first; or why an image has none."""
 _TOP, _ROWS, _LISTED = 3, 20, 10
 """How many answers of an image, rows on a terminal, and unreadable images are said, if not told otherwise."""
 
@@ -51,8 +55,7 @@ def main(arguments: list[str]) -> int:
 
 def predict(options: argparse.Namespace) -> None:
     """Answer for all images. Raises an error, and leaves no file behind, if an image is unreadable with --strict."""
-    for file in options.out:
-        files.check_new_file(file, [*TABLES, SHEET])
+    files.check_new_files(options.out, [*TABLES, SHEET])
     images = files.files_of(options.images)
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
@@ -61,32 +64,41 @@ def predict(options: argparse.Namespace) -> None:
     top = min(_TOP, len(names)) if options.top_k is None else options.top_k
     if top > len(names):
         raise ValueError(f"--top-k is {top}, but {student.name} has {len(names)} classes; give at most that.")
-    prepared = answering.prepared(model, processor, lambda index: decode_fully(images[index]), len(images))
-    totals, unreadable, start = summary.Summary(), list[tuple[str, str]](), time.perf_counter()
+    plain = not is_ours(model.config)
+    prepared = answering.Images(partial(_decoded, images), images.__getitem__, len(images), processor, plain)
+    totals, unreadable, start = summary.Summary(), list[str](), time.perf_counter()
     with _outputs(options.out, columns_of(top)) as (outputs, finish):
         with progress_bar("images", hidden=False, total=len(images), unit="image") as bar:
             for batch in answering.answer(model, prepared, options.batch_size, options.workers, bar):
                 for index, answers in _named(batch, model, names, top):
-                    if isinstance(answers, str):
-                        _refuse(answers, options.strict)
-                        unreadable.append((images[index], answers)) if len(unreadable) < _LISTED else None
-                        totals.unreadable += 1
-                    else:
-                        totals.add(*answers[0])
+                    _count(answers, totals, unreadable, options.strict)
                     _put(outputs, images[index], answers)
         if not totals.images:
-            raise ValueError(f"None of {len(images):,} files can be read as an image. The first: {unreadable[0][1]}")
-        seconds = time.perf_counter() - start
-        lines = [*totals.lines(seconds, summary.reference_of(student))]
+            raise ValueError(f"None of {len(images):,} files can be read as an image. The first: {unreadable[0]}")
+        lines = [*totals.lines(time.perf_counter() - start, summary.reference_of(student))]
         finish(f"{student.name}: {summary.counted(totals.images, 'image')}", totals, [lines[0], *lines[2:]])
     _say(options.out, outputs, student, lines, unreadable, totals)
 
 
-def _named(
-    batch: answering.Answers, model: Any, names: list[str], top: int
-) -> Iterator[tuple[int, list[tuple[str, float]] | str]]:
+def _decoded(images: Sequence[str], index: int) -> Decoded:
+    return decode_fully(images[index])
+
+
+def _count(answers: Answered, totals: summary.Summary, unreadable: list[str], strict: bool) -> None:
+    """Count an image's answers, or why it has none. Raises ValueError for the latter if `strict`."""
+    if not isinstance(answers, str):
+        totals.add(*answers[0])
+        return
+    if strict:
+        raise ValueError(f"{answers}. Nothing was written; without --strict such images are listed and left out.")
+    totals.unreadable += 1
+    if len(unreadable) < _LISTED:
+        unreadable.append(answers)
+
+
+def _named(batch: answering.Answers, model: Any, names: list[str], top: int) -> Iterator[tuple[int, Answered]]:
     """Index and answers of each image of a batch, the most likely one first, or why it has none; in order."""
-    found: dict[int, list[tuple[str, float]] | str] = dict(batch.unreadable)
+    found: dict[int, Answered] = dict(batch.unreadable)
     if batch.indices:
         best = answering.scores(batch.logits, model.config).sort(dim=-1, descending=True, stable=True)
         rows = zip(best.values[:, :top].tolist(), best.indices[:, :top].tolist(), strict=True)
@@ -101,7 +113,7 @@ def columns_of(top: int) -> list[str]:
     return ["image", *(name for pair in pairs for name in pair), "error"]
 
 
-def _put(outputs: Outputs, image: str, answers: list[tuple[str, float]] | str) -> None:
+def _put(outputs: Outputs, image: str, answers: Answered) -> None:
     """Write an image's answers, or why it has none, to all outputs."""
     row: dict[str, str | float | None] = {"image": files.utf8(image)}
     if isinstance(answers, str):
@@ -126,9 +138,9 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
 
     Yields the outputs and a function that writes the contact sheets.
     """
-    with files.appearing_when_whole(out) as partial, contextlib.ExitStack() as opened:
+    with files.appearing_when_whole(out) as paths, contextlib.ExitStack() as opened:
         tables, sheets = list[Table](), list[Path]()
-        for file, path in zip(out, partial, strict=True):
+        for file, path in zip(out, paths, strict=True):
             if (kind := file.suffix.lower()) == SHEET:
                 sheets.append(path)
             else:
@@ -146,17 +158,12 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
         yield Outputs(tables, sheet if sheets else None, [] if not out and on_terminal else None), finish
 
 
-def _refuse(problem: str, strict: bool) -> None:
-    if strict:
-        raise ValueError(f"{problem}. Nothing was written; without --strict such images are listed and left out.")
-
-
 def _say(
     out: Sequence[Path],
     outputs: Outputs,
     student: Student,
     lines: Sequence[str],
-    unreadable: Sequence[tuple[str, str]],
+    unreadable: Sequence[str],
     totals: summary.Summary,
 ) -> None:
     """Say the summary, on standard error if the answers themselves are on standard output."""
@@ -166,7 +173,7 @@ def _say(
         if (rest := totals.images + totals.unreadable - len(outputs.head)) > 0:
             say(f"and {summary.counted(rest, 'more image')}; all of them in a table: --out FILE.csv")
     say(f"{student.name}: {lines[0]}", *lines[1:], sep="\n", **options)
-    for _, problem in unreadable:
+    for problem in unreadable:
         say(f"not read: {problem}", **options)
     if (rest := totals.unreadable - len(unreadable)) > 0:
         say(f"not read: {rest:,} more", **options)

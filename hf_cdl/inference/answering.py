@@ -16,9 +16,8 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from hf_cdl.data.images import Decoded, ImageError, check_resized
+from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.data.task_split import CLIPPED
-from hf_cdl.types import is_ours
 
 _MOST_WORKERS = 16
 
@@ -35,14 +34,15 @@ class Answers(NamedTuple):
 class Images(Dataset[Any]):
     """Images prepared for a model: `images[[3, 4]]` gives index, pixel values (3, H, W) and problem of each.
 
-    `decode(index)` returns an image, or raises ImageError. `plain`: the model is served by transformers' own pipeline,
-    which would clip 16 bits.
+    `decode(index)` returns an image, or raises ImageError; `name(index)` is for messages. `plain`: the model is served
+    by transformers' own pipeline, which would clip 16 bits.
     """
 
     decode: Callable[[int], Decoded]
+    name: Callable[[int], str]
     count: int
     processor: Any
-    plain: bool = False
+    plain: bool
 
     def __len__(self) -> int:
         return self.count
@@ -50,11 +50,14 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         try:
             image, wide, _ = self.decode(index)
+        except ImageError as error:
+            return index, None, str(error)
+        try:
             check_resized(image.size, self.processor)
             if wide and self.plain:
                 raise ImageError(CLIPPED)
         except ImageError as error:
-            return index, None, str(error)
+            return index, None, f"{readable(self.name(index))}: {error}"
         return index, self.processor(images=[image], return_tensors="pt")["pixel_values"][0], None
 
 
@@ -80,11 +83,6 @@ def answer(
         yield Answers(indices, logits, unreadable)
         if bar is not None:
             bar.update(len(indices) + len(unreadable))
-
-
-def prepared(model: Any, processor: Any, decode: Callable[[int], Decoded], count: int) -> Images:
-    """The images as this model is to see them."""
-    return Images(decode, count, processor, plain=not is_ours(model.config))
 
 
 def useful_workers(batches: int) -> int:

@@ -109,8 +109,16 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], Table]] = {
 }
 
 
-def check_new_file(file: Path, endings: Sequence[str]) -> None:
-    """Raise RunError for a file that exists, or whose name has none of these endings."""
+def check_new_files(files: Sequence[Path], endings: Sequence[str]) -> None:
+    """Raise RunError for a file that exists or is named twice, or whose name has none of these endings."""
+    for file in files:
+        _check_new_file(file, endings)
+    places = [file.resolve() for file in files]
+    if twice := [file for file, place in zip(files, places, strict=True) if places.count(place) > 1]:
+        raise RunError(f"{visible(twice[-1])} is named twice; leave one of them out.")
+
+
+def _check_new_file(file: Path, endings: Sequence[str]) -> None:
     shown = visible(file)
     if file.suffix.lower() not in endings:
         raise RunError(f"--out {shown} must end in {', '.join(endings[:-1])} or {endings[-1]}, which says what it is.")

@@ -16,6 +16,7 @@ from hf_cdl.inference.labelled import Labelled, numbers_of
 from hf_cdl.models.classifier import labels_of
 from hf_cdl.training.classification_metric import ClassificationMetric
 from hf_cdl.training.evaluation import BINS
+from hf_cdl.types import is_ours
 
 _CONFUSED = 10
 
@@ -107,7 +108,8 @@ def measure(
     unknown = Counter(label for label, number in zip(images.labels, labels.tolist(), strict=True) if number < 0)
     if not len(rows):
         raise ValueError(_nothing_known(revision, classes, images.classes))
-    prepared = answering.prepared(model, processor, lambda index: images.decode(int(rows[index])), len(rows))
+    own = images.chosen(rows.tolist())
+    prepared = answering.Images(own.decode, own.name, len(rows), processor, not is_ours(model.config))
     metric = ClassificationMetric()
     indices, answers, confidence, unreadable = (
         list[int](),
@@ -118,10 +120,10 @@ def measure(
     for batch in answering.answer(model, prepared, batch_size, workers, bar):
         unreadable |= {int(rows[index]): problem for index, problem in batch.unreadable.items()}
         if batch.indices:
-            own = rows[batch.indices]
-            metric.add_batch(predictions=batch.logits.numpy(), references=labels[own])
+            places = rows[batch.indices]
+            metric.add_batch(predictions=batch.logits.numpy(), references=labels[places])
             best = batch.logits.softmax(dim=-1).max(dim=-1)
-            indices += own.tolist()
+            indices += places.tolist()
             confidence.append(best.values)
             answers.append(best.indices)
     if not indices:
