@@ -31,7 +31,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 DISTINCT, BATCH, CLASSES = 500, 32, 100
-SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
+SMALL: Any = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 BARE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import predict_speed; predict_speed.bare()"
 
 
