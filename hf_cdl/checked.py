@@ -71,6 +71,13 @@ def build_fields(kind: Any, content: Any, what: str) -> Any:
     return built
 
 
+def check_share(value: Any, what: str) -> float:
+    """A share of images as a number. Raises ValueError unless it is above 0 and below 1."""
+    if not fits(value, float) or not 0 < value < 1:
+        raise ValueError(f"{what} is {short(value)}; give a share above 0 and below 1, such as 0.95.")
+    return float(value)
+
+
 def check_numbers(config: Mapping[str, Any], what: str) -> None:
     """Raise ValueError for impossible numbers in a transformers config: NaN, a size of 0, a billion layers."""
     for name, value in config.items():

@@ -35,7 +35,7 @@ def shareable(recipe: Mapping[str, Any], known: Collection[str] = ()) -> dict[st
     names of data that are not folders.
     """
     shared = {key: _shared(value, key) for key, value in recipe.items()}
-    for section, field in (("data", "path"), ("student", "backbone"), ("teacher", "backbone")):
+    for section, field in (("data", "path"), ("data", "unlabelled"), ("student", "backbone"), ("teacher", "backbone")):
         name = (shared.get(section) or {}).get(field)
         if isinstance(name, str) and name not in known and HUB_ID.fullmatch(name) and Path(name).exists():
             shared[section][field] = f"./{name}"

@@ -19,6 +19,7 @@ from transformers.pipelines.image_classification import ImageClassificationPipel
 
 from hf_cdl.data.images import MAX_PIXELS, ImageError, check_resized, decode, readable
 from hf_cdl.types import is_ours
+from hf_cdl.unknown import UNKNOWN, rejected, thresholds, unknown_score
 
 TASK = "image-classification"
 
@@ -26,10 +27,26 @@ TASK = "image-classification"
 class CDLImageClassificationPipeline(ImageClassificationPipeline):
     """Transformers' pipeline, with images decoded as in training for models of type "cdl".
 
-    `max_pixels`: the maximum size of such an image; set it on a pipeline to accept larger ones.
+    `max_pixels`: the maximum size of such an image; set it on a pipeline to accept larger ones. `reject` (of the
+    pipeline or a call; off by default): the first answer is `unknown` for an image that is less known than that share
+    of images of known classes, see hf_cdl.unknown.thresholds; its score is the share that is more known.
     """
 
     max_pixels = MAX_PIXELS
+
+    def _sanitize_parameters(self, reject: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        before, forward, after = super()._sanitize_parameters(**options)
+        if reject is not None:
+            after["thresholds"] = thresholds(self.model, reject) if reject is not False else None
+        return before, forward, after
+
+    def postprocess(self, model_outputs: Any, thresholds: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        answers = super().postprocess(model_outputs, **options)
+        if thresholds is None or not rejected(thresholds, model_outputs["known"], model_outputs["logits"]):
+            return answers
+        unknown = {"label": UNKNOWN, "score": unknown_score(self.model, float(model_outputs["known"]))}
+        top_k = options.get("top_k", 5)
+        return [unknown, *answers][:top_k]
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
         if is_ours(self.model.config):

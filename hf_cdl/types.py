@@ -68,6 +68,8 @@ class CDLOutput(ModelOutput):
     the family has one) and patches, without KD token, registers and the like; None for layers not requested.
     `similarities`: only for a one-pass model given a query; for every layer with keys, the cosines (B, M) of its keys
     with the CLS token entering it, and with that query.
+    `layers`: (B, 3, W), the mean patch tokens of three layers, and `known`: (B,), how known the images are (higher is
+    more), for a head that tells it: see hf_cdl.heads.known.
     `path_logits`: (B, C) of a second path through a teacher, if a loss term has added one.
     """
 
@@ -81,6 +83,8 @@ class CDLOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    layers: torch.Tensor | None = None
+    known: torch.Tensor | None = None
     path_logits: torch.Tensor | None = None
 
 
@@ -99,7 +103,8 @@ class TaskSplit(Protocol):
 class Task:
     """One step of the stream. `index` counts from 0; its classes are `first_class ..` in stream order.
 
-    A task learnt elsewhere has no training images, and test images only if they are provided.
+    A task learnt elsewhere has no training images, and test images only if they are provided. `unlabelled` are images
+    without labels on which a teacher teaches its student beside the task's own, `unlabelled_ratio` of them for each.
     """
 
     index: int
@@ -108,6 +113,8 @@ class Task:
     train: TaskSplit
     validation: TaskSplit | None
     test: TaskSplit
+    unlabelled: TaskSplit | None = None
+    unlabelled_ratio: int = 1
 
     @property
     def classes(self) -> slice:
@@ -127,7 +134,7 @@ class TaskResult:
     `row`: accuracy per task, None for a task without test images. `within_task`, `task_identification`: likewise for
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
     `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
-    itself, by the name of the option.
+    itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
     """
 
     role: str
@@ -141,6 +148,7 @@ class TaskResult:
     calibration_error: float | None = None
     class_accuracy: dict[str, float] = field(default_factory=dict)
     choices: dict[str, float] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

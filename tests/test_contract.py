@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,12 +354,13 @@ def test_the_fast_tier_holds_every_pair_of_a_method_a_term_and_a_query() -> None
 @pytest.mark.parametrize(("method", "term", "query"), tiered(combinations()))
 def test_a_pair_learns_two_tasks(method: str, term: str, query: str, tmp_path: Path) -> None:
     kind = TERMS[term]
+    beside = {"unlabelled": Pictures(range(5)), "unlabelled_ratio": 2} if kind.needs_unlabelled else {}
     teacher_model, student_model = pair_of(method, term, query)
     teacher = CDLTrainer(teacher_model, arguments(tmp_path / "t", num_train_epochs=2), role="teacher")
     objective = Objective(0.5, [(term, kind(kind.config_class(), student_model.shape, teacher_model.shape))])
     asked = teacher_model if objective.needs_teacher else None
     student = CDLTrainer(student_model, arguments(tmp_path / "s"), objective=objective, teacher=asked)
-    for task in stream():
+    for task in (replace(task, **beside) for task in stream()):
         teacher.learn(task)
         taught = {name: value.clone() for name, value in teacher_model.state_dict().items()}
         student_model.begin_task(task.class_names)
@@ -389,12 +391,13 @@ def test_a_term_needs_the_teacher_and_pulls_the_student_to_it(term: str) -> None
     """One step down the gradient of the term, on logits and hidden states, lowers it; no gradient on the teacher."""
     kind = TERMS[term]
     set_seed(3)
-    instance = kind(kind.config_class(), ModelShape(8, 3), ModelShape(12, 5))
+    all_count: Any = {"threshold": 0.0} if kind.needs_unlabelled else {}
+    instance = kind(kind.config_class(**all_count), ModelShape(8, 3), ModelShape(12, 5))
     assert kind.needs_hidden_states == any(instance.needs.values())
     teacher = CDLOutput(logits=torch.randn(6, 4), hidden_states=tuple(torch.randn(6, 17, 12) for _ in range(6)))
     teacher.path_logits = torch.randn(6, 4)
     teacher.features = torch.randn(6, 12)
-    labels = torch.randint(0, 4, (6,))
+    labels = torch.randint(0, 4, (2 if kind.needs_unlabelled else 6,))
     leaves = [torch.randn(6, 4), *(torch.randn(6, 17, 8) for _ in range(4))]
     reference = torch.randn(6, 4)
 

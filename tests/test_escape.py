@@ -245,10 +245,11 @@ def test_paths_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("org", "model").mkdir(parents=True)
     recipe = {
-        "data": {"path": "org/model"},
+        "data": {"path": "org/model", "unlabelled": "org/model"},
         "student": {"backbone": "org/model"},
         "teacher": {"backbone": "org/other"},
     }
     found = shareable(recipe)
     assert found["data"]["path"] == found["student"]["backbone"] == "./org/model", "a folder here, no Hub id elsewhere"
+    assert found["data"]["unlabelled"] == "./org/model"
     assert found["teacher"]["backbone"] == "org/other"

@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "labels": {"checked"},
     "escape": set(),
     "places": set(),
-    "serving": {"types", "data.images"},
+    "unknown": {"checked", "labels"},
+    "serving": {"types", "data.images", "unknown"},
     "config": {"types", "checked", "labels", "serving"},
     "data": {"types", "escape"},
     "backbones": {"types", "checked"},
@@ -40,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "inference": {
         *("types", "checked", "escape", "places", "data", "backbones", "models", "runs", "training", "hub", "recipe"),
+        "unknown",
     },
 }
 ANYTHING = {"__main__", "commands", "compare"}

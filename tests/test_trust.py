@@ -465,6 +465,26 @@ def test_what_is_taken_of_a_recipe(tmp_path: Path) -> None:
     assert "/x" not in json.dumps(recipe.as_dict()) and recipe.plugins == [] and recipe.teacher_from is None
 
 
+def test_unlabelled_images_are_taken_from_the_hub_or_from_the_folder_that_the_user_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of that name may be here, but with other images."""
+    monkeypatch.chdir(tmp_path)
+    own = make_recipe(tmp_path)
+    for name, taken in {
+        "org/images": "org/images",
+        "photos": "./photos of its author",
+        "photos/mine": "./mine of its author",
+        "/srv/me/photos": "./photos of its author",
+    }.items():
+        if taken != name:
+            (tmp_path / "photos" / "mine").mkdir(parents=True, exist_ok=True)
+        own["data"] |= {"unlabelled": name, "unlabelled_ratio": 3}
+        recipe, left = taken_over(json.loads(json.dumps(build_recipe(own).as_dict())), build_recipe)
+        assert (recipe.data.unlabelled, recipe.data.unlabelled_ratio) == (taken, 3)
+        assert any(field.startswith("data.unlabelled (a folder") for field in left) == (taken != name)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

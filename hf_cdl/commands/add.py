@@ -227,7 +227,7 @@ def differences(recipe: Recipe) -> str:
     """The student's accuracy on earlier tasks before and after the new one, where there are test images."""
     run = Run(recipe.folder, recipe.as_dict(), writer=False)
     count, split = run.origin["tasks"], recipe.data.eval_split
-    stream = TaskStream(recipe.data, build_processors(recipe, run.checkpoint), seed=recipe.seed)
+    stream = TaskStream(recipe.data.labelled, build_processors(recipe, run.checkpoint), seed=recipe.seed)
     old = [task for task in stream if task.index < count and len(getattr(task, split))]
     if not old:
         return "There are no test images of earlier tasks in the data: what was forgotten is not known."

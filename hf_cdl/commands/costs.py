@@ -62,8 +62,9 @@ class Tasks:
 class Cost:
     """What it takes to train a role. FLOPs are per image; a multiply-add counts as one.
 
-    `kept`: bytes for the backward pass; `states`: bytes of gradients, optimizer states and the terms' own layers;
-    `trained`: trained parameters, including the terms' layers; `images`: seen over all epochs.
+    In training an image's FLOPs include those of the unlabelled ones beside it. `kept`: bytes for the backward pass;
+    `states`: bytes of gradients, optimizer states and the terms' own layers; `trained`: trained parameters, including
+    the terms' layers; `images`: seen over all epochs.
     """
 
     inference_flops: float
@@ -145,6 +146,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     teacher.begin_task(model)
     arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
+    beside = recipe.data.unlabelled_ratio if role == "student" and recipe.data.unlabelled is not None else 0
     pixels = _batch(role, teacher, processors, batch)["pixel_values"]
     for part in (
         model,
@@ -171,7 +173,8 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        taught = functools.partial(_step, model, objective, _batch(role, teacher, processors, batch), classes, teacher)
+        shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
+        taught = functools.partial(_step, model, objective, shown, classes, teacher)
         flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
@@ -229,8 +232,10 @@ def _step(model: Any, objective: Objective, images: dict[str, Any], classes: lis
             query = model.compute_query(pixels)
     answers = teacher.answer(images, query, task)
     hidden = objective.hidden_states("student") or None
-    student = model(pixels, query=query, task_id=task, output_hidden_states=hidden)
-    labels = torch.full(pixels.shape[:1], current.start)
+    count = len(images["labels"])
+    more = {"labelled": count} if count < len(pixels) else {}
+    student = model(pixels, query=query, task_id=task, output_hidden_states=hidden, **more)
+    labels = torch.full((count,), current.start)
     objective(student, answers, labels, current)["loss"].backward()
 
 

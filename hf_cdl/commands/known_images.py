@@ -16,6 +16,7 @@ from hf_cdl.models.changes import fitted_head
 from hf_cdl.recipe import build_recipe, untrained
 from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.learnt import Moves, labels_now
+from hf_cdl.runs.ledger import labelled_part
 
 
 def to_add(run: ChangingRun, model: Any, images: LabelledImages) -> tuple[LabelledImages, Moves]:
@@ -116,8 +117,8 @@ def _of_tasks(run: ChangingRun, images: LabelledImages, wanted: set[str]) -> tup
     if not Path(data.path or "").expanduser().is_dir():
         return {}, "the data of its tasks are in no folder here"
     try:
-        stream = TaskStream(data, {}, seed=0)
-        if stream.fingerprint != run.ledger["stream"]:
+        stream = TaskStream(data.labelled, {}, seed=0)
+        if stream.fingerprint != labelled_part(run.ledger["stream"]):
             return {}, "the data of its tasks have changed since"
         found: dict[str, list[str]] = {}
         sizes = {images.size(index) for index in range(len(images))}

@@ -49,6 +49,7 @@ def plan(recipe: Recipe) -> str:
             f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
             f"{sum(tasks.images):,} training images ({tasks.source})",
             *(f"note: {note}" for note in tasks.notes),
+            *_beside(recipe),
             "",
             *table,
             "",
@@ -57,6 +58,13 @@ def plan(recipe: Recipe) -> str:
             *notes,
         ]
     )
+
+
+def _beside(recipe: Recipe) -> list[str]:
+    if recipe.data.unlabelled is None:
+        return []
+    count = recipe.data.unlabelled_ratio
+    return [f"note: the student's step on an image is counted with the {count} unlabelled beside it"]
 
 
 def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:

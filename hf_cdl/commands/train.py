@@ -19,7 +19,7 @@ from hf_cdl.commands.example import NAMES, write_example
 from hf_cdl.commands.images import explained, names_images, recommended
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size
-from hf_cdl.distill import Objective
+from hf_cdl.distill import TERMS, Objective
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
@@ -35,6 +35,7 @@ from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.pictures import plotting_available
+from hf_cdl.runs.report import telling
 from hf_cdl.runs.run import Run
 from hf_cdl.runs.verdict import Verdict, verdict
 from hf_cdl.training.checking import asks_teacher, check_task
@@ -154,7 +155,21 @@ def check(recipe: Recipe, run: Run) -> None:
 
 
 def bind(run: Run, stream: TaskStream) -> None:
-    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
+    unlabelled = None
+    if stream.unlabelled is not None:
+        terms = [term["type"] for term in run.recipe["distill"] if TERMS[term["type"]].reads_unlabelled]
+        unlabelled = {"images": len(stream.unlabelled), "terms": terms}
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images, unlabelled)
+
+
+def told_unlabelled(recipe: Recipe, run: Run) -> str:
+    """How many unlabelled images there are, and what learns from them when."""
+    found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
+    when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
+    return (
+        f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}, {ratio} beside each training image in "
+        f"{when}; the student learns from them by {', '.join(found['terms'])}"
+    )
 
 
 def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream, list[CDLTrainer]]:
@@ -183,6 +198,8 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         for line in explained(recipe, stream) if chosen else ():
             say(line)
     bind(run, stream)
+    if stream.unlabelled is not None:
+        say(f"note: {told_unlabelled(recipe, run)}")
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
@@ -237,13 +254,16 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             trainer.learn(task)
         if task not in to_learn:
             continue
-        rows = {trainer.role: trainer.evaluate_seen() for trainer in trainers}
+        later = [other for other in stream if other.index > task.index]
+        rows = {trainer.role: trainer.evaluate_seen(later, stream.foreign) for trainer in trainers}
         averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
         for role, result in rows.items():
             if result.choices:
                 chosen = ", ".join(f"{name} {value:.4g}" for name, value in result.choices.items())
                 say(f"  the {role.replace('_', ' ')}'s head chose: {chosen}")
+            if result.known:
+                say(f"  {telling(result.known, 'the ' + role.replace('_', ' '))}")
         write_recipe(run)
         if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
 from hf_cdl.runs.files import RunError, damage
-from hf_cdl.runs.ledger import CHANGED, data_changes, revision_name, stored_tasks
+from hf_cdl.runs.ledger import CHANGED, data_changes, labelled_part, revision_name, stored_tasks
 from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
@@ -94,8 +94,8 @@ def check_data(folder: Path, ledger: dict[str, Any], recipe: Recipe) -> None:
     """Check that the data give the stream the run was trained on. Raises RunError if not."""
     if ledger["stream"] is None:
         return
-    stream = TaskStream(recipe.data, {}, seed=recipe.seed)  # without processors: no image is decoded
-    if stream.fingerprint != ledger["stream"]:
+    stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)  # without processors: no image is decoded
+    if stream.fingerprint != labelled_part(ledger["stream"]):
         changes = data_changes(ledger, [list(task.class_names) for task in stream], stream.images)
         raise RunError(
             f"The data changed since {visible(folder)} was trained (stream {visible(ledger['stream'])}, now "
@@ -120,11 +120,12 @@ def _measuring(train: Any) -> dict[str, Any]:
 
 
 def measure_again(
-    folder: Path, recipe: Recipe, split: str, *only: str
+    folder: Path, recipe: Recipe, split: str, *only: str, others: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any], TaskResult]]:
     """Measure each checkpoint of a run (of the roles `only`, or all) on a split; yields path, ledger entry, result.
 
-    `recipe`: the run's recipe. Its plugins are not run here.
+    `recipe`: the run's recipe. Its plugins are not run here. `others`: also on images that the checkpoint should not
+    answer, of later tasks and foreign ones, as far as it tells.
     """
     ledger = stored_ledger(folder)
     for role, entries in ledger["entries"].items():
@@ -133,7 +134,7 @@ def measure_again(
             if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt in another run
                 continue
             processor = load_processor(checkpoint)
-            stream = TaskStream(recipe.data, processor, seed=recipe.seed)
+            stream = TaskStream(recipe.data.labelled, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
                 given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}
@@ -145,5 +146,8 @@ def measure_again(
                     raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
                 trainer = CDLTrainer(model, arguments, eval_split=split)
                 tasks = [stream[i] for i in range(entry["task"] + 1)]
-                answers = trainer.answer(tasks) if any(len(getattr(task, split)) for task in tasks) else {}
+                later, foreign = ([*stream][len(tasks) :], stream.foreign) if others else ([], None)
+                answers = (
+                    trainer.answer(tasks, later, foreign) if any(len(getattr(task, split)) for task in tasks) else {}
+                )
             yield checkpoint, entry, TaskResult(role, entry["task"], **answers)

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_cdl.compare import figures
 from hf_cdl.compare.aa import halves, relabelled
-from hf_cdl.compare.records import Measured, class_values, save_table, values
+from hf_cdl.compare.records import TOLD, Measured, class_values, save_table, values
 from hf_cdl.compare.spec import Comparison, PlannedRun
 from hf_cdl.compare.statistics import LEVEL, Contrast, contrasts_of, pairs_needed, smallest_p
 from hf_cdl.compare.summary import (
@@ -57,6 +57,8 @@ def save_report(comparison: Comparison, measured: Sequence[Measured], folder: Pa
         tables["contrasts"] = contrasts_table(contrasts, spec.metric)
     if any(run.metric("within_task_accuracy") is not None for run in measured):
         tables["decomposition"] = metrics_table(measured, DECOMPOSITION)
+    if telling := [run for run in measured if run.metric("kept") is not None]:
+        tables["told"] = metrics_table(telling, [name for name in TOLD if values(telling, name)])
     tables["cost"] = cost_table(measured)
     checks = [check for check in (relabelled(found, spec.contrasts), *halves(found)) if check is not None]
     if checks:

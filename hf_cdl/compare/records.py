@@ -15,7 +15,13 @@ Unit = tuple[int, int | None]
 """(seed, class order): runs with the same unit are paired."""
 
 _ANSWERS = ("within_task_accuracy", "task_identification", "calibration_error", "confidence")
-METRIC_COLUMNS = (*METRICS, "sample_average_accuracy", *_ANSWERS)
+TOLD = (
+    *("unlearnt_auroc", "unlearnt_fpr95", "foreign_auroc", "foreign_fpr95"),
+    *("kept", "unlearnt_passing", "foreign_passing"),
+)
+"""How well images of known classes are told from those of classes not learnt yet (after the last task but one, and so
+over the images of the last) and from foreign ones."""
+METRIC_COLUMNS = (*METRICS, "sample_average_accuracy", *_ANSWERS, *TOLD)
 """Columns that contrasts can compare, after the last task, in percent: see runs.metrics and training.evaluation."""
 
 CHANGING = ("train_seconds", "eval_seconds", "latency_ms", "peak_memory_bytes")
@@ -58,6 +64,10 @@ class Measured:
 
     def metric(self, name: str) -> float | None:
         """A metric after the last task; None if it was not measured."""
+        if name in TOLD:
+            return next(
+                (known[name] for known in reversed(self.entry.get("known", [])) if name in (known or {})), None
+            )
         if name not in _ANSWERS:
             return self.entry["metrics"].get(name)
         if name in ("calibration_error", "confidence"):

@@ -86,12 +86,13 @@ def _file(comparison: Comparison, run: PlannedRun) -> Path:
 def measure_on_test(comparison: Comparison, run: PlannedRun) -> None:
     """Measure a finished run on the test images and store its results."""
     roles: dict[str, list[Any]] = {}
-    for _, _, result in measure_again(run.folder, run.recipe, "test", *comparison.spec.variants[run.variant].rows):
+    chosen = comparison.spec.variants[run.variant].rows
+    for _, _, result in measure_again(run.folder, run.recipe, "test", *chosen, others=True):
         roles.setdefault(result.role, []).append(result)
     results: Any = run.results()
     for role, found in roles.items():
         matrix, counts = [result.row for result in found], found[-1].counts
-        lists = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
+        lists = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy", "known")
         results["roles"][role] |= {
             "accuracy_matrix": matrix,
             "correct": [result.correct for result in found],
@@ -110,7 +111,7 @@ def _fingerprints(comparison: Comparison) -> list[str]:
     found = set()
     for recipe in {repr(run.recipe.data): run.recipe for run in comparison.runs}.values():
         images = []
-        for task in TaskStream(recipe.data, build_processors(recipe)):
+        for task in TaskStream(recipe.data.labelled, build_processors(recipe)):
             split: Any = task.test
             sizes = split.cells.sizes(split.data)[split.rows].tolist()
             images += [

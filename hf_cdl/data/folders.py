@@ -237,6 +237,12 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
     return tables
 
 
+def all_images(root: Path) -> Dataset:
+    """A table of the paths of all images in a folder and below it."""
+    features = Features({"image": datasets.Image(decode=False)})
+    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in _images(root)]}, features=features)
+
+
 def _utf8(root: Path, name: str) -> str:
     """Return the name. Raises ValueError if it is not UTF-8, since tables could not hold it."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,27 @@ def load_splits(
     revision: str | None,
     named: Collection[str | None],
     label_column: str | None = None,
+    read: Callable[..., Mapping[str, Dataset]] = read_folder,
+    field: str = "path",
 ) -> Mapping[str, Dataset]:
-    """Load split name -> data from a local folder (see `read_folder`) or the Hub; `named`: further split names.
+    """Load split name -> data from a local folder (by `read`) or the Hub; `named`: further split names.
 
-    Raises ValueError if there is nothing to read, the layout is ambiguous, or the Hub cannot be reached.
+    `field`: the field of `data` that named the path, for messages. Raises ValueError if there is nothing to read, the
+    layout is ambiguous, or the Hub cannot be reached.
     """
     if path is None:
-        raise ValueError(f"data.path is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
+        raise ValueError(f"data.{field} is missing; give a Hub id, a local folder or a benchmark: {some(BENCHMARKS)}.")
     root = Path(path).expanduser()
     if root.is_dir():
-        if given := [field for field, value in (("name", name), ("revision", revision)) if value is not None]:
+        if given := [what for what, value in (("name", name), ("revision", revision)) if value is not None]:
             raise ValueError(f"data.{given[0]} is of the Hub, but {readable(path)} is a local folder; leave it out.")
-        return read_folder(root, [split for split in named if split is not None], label_column)
+        return read(root, [split for split in named if split is not None], label_column)
     if root.exists():
-        raise ValueError(f"data.path {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
+        raise ValueError(f"data.{field} {readable(path)} is a file; name a folder (unpack archives), or a Hub id.")
     if root.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1:
-        raise NoDataError(f"The folder {readable(path)} does not exist (data.path); name one that does, or a Hub id.")
+        raise NoDataError(
+            f"The folder {readable(path)} does not exist (data.{field}); name one that does, or a Hub id."
+        )
     try:
         found: Any = load_dataset(path, name, revision=revision)
         return {str(split): table for split, table in found.items()}
@@ -54,7 +59,7 @@ def load_splits(
         raise NoDataError(
             f"The data set {path!r} cannot be loaded: it is no local folder, no benchmark ({some(BENCHMARKS)}), and "
             f"the Hub answered: {error}. Without a network, use a local copy: where there is one, run `hf download "
-            f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.path to it (and "
+            f"{path} --repo-type dataset --local-dir FOLDER`, copy FOLDER here and set data.{field} to it (and "
             "image_column, label_column and the splits as for the Hub)."
         ) from error
 

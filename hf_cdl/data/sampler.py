@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
 
-class ViewSampler(Sampler[tuple[int, int]]):
-    """Yield (sample, view): every sample once per epoch, view = epoch; a pure function of (seed, epoch)."""
+class Companions:
+    """The `ratio` of `count` unlabelled images beside each training image: a pure function of seed and place.
 
-    def __init__(self, length: int, seed: int, shuffle: bool = True):
+    They are dealt out in passes over all of them, each in a new order (unless not to `shuffle`) and with a new view.
+    """
+
+    def __init__(self, count: int, ratio: int, seed: int, shuffle: bool = True):
+        self.count, self.ratio, self.seed, self.shuffle = count, ratio, seed, shuffle
+        self._pass, self._order = -1, [*range(count)]
+
+    def at(self, place: int) -> tuple[tuple[int, int], ...]:
+        """(image, view) of those beside the image at a place; places count on from epoch to epoch."""
+        return tuple(self._number(number) for number in range(place * self.ratio, (place + 1) * self.ratio))
+
+    def _number(self, number: int) -> tuple[int, int]:
+        view, at = divmod(number, self.count)
+        if self.shuffle and view != self._pass:
+            self._pass, self._order = view, _order(self.count, self.seed + view)
+        return self._order[at], view
+
+
+class ViewSampler(Sampler[Any]):
+    """Yield (sample, view): every sample once per epoch, view = epoch; a pure function of (seed, epoch).
+
+    With `companions`: ((sample, view), their keys).
+    """
+
+    def __init__(self, length: int, seed: int, shuffle: bool = True, companions: Companions | None = None):
         self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
+        self.companions = companions
 
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = torch.arange(self.length)
-        if self.shuffle:
-            order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from ((index, self.epoch) for index in order.tolist())
+    def __iter__(self) -> Iterator[Any]:
+        order = _order(self.length, self.seed + self.epoch) if self.shuffle else range(self.length)
+        for place, index in enumerate(order, self.epoch * self.length):
+            key = (index, self.epoch)
+            yield key if self.companions is None else (key, self.companions.at(place))
 
 
-class Rounds(Sampler[list[tuple[int, int]]]):
+def _order(length: int, seed: int) -> list[int]:
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Rounds(Sampler[list[Any]]):
     """Epoch order split into rounds, in each of which every process learns from its own batch.
 
     Iteration yields the processes' batches in turn, as Accelerate distributes them: `batch_size` images each. The last
@@ -39,7 +69,7 @@ class Rounds(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return self.count * self.processes
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         order, first = [*self.sampler], 0
         for number in range(self.count):
             for size in self.sizes(number):

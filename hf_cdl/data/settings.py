@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from hf_cdl.data.images import MAX_PIXELS
@@ -54,12 +54,31 @@ class StreamConfig:
     )
     flip: float = _option(0.5, "training view: probability of a horizontal flip")
     eval_split: Literal["test", "validation"] = _option("test", "images on which accuracy is measured")
+    unlabelled: str | None = _option(
+        None,
+        "Hub id or local folder of images on which the teacher teaches the student in every session, beside the "
+        "task's own; labels are not read",
+    )
+    unlabelled_split: str | None = _option(
+        None, "of a data set; none: the one called unlabelled or unlabeled, or train, or the only one"
+    )
+    unlabelled_ratio: int = _option(1, "unlabelled images beside each training image, in every batch")
+    foreign: str | None = _option(
+        None,
+        "Hub id or local folder of images of none of the classes, of which the results say how many would be answered "
+        "(see a head's known); labels are not read",
+    )
     max_pixels: int = _option(MAX_PIXELS, "an image of more pixels (width * height) is refused before it is unpacked")
 
     def __post_init__(self) -> None:
         problems = [*self._class_problems(), *self._split_problems(), *self._number_problems(), *self._view_problems()]
         if problems:
             raise ValueError("These settings make no stream of tasks:\n- " + "\n- ".join(problems))
+
+    @property
+    def labelled(self) -> StreamConfig:
+        """The stream without its unlabelled images."""
+        return replace(self, unlabelled=None, unlabelled_split=None, unlabelled_ratio=1)
 
     def _class_problems(self) -> list[str]:
         """Problems of the tasks and class names given here."""
@@ -102,7 +121,16 @@ class StreamConfig:
             )
         if len(set(splits)) < len(splits):
             problems.append(f"train_split, validation_split and test_split must differ, but are {some(splits)}")
-        for source in ("path", "name", "revision", "image_column", "label_column"):
+        for source in (
+            "path",
+            "name",
+            "revision",
+            "image_column",
+            "label_column",
+            "unlabelled",
+            "unlabelled_split",
+            "foreign",
+        ):
             if (value := getattr(self, source)) is not None and not str(value).strip():
                 problems.append(f"{source} is {value!r}, but must not be empty; give one, or leave it out")
         if self.eval_split not in ("test", "validation"):
@@ -117,6 +145,8 @@ class StreamConfig:
             value = getattr(self, limit)
             if not _whole(value, 1) and not (value is None and limit != "max_pixels"):
                 problems.append(f"{limit} is {value}, but must be a whole number of at least 1")
+        if not _whole(self.unlabelled_ratio, 1):
+            problems.append(f"unlabelled_ratio is {self.unlabelled_ratio}, but must be a whole number of at least 1")
         for seed in ("split_seed", "class_order_seed"):
             value = getattr(self, seed)
             if not (_whole(value, 0) and value < 2**63) and not (value is None and seed == "class_order_seed"):

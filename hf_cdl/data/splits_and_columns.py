@@ -66,9 +66,8 @@ def choose_columns(tables: Mapping[str, Dataset], image: str | None, label: str 
     Raises ValueError if a column is not in all splits, does not hold images or is not the only candidate.
     """
     features = tables["train"].features
-    images = [column for column, feature in features.items() if _holds_images(feature)]
-    labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    labels = labels or [column for column in USUAL_LABELS if column in features]
+    images = image_columns(tables["train"])
+    labels = label_columns(tables["train"])
     chosen = []
     for what, named, candidates in (("image", image, images), ("label", label, labels)):
         column = candidates[0] if named is None and len(candidates) == 1 else named
@@ -87,6 +86,17 @@ def choose_columns(tables: Mapping[str, Dataset], image: str | None, label: str 
     if chosen[0] not in images:
         raise ValueError(f"image_column {chosen[0]!r} holds {features[chosen[0]]}, not images; with images: {images}.")
     return chosen[0], chosen[1]
+
+
+def image_columns(table: Dataset) -> list[str]:
+    """The columns of a table that hold images."""
+    return [column for column, feature in table.features.items() if _holds_images(feature)]
+
+
+def label_columns(table: Dataset) -> list[str]:
+    """The columns of a table that could be its labels."""
+    labels = [column for column, feature in table.features.items() if isinstance(feature, ClassLabel)]
+    return labels or [column for column in USUAL_LABELS if column in table.features]
 
 
 def _holds_images(feature: Any) -> bool:

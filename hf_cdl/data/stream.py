@@ -27,6 +27,7 @@ from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.data.unlabelled import Unlabelled, foreign_images, put_beside
 from hf_cdl.data.views import Preprocess, same_view
 from hf_cdl.types import Task
 
@@ -36,7 +37,8 @@ class TaskStream:
 
     `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; roles without one use
     the first; with none at all there are no pixel values. `seed`: seed of the augmented views. `dataset`: the data
-    itself (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`. The attribute `config` has a
+    itself (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`; `unlabelled`: images without
+    labels, instead of `config.unlabelled`. The attribute `config` has a
     benchmark's values filled in. Splits, columns, labels and classes are checked here, images by `check_images`;
     `notes` lists data and settings that are not used. Raises ValueError if the data cannot be made into a stream.
     """
@@ -47,6 +49,7 @@ class TaskStream:
         processors: BaseImageProcessor | Mapping[str, BaseImageProcessor],
         seed: int = 0,
         dataset: Mapping[str, Dataset] | Dataset | None = None,
+        unlabelled: Dataset | None = None,
     ):
         _check_arguments(config, processors)
         preset = BENCHMARKS.get(config.path or "", {}) if dataset is None else {}
@@ -72,9 +75,13 @@ class TaskStream:
         _check_filled(names, plan, rows, config.eval_split, splits if isinstance(found, ClassFolders) else {})
         images = {role: _undecoded(table, image_column) for role, table in tables.items()}
         cells = cells_of(config.path if dataset is None else None, config.max_pixels)
-        source = _Source(images, splits, rows, labels, names, _views(config, processors, seed), cells)
+        views = _views(config, processors, seed)
+        source = _Source(images, splits, rows, labels, names, views, cells)
         tasks = [*known, *([names[c] for c in classes] for classes in plan)]
-        self._tasks = list(source.cut(tasks, len(known), config.eval_split))
+        alone = list(source.cut(tasks, len(known), config.eval_split))
+        self._tasks, notes = put_beside(alone, config, unlabelled, views)
+        self.foreign, more = foreign_images(config, views)
+        self.notes += [*notes, *more]
 
     def __getitem__(self, index: int) -> Task:
         return self._tasks[index]
@@ -94,7 +101,8 @@ class TaskStream:
     def fingerprint(self) -> str:
         """16 hex digits that depend on the classes, their order, the tasks, the rows and the file sizes.
 
-        Independent of folder and machine: the same data elsewhere has the same fingerprint.
+        Independent of folder and machine: the same data elsewhere has the same fingerprint. If there are unlabelled
+        or foreign images, a + and 16 digits that depend on their content follow.
         """
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
@@ -105,7 +113,13 @@ class TaskStream:
                     sizes[split.name] = split.cells.sizes(split.data)
                 digest.update(f"{role} {split.name} {split.labels}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
-        return digest.hexdigest()[:16]
+        beside = [images.fingerprint for images in (self.unlabelled, self.foreign) if images is not None]
+        return "+".join([digest.hexdigest()[:16], *beside])
+
+    @property
+    def unlabelled(self) -> Unlabelled | None:
+        """The images without labels beside the tasks' own; None if there are none."""
+        return next((task.unlabelled for task in self if isinstance(task.unlabelled, Unlabelled)), None)
 
     @property
     def images(self) -> dict[str, list[int]]:
@@ -125,7 +139,9 @@ class TaskStream:
         model will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are
         refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
-        parts = [(task, role, split) for task in self for role, split in _parts(task)]
+        parts: list[Any] = [(task, role, split) for task in self for role, split in _parts(task)]
+        for name, images in (("unlabelled", self.unlabelled), ("foreign", self.foreign)):
+            parts += [] if images is None else [(None, name, images)]
         bad: list[str] = []
         flat: dict[str, _Flat] = {}  # per class
         with (

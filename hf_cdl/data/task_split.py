@@ -65,14 +65,21 @@ class TaskSplit:
     def __getitems__(self, keys: Sequence[int | tuple[int, int]]) -> list[dict[str, Any]]:
         """Return a batch of evaluation or augmented views (not both), with one call per image processor."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
-        samples = [(self.task, int(self.rows[key[0]]), key[1]) for key in keys if isinstance(key, tuple)]
+        samples = [(self.task, self._sample(key[0]), key[1]) for key in keys if isinstance(key, tuple)]
         images = [self.image(i) for i in indices]
         items: list[dict[str, Any]] = [{} for _ in indices]
         for name, view in self._pixel_values().items():
             pixels = view.training(images, samples) if samples else view.evaluation(images)
             for item, p in zip(items, pixels, strict=True):
                 item[name] = p
-        return [{**item, "labels": self.labels[i]} for item, i in zip(items, indices, strict=True)]
+        return [self._labelled(item, i) for item, i in zip(items, indices, strict=True)]
+
+    def _sample(self, index: int) -> int:
+        """What identifies a sample in augmentation."""
+        return int(self.rows[index])
+
+    def _labelled(self, item: dict[str, Any], index: int) -> dict[str, Any]:
+        return {**item, "labels": self.labels[index]}
 
     def _pixel_values(self) -> dict[str, Preprocess]:
         """The view that makes each tensor of an item, without duplicates of the first."""

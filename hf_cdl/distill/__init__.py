@@ -14,6 +14,7 @@ from hf_cdl.distill.label_smoothing import LabelSmoothing
 from hf_cdl.distill.objective import LOSSES, Objective, Term
 from hf_cdl.distill.os_prompt import OSPrompt
 from hf_cdl.distill.prompt_mapping import PromptMappingKD
+from hf_cdl.distill.pseudo_labels import PseudoLabels
 from hf_cdl.distill.review_kd import ReviewKD
 from hf_cdl.distill.similarity import Similarity
 from hf_cdl.registry import Registry
@@ -36,6 +37,7 @@ TERMS: Registry[Term] = Registry(
         "label_smoothing": LabelSmoothing,
         "prompt_mapping": PromptMappingKD,
         "os_prompt": OSPrompt,
+        "pseudo_labels": PseudoLabels,
     },
     reserved=LOSSES,
 )

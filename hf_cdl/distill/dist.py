@@ -44,6 +44,7 @@ class DIST(Term):
     """The DIST loss. Raises ValueError in a task with one class."""
 
     config_class = DISTConfig
+    reads_unlabelled = True
 
     def check(self, classes: int, images: int) -> None:
         check_classes("dist", classes)

@@ -92,6 +92,7 @@ class DualPathConfig(TermConfig):
 
 class DualPath(PromptPath):
     config_class = DualPathConfig
+    reads_unlabelled = True
     config: DualPathConfig
 
     def __init__(self, config: DualPathConfig, student: ModelShape, teacher: ModelShape):
@@ -120,7 +121,7 @@ class DualPath(PromptPath):
         learn = beta_o * kd_loss(ours, original, tau) + beta_p * kd_loss(ours, path.detach(), tau)
         tune = (1 - config.rho) * kd_loss(path, original, tau) + config.rho * kd_loss(path, ours.detach(), tau)
         if config.lambda_y > 0:
-            tune = tune + config.lambda_y * F.cross_entropy(path, labels)
+            tune = tune + config.lambda_y * F.cross_entropy(path[: len(labels)], labels)
         return {"student": learn, "prompt_path": tune}
 
     def _betas(self) -> tuple[Any, Any]:

@@ -32,6 +32,7 @@ class FitNetsConfig(TermConfig):
 
 class FitNets(Term):
     config_class = FitNetsConfig
+    reads_unlabelled = True
     needs_hidden_states = True
     compares_classes = False
 

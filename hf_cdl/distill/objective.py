@@ -5,6 +5,9 @@ r"""The objective: masked cross-entropy, the prompt pool's loss, and a sum of na
 All losses see the current task's classes only: the logits are sliced once, here. CE over that slice is the reference
 implementation's masked cross-entropy (earlier classes set to -inf, later ones cut).
 
+Images without labels may come behind a batch's labelled ones. CE, the pool's loss and most terms see the labelled ones
+alone; a term with `reads_unlabelled` sees both, and its mean is over both.
+
 Every loss is a mean over the images of a batch; the trainer turns the means of a step's micro-batches on all processes
 into the mean over all images of the step. A loss that is not a mean of per-image losses, because it compares or
 normalises the images of a batch jointly, sees only one micro-batch on one process: `similarity`, the columns of
@@ -16,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -71,7 +74,10 @@ class Term(nn.Module, ABC):
     student's `similarities` to a query; one without `needs_teacher` gets None if there is no teacher; one with
     `needs_hidden_states` uses some, so both models must have token layers; one with `needs_features` uses the CLS
     features, which ordinary classifiers do not expose. A term that does not compare classes (`compares_classes` false)
-    also learns from a task with one class.
+    also learns from a task with one class. A term with `reads_unlabelled` also learns from images without labels,
+    which both models answer like the others: of outputs with B images the first `len(labels)` have labels. One with
+    `needs_unlabelled` learns from these alone. A field of its config that is about them has `unlabelled` in its
+    metadata.
     """
 
     config_class: ClassVar[type[TermConfig]] = TermConfig
@@ -80,6 +86,8 @@ class Term(nn.Module, ABC):
     needs_hidden_states: ClassVar[bool] = False
     needs_features: ClassVar[bool] = False
     compares_classes: ClassVar[bool] = True
+    reads_unlabelled: ClassVar[bool] = False
+    needs_unlabelled: ClassVar[bool] = False
     student_parts: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __init__(self, config: Any, student: ModelShape, teacher: ModelShape):
@@ -98,6 +106,10 @@ class Term(nn.Module, ABC):
         asked = [name for name in ("attach", "begin_task", "consult") if getattr(cls, name) is not getattr(Term, name)]
         if asked and not cls.needs_teacher:
             return f"has {', '.join(asked)}, which only a teacher leads to, but not needs_teacher; set that"
+        if cls.reads_unlabelled and not cls.needs_teacher:
+            return "has reads_unlabelled, but not needs_teacher: a teacher teaches on images without labels; set that"
+        if cls.needs_unlabelled and not cls.reads_unlabelled:
+            return "has needs_unlabelled, but not reads_unlabelled, so it would never see any; set that"
         parts: Any = cls.student_parts
         if (
             not isinstance(parts, dict)
@@ -189,6 +201,20 @@ class Objective(nn.Module):
         terms = (term for term in self._terms() if term.config.weight > 0)
         return self.ce_weight > 0 or any(term.compares_classes for term in terms)
 
+    @property
+    def reads_unlabelled(self) -> bool:
+        """Whether any term learns from images without labels."""
+        return any(term.reads_unlabelled for term in self._terms() if term.config.weight > 0)
+
+    @property
+    def needs_unlabelled(self) -> list[str]:
+        """Terms, and fields of terms, that would have no effect without images that have no labels."""
+        return [
+            name if term.needs_unlabelled else f"{name}.{idle}"
+            for name, term in self.terms.items()
+            for idle in ([""] if term.needs_unlabelled else about_unlabelled(term.config))
+        ]
+
     def check(self, classes: int, images: int) -> None:
         """Raise ValueError if the objective cannot learn from `classes` classes in batches of `images`."""
         if self.ce_weight <= 0 and all(term.config.weight <= 0 for term in self._terms()):
@@ -239,9 +265,14 @@ class Objective(nn.Module):
     def forward(
         self, student: CDLOutput, teacher: CDLOutput | None, labels: torch.Tensor, classes: slice
     ) -> dict[str, torch.Tensor]:
-        """Compute all losses by name, unweighted, and their weighted sum `loss`; `classes`: current task's slice."""
+        """Compute all losses by name, unweighted, and their weighted sum `loss`; `classes`: current task's slice.
+
+        `labels` (n,) are those of the first n of the outputs' images. `TERM/counted`, for logs alone, is the share of
+        the others that reach the term's threshold.
+        """
         student, labels = current_classes(student, classes), labels - classes.start
-        losses = {"ce": F.cross_entropy(student.logits, labels)}
+        ours = first_images(student, len(labels))
+        losses = {"ce": F.cross_entropy(ours.logits, labels)}
         total = self.ce_weight * losses["ce"]
         if student.prompt_loss is not None:
             losses["prompt"] = student.prompt_loss
@@ -250,13 +281,17 @@ class Objective(nn.Module):
             teacher = current_classes(teacher, classes)
         elif self.needs_teacher:
             raise ValueError(f"The terms {', '.join(self.terms)} need a teacher, but the trainer was given none.")
+        theirs = None if teacher is None else first_images(teacher, len(labels))
         for name, module in self.terms.items():
             term: Any = module
-            found = term(student, teacher, labels)
+            found = term(student, teacher, labels) if term.reads_unlabelled else term(ours, theirs, labels)
             if isinstance(found, dict):
                 losses |= {f"{name}/{part}": value for part, value in found.items()}
                 found = torch.stack([*found.values()]).sum()
             losses[name] = found
+            counted = confident(teacher.logits, len(labels), threshold_of(term)) if teacher is not None else None
+            if counted is not None:
+                losses[f"{name}/counted"] = counted[len(labels) :].float().mean()
             total = total + term.config.weight * found
         return {"loss": total, **losses}
 
@@ -271,14 +306,68 @@ def current_classes(output: CDLOutput, classes: slice) -> CDLOutput:
     return replace(output, **cut)
 
 
-def kd_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def first_images(output: CDLOutput, count: int) -> CDLOutput:
+    """The output for the first `count` images; losses stay as they are."""
+    if len(output.logits) == count:
+        return output
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cut, value))
+        return value[:count] if isinstance(value, torch.Tensor) and value.dim() else value
+
+    return replace(output, **{f.name: cut(getattr(output, f.name)) for f in fields(output)})
+
+
+def kd_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, counted: torch.Tensor | None = None
+) -> torch.Tensor:
     r"""K_\tau(t || s) = \tau^2 KL(softmax(z_t / \tau) || softmax(z_s / \tau)) of logits (B, C), mean over the batch.
 
-    Hinton et al. 2015 (arXiv 1503.02531), Sec. 2; the factor \tau^2 keeps the gradient scale independent of \tau.
+    Hinton et al. 2015 (arXiv 1503.02531), Sec. 2; the factor \tau^2 keeps the gradient scale independent of \tau. Of
+    images that are not `counted` (B,) the divergence is taken as 0.
     """
     log_p = F.log_softmax(student / temperature, dim=-1)
     log_q = F.log_softmax(teacher / temperature, dim=-1)
-    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    if counted is None:
+        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+    each = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(dim=-1)
+    return (each * counted).mean() * temperature**2
+
+
+def threshold_field(default: float) -> Any:
+    """The field `threshold` of a term's config: which of the unlabelled images it learns from."""
+    text = "Unlabelled images count if the teacher's largest probability over the task's classes is at least this."
+    return field(default=default, metadata={"help": text, "unlabelled": True})
+
+
+def check_threshold(config: Any) -> None:
+    """Raise ValueError unless a term's `threshold` is a probability."""
+    if not 0 <= config.threshold <= 1:
+        raise ValueError(f"{config.said} needs threshold from 0 to 1, a probability; got {config.threshold}.")
+
+
+def threshold_of(term: Term) -> float:
+    """The threshold of a term that has one; 0 means none."""
+    return getattr(term.config, "threshold", 0.0) if term.reads_unlabelled else 0.0
+
+
+def confident(teacher: torch.Tensor, labelled: int, threshold: float) -> torch.Tensor | None:
+    r"""Which images count (B,), given the teacher's logits (B, C): the first `labelled`, and 1(max_c p_c >= \tau).
+
+    FixMatch's mask (Sohn et al. 2020, arXiv 2001.07685, Eq. 4). None if all count.
+    """
+    if threshold == 0 or labelled == len(teacher):
+        return None
+    counted = teacher.softmax(dim=-1).amax(dim=-1) >= threshold
+    counted[:labelled] = True
+    return counted
+
+
+def about_unlabelled(config: Any) -> list[str]:
+    """The fields of a term's config that are set and are about unlabelled images."""
+    marked = [f for f in fields(config) if f.metadata.get("unlabelled")]
+    return [f.name for f in marked if getattr(config, f.name) != f.default]
 
 
 def check_classes(term: str, count: int, least: int = 2) -> None:

@@ -57,6 +57,7 @@ class ABF(nn.Module):
 
 class ReviewKD(Term):
     config_class = ReviewKDConfig
+    reads_unlabelled = True
     needs_hidden_states = True
     compares_classes = False
 

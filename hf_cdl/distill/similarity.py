@@ -33,6 +33,7 @@ class SimilarityConfig(TermConfig):
 
 class Similarity(Term):
     config_class = SimilarityConfig
+    reads_unlabelled = True
     needs_features = True
     compares_classes = False
 

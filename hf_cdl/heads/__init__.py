@@ -29,21 +29,27 @@ HEADS: Registry[Head] = Registry(
 )
 
 
-def build_head(head: dict[str, Any], hidden_size: int) -> Head:
-    """Build the head of a config's `head` section.
+def build_head(head: dict[str, Any], hidden_size: int, layer_size: int | None = None) -> Head:
+    """Build the head of a config's `head` section; `layer_size`: the backbone's width, by default the features'.
 
     Raises ValueError for an unknown type or field, and for a head that would not fit in memory.
     """
     kind, fields = HEADS.pick(head, "head")
     config = build_fields(HEADS[kind].config_class, fields, f"Head type '{kind}'")
 
+    def made() -> Head:
+        head = HEADS[kind](config, hidden_size)
+        if head.reads_layers:
+            head.read_layers(layer_size or hidden_size)
+        return head
+
     def with_a_task() -> Head:
-        made = HEADS[kind](config, hidden_size)
-        made.add_task(1)
-        return made
+        head = made()
+        head.add_task(1)
+        return head
 
     check_size(f"A head of type '{kind}'", with_a_task)
-    return HEADS[kind](config, hidden_size)
+    return made()
 
 
 def example(fitted: bool) -> str:

@@ -46,6 +46,11 @@ class HeadConfig:
         return Path(self.standardise) if self.standardise and self.standardise.endswith(".safetensors") else None
 
 
+def share_of(images: int) -> float:
+    """The weight of newly learnt images in what is fitted to them, against that of earlier ones."""
+    return min(1.0, images / _ENOUGH)
+
+
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
     """Features as they are summed: those of half precision in float32."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
@@ -66,6 +71,8 @@ class Head(nn.Module, ABC):
     """Whether its checkpoints hold sums needed only to learn further tasks, which `drop_sums` drops."""
     needs_teacher = False
     """Whether it learns from a teacher's outputs."""
+    reads_layers = False
+    """Whether it reads the mean patch tokens of some layers too, see known.py."""
 
     def __init__(self, config: Any, hidden_size: int):
         super().__init__()
@@ -124,6 +131,15 @@ class Head(nn.Module, ABC):
     def choices(self) -> dict[str, float]:
         """What the head chose by itself, by the name of the option."""
         return {}
+
+    def read_layers(self, size: int) -> None:
+        """Set up what a head that `reads_layers` needs, for layers of this width."""
+
+    def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+        """How known images are (B,), of features (B, D), means of layers (B, 3, W) and logits (B, C); higher is more.
+
+        None for a head that does not tell.
+        """
 
     def check_growth(self) -> None:
         """Raise ValueError if the head cannot learn further tasks."""
@@ -216,23 +232,40 @@ class FittedHead(Head):
 
     @torch.no_grad()
     def accumulate(
-        self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None = None, sign: int = 1
+        self,
+        features: torch.Tensor,
+        labels: torch.Tensor,
+        taught: torch.Tensor | None = None,
+        sign: int = 1,
+        layers: torch.Tensor | None = None,
     ) -> None:
         """Add features (B, D) with `labels` (B,) over all classes to the sums; with `sign` -1 take them away.
 
         `taught` (B, C_t): the `targets` made of a teacher's logits over the classes of the one task that they are of,
-        for a head that `needs_teacher`. Raises FloatingPointError for features or targets that are NaN or infinite.
+        for a head that `needs_teacher`. `layers` (B, 3, W): the means of layers, for a head that `reads_layers`.
+        Raises FloatingPointError for features or targets that are NaN or infinite.
         """
         check_features(features)
         self._check_labels(labels)
         features = at_least_float32(features)
         self.update(self.prepare(features), labels, taught, sign)
-        if sign > 0 and self.fitted_scale is not None:
-            self._recent.add(features, labels)
+        read = ()
+        if self.reads_layers:
+            if layers is None:
+                raise ValueError(f"This {self.name} head says how known an image is, so it needs the means of layers.")
+            check_features(layers.flatten(1))
+            read = (at_least_float32(layers),)
+            self.update_layers(*read, labels, sign)
+        if sign > 0 and (self.fitted_scale is not None or read):
+            self._recent.add(labels, features, *read)
 
     @abstractmethod
     def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
         """Add prepared features (B, M) to the sums, or take them away, as `accumulate` says."""
+
+    def update_layers(self, layers: torch.Tensor, labels: torch.Tensor, sign: int) -> None:
+        """The same for the means of layers (B, 3, W), for a head that `reads_layers`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it reads of layers.")
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Scores (N, C) of prepared features (N, M) that are in the sums, each by a head without that one."""
@@ -240,14 +273,21 @@ class FittedHead(Head):
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Fit the scale to the images learnt since the last time; a few of them move it only in part."""
+        """Fit what is told by leave-one-out scores to the images learnt since the last time."""
         recent = self._recent.take()
-        if self.fitted_scale is None or recent is None:
+        if recent is not None:
+            labels, features, layers = (*recent, None)[:3]
+            scores = movable(self.leave_one_out(self.prepare(features), labels))
+            self.fit_recent(scores, movable(labels), features, layers)
+
+    def fit_recent(
+        self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, layers: Any = None
+    ) -> None:
+        """Fit the scale to leave-one-out scores (N, C) of images with `labels` (N,); a few move it only in part."""
+        if self.fitted_scale is None:
             return
-        features, labels = recent
-        scores = movable(self.leave_one_out(self.prepare(features), labels))
-        labels, before = movable(labels), float(self.fitted_scale)
-        share = min(1.0, len(labels) / _ENOUGH) if before else 1.0
+        before = float(self.fitted_scale)
+        share = share_of(len(labels)) if before else 1.0
         self.variance.lerp_(scores.var(dim=1, correction=0).mean().to(self.variance), share)
         found = fit_scale(standardised(scores, self.variance.to(scores)), labels)
         self.fitted_scale.fill_(found**share * before ** (1 - share))
@@ -323,5 +363,10 @@ class FittedHead(Head):
         raise NotImplementedError(f"{type(self).__name__} does not say what it learns from a teacher.")
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        scores = super().forward(features)
-        return self.scale * (scores if self.fitted_scale is None else standardised(scores, self.variance))
+        return self.scaled(super().forward(features))
+
+    def scaled(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (N, C) as logits."""
+        if self.fitted_scale is None:
+            return self.scale * scores
+        return self.scale.to(scores) * standardised(scores, self.variance.to(scores))

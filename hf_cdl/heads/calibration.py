@@ -20,31 +20,30 @@ _RANGE, _STEPS = (1e-3, 1e6), 60
 
 
 class RecentImages:
-    """Features (N, D) and labels (N,) of images learnt since the head was last solved, evenly thinned out."""
+    """Labels (N,) of images learnt since the head was last solved, and what is read of them, evenly thinned out."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._parts: list[tuple[torch.Tensor, ...]] = []
         self._stride, self._seen = 1, 0
 
-    def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Keep images of a batch."""
+    def add(self, labels: torch.Tensor, *read: torch.Tensor) -> None:
+        """Keep images of a batch: their labels (B,), and tensors (B, ...)."""
         numbers = torch.arange(self._seen, self._seen + len(labels), device=labels.device)
         own = numbers % self._stride == 0
-        self._parts.append((features[own].detach(), labels[own]))
+        self._parts.append(tuple(value[own].detach() for value in (labels, *read)))
         self._seen += len(labels)
-        if sum(len(part) for _, part in self._parts) > 2 * _MOST:
-            self._parts = [tuple(value[::2] for value in self._joined())]  # type: ignore[list-item]
+        if sum(len(labels) for labels, *_ in self._parts) > 2 * _MOST:
+            self._parts = [tuple(value[::2] for value in self._joined())]
             self._stride *= 2
 
-    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def take(self) -> tuple[torch.Tensor, ...] | None:
         """Return what was kept, and forget it; None if there is nothing."""
         found = self._joined() if self._parts else None
         self._parts, self._stride, self._seen = [], 1, 0
         return found
 
-    def _joined(self) -> tuple[torch.Tensor, torch.Tensor]:
-        features, labels = zip(*self._parts, strict=True)
-        return torch.cat(features), torch.cat(labels)
+    def _joined(self) -> tuple[torch.Tensor, ...]:
+        return tuple(map(torch.cat, zip(*self._parts, strict=True)))
 
 
 def standardised(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

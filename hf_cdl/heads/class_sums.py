@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.heads.known import LAYERS
+
 _ZERO, _STRANGE = 1e-12, 1e-6
 """Eigenvalues below this share of the largest are 0; features may have this share of their square along those."""
 
@@ -15,23 +17,35 @@ _ZERO, _STRANGE = 1e-12, 1e-6
 class ClassSums(nn.Module):
     """What the images of a task's C_t classes leave: `total` (C_t, M) and `count` (C_t,), and the solved weights.
 
-    With `per_class` also `grams` (C_t, M (M + 1) / 2), the upper triangle of each class's Gram matrix. Float64 numbers
-    are stored as their bits in integers, which changing the model's dtype cannot round.
+    With `per_class` also `grams` (C_t, M (M + 1) / 2), the upper triangle of each class's Gram matrix. With `known`
+    (D, W), the widths of features and layers, `layer_total` (C_t, 3, W) and perhaps `layer_grams` likewise, of the
+    means of layers, and `centre` (C_t, D), see known.py. Float64 numbers are stored as their bits in integers, which
+    changing the model's dtype cannot round.
     """
 
-    def __init__(self, width: int, num_classes: int, sums: bool | str, bias: bool):
+    def __init__(
+        self, width: int, num_classes: int, sums: bool | str, bias: bool, known: tuple[int, int] | None = None
+    ):
         super().__init__()
         self.weight: torch.Tensor
         self.bias: torch.Tensor | None
         self.total: torch.Tensor
         self.count: torch.Tensor
         self.grams: torch.Tensor
-        packed = torch.zeros(num_classes, width * (width + 1) // 2, dtype=torch.int64) if sums == "per_class" else None
+        self.layer_total: torch.Tensor
+        self.layer_grams: torch.Tensor
+        self.centre: torch.Tensor
         self.register_buffer("weight", torch.zeros(num_classes, width))
         self.register_buffer("bias", torch.zeros(num_classes) if bias else None)
-        self.register_buffer("total", torch.zeros(num_classes, width, dtype=torch.int64) if sums else None)
-        self.register_buffer("count", torch.zeros(num_classes, dtype=torch.int64) if sums else None)
-        self.register_buffer("grams", packed)
+        size, layer = known or (0, 0)
+        kept = {"total": (width,), "count": ()} | ({"layer_total": (LAYERS, layer)} if known else {})
+        per_class = {"grams": (_upper(width),)} | ({"layer_grams": (LAYERS, _upper(layer))} if known else {})
+        kept = (kept if sums else {}) | (per_class if sums == "per_class" else {})
+        for name in ("total", "count", "grams", "layer_total", "layer_grams"):
+            shape = kept.get(name)
+            empty = None if shape is None else torch.zeros(num_classes, *shape, dtype=torch.int64)
+            self.register_buffer(name, empty)
+        self.register_buffer("centre", torch.zeros(num_classes, size) if known else None)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return F.linear(features, self.weight, self.bias)
@@ -43,17 +57,22 @@ def sums_of(block: Any) -> ClassSums:
 
 
 def packed(matrix: torch.Tensor) -> torch.Tensor:
-    """The upper triangle (M (M + 1) / 2,) of a symmetric matrix (M, M)."""
-    row, column = torch.triu_indices(*matrix.shape, device=matrix.device)
-    return matrix[row, column]
+    """The upper triangles (..., M (M + 1) / 2) of symmetric matrices (..., M, M)."""
+    row, column = torch.triu_indices(*matrix.shape[-2:], device=matrix.device)
+    return matrix[..., row, column]
 
 
 def unpacked(width: int, upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix (width, width) with this upper triangle."""
+    """The symmetric matrices (..., width, width) with these upper triangles."""
     row, column = torch.triu_indices(width, width, device=upper.device)
-    matrix = torch.zeros(width, width, dtype=upper.dtype, device=upper.device)
-    matrix[row, column] = upper
-    return matrix + matrix.triu(diagonal=1).T
+    matrix = torch.zeros(*upper.shape[:-1], width, width, dtype=upper.dtype, device=upper.device)
+    matrix[..., row, column] = upper
+    return matrix + matrix.triu(diagonal=1).mT
+
+
+def _upper(width: int) -> int:
+    """Number of elements in a triangle with its diagonal."""
+    return width * (width + 1) // 2
 
 
 def outside(gram: torch.Tensor, features: torch.Tensor) -> int:

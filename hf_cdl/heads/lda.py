@@ -7,9 +7,8 @@ from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
-from transformers import initialization as init
 
-from hf_cdl.heads.bits import add, movable, read, write
+from hf_cdl.heads.bits import add, movable, read
 from hf_cdl.heads.class_sums import sums_of
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 from hf_cdl.heads.validation import choose_strength
@@ -48,28 +47,9 @@ class LdaHead(SumsHead):
     """
 
     config_class: ClassVar[type] = LdaConfig
-    bits: ClassVar[tuple[str, ...]] = (*SumsHead.bits, "chosen")
+    choice: ClassVar[str] = "shrinkage"
     has_bias: ClassVar[bool] = True
     config: LdaConfig
-
-    def __init__(self, config: LdaConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
-        self.chosen: torch.Tensor
-        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64) if config.shrinkage == "auto" else None)
-
-    @property
-    def shrinkage(self) -> float:
-        """The share a, or the one chosen at the end of the newest task; 0 if nothing was learnt yet."""
-        return float(read(self.chosen)) if self.config.shrinkage == "auto" else self.config.shrinkage
-
-    def choices(self) -> dict[str, float]:
-        chosen = {"shrinkage": self.shrinkage} if self.config.shrinkage == "auto" else {}
-        return {**chosen, **super().choices()}
-
-    def init_shared(self) -> None:
-        super().init_shared()
-        if self.chosen is not None:
-            init.zeros_(self.chosen)
 
     @torch.no_grad()
     def keep(self, task: int, rows: list[int]) -> None:
@@ -82,13 +62,14 @@ class LdaHead(SumsHead):
             add(self.gram, -total.T @ (total / count[gone, None]))
         super().keep(task, rows)
 
+    def choose(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
+        strength = choose_strength(gram, total, count, int(self.images))
+        return strength / (strength + self._variance(gram, total, count.to(total)) * int(self.images))
+
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.shrinkage == "auto":
-            strength = choose_strength(gram, total, count, int(self.images))
-            size = self._variance(gram, total, count) * int(self.images)
-            write(self.chosen, torch.tensor(strength / (strength + size), dtype=torch.float64))
         means = total / count.clamp(min=1)[:, None]
-        weight = torch.cholesky_solve(means.T, self._factor(gram, means, count)).T
+        self._factor = self._factorised(gram, means, count)
+        weight = torch.cholesky_solve(means.T, self._factor).T
         return weight, -(weight * means).sum(dim=1) / 2
 
     def _variance(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
@@ -97,10 +78,10 @@ class LdaHead(SumsHead):
         least = _LEAST * gram.diagonal().sum()
         return float(torch.maximum(gram.diagonal().sum() - between, least)) / len(gram) / int(self.images)
 
-    def _factor(self, gram: torch.Tensor, means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    def _factorised(self, gram: torch.Tensor, means: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """Cholesky factor of the shrunk covariance (M, M)."""
         within = (gram - means.T @ (count[:, None] * means)) / int(self.images)
-        share = self.shrinkage
+        share = self.choice_made
         within = (1 - share) * within
         within.diagonal().add_(share * self._variance(gram, count[:, None] * means, count))
         factor, failed = torch.linalg.cholesky_ex(within)
@@ -116,20 +97,42 @@ class LdaHead(SumsHead):
         With d = h - \mu_y, the mean becomes \mu_y - d / (n_y - 1) and the covariance \Sigma_a - k d d^T, whose inverse
         follows by Sherman and Morrison.
         """
-        blocks = [*map(sums_of, self.blocks)]
-        count, labels = movable(torch.cat([block.count for block in blocks])), movable(labels)
-        means = torch.cat([read(block.total) for block in blocks]) / count.clamp(min=1)[:, None]
-        inverse = torch.cholesky_inverse(self._factor(self.gram_matrix(), means, count.to(means)))
-        h = movable(features).double()
+        count, means, inverse = self._solved()
+        h, labels = movable(features).double(), movable(labels)
         rest = (count[labels] - 1).clamp(min=1).to(h)[:, None]
         d = h - means[labels]
         mapped, weight = d @ inverse, means @ inverse
         own = F.one_hot(labels, len(means)).to(h) / rest  # mu_c moves by -own d
         size = (d * mapped).sum(dim=1, keepdim=True)
-        k = (1 - self.shrinkage) / int(self.images) * (rest + 1) / rest
+        k = (1 - self.choice_made) / int(self.images) * (rest + 1) / rest
         gain = k / (1 - k * size).clamp(min=1e-6)
         along = mapped @ means.T - own * size  # d^T Sigma^-1 mu of the moved means
         linear = h @ weight.T - own * (mapped * h).sum(dim=1, keepdim=True)
         square = (weight * means).sum(dim=1) - 2 * own * (mapped @ means.T) + own.square() * size
         linear = linear + gain * along * (mapped * h).sum(dim=1, keepdim=True)
         return linear - (square + gain * along.square()) / 2
+
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor:
+        r"""Scores by the covariance without these images; the shrinkage's share of the identity stays.
+
+        With U the images' deviations from their mean and P = \Sigma_a^{-1}, the inverse of \Sigma_a - k U^T U is
+        P + k P U^T (I - k U P U^T)^{-1} U P (Woodbury).
+        """
+        _, means, inverse = self._solved()
+        h = movable(features).double()
+        u = h - means[label]
+        mapped = u @ inverse
+        k = (1 - self.choice_made) / int(self.images)
+        gain = k * torch.linalg.solve(torch.eye(len(h)).to(h) - k * mapped @ u.T, mapped)
+        weight = means @ inverse + means @ mapped.T @ gain
+        fewer = 1 - len(h) / int(self.images)  # the covariance is one of fewer images
+        return fewer * (h @ weight.T - (weight * means).sum(dim=1) / 2)
+
+    def _solved(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Class counts and means, and the inverse of the shrunk covariance."""
+        count = self.of_classes("count")
+        means = self.of_classes("total") / count.clamp(min=1)[:, None]
+        factor = self._factor
+        if factor is None:
+            factor = self._factorised(self.gram_matrix(), means, count.to(means))
+        return count, means, torch.cholesky_inverse(factor)

@@ -8,12 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional as F
-from transformers import initialization as init
 
 from hf_cdl.checked import check_effect
 from hf_cdl.heads.base import FittedHead
-from hf_cdl.heads.bits import movable, read, write
-from hf_cdl.heads.class_sums import sums_of
+from hf_cdl.heads.bits import movable
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 from hf_cdl.heads.validation import choose_strength
 
@@ -70,17 +68,12 @@ class RidgeHead(SumsHead):
     """
 
     config_class: ClassVar[type] = RidgeConfig
-    bits: ClassVar[tuple[str, ...]] = (*SumsHead.bits, "chosen")
+    choice: ClassVar[str] = "strength"
     config: RidgeConfig
 
     @property
     def needs_teacher(self) -> bool:  # type: ignore[override]
         return self.config.soft_targets > 0
-
-    def __init__(self, config: RidgeConfig, hidden_size: int):
-        super().__init__(config, hidden_size)
-        self.chosen: torch.Tensor
-        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64) if config.strength == "auto" else None)
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
@@ -88,20 +81,6 @@ class RidgeHead(SumsHead):
         if fields.get("soft_targets") and not has_teacher:
             problems.insert(0, ("soft_targets", "are a teacher's answers, but the model has none; set it to 0"))
         return problems
-
-    @property
-    def strength(self) -> float:
-        """Lambda, or the one chosen at the end of the newest task; 0 if nothing was learnt yet."""
-        return float(read(self.chosen)) if self.config.strength == "auto" else self.config.strength
-
-    def choices(self) -> dict[str, float]:
-        chosen = {"strength": self.strength} if self.config.strength == "auto" else {}
-        return {**chosen, **super().choices()}
-
-    def init_shared(self) -> None:
-        super().init_shared()
-        if self.chosen is not None:
-            init.zeros_(self.chosen)
 
     # ---- targets ----
 
@@ -132,17 +111,18 @@ class RidgeHead(SumsHead):
 
     # ---- the solution ----
 
+    def choose(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
+        return choose_strength(gram, total, count, int(self.images))
+
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if self.config.strength == "auto":
-            chosen = choose_strength(gram, total, count, int(self.images))
-            write(self.chosen, torch.tensor(chosen, dtype=torch.float64))
-        gram.diagonal().add_(self.strength)
+        gram.diagonal().add_(self.choice_made)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise FloatingPointError(
-                f"The ridge head's strength {self.strength} is too small for features of this size (diagonal "
+                f"The ridge head's strength {self.choice_made} is too small for features of this size (diagonal "
                 f"of the Gram matrix up to {gram.diagonal().max().item():.3g}); raise head.strength."
             )
+        self._factor = factor
         return self._factors(count)[:, None] * torch.cholesky_solve(total.T, factor).T, None
 
     def _factors(self, count: torch.Tensor) -> torch.Tensor:
@@ -152,10 +132,24 @@ class RidgeHead(SumsHead):
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         r"""(f - l y) / (1 - l) of scores f, targets y and leverage l = h^T (G + \lambda I)^{-1} h."""
-        gram = self.gram_matrix()
-        gram.diagonal().add_(self.strength)
         h = movable(features).double()
-        leverage = (h * torch.cholesky_solve(h.T, torch.linalg.cholesky(gram)).T).sum(dim=1, keepdim=True)
-        factors = self._factors(movable(torch.cat([sums_of(block).count for block in self.blocks])))
-        scores = h @ movable(torch.cat([sums_of(block).weight for block in self.blocks])).double().T
+        leverage = (h * torch.cholesky_solve(h.T, self._solved()).T).sum(dim=1, keepdim=True)
+        factors = self._factors(self.of_classes("count"))
+        scores = h @ self.of_classes("weight").double().T
         return (scores - leverage * factors * F.one_hot(movable(labels), scores.shape[1])) / (1 - leverage)
+
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor | None:
+        r"""(I - K)^{-1} F of scores F and K = H (G + \lambda I)^{-1} H^T; the factors of `balanced` stay."""
+        if self.needs_teacher:  # other classes had a part in these images' targets
+            return None
+        h = movable(features).double()
+        kept = torch.eye(len(h)).to(h) - h @ torch.cholesky_solve(h.T, self._solved())
+        return torch.linalg.solve(kept, h @ self.of_classes("weight").double().T)
+
+    def _solved(self) -> torch.Tensor:
+        r"""Cholesky factor of G + \lambda I."""
+        if self._factor is not None:
+            return self._factor
+        gram = self.gram_matrix()
+        gram.diagonal().add_(self.choice_made)
+        return torch.linalg.cholesky(gram)

@@ -7,7 +7,7 @@ classes are merged or removed, in any order, with the same solution as learning 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -15,10 +15,12 @@ import torch
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hf_cdl.checked import check_finite
-from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32
-from hf_cdl.heads.bits import add, movable, read
+from hf_cdl.checked import check_finite, check_share
+from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
+from hf_cdl.heads.bits import add, movable, read, write
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
+from hf_cdl.heads.known import LAYERS, Known
+from hf_cdl.heads.unlearnt import unlearnt
 
 _OWN = 4
 """Squared length of the own features beside random ones, as a multiple of that of the random ones."""
@@ -35,6 +37,11 @@ class SumsConfig(FittedConfig):
         metadata={"help": "Keep the Gram matrix and the class sums; per_class: a Gram matrix of each class, so that a "
                   "class can be forgotten without its images; false: a smaller head that can only answer."},
     )  # fmt: skip
+    known: float | None = field(
+        default=None,
+        metadata={"help": "Tell how known an image is; the share of images of known classes, such as 0.95, for which "
+                  "`unknown` must not be answered when that is asked for."},
+    )  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +54,13 @@ class SumsConfig(FittedConfig):
             )
         if self.sums not in (True, False, "per_class"):
             raise ValueError(f"A head's sums are {self.sums!r}; allowed: true, false, per_class.")
+        if self.known is not None:
+            check_share(self.known, "A head's known")
+            if self.features is not None and not self.own_features:
+                raise ValueError(
+                    "A head's known is read from the own features, but it has random ones alone. Set own_features to "
+                    "true, which keeps both, or leave known out."
+                )
 
 
 class SumsHead(FittedHead):
@@ -61,27 +75,57 @@ class SumsHead(FittedHead):
     """
 
     config_class: ClassVar[type] = SumsConfig
-    bits: ClassVar[tuple[str, ...]] = ("gram", "grams", "total")
-    class_sums: ClassVar[tuple[str, ...]] = ("total", "count", "grams")
+    bits: ClassVar[tuple[str, ...]] = ("gram", "grams", "total", "layer_gram", "layer_grams", "layer_total", "chosen")
+    class_sums: ClassVar[tuple[str, ...]] = ("total", "count", "grams", "layer_total", "layer_grams")
     keeps_sums: ClassVar[bool] = True
     has_bias: ClassVar[bool] = False
+    choice: ClassVar[str]
+    """Name of the option that may be `auto`: chosen from the sums at every task's end."""
 
     def __init__(self, config: SumsConfig, hidden_size: int):
         super().__init__(config, hidden_size)
         self.width = (config.features or 0) + (hidden_size if config.own_features or not config.features else 0)
         self.gram: torch.Tensor
         self.images: torch.Tensor
+        self.chosen: torch.Tensor
         self.projection: torch.Tensor | None
+        self.known: Known | None = None
+        self.layer_gram: torch.Tensor
         whole = torch.zeros(self.width, self.width, dtype=torch.int64) if config.sums is True else None
         self.register_buffer("gram", whole)
         self.register_buffer("images", torch.zeros((), dtype=torch.int64) if config.sums else None)
         self.register_buffer("projection", torch.empty(hidden_size, config.features) if config.features else None)
+        chooses = getattr(config, self.choice) == "auto"
+        self.register_buffer("chosen", torch.zeros((), dtype=torch.int64) if chooses else None)
+        self.register_buffer("layer_gram", None)
+        self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
+
+    @property
+    def reads_layers(self) -> bool:  # type: ignore[override]
+        return self.config.known is not None
+
+    def read_layers(self, size: int) -> None:
+        self.known = Known(self.hidden_size, size)
+        if self.config.sums is True:
+            self.layer_gram = torch.zeros(LAYERS, size, size, dtype=torch.int64)
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
         if fields.get("sums") is False:
             return [("sums", "is false, but to learn it needs them; drop them from what was learnt")]
         return []
+
+    @property
+    def choice_made(self) -> float:
+        """The value of the option `choice`, or the one chosen at the newest task's end; 0 if nothing was learnt."""
+        return float(read(self.chosen)) if self.chosen is not None else getattr(self.config, self.choice)
+
+    def choices(self) -> dict[str, float]:
+        return {**({} if self.chosen is None else {self.choice: self.choice_made}), **super().choices()}
+
+    @abstractmethod
+    def choose(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
+        """Choose the option `choice`, from what `solve` gets."""
 
     @abstractmethod
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -91,29 +135,40 @@ class SumsHead(FittedHead):
 
     def init_shared(self) -> None:
         super().init_shared()
-        for value in (self.gram, self.images):
+        for value in (self.gram, self.images, self.chosen, self.layer_gram):
             if value is not None:
                 init.zeros_(value)
+        if self.known is not None:
+            self.known.reset()
         if self.projection is not None:
             init.normal_(self.projection, std=self.hidden_size**-0.5)
 
     def add_task(self, num_classes: int) -> None:
-        self.blocks.append(ClassSums(self.width, num_classes, self.config.sums, self.has_bias))
+        known = None if self.known is None else (self.hidden_size, self.known.layer_means.shape[1])
+        self.blocks.append(ClassSums(self.width, num_classes, self.config.sums, self.has_bias, known))
 
     @torch.no_grad()
     def init_task(self, task: int) -> None:
         for value in self.blocks[task].buffers():
             init.zeros_(value)
 
+    def standardised(self, features: torch.Tensor) -> torch.Tensor:
+        """The own features (B, D), standardised if the head does that."""
+        return super().prepare(features)
+
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        features = super().prepare(features)
+        features = self.standardised(features)
         if self.projection is None:
             return features
         mapped = torch.relu(features @ self.projection)
-        if not self.config.own_features:
-            return mapped
-        factor = (_OWN * mapped.shape[1] / (2 * features.shape[1])) ** 0.5  # |ReLU(x P)|^2 is M |x|^2 / 2D on average
-        return torch.cat([factor * features, mapped], dim=-1)
+        return torch.cat([self._own * features, mapped], dim=-1) if self.config.own_features else mapped
+
+    @property
+    def _own(self) -> float:
+        """Factor of the own features."""
+        if self.projection is None:
+            return 1.0
+        return (_OWN * self.config.features / (2 * self.hidden_size)) ** 0.5  # |ReLU(x P)|^2 is about M |x|^2 / 2D
 
     def check_growth(self) -> None:
         if not self.config.sums:
@@ -126,23 +181,41 @@ class SumsHead(FittedHead):
         """Keep only what inference needs, weights and random map, and what was chosen."""
         self.config = replace(self.config, sums=False)
         for module in (self, *self.blocks):
-            for name in {"gram", "images", *self.class_sums} & module._buffers.keys():
+            for name in {"gram", "images", "layer_gram", *self.class_sums} & module._buffers.keys():
                 module.register_buffer(name, None)
 
     # ---- changing ----
 
     @torch.no_grad()
     def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
-        mapped, labels, first = movable(features).double(), movable(labels), 0
+        mapped, labels = movable(features).double(), movable(labels)
         taught = None if taught is None else movable(taught)
-        for block in map(sums_of, self.blocks):
-            own = (labels >= first) & (labels < first + len(block.count))
-            if own.any():
-                self._add_to(block, mapped[own], labels[own] - first, None if taught is None else taught[own], sign)
-            first += len(block.count)
+        for block, own, rows in self._by_block(labels):
+            self._add_to(block, mapped[own], rows, None if taught is None else taught[own], sign)
         if self.gram is not None:
             add(self.gram, sign * (mapped.T @ mapped))
         self.images.add_(sign * len(labels))
+
+    def _by_block(self, labels: torch.Tensor) -> Iterator[tuple[ClassSums, torch.Tensor, torch.Tensor]]:
+        """Each task's block that has some of the images, which they are (N,), and their rows in it."""
+        first = 0
+        for block in map(sums_of, self.blocks):
+            own = (labels >= first) & (labels < first + len(block.count))
+            if own.any():
+                yield block, own, labels[own] - first
+            first += len(block.count)
+
+    @torch.no_grad()
+    def update_layers(self, layers: torch.Tensor, labels: torch.Tensor, sign: int) -> None:
+        layers, labels = movable(layers).double(), movable(labels)
+        for block, own, rows in self._by_block(labels):
+            add(block.layer_total, sign * torch.zeros_like(read(block.layer_total)).index_add(0, rows, layers[own]))
+            for row in rows.unique().tolist() if block.layer_grams is not None else ():
+                of_class = layers[own][rows == row]
+                squares = packed(torch.einsum("nlw,nlv->lwv", of_class, of_class))
+                add(block.layer_grams[row], sign * squares)
+        if self.layer_gram is not None:
+            add(self.layer_gram, sign * torch.einsum("nlw,nlv->lwv", layers, layers))
 
     def _add_to(
         self, block: ClassSums, mapped: torch.Tensor, rows: torch.Tensor, taught: torch.Tensor | None, sign: int
@@ -200,6 +273,51 @@ class SumsHead(FittedHead):
             return read(self.gram).clone()
         return unpacked(self.width, torch.cat([read(sums_of(block).grams) for block in self.blocks]).sum(dim=0))
 
+    def of_classes(self, name: str) -> torch.Tensor:
+        """A buffer of the blocks over all classes (C, ...), as numbers."""
+        values = [getattr(block, name) for block in self.blocks]
+        return movable(torch.cat([read(value) if name in self.bits else value for value in values]))
+
+    @torch.no_grad()
+    def fit_recent(
+        self, scores: torch.Tensor, labels: torch.Tensor, features: torch.Tensor, layers: Any = None
+    ) -> None:
+        super().fit_recent(scores, labels, features, layers)
+        if self.known is not None:
+            x, logits = movable(self.standardised(features)), self.scaled(scores)
+            share = share_of(len(labels))
+            centres, count = self.of_classes("centre"), self.of_classes("count")
+            layers = movable(layers)
+            self.known.fit(x, layers, labels, logits, centres, count, share)
+            if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
+                self.known.note_strange(strange, share)
+
+    def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+        if self.known is None:
+            return None
+        centres = torch.cat([sums_of(block).centre for block in self.blocks])
+        return self.known(self.standardised(features), layers, logits, centres)
+
+    def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor | None:
+        """Scores (N, C) of all images of a class, prepared features (N, M), by a head that never learnt them.
+
+        The column of the class means nothing. None for a head that cannot tell.
+        """
+        return None
+
+    def own_sums(self, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gram matrix (D, D) and class sums (C, D) of the own features, from G, and class counts (C,)."""
+        own, size = self._own, self.hidden_size
+        total = self.of_classes("total")[:, :size] / own
+        return gram[:size, :size] / own**2, total, self.of_classes("count")
+
+    def layer_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gram matrices (3, W, W) and sums (3, W) of the means of layers."""
+        total = self.of_classes("layer_total").sum(dim=0)
+        if self.layer_gram is not None:
+            return read(self.layer_gram).clone(), total
+        return unpacked(total.shape[-1], self.of_classes("layer_grams").sum(dim=0)), total
+
     @torch.no_grad()
     def end_task(self) -> None:
         """Solve for all classes. Raises FloatingPointError if the sums are NaN or infinite, or cannot be solved."""
@@ -207,13 +325,18 @@ class SumsHead(FittedHead):
             check_finite(self.numbers(), f"The sums of the {self.name} head")
         except ValueError as error:
             raise FloatingPointError(str(error)) from error
-        blocks = [*map(sums_of, self.blocks)]
-        sizes = [len(block.count) for block in blocks]
-        total, count = torch.cat([read(block.total) for block in blocks]), torch.cat([b.count for b in blocks])
-        weight, bias = self.solve(self.gram_matrix(), total, count.to(total))
-        for block, rows in zip(blocks, weight.split(sizes), strict=True):
-            block.weight.copy_(rows)
-        for block, rows in zip(blocks, () if bias is None else bias.split(sizes), strict=False):
-            if block.bias is not None:
-                block.bias.copy_(rows)
-        super().end_task()
+        total, count, gram = self.of_classes("total"), self.of_classes("count"), self.gram_matrix()
+        if self.chosen is not None:
+            write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
+        solved: dict[str, torch.Tensor | None] = {}
+        if self.known is not None:
+            solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())
+        solved["weight"], solved["bias"] = self.solve(gram, total, count.to(total))
+        for name, rows in solved.items():
+            of_blocks = () if rows is None else rows.split([len(sums_of(block).count) for block in self.blocks])
+            for block, own in zip(self.blocks, of_blocks, strict=False):
+                getattr(block, name).copy_(own)
+        try:
+            super().end_task()
+        finally:
+            self._factor = None

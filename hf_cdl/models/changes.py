@@ -21,6 +21,7 @@ from hf_cdl.heads import example
 from hf_cdl.heads.base import FittedHead
 from hf_cdl.labels import alike, class_list, one_encoding, same_name
 from hf_cdl.models.input_checks import check_pixels
+from hf_cdl.types import CDLOutput
 
 _BATCH, _PAIRS = 32, 20
 """Images prepared at a time; pairs of labels that are said."""
@@ -54,10 +55,10 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
         head = fitted_head(model, "add images to known classes")
         if new:
             _begin(model, new)
-        features, notes = _features(model, images, names, processor)
-        if model.unmeasured and head.standard is not None:
-            head.standard.measure(features)
-        head.accumulate(features, _rows(model, names, features))
+        found, notes = _encoded(model, images, names, processor)
+        if model.unmeasured:
+            model.measure(found)
+        model.accumulate(found, _rows(model, names, found.features))
         model.end_task()
     count = Counter(_class_names(model)[_index(model, name)] for name in names)
     parts = []
@@ -80,10 +81,10 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
         old = torch.tensor([_index(model, name) for name in before], device=model.device)
         if new:
             _begin(model, new)
-        features, notes = _features(model, images, names, processor)
-        head.check_learnt(features, old)
-        head.accumulate(features, old, sign=-1)
-        head.accumulate(features, _rows(model, names, features))
+        found, notes = _encoded(model, images, names, processor)
+        head.check_learnt(found.features, old)
+        model.accumulate(found, old, sign=-1)
+        model.accumulate(found, _rows(model, names, found.features))
         _check_counts(model, head)
         model.end_task()
     count = Counter(names)
@@ -111,11 +112,11 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     with _changing(model):
         if images is not None:
             head = fitted_head(model, "forget images of classes")
-            features, _ = _features(model, images, [name] * len(images), processor)
-            labels = torch.full((len(features),), index, device=features.device)
-            head.accumulate(features, labels, sign=-1)
+            found, _ = _encoded(model, images, [name] * len(images), processor)
+            labels = torch.full((len(found.features),), index, device=model.device)
+            model.accumulate(found, labels, sign=-1)
             head.check_forgotten(task, row)
-            count = {name: -len(features)}
+            count = {name: -len(labels)}
         elif isinstance(head, FittedHead) and head.forgets:
             count = {name: -int(head.blocks[task].count[row])}  # type: ignore[index]
         _keep(model, {task: [r for r in range(len(tasks[task])) if r != row]})
@@ -233,8 +234,8 @@ def fitted_head(model: Any, what: str) -> FittedHead:
     return model.head
 
 
-def _features(model: Any, images: Any, names: list[str], processor: Any) -> tuple[torch.Tensor, tuple[str, ...]]:
-    """Features (N, D) of pixel values (N, C, H, W), or of anything that `decode` reads, and notes on equal images.
+def _encoded(model: Any, images: Any, names: list[str], processor: Any) -> tuple[Any, tuple[str, ...]]:
+    """Output with features of pixel values (N, C, H, W) or of what `decode` reads, and notes on equal images.
 
     `names`: the label of each.
     """
@@ -251,8 +252,10 @@ def _features(model: Any, images: Any, names: list[str], processor: Any) -> tupl
         if wrong := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
             raise ValueError(f"Pixel values of {wrong} images are NaN or infinite; give those of an image processor.")
         keys += [sha256(image.numpy().tobytes()).digest() for image in pixels.cpu().contiguous()]
-        found.append(model(pixel_values=pixels.to(model.device, model.dtype)).features)
-    return torch.cat(found), _repeated(keys, names)
+        output = model(pixel_values=pixels.to(model.device, model.dtype))
+        found.append({name: output[name] for name in ("features", "kd_features", "layers") if name in output})
+    joined: dict[str, Any] = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    return CDLOutput(**joined), _repeated(keys, names)
 
 
 def _repeated(keys: list[bytes], names: list[str]) -> tuple[str, ...]:

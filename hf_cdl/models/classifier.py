@@ -169,8 +169,9 @@ class ImageClassifier(nn.Module):
         query: torch.Tensor | None = None,
         task_id: int | None = None,
         output_hidden_states: Any = None,
+        labelled: int | None = None,
     ) -> CDLOutput:
-        """Compute logits of images (B, 3, H, W) and, given labels (B,), cross-entropy; query and task are ignored.
+        """Compute logits of images (B, 3, H, W) and, given labels (B,), cross-entropy; the rest is ignored.
 
         Raises ValueError if hidden states are requested.
         """

@@ -37,12 +37,12 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
         )
 
 
-def check_one_head(parts: Mapping[str, object]) -> None:
-    """Raise ValueError if a model that reads patch_mean has another head, for the KD token alone.
+def check_one_head(parts: Mapping[str, object], what: str) -> None:
+    """Raise ValueError if a model whose head reads more than one token has another head, for the KD token alone.
 
-    `parts`: name -> KD prompts and mapping, or None.
+    `parts`: name -> KD prompts and mapping, or None; `what`: the option that makes it read more, as in "it is true".
     """
     if taught := [name for name, part in parts.items() if part is not None and name != "prompts"]:
         raise ValueError(
-            f"patch_mean is true, but the model has {taught[0]}, whose head reads one token. Leave patch_mean out."
+            f"{what}, but the model has {taught[0]}, whose head reads one token. Leave {what.split()[0]} out."
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import short
 
 
@@ -42,3 +43,20 @@ def check_task(task_id: Any, tasks: int) -> None:
 
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def check_attention(name: Any) -> str:
+    """The attention implementation of the whole model. Raises ValueError for one that ignores prompts."""
+    if isinstance(name, dict) and {*name} <= {""}:
+        name = name.get("", "sdpa")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"attn_implementation is {short(name)}, but it is one name for the whole model; allowed: "
+            f"{', '.join(IMPLEMENTATIONS)}."
+        )
+    name = name.removeprefix("prefix_")
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
+        )
+    return name

@@ -51,7 +51,7 @@ class CDLForImageClassification(Checkpointed):
             raise ValueError(f"{', '.join(fields)}: a field of the config is set there, not beside it.")
         super().__init__(config)
         config = self.config
-        self.head = build_head(config.head, self.feature_size)
+        self.head = build_head(config.head, self.feature_size, self.shape.hidden_size)
         config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
         self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
@@ -63,7 +63,9 @@ class CDLForImageClassification(Checkpointed):
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.patch_mean:
             check_patch_mean(config.backbone_config)
-            check_one_head(parts)
+            check_one_head(parts, "patch_mean is true")
+        if self.head.reads_layers:
+            check_one_head(parts, "head.known is set")
         if config.first_session is not None:
             build_head(config.first_session, self.feature_size)
         check_code(config)
@@ -212,6 +214,10 @@ class CDLForImageClassification(Checkpointed):
             if head.standard is not None and features is not None:
                 head.standard.measure(features)
 
+    def accumulate(self, output: CDLOutput, labels: torch.Tensor, taught: Any = None, sign: int = 1) -> None:
+        """Add images to the sums of the fitted head, or take them away; see FittedHead.accumulate."""
+        self.head.accumulate(output.features, labels, taught, sign, output.layers)  # type: ignore[operator]
+
     def begin_session(self) -> None:
         """Create the first session's head and re-initialise any adapters; `freeze` then makes them trainable."""
         first: Any = self.config.first_session
@@ -312,13 +318,15 @@ class CDLForImageClassification(Checkpointed):
         task_id: int | None = None,
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
+        labelled: int | None = None,
     ) -> CDLOutput:
         """Compute logits of images (B, 3, H, W) over all classes seen so far, and the loss given labels (B,).
 
         The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
         model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
         evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
-        those to keep: 0 for the embeddings, -1 for the last layer.
+        those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: number of images, from the first, that
+        count in the pool's loss; the others have no labels.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None
@@ -329,7 +337,9 @@ class CDLForImageClassification(Checkpointed):
             pixel_values,
             query,
             None if self.fitted and self.session_head is None else task_id,  # fixed prompts no longer belong to a task
-            output_hidden_states=output_hidden_states,
+            labelled,
+            reads_layers=self._heads()[0].reads_layers,
+            asked=output_hidden_states,
             output_attentions=output_attentions,
         )
         return self._classify(found, labels)
@@ -358,7 +368,10 @@ class CDLForImageClassification(Checkpointed):
 
     def _classify(self, found: Encoded, labels: torch.Tensor | None) -> CDLOutput:
         """The heads' output for an encoded batch."""
-        logits = self._heads()[0](found.features)
+        head, known = self._heads()[0], None
+        logits = head(found.features)
+        if found.layers is not None:
+            known = head.how_known(found.features, found.layers, logits)
         kd_features: Any = None
         kd_logits: Any = None
         if self.kd_head is not None:
@@ -377,6 +390,8 @@ class CDLForImageClassification(Checkpointed):
             hidden_states=found.hidden_states,
             attentions=found.attentions,
             similarities=found.similarities,
+            layers=found.layers,
+            known=known,
         )
 
 

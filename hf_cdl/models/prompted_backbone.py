@@ -14,9 +14,11 @@ from transformers import initialization as init
 
 from hf_cdl.backbones import families
 from hf_cdl.backbones.loading import build_backbone
-from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
+from hf_cdl.heads.known import layers_read
+from hf_cdl.models.hidden_states import asked_for, patch_means, with_read
+from hf_cdl.models.input_checks import check_attention
 from hf_cdl.models.query_view import to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
@@ -24,7 +26,10 @@ from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
 
 
 class Encoded(NamedTuple):
-    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest."""
+    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest.
+
+    `layers`: (B, 3, D), the mean patch tokens of the layers that a head reads.
+    """
 
     features: torch.Tensor
     token: torch.Tensor
@@ -33,6 +38,7 @@ class Encoded(NamedTuple):
     similarities: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None
     hidden_states: tuple[torch.Tensor | None, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
+    layers: torch.Tensor | None = None
 
 
 class PromptedBackbone(PreTrainedModel):
@@ -55,7 +61,7 @@ class PromptedBackbone(PreTrainedModel):
             raise ValueError(f"A model is made of a CDLConfig; got a {type(config).__name__}.")
         config = copy.deepcopy(config)
         config.check()
-        _attention(config._attn_implementation or "sdpa")
+        check_attention(config._attn_implementation or "sdpa")
         super().__init__(config)
         self.backbone: Any = build_backbone(config.backbone_config, frozen=not config.train_backbone)
         config.backbone_config = self.backbone.config
@@ -174,7 +180,7 @@ class PromptedBackbone(PreTrainedModel):
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Set `sdpa` or `eager`, always in the variant with prefixes. Raises ValueError for anything else."""
-        name = _attention(attn_implementation)
+        name = check_attention(attn_implementation)
         self.config._attn_implementation_internal = name
         for backbone in (self.backbone, self.query_backbone):
             if backbone is not None:
@@ -191,49 +197,71 @@ class PromptedBackbone(PreTrainedModel):
         return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
 
     def _encode(
-        self, pixel_values: torch.Tensor, query: torch.Tensor | None, task_id: int | None, **outputs: Any
+        self,
+        pixel_values: torch.Tensor,
+        query: torch.Tensor | None,
+        task_id: int | None,
+        labelled: int | None = None,
+        reads_layers: bool = False,
+        asked: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> Encoded:
         """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None."""
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
-        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id))
-        prefix, loss = (one_pass, None) if self.config.query == "one_pass" else self._prefixes(query, task_id)
-        found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **outputs)
+        one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id, labelled))
+        two_pass = self.config.query != "one_pass"
+        prefix, loss = self._prefixes(query, task_id, labelled) if two_pass else (one_pass, None)
+        read = layers_read(self.shape.num_layers) if reads_layers else []
+        more = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **more)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
         hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
         features = families.pool(self.backbone, hidden)
         if self.config.patch_mean:
             features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
+        shown = self._image_tokens(found.hidden_states)
         return Encoded(
             features=features,
             token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
-            hidden_states=self._image_tokens(found.hidden_states),
+            hidden_states=asked_for(shown, asked),
             attentions=found.attentions,
+            layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )
 
     def _prefixes(
-        self, query: torch.Tensor | None, task_id: int | None
+        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None = None
     ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
         """The prompts of all layers, and the sum of the pool's losses."""
-        found = [self._ask(query, query, task_id, layer) for layer in range(len(families.layers(self.backbone)))]
+        layers = range(len(families.layers(self.backbone)))
+        found = [self._ask(query, query, task_id, labelled, layer) for layer in layers]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None
 
-    def _ask(self, own: Any, query: Any, task_id: int | None, layer: int) -> tuple[list[Prompt], torch.Tensor | None]:
-        """A layer's prompts and the pool's loss; `own` is the query of this pool, `query` of the teacher's pool."""
+    def _ask(
+        self, own: Any, query: Any, task_id: int | None, labelled: int | None, layer: int
+    ) -> tuple[list[Prompt], torch.Tensor | None]:
+        """A layer's prompts and the pool's loss; `own` is the query of this pool, `query` of the teacher's pool.
+
+        The loss is that of the first `labelled` queries: keys are to match the images of their own task.
+        """
         prefix, loss = (None, None) if self.pool is None else self.pool(layer, own, task_id)
+        if loss is not None and labelled is not None and own is not None and self.pool is not None:
+            loss = self.pool(layer, own[:labelled], task_id)[1]
         mapped = None if self.mapping is None else self.mapping(layer, query, task_id)
         kd = None if self.kd_prompt is None else self.kd_prompt(layer)
         return [prompt for prompt in (prefix, mapped, kd) if prompt is not None], loss
 
-    def _ask_one_pass(self, query: torch.Tensor | None, task_id: int | None, layer: int, own: torch.Tensor) -> Any:
+    def _ask_one_pass(
+        self, query: torch.Tensor | None, task_id: int | None, labelled: int | None, layer: int, own: torch.Tensor
+    ) -> Any:
         """The same on entering a layer, plus the similarities of the pool's keys with `own` and `query` if given."""
-        prefixes, loss = self._ask(own, query, task_id, layer)
+        prefixes, loss = self._ask(own, query, task_id, labelled, layer)
         pairs = () if query is None or self.pool is None else (own, query)
         similarity = tuple(self.pool.similarity(layer, q) for q in pairs)  # type: ignore[union-attr]
         return prefixes, loss, similarity if similarity and similarity[0] is not None else None
@@ -351,20 +379,3 @@ class PromptedBackbone(PreTrainedModel):
         image = torch.zeros(1, self.backbone.config.num_channels, *size, device=self.device, dtype=self.dtype)
         embedded = self.backbone.embeddings(image)
         init.copy_(kd_prompt.token, (embedded[0] if isinstance(embedded, tuple) else embedded)[0, 0])
-
-
-def _attention(name: Any) -> str:
-    """The attention implementation of the whole model. Raises ValueError for one that ignores prompts."""
-    if isinstance(name, dict) and {*name} <= {""}:
-        name = name.get("", "sdpa")
-    if not isinstance(name, str):
-        raise ValueError(
-            f"attn_implementation is {short(name)}, but it is one name for the whole model; allowed: "
-            f"{', '.join(IMPLEMENTATIONS)}."
-        )
-    name = name.removeprefix("prefix_")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attn_implementation '{name}' would ignore the prompts; allowed: {', '.join(IMPLEMENTATIONS)}."
-        )
-    return name

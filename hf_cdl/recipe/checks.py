@@ -17,7 +17,7 @@ from hf_cdl.distill import TERMS, Term
 from hf_cdl.distill.objective import Asks
 from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS
-from hf_cdl.recipe.fields import BASELINES, ModelRecipe, Recipe
+from hf_cdl.recipe.fields import BASELINES, RECOMMENDED, ModelRecipe, Recipe
 from hf_cdl.recipe.training import training_problems
 from hf_cdl.recipe.type_checks import default_of
 from hf_cdl.registry import Registry
@@ -108,6 +108,8 @@ def broken_rules(content: dict[str, Any]) -> Iterator[str]:
         yield from _classifier_rules(model)
         yield from _prompt_rules(model)
         yield from training_problems(content, model.role)
+    yield from _unlabelled_rules(content, models)
+    yield from _foreign_rules(content, models)
     yield from _teacher_rules(content, models)
     yield from _plain_rules(content, models, terms)
     yield from _saving_rules(content, models)
@@ -146,6 +148,51 @@ def _term_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[
             yield f"'{path}' {what}"
     if len(parts) > 1:
         yield f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term"
+
+
+def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+    """Images without labels need a teacher, a term that learns from them, and a student that trains."""
+    data = content.get("data")
+    data = data if isinstance(data, dict) else {}
+    terms = [(n, term, known) for n, term in enumerate(_terms(content)) if (known := _known(TERMS, term)) is not None]
+    if data.get("unlabelled") is None:
+        for name, default in (("unlabelled_split", None), ("unlabelled_ratio", 1)):
+            if data.get(name, default) != default:
+                yield f"'data.{name}' would have no effect, since there is no 'data.unlabelled'; leave it out"
+        for number, term, known in terms:
+            marked = [f for f in dataclasses.fields(known.config_class) if f.metadata.get("unlabelled")]
+            idle = [f.name for f in marked if term.get(f.name, f.default) != f.default]
+            for name in ["type"] if known.needs_unlabelled else idle:
+                yield (
+                    f"'distill.{number}.{name}' {term[name]} is about images without labels; name some in "
+                    "'data.unlabelled', or leave it out"
+                )
+        return
+    able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
+    student, why = models.get("student"), None
+    if student and _fitted(student.part("head")) and student.section.get("first_session") is None:
+        why = "the student's head is fitted without training"
+    elif content.get("teacher") is None:
+        why = "there is no teacher, who teaches on these images"
+    elif not any(known.reads_unlabelled and term.get("weight", 1) != 0 for _, term, known in terms):
+        why = f"no term of 'distill' learns from images without labels, as these do: {able}"
+    if why is not None:
+        yield f"'data.unlabelled' would have no effect: {why}; change that, or leave it out"
+    if content.get("protocol") == "cdl":
+        yield (
+            "'data.unlabelled' is not of 'protocol' cdl, whose authors train on the images of a task alone; leave one "
+            "of them out (what the protocol sets may be set without it: normalise, train.epoch_cosine, "
+            "train.dataloader_drop_last)"
+        )
+
+
+def _foreign_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+    """Foreign images are measured by heads that say how known an image is."""
+    data, tells = content.get("data"), RECOMMENDED in (content.get("baselines") or ())
+    tells = tells or any(model.part("head").get("known") is not None for model in models.values())
+    if isinstance(data, dict) and data.get("foreign") is not None and not tells:
+        why = "no head says how known an image is; set known: 0.95 in a head of sums (ridge, lda), or leave it out"
+        yield f"'data.foreign' would have no effect: {why}"
 
 
 def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hf_cdl.escape import acts, visible
-from hf_cdl.places import by_name, is_private
+from hf_cdl.places import HUB_ID, by_name, is_private
 from hf_cdl.recipe.fields import ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError
 from hf_cdl.recipe.training import PLACES
 
 _WHOLE = ("distill", "ce_weight", "protocol", "normalise", "seed", "save_backbone", "save_code")
-_DATA = ("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed")
+_DATA = (
+    *("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed"),
+    *("unlabelled_split", "unlabelled_ratio"),
+)
 """Data fields that the new task shares with the earlier tasks."""
 _TRAIN = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"),
@@ -43,7 +47,7 @@ def taken_over(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[
     left = [key for key in stored if key not in (*_WHOLE, *_NEVER, "student", "teacher", "train", "plugins")]
     content: dict[str, Any] = {key: stored[key] for key in _WHOLE if key in stored}
     content |= {"name": "taken over", "baselines": [], "data": {"path": ".", "classes_per_task": None}}
-    content["data"] |= _kept(stored.get("data"), _DATA)
+    content["data"] |= {**_kept(stored.get("data"), _DATA), **_unlabelled(stored.get("data"), left)}
     content["card"] = _kept(stored.get("card"), ("license",))
     content["train"] = _training(stored.get("train"), "train", left)
     for role in ("student", "teacher"):
@@ -60,6 +64,18 @@ def taken_over(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[
 
 def _kept(section: Any, fields: tuple[str, ...]) -> dict[str, Any]:
     return {key: section[key] for key in fields if key in section} if isinstance(section, dict) else {}
+
+
+def _unlabelled(section: Any, left: list[str]) -> dict[str, Any]:
+    """The unlabelled images, which the next task has too: those on the Hub, or a folder that the user is to name.
+
+    Until then it is one that is not there: another's recipe chooses no folder of this machine to learn from.
+    """
+    name = section.get("unlabelled") if isinstance(section, dict) else None
+    if not isinstance(name, str) or (HUB_ID.fullmatch(name) and "/" in name and not Path(name).exists()):
+        return {} if name is None else {"unlabelled": name}
+    left.append("data.unlabelled (a folder; name yours by --data.unlabelled FOLDER)")
+    return {"unlabelled": f"./{by_name(name)} of its author"}
 
 
 def _training(section: Any, path: str, left: list[str]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ BASELINES: dict[str, dict[str, Any]] = {
     "linear_head": {"type": "linear"},
     "ridge_head": {
         **{"type": "ridge", "standardise": "first_task", "strength": "auto", "scale": "auto"},
-        **{"features": 2000, "own_features": True, "balanced": True},
+        **{"features": 2000, "own_features": True, "balanced": True, "known": 0.95},
     },
 }
 """The baselines' heads: class means, one trained alone on the frozen features, and the recommended student's."""

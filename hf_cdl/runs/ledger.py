@@ -35,6 +35,7 @@ class _Entry(TypedDict):
     calibration_error: NotRequired[float | None]
     class_accuracy: NotRequired[dict[str, float]]
     choices: NotRequired[dict[str, float]]
+    known: NotRequired[dict[str, float]]
     train_seconds: NotRequired[float]
     eval_seconds: NotRequired[float]
     images_per_second: NotRequired[float]
@@ -69,12 +70,19 @@ class _Change(TypedDict):
 
 
 @with_config(ConfigDict(strict=True))
+class _Unlabelled(TypedDict):
+    images: int
+    terms: list[str]
+
+
+@with_config(ConfigDict(strict=True))
 class _Ledger(TypedDict):
     """Schema of run.json.
 
     `files`: fingerprints of stored files, by path in the folder. `images`: split -> image counts per class, in stream
-    order. `plugins`: SHA-256 of the recipe's plugins, by their path there; older versions did not store it.
-    `settings`: by role, what its learning depends on (see settings.py).
+    order. `unlabelled`: number of images without labels, and the terms that learn from them. `plugins`: SHA-256 of the
+    recipe's plugins, by their path there; older versions did not store it. `settings`: by role, what its learning
+    depends on (see settings.py).
     """
 
     recipe: dict[str, Any]
@@ -85,6 +93,7 @@ class _Ledger(TypedDict):
     versions: dict[str, Any]
     files: NotRequired[dict[str, Annotated[tuple[int, int, str], Strict(False)]]]
     images: NotRequired[dict[str, list[int]]]
+    unlabelled: NotRequired[_Unlabelled]
     plugins: NotRequired[dict[str, str]]
     labels: NotRequired[dict[str, str]]
     costs: NotRequired[dict[str, dict[str, Any]]]
@@ -204,10 +213,19 @@ def shortened(changes: Sequence[str], limit: int = 3) -> str:
     return "\n".join(f"  {change}" for change in [*changes[:limit], *more])
 
 
+def labelled_part(stream: str | None) -> str | None:
+    """What a stream's fingerprint says of its labelled images."""
+    return stream and stream.partition("+")[0]
+
+
 def data_changes(
-    ledger: Mapping[str, Any], class_names: list[list[str]], images: Mapping[str, list[int]], limit: int = 3
+    ledger: Mapping[str, Any],
+    class_names: list[list[str]],
+    images: Mapping[str, list[int]],
+    unlabelled: int | None = None,
+    limit: int = 3,
 ) -> str:
-    """Describe what changed in the data since a run was started."""
+    """Describe what changed in the data since a run was started; `unlabelled`: number of images without labels."""
     old, new = ([name for task in tasks for name in task] for tasks in (ledger["class_names"], class_names))
     changes = [f"new class {name!r}" for name in new if name not in {*old}]
     changes += [f"class {name!r} is gone" for name in old if name not in {*new}]
@@ -216,6 +234,9 @@ def data_changes(
         for name, count in zip(old, counts, strict=False):
             if name in now and now[name] != count:
                 changes.append(f"{split} images of {name!r}: {count} -> {now[name]}")
+    known = ledger.get("unlabelled", {}).get("images", 0)
+    if unlabelled not in (None, known):
+        changes.append(f"unlabelled images: {known} -> {unlabelled}")
     if not changes:
         reordered = ledger["class_names"] != class_names
         changes = ["classes in another order or other tasks" if reordered else "as many images, but other ones"]

@@ -168,3 +168,16 @@ def difference_lines(rows: Sequence[tuple[int, Sequence[str], int, float, float]
         line = f"{task:>4}  {images:>6}  {was:>6}  {now:>6}  {change:>10}  "
         lines.append((line + _shorten(", ".join(map(visible, names)), WIDTH - len(line))).rstrip())
     return lines
+
+
+def telling(known: Mapping[str, float], model: str = "it") -> str:
+    """How well a model tells images of none of its classes, in words; `known`: as in results.json, of one task."""
+    kept = f"asked for `unknown`, {model} still answers {known['kept']:.0f} % of the images of its classes"
+    if "foreign_passing" in known:
+        kept = f"{kept}, {known['foreign_passing']:.0f} % of the foreign ones"
+    if "unlearnt_passing" in known:
+        return f"{kept}, and {known['unlearnt_passing']:.0f} % of those of classes not learnt yet, which it should not"
+    if "unlearnt_passing_expected" in known:
+        passing = f"{known['unlearnt_passing_expected']:.0f} %"
+        return f"{kept}, and would answer about {passing} of those of a class like these that it never learnt"
+    return kept

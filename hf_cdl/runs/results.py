@@ -21,7 +21,7 @@ from hf_cdl.runs.verdict import with_verdict
 
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
-_LISTED += ("choices", "train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+_LISTED += ("choices", "known", "train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
 """What results.json lists for each task besides the accuracies."""
 
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -82,6 +82,11 @@ class _Change(_Checked):
     state: Annotated[int, Field(ge=1)] | None = None
 
 
+class _Unlabelled(_Checked):
+    images: Count
+    terms: list[Name]
+
+
 class _Results(_Checked):
     name: Name
     seed: int | None
@@ -89,6 +94,7 @@ class _Results(_Checked):
     class_names: list[Annotated[list[Name], Field(min_length=1)]]
     roles: dict[RoleName, _Role]
     stream: Name | None = None
+    unlabelled: _Unlabelled | None = None
     finished: bool = False
     versions: dict[Name, Name] = {}
     origin: _Origin | None = None
@@ -176,6 +182,7 @@ def ledger_results(ledger: Mapping[str, Any], folder: str) -> dict[str, Any]:
         "versions": ledger["versions"],
         "stream": ledger["stream"],
         "class_names": ledger["class_names"],
+        **({"unlabelled": ledger["unlabelled"]} if ledger.get("unlabelled") else {}),
         **({"origin": ledger["origin"]} if ledger.get("origin") else {}),
         **({"changes": ledger["changes"]} if ledger.get("changes") else {}),
         "roles": roles,

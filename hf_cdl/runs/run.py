@@ -173,14 +173,19 @@ class Run:
         return self.ledger["stream"] is not None
 
     def bind(
-        self, fingerprint: str, class_names: list[list[str]], images: Mapping[str, list[int]] | None = None
+        self,
+        fingerprint: str,
+        class_names: list[list[str]],
+        images: Mapping[str, list[int]] | None = None,
+        unlabelled: Mapping[str, Any] | None = None,
     ) -> None:
         """Bind the run to its stream. Raises RunError, naming what changed, if it was started on other data.
 
-        `images`: split -> image counts per class, in stream order.
+        `images`: split -> image counts per class, in stream order. `unlabelled`: the number of `images` without
+        labels, and the `terms` that learn from them.
         """
         if self.started and self.ledger["stream"] != fingerprint:
-            changes = data_changes(self.ledger, class_names, images or {})
+            changes = data_changes(self.ledger, class_names, images or {}, (unlabelled or {}).get("images", 0))
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
                 f"{fingerprint}): {changes}.\nRestore the data, or start again in another folder with "
@@ -189,6 +194,7 @@ class Run:
         if not self.finished:
             self.ledger.update(stream=fingerprint, class_names=class_names)
             self.ledger.update({} if images is None else {"images": dict(images)})
+            self.ledger.update({} if unlabelled is None else {"unlabelled": dict(unlabelled)})
             self._write_ledger()
 
     # ---- tasks learnt elsewhere ----

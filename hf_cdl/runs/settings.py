@@ -17,7 +17,7 @@ from hf_cdl.runs.ledger import differences, shortened
 def check_settings(folder: Path, ledger: Mapping[str, Any], role: str, settings: Mapping[str, Any]) -> None:
     """Raise RunError if what a role has learnt in the run, in whole tasks or in part, was learnt with other settings.
 
-    Fields of a section that an older version did not store are not compared.
+    Fields of a section, or of a term in it, that an older version did not store are not compared.
     """
     stored = ledger.get("settings", {}).get(role)
     learnt = ledger["entries"].get(role) or any(folder.glob(f"work/{role}-*/checkpoint-*"))
@@ -35,6 +35,12 @@ def check_settings(folder: Path, ledger: Mapping[str, Any], role: str, settings:
 def _changes(stored: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     for section, old in stored.items():
         new = now.get(section)
-        if isinstance(old, dict) and isinstance(new, dict):
-            new = {name: value for name, value in new.items() if name in old}
-        yield from differences(old, new, section)
+        yield from differences(old, _as_stored(old, new, True), section)
+
+
+def _as_stored(old: Any, new: Any, section: bool = False) -> Any:
+    """`new` without the fields of a section, or of what a class is named for, that `old` lacks."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    known = old if section or "class" in old else new
+    return {name: _as_stored(old.get(name), value) for name, value in new.items() if name in known}

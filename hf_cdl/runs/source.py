@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.runs.files import RunError, damage
-from hf_cdl.runs.ledger import differences, edited_plugins, plugin_hashes, read_ledger, shortened
+from hf_cdl.runs.ledger import differences, edited_plugins, labelled_part, plugin_hashes, read_ledger, shortened
 from hf_cdl.runs.repair import unreadable
 from hf_cdl.types import Task, TaskResult
 
@@ -52,8 +52,8 @@ class Source:
         return {"plugins": found}
 
     def check_stream(self, fingerprint: str | None) -> None:
-        """Check that both runs have the same stream."""
-        self._refuse(differences(self.ledger["stream"], fingerprint, "stream"))
+        """Check that both runs have the same stream; what is taken over has not learnt from unlabelled images."""
+        self._refuse(differences(labelled_part(self.ledger["stream"]), labelled_part(fingerprint), "stream"))
 
     def result(self, task: Task) -> TaskResult:
         """The results measured after a task."""
@@ -101,6 +101,7 @@ def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
     """The parts of a recipe that a role's phases depend on."""
     student = recipe["student"]
     return {
-        **{key: recipe[key] for key in (role, "data", "train", "seed", "normalise")},
+        **{key: recipe[key] for key in (role, "train", "seed", "normalise")},
+        "data": {key: value for key, value in recipe["data"].items() if not key.startswith(("unlabelled", "foreign"))},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }

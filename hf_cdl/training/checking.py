@@ -118,6 +118,21 @@ def check_order(task: Task, seen: Sequence[Task]) -> None:
         )
 
 
+def check_measured(run: Run | None, role: str, seen: Sequence[Task]) -> None:
+    """Raise ValueError if the previous task was stored but not measured: later its model would be gone."""
+    before = run.result(role, seen[-1]) if run is not None and seen else None
+    if before is not None and not before.row:
+        raise ValueError(
+            f"{seen[-1].name} has not been measured yet, but a run keeps the accuracies after every task. "
+            "Call evaluate_seen() after each learn(task); train() does it by itself."
+        )
+
+
+def came_with(model: Any, task: Task) -> bool:
+    """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
+    return not len(task.train) and model.tasks[task.index : task.index + 1] == [list(task.class_names)]
+
+
 def check_new(model: Any, task: Task) -> None:
     """Raise ValueError if a model that learns has been trained on a task already, even in part."""
     if task.index < model.trained_tasks and (model.fitted or model.trains(task.index)):
@@ -185,7 +200,30 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
         )
     if model.trains(task.index):
         check_training(role, model, objective, args, task.index, task.class_names, images)
+    _check_unlabelled(role, model, objective, task)
     check_task_labels(task)
+
+
+def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:
+    """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
+
+    A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
+    """
+    if task.unlabelled is None:
+        if model.trains(task.index) and (idle := objective.needs_unlabelled):
+            raise ValueError(
+                f"{', '.join(idle)} would have no effect: {task.name} has no unlabelled images. Give the stream some "
+                "(data.unlabelled), or leave that out."
+            )
+        return
+    if not len(task.unlabelled) or task.unlabelled_ratio < 1:
+        raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
+    if role == "student" and not (model.trains(0) and objective.reads_unlabelled):
+        why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
+        raise ValueError(
+            f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "
+            "and a teacher; or leave the unlabelled images out."
+        )
 
 
 def check_training(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,8 @@ from hf_cdl.training.teacher import Teacher
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
+_ANY = slice(0, 2**62)
+"""Classes of labels that are not read."""
 
 
 class EvaluatingTrainer(TaskTrainer):
@@ -150,36 +152,34 @@ class EvaluatingTrainer(TaskTrainer):
 
     # ---- continual evaluation ----
 
-    def evaluate_seen(self) -> TaskResult:
-        """Measure accuracy in percent on each task seen so far, or read it from the ledger if it is there already."""
+    def evaluate_seen(self, unlearnt: Sequence[Any] = (), foreign: Any = None) -> TaskResult:
+        """Measure accuracy in percent on each task seen so far, or read it from the ledger if it is there already.
+
+        `unlearnt`: tasks that come later, and `foreign`: a dataset of images of no class, on which a model that says
+        how known an image is shows how well it tells.
+        """
         task = self._newest
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
             return stored
         start = time.perf_counter()
         choices = self.model.head.choices() if self.model.fitted else {}
-        result = replace(stored or TaskResult(self.role, task.index), choices=choices, **self.answer(self.seen))
+        answers = self.answer(self.seen, unlearnt, foreign)
+        result = replace(stored or TaskResult(self.role, task.index), choices=choices, **answers)
         result.eval_seconds = time.perf_counter() - start
         if self.run is not None:
             self.run.save_result(result)
         return result
 
-    def answer(self, tasks: list[Task]) -> dict[str, Any]:
+    def answer(self, tasks: list[Task], unlearnt: Sequence[Task] = (), foreign: Any = None) -> dict[str, Any]:
         """Evaluate the model on each task's evaluation split, without task ids; returns fields of TaskResult."""
         check_tasks(tasks)
         for task in tasks:
             self._check_split(task)
         self.model.eval()
-        parts = []
-        for task in tasks:
-            split, found = getattr(task, self.eval_split), []
-            loader = self._loader(split) if len(split) else ()
-            for batch in self._bar(f"{self._title(tasks[-1])} · test {task.index + 1}", iterable=loader):
-                with torch.no_grad():
-                    logits = self.model(pixel_values=batch["pixel_values"]).logits
-                found.append(self.accelerator.gather_for_metrics(judge(logits, batch["labels"], task.classes)))
-            names = found[0] if found else ()
-            parts.append({name: torch.cat([batch[name] for batch in found]).cpu() for name in names})
+        title = self._title(tasks[-1])
+        parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]
+        others = {"unlearnt": [getattr(task, self.eval_split) for task in unlearnt], "foreign": [foreign]}
         correct, confidence = (torch.cat([p[key] for p in parts if p]) for key in ("correct", "confidence"))
         rows = {"row": "correct", "within_task": "within_task", "task_identification": "task_identification"}
         return {
@@ -188,6 +188,7 @@ class EvaluatingTrainer(TaskTrainer):
             **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
             "confidence": 100 * confidence.double().mean().item(),
             "calibration_error": calibration_error(confidence, correct),
+            "known": self._tell(parts, others, title),
             "class_accuracy": {
                 name: value
                 for task, part in zip(tasks, parts, strict=True)
@@ -197,6 +198,47 @@ class EvaluatingTrainer(TaskTrainer):
                 ).items()
             },
         }
+
+    def _judged(self, task: Task, title: str) -> dict[str, torch.Tensor]:
+        """What `judge` finds on all images of a task's evaluation split, and how `known` they are; {} without any."""
+        found = []
+        for output, batch in self._outputs(getattr(task, self.eval_split), title):
+            own = judge(output.logits, batch["labels"], task.classes)
+            own |= {} if output.known is None else {"known": output.known}
+            found.append(self.accelerator.gather_for_metrics(own))
+        return {name: torch.cat([batch[name] for batch in found]).cpu() for name in (found[0] if found else ())}
+
+    def _outputs(self, split: Any, title: str, labelled: bool = True) -> Iterator[tuple[CDLOutput, dict[str, Any]]]:
+        """The model's outputs for the images of a split, and the batches; `labelled`: with labels of known classes."""
+        loader = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else ()
+        for batch in self._bar(title, iterable=loader):
+            with torch.no_grad():
+                yield self.model(pixel_values=batch["pixel_values"]), batch
+
+    def _tell(
+        self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, list[Any]], title: str
+    ) -> dict[str, float]:
+        """How well the model tells known images from others, in percent; {} for one that does not say.
+
+        `others`: splits of them, by what they are.
+        """
+        told = [part["known"] for part in parts if "known" in part]
+        if not told:
+            return {}
+        part, share = self.model.head.known, self.model.head.config.known
+        least, known = part.threshold(share), torch.cat(told)
+        found = {"kept": 100 * (known >= least).double().mean().item()}
+        if (expected := part.passing(share)) is not None:
+            found["unlearnt_passing_expected"] = 100 * expected
+        for name, splits in others.items():
+            theirs: list[torch.Tensor] = []
+            for split in splits:
+                for output, _ in self._outputs(split, f"{title} · {name}", labelled=False):
+                    gathered: Any = self.accelerator.gather_for_metrics(output.known)
+                    theirs.append(gathered.cpu())
+            if theirs:
+                found |= {f"{name}_{key}": value for key, value in told_apart(known, torch.cat(theirs), least).items()}
+        return found
 
     @property
     def _newest(self) -> Task:
@@ -268,6 +310,22 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, correct.cpu().double() - confidence)
     return 100 * gap.abs().sum().item() / len(confidence)
+
+
+def told_apart(known: torch.Tensor, others: torch.Tensor, least: float) -> dict[str, float]:
+    """How well scores tell images of known classes (N,) from others (M,), in percent.
+
+    `auroc`: area under the ROC curve, the share of pairs in which the known image has the larger score (ties count
+    half); `fpr95`: share of the others above the score that 95 % of the known ones reach; `passing`: share of the
+    others that reach `least`. As in Hendrycks and Gimpel 2017 (arXiv:1610.02136).
+    """
+    known, others = known.double().sort().values, others.double()
+    below = torch.searchsorted(known, others) + torch.searchsorted(known, others, right=True)
+    return {
+        "auroc": 100 * (1 - below.double().mean().item() / 2 / len(known)),
+        "fpr95": 100 * (others >= torch.quantile(known, 0.05)).double().mean().item(),
+        "passing": 100 * (others >= least).double().mean().item(),
+    }
 
 
 def _percent(hits: torch.Tensor) -> float:

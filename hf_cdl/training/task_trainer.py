@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from hf_cdl.data.sampler import Rounds, ViewSampler
+from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
+from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
@@ -45,7 +46,7 @@ class TaskTrainer(SteeredTrainer):
     """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
     _steps_summed: int
     _images: int
-    """Images trained on by all processes in this phase, since it started or resumed."""
+    """Images trained on by all processes in this phase, unlabelled ones too, since it started or resumed."""
     _phase: PhaseProgress
     _sampler: ViewSampler | None
     _rounds: Rounds
@@ -88,10 +89,13 @@ class TaskTrainer(SteeredTrainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        task = self.seen[-1]
+        task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
         seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
-        self._sampler = ViewSampler(len(task.train), seed, shuffle)
+        if isinstance(self.train_dataset, Beside):
+            own = zlib.crc32(f"unlabelled/{self.args.data_seed}/{self.role}/{task.index}".encode())
+            companions = Companions(len(self.train_dataset.unlabelled), task.unlabelled_ratio, own, shuffle)
+        self._sampler = ViewSampler(len(task.train), seed, shuffle, companions)
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -111,18 +115,19 @@ class TaskTrainer(SteeredTrainer):
 
         n_i: its images; k, P, N: micro-batches, processes and images of the step. Trainer divides the loss by k and
         gradients are averaged over processes, so the weighted micro-batch means add up to the mean over all N images.
+        So do means over labelled and unlabelled images: there are equally many of these beside each labelled one.
         """
         batches, counted = super().get_batch_samples(epoch_iterator, num_batches, device)
         per_epoch = -(-self._rounds.count // self.args.gradient_accumulation_steps)
         first = self.state.global_step % per_epoch * self.args.gradient_accumulation_steps
         sizes = [self._rounds.sizes(first + number) for number in range(len(batches))]
-        images = sum(map(sum, sizes))
+        images, companions = sum(map(sum, sizes)), self._rounds.sampler.companions
         for batch, of_all in zip(batches, sizes, strict=True):
             own = of_all[self.accelerator.process_index]
             batch["weight"] = own * len(batches) * len(of_all) / images
         self._micro_batches = len(batches)
         self._steps_summed += 1
-        self._images += images
+        self._images += images * (1 if companions is None else 1 + companions.ratio)
         self.objective.begin_step()
         return batches, counted
 

@@ -17,11 +17,14 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from hf_cdl.data.unlabelled import Beside, together
 from hf_cdl.distill import Objective
 from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
+    came_with,
+    check_measured,
     check_names,
     check_new,
     check_not_cut_off,
@@ -108,7 +111,7 @@ class CDLTrainer(EvaluatingTrainer):
         self._begin_counting()
         self.teacher.place(self.accelerator)
         args, run = self.args, self.run
-        self._phase = PhaseProgress(self._phase_bar, self._set_epoch)
+        self._phase = PhaseProgress(lambda **shown: self._bar(self._title(self.seen[-1]), **shown), self._set_epoch)
         self.callback_handler.callbacks.pop()  # Trainer's own progress, which it adds after the user's callbacks
         self.add_callback(self._phase)
         if args.early_stopping_patience is not None:
@@ -195,24 +198,15 @@ class CDLTrainer(EvaluatingTrainer):
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self._check_settings()
         done = self.run is not None and self.run.result(self.role, task) is not None
-        if done or self._came_with(task):
+        if done or came_with(self.model, task):
             return False
-        self._check_measured()
+        check_measured(self.run, self.role, self.seen)
         check_new(self.model, task)
         check_served(self.model, task)
         check_task(self.role, self.model, self.objective, self.args, task)
         self.check(task)
         self.teacher.check(task)
         return True
-
-    def _check_measured(self) -> None:
-        """Raise ValueError if the previous task was stored but not measured: later its model would be gone."""
-        before = self.run.result(self.role, self.seen[-1]) if self.run is not None and self.seen else None
-        if before is not None and not before.row:
-            raise ValueError(
-                f"{self.seen[-1].name} has not been measured yet, but a run keeps the accuracies after every task. "
-                "Call evaluate_seen() after each learn(task); train() does it by itself."
-            )
 
     def _take_over(self, task: Task) -> bool:
         """Load and save what another run learnt, if the recipe says so (`ROLE_from`); none of its files is copied."""
@@ -227,10 +221,6 @@ class CDLTrainer(EvaluatingTrainer):
         return True
 
     # ---- one phase ----
-
-    def _came_with(self, task: Task) -> bool:
-        """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
-        return not len(task.train) and self.model.tasks[task.index : task.index + 1] == [list(task.class_names)]
 
     def _begin_task(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
@@ -258,7 +248,7 @@ class CDLTrainer(EvaluatingTrainer):
         last = self._stored_state(task)
         if last is None:
             self._measure(task)
-        given, self.train_dataset = self.train_dataset, self._as_seen(task.train, task.classes, *self.teacher.views)
+        given, self.train_dataset = self.train_dataset, self._trained_on(task)
         self.optimizer = self.lr_scheduler = None  # new for every task and phase
         self.model_wrapped = self.model
         self._begin_counting()
@@ -278,6 +268,12 @@ class CDLTrainer(EvaluatingTrainer):
                 self.model = unprepared(self.accelerator, self.model_wrapped)
                 self.train_dataset = given
 
+    def _trained_on(self, task: Task) -> Any:
+        """The images of a task as they are trained on; beside unlabelled ones, if a term learns from these."""
+        images = self._as_seen(task.train, task.classes, *self.teacher.views)
+        beside = task.unlabelled if self.objective.reads_unlabelled else None
+        return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
+
     def _measure(self, task: Task) -> None:
         """Measure and fix the feature statistics on the first task, for heads that standardise with them."""
         if self.model.unmeasured:
@@ -290,7 +286,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_session()
         self._measure(task)
         for output, labels, taught in self._features(task):
-            self.model.head.accumulate(output.features, labels, taught)
+            self.model.accumulate(output, labels, taught)
         seconds = time.perf_counter() - start
         result.train_seconds += seconds
         if not result.images_per_second:  # if it trained, that rate stays
@@ -312,8 +308,8 @@ class CDLTrainer(EvaluatingTrainer):
                 if self.teacher.teaches_head:
                     taught = self.teacher.logits(batch)[:, task.classes].float()
                     taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {"features": output.features, "kd_features": output.kd_features, "labels": batch["labels"]}
-            found = {key: v for key, v in {**found, "taught": taught}.items() if v is not None}
+            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
+            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
             found = self.accelerator.gather_for_metrics(found)
             labels, taught = found.pop("labels"), found.pop("taught", None)
             yield CDLOutput(**found), labels, taught
@@ -326,7 +322,7 @@ class CDLTrainer(EvaluatingTrainer):
         `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, inputs, task.index)
+        student, teacher = self._student_and_teacher(model, together(inputs), task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
@@ -335,17 +331,23 @@ class CDLTrainer(EvaluatingTrainer):
     def _student_and_teacher(
         self, model: nn.Module, batch: dict[str, Any], task_id: int | None
     ) -> tuple[CDLOutput, CDLOutput | None]:
-        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once."""
+        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once.
+
+        Images behind those with `labels` have none.
+        """
         pixels, query = batch["pixel_values"], None
         if self.objective.needs_query or self.teacher.shares_query(batch):
             with torch.no_grad(), self.accelerator.autocast():
                 query = self.model.compute_query(pixels)
         teacher = self.teacher.answer(batch, query, task_id)
-        hidden = self.objective.hidden_states("student") or None
-        student: CDLOutput = model(pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden)
+        hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
+        more = {"labelled": labelled} if labelled < len(pixels) else {}  # a user's own model need not know it
+        student: CDLOutput = model(
+            pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more
+        )
         return student, teacher
 
-    # ---- files, and what the user sees ----
+    # ---- files ----
 
     def _write_checkpoint(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -366,9 +368,6 @@ class CDLTrainer(EvaluatingTrainer):
             self.model.save_pretrained(folder)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-
-    def _phase_bar(self, **options: Any) -> Any:
-        return self._bar(self._title(self.seen[-1]), **options)
 
     # ---- methods of Trainer that are not supported ----
 

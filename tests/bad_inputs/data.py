@@ -32,6 +32,41 @@ def data(name: str, build: Callable[[Parts], Any], /, *says: str, way: str = WAY
     return Row(name, make, says or ("bad",), way)
 
 
+def foreign(name: str, make: Callable[[], Any], *says: str, way: str = WAY) -> Row:
+    """A run that measures foreign images in the folder `more`, which a callable creates."""
+
+    def act(parts: Parts) -> Command:
+        make()
+        recipe = parts.write({"data.foreign": "./more", "baselines": ["ridge_head"]})
+        return command("train", recipe, "--output_dir", "run")
+
+    return Row(f"foreign images: {name}", act, says, way)
+
+
+def beside(name: str, build: Callable[[Parts], Any], *says: str, way: str = WAY, **fields: Any) -> Row:
+    """A run on good data with unlabelled images in the folder `more`, which a callable creates."""
+
+    def make(parts: Parts) -> Command:
+        build(parts)
+        recipe = parts.write({f"data.{key}": value for key, value in {"unlabelled": "more", **fields}.items()})
+        return command("train", recipe, "--output_dir", "run")
+
+    return Row(f"unlabelled images: {name}", make, says, way)
+
+
+def test_images(folder: str, *names: str) -> None:
+    """The good data's test images, as parquet files of these names."""
+    os.mkdir(folder)
+    for name in names or ("train",):
+        labels = [label for label in range(4) for _ in range(2)]
+        make_table(labels, 4, 10_000).to_parquet(f"{folder}/{name}.parquet")
+
+
+def texts(folder: str) -> None:
+    os.mkdir(folder)
+    Dataset.from_dict({"text": ["a", "b"]}).to_parquet(f"{folder}/train.parquet")
+
+
 def photos(*changes: Callable[[Path], Any]) -> Callable[[Parts], None]:
     """Make class folders of ant, bee and cat, then apply changes to them."""
 
@@ -92,10 +127,14 @@ def parquet(
 
 
 def files(**contents: bytes) -> Callable[[Parts], None]:
+    return files_in("bad", **contents)
+
+
+def files_in(folder: str, **contents: bytes) -> Callable[[Parts], None]:
     def build(parts: Parts) -> None:
-        os.mkdir("bad")
+        os.mkdir(folder)
         for name, content in contents.items():
-            Path("bad", name.replace("_", ".")).write_bytes(content)
+            Path(folder, name.replace("_", ".")).write_bytes(content)
 
     return build
 
@@ -111,6 +150,21 @@ PLACES = [
     data("no folder", lambda parts: None, "./gone", way="data.path", path="./gone"),
     data("no folder at an absolute path", lambda parts: None, "/gone/away", way="data.path", path="/gone/away"),
     data("nothing on the Hub", lambda parts: None, "nobody/nothing", way="local", path="nobody/nothing"),
+    beside("no folder", lambda parts: None, "./gone", way="data.unlabelled", unlabelled="./gone"),
+    foreign("no folder", lambda: None, "./more", way="data.foreign"),
+    foreign("an empty folder", lambda: os.mkdir("more"), "more", way="data.foreign"),
+    foreign("a text", lambda: (os.mkdir("more"), Path("more/a.png").write_text("x")), "a.png"),
+    foreign("several splits", lambda: test_images("more", "a", "b"), "a, b", way="data.foreign"),
+    beside("nothing on the Hub", lambda parts: None, "nobody/none", way="local", unlabelled="nobody/none"),
+    beside("an empty folder", lambda parts: os.mkdir("more"), "more", way="data.unlabelled"),
+    beside("a file that is no image", files_in("more", x_png=b"x"), "more/x.png", way="repair"),
+    beside("a damaged table", files_in("more", train_parquet=b"x"), "more/train.parquet", way="Repair"),
+    beside("test images alone", lambda parts: test_images("more"), "more", "no images", way="data.unlabelled"),
+    beside(
+        "no such split", lambda parts: test_images("more"), "none", way="unlabelled_split", unlabelled_split="none"
+    ),
+    beside("several splits", lambda parts: test_images("more", "a", "b"), "a, b", way="data.unlabelled_split"),
+    beside("no column of images", lambda parts: texts("more"), "text", way="image_column"),
     data("an empty path", lambda parts: None, "path", path=""),
     data("a file for a folder", lambda parts: None, "recipe.yaml", way="data.path|folder", path="./recipe.yaml"),
     data("an empty folder", lambda parts: os.mkdir("bad")),
@@ -267,9 +321,17 @@ WORD: Any = "vit"
 NOTHING: Any = None
 FIELDS: Any = {"path": "x"}
 ONE_EACH = StreamConfig(classes_per_task=1)
+TWICE = StreamConfig(classes_per_task=1, unlabelled="more")
+SHARE = StreamConfig(classes_per_task=1, unlabelled_ratio=2)
+PATHS: Any = ["x.png"]
 KNOWN = StreamConfig(classes_per_task=1, known_classes=[["class b"]])
 ALL_KNOWN = StreamConfig(known_classes=[["class a", "class b"]], known_train="ignore")
 CALLS = [
+    call("unlabelled paths", lambda p: TaskStream(ONE_EACH, {}, dataset=both(), unlabelled=PATHS), "unlabelled"),
+    call(
+        "unlabelled images twice", lambda p: TaskStream(TWICE, {}, dataset=both(), unlabelled=both()["train"]), "leave"
+    ),
+    call("unlabelled images of a share", lambda p: TaskStream(SHARE, {}, dataset=both()), "unlabelled_ratio"),
     call("no processor", lambda p: TaskStream(ONE_EACH, NOTHING, dataset=both()), "processor"),
     call("a processor's name", lambda p: TaskStream(ONE_EACH, WORD, dataset=both()), "processor"),
     call(

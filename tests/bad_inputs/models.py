@@ -15,6 +15,7 @@ from bad_inputs.parts import COMPONENTS, GONE, Parts, change_json, change_weight
 from bad_inputs.runner import WAY, Command, Row, command, rows
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.unknown import thresholds
 
 NAN, INF = math.nan, math.inf
 MODULE = "open('footprint', 'w').close()\n"
@@ -95,6 +96,22 @@ def backbone(name: str, damage: Callable[[Path], Any], *says: str, way: str = WA
 
 
 PROCESSOR = "preprocessor_config.json"
+
+
+def telling(learnt: bool = False, **fields: Any) -> CDLForImageClassification:
+    """A model whose head tells how known an image is."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = {"model_type": "vit", "image_size": 16, "patch_size": 8, **shape}
+    first = {"first_session": {"type": "linear"}} if fields else {}
+    head = {"type": "ridge", "known": 0.9}
+    model = CDLForImageClassification(CDLConfig(backbone_config=backbone, head=head, **first, **fields))
+    if learnt:
+        model.add(torch.randn(8, 3, 16, 16), ["a", "b"] * 4)
+    else:
+        model.begin_task(["a", "b"])
+    return model
+
+
 BACKBONES = [
     *(backbone(name, *damage) for name, damage in DAMAGE.items()),
     backbone("that is missing", lambda folder: shutil.rmtree(folder)),
@@ -400,6 +417,11 @@ CALLS = [
     arguments("an unknown schedule", {"lr_scheduler_type": "zigzag"}),
     arguments("steps out of order", {"lr_steps": [3, 2]}),
     arguments("no images in a batch", {"per_device_train_batch_size": 0}),
+    call("unknown asked of a head that cannot tell", lambda parts: thresholds(fresh(parts), True), "known: 0.95"),
+    call("unknown before anything was learnt", lambda parts: thresholds(telling(), True), "train it first"),
+    call("a share of unknown that is none", lambda parts: thresholds(telling(learnt=True), 95), "95", "0.95"),
+    call("a share of no class", lambda parts: thresholds(telling(learnt=True), {"x": 0.9}), "'x'", "no class"),
+    call("a head of a KD token that is to tell", lambda parts: telling(kd_prompt={}), "head.known", "KD prompts"),
     call("a trainer without a teacher for its term", learn_alone, "kd", "teacher"),
     call("an objective of NaN", lambda parts: Objective(NAN, []), "ce_weight"),
     call("an objective of infinity", lambda parts: Objective(INF, []), "ce_weight"),

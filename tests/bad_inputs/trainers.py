@@ -152,6 +152,17 @@ def measured_by(parts: Parts, compute_metrics: Any) -> None:
     made.evaluate(stream(parts)[0].test)
 
 
+def beside(parts: Parts, images: Any = GONE, terms: str = "", ratio: int = 1) -> None:
+    """Learn a task with these unlabelled images, by default its own, and this term."""
+    student, teacher, task = fresh(parts), fresh(parts), stream(parts)[0]
+    teacher.begin_task(task.class_names)
+    kind = TERMS[terms] if terms else None
+    named_terms = [(terms, kind(kind.config_class(), student.shape, teacher.shape))] if kind else []
+    args = CDLTrainingArguments("work", use_cpu=True, num_train_epochs=1, report_to="none")
+    taught = CDLTrainer(student, args, Objective(1.0, named_terms), teacher if kind else None)
+    taught.learn(replace(task, unlabelled=task.train if images is GONE else images, unlabelled_ratio=ratio))
+
+
 def named(*names: Any) -> Objective:
     return named_for(ModelShape(8, 3), *names)
 
@@ -379,6 +390,11 @@ TRAINERS = [
         lambda parts: late_evaluation(parts, eval_strategy="steps", eval_steps=1, eval_delay=500),
         "eval_delay",
     ),
+    call("unlabelled images that nothing learns from", lambda parts: beside(parts), "unlabelled", "no term"),
+    call("no unlabelled images", lambda parts: beside(parts, [], "pseudo_labels"), "task-01.unlabelled", "no images"),
+    call("a share of unlabelled images", lambda parts: beside(parts, terms="kd", ratio=0), "unlabelled_ratio"),
+    call("pseudo-labels of nothing", lambda parts: beside(parts, None, "pseudo_labels"), "pseudo_labels"),
+    configured_term("pseudo_labels", "threshold", threshold=1.2),
     call("an objective of no weight", lambda parts: trainer(parts, None, True, objective=Objective(0.0)), "ce_weight"),
     call("an objective of a word", lambda parts: Objective("1"), "ce_weight"),  # type: ignore[arg-type]
     *(

@@ -201,7 +201,7 @@ def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_wit
 def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
     config = model_with({"type": "ridge", "strength": 7.0}).config
     fields = {"strength": 7.0, "features": None, "standardise": None, "soft_targets": 0.0, "temperature": 1.0}
-    fields |= {"own_features": False, "balanced": False}
+    fields |= {"own_features": False, "balanced": False, "known": None}
     assert config.head == {"type": "ridge", "scale": 10.0, "sums": True, **fields}
     with pytest.raises(ValueError, match="Head type 'ridge' has no field lambda; it has standardise, scale, "):
         build_head({"type": "ridge", "lambda": 1}, 8)
@@ -304,13 +304,13 @@ def joint(head: FittedHead) -> torch.Tensor:
     features, labels = data()
     mapped = head.prepare(features).double()
     if head.config_class is LdaConfig:
-        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=head.shrinkage)
+        theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=head.choice_made)
         theirs.fit(mapped.numpy(), labels.numpy())
         return torch.from_numpy(theirs.decision_function(mapped.numpy()) - np.log(theirs.priors_))  # ours are equal
     if head.config_class is FittedConfig:
         means = torch.stack([mapped[labels == c].sum(0) for c in range(10)])
         return mapped @ F.normalize(means, dim=-1).T
-    root = head.strength**0.5  # type: ignore[operator]
+    root = head.choice_made**0.5  # type: ignore[operator]
     stacked = torch.cat([mapped, root * torch.eye(mapped.shape[1], dtype=torch.float64)])
     targets = torch.cat([F.one_hot(labels, 10), torch.zeros(mapped.shape[1], 10, dtype=torch.int64)])
     weight = torch.linalg.lstsq(stacked, targets.double(), driver="gelsd").solution
@@ -423,8 +423,8 @@ def test_the_strength_is_that_of_the_least_generalised_cross_validation(count: i
 
     tried = {10 ** (step / 4): error(10 ** (step / 4)) for step in range(-12, 17)}
     best = max(strength for strength, found in tried.items() if found <= 1.001 * min(tried.values())) / 2
-    assert head.strength == pytest.approx(best)
-    assert head.choices() == {"strength": head.strength}
+    assert head.choice_made == pytest.approx(best)
+    assert head.choices() == {"strength": head.choice_made}
     weight = torch.linalg.solve(x.T @ x + best * torch.eye(24).double(), x.T @ y).T
     torch.testing.assert_close(head.blocks[0].weight.double(), weight, rtol=1e-5, atol=1e-6)
 

@@ -21,6 +21,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "ridge, strength auto": {"type": "ridge", "strength": "auto"},
     "ridge, random features": {"type": "ridge", "features": 60},
     "ridge, sums per class": {"type": "ridge", "strength": "auto", "sums": "per_class"},
+    "ridge, known": {"type": "ridge", "features": 60, "own_features": True, "known": 0.9},
+    "ridge, known, sums per class": {"type": "ridge", "sums": "per_class", "known": 0.9},
     "lda": {"type": "lda"},
     "lda, sums per class": {"type": "lda", "sums": "per_class"},
     "ncm": {"type": "ncm"},
@@ -50,6 +52,10 @@ def assert_same(model: CDLForImageClassification, other: CDLForImageClassificati
     size = max(float(value.abs().max()) for value in theirs.values())
     for name, value in ours.items():
         assert float((value - theirs[name]).abs().max()) <= 1e-6 * size, name
+    if model.head.reads_layers:  # what z and the quantiles are fitted to are the newest images, so not these
+        for name in ("within", "total", "layers", "mean", "layer_means"):
+            found, want = (getattr(each.head.known, name) for each in (model, other))
+            assert float((found - want).abs().max()) <= 1e-6 * float(want.abs().max()), name
 
 
 class Album:

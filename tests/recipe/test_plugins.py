@@ -65,7 +65,7 @@ def own_recipe(folder: Path, **fields: Any) -> dict[str, Any]:
     return {**recipe, "distill": SECTIONS["distill"], **fields}
 
 
-def interrupt(self: CDLTrainer) -> None:
+def interrupt(self: CDLTrainer, *rest: Any) -> None:
     raise KeyboardInterrupt
 
 

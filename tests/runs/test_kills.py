@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from helpers import make_recipe, write_recipe
+from helpers import make_recipe, make_table, write_recipe
 from test_classifier import write as write_classifiers
 
 from hf_cdl.commands import console, train
@@ -71,6 +71,18 @@ def stored_within_epochs(folder: Path) -> dict[str, Any]:
     return recipe
 
 
+def with_unlabelled_images(folder: Path) -> dict[str, Any]:
+    recipe = make_recipe(
+        folder, distill=[{"type": "kdp", "threshold": 0.6}, {"type": "pseudo_labels", "threshold": 0.6}]
+    )
+    make_table([0, 1, 2, 3, 4], 6, first=500).to_parquet(str(folder / "more.parquet"))
+    (folder / "more").mkdir()
+    (folder / "more.parquet").rename(folder / "more" / "train.parquet")
+    recipe["data"] |= {"unlabelled": str(folder / "more"), "unlabelled_ratio": 2}
+    recipe["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    return recipe
+
+
 RECIPES = [
     several_tasks,
     ridge_with_adapters,
@@ -78,6 +90,7 @@ RECIPES = [
     fine_tuning,
     offline_classifiers,
     stored_within_epochs,
+    with_unlabelled_images,
 ]
 
 

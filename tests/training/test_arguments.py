@@ -137,7 +137,7 @@ KEEPS: dict[str, tuple[Any, dict[str, Any], Callable[[CDLTrainer], bool]]] = {
     "logging_steps": (2, {}, lambda t: lines(t, "loss/loss") == 1),
     "logging_first_step": (True, {"logging_steps": 3}, lambda t: lines(t, "loss/loss") == 2),
     "log_level": ("critical", {}, lambda t: logging.get_verbosity() == 50),
-    "disable_tqdm": (True, {}, lambda t: t._phase_bar(total=1).disable),
+    "disable_tqdm": (True, {}, lambda t: t._bar("phase", total=1).disable),
     "eval_strategy": ("epoch", {}, lambda t: lines(t, "eval_accuracy") == 1),
     "eval_steps": (1, {"eval_strategy": "steps", "logging_steps": 3}, lambda t: lines(t, "eval_accuracy") == 3),
     "eval_delay": (2, {"eval_strategy": "steps", "eval_steps": 1}, lambda t: lines(t, "eval_accuracy") == 2),

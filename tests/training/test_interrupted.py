@@ -14,6 +14,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.run import Run
+from hf_cdl.runs.settings import check_settings
 from hf_cdl.types import TaskResult
 
 TASKS = list(stream())
@@ -219,6 +220,16 @@ def test_a_run_does_not_go_on_with_another_teacher_term_or_model(tmp_path: Path)
     alone.model.config.prompt = {**alone.model.config.prompt, "orthogonality": 0.5}
     with pytest.raises(RunError, match=r"model\.prompt\.orthogonality: 0\.1 -> 0\.5"):
         alone.learn(TASKS[0])
+
+
+def test_a_field_that_an_older_version_did_not_store_is_no_difference(tmp_path: Path) -> None:
+    stored = {"objective": {"ce_weight": 1.0, "terms": {"kd": {"class": "KD", "weight": 0.5}}}}
+    ledger = {"entries": {"student": [{}]}, "settings": {"student": stored}}
+    newer = {"class": "KD", "weight": 0.5, "threshold": 0.0}
+    check_settings(tmp_path, ledger, "student", {"objective": {"ce_weight": 1.0, "terms": {"kd": newer}}})
+    for terms in ({"kd": newer, "dkd": {"class": "DKD"}}, {"kd": {**newer, "weight": 0.4}}, {}):
+        with pytest.raises(RunError, match=r"objective\.terms"):
+            check_settings(tmp_path, ledger, "student", {"objective": {"ce_weight": 1.0, "terms": terms}})
 
 
 def test_what_matters_only_where_accuracy_steers_may_change_where_it_does_not(tmp_path: Path) -> None:

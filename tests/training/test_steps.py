@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "kdp": ("coda", [{"type": "kdp"}, {"type": "label_smoothing"}]),
     "layers": ("dualprompt", [{"type": "fitnets"}, {"type": "review_kd"}]),
     "mapping": ("coda", [{"type": "prompt_mapping"}]),
+    "unlabelled": (
+        "l2p",
+        [{"type": "kd", "threshold": 0.5}, {"type": "fitnets"}, {"type": "pseudo_labels", "threshold": 0.4}],
+    ),
     "dual path": ("coda", [{"type": "dual_path", "warmup_steps": 3, "lambda_y": 0.1}]),
 }
 
@@ -85,6 +90,8 @@ def trainer_of(case: str, folder: Path, run: Run | None = None, **train: Any) ->
 def learnt(case: str, images: int, folder: Path, **train: Any) -> tuple[dict[str, torch.Tensor], list[Any]]:
     """The resulting weights of a student and of the terms' layers, and its log."""
     trainer, task = trainer_of(case, folder, **train), task_of(images)
+    if case == "unlabelled":
+        task = replace(task, unlabelled=Images(7), unlabelled_ratio=2)
     trainer.model.begin_task(task.class_names)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.learn(task)

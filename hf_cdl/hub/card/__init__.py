@@ -47,6 +47,7 @@ def model_card(
         seed=results["seed"],
         task_table=text.task_table(results, role),
         role_table=text.role_table(results, len(matrix)),
+        confidence=text.confidence(results, role, len(matrix)),
         better=text.better(results, role),
         verdict=text.verdict_of(results),
         picture=picture,

@@ -82,6 +82,8 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
     classes = sum(map(len, changed[-1]["class_names"] if changed else results["class_names"][:learnt]))
     learnt += len(changed)
     notes = [f"Every image is answered with one of the {classes} classes below, also one that shows none of them."]
+    if told := telling(results, role):
+        notes[0] = f"{notes[0][:-1]}, unless `pipeline(..., reject=True)` asks for `unknown`.\n{told}"
     if repo_id is not None:
         after = "task and each change" if changed else "task"
         notes.append(f'The state after each {after} is a revision, `revision="task-01"` to `"task-{learnt:02d}"`.')
@@ -93,6 +95,29 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
         notes.append("`CDLForImageClassification.from_pretrained(...).begin_task(class_names)` adds a task to learn.")
         notes += [note for entry in _papers(recipe, role) for note in re.findall(r"annote = {(.*)}", entry)]
     return "\n".join(notes)
+
+
+def telling(results: Results, role: str) -> str | None:
+    """How well the model tells images of none of its classes; None if it does not."""
+    listed = [(number, known) for number, known in enumerate(results["roles"][role].get("known", []), 1) if known]
+    if not listed:
+        return None
+    number, known = next((pair for pair in reversed(listed) if "unlearnt_passing" in pair[1]), listed[-1])
+    said = report.telling(known)
+    figures = [f"AUROC {known['unlearnt_auroc']:.0f} %"] if "unlearnt_auroc" in known else []
+    return f"After task {number}: {said}{f' ({figures[0]})' if figures else ''}."
+
+
+def confidence(results: Results, role: str, learnt: int) -> str | None:
+    """How far the model's confidence can be trusted; None if that was not measured."""
+    entry = results["roles"][role]
+    values = [(entry.get(name) or [None] * learnt)[learnt - 1] for name in ("confidence", "calibration_error")]
+    if None in values:
+        return None
+    return (
+        f"Its confidence (the largest softmax probability) is {values[0]:.1f} % on average, with an expected\n"
+        f"calibration error of {values[1]:.1f} points (15 bins)."
+    )
 
 
 def _code(recipe: Mapping[str, Any], role: str) -> bool:
@@ -200,6 +225,13 @@ def data_facts(results: Results) -> list[str]:
         f"Stream: {sum(counts)} classes in {len(counts)} tasks, "
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
+    if (beside := results.get("unlabelled")) is not None:
+        name, terms = recipe["data"]["unlabelled"], ", ".join(f"`{markdown(term)}`" for term in beside["terms"])
+        where = "in the first session" if recipe["student"]["first_session"] else "in every session"
+        facts.append(
+            f"Unlabelled images: {beside['images']} of {code(by_name(name))}, from which the student learnt {where} "
+            f"by its teacher's answers ({terms}); labels of theirs, if there are any, were not read"
+        )
     return facts
 
 

@@ -1,0 +1,61 @@
+"""The answer `unknown`: for images that are less known to a model than almost all images of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hf_cdl.checked import check_share, near, short
+from hf_cdl.labels import same_name
+
+UNKNOWN = "unknown"
+"""The label."""
+
+
+def thresholds(model: Any, reject: Any) -> torch.Tensor:
+    """What `known` must reach (C,) in a model's output for each class that may be its answer.
+
+    `reject`: the share of images of known classes that keep their answer, as 0.95; True for that in the head's config;
+    or a share for single classes, as {"cat": 0.99}, where the others have that of the config. Raises ValueError for
+    anything else, and for a model that cannot tell.
+    """
+    known = _known(model)
+    names = [name for task in model.tasks for name in task]
+    if any(same_name(name, UNKNOWN) for name in names):
+        raise ValueError(
+            f"The model has a class called {UNKNOWN!r}, so that answer would say two things; rename the class: "
+            f'model.rename("{UNKNOWN}", ...).'
+        )
+    if reject is not True and not isinstance(reject, Mapping):
+        return torch.full((len(names),), known.threshold(check_share(reject, "reject")))
+    found = torch.full((len(names),), known.threshold(model.head.config.known))
+    for name, share in reject.items() if isinstance(reject, Mapping) else ():
+        index = next((i for i, other in enumerate(names) if isinstance(name, str) and same_name(name, other)), None)
+        if index is None:
+            raise ValueError(f"reject names {short(name)}, which the model has no class of{near(str(name), names)}")
+        found[index] = known.threshold(check_share(share, f"reject of {short(name)}"))
+    return found
+
+
+def rejected(thresholds: torch.Tensor, known: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Which images (B,) are unknown, of `known` (B,) and logits (B, C)."""
+    return known.float() < thresholds.to(known.device)[logits.argmax(dim=-1)]
+
+
+def unknown_score(model: Any, known: float) -> float:
+    """The score of the answer: the share of images of known classes that are more known than this one."""
+    return _known(model).more_known(known)
+
+
+def _known(model: Any) -> Any:
+    known = getattr(getattr(model, "head", None), "known", None)
+    if known is None:
+        raise ValueError(
+            "This model cannot tell which images are of none of its classes. A model with a head of sums can: set "
+            "`known: 0.95` in its head, in a recipe (student.head), and train it."
+        )
+    if not known.fitted:
+        raise ValueError("This model has not learnt images yet by which it could tell unknown ones; train it first.")
+    return known
