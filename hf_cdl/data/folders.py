@@ -240,7 +240,7 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
 def all_images(root: Path) -> Dataset:
     """A table of the paths of all images in a folder and below it."""
     features = Features({"image": datasets.Image(decode=False)})
-    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in _images(root)]}, features=features)
+    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in image_files(root)]}, features=features)
 
 
 def _utf8(root: Path, name: str) -> str:

@@ -94,6 +94,9 @@ PREDICT = [
     predict("with more answers than classes", "photos", "--top-k", 4, says=("--top-k is 4", "3 classes")),
     predict("with no workers at all", "photos", "--workers", "-1", says=("--workers",)),
     predict("in batches of none", "photos", "--batch-size", 0, says=("--batch-size", "at least 1")),
+    predict("that rejects without telling", "photos", "--reject", says=("cannot tell", "known: 0.95")),
+    predict("that keeps all", "photos", "--reject", 1, says=("--reject", "between 0 and 1")),
+    predict("that keeps most", "photos", "--reject", "most", says=("--reject", "'most'", "share")),
     predict("into a spreadsheet", "photos", "--out", "a.xlsx", says=("a.xlsx", ".parquet")),
     predict("into a file without an ending", "photos", "--out", "csv", says=("csv", ".jsonl")),
     predict("into nothing", "photos", "--out", "", says=("--out", "empty")),
@@ -125,6 +128,7 @@ EVALUATE = [
     evaluate("of a run", "fitted", says=("fitted is a run",), way="folder of images"),
     evaluate("of images without classes", "photos/train/ant", says=("ant",)),
     evaluate("of images that cannot be read", "photos", says=("None of the 9", "photos/test"), before=unreadable),
+    evaluate("that rejects without telling", "photos", "--reject", says=("cannot tell", "known: 0.95")),
     evaluate("of an unknown split", "photos", "--split", "dev", says=("--split", "'dev'", "train")),
     evaluate(
         "of a revision twice", "photos", *("--revision", "task-01") * 2, says=("task-01 is given more than once",)

@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from helpers import class_means, make_backbone, picture, run_script, write_recipe
 from PIL import Image
 
+from hf_cdl import CDLForImageClassification, StreamConfig, TaskStream
 from hf_cdl.commands import evaluate as evaluate_command
 from hf_cdl.commands.train import main as train
 from hf_cdl.inference.measuring import Measured, common
+from hf_cdl.recipe.build import load_processor
+from hf_cdl.training.evaluation import told_apart
+from hf_cdl.unknown import thresholds
 
 Command = Callable[..., int]
 
@@ -105,6 +111,30 @@ def test_classes_and_images_that_do_not_count_are_said(
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["revisions"]["task-03"]["images"] == 4
     assert command("evaluate", run, tmp_path / "photos", "--out", tmp_path / "out") == 2
     assert "is not empty; choose another folder" in capsys.readouterr().err
+
+
+def test_images_of_other_classes_are_told_from_its_own(tmp_path: Path, command: Command, capsys: Any) -> None:
+    recipe = yaml.safe_load(class_means(tmp_path).read_text())
+    recipe["student"]["head"] = {"type": "ridge", "strength": 1.0, "known": 0.9}
+    recipe["data"]["max_classes"] = 4
+    assert train([str(write_recipe(tmp_path / "tells.yaml", recipe)), "--output_dir", str(tmp_path / "run")]) == 0
+    assert command("evaluate", tmp_path / "run", tmp_path / "data", "--out", tmp_path / "out", "--reject") == 0
+    own = json.loads((tmp_path / "out" / "evaluation.json").read_text())["revisions"]["task-02"]
+    assert own["images"] == 12 and own["unknown_classes"] == {"class e": 3, "class f": 3}
+    assert own["accuracy"] == pytest.approx(np.mean(of(tmp_path / "run")["accuracy_matrix"][1]))
+    model = CDLForImageClassification.from_pretrained(tmp_path / "run" / "student").eval()
+    stream = TaskStream(
+        StreamConfig(str(tmp_path / "data"), classes_per_task=6), load_processor(tmp_path / "run/student")
+    )
+    pixels = torch.stack([stream[0].test[index]["pixel_values"] for index in range(18)])
+    with torch.no_grad():
+        known, least = model(pixels).known, thresholds(model, True)[0]
+    expected = told_apart(known[:12], known[12:], float(least))
+    assert {key: own["told"][key] for key in expected} == pytest.approx(expected, abs=0.01)
+    assert own["told"]["kept"] == pytest.approx(100 * float((known[:12] >= least).float().mean()))
+    assert (
+        f"task-02 keeps {own['told']['kept']:.1f} % of the images of its classes, of which" in capsys.readouterr().out
+    )
 
 
 def made(labels: list[int], answers: list[int], confidence: list[float], first: int = 0) -> Measured:

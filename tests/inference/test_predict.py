@@ -15,18 +15,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers import class_means, picture, run_script
+import yaml
+from helpers import class_means, picture, run_script, write_recipe
 from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from hf_cdl.commands.train import main as train
 from hf_cdl.data.images import decode
 from hf_cdl.inference import answering
-from hf_cdl.inference.contact_sheet import Answer, ContactSheet
+from hf_cdl.inference.answering import Answer
+from hf_cdl.inference.contact_sheet import ContactSheet
 from hf_cdl.inference.files import files_of
 from hf_cdl.inference.students import find_student
 from hf_cdl.inference.summary import Reference, Summary, reference_of
 from hf_cdl.runs.files import RunError
+from hf_cdl.unknown import UNKNOWN
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 Command = Callable[..., int]
@@ -182,13 +185,57 @@ def test_the_student_that_is_meant(run: Path, tmp_path: Path, monkeypatch: pytes
     assert reference_of(find_student(str(alone))).startswith("no results of a run lie beside")  # type: ignore[union-attr]
 
 
+# ---- rejection
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a student that tells which images are of none of its classes."""
+    folder = tmp_path_factory.mktemp("telling")
+    recipe = yaml.safe_load(class_means(folder).read_text())
+    recipe["student"]["head"] = {"type": "ridge", "strength": 1.0, "known": 0.9}
+    assert train([str(write_recipe(folder / "tells.yaml", recipe)), "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_what_is_rejected_is_what_the_pipeline_rejects(
+    telling: Path, photos: Path, command: Command, capsys: pytest.CaptureFixture[str], share: float | None
+) -> None:
+    outs = [photos.parent / "answers.jsonl", photos.parent / "sheet.html"]
+    words = ("--reject", *([] if share is None else [share]), "--out", outs[0], "--out", outs[1])
+    assert command("predict", telling, photos, "--workers", 0, *words) == 0
+    classify: Any = pipeline("image-classification", model=str(telling / "student"), device="cpu")
+    rows = [row for row in rows_of(outs[0]) if "error" not in row]
+    for row in rows:
+        expected = classify(row["image"], top_k=3, reject=True if share is None else share)
+        assert [row["label"], row["label_2"], row["label_3"]] == [answer["label"] for answer in expected]
+        assert row["score"] == pytest.approx(expected[0]["score"], abs=0.006)  # of unknown, in steps of half a percent
+    count = sum(row["label"] == UNKNOWN for row in rows)
+    assert 0 < count and outs[1].read_text().count('<figure class="unknown">') == count
+    share = 0.9 if share is None else share
+    said = f"rejected as unknown: {10 * count:.1f} %, of images of its classes {100 * (1 - share):.3g} %"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rejected", "says"), [(40, "none of its classes"), (6, "may be chance"), (5, "no more than of those")]
+)
+def test_the_share_of_rejected_images_in_words(rejected: int, says: str) -> None:
+    found = Summary()
+    for number in range(100):
+        found.add(Answer([("class a", 0.5)], 0.5, number < rejected))
+    assert says in found.told(0.05)
+
+
 # ---- words and figures
 
 
 def summary(confidence: float, count: int, spread: float = 0.1) -> Summary:
     found = Summary()
     for number in range(count):
-        found.add("class a", confidence + (spread if number % 2 else -spread))
+        sure = confidence + (spread if number % 2 else -spread)
+        found.add(Answer([("class a", sure)], sure))
     return found
 
 
@@ -229,8 +276,9 @@ def sheet(folder: Path, most: int, count: int = 7) -> str:
     for number in range(count):
         picture(number, 0, 300).save(folder / f"{number}.png")
         answers = [(f"<b>class {number}</b>", 0.9 - number / 10), ("other", 0.05)]
-        found.add(Answer(str(folder / f"{number}.png"), answers))
-        totals.add(*answers[0])
+        answer = Answer([(UNKNOWN, 1.0), *answers] if number == 1 else answers, answers[0][1], number == 1)
+        found.add(str(folder / f"{number}.png"), answer)
+        totals.add(answer)
     found.add_unreadable("<i>bad.png", "<u>empty")
     (folder / "3.png").unlink()
     found.write(folder / "sheet.html", "a & b", totals, ["all <fine>"], decode)
@@ -239,9 +287,9 @@ def sheet(folder: Path, most: int, count: int = 7) -> str:
 
 def test_the_least_sure_come_first_and_others_are_left_out(tmp_path: Path) -> None:
     page = sheet(tmp_path, most=5)
-    assert re.findall(r'<span title="&lt;b&gt;class (\d)&lt;/b&gt;">', page.split("The least sure first")[-1]) == [
-        *"65432"
-    ]
+    shown = page.split("The least sure first")[-1]
+    assert re.findall(r'<span title="&lt;b&gt;class (\d)&lt;/b&gt;">', shown) == [*"16543"]  # 1 is rejected
+    assert shown.count('<figure class="unknown">') == 1 and "Before all come those that are answered" in shown
     assert "The 5 images with the lowest confidence; the other 2 are left out." in page
     assert page.count("data:image/jpeg;base64,") == 4 and page.count("cannot be read any more") == 1
     assert len(page) < 120_000
