@@ -42,6 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"backbones", "data", "models"},
     "inference": {
         *("types", "checked", "escape", "places", "data", "backbones", "models", "runs", "training", "hub", "recipe"),
+        "unknown",
     },
 }
 ANYTHING = {"__main__", "commands", "compare"}

@@ -16,7 +16,7 @@ from hf_cdl.data.names import nfc, some
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub import HubError
 from hf_cdl.inference.labelled import Labelled, read_labelled
-from hf_cdl.inference.measuring import Measured, common, measure
+from hf_cdl.inference.measuring import Measured, Options, common, measure
 from hf_cdl.inference.pictures import calibration_figure, confusion_figure
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.places import by_name, short_name
@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if twice := sorted({revision for revision in options.revision if options.revision.count(revision) > 1}):
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
     students = [find_student(options.student, revision) for revision in options.revision or [None]]
-    images = read_labelled(options.images, options.split, students[-1])
+    images = read_labelled(options.images, options.split, students[-1], options.image_column, options.label_column)
     measured = [_measured(student, images, options) for student in students]
     say(*_words(measured, images), sep="\n")
     pictures = _pictures(measured, students, images) if plotting_available() else {}
@@ -83,7 +83,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def _measured(student: Student, images: Labelled, options: argparse.Namespace) -> Measured:
     model, processor = load(student)
     with progress_bar(student.short, hidden=False, total=len(images.labels), unit="image") as bar:
-        return measure(student.short, model, processor, images, options.batch_size, options.workers, bar)
+        how = Options(options.batch_size, options.workers, options.reject)
+        return measure(student.short, model, processor, images, how, bar)
 
 
 def _pictures(measured: Sequence[Measured], students: Sequence[Student], images: Labelled) -> dict[str, Any]:
@@ -115,6 +116,8 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
             total = sum(found.unknown.values())
             named = some(f"{name} ({count:,})" for name, count in sorted(found.unknown.items()))
             yield f"{found.revision} does not know, and was not measured on, {total:,} images of {named}"
+        if found.told:
+            yield _told(found)
     have = {*images.labels}
     if without := [name for name in newest.classes if nfc(name) not in have]:
         yield f"no images here of {len(without)} of its {len(newest.classes)} classes: {some(without)}"
@@ -122,6 +125,16 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
     if confused := newest.confused():
         taken = ", ".join(f"{visible(true)} for {visible(answer)} ({count:,})" for true, answer, count in confused[:5])
         yield f"most often taken, {newest.revision}: {taken}"
+
+
+def _told(found: Measured) -> str:
+    """How well a revision tells images of known classes from others."""
+    told = found.told
+    said = f"{found.revision} keeps {told['kept']:.1f} % of the images of its classes"
+    said += f", of which {told['accuracy_of_kept']:.1f} % are right" if "accuracy_of_kept" in told else ""
+    if "auroc" not in told:
+        return f"{said}; there are no images of others here"
+    return f"{said}, and {told['passing']:.1f} % of those of others, the rest is unknown (AUROC {told['auroc']:.1f} %)"
 
 
 def _table(measured: Sequence[Measured]) -> Iterator[str]:

@@ -13,7 +13,7 @@ _STUDENT = "a run's folder (runs/quickstart), a checkpoint's (its student/task-0
 def predict(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
-        "STUDENT IMAGES [...] [--out FILE ...] [--top-k K] [options]",
+        "STUDENT IMAGES [...] [--out FILE ...] [--top-k K] [--reject [SHARE]] [options]",
         """What a trained student says of images: as pipeline("image-classification") does, for many at a time.
 
 IMAGES are files, and folders with all that lies in them and below. Without --out the first answers are shown, or all
@@ -39,6 +39,7 @@ on the images its run was measured on. Images that cannot be read are listed, an
     parser.add_argument(
         "--top-k", type=_at_least(1), metavar="K", help="classes said of an image, the most likely ones (default: 3)"
     )
+    _reject(parser, "answer unknown for an image that is less known than this share of images of its classes")
     parser.add_argument(
         "--strict", action="store_true", help="stop at an image that cannot be read, and write nothing"
     )
@@ -74,11 +75,31 @@ calibration of all.""",
     parser.add_argument(
         "--split", metavar="NAME", help="of the images (default: test, validation, or the only one that there is)"
     )
+    for what in ("image", "label"):
+        text = f"that holds the {what}s, where several columns of a table could (default: the only one)"
+        parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
     parser.add_argument(
         "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
     )
+    _reject(parser, "also measure how it tells images of classes that it does not know, at this share of those kept")
     _loading(parser)
     return parser
+
+
+def _reject(parser: argparse.ArgumentParser, what: str) -> None:
+    text = f"{what}, such as 0.95 (default: off; without SHARE: that of its head)"
+    parser.add_argument("--reject", nargs="?", const=True, type=_share, metavar="SHARE", help=text)
+
+
+def _share(text: str) -> float:
+    """Parse a share between 0 and 1; anything else raises an error that says so."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, but takes a share between 0 and 1, such as 0.95")
+    return value
 
 
 def _loading(parser: argparse.ArgumentParser) -> None:

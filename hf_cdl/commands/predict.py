@@ -7,22 +7,26 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
-from hf_cdl.data.images import decode, decode_fully
+from hf_cdl.data.images import Decoded, decode, decode_fully
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub import HubError
 from hf_cdl.inference import answering, files, summary
-from hf_cdl.inference.contact_sheet import Answer, ContactSheet
+from hf_cdl.inference.answering import Answer, share_kept
+from hf_cdl.inference.contact_sheet import ContactSheet
 from hf_cdl.inference.files import TABLES, CsvTable, Row, Table
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
 from hf_cdl.recipe import load_plugins
 from hf_cdl.runs.files import RunError
 from hf_cdl.training.progress import progress_bar
+from hf_cdl.types import is_ours
+from hf_cdl.unknown import thresholds
 
 SHEET = ".html"
 _TOP, _ROWS, _LISTED = 3, 20, 10
@@ -51,8 +55,7 @@ def main(arguments: list[str]) -> int:
 
 def predict(options: argparse.Namespace) -> None:
     """Answer for all images. Raises an error, and leaves no file behind, if an image is unreadable with --strict."""
-    for file in options.out:
-        files.check_new_file(file, [*TABLES, SHEET])
+    files.check_new_files(options.out, [*TABLES, SHEET])
     images = files.files_of(options.images)
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
@@ -61,38 +64,38 @@ def predict(options: argparse.Namespace) -> None:
     top = min(_TOP, len(names)) if options.top_k is None else options.top_k
     if top > len(names):
         raise ValueError(f"--top-k is {top}, but {student.name} has {len(names)} classes; give at most that.")
-    prepared = answering.prepared(model, processor, lambda index: decode_fully(images[index]), len(images))
-    totals, unreadable, start = summary.Summary(), list[tuple[str, str]](), time.perf_counter()
+    share = None if options.reject is None else share_kept(model, options.reject)
+    limits = None if share is None else thresholds(model, share)
+    plain = not is_ours(model.config)
+    prepared = answering.Images(partial(_decoded, images), images.__getitem__, len(images), processor, plain)
+    totals, unreadable, start = summary.Summary(), list[str](), time.perf_counter()
     with _outputs(options.out, columns_of(top)) as (outputs, finish):
         with progress_bar("images", hidden=False, total=len(images), unit="image") as bar:
-            for batch in answering.answer(model, prepared, options.batch_size, options.workers, bar):
-                for index, answers in _named(batch, model, names, top):
-                    if isinstance(answers, str):
-                        _refuse(answers, options.strict)
-                        unreadable.append((images[index], answers)) if len(unreadable) < _LISTED else None
-                        totals.unreadable += 1
-                    else:
-                        totals.add(*answers[0])
-                    _put(outputs, images[index], answers)
+            for batch in answering.outputs(model, prepared, options.batch_size, options.workers, bar):
+                for index, answer in answering.answers(batch, model, names, top, limits):
+                    _count(answer, totals, unreadable, options.strict)
+                    _put(outputs, images[index], answer)
         if not totals.images:
-            raise ValueError(f"None of {len(images):,} files can be read as an image. The first: {unreadable[0][1]}")
-        seconds = time.perf_counter() - start
-        lines = [*totals.lines(seconds, summary.reference_of(student))]
+            raise ValueError(f"None of {len(images):,} files can be read as an image. The first: {unreadable[0]}")
+        lines = [*totals.lines(time.perf_counter() - start, summary.reference_of(student), share)]
         finish(f"{student.name}: {summary.counted(totals.images, 'image')}", totals, [lines[0], *lines[2:]])
     _say(options.out, outputs, student, lines, unreadable, totals)
 
 
-def _named(
-    batch: answering.Answers, model: Any, names: list[str], top: int
-) -> Iterator[tuple[int, list[tuple[str, float]] | str]]:
-    """Index and answers of each image of a batch, the most likely one first, or why it has none; in order."""
-    found: dict[int, list[tuple[str, float]] | str] = dict(batch.unreadable)
-    if batch.indices:
-        best = answering.scores(batch.logits, model.config).sort(dim=-1, descending=True, stable=True)
-        rows = zip(best.values[:, :top].tolist(), best.indices[:, :top].tolist(), strict=True)
-        for index, (values, classes) in zip(batch.indices, rows, strict=True):
-            found[index] = [(names[number], value) for number, value in zip(classes, values, strict=True)]
-    yield from sorted(found.items())
+def _decoded(images: Sequence[str], index: int) -> Decoded:
+    return decode_fully(images[index])
+
+
+def _count(answer: Answer | str, totals: summary.Summary, unreadable: list[str], strict: bool) -> None:
+    """Count an image's answer, or why it has none. Raises ValueError for the latter if `strict`."""
+    if not isinstance(answer, str):
+        totals.add(answer)
+        return
+    if strict:
+        raise ValueError(f"{answer}. Nothing was written; without --strict such images are listed and left out.")
+    totals.unreadable += 1
+    if len(unreadable) < _LISTED:
+        unreadable.append(answer)
 
 
 def columns_of(top: int) -> list[str]:
@@ -101,19 +104,19 @@ def columns_of(top: int) -> list[str]:
     return ["image", *(name for pair in pairs for name in pair), "error"]
 
 
-def _put(outputs: Outputs, image: str, answers: list[tuple[str, float]] | str) -> None:
-    """Write an image's answers, or why it has none, to all outputs."""
+def _put(outputs: Outputs, image: str, answer: Answer | str) -> None:
+    """Write an image's answer, or why it has none, to all outputs."""
     row: dict[str, str | float | None] = {"image": files.utf8(image)}
-    if isinstance(answers, str):
-        row["error"] = answers
+    if isinstance(answer, str):
+        row["error"] = answer
         if outputs.sheet is not None:
-            outputs.sheet.add_unreadable(image, answers)
+            outputs.sheet.add_unreadable(image, answer)
     else:
-        for place, (name, score) in enumerate(answers, 1):
+        for place, (name, score) in enumerate(answer.answers, 1):
             end = "" if place == 1 else f"_{place}"
             row |= {f"label{end}": name, f"score{end}": score}
         if outputs.sheet is not None:
-            outputs.sheet.add(Answer(image, answers))
+            outputs.sheet.add(image, answer)
     for table in outputs.tables:
         table.write(row)
     if outputs.head is not None and len(outputs.head) < _ROWS:
@@ -126,9 +129,9 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
 
     Yields the outputs and a function that writes the contact sheets.
     """
-    with files.appearing_when_whole(out) as partial, contextlib.ExitStack() as opened:
+    with files.appearing_when_whole(out) as paths, contextlib.ExitStack() as opened:
         tables, sheets = list[Table](), list[Path]()
-        for file, path in zip(out, partial, strict=True):
+        for file, path in zip(out, paths, strict=True):
             if (kind := file.suffix.lower()) == SHEET:
                 sheets.append(path)
             else:
@@ -146,17 +149,12 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
         yield Outputs(tables, sheet if sheets else None, [] if not out and on_terminal else None), finish
 
 
-def _refuse(problem: str, strict: bool) -> None:
-    if strict:
-        raise ValueError(f"{problem}. Nothing was written; without --strict such images are listed and left out.")
-
-
 def _say(
     out: Sequence[Path],
     outputs: Outputs,
     student: Student,
     lines: Sequence[str],
-    unreadable: Sequence[tuple[str, str]],
+    unreadable: Sequence[str],
     totals: summary.Summary,
 ) -> None:
     """Say the summary, on standard error if the answers themselves are on standard output."""
@@ -166,7 +164,7 @@ def _say(
         if (rest := totals.images + totals.unreadable - len(outputs.head)) > 0:
             say(f"and {summary.counted(rest, 'more image')}; all of them in a table: --out FILE.csv")
     say(f"{student.name}: {lines[0]}", *lines[1:], sep="\n", **options)
-    for _, problem in unreadable:
+    for problem in unreadable:
         say(f"not read: {problem}", **options)
     if (rest := totals.unreadable - len(unreadable)) > 0:
         say(f"not read: {rest:,} more", **options)

@@ -16,33 +16,50 @@ import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Dataset
 
-from hf_cdl.data.images import Decoded, ImageError, check_resized
+from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.data.task_split import CLIPPED
-from hf_cdl.types import is_ours
+from hf_cdl.unknown import UNKNOWN, rejected, thresholds, unknown_score
 
 _MOST_WORKERS = 16
 
 
-class Answers(NamedTuple):
-    """The answers for one batch: `logits` (B, C) in float32 of the images `indices`, and why others have none."""
+class Batch(NamedTuple):
+    """A model's outputs for one batch: `logits` (B, C) in float32 of the images `indices`, and why others have none.
+
+    `known` (B,): how known the images are, of a model that tells.
+    """
 
     indices: list[int]
     logits: torch.Tensor
+    known: torch.Tensor | None
     unreadable: dict[int, str]
+
+
+class Answer(NamedTuple):
+    """What is said of an image: names of classes and their scores, the most likely one first.
+
+    `confidence`: the probability of the most likely class. `unknown`: the image is rejected, so that `unknown` is the
+    first answer.
+    """
+
+    answers: list[tuple[str, float]]
+    confidence: float
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
 class Images(Dataset[Any]):
     """Images prepared for a model: `images[[3, 4]]` gives index, pixel values (3, H, W) and problem of each.
 
-    `decode(index)` returns an image, or raises ImageError. `plain`: the model is served by transformers' own pipeline,
-    which would clip 16 bits.
+    `decode(index)` returns an image, or raises ImageError; `name(index)` is for messages. `plain`: the model is served
+    by transformers' own pipeline, which would clip 16 bits.
     """
 
     decode: Callable[[int], Decoded]
+    name: Callable[[int], str]
     count: int
     processor: Any
-    plain: bool = False
+    plain: bool
 
     def __len__(self) -> int:
         return self.count
@@ -50,18 +67,21 @@ class Images(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         try:
             image, wide, _ = self.decode(index)
+        except ImageError as error:
+            return index, None, str(error)
+        try:
             check_resized(image.size, self.processor)
             if wide and self.plain:
                 raise ImageError(CLIPPED)
         except ImageError as error:
-            return index, None, str(error)
+            return index, None, f"{readable(self.name(index))}: {error}"
         return index, self.processor(images=[image], return_tensors="pt")["pixel_values"][0], None
 
 
-def answer(
+def outputs(
     model: Any, images: Images, batch_size: int = 32, workers: int | None = None, bar: Any = None
-) -> Iterator[Answers]:
-    """Yield the model's answers for all images, in order. `bar.update(n)` is told how many are done.
+) -> Iterator[Batch]:
+    """Yield the model's outputs for all images, in order. `bar.update(n)` is told how many are done.
 
     `workers`: processes that decode; 0: this one does; None: as many as the machine has use for.
     """
@@ -72,19 +92,50 @@ def answer(
         images, batch_size, num_workers=workers, collate_fn=_gathered, pin_memory=device.type == "cuda"
     )
     for indices, pixels, unreadable in loader:
-        logits = torch.empty(0)
+        logits, known = torch.empty(0), None
         if pixels is not None:
             with torch.inference_mode():
-                pixels = pixels.to(device, model.dtype, non_blocking=True)
-                logits = model(pixel_values=pixels).logits.float().cpu()
-        yield Answers(indices, logits, unreadable)
+                found = model(pixel_values=pixels.to(device, model.dtype, non_blocking=True))
+            logits, known = found.logits.float().cpu(), getattr(found, "known", None)
+        yield Batch(indices, logits, None if known is None else known.float().cpu(), unreadable)
         if bar is not None:
             bar.update(len(indices) + len(unreadable))
 
 
-def prepared(model: Any, processor: Any, decode: Callable[[int], Decoded], count: int) -> Images:
-    """The images as this model is to see them."""
-    return Images(decode, count, processor, plain=not is_ours(model.config))
+def answers(
+    batch: Batch, model: Any, names: list[str], top: int, limits: torch.Tensor | None = None
+) -> Iterator[tuple[int, Answer | str]]:
+    """Index and answer of each image of a batch, or why it has none, in order; `top` answers of each.
+
+    `limits` (C,): those of hf_cdl.unknown.thresholds; an image that is less known is answered as the pipeline does.
+    """
+    found: dict[int, Answer | str] = dict(batch.unreadable)
+    if batch.indices:
+        best = scores(batch.logits, model.config).sort(dim=-1, descending=True, stable=True)
+        rows = zip(best.values[:, :top].tolist(), best.indices[:, :top].tolist(), strict=True)
+        unknown = unknown_scores(batch, model, limits)
+        for index, score, (values, classes) in zip(batch.indices, unknown, rows, strict=True):
+            said = [(names[number], value) for number, value in zip(classes, values, strict=True)]
+            said = said if score is None else [(UNKNOWN, score), *said][:top]
+            found[index] = Answer(said, values[0], score is not None)
+    yield from sorted(found.items())
+
+
+def unknown_scores(batch: Batch, model: Any, limits: torch.Tensor | None) -> list[float | None]:
+    """The score of the answer `unknown` for each image of a batch that is rejected; None for the others."""
+    if limits is None or batch.known is None:
+        return [None] * len(batch.indices)
+    told = zip(rejected(limits, batch.known, batch.logits).tolist(), batch.known.tolist(), strict=True)
+    return [unknown_score(model, known) if less else None for less, known in told]
+
+
+def share_kept(model: Any, given: float | bool) -> float:
+    """The share of images of known classes that keep their answer: as given, or True: as the head's config says.
+
+    Raises ValueError for a model that cannot tell unknown images.
+    """
+    thresholds(model, given)
+    return model.head.config.known if given is True else given
 
 
 def useful_workers(batches: int) -> int:

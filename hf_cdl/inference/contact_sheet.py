@@ -11,12 +11,13 @@ import heapq
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from hf_cdl.data.images import ImageError
 from hf_cdl.escape import visible
+from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.summary import Summary
 
 MOST_SHOWN = 500
@@ -27,25 +28,18 @@ _BARS = 20
 TEMPLATE = Path(__file__).with_name("contact_sheet.html.jinja")
 
 
-class Answer(NamedTuple):
-    """Answers for an image, the most likely one first: class name and probability of each."""
-
-    image: str
-    answers: list[tuple[str, float]]
-
-
 class ContactSheet:
-    """Collects answers, and keeps those that the model is least sure of."""
+    """Collects answers, and keeps those that the model is least sure of: first of all the images that it rejects."""
 
     def __init__(self, most: int = MOST_SHOWN) -> None:
         self.most = most
-        self._kept: list[tuple[float, int, Answer]] = []  # a heap with the surest one first
+        self._kept: list[tuple[float, int, str, Answer]] = []  # a heap with the surest one first
         self._unreadable: list[tuple[str, str]] = []
         self._number = 0
 
-    def add(self, answer: Answer) -> None:
+    def add(self, image: str, answer: Answer) -> None:
         self._number += 1
-        item = (-answer.answers[0][1], -self._number, answer)
+        item = (answer.unknown - answer.confidence, -self._number, image, answer)
         (heapq.heappush if len(self._kept) < self.most else heapq.heappushpop)(self._kept, item)
 
     def add_unreadable(self, image: str, problem: str) -> None:
@@ -56,7 +50,7 @@ class ContactSheet:
         self, file: Path, title: str, summary: Summary, lines: Sequence[str], decode: Callable[[str], Any]
     ) -> None:
         """Write the page; `decode(image)` reads an image once more, `lines` are shown above all."""
-        shown = [answer for *_, answer in sorted(self._kept, key=lambda item: (-item[0], -item[1]))]
+        shown = [item[2:] for item in sorted(self._kept, key=lambda item: (-item[0], -item[1]))]
         most = summary.classes.most_common(_BARS)
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters["visible"] = visible
@@ -67,10 +61,11 @@ class ContactSheet:
             most=most,
             others=summary.images - sum(count for _, count in most),
             classes=len(summary.classes),
-            shown=((answer, _thumbnail(answer.image, decode)) for answer in shown),
+            shown=((image, answer, _thumbnail(image, decode)) for image, answer in shown),
             count=len(shown),
             unreadable=self._unreadable,
             unreadable_count=summary.unreadable,
+            rejected=summary.rejected,
         )
         with file.open("w", encoding="utf-8") as stream:
             stream.writelines(page)

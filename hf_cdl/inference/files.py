@@ -18,6 +18,7 @@ from hf_cdl.escape import visible
 from hf_cdl.runs.files import RunError, make_folder, replace, saving, sync
 
 Row = Mapping[str, str | float | None]
+_TABLES = (".parquet", ".arrow")
 _GROUP = 10_000
 """Rows that are kept until they are written to a parquet file together."""
 
@@ -31,9 +32,12 @@ def files_of(places: Sequence[Path]) -> list[str]:
     for place in places:
         if not place.exists():
             raise ValueError(f"There is no {visible(place)}. Give images, or folders of images.")
-        files = image_files(place) if place.is_dir() else [place]
+        files = [file for file in image_files(place) if file.suffix not in _TABLES] if place.is_dir() else [place]
         if not files:
-            raise ValueError(f"The folder {visible(place)} has no images, nor has any below it. Name another one.")
+            raise ValueError(
+                f"The folder {visible(place)} has no image files, nor have those below it. Name another one; tables "
+                "of labelled images (parquet) are read by hf-cdl evaluate."
+            )
         found |= dict.fromkeys(map(str, files))
     return [*found]
 
@@ -109,8 +113,16 @@ TABLES: dict[str, Callable[[Path, Sequence[str]], Table]] = {
 }
 
 
-def check_new_file(file: Path, endings: Sequence[str]) -> None:
-    """Raise RunError for a file that exists, or whose name has none of these endings."""
+def check_new_files(files: Sequence[Path], endings: Sequence[str]) -> None:
+    """Raise RunError for a file that exists or is named twice, or whose name has none of these endings."""
+    for file in files:
+        _check_new_file(file, endings)
+    places = [file.resolve() for file in files]
+    if twice := [file for file, place in zip(files, places, strict=True) if places.count(place) > 1]:
+        raise RunError(f"{visible(twice[-1])} is named twice; leave one of them out.")
+
+
+def _check_new_file(file: Path, endings: Sequence[str]) -> None:
     shown = visible(file)
     if file.suffix.lower() not in endings:
         raise RunError(f"--out {shown} must end in {', '.join(endings[:-1])} or {endings[-1]}, which says what it is.")

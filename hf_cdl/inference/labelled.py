@@ -37,21 +37,32 @@ class Labelled:
         (cell,) = self.table[index].values()
         return self.cells.decode(cell)
 
+    def name(self, index: int) -> str:
+        """Name an image for messages."""
+        (cell,) = self.table[index].values()
+        return (
+            cell["path"] if cell and cell["path"] else f"split {self.split}, one of the images of {self.labels[index]}"
+        )
+
     def chosen(self, rows: Sequence[int]) -> Labelled:
         """These rows of the images."""
         return replace(self, table=self.table.select(rows), labels=[self.labels[row] for row in rows])
 
 
-def read_labelled(path: str, named: str | None, student: Student) -> Labelled:
+def read_labelled(
+    path: str, named: str | None, student: Student, image: str | None = None, label: str | None = None
+) -> Labelled:
     """Read the images of a split: the one that is `named`, or test, validation, or the only one.
+
+    `image`, `label`: the columns that hold them, if it is not clear which.
 
     Of the data that the student's run learnt from, images that it learnt are left out, unless the split is named.
     Raises ValueError if there are none, and for labels without a name.
     """
-    found = load_splits(path, None, None, [named])
+    found = load_splits(path, None, None, [named], label)
     split = _chosen(found, named)
     table = found[split]
-    image, label = choose_columns({"train": table}, None, None)
+    image, label = choose_columns({"train": table}, image, label)
     if not len(table):
         raise ValueError(f"The split {split!r} of {readable(path)} has no images. Put some there, or name another.")
     names, numbers = read_labels({"train": table}, label)
@@ -66,7 +77,9 @@ def read_labelled(path: str, named: str | None, student: Student) -> Labelled:
 
 def _chosen(found: Any, named: str | None) -> str:
     """The name of the split to measure on. Raises ValueError if it is not clear which."""
-    roles = choose_splits(found, {"train": None, "validation": None, "test": named}, {"test"} if named else set())
+    if named is not None and named not in found:
+        raise ValueError(f"--split is {named!r}, but the splits are {some(found)}; give one of these.")
+    roles = choose_splits(found, {"train": None, "validation": None, "test": named}, set())
     usual = [roles[role] for role in ("test", "validation", "train") if role in roles]
     if not usual and len(found) != 1:
         raise ValueError(f"Which of the splits {some(found)} should be measured on? Name one with --split.")
@@ -94,8 +107,8 @@ def _without_learnt(images: Labelled, path: str, student: Student) -> Labelled:
     changed = "" if same else "; the data have changed since, so some of these may be left"
     if not kept:
         raise ValueError(
-            f"All images of the split {images.split!r} of {readable(path)} were learnt by the student, so its accuracy "
-            "on them says little. Give other images, or --split to measure on them all the same."
+            f"All images of the split {images.split!r} of {readable(path)} were learnt by the student, so its "
+            "accuracy on them says little. Give other images, or --split to measure on them all the same."
         )
     return _noted(images.chosen(kept), f"{len(learnt):,} images that it learnt from are left out{changed}")
 

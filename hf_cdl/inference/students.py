@@ -16,7 +16,6 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from hf_cdl.backbones.loading import read_config
-from hf_cdl.checked import said
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError
 from hf_cdl.hub.content import finished_revisions
@@ -138,6 +137,11 @@ def _on_hub(student: Student) -> Student:
     return Student(student.place, student.revision, results.get("role", CHANGED), results)
 
 
+def _first_line(error: Exception) -> str:
+    """The start of the error that another one was made of: what the Hub said."""
+    return str(error.__cause__ or error).strip().split("\n")[0]
+
+
 @contextmanager
 def _told(student: Student) -> Iterator[None]:
     """Turn errors while a model is read from the Hub into a HubError."""
@@ -148,7 +152,7 @@ def _told(student: Student) -> Iterator[None]:
             raise
         raise HubError(
             f"There is no folder {visible(student.place)}, and from the Hub {student.name} cannot be loaded: "
-            f"{said(error)} Give a run's folder, a checkpoint's, or OWNER/NAME; for a private one log in with "
+            f"{_first_line(error)} Give a run's folder, a checkpoint's, or OWNER/NAME; for a private one log in with "
             "`hf auth login`."
         ) from error
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from hf_cdl.escape import visible
+from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.students import Student
 
 _APART = 5.0
@@ -31,14 +32,16 @@ class Summary:
 
     classes: Counter[str] = field(default_factory=Counter)
     unreadable: int = 0
+    rejected: int = 0
     _sum: float = 0.0
     _squares: float = 0.0
 
-    def add(self, label: str, confidence: float) -> None:
-        """Count an answer; `confidence` is in 0..1."""
-        self.classes[label] += 1
-        self._sum += confidence
-        self._squares += confidence**2
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        self.classes[answer.answers[0][0]] += 1
+        self.rejected += answer.unknown
+        self._sum += answer.confidence
+        self._squares += answer.confidence**2
 
     @property
     def images(self) -> int:
@@ -54,8 +57,11 @@ class Summary:
         """Standard deviation of the confidence in points."""
         return 100 * math.sqrt(max(0.0, self._squares / self.images - (self._sum / self.images) ** 2))
 
-    def lines(self, seconds: float, reference: Reference | str) -> Iterator[str]:
-        """The summary in words; `reference`: what to compare with, or why there is nothing."""
+    def lines(self, seconds: float, reference: Reference | str, share: float | None = None) -> Iterator[str]:
+        """The summary in words; `reference`: what to compare with, or why there is nothing.
+
+        `share` of the images of known classes keep their answer, if others are rejected.
+        """
         rate = f"{self.images / seconds:,.1f}" if seconds else "–"
         yield f"{counted(self.images, 'image')} in {seconds:,.1f} s ({rate} images/s)" + (
             f"; {self.unreadable:,} could not be read" if self.unreadable else ""
@@ -65,6 +71,17 @@ class Summary:
         said = ", ".join(f"{visible(name)} {count:,}" for name, count in most)
         yield f"answers: {said}" + (f", and {more:,} more classes" if more else "")
         yield self.compared(reference)
+        if share is not None:
+            yield self.told(1 - share)
+
+    def told(self, expected: float) -> str:
+        """The share of rejected images against that of images of known classes, in 0..1: more means others."""
+        own = self.rejected / self.images
+        said = f"rejected as unknown: {100 * own:.1f} %, of images of its classes {100 * expected:.3g} %"
+        chance = 2 * math.sqrt(max(expected * (1 - expected), 1 / self.images) / self.images)
+        if own > expected + chance:
+            return f"{said}. Some of these images are of none of its classes, or look different from all it learnt."
+        return f"{said}. {'The difference may be chance' if own > expected else 'That is no more than of those'}."
 
     def compared(self, reference: Reference | str) -> str:
         """The confidence against that on images whose accuracy is known: lower means that these images differ."""
