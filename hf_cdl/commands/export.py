@@ -26,7 +26,7 @@ from hf_cdl.export.preprocessing import check_steps, steps_of
 from hf_cdl.export.sizes import at_size
 from hf_cdl.export.weights import WRITERS
 from hf_cdl.hub import HubError
-from hf_cdl.inference.files import appearing_when_whole, check_new_file, files_of
+from hf_cdl.inference.files import appearing_when_whole, check_new_files, files_of
 from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
@@ -66,7 +66,7 @@ def export(options: argparse.Namespace) -> None:
     student = find_student(options.student, options.revision)
     root = _run_of(student)
     file = _file(options, student, root)
-    check_new_file(file, [".onnx"])
+    check_new_files([file], [".onnx"])
     exports_in(file.parent)  # one that cannot be read is said now
     model, processor = load(student)
     before = Model(model.float(), processor)
