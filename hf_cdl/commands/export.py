@@ -179,7 +179,7 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         "file": file.name,
-        "revision": student.state,
+        "revision": student.state or student.revision,
         "precision": options.precision,
         "height": sides[0],
         "width": sides[1],
