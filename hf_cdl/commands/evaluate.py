@@ -160,7 +160,8 @@ def _classes(measured: Sequence[Measured]) -> Iterator[str]:
     worst = sorted(own, key=lambda name: (own[name], name))[:_WORST]
     by_revision = [found.class_accuracy() for found in measured]
     width = max(len(visible(name)) for name in worst)
-    yield f"accuracy per class{f', the lowest {_WORST} of {len(own)}' if len(own) > _WORST else ''}:"
+    named = f" ({', '.join(found.revision for found in measured)})" if len(measured) > 1 else ""
+    yield f"accuracy per class{named}{f', the lowest {_WORST} of {len(own)}' if len(own) > _WORST else ''}:"
     for name in worst:
         values = "  ".join(f"{f'{found[name]:.1f} %' if name in found else '–':>7}" for found in by_revision)
         yield f"  {visible(name):{width}}  {values}  ({counts[name]:,} images)"

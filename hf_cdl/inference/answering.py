@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.data.task_split import CLIPPED
+from hf_cdl.escape import visible
+from hf_cdl.runs.files import RunError
 from hf_cdl.unknown import UNKNOWN, rejected, thresholds, unknown_score
 
 _MOST_WORKERS = 16
@@ -91,7 +93,7 @@ def outputs(
     loader = DataLoader(
         images, batch_size, num_workers=workers, collate_fn=_gathered, pin_memory=device.type == "cuda"
     )
-    for indices, pixels, unreadable in loader:
+    for indices, pixels, unreadable in _explained(loader):
         logits, known = torch.empty(0), None
         if pixels is not None:
             with torch.inference_mode():
@@ -100,6 +102,19 @@ def outputs(
         yield Batch(indices, logits, None if known is None else known.float().cpu(), unreadable)
         if bar is not None:
             bar.update(len(indices) + len(unreadable))
+
+
+def _explained(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader. Raises RunError if a process that reads images has died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"A process that reads images was ended ({visible(str(error).splitlines()[0])[:200]}): the machine has "
+            "too little memory, or too little shared memory (/dev/shm). Use --workers 0, or a smaller --batch-size."
+        ) from error
 
 
 def answers(

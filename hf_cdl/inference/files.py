@@ -136,11 +136,11 @@ def _check_new_file(file: Path, endings: Sequence[str]) -> None:
 @contextlib.contextmanager
 def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield other names to write to; at the end, and only without an error, the files get their own names."""
-    partial = [file.with_name(f".{file.name}.partial") for file in files]
+    partial, made = [file.with_name(f".{file.name}.partial") for file in files], list[Path]()
     try:
         for file in files:
             with saving(f"write {visible(file)}"):
-                make_folder(file.absolute().parent)
+                made = [*make_folder(file.absolute().parent), *made]
         yield partial
         for path, file in zip(partial, files, strict=True):
             sync(path)
@@ -148,6 +148,9 @@ def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
     finally:
         for path in partial:
             path.unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # of a folder with files in it
+                folder.rmdir()
 
 
 def utf8(text: str) -> str:

@@ -63,6 +63,7 @@ def test_two_revisions_are_as_their_run_recorded(
         with Image.open(out / f"{picture_name}.png") as image:
             assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6) or []) > 20
     said = capsys.readouterr().out
+    assert "accuracy per class (task-02, task-03):\n" in said
     assert "measured on the split test; not read: train" in said and "on the 12 that all know" in said
     assert "task-02 does not know, and was not measured on, 6 images of class e (3), class f (3)" in said
 

@@ -152,6 +152,7 @@ def test_with_strict_nothing_is_written(run: Path, photos: Path, command: Comman
     words = ("--strict", "--workers", 0, "--out", photos.parent / "a.csv", "--out", photos.parent / "a.html")
     assert command("predict", run, photos, *words) == 2
     assert "broken.jpg: cannot be read as an image" in capsys.readouterr().err
+    assert command("predict", run, photos, *words, "--out", photos.parent / "new" / "a.csv") == 2
     assert sorted(photos.parent.rglob("*")) == before
 
 
@@ -183,6 +184,14 @@ def test_the_student_that_is_meant(run: Path, tmp_path: Path, monkeypatch: pytes
         find_student("run", "task-07")
     alone = Path(shutil.copytree(run / "student" / "task-01", tmp_path / "alone"))
     assert reference_of(find_student(str(alone))).startswith("no results of a run lie beside")  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_reading_process_that_dies_is_said(tmp_path: Path) -> None:
+    model = ViTForImageClassification.from_pretrained(plain(tmp_path / "plain"))
+    images = answering.Images(lambda index: os._exit(9), str, 4, None, False)
+    with pytest.raises(RunError, match=r"was ended \(DataLoader worker .* --workers 0"):
+        list(answering.outputs(model, images, 2, 1))
 
 
 # ---- rejection
