@@ -39,6 +39,11 @@ ALLOWED: dict[str, set[str]] = {
         *("types", "checked", "escape", "places", "config", "data", "backbones", "prompts", "heads", "distill"),
         *("models", "registry", "training.arguments"),
     },
+    "export": {"backbones", "data", "models"},
+    "inference": {
+        *("types", "checked", "escape", "places", "data", "backbones", "models", "runs", "training", "hub", "recipe"),
+        "unknown",
+    },
 }
 ANYTHING = {"__main__", "commands", "compare"}
 """Parts that stand on top: they may import all, and no other part imports them."""

@@ -204,6 +204,22 @@ def check_image_size(config: PreTrainedConfig, size: tuple[int, int]) -> None:
         )
 
 
+def resize(vit: Any, size: int) -> None:
+    """Adapt a ViT to images of `size` pixels a side. Raises ValueError if that is not a multiple of its patch size."""
+    patch = vit.config.patch_size
+    if size % patch:
+        raise ValueError(
+            f"--size is {size}, which is not a multiple of the backbone's patch size {patch}. Give one that is, as "
+            f"{max(1, round(size / patch)) * patch}."
+        )
+    tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)
+    with torch.no_grad():
+        positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)
+    vit.embeddings.position_embeddings = torch.nn.Parameter(positions)
+    vit.config.image_size = size
+    vit.embeddings.image_size = (size, size)
+
+
 def pair(size: Any) -> tuple[int, int]:
     """Height and width; a single number stands for both."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -32,7 +32,7 @@ def recommended(words: Sequence[str]) -> Recipe:
     Raises RecipeError if there are no images by that name, or if something is wrong with the fields.
     """
     images, given = words[0], fields_given(words[1:])
-    _check_images(images)
+    check_images(images)
     short = {name: _backbone(name, value) for name, value in given if name in _FIELDS}
     fields = [(name, value) for name, value in given if name not in _FIELDS]
     teacher = short.get("teacher")
@@ -45,7 +45,7 @@ def recommended(words: Sequence[str]) -> Recipe:
     return build_recipe(content)
 
 
-def _check_images(images: str) -> None:
+def check_images(images: str) -> None:
     """Raise RecipeError for what can be neither a folder nor a data set on the Hub."""
     shown = visible(images)[:200]
     if os.path.isfile(images):

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hf_cdl.commands import changing_parsers as changing
+from hf_cdl.commands import export_parser
+from hf_cdl.commands import in_use_parsers as in_use
 from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
 
 
@@ -266,6 +268,9 @@ VERBS = {
     "train": Verb("teach, distil, evaluate, task after task", _train, open=True, resumes=True),
     "plan": Verb("what a run would need: parameters, FLOPs, steps, memory and files", _plan, open=True),
     "add": Verb("one more task for a student and a teacher, from the Hub or a folder", _add, open=True, resumes=True),
+    "predict": Verb("what a student says of images in files and folders", in_use.predict),
+    "evaluate": Verb("how right a student is on images with labels", in_use.evaluate),
+    "export": Verb("a student as one file for a device", export_parser.export),
     "correct": Verb("give images that a student learnt with a wrong label their right one", changing.correct),
     "remove": Verb("remove a class from a student", changing.remove),
     "rename": Verb("rename a class of a student", changing.rename),

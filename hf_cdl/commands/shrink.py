@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-import torch
 import transformers  # as a module: its names print messages on first access, which must come after quiet()
 
-from hf_cdl.backbones.families import check_image_size, family, layers
+from hf_cdl.backbones.families import check_image_size, family, layers, resize
 from hf_cdl.backbones.loading import load_backbone
 from hf_cdl.commands.parsers import read
 from hf_cdl.escape import visible, visible_lines
@@ -53,15 +51,3 @@ def shrink(options: argparse.Namespace) -> None:
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     made, source = visible(options.folder), visible(options.backbone)
     print(f"{made}: the first {count} of {depth} layers of {source}, {millions:.1f} M parameters")
-
-
-def resize(vit: Any, size: int) -> None:
-    """Adapt a ViT to images of `size` pixels a side. Raises ValueError if that is not a multiple of its patch size."""
-    patch = vit.config.patch_size
-    if size % patch:
-        raise ValueError(f"--size is {size}, which is not a multiple of the backbone's patch size {patch}.")
-    tokens = torch.empty(1, 1 + (size // patch) ** 2, vit.config.hidden_size)
-    with torch.no_grad():
-        positions = vit.embeddings.interpolate_pos_encoding(tokens, size, size)
-    vit.embeddings.position_embeddings = torch.nn.Parameter(positions)
-    vit.config.image_size = size

@@ -231,7 +231,7 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
     features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
     tables = {}
     for split, classes in splits.items():
-        found = [(_utf8(root, str(file)), nfc(name)) for name, folder in classes for file in _images(folder)]
+        found = [(_utf8(root, str(file)), nfc(name)) for name, folder in classes for file in image_files(folder)]
         columns = {"image": [path for path, _ in found], "label": [name for _, name in found]}
         tables[split] = Dataset.from_dict(columns, features=features)
     return tables
@@ -240,7 +240,7 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
 def all_images(root: Path) -> Dataset:
     """A table of the paths of all images in a folder and below it."""
     features = Features({"image": datasets.Image(decode=False)})
-    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in _images(root)]}, features=features)
+    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in image_files(root)]}, features=features)
 
 
 def _utf8(root: Path, name: str) -> str:
@@ -273,7 +273,7 @@ def _pictures(folder: Path) -> list[str]:
     return sorted(name for name in names if os.path.splitext(name)[1].lower() in known)
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """All files in the folder and below, except hidden files and those with a known non-image extension."""
     found = [place / entry for place in (folder, *_below(folder)) for entry in os.listdir(place)]
     files = sorted(file for file in found if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)

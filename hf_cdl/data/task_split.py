@@ -15,7 +15,7 @@ from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
 from hf_cdl.data.names import check_role
 from hf_cdl.data.views import Preprocess
 
-_CLIPPED = (
+CLIPPED = (
     "has 16 bits a channel, which the pipeline of a plain checkpoint (model: classifier) would clip at 255; save it "
     "with 8 bits"
 )
@@ -123,7 +123,7 @@ class TaskSplit:
         for index in range(len(self)):
             (cell,) = self.data[int(self.rows[index])].values()
             if self.cells.holds_16_bits(cell):
-                raise ImageError(f"{self.place(index)}: {_CLIPPED}")
+                raise ImageError(f"{self.place(index)}: {CLIPPED}")
 
     def examine(self, index: int, plain: bool = False) -> Finding:
         """Find what is wrong with an image; `plain`: also for transformers' own pipeline, which clips 16 bits."""
@@ -132,7 +132,7 @@ class TaskSplit:
         except ImageError as error:
             return Finding(str(error))
         if wide and plain:
-            return Finding(f"{self.place(index)}: {_CLIPPED}")
+            return Finding(f"{self.place(index)}: {CLIPPED}")
         ranges = image.getextrema()
         if all(low == high for low, high in ranges):  # type: ignore[misc]
             return Finding(None, f"is of one colour, {image.getpixel((0, 0))}")

@@ -161,7 +161,7 @@ def query_view(own: BaseImageProcessor, query: BaseImageProcessor) -> dict[str, 
     """
     if same_view(own, query):
         return None
-    (a, b), (c, d) = _normalisation(own), _normalisation(query)
+    (a, b), (c, d) = normalisation(own), normalisation(query)
     scale, shift = c / a, d - c / a * b
     for colour in (_COLOUR, _COLOUR[::-1]):
         mine, asked = (_pixel(processor, colour) for processor in (own, query))
@@ -181,7 +181,7 @@ def _pixel(processor: Any, colour: tuple[int, ...]) -> np.ndarray:
     return made[0, :, made.shape[2] // 2, made.shape[3] // 2].double().numpy()
 
 
-def _normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
+def normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
     """(a, b) per channel: a colour value x in 0 .. 255 becomes a * x + b."""
     factor = processor.rescale_factor if processor.do_rescale else 1.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)

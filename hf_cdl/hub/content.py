@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.card import shared
-from hf_cdl.runs.ledger import CHANGED
+from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.metrics import continual_metrics
 from hf_cdl.runs.report import number
 from hf_cdl.runs.verdict import with_verdict
@@ -29,8 +29,10 @@ def results_after(results: Results, count: int) -> dict[str, Any]:
             cut.pop("cost", None)  # only known for the newest state
         metrics = continual_metrics(cut["accuracy_matrix"], cut["counts"])
         roles[role] = {**cut, "metrics": {name: metrics[name] for name in entry["metrics"]}}
-    rest = {key: value for key, value in shared(results).items() if key != "changes"}
-    more = {"changes": changes} if changes else {}
+    rest = {key: value for key, value in shared(results).items() if key not in ("changes", "exports")}
+    more: dict[str, Any] = {"changes": changes} if changes else {}
+    if exports := [export for export in results.get("exports", []) if export["revision"] == revision_name(count)]:
+        more["exports"] = exports
     return with_verdict({**rest, **more, "roles": roles, "finished": count >= tasks})
 
 

@@ -55,7 +55,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
 
     Raises HubError if it is neither, or of another role.
     """
-    root = next((place for place in (folder, *folder.resolve().parents[:2]) if _is_run(place)), None)
+    root = next((place for place in (folder, *folder.resolve().parents[:2]) if is_run(place)), None)
     checkpoint = folder
     if not (folder / "config.json").exists():
         if root is not folder:
@@ -64,7 +64,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
                 "(config.json). Name one, such as runs/quickstart or runs/quickstart/student."
             )
         with told(visible(folder)):
-            known = _known_states(folder, role)  # a kill may have left another folder there
+            known = known_states(folder, role)  # a kill may have left another folder there
         states = sorted(path.name for path in folder.glob(f"{role}/task-*") if path.name in known)
         if tag not in (None, *states):
             raise HubError(f"{visible(folder)} has no {role}/{tag}; it has {', '.join(states) or 'none'}.")
@@ -80,7 +80,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
             raise RunError(
                 f"{visible(checkpoint)} is no checkpoint of hf_cdl that knows classes (tasks in config.json)."
             )
-        results = _alone(config, checkpoint, role) if root is None else _of_run(root)
+        results = _alone(config, checkpoint, role) if root is None else results_of(root)
     revision = len(learnt)
     if root is not None:
         inside = checkpoint.resolve().relative_to(root.resolve()).parts
@@ -93,18 +93,20 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
     return FolderOrigin(role, revision, results, checkpoint, (root or folder).resolve().name)
 
 
-def _known_states(root: Path, role: str) -> list[str]:
+def known_states(root: Path, role: str) -> list[str]:
     """Names of the states of a role that a run's ledger or results list."""
     if (root / "run.json").exists():
         return stored_tasks(stored_ledger(root), role)
-    return [revision_name(number + 1) for number in range(finished_revisions(_of_run(root), role))]
+    return [revision_name(number + 1) for number in range(finished_revisions(results_of(root), role))]
 
 
-def _is_run(folder: Path) -> bool:
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by its ledger or its results."""
     return (folder / "run.json").exists() or (folder / "results.json").exists()
 
 
-def _of_run(root: Path) -> dict[str, Any]:
+def results_of(root: Path) -> dict[str, Any]:
+    """Checked results of a run by its folder. Raises RunError if they cannot be read."""
     if (root / "run.json").exists():
         return run_results(root)
     return checked_results(read_json(root / "results.json"), visible(root / "results.json"))

@@ -71,15 +71,15 @@ class ImageClassifier(nn.Module):
         return cls(model)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageClassifier:
-        """Load a classifier that has learnt its task from its plain checkpoint.
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> ImageClassifier:
+        """Load a classifier that has learnt its task from its plain checkpoint: a folder, or a Hub id at a revision.
 
         Raises ValueError for a checkpoint that is incomplete or has NaN or infinite weights.
         """
-        config = read_config(str(folder))
+        config = read_config(str(folder), revision)
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or is_ours(config):
             raise ValueError(f"'{folder}' holds a model of type '{config.model_type}', not an ordinary classifier.")
-        model, info = load_weights(AutoModelForImageClassification, config, str(folder))
+        model, info = load_weights(AutoModelForImageClassification, config, str(folder), revision)
         check_complete(info, f"The checkpoint '{folder}'")
         loaded = cls(model)
         loaded.tasks, loaded.trained_tasks = [labels_of(loaded.config)], 1

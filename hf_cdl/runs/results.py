@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs import report
+from hf_cdl.runs.exports import NAME as EXPORTS
+from hf_cdl.runs.exports import exports_in
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import LONGEST_NAME, LONGEST_SAID, read_ledger
 from hf_cdl.runs.metrics import continual_metrics
@@ -41,6 +43,27 @@ class _Cost(_Checked):
     bytes: Count
     latency_ms: Amount
     device: Name
+
+
+class _Export(_Checked):
+    """A file for a device, see runs/exports.py."""
+
+    file: Annotated[str, Field(pattern=r"^[^/\\\x00-\x1f]+\.onnx$", max_length=LONGEST_NAME)]
+    revision: Name | None
+    precision: Name
+    height: Count
+    width: Count
+    bytes: Count
+    images: Count
+    images_of: Name
+    logit_difference: Amount
+    same_answers: Percent
+    same_unknown: Percent | None = None
+    accuracy: Percent | None
+    accuracy_before: Percent | None
+    latency_ms: Amount
+    latency_before_ms: Amount
+    machine: Name
 
 
 class _Place(_Checked):
@@ -99,6 +122,7 @@ class _Results(_Checked):
     versions: dict[Name, Name] = {}
     origin: _Origin | None = None
     changes: list[_Change] = []
+    exports: list[_Export] = []
 
 
 def stored_ledger(folder: Path) -> dict[str, Any]:
@@ -117,7 +141,8 @@ def run_results(
         found = ledger_results({**ledger, "recipe": complete(ledger["recipe"])}, folder.resolve().name)
     except ValueError as error:  # an unreadable recipe, or accuracies without images
         raise RunError(f"{where}: {visible_lines(error)}") from error
-    return checked_results(found, where)
+    exports = exports_in(folder / EXPORTS)
+    return checked_results({**found, **({"exports": exports} if exports else {})}, where)
 
 
 def checked_results(content: Any, where: str) -> dict[str, Any]:

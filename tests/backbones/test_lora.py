@@ -417,28 +417,3 @@ def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> N
     x = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(theirs(pixel_values=x).last_hidden_state[:, 0], model(x).features)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the exporter warns about its own internals
-@pytest.mark.parametrize("fields", [{}, {"lora": None, "first_session": None}], ids=["lora", "ridge alone"])
-@pytest.mark.parametrize("features", [None, 48])
-def test_onnx_gives_the_same_logits(fields: dict[str, Any], features: int | None, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-    pytest.importorskip("onnxscript", reason="needs the extra 'export'")
-    head = {"type": "ridge", "standardise": "first_task", "features": features}
-    model = adapted(**{"head": head, **fields})
-    trainer = CDLTrainer(model, arguments(tmp_path))
-    for task in stream():
-        trainer.learn(task)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = {"pixel_values": {0: batch}}
-    program = torch.onnx.export(
-        model.eval(), (images(3),), dynamo=True, dynamic_shapes=shapes, input_names=["pixel_values"]
-    )
-    assert program is not None
-    program.save(str(tmp_path / "student.onnx"))
-    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
-    outputs = session.run(None, {"pixel_values": images(5).numpy()})
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(outputs[0]), model(images(5)).logits, atol=1e-4, rtol=1e-3)

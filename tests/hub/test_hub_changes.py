@@ -130,3 +130,26 @@ def test_a_stranger_s_recipe_with_plugins_is_not_taken_over(source: Path, hub: H
     said = here.run("rename", tmp_path / "theirs", "ant", "emmet", code=2)
     assert "runs Python files, which were not run" in said
     assert not (here.folder / "footprint").exists() and not (here.folder / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_student_on_the_hub_in_use(source: Path, hub: HubServer, tmp_path: Path) -> None:
+    """Its revisions answer and are measured as those of the run that was pushed, also when it was changed since."""
+    machine = Machine(hub, tmp_path / "machine")
+    of_run = json.loads((source / "run" / "results.json").read_text())["roles"]["student"]
+    said = machine.run("predict", STUDENT, source / "new", "--revision", "task-01", "--workers", 0, "--out", "a.jsonl")
+    assert f"{STUDENT} at task-01: 3 images in " in said
+    assert f"on the run's own test images (4): {of_run['confidence'][0]:.1f} %" in said
+    rows = [json.loads(line) for line in (machine.folder / "a.jsonl").read_text().splitlines()]
+    assert [row.keys() >= {"image", "label", "score", "label_2"} for row in rows] == [True] * 3
+    assert {row["label"] for row in rows} <= {"ant", "bee"}
+    revisions = ("--revision", "task-01", "--revision", "task-02")
+    machine.run("evaluate", STUDENT, source / "data", *revisions, "--workers", 0, "--out", "out")
+    found = json.loads((machine.folder / "out" / "evaluation.json").read_text())["revisions"]
+    for name, task, images in (("task-01", 0, 4), ("task-02", 1, 8)):
+        assert found[name]["images"] == images
+        assert found[name]["class_accuracy"] == pytest.approx(of_run["class_accuracy"][task])
+    machine.run("rename", STUDENT, "ant", "emmet", "--push_to_hub", "true")
+    said = machine.run("predict", STUDENT, source / "data" / "test", "--workers", 0, "--out", "b.csv")
+    assert f"{STUDENT}: 8 images in " in said and "emmet" in (machine.folder / "b.csv").read_text()
+    assert "its run recorded none to compare it with" in said  # it was taken over, and measured nothing

@@ -533,23 +533,6 @@ def test_a_copied_model_is_independent(vit: Path, query: str) -> None:
         assert not torch.allclose(twin(images()).logits, model(images()).logits, atol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the exporter warns about its own internals
-def test_onnx_gives_the_same_logits(vit: Path, tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
-    pytest.importorskip("onnxscript", reason="needs the extra 'export'")
-    model = student(vit).requires_grad_(False)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.onnx.export(
-        model, (images(3),), dynamo=True, dynamic_shapes={"pixel_values": {0: batch}}, input_names=["pixel_values"]
-    )
-    assert program is not None
-    program.save(str(tmp_path / "student.onnx"))
-    session = onnxruntime.InferenceSession(str(tmp_path / "student.onnx"))
-    outputs = session.run(None, {"pixel_values": images(5).numpy()})
-    torch.testing.assert_close(torch.from_numpy(outputs[0]), model(images(5)).logits, atol=1e-5, rtol=1e-4)
-
-
 # ---- the mean of the patches ----
 
 

@@ -57,6 +57,7 @@ def model_card(
         data_licence=markdown(stated(recipe, "data_license") or ""),
         origin=text.origin(results, role),
         overlap=visible_lines(stated(recipe, "pretraining") or text.UNKNOWN_OVERLAP),
+        exports=text.exports(results, role),
         cost_facts=text.lines(text.cost_facts(results["roles"][role])),
         versions=", ".join(markdown(f"{name} {version}") for name, version in results.get("versions", {}).items()),
         stream=code(results.get("stream")),

@@ -262,6 +262,25 @@ def cost_facts(entry: Mapping[str, Any]) -> list[str]:
     return [*facts, f"Training: {seconds:,.0f} s in all; peak memory of the process {_bytes(memory)}"]
 
 
+def exports(results: Results, role: str) -> str | None:
+    """A table of the files for devices that were made of the model as it is now; None if there are none."""
+    newest = revision_name(len(results["roles"][role]["accuracy_matrix"]) + len(_changes(results, role)))
+    made = [export for export in results.get("exports", []) if role == CHANGED and export["revision"] == newest]
+    if not made:
+        return None
+    rows = [["file", "size", "pixels", "accuracy", "before", "same answers", "one image", "torch"]]
+    for export in made:
+        name = f"{code(export['file'])}, {markdown(export['precision'])}"
+        accuracies = [report.number(export[key]) for key in ("accuracy", "accuracy_before", "same_answers")]
+        times = [f"{export[key]:.1f} ms" for key in ("latency_ms", "latency_before_ms")]
+        sides = f"{export['height']} x {export['width']}"
+        rows.append([name, _bytes(export["bytes"]), sides, *accuracies, *times])
+    on = {f"{export['images']:,} {markdown(export['images_of'])}" for export in made}
+    machines = {markdown(export["machine"]) for export in made}
+    text = f"Compared on {', '.join(sorted(on))}; times on {', '.join(sorted(machines))}."
+    return f"{_table(rows, 'lrrrrrrr')}\n\n{text}"
+
+
 def _bytes(count: int) -> str:
     unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= u or n == "kB")
     return f"{count / unit:.1f} {name}"

@@ -1,0 +1,143 @@
+"""Comparing an exported file with the model that it was made of: logits, answers, accuracy, latency."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_cdl.export.classify import fit
+from hf_cdl.export.graph import quietly, unknown_of
+
+_BATCH = 16
+_WARM_UP, _LEAST, _MOST, _SECONDS = 3, 10, 50, 10.0
+"""Passes before measuring a latency, and of measuring: so many, and no more than these after so many seconds."""
+
+
+class Model(NamedTuple):
+    """A trained model with the image processor that its pixels come from."""
+
+    model: Any
+    processor: Any
+
+    def outputs(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
+        """Logits (N, C) of RGB images as the pipeline computes them and, if the model tells it, `known` (N,)."""
+        made = self.processor(images=[*images], return_tensors="pt", input_data_format="channels_last")
+        with torch.inference_mode():
+            found = self.model(pixel_values=made["pixel_values"])
+        known = getattr(found, "known", None)
+        return [value.float().numpy() for value in (found.logits, known) if value is not None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How an exported file answered images, beside the model. Shares are in percent.
+
+    `difference`: largest difference of a logit, as a share of the largest logit, and `known_difference` that of
+    `known`; `same`: share of images with the same answer, and `same_unknown` of those that are unknown, or not, to
+    both; `accuracy`, `accuracy_before`: None without labels.
+    """
+
+    images: int
+    difference: float
+    same: float
+    accuracy: float | None
+    accuracy_before: float | None
+    known_difference: float = 0.0
+    same_unknown: float | None = None
+
+
+def opened(file: Path, threads: int | None = None) -> Any:
+    """An onnxruntime session of a file on the CPU, with as many threads as torch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    with quietly():
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def compare(
+    session: Any,
+    own: Model,
+    before: Model,
+    steps: dict[str, Any],
+    images: Callable[[int], Image.Image],
+    labels: np.ndarray,
+) -> Compared:
+    """Compare a session with the model of its own size, and with the one before any change of size.
+
+    `images(i)` is image i in RGB, `labels` (N,) the index of its class, -1 if it is not known.
+    """
+    ours, theirs, answers = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+    for start in range(0, len(labels), _BATCH):
+        batch = [images(i) for i in range(start, min(start + _BATCH, len(labels)))]
+        logits, _, *known = session.run(None, {"pixels": np.stack([fit(image, steps) for image in batch])})
+        expected = own.outputs(batch)
+        ours.append(np.column_stack([logits, *known]))
+        theirs.append(np.column_stack(expected))
+        answers.append((expected if before is own else before.outputs(batch))[0].argmax(axis=1))
+    found, expected, first = map(np.concatenate, (ours, theirs, answers))
+    classes, told = own.model.config.num_labels, labels >= 0
+    chosen = found[:, :classes].argmax(axis=1)
+    return Compared(
+        images=len(labels),
+        difference=_apart(found[:, :classes], expected[:, :classes]),
+        same=_percent(chosen == first),
+        accuracy=_percent((chosen == labels)[told]) if told.any() else None,
+        accuracy_before=_percent((first == labels)[told]) if told.any() else None,
+        **_of_known(own.model, found[:, classes:], expected[:, classes:]),
+    )
+
+
+def _of_known(model: Any, found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """What is compared of `known` (N, 1), if it is told (N, 0 otherwise)."""
+    if not (about := unknown_of(model)) or not found.size:
+        return {}
+    threshold = about["unknown"]["threshold"]
+    same = _percent((found < threshold) == (expected < threshold))
+    return {"known_difference": _apart(found, expected), "same_unknown": same}
+
+
+def _apart(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(abs(found - expected).max() / max(abs(expected).max(), 1e-12))
+
+
+def _percent(right: np.ndarray) -> float:
+    return 100 * float(right.mean())
+
+
+def latencies(session: Any, own: Model, size: tuple[int, int]) -> tuple[float, float]:
+    """Least time in milliseconds that the file and the model take for one image of `size`, measured in turn."""
+    pixels = np.zeros((1, *size, 3), dtype=np.uint8)
+    image = torch.zeros(1, 3, *size)
+
+    def of_model() -> Any:
+        with torch.inference_mode():
+            return own.model(pixel_values=image).logits.argmax().item()
+
+    acts: list[Callable[[], Any]] = [lambda: session.run(["logits"], {"pixels": pixels}), of_model]
+    best, begun = [np.inf, np.inf], time.monotonic()
+    for number in range(_WARM_UP + _MOST):
+        for index, act in enumerate(acts):
+            start = time.perf_counter()
+            act()
+            seconds = time.perf_counter() - start
+            best[index] = min(best[index], seconds) if number >= _WARM_UP else np.inf
+        if number >= _WARM_UP + _LEAST and time.monotonic() - begun > _SECONDS:
+            break
+    return 1000 * best[0], 1000 * best[1]
+
+
+def machine() -> str:
+    """The machine that latencies were measured on."""
+    threads = torch.get_num_threads()
+    return f"cpu, {platform.machine()}, {threads} thread{'s' * (threads != 1)}"

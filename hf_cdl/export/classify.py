@@ -1,0 +1,60 @@
+"""What the .onnx file beside this script says of images: python classify.py FILE.onnx IMAGE ... [--reject]
+
+It needs onnxruntime and Pillow alone, and answers as transformers' pipeline("image-classification") does. With
+--reject the first answer is `unknown` for an image that is probably of none of the classes, if the model can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def decode(file: Any) -> Image.Image:
+    """An image file in RGB, turned as its camera was held; of 16 bits the upper eight. Others are refused."""
+    image = Image.open(file)
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    negative = deep and getattr(image, "tag_v2", {}).get(262) == 0  # a TIFF whose zero is white
+    if (image.mode in ("I", "F") and not deep) or negative:
+        sys.exit(f"{file} has the colour mode {image.mode}; save it with 8 bits per channel")
+    image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    return image.convert("RGBA" if image.mode == "P" else "RGB").convert("RGB")
+
+
+def fit(image: Image.Image, how: dict[str, Any]) -> np.ndarray:
+    """The pixels (H, W, 3) that the model takes: the image resized and cropped as the file's metadata says."""
+    short, (width, height) = how["shortest_edge"] or 0, image.size
+    scaled = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    image = image.resize(how["size"] or scaled, how["resample"])
+    wide, high = how["crop"] or image.size
+    left, top = (image.width - wide) // 2, (image.height - high) // 2
+    return np.asarray(image.crop((left, top, left + wide, top + high)))
+
+
+def main(model: str, *words: str) -> None:
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    labels, how, unknown = (json.loads(about.get(name, "null")) for name in ("labels", "preprocessing", "unknown"))
+    reject = "--reject" in words
+    if reject and unknown is None:
+        sys.exit(f"{model} cannot tell which images are of none of its classes; leave --reject out")
+    for file in (word for word in words if word != "--reject"):
+        _, scores, *known = session.run(None, {"pixels": fit(decode(file), how)[None]})
+        best = np.argsort(-scores[0], kind="stable")[:5]
+        answers = [{"label": labels[i], "score": float(scores[0, i])} for i in best]
+        if reject and known[0][0] < unknown["threshold"]:
+            more_known = float(np.mean(np.array(unknown["quantiles"]) > known[0][0]))
+            answers = [{"label": "unknown", "score": more_known}, *answers][:5]
+        print(json.dumps({"image": file, "answers": answers}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

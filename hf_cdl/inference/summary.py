@@ -1,0 +1,123 @@
+"""What answers over many images tell together: numbers per class, confidence, and if the images look different."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from hf_cdl.escape import visible
+from hf_cdl.inference.answering import Answer
+from hf_cdl.inference.students import Student
+
+_APART = 5.0
+"""Points of mean confidence that are worth a word, if they are no chance either."""
+_SHOWN = 8
+
+
+class Reference(NamedTuple):
+    """What a run recorded of its own evaluation images: mean confidence in percent, and how many they were."""
+
+    confidence: float
+    images: int
+    split: str
+    changes: int
+
+
+@dataclass
+class Summary:
+    """Running figures over the answers; memory is a number per class."""
+
+    classes: Counter[str] = field(default_factory=Counter)
+    unreadable: int = 0
+    rejected: int = 0
+    _sum: float = 0.0
+    _squares: float = 0.0
+
+    def add(self, answer: Answer) -> None:
+        """Count an answer."""
+        self.classes[answer.answers[0][0]] += 1
+        self.rejected += answer.unknown
+        self._sum += answer.confidence
+        self._squares += answer.confidence**2
+
+    @property
+    def images(self) -> int:
+        """Images that were answered."""
+        return self.classes.total()
+
+    @property
+    def confidence(self) -> float:
+        """Mean confidence in percent."""
+        return 100 * self._sum / self.images
+
+    def spread(self) -> float:
+        """Standard deviation of the confidence in points."""
+        return 100 * math.sqrt(max(0.0, self._squares / self.images - (self._sum / self.images) ** 2))
+
+    def lines(self, seconds: float, reference: Reference | str, share: float | None = None) -> Iterator[str]:
+        """The summary in words; `reference`: what to compare with, or why there is nothing.
+
+        `share` of the images of known classes keep their answer, if others are rejected.
+        """
+        rate = f"{self.images / seconds:,.1f}" if seconds else "–"
+        yield f"{counted(self.images, 'image')} in {seconds:,.1f} s ({rate} images/s)" + (
+            f"; {self.unreadable:,} could not be read" if self.unreadable else ""
+        )
+        most = self.classes.most_common(_SHOWN)
+        more = len(self.classes) - len(most)
+        said = ", ".join(f"{visible(name)} {count:,}" for name, count in most)
+        yield f"answers: {said}" + (f", and {more:,} more classes" if more else "")
+        yield self.compared(reference)
+        if share is not None:
+            yield self.told(1 - share)
+
+    def told(self, expected: float) -> str:
+        """The share of rejected images against that of images of known classes, in 0..1: more means others."""
+        own = self.rejected / self.images
+        said = f"rejected as unknown: {100 * own:.1f} %, of images of its classes {100 * expected:.3g} %"
+        chance = 2 * math.sqrt(max(expected * (1 - expected), 1 / self.images) / self.images)
+        if own > expected + chance:
+            return f"{said}. Some of these images are of none of its classes, or look different from all it learnt."
+        return f"{said}. {'The difference may be chance' if own > expected else 'That is no more than of those'}."
+
+    def compared(self, reference: Reference | str) -> str:
+        """The confidence against that on images whose accuracy is known: lower means that these images differ."""
+        said = f"mean confidence: {self.confidence:.1f} %"
+        if isinstance(reference, str):
+            return f"{said}; {reference}"
+        before = "" if not reference.changes else f", before its {counted(reference.changes, 'change')}"
+        said += (
+            f"; on the run's own {reference.split} images ({reference.images:,}{before}): {reference.confidence:.1f} %"
+        )
+        gap = self.confidence - reference.confidence
+        chance = 2 * self.spread() * math.sqrt(1 / self.images + 1 / reference.images)
+        if abs(gap) <= chance:
+            return f"{said}. The difference may be chance."
+        if gap <= -_APART:
+            return f"{said}. These images look different from those: expect a lower accuracy than was measured there."
+        if gap < 0:
+            return f"{said}. These images look much like those, if a little harder."
+        return f"{said}. By this the images are no harder than those."
+
+
+def reference_of(student: Student) -> Reference | str:
+    """The confidence that a student's run recorded, or in words why it is not known."""
+    results, task = student.results, student.measured
+    if results is None or task is None:
+        return "no results of a run lie beside this model, so there is nothing to compare it with"
+    entry = results["roles"][student.role]
+    listed = entry.get("confidence")
+    value = listed[task] if isinstance(listed, list) and task < len(listed) else None
+    images = sum(entry["counts"][: task + 1])
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 100 or not images:
+        return "its run recorded none to compare it with"
+    data = results["recipe"].get("data")
+    split = data.get("eval_split") if isinstance(data, dict) else None
+    return Reference(value, images, "validation" if split == "validation" else "test", student.changes)
+
+
+def counted(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"

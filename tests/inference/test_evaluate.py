@@ -1,0 +1,158 @@
+"""hf-cdl evaluate: a student's numbers on labelled images, also of several revisions, in words, JSON and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import class_means, make_backbone, picture, run_script, write_recipe
+from PIL import Image
+
+from hf_cdl import CDLForImageClassification, StreamConfig, TaskStream
+from hf_cdl.commands import evaluate as evaluate_command
+from hf_cdl.commands.train import main as train
+from hf_cdl.inference.measuring import Measured, common
+from hf_cdl.recipe.build import load_processor
+from hf_cdl.training.evaluation import told_apart
+from hf_cdl.unknown import thresholds
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a student with class means, of six classes in three tasks, beside its data."""
+    folder = tmp_path_factory.mktemp("means")
+    assert train([str(class_means(folder)), "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return lambda verb, *words: run_script(verb, [*map(str, words), "--workers", "0"], monkeypatch)
+
+
+def of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())["roles"]["student"]
+
+
+def test_two_revisions_are_as_their_run_recorded(
+    run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "out", run.parent / "data"
+    assert command("evaluate", run, data, "--revision", "task-02", "--revision", "task-03", "--out", out) == 0
+    found, recorded = json.loads((out / "evaluation.json").read_text()), of(run)
+    for name, task in (("task-02", 1), ("task-03", 2)):
+        own = found["revisions"][name]
+        assert own["images"] == 6 * (task + 1) and len(own["classes"]) == 2 * (task + 1)
+        assert own["accuracy"] == pytest.approx(np.mean(recorded["accuracy_matrix"][task]))
+        for metric in ("confidence", "calibration_error"):
+            assert own[metric] == pytest.approx(recorded[metric][task], abs=1e-3)
+        assert own["class_accuracy"] == pytest.approx(recorded["class_accuracy"][task])
+    assert found["revisions"]["task-02"]["unknown_classes"] == {"class e": 3, "class f": 3}
+    assert found["common"]["images"] == 12
+    assert found["common"]["accuracy"]["task-03"] == pytest.approx(np.mean(recorded["accuracy_matrix"][2][:2]))
+    for picture_name in ("confusion_task-02", "confusion_task-03", "calibration"):
+        with Image.open(out / f"{picture_name}.png") as image:
+            assert min(image.size) > 300 and len(image.convert("RGB").getcolors(10**6) or []) > 20
+    said = capsys.readouterr().out
+    assert "accuracy per class (task-02, task-03):\n" in said
+    assert "measured on the split test; not read: train" in said and "on the 12 that all know" in said
+    assert "task-02 does not know, and was not measured on, 6 images of class e (3), class f (3)" in said
+
+
+def test_images_that_it_learnt_are_left_out(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder without splits the run held some images out; others are as good as the answers in the back."""
+    monkeypatch.chdir(tmp_path)
+    for label in range(3):
+        (Path("photos") / f"kind {label}").mkdir(parents=True)
+        for number in range(8):
+            picture(label, number).save(Path("photos") / f"kind {label}" / f"{number}.png")
+    make_backbone(Path("backbone"))
+    recipe = {
+        "data": {"path": "photos", "test_fraction": 0.25, "classes_per_task": None},
+        "student": {"backbone": "backbone", "head": {"type": "ncm"}},
+        "baselines": [],
+        "train": {"use_cpu": True},
+    }
+    assert train([str(write_recipe(Path("held.yaml"), {"name": "held", **recipe}))]) == 0
+    assert command("evaluate", "runs/held", "photos") == 0
+    assert "18 images that it learnt from are left out\n" in capsys.readouterr().out
+    found = json.loads(Path("evaluations/held-photos/evaluation.json").read_text())["revisions"]["task-01"]
+    assert found["images"] == 6 and found["accuracy"] == pytest.approx(of(Path("runs/held"))["accuracy_matrix"][0][0])
+    assert command("evaluate", "runs/held", "photos", "--split", "train", "--out", "all") == 0
+    assert json.loads(Path("all/evaluation.json").read_text())["revisions"]["task-01"]["images"] == 24
+
+
+def test_classes_and_images_that_do_not_count_are_said(
+    run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label, name in ((0, "class a"), (1, "class b"), (2, "newt")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(2):
+            picture(label, number).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "photos" / "class a" / "broken.png").write_bytes(b"")
+    monkeypatch.setattr(evaluate_command, "plotting_available", lambda: False)
+    assert command("evaluate", run, tmp_path / "photos", "--out", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert "was not measured on, 2 images of newt (2)" in said
+    assert "no images here of 4 of its 6 classes: class c, class d, class e, class f" in said
+    assert "not read: " in said and "broken.png: the image is empty" in said
+    assert "No pictures: they need matplotlib" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["evaluation.json"]
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["revisions"]["task-03"]["images"] == 4
+    assert command("evaluate", run, tmp_path / "photos", "--out", tmp_path / "out") == 2
+    assert "is not empty; choose another folder" in capsys.readouterr().err
+
+
+def test_images_of_other_classes_are_told_from_its_own(tmp_path: Path, command: Command, capsys: Any) -> None:
+    recipe = yaml.safe_load(class_means(tmp_path).read_text())
+    recipe["student"]["head"] = {"type": "ridge", "strength": 1.0, "known": 0.9}
+    recipe["data"]["max_classes"] = 4
+    assert train([str(write_recipe(tmp_path / "tells.yaml", recipe)), "--output_dir", str(tmp_path / "run")]) == 0
+    assert command("evaluate", tmp_path / "run", tmp_path / "data", "--out", tmp_path / "out", "--reject") == 0
+    own = json.loads((tmp_path / "out" / "evaluation.json").read_text())["revisions"]["task-02"]
+    assert own["images"] == 12 and own["unknown_classes"] == {"class e": 3, "class f": 3}
+    assert own["accuracy"] == pytest.approx(np.mean(of(tmp_path / "run")["accuracy_matrix"][1]))
+    model = CDLForImageClassification.from_pretrained(tmp_path / "run" / "student").eval()
+    stream = TaskStream(
+        StreamConfig(str(tmp_path / "data"), classes_per_task=6), load_processor(tmp_path / "run/student")
+    )
+    pixels = torch.stack([stream[0].test[index]["pixel_values"] for index in range(18)])
+    with torch.no_grad():
+        known, least = model(pixels).known, thresholds(model, True)[0]
+    expected = told_apart(known[:12], known[12:], float(least))
+    assert {key: own["told"][key] for key in expected} == pytest.approx(expected, abs=0.01)
+    assert own["told"]["kept"] == pytest.approx(100 * float((known[:12] >= least).float().mean()))
+    assert (
+        f"task-02 keeps {own['told']['kept']:.1f} % of the images of its classes, of which" in capsys.readouterr().out
+    )
+
+
+def made(labels: list[int], answers: list[int], confidence: list[float], first: int = 0) -> Measured:
+    indices = np.arange(first, first + len(labels))
+    given = (indices, np.array(labels), np.array(answers), np.array(confidence))
+    return Measured("task-01", ["ant", "bee", "cat"], *given, {"accuracy": 50.0}, {})
+
+
+def test_figures_worked_by_hand() -> None:
+    found = made([0, 0, 0, 1], [0, 1, 1, 1], [0.95, 0.5, 0.52, 0.94])
+    assert found.counts() == {"ant": 3, "bee": 1}
+    assert found.class_accuracy() == pytest.approx({"ant": 100 / 3, "bee": 100})
+    assert found.confusion().tolist() == [[1, 2, 0], [0, 1, 0], [0, 0, 0]]
+    assert found.confused() == [("ant", "bee", 2)]
+    low, high = found.calibration()
+    assert low == pytest.approx({"confidence": 51, "accuracy": 0, "images": 2})
+    assert high == pytest.approx({"confidence": 94.5, "accuracy": 100, "images": 2})
+    other = made([0, 1, 1], [0, 0, 1], [0.9, 0.9, 0.9], first=2)
+    assert common([found, other]).tolist() == [2, 3]
+    assert (found.accuracy_on(common([found, other])), other.accuracy_on(common([found, other]))) == (50.0, 50.0)
