@@ -129,10 +129,8 @@ def main() -> None:
         rate = statistics.median(block.rate for block in blocks)
         cores.append(statistics.median(b.core_seconds - start.core_seconds for b in blocks) / (asked.block - 1))
         print(f"| {name} | {rate:.1f} | {1000 * cores[-1]:.1f} |")
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(
-        f"\npredict to bare: {statistics.median(ratios):.2f} ({spread}), by the time of cores {cores[0] / cores[1]:.2f}"
-    )
+    wall = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"\npredict to bare: {wall}, by the time of cores {cores[0] / cores[1]:.2f}")
     if whole is not None:
         fifths = [max(samples[i * len(samples) // 5 : (i + 1) * len(samples) // 5]) / 2**20 for i in range(5)]
         print(
