@@ -5,7 +5,8 @@ python benchmarks/predict_speed.py [--images 5000] [--blocks 5] [--block 1000]  
 A ViT-S of 224 x 224 pixels with random weights answers for generated JPEGs of 400 x 300 pixels. The bare model is its
 forward passes over a batch that is already prepared. Both take turns, block by block, each in a process of its own,
 and ratios are taken between neighbours, so that other load on the machine affects both alike; seconds are those from
-the first image to the last row, without loading the model. Memory is that of the command over all images at once, with
+the first image to the last row, without loading the model. Time of cores, which other load affects less, is that of a
+block less that of one image, so without loading either. Memory is that of the command over all images at once, with
 its workers, sampled all the time. Nothing is downloaded.
 """
 
@@ -36,10 +37,10 @@ BARE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import 
 
 
 class Block(NamedTuple):
-    """Images per second, and milliseconds of all cores per image."""
+    """Images per second, and seconds of all cores, with those of starting."""
 
     rate: float
-    core_ms: float
+    core_seconds: float
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -75,7 +76,7 @@ def bare() -> None:
     print(f"({count / (time.perf_counter() - start):.3f} images/s)")
 
 
-def run(words: list[str], count: int, watch: Any = None) -> Block:
+def run(words: list[str], watch: Any = None) -> Block:
     """Run a process that says its images per second; `watch(process)` is called while it runs."""
     before = os.times()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -87,7 +88,7 @@ def run(words: list[str], count: int, watch: Any = None) -> Block:
         raise RuntimeError(f"{' '.join(words)} failed: {said}")
     after, found = os.times(), re.search(r"\(([\d,.]+) images/s\)", said)
     cores = after.children_user + after.children_system - before.children_user - before.children_system
-    return Block(float(found[1].replace(",", "")) if found else 0.0, 1000 * cores / count)
+    return Block(float(found[1].replace(",", "")) if found else 0.0, cores)
 
 
 def memory(process: subprocess.Popen[str], samples: list[int]) -> None:
@@ -101,33 +102,41 @@ def memory(process: subprocess.Popen[str], samples: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--images", type=int, default=5000, help="for the memory, at once")
+    parser.add_argument("--images", type=int, default=5000, help="for the memory, at once; 0: not measured")
     parser.add_argument("--blocks", type=int, default=5, help="of the bare model and of predict, in turns")
     parser.add_argument("--block", type=int, default=1000, help="images in each")
     asked = parser.parse_args()
-    pairs, samples = list[tuple[Block, Block]](), list[int]()
+    pairs, samples, whole = list[tuple[Block, Block]](), list[int](), None
     with tempfile.TemporaryDirectory() as work:
         place = Path(work)
-        make_images(place / "block", asked.block)
-        make_images(place / "images", asked.images)
+        for name, count in (("one", 1), ("block", asked.block), ("images", asked.images)):
+            make_images(place / name, count)
         make_model(place / "model")
+        bare_words = ["-c", BARE, str(place / "model")]
         predict = ["-m", "hf_cdl", "predict", str(place / "model")]
+        starts = run([*bare_words, "1"]), run([*predict, str(place / "one")])
         for number in range(asked.blocks):
-            alone = run(["-c", BARE, str(place / "model"), str(asked.block)], asked.block)
             words = [*predict, str(place / "block"), "--out", str(place / f"{number}.csv")]
-            pairs.append((alone, run(words, asked.block)))
+            pairs.append((run([*bare_words, str(asked.block)]), run(words)))
             print(*pairs[-1], file=sys.stderr, flush=True)
-        words = [*predict, str(place / "images"), "--out", str(place / "all.csv")]
-        whole = run(words, asked.images, lambda process: memory(process, samples))
+        if asked.images:
+            words = [*predict, str(place / "images"), "--out", str(place / "all.csv")]
+            whole = run(words, lambda process: memory(process, samples))
     ratios = [predicted.rate / alone.rate for alone, predicted in pairs]
     print("| | images/s | ms of cores an image |", "|---|---|---|", sep="\n")
-    for name, blocks in (("bare model", [pair[0] for pair in pairs]), ("hf-cdl predict", [pair[1] for pair in pairs])):
-        rate, cores = (statistics.median(getattr(block, field) for block in blocks) for field in Block._fields)
-        print(f"| {name} | {rate:.1f} | {cores:.1f} |")
-    print(f"\npredict to bare: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    fifths = [max(samples[i * len(samples) // 5 : (i + 1) * len(samples) // 5]) / 2**20 for i in range(5)]
-    print(f"{asked.images:,} images at once: {whole.rate:.1f} images/s; memory, at most, in each fifth of the time:")
-    print(", ".join(f"{size:,.0f} MiB" for size in fifths))
+    cores = []
+    for name, start, blocks in zip(("bare model", "hf-cdl predict"), starts, zip(*pairs, strict=True), strict=True):
+        rate = statistics.median(block.rate for block in blocks)
+        cores.append(statistics.median(b.core_seconds - start.core_seconds for b in blocks) / (asked.block - 1))
+        print(f"| {name} | {rate:.1f} | {1000 * cores[-1]:.1f} |")
+    wall = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    print(f"\npredict to bare: {wall}, by the time of cores {cores[0] / cores[1]:.2f}")
+    if whole is not None:
+        fifths = [max(samples[i * len(samples) // 5 : (i + 1) * len(samples) // 5]) / 2**20 for i in range(5)]
+        print(
+            f"{asked.images:,} images at once: {whole.rate:.1f} images/s; memory, at most, in each fifth of the time:"
+        )
+        print(", ".join(f"{size:,.0f} MiB" for size in fifths))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"{asked.blocks} blocks of {asked.block:,}; torch {torch.__version__} on {device}; seed 0.")
 
