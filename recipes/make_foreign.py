@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value, load_dataset
-from make_digits import png
 from PIL import Image as PIL
 
 from hf_cdl.escape import visible_lines
@@ -67,8 +66,8 @@ def make(folder: Path, beside: str) -> None:
         icons = load_dataset("parquet", data_files=str(ICONS), split="train")
         chosen = random.choice(len(icons), EACH, replace=False)
         found["icons"] = (np.asarray(icons[int(i)]["image"].convert("RGB")) for i in chosen)
-    pairs = [(png(np.ascontiguousarray(image)), kind) for kind, images in found.items() for image in images]
-    columns = {"image": [{"bytes": data, "path": None} for data, _ in pairs], "kind": [kind for _, kind in pairs]}
+    pairs = [(PIL.fromarray(image), kind) for kind, images in found.items() for image in images]
+    columns = {"image": [image for image, _ in pairs], "kind": [kind for _, kind in pairs]}
     table = Dataset.from_dict(columns, features=Features({"image": Image(), "kind": Value("string")}))
     fill_folder(folder, lambda path: table.to_parquet(str(path / "foreign.parquet")))
     print(f"{len(table)} images of {', '.join(found)} in {folder}/: --data.foreign {folder}")
