@@ -141,7 +141,7 @@ def _of_run(root: Path, student: Student, names: Sequence[str]) -> Images | None
     """The validation images of a run's tasks, or those its accuracy is measured on; None if the data are gone."""
     try:
         recipe = stored_recipe(root)
-        stream = TaskStream(recipe.data, {}, seed=recipe.seed)
+        stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)
     except (OSError, ValueError) as error:
         say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
         return None

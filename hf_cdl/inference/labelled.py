@@ -19,6 +19,7 @@ from hf_cdl.data.names import nfc, some
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
 from hf_cdl.inference.students import Student
 from hf_cdl.recipe import build_recipe, untrained
+from hf_cdl.runs.ledger import labelled_part
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ def _without_learnt(images: Labelled, path: str, student: Student) -> Labelled:
         return images
     try:
         built = build_recipe(untrained(recipe))
-        stream = TaskStream(built.data, {}, seed=built.seed)
-        same = stream.fingerprint == (student.results or {}).get("stream")
+        stream = TaskStream(built.data.labelled, {}, seed=built.seed)
+        same = stream.fingerprint == labelled_part((student.results or {}).get("stream"))
         parts: list[Any] = [task.train for task in stream]
         learnt = {int(row) for part in parts for row in part.rows if part.name == images.split}
     except (OSError, ValueError) as error:
