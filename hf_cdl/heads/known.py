@@ -25,6 +25,8 @@ LAYERS = 3
 _STEPS = 200
 """Steps of the tables of quantiles: shares are told to half a percent."""
 
+_FAR = 6e4
+"""Coordinates of the centre of a class without images, to which nothing is near; float16 holds them."""
 _SMALLEST = 1e-2
 """Least deviation that z divides by: the entropies of a head that is always sure hardly vary."""
 
@@ -77,7 +79,7 @@ class Known(nn.Module):
 
         `gram` (D, D), class sums `total` (C, D) and counts (C,) of x; `grams` (3, W, W) and `sums` (3, W) of layers.
         """
-        images, classes = int(count.sum()), len(count)
+        images, classes = int(count.sum()), int((count > 0).sum())
         means, mean = total / count.clamp(min=1)[:, None], total.sum(dim=0) / images
         about = gram - images * torch.outer(mean, mean)
         inside = gram - means.T @ (count[:, None] * means)
@@ -94,7 +96,7 @@ class Known(nn.Module):
             self.layers[number].copy_(found[-1].factor)
             self.layer_means[number].copy_(centre)
         self._own = tuple(scatter.own for scatter in found)
-        return (means - mean) @ found[0].factor
+        return ((means - mean) @ found[0].factor).masked_fill((count == 0)[:, None], _FAR)
 
     @torch.no_grad()
     def fit(

@@ -320,3 +320,91 @@ def test_a_model_with_a_kd_token_cannot_tell() -> None:
                 first_session={"type": "linear"},
             )
         )
+
+
+# ---- classes that are dropped, empty, or learnt with a teacher's answers ----
+
+FAR_OFF = 5.0
+"""Features are seldom centred, and only then do the means of classes matter to sums of squares."""
+
+
+def learnt(head: dict[str, Any], classes: list[int], per_class: int = 60, taught: Any = None) -> Any:
+    set_seed(1)
+    built: Any = build_head(head, WIDTH, LAYER)
+    built.init_shared()
+    features, labels, layers = images(classes, per_class, seed=10)
+    if built.standard is not None:
+        built.standard.measure(features + FAR_OFF)
+    built.add_task(len(classes))
+    built.init_task(0)
+    rows = torch.tensor([classes.index(c) for c in labels.tolist()])
+    built.accumulate(features + FAR_OFF, rows, taught, layers=layers + FAR_OFF)
+    built.end_task()
+    return built
+
+
+def share_kept(built: Any, classes: list[int]) -> float:
+    features, _, layers = images(classes, 60, seed=77)
+    return float((told(built, features + FAR_OFF, layers + FAR_OFF) >= built.known.threshold(0.95)).float().mean())
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head['type']} {head.get('sums', '')}")
+def test_classes_dropped_without_their_images_leave_no_mean_in_the_scatter(head: dict[str, Any]) -> None:
+    """Their scatter is taken to be like that of the others, so what is told is nearly as if they were never learnt."""
+    built, never = learnt(head, [0, 1, 2, 3, 4, 5]), learnt(head, [0, 1, 2])
+    built.keep(0, [0, 1, 2, 4])
+    built.keep(0, [0, 1, 2])
+    built.end_task()
+    assert share_kept(built, [0, 1, 2]) > 0.93
+    if built.standard is not None:  # by all the images of the first task
+        return
+    features = images([0, 1, 2], 60, seed=77)[0] + FAR_OFF
+    for name in ("within", "total"):
+        ours, theirs = (
+            ((features - h.known.mean) @ getattr(h.known, name)).square().sum(dim=1) for h in (built, never)
+        )
+        assert float((ours / theirs).mean()) == pytest.approx(1, abs=0.15), name
+    ours, theirs = (h.known._deep(features[:, None, :LAYER].expand(-1, 3, -1)).mean() for h in (built, never))
+    assert float(ours / theirs) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("head", HEADS[:2] + HEADS[3:], ids=lambda head: head["type"])
+def test_nothing_is_near_to_a_class_without_images(head: dict[str, Any]) -> None:
+    built, other = learnt(head, [0, 1, 2, 3]), learnt(head, [0, 1, 2, 3])
+    built.add_task(1)
+    built.init_task(1)
+    built.end_task()
+    origin = torch.zeros(5, WIDTH), torch.zeros(5, 3, LAYER)
+    near = [torch.cdist((origin[0] - h.known.mean) @ h.known.within, h.of_classes("centre")) for h in (built, other)]
+    torch.testing.assert_close(*(value.amin(dim=1) for value in near))
+
+
+def test_a_teacher_s_answers_do_not_mix_the_means_of_classes() -> None:
+    head = {"type": "ridge", "strength": 3.0, "features": 30, "own_features": True, "known": 0.95}
+    taught = 3 * torch.rand(180, 3, generator=torch.Generator().manual_seed(1))
+    built, labels_alone = learnt({**head, "soft_targets": 0.7}, [0, 1, 2], taught=taught), learnt(head, [0, 1, 2])
+    for name in ("within", "total", "mean"):
+        torch.testing.assert_close(getattr(built.known, name), getattr(labels_alone.known, name))
+    assert not torch.equal(built.of_classes("weight"), labels_alone.of_classes("weight"))
+    assert share_kept(built, [0, 1, 2]) > 0.9
+
+
+@pytest.mark.parametrize("away", [1e3, 1e4, 1e5])
+def test_features_far_from_the_origin_are_learnt_as_well(away: float) -> None:
+    """Beside random features the own ones are scaled in float32, and what is taken out must be what was added."""
+    set_seed(1)
+    built: Any = build_head({**HEADS[1], "strength": 1e3}, WIDTH, LAYER)
+    built.init_shared()
+    features, labels, layers = images([0, 1, 2], 40, seed=10)
+    built.add_task(3)
+    built.init_task(0)
+    built.accumulate(features + away, labels, layers=layers)
+    built.end_task()
+    found = unlearnt(built, features + away, labels, layers)
+    assert found is not None and float((found >= built.known.threshold(0.9)).float().mean()) < 0.1
+
+
+def test_a_covariance_that_rounding_made_indefinite_leaves_its_diagonal() -> None:
+    scatter = torch.diag(torch.tensor([100.0] * 10 + [-1.0])).double()
+    found = shrunk(scatter, 10**6, torch.ones(11).double())
+    assert found.own == 0.0 and found.factor.isfinite().all()
