@@ -19,7 +19,7 @@ from hf_cdl.heads import build_head
 from hf_cdl.heads.scatter import shrunk
 from hf_cdl.heads.unlearnt import unlearnt
 from hf_cdl.training.evaluation import told_apart
-from hf_cdl.unknown import UNKNOWN, thresholds
+from hf_cdl.unknown import UNKNOWN, rejected, thresholds
 
 WIDTH, LAYER = 24, 12
 HEADS: list[dict[str, Any]] = [
@@ -271,6 +271,36 @@ def test_the_pipeline_answers_unknown_when_asked(tmp_path: Path) -> None:
     assert (classify(strange, reject={only: 1 - 1e-9})[0]["label"] == UNKNOWN) == (found[0]["score"] == 1)
 
 
+def test_a_pipeline_rejects_by_the_model_as_it_is_now(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    classify: Any = pipeline("image-classification", model=model, image_processor=processor, reject={"fox": 0.8})
+    model.add(torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(4)) - 1, ["bat"] * 30)
+    model.remove("owl", None)
+    dark, unlike = Image.new("RGB", (16, 16), (0, 0, 0)), Image.new("RGB", (16, 16), (0, 255, 0))
+    for image in (dark, unlike, picture()):
+        with torch.no_grad():
+            found = model(**processor(image, return_tensors="pt"))
+        least = thresholds(model, {"fox": 0.8})[found.logits.argmax()]
+        assert (classify(image)[0]["label"] == UNKNOWN) == bool(found.known < least)
+    model.rename("fox", "vixen")
+    with pytest.raises(ValueError, match="reject names 'fox', which the model has no class of"):
+        classify(dark)
+
+
+def test_what_is_no_number_is_unknown() -> None:
+    known, logits = torch.tensor([float("nan"), 1.0]), torch.zeros(2, 3)
+    assert rejected(torch.zeros(3), known, logits).tolist() == [True, False]
+
+
+def test_a_share_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    assert torch.equal(thresholds(model, np.float32(0.75)), thresholds(model, 0.75))
+    for share in (True, np.bool_(True), np.float32("nan"), "0.95"):
+        with pytest.raises(ValueError, match="reject of 'owl' is .*; give a share"):
+            thresholds(model, {"owl": share})
+
+
 def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
     model_with(tmp_path / "none", known=None, own_features=False, features=None)
     with pytest.raises(ValueError, match="cannot tell which images are of none of its classes"):
@@ -282,9 +312,10 @@ def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
         thresholds(model, {"olw": 0.9})
     with pytest.raises(ValueError, match="reject of 'owl' is 'high'; give a share"):
         thresholds(model, {"owl": "high"})
-    model.rename("owl", UNKNOWN)
-    with pytest.raises(ValueError, match="has a class called 'unknown'"):
-        thresholds(model, True)
+    for name in ("Unknown", UNKNOWN):
+        model.rename("owl" if name == "Unknown" else "Unknown", name)
+        with pytest.raises(ValueError, match=f"has a class called '{name}'"):
+            thresholds(model, True)
     fresh = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge", "known": 0.9}))
     fresh.begin_task(["a", "b"])
     with pytest.raises(ValueError, match="has not learnt images yet"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import make_backbone, make_data
 from transformers import AutoImageProcessor
@@ -52,15 +53,29 @@ def test_the_backbone_sees_every_image_once_and_the_answers_stay_the_same(tmp_pa
         assert found["counts"] == [len(task.test) for task in trainer.seen]
 
 
-def test_other_weights_make_other_features(tmp_path: Path) -> None:
+def scaled(model: Any) -> None:
+    with torch.no_grad():
+        next(model.backbone.parameters()).mul_(1.5)
+
+
+def scaled_as_data(model: Any) -> None:
+    next(model.backbone.parameters()).data.mul_(1.5)
+
+
+def replaced_as_data(model: Any) -> None:
+    weight = next(model.backbone.parameters())
+    weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [scaled, scaled_as_data, replaced_as_data, torch.nn.Module.bfloat16])
+def test_other_weights_make_other_features(change: Any, tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "vit")
     stream = tasks_of(tmp_path, backbone)
     trainer = trainer_with(tmp_path / "out", backbone)
     trainer.learn(stream[0])
     trainer.answer(trainer.seen)
     seen = passes(trainer)
-    with torch.no_grad():
-        next(trainer.model.backbone.parameters()).mul_(1.5)
+    change(trainer.model)
     trainer.answer(trainer.seen)
     assert sum(seen) == len(stream[0].test)
 
