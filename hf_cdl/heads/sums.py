@@ -18,6 +18,7 @@ from transformers import initialization as init
 from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
+from hf_cdl.heads.carried import drawn, told
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
 from hf_cdl.heads.known import LAYERS, Known
 from hf_cdl.heads.unlearnt import unlearnt
@@ -104,6 +105,7 @@ class SumsHead(FittedHead):
         self.register_buffer("layer_gram", None)
         self.register_buffer("gone", None)
         self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # drawn images, and what it said before
 
     @property
     def reads_layers(self) -> bool:  # type: ignore[override]
@@ -164,10 +166,13 @@ class SumsHead(FittedHead):
         return super().prepare(features)
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        features = self.standardised(features)
+        return self.mapped(self.standardised(features))
+
+    def mapped(self, features: torch.Tensor) -> torch.Tensor:
+        """What is summed (B, M) of own features (B, D)."""
         if self.projection is None:
             return features
-        mapped = torch.relu(features @ self.projection)
+        mapped = torch.relu(features @ self.projection.to(features))
         return torch.cat([self._own * features, mapped], dim=-1) if self.config.own_features else mapped
 
     @property
@@ -322,6 +327,9 @@ class SumsHead(FittedHead):
             share = share_of(len(labels))
             centres, count = self.of_classes("centre"), self.of_classes("count")
             layers = movable(layers)
+            if self._before is not None and share < 1:
+                x_drawn, before = self._before
+                self.known.carry(before, told(self, x_drawn))
             self.known.fit(x, layers, labels, logits, centres, count, share)
             if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
                 self.known.note_strange(strange, share)
@@ -373,6 +381,8 @@ class SumsHead(FittedHead):
         total, count, gram = self.of_classes("total"), self.of_classes("count"), self.gram_matrix()
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
+        if self.known is not None and self.known.fitted:
+            self._before = (x := drawn(self)), told(self, x)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
             solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())
@@ -384,7 +394,7 @@ class SumsHead(FittedHead):
         try:
             super().end_task()
         finally:
-            self._factor = None
+            self._factor = self._before = None
 
 
 def _squares(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

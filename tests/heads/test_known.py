@@ -439,3 +439,40 @@ def test_a_covariance_that_rounding_made_indefinite_leaves_its_diagonal() -> Non
     scatter = torch.diag(torch.tensor([100.0] * 10 + [-1.0])).double()
     found = shrunk(scatter, 10**6, torch.ones(11).double())
     assert found.own == 0.0 and found.factor.isfinite().all()
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head['type']} {head.get('sums', '')}")
+def test_new_classes_of_few_images_leave_the_earlier_ones_known(head: dict[str, Any]) -> None:
+    """What a head says of earlier images changes with new classes, and so does what it is measured by."""
+    set_seed(1)
+    built: Any = build_head({**head, "known": 0.95}, WIDTH, LAYER)
+    built.init_shared()
+    for number, (task, per_class) in enumerate((([0, 1], 100), ([2, 3], 8), ([4, 5], 8))):
+        features, labels, layers = images(task, per_class, seed=10 + number)
+        if built.standard is not None and number == 0:
+            built.standard.measure(features)
+        built.add_task(2)
+        built.init_task(number)
+        built.accumulate(features, labels - task[0] + 2 * number, layers=layers)
+        built.end_task()
+        earlier, foreign = (
+            told(built, *(images(classes, 60, seed=77)[i] for i in (0, 2))) for classes in ([0, 1], [16, 17, 18])
+        )
+        found = told_apart(earlier, foreign, built.known.threshold(0.95))
+        assert float((earlier >= built.known.threshold(0.95)).float().mean()) > 0.65
+        assert found["passing"] < 3 and found["auroc"] > 99
+
+
+def test_what_is_carried_over_is_the_change_of_the_same_images() -> None:
+    built = fitted(HEADS[0], [[0, 1, 2]], per_class=100)
+    gauge = built.known.gauge.clone()
+    generator = torch.Generator().manual_seed(6)
+    before = torch.randn(400, 3, generator=generator).double()
+    built.known.carry(before, before)
+    torch.testing.assert_close(built.known.gauge, gauge)
+    built.known.carry(before, before + torch.tensor([1.0, -2.0, 0.5]).double())
+    torch.testing.assert_close(built.known.gauge[0, :3], gauge[0, :3] + torch.tensor([1.0, -2.0, 0.5]))
+    torch.testing.assert_close(built.known.gauge[1], gauge[1])
+    built.known.carry(before, before * torch.tensor([0.5, 0.5, 0.5]).double())
+    torch.testing.assert_close(built.known.gauge[1, :3], (gauge[1, :3] * 0.5).clamp(min=1e-2), rtol=0.01, atol=0.0)
+    torch.testing.assert_close(built.known.gauge[:, 3:], gauge[:, 3:])
