@@ -17,23 +17,27 @@ _IMAGES = 512
 
 
 @torch.no_grad()
-def drawn(head: Any) -> torch.Tensor:
-    """Own features (N, D) of images of classes that were learnt, by the scatter and the means that `head` solved."""
+def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Own features (N, D) and layers (N, 3, W) of images of learnt classes, by the sums that are solved."""
     known, centres = head.known, head.of_classes("centre").double()[learnt(head)]
     generator = torch.Generator().manual_seed(0)  # the same whenever a run goes on
     noise = torch.randn(-(-_IMAGES // len(centres)), *centres.shape, dtype=torch.float64, generator=generator)
     mapped = (noise.to(centres) + centres).flatten(0, 1)
-    within, mean = (movable(value).double() for value in (known.within, known.mean))
-    return torch.linalg.solve(within, mapped, left=False) + mean
+    within, mean, factors, means = (
+        movable(value).double() for value in (known.within, known.mean, known.layers, known.layer_means)
+    )
+    deep = torch.randn(len(factors), len(mapped), means.shape[1], dtype=torch.float64, generator=generator)
+    layers = torch.linalg.solve(factors, deep.to(mapped), left=False).transpose(0, 1) + means
+    return torch.linalg.solve(within, mapped, left=False) + mean, layers
 
 
 @torch.no_grad()
-def told(head: Any, x: torch.Tensor) -> torch.Tensor:
-    """A, B and E (N, 3) of own features (N, D), see known.py, by classes that were learnt."""
+def told(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
+    """The parts (N, 6) of the score of own features (N, D) and layers (N, 3, W), by classes that were learnt."""
     own = learnt(head)
     scores = head.mapped(x) @ head.of_classes("weight").to(x)[own].T
     scores = scores if not head.has_bias else scores + head.of_classes("bias").to(x)[own]
-    return head.known.shallow(x, head.scaled(scores), head.of_classes("centre").to(x)[own])
+    return head.known.parts(x, layers, head.scaled(scores), head.of_classes("centre").to(x)[own])
 
 
 def learnt(head: Any) -> torch.Tensor:

@@ -135,12 +135,11 @@ class Known(nn.Module):
         self._note(self.quantiles, self._sum(parts), share)
 
     def carry(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Move z as A, B and E (N, 3) of the same images moved while classes were learnt."""
+        """Move z as `parts` (N, 6) of the same images moved while classes were learnt."""
         (low, was), (high, now) = ((value.mean(dim=0), value.var(dim=0, correction=0)) for value in (before, after))
-        mean, variance = self.gauge[0, :3].double(), self.gauge[1, :3].double().square()
-        wider = torch.where(now > was, variance + now - was, variance * now / was.clamp(min=1e-12))
-        self.gauge[0, :3] = mean + high - low
-        self.gauge[1, :3] = wider.sqrt().clamp(min=_SMALLEST)
+        old = self.gauge[1, :-1].double().square()
+        new = torch.where(now > was, old + now - was, old * now / was.clamp(min=1e-12))
+        self.gauge[:, :-1] = torch.stack([self.gauge[0, :-1] + high - low, new.sqrt().clamp(min=_SMALLEST)])
 
     def note_strange(self, scores: torch.Tensor, share: float) -> None:
         """Note scores (N,) of images by heads that never learnt their classes; `share` as in `fit`."""
@@ -176,15 +175,16 @@ class Known(nn.Module):
         self, x: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor, centres: torch.Tensor
     ) -> torch.Tensor:
         x, layers, logits, centres = (value.float() for value in (x, layers, logits, centres))
-        deep = self._deep(layers).clamp(min=1e-12).log()
-        return self._sum(torch.cat([self.shallow(x, logits, centres), deep], dim=1))
+        return self._sum(self.parts(x, layers, logits, centres))
 
-    def shallow(self, x: torch.Tensor, logits: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-        """A, B and E (N, 3)."""
+    def parts(
+        self, x: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor, centres: torch.Tensor
+    ) -> torch.Tensor:
+        """A, B, E and log q^2 of the layers (N, 3 + 3)."""
         apart = x - _like(x, self.mean)
         near = distances(apart @ _like(x, self.within), centres).amin(dim=1)
         around = (apart @ _like(x, self.total)).square().sum(dim=1)
-        return self._parts(near, around, x[:, :0], logits)
+        return self._parts(near, around, self._deep(layers), logits)
 
     def _deep(self, layers: torch.Tensor) -> torch.Tensor:
         """Squared distances (N, 3) of the means of layers."""

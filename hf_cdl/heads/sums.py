@@ -105,7 +105,7 @@ class SumsHead(FittedHead):
         self.register_buffer("layer_gram", None)
         self.register_buffer("gone", None)
         self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = None  # drawn images, and what it said before
+        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and what it said of them before
 
     @property
     def reads_layers(self) -> bool:  # type: ignore[override]
@@ -328,8 +328,8 @@ class SumsHead(FittedHead):
             centres, count = self.of_classes("centre"), self.of_classes("count")
             layers = movable(layers)
             if self._before is not None and share < 1:
-                x_drawn, before = self._before
-                self.known.carry(before, told(self, x_drawn))
+                images, before = self._before
+                self.known.carry(before, told(self, *images))
             self.known.fit(x, layers, labels, logits, centres, count, share)
             if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
                 self.known.note_strange(strange, share)
@@ -382,7 +382,7 @@ class SumsHead(FittedHead):
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
         if self.known is not None and self.known.fitted:
-            self._before = (x := drawn(self)), told(self, x)
+            self._before = (images := drawn(self)), told(self, *images)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
             solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())

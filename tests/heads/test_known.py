@@ -459,7 +459,7 @@ def test_new_classes_of_few_images_leave_the_earlier_ones_known(head: dict[str, 
             told(built, *(images(classes, 60, seed=77)[i] for i in (0, 2))) for classes in ([0, 1], [16, 17, 18])
         )
         found = told_apart(earlier, foreign, built.known.threshold(0.95))
-        assert float((earlier >= built.known.threshold(0.95)).float().mean()) > 0.65
+        assert float((earlier >= built.known.threshold(0.95)).float().mean()) > 0.8
         assert found["passing"] < 3 and found["auroc"] > 99
 
 
@@ -467,12 +467,12 @@ def test_what_is_carried_over_is_the_change_of_the_same_images() -> None:
     built = fitted(HEADS[0], [[0, 1, 2]], per_class=100)
     gauge = built.known.gauge.clone()
     generator = torch.Generator().manual_seed(6)
-    before = torch.randn(400, 3, generator=generator).double()
+    before = torch.randn(400, 6, generator=generator).double()
     built.known.carry(before, before)
     torch.testing.assert_close(built.known.gauge, gauge)
-    built.known.carry(before, before + torch.tensor([1.0, -2.0, 0.5]).double())
-    torch.testing.assert_close(built.known.gauge[0, :3], gauge[0, :3] + torch.tensor([1.0, -2.0, 0.5]))
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0, 0.2, -0.2])
+    built.known.carry(before, before + shift.double())
+    torch.testing.assert_close(built.known.gauge[0, :-1], gauge[0, :-1] + shift)
     torch.testing.assert_close(built.known.gauge[1], gauge[1])
-    built.known.carry(before, before * torch.tensor([0.5, 0.5, 0.5]).double())
-    torch.testing.assert_close(built.known.gauge[1, :3], (gauge[1, :3] * 0.5).clamp(min=1e-2), rtol=0.01, atol=0.0)
-    torch.testing.assert_close(built.known.gauge[:, 3:], gauge[:, 3:])
+    built.known.carry(before, 0.5 * before)
+    torch.testing.assert_close(built.known.gauge[1, :-1], (gauge[1, :-1] * 0.5).clamp(min=1e-2), rtol=0.01, atol=0.0)
