@@ -84,7 +84,7 @@ class Known(nn.Module):
 
         `gram` (D, D), class sums `total` (C, D) and counts (C,) of x; `grams` (3, W, W) and `sums` (3, W) of layers.
         """
-        images, classes = int(count.sum()), int((count > 0).sum())
+        images, classes = max(1, int(count.sum())), int((count > 0).sum())
         means, mean = total / count.clamp(min=1)[:, None], total.sum(dim=0) / images
         about = gram - images * torch.outer(mean, mean)
         inside = gram - means.T @ (count[:, None] * means)

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
-from hf_cdl.heads.carried import drawn, told
+from hf_cdl.heads.carried import drawn, learnt, told
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
 from hf_cdl.heads.known import LAYERS, Known
 from hf_cdl.heads.unlearnt import unlearnt
@@ -366,14 +366,18 @@ class SumsHead(FittedHead):
 
         The rest is scatter of classes dropped without their images, which is taken to be like theirs.
         """
-        if (left := int(count.sum())) == int(self.images):
+        if (left := int(count.sum())) == int(self.images) or not left:
             return gram
         between = _squares(total, count)
         return between + left / int(self.images) * (gram - between)
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Solve for all classes. Raises FloatingPointError if the sums are NaN or infinite, or cannot be solved."""
+        """Solve for all classes. Raises FloatingPointError if the sums are NaN or infinite, or cannot be solved.
+
+        Raises ValueError for a head without sums.
+        """
+        self.check_growth()
         try:
             check_finite(self.numbers(), f"The sums of the {self.name} head")
         except ValueError as error:
@@ -381,7 +385,7 @@ class SumsHead(FittedHead):
         total, count, gram = self.of_classes("total"), self.of_classes("count"), self.gram_matrix()
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
-        if self.known is not None and self.known.fitted:
+        if self.known is not None and self.known.fitted and learnt(self).any():
             self._before = (images := drawn(self)), told(self, *images)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:

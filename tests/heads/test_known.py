@@ -476,3 +476,27 @@ def test_what_is_carried_over_is_the_change_of_the_same_images() -> None:
     torch.testing.assert_close(built.known.gauge[1], gauge[1])
     built.known.carry(before, 0.5 * before)
     torch.testing.assert_close(built.known.gauge[1, :-1], (gauge[1, :-1] * 0.5).clamp(min=1e-2), rtol=0.01, atol=0.0)
+
+
+def test_a_model_left_without_images_is_whole(tmp_path: Path) -> None:
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge", "known": 0.9})).eval()
+    model.begin_task(["a"])
+    model.end_task()
+    model.save_pretrained(tmp_path / "new")
+    CDLForImageClassification.from_pretrained(tmp_path / "new")
+    pixels = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.add(pixels, ["a"] * 20)
+    model.begin_task(["c"])
+    model.remove("a", pixels)
+    model.save_pretrained(tmp_path / "left")
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "left").eval()
+    loaded.add(pixels, ["c"] * 20)
+    assert loaded(pixels).known.isfinite().all()
+
+
+def test_no_class_goes_from_a_head_without_sums(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    model.drop_sums()
+    with pytest.raises(ValueError, match="head has no sums"):
+        model.remove("owl")
+    assert model.tasks == [["owl", "fox"]]
