@@ -34,7 +34,10 @@ def thresholds(model: Any, reject: Any) -> torch.Tensor:
     for name, share in reject.items() if isinstance(reject, Mapping) else ():
         index = next((i for i, other in enumerate(names) if isinstance(name, str) and same_name(name, other)), None)
         if index is None:
-            raise ValueError(f"reject names {short(name)}, which the model has no class of{near(str(name), names)}")
+            raise ValueError(
+                f"reject names {short(name)}, which the model has no class of{near(str(name), names)} "
+                f"Give names of its classes, such as {short(names[0])}."
+            )
         found[index] = known.threshold(check_share(share, f"reject of {short(name)}"))
     return found
 
