@@ -80,6 +80,26 @@ def test_other_weights_make_other_features(change: Any, tmp_path: Path) -> None:
     assert sum(seen) == len(stream[0].test)
 
 
+def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone)
+    trainer.learn(stream[0])
+    pixels = torch.randn(3, 3, 16, 16)
+    for unlearnt in (stream[1], [stream[1].test]):
+        with pytest.raises(ValueError, match="Give tasks of a stream"):
+            trainer.evaluate_seen(unlearnt)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unlearnt has .*, which was learnt; give tasks that come later"):
+        trainer.evaluate_seen([stream[0]])
+    for foreign in ([], "folder", stream[1], pixels):
+        with pytest.raises(ValueError, match="foreign takes a dataset with images"):
+            trainer.evaluate_seen([], foreign)
+    found = [
+        trainer.evaluate_seen([stream[1]], foreign) for foreign in (stream[2].test, [{"pixel_values": pixels[0]}])
+    ]
+    assert all({"unlearnt_auroc", "foreign_auroc"} <= result.known.keys() for result in found)
+
+
 def test_models_that_train_are_asked_again(tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "vit")
     stream = tasks_of(tmp_path, backbone)
