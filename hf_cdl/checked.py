@@ -9,6 +9,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from numbers import Real
 from types import NoneType, UnionType
 from typing import Any, Literal
 
@@ -73,7 +74,7 @@ def build_fields(kind: Any, content: Any, what: str) -> Any:
 
 def check_share(value: Any, what: str) -> float:
     """A share of images as a number. Raises ValueError unless it is above 0 and below 1."""
-    if not fits(value, float) or not 0 < value < 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:  # of NumPy too
         raise ValueError(f"{what} is {short(value)}; give a share above 0 and below 1, such as 0.95.")
     return float(value)
 

@@ -37,12 +37,17 @@ class CDLImageClassificationPipeline(ImageClassificationPipeline):
     def _sanitize_parameters(self, reject: Any = None, **options: Any) -> Any:  # type: ignore[override]
         before, forward, after = super()._sanitize_parameters(**options)
         if reject is not None:
-            after["thresholds"] = thresholds(self.model, reject) if reject is not False else None
+            if reject is not False:
+                thresholds(self.model, reject)  # refused at once if it cannot be
+            after["reject"] = reject
         return before, forward, after
 
-    def postprocess(self, model_outputs: Any, thresholds: Any = None, **options: Any) -> Any:  # type: ignore[override]
+    def postprocess(self, model_outputs: Any, reject: Any = False, **options: Any) -> Any:  # type: ignore[override]
         answers = super().postprocess(model_outputs, **options)
-        if thresholds is None or not rejected(thresholds, model_outputs["known"], model_outputs["logits"]):
+        if reject is False:
+            return answers
+        least = thresholds(self.model, reject)  # of the model as it is now: it may have learnt since
+        if not rejected(least, model_outputs["known"], model_outputs["logits"]):
             return answers
         unknown = {"label": UNKNOWN, "score": unknown_score(self.model, float(model_outputs["known"]))}
         top_k = options.get("top_k", 5)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_cdl.checked import check_share, near, short
-from hf_cdl.labels import same_name
+from hf_cdl.labels import alike, same_name
 
 UNKNOWN = "unknown"
 """The label."""
@@ -23,10 +23,10 @@ def thresholds(model: Any, reject: Any) -> torch.Tensor:
     """
     known = _known(model)
     names = [name for task in model.tasks for name in task]
-    if any(same_name(name, UNKNOWN) for name in names):
+    if called := [name for name in names if alike(name) == UNKNOWN]:
         raise ValueError(
-            f"The model has a class called {UNKNOWN!r}, so that answer would say two things; rename the class: "
-            f'model.rename("{UNKNOWN}", ...).'
+            f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would say two things; rename the "
+            f"class: model.rename({called[0]!r}, ...)."
         )
     if reject is not True and not isinstance(reject, Mapping):
         return torch.full((len(names),), known.threshold(check_share(reject, "reject")))
@@ -34,14 +34,17 @@ def thresholds(model: Any, reject: Any) -> torch.Tensor:
     for name, share in reject.items() if isinstance(reject, Mapping) else ():
         index = next((i for i, other in enumerate(names) if isinstance(name, str) and same_name(name, other)), None)
         if index is None:
-            raise ValueError(f"reject names {short(name)}, which the model has no class of{near(str(name), names)}")
+            raise ValueError(
+                f"reject names {short(name)}, which the model has no class of{near(str(name), names)} "
+                f"Give names of its classes, such as {short(names[0])}."
+            )
         found[index] = known.threshold(check_share(share, f"reject of {short(name)}"))
     return found
 
 
 def rejected(thresholds: torch.Tensor, known: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Which images (B,) are unknown, of `known` (B,) and logits (B, C)."""
-    return known.float() < thresholds.to(known.device)[logits.argmax(dim=-1)]
+    """Which images (B,) are unknown, of `known` (B,), which may be NaN, and logits (B, C)."""
+    return ~(known.float() >= thresholds.to(known.device)[logits.argmax(dim=-1)])
 
 
 def unknown_score(model: Any, known: float) -> float:

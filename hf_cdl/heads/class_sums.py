@@ -19,12 +19,19 @@ class ClassSums(nn.Module):
 
     With `per_class` also `grams` (C_t, M (M + 1) / 2), the upper triangle of each class's Gram matrix. With `known`
     (D, W), the widths of features and layers, `layer_total` (C_t, 3, W) and perhaps `layer_grams` likewise, of the
-    means of layers, and `centre` (C_t, D), see known.py. Float64 numbers are stored as their bits in integers, which
+    means of layers, and `centre` (C_t, D), see known.py; with `soft` too, where targets are not the labels alone,
+    `own_total` (C_t, D), sums of the images with a label. Float64 numbers are stored as their bits in integers, which
     changing the model's dtype cannot round.
     """
 
     def __init__(
-        self, width: int, num_classes: int, sums: bool | str, bias: bool, known: tuple[int, int] | None = None
+        self,
+        width: int,
+        num_classes: int,
+        sums: bool | str,
+        bias: bool,
+        known: tuple[int, int] | None = None,
+        soft: bool = False,
     ):
         super().__init__()
         self.weight: torch.Tensor
@@ -32,6 +39,7 @@ class ClassSums(nn.Module):
         self.total: torch.Tensor
         self.count: torch.Tensor
         self.grams: torch.Tensor
+        self.own_total: torch.Tensor | None
         self.layer_total: torch.Tensor
         self.layer_grams: torch.Tensor
         self.centre: torch.Tensor
@@ -39,9 +47,10 @@ class ClassSums(nn.Module):
         self.register_buffer("bias", torch.zeros(num_classes) if bias else None)
         size, layer = known or (0, 0)
         kept = {"total": (width,), "count": ()} | ({"layer_total": (LAYERS, layer)} if known else {})
+        kept |= {"own_total": (size,)} if known and soft else {}
         per_class = {"grams": (_upper(width),)} | ({"layer_grams": (LAYERS, _upper(layer))} if known else {})
         kept = (kept if sums else {}) | (per_class if sums == "per_class" else {})
-        for name in ("total", "count", "grams", "layer_total", "layer_grams"):
+        for name in ("total", "count", "grams", "own_total", "layer_total", "layer_grams"):
             shape = kept.get(name)
             empty = None if shape is None else torch.zeros(num_classes, *shape, dtype=torch.int64)
             self.register_buffer(name, empty)

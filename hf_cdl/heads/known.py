@@ -25,6 +25,8 @@ LAYERS = 3
 _STEPS = 200
 """Steps of the tables of quantiles: shares are told to half a percent."""
 
+_FAR = 6e4
+"""Coordinates of the centre of a class without images, to which nothing is near; float16 holds them."""
 _SMALLEST = 1e-2
 """Least deviation that z divides by: the entropies of a head that is always sure hardly vary."""
 
@@ -32,6 +34,11 @@ _SMALLEST = 1e-2
 def layers_read(depth: int) -> list[int]:
     """Indices of the hidden states that are looked at, of a backbone with `depth` layers."""
     return [0, depth // 2, depth]
+
+
+def _like(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A buffer where x is, in its dtype; a device may lack that, so it moves first."""
+    return value.to(x.device).to(x.dtype)
 
 
 class Known(nn.Module):
@@ -77,7 +84,7 @@ class Known(nn.Module):
 
         `gram` (D, D), class sums `total` (C, D) and counts (C,) of x; `grams` (3, W, W) and `sums` (3, W) of layers.
         """
-        images, classes = int(count.sum()), len(count)
+        images, classes = max(1, int(count.sum())), int((count > 0).sum())
         means, mean = total / count.clamp(min=1)[:, None], total.sum(dim=0) / images
         about = gram - images * torch.outer(mean, mean)
         inside = gram - means.T @ (count[:, None] * means)
@@ -94,7 +101,7 @@ class Known(nn.Module):
             self.layers[number].copy_(found[-1].factor)
             self.layer_means[number].copy_(centre)
         self._own = tuple(scatter.own for scatter in found)
-        return (means - mean) @ found[0].factor
+        return ((means - mean) @ found[0].factor).masked_fill((count == 0)[:, None], _FAR)
 
     @torch.no_grad()
     def fit(
@@ -119,14 +126,20 @@ class Known(nn.Module):
             return
         near, around, deep, logits, labels = (value[there] for value in (near, around, deep, logits, labels))
         parts = self._parts(near.amin(dim=1), around, deep, logits)
-        if not self.fitted:
-            share = 1.0
+        share = share if self.fitted else 1.0
         gauge = torch.stack([parts.mean(dim=0), parts.std(dim=0, correction=0).clamp(min=_SMALLEST)])
         gauge = torch.cat([gauge, torch.zeros_like(gauge[:, :1])], dim=1)
         unusual = -((parts[:, 3:] - gauge[0, 3:-1]) / gauge[1, 3:-1]).square().mean(dim=1)
         gauge[0, -1], gauge[1, -1] = unusual.mean(), unusual.std(correction=0).clamp(min=_SMALLEST)
         self.gauge.lerp_(gauge.to(self.gauge), share)
         self._note(self.quantiles, self._sum(parts), share)
+
+    def carry(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Move z as `parts` (N, 6) of the same images moved while classes were learnt."""
+        (low, was), (high, now) = ((value.mean(dim=0), value.var(dim=0, correction=0)) for value in (before, after))
+        old = self.gauge[1, :-1].double().square()
+        new = torch.where(now > was, old + now - was, old * now / was.clamp(min=1e-12))
+        self.gauge[:, :-1] = torch.stack([self.gauge[0, :-1] + high - low, new.sqrt().clamp(min=_SMALLEST)])
 
     def note_strange(self, scores: torch.Tensor, share: float) -> None:
         """Note scores (N,) of images by heads that never learnt their classes; `share` as in `fit`."""
@@ -137,7 +150,8 @@ class Known(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Squared distances to classes (N, C), to all (N,) and of layers (N, 3), without each image."""
         within, total, *own = self._own
-        mapped, images = (x - self.mean) @ self.within.double(), int(count.sum())
+        apart, images = x - _like(x, self.mean), int(count.sum())
+        mapped = apart @ _like(x, self.within)
         u = mapped - centres[labels]
         square, number = u.square().sum(dim=1), count[labels].to(x)
         along = (u * mapped).sum(dim=1, keepdim=True) - u @ centres.T
@@ -145,7 +159,7 @@ class Known(nn.Module):
         near = distances(mapped, centres) + (gain / (1 - gain * square).clamp(min=1e-3))[:, None] * along.square()
         alone = torch.where(number > 1, left_out(square, within, number), torch.inf)
         near = near.scatter(1, labels[:, None], alone[:, None])
-        around = left_out(((x - self.mean) @ self.total.double()).square().sum(dim=1), total, images)
+        around = left_out((apart @ _like(x, self.total)).square().sum(dim=1), total, images)
         deep = self._deep(layers)
         deep = torch.stack([left_out(deep[:, n], own[n], images) for n in range(LAYERS)], dim=1)
         return near, around, deep
@@ -161,15 +175,21 @@ class Known(nn.Module):
         self, x: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor, centres: torch.Tensor
     ) -> torch.Tensor:
         x, layers, logits, centres = (value.float() for value in (x, layers, logits, centres))
-        apart = x - self.mean.float()
-        near = distances(apart @ self.within.float(), centres).amin(dim=1)
-        around = (apart @ self.total.float()).square().sum(dim=1)
-        return self._sum(self._parts(near, around, self._deep(layers), logits))
+        return self._sum(self.parts(x, layers, logits, centres))
+
+    def parts(
+        self, x: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor, centres: torch.Tensor
+    ) -> torch.Tensor:
+        """A, B, E and log q^2 of the layers (N, 3 + 3)."""
+        apart = x - _like(x, self.mean)
+        near = distances(apart @ _like(x, self.within), centres).amin(dim=1)
+        around = (apart @ _like(x, self.total)).square().sum(dim=1)
+        return self._parts(near, around, self._deep(layers), logits)
 
     def _deep(self, layers: torch.Tensor) -> torch.Tensor:
         """Squared distances (N, 3) of the means of layers."""
-        apart = layers - self.layer_means.to(layers)
-        return torch.einsum("nlw,lwv->nlv", apart, self.layers.to(layers)).square().sum(dim=2)
+        apart = layers - _like(layers, self.layer_means)
+        return torch.einsum("nlw,lwv->nlv", apart, _like(layers, self.layers)).square().sum(dim=2)
 
     @staticmethod
     def _parts(near: torch.Tensor, around: torch.Tensor, deep: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

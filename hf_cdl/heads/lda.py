@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_cdl.heads.bits import add, movable, read
-from hf_cdl.heads.class_sums import sums_of
+from hf_cdl.heads.class_sums import ClassSums
 from hf_cdl.heads.sums import SumsConfig, SumsHead
 from hf_cdl.heads.validation import choose_strength
 
@@ -51,16 +51,10 @@ class LdaHead(SumsHead):
     has_bias: ClassVar[bool] = True
     config: LdaConfig
 
-    @torch.no_grad()
-    def keep(self, task: int, rows: list[int]) -> None:
-        """As in Head; a dropped class whose images stay in G leaves it its scatter, but not its mean."""
-        block = sums_of(self.blocks[task])
-        if self.gram is not None:
-            count = movable(block.count)
-            gone = [row for row in range(len(count)) if row not in rows and count[row]]
-            total = read(block.total)[gone]
-            add(self.gram, -total.T @ (total / count[gone, None]))
-        super().keep(task, rows)
+    def drop_means(self, block: ClassSums, gone: list[int]) -> None:
+        """A dropped class whose images stay in G leaves it its scatter, but not its mean."""
+        total = read(block.total)[gone]
+        add(self.gram, -total.T @ (total / movable(block.count)[gone, None]))
 
     def choose(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
         strength = choose_strength(gram, total, count, int(self.images))

@@ -37,7 +37,10 @@ def shrunk(scatter: torch.Tensor, images: int, scale: torch.Tensor) -> Scatter:
     over = (images + 1 - 2 / size) * (square - 1)  # 0 for a multiple of the identity
     share = min(1.0, float(((1 - 2 / size) * square + size) / over)) if over > 0 else 1.0
     covariance.mul_(1 - share).diagonal().add_(share)
-    factor = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:  # rounding outweighs what is seen
+        lower, share = torch.eye(size, dtype=scatter.dtype, device=scatter.device), 1.0
+    factor = torch.linalg.inv(lower).T
     return Scatter(factor / (scale[:, None] * mean.sqrt()), (1 - share) / count)
 
 

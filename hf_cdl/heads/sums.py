@@ -18,6 +18,7 @@ from transformers import initialization as init
 from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
+from hf_cdl.heads.carried import drawn, learnt, told
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
 from hf_cdl.heads.known import LAYERS, Known
 from hf_cdl.heads.unlearnt import unlearnt
@@ -71,12 +72,15 @@ class SumsHead(FittedHead):
     P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
 
     `gram` (M, M) is the Gram matrix of all `images` that were learnt, classes removed without their images included;
-    it is not stored if every class has its own.
+    it is not stored if every class has its own. `gone` (D, D) is what the means of those classes leave in it, see
+    `drop_means`.
     """
 
     config_class: ClassVar[type] = SumsConfig
-    bits: ClassVar[tuple[str, ...]] = ("gram", "grams", "total", "layer_gram", "layer_grams", "layer_total", "chosen")
-    class_sums: ClassVar[tuple[str, ...]] = ("total", "count", "grams", "layer_total", "layer_grams")
+    bits: ClassVar[tuple[str, ...]] = (
+        *("gram", "grams", "total", "gone", "own_total", "layer_gram", "layer_grams", "layer_total", "chosen"),
+    )
+    class_sums: ClassVar[tuple[str, ...]] = ("total", "count", "grams", "own_total", "layer_total", "layer_grams")
     keeps_sums: ClassVar[bool] = True
     has_bias: ClassVar[bool] = False
     choice: ClassVar[str]
@@ -91,6 +95,7 @@ class SumsHead(FittedHead):
         self.projection: torch.Tensor | None
         self.known: Known | None = None
         self.layer_gram: torch.Tensor
+        self.gone: torch.Tensor
         whole = torch.zeros(self.width, self.width, dtype=torch.int64) if config.sums is True else None
         self.register_buffer("gram", whole)
         self.register_buffer("images", torch.zeros((), dtype=torch.int64) if config.sums else None)
@@ -98,7 +103,9 @@ class SumsHead(FittedHead):
         chooses = getattr(config, self.choice) == "auto"
         self.register_buffer("chosen", torch.zeros((), dtype=torch.int64) if chooses else None)
         self.register_buffer("layer_gram", None)
+        self.register_buffer("gone", None)
         self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
+        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and what it said of them before
 
     @property
     def reads_layers(self) -> bool:  # type: ignore[override]
@@ -108,6 +115,7 @@ class SumsHead(FittedHead):
         self.known = Known(self.hidden_size, size)
         if self.config.sums is True:
             self.layer_gram = torch.zeros(LAYERS, size, size, dtype=torch.int64)
+            self.gone = torch.zeros(self.hidden_size, self.hidden_size, dtype=torch.int64)
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
@@ -135,7 +143,7 @@ class SumsHead(FittedHead):
 
     def init_shared(self) -> None:
         super().init_shared()
-        for value in (self.gram, self.images, self.chosen, self.layer_gram):
+        for value in (self.gram, self.images, self.chosen, self.layer_gram, self.gone):
             if value is not None:
                 init.zeros_(value)
         if self.known is not None:
@@ -145,7 +153,8 @@ class SumsHead(FittedHead):
 
     def add_task(self, num_classes: int) -> None:
         known = None if self.known is None else (self.hidden_size, self.known.layer_means.shape[1])
-        self.blocks.append(ClassSums(self.width, num_classes, self.config.sums, self.has_bias, known))
+        soft = self.needs_teacher
+        self.blocks.append(ClassSums(self.width, num_classes, self.config.sums, self.has_bias, known, soft))
 
     @torch.no_grad()
     def init_task(self, task: int) -> None:
@@ -157,10 +166,13 @@ class SumsHead(FittedHead):
         return super().prepare(features)
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        features = self.standardised(features)
+        return self.mapped(self.standardised(features))
+
+    def mapped(self, features: torch.Tensor) -> torch.Tensor:
+        """What is summed (B, M) of own features (B, D)."""
         if self.projection is None:
             return features
-        mapped = torch.relu(features @ self.projection)
+        mapped = torch.relu(features @ self.projection.to(features))
         return torch.cat([self._own * features, mapped], dim=-1) if self.config.own_features else mapped
 
     @property
@@ -169,6 +181,10 @@ class SumsHead(FittedHead):
         if self.projection is None:
             return 1.0
         return (_OWN * self.config.features / (2 * self.hidden_size)) ** 0.5  # |ReLU(x P)|^2 is about M |x|^2 / 2D
+
+    def own(self, prepared: torch.Tensor) -> torch.Tensor:
+        """The own features (B, D) in prepared ones (B, M), for a head that has them."""
+        return prepared[:, : self.hidden_size] / self._own
 
     def check_growth(self) -> None:
         if not self.config.sums:
@@ -181,7 +197,7 @@ class SumsHead(FittedHead):
         """Keep only what inference needs, weights and random map, and what was chosen."""
         self.config = replace(self.config, sums=False)
         for module in (self, *self.blocks):
-            for name in {"gram", "images", "layer_gram", *self.class_sums} & module._buffers.keys():
+            for name in {"gram", "images", "layer_gram", "gone", *self.class_sums} & module._buffers.keys():
                 module.register_buffer(name, None)
 
     # ---- changing ----
@@ -223,6 +239,8 @@ class SumsHead(FittedHead):
         """Add images of a task's classes to its sums, or take them away; `rows` (B,) count from its first class."""
         targets = self._targets(F.one_hot(rows, len(block.count)).to(mapped), taught)
         add(block.total, sign * (targets.T @ mapped))
+        if block.own_total is not None:
+            add(block.own_total, sign * torch.zeros_like(read(block.own_total)).index_add(0, rows, self.own(mapped)))
         block.count.add_(sign * torch.bincount(rows, minlength=len(block.count)).to(block.count))
         if block.grams is not None:
             for row in rows.unique().tolist():
@@ -235,12 +253,33 @@ class SumsHead(FittedHead):
 
     @torch.no_grad()
     def keep(self, task: int, rows: list[int]) -> None:
+        block = sums_of(self.blocks[task])
+        gone = [
+            row
+            for row in range(0 if block.count is None else len(block.count))
+            if row not in rows and block.count[row]
+        ]
         if self.config.sums == "per_class":
-            block = sums_of(self.blocks[task])
-            kept = torch.zeros_like(block.count, dtype=torch.bool)
-            kept[rows] = True
-            self.images.sub_(block.count[~kept].sum())
+            self.images.sub_(block.count[gone].sum())
+        elif gone:
+            self.drop_means(block, gone)
+            if self.layer_gram is not None:
+                add(self.layer_gram, -_squares(read(block.layer_total)[gone], movable(block.count)[gone]))
         super().keep(task, rows)
+
+    def drop_means(self, block: ClassSums, gone: list[int]) -> None:
+        """Take notice of classes of a task, as rows of its block, that are dropped without their images.
+
+        To `known` they leave their scatter, but not their means: all their images would be far from any class.
+        """
+        if self.gone is not None:
+            add(self.gone, _squares(self._own_total(block)[gone], movable(block.count)[gone]))
+
+    def _own_total(self, block: ClassSums) -> torch.Tensor:
+        """Sums (C_t, D) of the own features of the images with each label."""
+        if block.own_total is not None:
+            return read(block.own_total)
+        return self.own(read(block.total))
 
     @property
     def forgets(self) -> bool:
@@ -288,6 +327,9 @@ class SumsHead(FittedHead):
             share = share_of(len(labels))
             centres, count = self.of_classes("centre"), self.of_classes("count")
             layers = movable(layers)
+            if self._before is not None and share < 1:
+                images, before = self._before
+                self.known.carry(before, told(self, *images))
             self.known.fit(x, layers, labels, logits, centres, count, share)
             if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
                 self.known.note_strange(strange, share)
@@ -307,20 +349,35 @@ class SumsHead(FittedHead):
 
     def own_sums(self, gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gram matrix (D, D) and class sums (C, D) of the own features, from G, and class counts (C,)."""
-        own, size = self._own, self.hidden_size
-        total = self.of_classes("total")[:, :size] / own
-        return gram[:size, :size] / own**2, total, self.of_classes("count")
+        square, count = gram[: self.hidden_size, : self.hidden_size] / self._own**2, self.of_classes("count")
+        square = square if self.gone is None else square - read(self.gone)
+        total = torch.cat([self._own_total(sums_of(block)) for block in self.blocks])
+        return self._of_these(square, total, count), total, count
 
     def layer_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gram matrices (3, W, W) and sums (3, W) of the means of layers."""
-        total = self.of_classes("layer_total").sum(dim=0)
+        total, count = self.of_classes("layer_total"), self.of_classes("count")
         if self.layer_gram is not None:
-            return read(self.layer_gram).clone(), total
-        return unpacked(total.shape[-1], self.of_classes("layer_grams").sum(dim=0)), total
+            return self._of_these(read(self.layer_gram).clone(), total, count), total.sum(dim=0)
+        return unpacked(total.shape[-1], self.of_classes("layer_grams").sum(dim=0)), total.sum(dim=0)
+
+    def _of_these(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """The part of a Gram matrix (..., D, D) that is of these classes, of sums (C, ..., D) and counts (C,).
+
+        The rest is scatter of classes dropped without their images, which is taken to be like theirs.
+        """
+        if (left := int(count.sum())) == int(self.images) or not left:
+            return gram
+        between = _squares(total, count)
+        return between + left / int(self.images) * (gram - between)
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Solve for all classes. Raises FloatingPointError if the sums are NaN or infinite, or cannot be solved."""
+        """Solve for all classes. Raises FloatingPointError if the sums are NaN or infinite, or cannot be solved.
+
+        Raises ValueError for a head without sums.
+        """
+        self.check_growth()
         try:
             check_finite(self.numbers(), f"The sums of the {self.name} head")
         except ValueError as error:
@@ -328,6 +385,8 @@ class SumsHead(FittedHead):
         total, count, gram = self.of_classes("total"), self.of_classes("count"), self.gram_matrix()
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
+        if self.known is not None and self.known.fitted and learnt(self).any():
+            self._before = (images := drawn(self)), told(self, *images)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
             solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())
@@ -339,4 +398,10 @@ class SumsHead(FittedHead):
         try:
             super().end_task()
         finally:
-            self._factor = None
+            self._factor = self._before = None
+
+
+def _squares(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """What the means of classes, of sums (C, ..., D) and counts (C,), leave in a Gram matrix (..., D, D)."""
+    means = total.movedim(0, -1) / count.clamp(min=1)
+    return total.movedim(0, -1) @ means.mT

@@ -21,7 +21,7 @@ def unlearnt(head: Any, features: torch.Tensor, labels: torch.Tensor, layers: to
     gram, total, count = head.own_sums(head.gram_matrix())
     squares, sums = head.layer_sums()
     whole = [c for c in labels.unique().tolist() if int((labels == c).sum()) == int(count[c]) < int(count.sum())]
-    x, layers, found = head.standardised(features).double(), layers.double(), []
+    x, layers, found = head.own(head.prepare(features).double()), layers.double(), []  # as summed, to the bit
     for label in whole[:: -(-len(whole) // _CLASSES) or 1]:
         own, rest = labels == label, [c for c in range(len(count)) if c != label]
         scores = head.class_left_out(head.prepare(features[own]), label)

@@ -109,6 +109,13 @@ def check_tasks(tasks: Any) -> None:
         raise ValueError(f"Give tasks of a stream: learn(stream[0]), answer([stream[0], stream[1]]); got {got}.")
 
 
+def check_unlearnt(unlearnt: Any, tasks: Sequence[Task]) -> None:
+    """Raise ValueError unless these are tasks that come after `tasks`."""
+    check_tasks(unlearnt)
+    if learnt := [task.name for task in unlearnt if task.index <= max(task.index for task in tasks)]:
+        raise ValueError(f"unlearnt has {learnt[0]}, which was learnt; give tasks that come later, or leave it out.")
+
+
 def check_order(task: Task, seen: Sequence[Task]) -> None:
     """Raise ValueError unless a task is the one after those `seen`."""
     if task.index != len(seen):

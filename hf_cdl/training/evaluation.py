@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
-from hf_cdl.training.checking import check_items, check_tasks
+from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
 from hf_cdl.training.kept_features import KeptFeatures, keepable
 from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
@@ -176,6 +176,10 @@ class EvaluatingTrainer(TaskTrainer):
     def answer(self, tasks: list[Task], unlearnt: Sequence[Task] = (), foreign: Any = None) -> dict[str, Any]:
         """Evaluate the model on each task's evaluation split, without task ids; returns fields of TaskResult."""
         check_tasks(tasks)
+        if unlearnt:
+            check_unlearnt(unlearnt, tasks)
+        if foreign is not None:
+            check_items(foreign, _ANY.stop, "foreign", labelled=False)
         for task in tasks:
             self._check_split(task)
         self.model.eval()

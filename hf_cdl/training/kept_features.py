@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from hf_cdl.data.task_split import TaskSplit
@@ -55,6 +56,8 @@ def keepable(split: Any, model: Any) -> bool:
 
 
 def _state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What changes whenever a weight outside the head does."""
-    values = [*model.named_parameters(), *model.named_buffers()]
-    return tuple((id(v), v._version) for name, v in values if not name.startswith(("head.", "kd_head.")))
+    """What changes whenever a weight outside the head does; also by `.data`, which counts no version."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    values = [value.detach() for name, value in named if not name.startswith(("head.", "kd_head."))]
+    sums = torch.stack([value.sum(dtype=torch.float32).cpu() for value in values]).tolist()
+    return tuple((v.data_ptr(), v.dtype, v._version, total) for v, total in zip(values, sums, strict=True))

@@ -19,7 +19,7 @@ from hf_cdl.heads import build_head
 from hf_cdl.heads.scatter import shrunk
 from hf_cdl.heads.unlearnt import unlearnt
 from hf_cdl.training.evaluation import told_apart
-from hf_cdl.unknown import UNKNOWN, thresholds
+from hf_cdl.unknown import UNKNOWN, rejected, thresholds
 
 WIDTH, LAYER = 24, 12
 HEADS: list[dict[str, Any]] = [
@@ -271,6 +271,36 @@ def test_the_pipeline_answers_unknown_when_asked(tmp_path: Path) -> None:
     assert (classify(strange, reject={only: 1 - 1e-9})[0]["label"] == UNKNOWN) == (found[0]["score"] == 1)
 
 
+def test_a_pipeline_rejects_by_the_model_as_it_is_now(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    classify: Any = pipeline("image-classification", model=model, image_processor=processor, reject={"fox": 0.8})
+    model.add(torch.randn(30, 3, 16, 16, generator=torch.Generator().manual_seed(4)) - 1, ["bat"] * 30)
+    model.remove("owl", None)
+    dark, unlike = Image.new("RGB", (16, 16), (0, 0, 0)), Image.new("RGB", (16, 16), (0, 255, 0))
+    for image in (dark, unlike, picture()):
+        with torch.no_grad():
+            found = model(**processor(image, return_tensors="pt"))
+        least = thresholds(model, {"fox": 0.8})[found.logits.argmax()]
+        assert (classify(image)[0]["label"] == UNKNOWN) == bool(found.known < least)
+    model.rename("fox", "vixen")
+    with pytest.raises(ValueError, match="reject names 'fox', which the model has no class of"):
+        classify(dark)
+
+
+def test_what_is_no_number_is_unknown() -> None:
+    known, logits = torch.tensor([float("nan"), 1.0]), torch.zeros(2, 3)
+    assert rejected(torch.zeros(3), known, logits).tolist() == [True, False]
+
+
+def test_a_share_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    assert torch.equal(thresholds(model, np.float32(0.75)), thresholds(model, 0.75))
+    for share in (True, np.bool_(True), np.float32("nan"), "0.95"):
+        with pytest.raises(ValueError, match="reject of 'owl' is .*; give a share"):
+            thresholds(model, {"owl": share})
+
+
 def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
     model_with(tmp_path / "none", known=None, own_features=False, features=None)
     with pytest.raises(ValueError, match="cannot tell which images are of none of its classes"):
@@ -282,9 +312,10 @@ def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
         thresholds(model, {"olw": 0.9})
     with pytest.raises(ValueError, match="reject of 'owl' is 'high'; give a share"):
         thresholds(model, {"owl": "high"})
-    model.rename("owl", UNKNOWN)
-    with pytest.raises(ValueError, match="has a class called 'unknown'"):
-        thresholds(model, True)
+    for name in ("Unknown", UNKNOWN):
+        model.rename("owl" if name == "Unknown" else "Unknown", name)
+        with pytest.raises(ValueError, match=f"has a class called '{name}'"):
+            thresholds(model, True)
     fresh = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge", "known": 0.9}))
     fresh.begin_task(["a", "b"])
     with pytest.raises(ValueError, match="has not learnt images yet"):
@@ -320,3 +351,152 @@ def test_a_model_with_a_kd_token_cannot_tell() -> None:
                 first_session={"type": "linear"},
             )
         )
+
+
+# ---- classes that are dropped, empty, or learnt with a teacher's answers ----
+
+FAR_OFF = 5.0
+"""Features are seldom centred, and only then do the means of classes matter to sums of squares."""
+
+
+def learnt(head: dict[str, Any], classes: list[int], per_class: int = 60, taught: Any = None) -> Any:
+    set_seed(1)
+    built: Any = build_head(head, WIDTH, LAYER)
+    built.init_shared()
+    features, labels, layers = images(classes, per_class, seed=10)
+    if built.standard is not None:
+        built.standard.measure(features + FAR_OFF)
+    built.add_task(len(classes))
+    built.init_task(0)
+    rows = torch.tensor([classes.index(c) for c in labels.tolist()])
+    built.accumulate(features + FAR_OFF, rows, taught, layers=layers + FAR_OFF)
+    built.end_task()
+    return built
+
+
+def share_kept(built: Any, classes: list[int]) -> float:
+    features, _, layers = images(classes, 60, seed=77)
+    return float((told(built, features + FAR_OFF, layers + FAR_OFF) >= built.known.threshold(0.95)).float().mean())
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head['type']} {head.get('sums', '')}")
+def test_classes_dropped_without_their_images_leave_no_mean_in_the_scatter(head: dict[str, Any]) -> None:
+    """Their scatter is taken to be like that of the others, so what is told is nearly as if they were never learnt."""
+    built, never = learnt(head, [0, 1, 2, 3, 4, 5]), learnt(head, [0, 1, 2])
+    built.keep(0, [0, 1, 2, 4])
+    built.keep(0, [0, 1, 2])
+    built.end_task()
+    assert share_kept(built, [0, 1, 2]) > 0.93
+    if built.standard is not None:  # by all the images of the first task
+        return
+    features = images([0, 1, 2], 60, seed=77)[0] + FAR_OFF
+    for name in ("within", "total"):
+        ours, theirs = (
+            ((features - h.known.mean) @ getattr(h.known, name)).square().sum(dim=1) for h in (built, never)
+        )
+        assert float((ours / theirs).mean()) == pytest.approx(1, abs=0.15), name
+    ours, theirs = (h.known._deep(features[:, None, :LAYER].expand(-1, 3, -1)).mean() for h in (built, never))
+    assert float(ours / theirs) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize("head", HEADS[:2] + HEADS[3:], ids=lambda head: head["type"])
+def test_nothing_is_near_to_a_class_without_images(head: dict[str, Any]) -> None:
+    built, other = learnt(head, [0, 1, 2, 3]), learnt(head, [0, 1, 2, 3])
+    built.add_task(1)
+    built.init_task(1)
+    built.end_task()
+    origin = torch.zeros(5, WIDTH), torch.zeros(5, 3, LAYER)
+    near = [torch.cdist((origin[0] - h.known.mean) @ h.known.within, h.of_classes("centre")) for h in (built, other)]
+    torch.testing.assert_close(*(value.amin(dim=1) for value in near))
+
+
+def test_a_teacher_s_answers_do_not_mix_the_means_of_classes() -> None:
+    head = {"type": "ridge", "strength": 3.0, "features": 30, "own_features": True, "known": 0.95}
+    taught = 3 * torch.rand(180, 3, generator=torch.Generator().manual_seed(1))
+    built, labels_alone = learnt({**head, "soft_targets": 0.7}, [0, 1, 2], taught=taught), learnt(head, [0, 1, 2])
+    for name in ("within", "total", "mean"):
+        torch.testing.assert_close(getattr(built.known, name), getattr(labels_alone.known, name))
+    assert not torch.equal(built.of_classes("weight"), labels_alone.of_classes("weight"))
+    assert share_kept(built, [0, 1, 2]) > 0.9
+
+
+@pytest.mark.parametrize("away", [1e3, 1e4, 1e5])
+def test_features_far_from_the_origin_are_learnt_as_well(away: float) -> None:
+    """Beside random features the own ones are scaled in float32, and what is taken out must be what was added."""
+    set_seed(1)
+    built: Any = build_head({**HEADS[1], "strength": 1e3}, WIDTH, LAYER)
+    built.init_shared()
+    features, labels, layers = images([0, 1, 2], 40, seed=10)
+    built.add_task(3)
+    built.init_task(0)
+    built.accumulate(features + away, labels, layers=layers)
+    built.end_task()
+    found = unlearnt(built, features + away, labels, layers)
+    assert found is not None and float((found >= built.known.threshold(0.9)).float().mean()) < 0.1
+
+
+def test_a_covariance_that_rounding_made_indefinite_leaves_its_diagonal() -> None:
+    scatter = torch.diag(torch.tensor([100.0] * 10 + [-1.0])).double()
+    found = shrunk(scatter, 10**6, torch.ones(11).double())
+    assert found.own == 0.0 and found.factor.isfinite().all()
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head['type']} {head.get('sums', '')}")
+def test_new_classes_of_few_images_leave_the_earlier_ones_known(head: dict[str, Any]) -> None:
+    """What a head says of earlier images changes with new classes, and so does what it is measured by."""
+    set_seed(1)
+    built: Any = build_head({**head, "known": 0.95}, WIDTH, LAYER)
+    built.init_shared()
+    for number, (task, per_class) in enumerate((([0, 1], 100), ([2, 3], 8), ([4, 5], 8))):
+        features, labels, layers = images(task, per_class, seed=10 + number)
+        if built.standard is not None and number == 0:
+            built.standard.measure(features)
+        built.add_task(2)
+        built.init_task(number)
+        built.accumulate(features, labels - task[0] + 2 * number, layers=layers)
+        built.end_task()
+        earlier, foreign = (
+            told(built, *(images(classes, 60, seed=77)[i] for i in (0, 2))) for classes in ([0, 1], [16, 17, 18])
+        )
+        found = told_apart(earlier, foreign, built.known.threshold(0.95))
+        assert float((earlier >= built.known.threshold(0.95)).float().mean()) > 0.8
+        assert found["passing"] < 3 and found["auroc"] > 99
+
+
+def test_what_is_carried_over_is_the_change_of_the_same_images() -> None:
+    built = fitted(HEADS[0], [[0, 1, 2]], per_class=100)
+    gauge = built.known.gauge.clone()
+    generator = torch.Generator().manual_seed(6)
+    before = torch.randn(400, 6, generator=generator).double()
+    built.known.carry(before, before)
+    torch.testing.assert_close(built.known.gauge, gauge)
+    shift = torch.tensor([1.0, -2.0, 0.5, 0.0, 0.2, -0.2])
+    built.known.carry(before, before + shift.double())
+    torch.testing.assert_close(built.known.gauge[0, :-1], gauge[0, :-1] + shift)
+    torch.testing.assert_close(built.known.gauge[1], gauge[1])
+    built.known.carry(before, 0.5 * before)
+    torch.testing.assert_close(built.known.gauge[1, :-1], (gauge[1, :-1] * 0.5).clamp(min=1e-2), rtol=0.01, atol=0.0)
+
+
+def test_a_model_left_without_images_is_whole(tmp_path: Path) -> None:
+    model = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge", "known": 0.9})).eval()
+    model.begin_task(["a"])
+    model.end_task()
+    model.save_pretrained(tmp_path / "new")
+    CDLForImageClassification.from_pretrained(tmp_path / "new")
+    pixels = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    model.add(pixels, ["a"] * 20)
+    model.begin_task(["c"])
+    model.remove("a", pixels)
+    model.save_pretrained(tmp_path / "left")
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "left").eval()
+    loaded.add(pixels, ["c"] * 20)
+    assert loaded(pixels).known.isfinite().all()
+
+
+def test_no_class_goes_from_a_head_without_sums(tmp_path: Path) -> None:
+    model = model_with(tmp_path)
+    model.drop_sums()
+    with pytest.raises(ValueError, match="head has no sums"):
+        model.remove("owl")
+    assert model.tasks == [["owl", "fox"]]

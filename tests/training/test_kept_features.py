@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers import make_backbone, make_data
 from transformers import AutoImageProcessor
@@ -52,17 +53,51 @@ def test_the_backbone_sees_every_image_once_and_the_answers_stay_the_same(tmp_pa
         assert found["counts"] == [len(task.test) for task in trainer.seen]
 
 
-def test_other_weights_make_other_features(tmp_path: Path) -> None:
+def scaled(model: Any) -> None:
+    with torch.no_grad():
+        next(model.backbone.parameters()).mul_(1.5)
+
+
+def scaled_as_data(model: Any) -> None:
+    next(model.backbone.parameters()).data.mul_(1.5)
+
+
+def replaced_as_data(model: Any) -> None:
+    weight = next(model.backbone.parameters())
+    weight.data = weight.data * 1.5
+
+
+@pytest.mark.parametrize("change", [scaled, scaled_as_data, replaced_as_data, torch.nn.Module.bfloat16])
+def test_other_weights_make_other_features(change: Any, tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "vit")
     stream = tasks_of(tmp_path, backbone)
     trainer = trainer_with(tmp_path / "out", backbone)
     trainer.learn(stream[0])
     trainer.answer(trainer.seen)
     seen = passes(trainer)
-    with torch.no_grad():
-        next(trainer.model.backbone.parameters()).mul_(1.5)
+    change(trainer.model)
     trainer.answer(trainer.seen)
     assert sum(seen) == len(stream[0].test)
+
+
+def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone)
+    trainer.learn(stream[0])
+    pixels = torch.randn(3, 3, 16, 16)
+    for unlearnt in (stream[1], [stream[1].test]):
+        with pytest.raises(ValueError, match="Give tasks of a stream"):
+            trainer.evaluate_seen(unlearnt)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unlearnt has .*, which was learnt; give tasks that come later"):
+        trainer.evaluate_seen([stream[0]])
+    for foreign in ([], "folder", stream[1], pixels):
+        with pytest.raises(ValueError, match="foreign takes a dataset with images"):
+            trainer.evaluate_seen([], foreign)
+    found = [
+        trainer.evaluate_seen([stream[1]], foreign) for foreign in (stream[2].test, [{"pixel_values": pixels[0]}])
+    ]
+    assert all({"unlearnt_auroc", "foreign_auroc"} <= result.known.keys() for result in found)
 
 
 def test_models_that_train_are_asked_again(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""What is fitted to images of earlier times, carried over to a head that has learnt since then.
+
+New classes change what a head says of images of earlier ones, and these are gone. But the sums say how such images
+look: normal ones about the means of classes. What the head says of some drawn ones, before and after, is the change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_cdl.heads.bits import movable
+
+_IMAGES = 512
+"""Images that are drawn, of all classes alike."""
+
+
+@torch.no_grad()
+def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Own features (N, D) and layers (N, 3, W) of images of learnt classes, by the sums that are solved."""
+    known, centres = head.known, head.of_classes("centre").double()[learnt(head)]
+    generator = torch.Generator().manual_seed(0)  # the same whenever a run goes on
+    noise = torch.randn(-(-_IMAGES // len(centres)), *centres.shape, dtype=torch.float64, generator=generator)
+    mapped = (noise.to(centres) + centres).flatten(0, 1)
+    within, mean, factors, means = (
+        movable(value).double() for value in (known.within, known.mean, known.layers, known.layer_means)
+    )
+    deep = torch.randn(len(factors), len(mapped), means.shape[1], dtype=torch.float64, generator=generator)
+    layers = torch.linalg.solve(factors, deep.to(mapped), left=False).transpose(0, 1) + means
+    return torch.linalg.solve(within, mapped, left=False) + mean, layers
+
+
+@torch.no_grad()
+def told(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
+    """The parts (N, 6) of the score of own features (N, D) and layers (N, 3, W), by classes that were learnt."""
+    own = learnt(head)
+    scores = head.mapped(x) @ head.of_classes("weight").to(x)[own].T
+    scores = scores if not head.has_bias else scores + head.of_classes("bias").to(x)[own]
+    return head.known.parts(x, layers, head.scaled(scores), head.of_classes("centre").to(x)[own])
+
+
+def learnt(head: Any) -> torch.Tensor:
+    """Which classes (C,) have been solved for."""
+    return head.of_classes("weight").any(dim=1)
