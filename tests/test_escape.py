@@ -183,6 +183,9 @@ COMMANDS: dict[str, list[str]] = {
     "card": ["{bad}"],
     "compare": ["{bad}"],
     "demo": ["{bad}"],
+    "evaluate": ["{bad}", "{bad}"],
+    "export": ["{bad}"],
+    "predict": ["{bad}", "{bad}"],
     "plan": ["{bad}/r.yaml"],
     "push": ["{bad}"],
     "shrink": ["{backbone}", "{bad}"],
@@ -190,6 +193,7 @@ COMMANDS: dict[str, list[str]] = {
     "verify": ["{bad}"],
     "hf_cdl/compare/test_split.py": ["{bad}", "variant", "unit"],
     "recipes/make_digits.py": ["{bad}"],
+    "recipes/make_foreign.py": ["{bad}"],
     "recipes/pretrain.py": ["--data", "{bad}", "--stream", "{bad}", "--output", "out"],
     "recipes/train.py": ["{bad}/r.yaml"],
 }

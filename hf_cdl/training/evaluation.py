@@ -92,7 +92,7 @@ class EvaluatingTrainer(TaskTrainer):
             for batch in self._loader(data):
                 found = {"logits": self.model(pixel_values=batch["pixel_values"]).logits}
                 found |= {"labels": batch["labels"]} if "labels" in batch else {}
-                parts.append(self.accelerator.gather_for_metrics(found))
+                parts.append(self._gathered(found))
         self.model.train(was_training)
         logits = torch.cat([part["logits"] for part in parts])
         if "labels" not in parts[0]:
@@ -120,9 +120,9 @@ class EvaluatingTrainer(TaskTrainer):
                 for name, logits in answers.items():
                     if logits is not None:
                         hit = logits[:, task.classes].argmax(dim=-1) == batch["labels"] - task.first_class
-                        hits.setdefault(name, []).append(self.accelerator.gather_for_metrics(hit))
+                        hits.setdefault(name, []).append(self._gathered(hit))
                 if self.compute_metrics is not None:
-                    said.append(self.accelerator.gather_for_metrics((student.logits, batch["labels"])))
+                    said.append(self._gathered((student.logits, batch["labels"])))
         self.model.train(was_training)
         metrics = {f"{prefix}_{name}accuracy": _percent(torch.cat(parts)) for name, parts in hits.items()}
         if said:
@@ -211,7 +211,7 @@ class EvaluatingTrainer(TaskTrainer):
         for output, batch in self._outputs(getattr(task, self.eval_split), title):
             own = judge(output.logits, batch["labels"], task.classes)
             own |= {} if output.known is None else {"known": output.known}
-            found.append(self.accelerator.gather_for_metrics(own))
+            found.append(self._gathered(own))
         return {name: torch.cat([batch[name] for batch in found]).cpu() for name in (found[0] if found else ())}
 
     def _outputs(self, split: Any, title: str, labelled: bool = True) -> Iterator[tuple[CDLOutput, dict[str, Any]]]:
@@ -229,6 +229,13 @@ class EvaluatingTrainer(TaskTrainer):
             yield output, batch
         if keep:
             self._kept_features.keep(split, found)
+
+    def _gathered(self, values: Any) -> Any:
+        """What all processes have of a batch, without images that were added to fill it up.
+
+        One process has all of it: gather_for_metrics would cut it to the rest of any loader that was left open.
+        """
+        return values if self.accelerator.num_processes == 1 else self.accelerator.gather_for_metrics(values)
 
     def _tell(
         self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, list[Any]], title: str
@@ -249,7 +256,7 @@ class EvaluatingTrainer(TaskTrainer):
             theirs: list[torch.Tensor] = []
             for split in splits:
                 for output, _ in self._outputs(split, f"{title} · {name}", labelled=False):
-                    gathered: Any = self.accelerator.gather_for_metrics(output.known)
+                    gathered: Any = self._gathered(output.known)
                     theirs.append(gathered.cpu())
             if theirs:
                 found |= {f"{name}_{key}": value for key, value in told_apart(known, torch.cat(theirs), least).items()}

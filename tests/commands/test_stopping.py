@@ -174,13 +174,15 @@ def test_a_command_that_begins_anew_says_so(command: Callable[..., list[str]], b
 
 
 TAKES = {
-    **dict.fromkeys(("add", "shrink", "correct", "remove"), ["a", "b"]),
+    **dict.fromkeys(("add", "shrink", "correct", "remove", "predict", "evaluate"), ["a", "b"]),
     **{"rename": ["a", "b", "c"], "merge": ["a", "b", "c", "--as", "d"]},
-    **{"make_digits": ["a"], "pretrain": ["--data", "a"]},
+    **{"make_digits": ["a"], "make_foreign": ["a"], "pretrain": ["--data", "a"]},
 }
 
 
-@pytest.mark.parametrize("name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/pretrain.py"])
+@pytest.mark.parametrize(
+    "name", [*VERBS, "recipes/train.py", "recipes/make_digits.py", "recipes/make_foreign.py", "recipes/pretrain.py"]
+)
 def test_every_command_listens(name: str) -> None:
     """Stopped while still importing, before the actual work."""
     program = [str(ROOT / name)] if name.startswith("recipes/") else ["-m", "hf_cdl", name]

@@ -109,3 +109,17 @@ def test_models_that_train_are_asked_again(tmp_path: Path) -> None:
     for _ in range(2):
         trainer.answer(trainer.seen)
     assert sum(seen) == 2 * len(stream[0].test)
+
+
+def test_a_loader_that_was_left_open_cuts_nothing(tmp_path: Path) -> None:
+    """Accelerate remembers it for the whole process, with the size of its last batch."""
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer = trainer_with(tmp_path / "out", backbone)
+    trainer.learn(stream[0])
+    before = trainer.answer(trainer.seen)
+    left_open: Any = iter(trainer.accelerator.prepare(torch.utils.data.DataLoader([*range(7)], batch_size=5)))  # type: ignore[arg-type]
+    assert [len(batch) for batch in (next(left_open), next(left_open))] == [5, 2]
+    assert trainer.accelerator.gradient_state.end_of_dataloader
+    assert trainer.answer(trainer.seen) == before
+    left_open.close()
