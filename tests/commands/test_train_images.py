@@ -90,7 +90,8 @@ def test_the_student_says_unknown_when_asked(first: tuple[Path, str]) -> None:
     place, _ = first
     files = [str(file) for file in sorted((place / "photos").rglob("*.png"))]
     student = str(place / "runs" / "photos" / "student")
-    plain, asked = (pipeline("image-classification", model=student, **options) for options in ({}, {"reject": 0.9}))
+    rejects: Any = {"reject": 0.9}
+    plain, asked = (pipeline("image-classification", model=student, **more) for more in ({}, rejects))
     answers = [(one[0]["label"], other[0]["label"]) for one, other in zip(plain(files), asked(files), strict=True)]
     kept = [one == other for one, other in answers]
     assert 0.75 <= sum(kept) / len(kept) < 1 and {"unknown"} == {b for a, b in answers if a != b}
