@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ Row = Mapping[str, str | float | None]
 _TABLES = (".parquet", ".arrow")
 _GROUP = 10_000
 """Rows that are kept until they are written to a parquet file together."""
+_END = "\r\n"
+"""The csv module quotes a cell for the characters that a line ends with alone, and readers end lines at both."""
 
 
 def files_of(places: Sequence[Path]) -> list[str]:
@@ -59,7 +63,8 @@ class CsvTable(Table):
 
     def __init__(self, file: Path | IO[str], columns: Sequence[str]):
         self.stream = file.open("w", newline="", encoding="utf-8") if isinstance(file, Path) else file
-        self.writer = csv.DictWriter(self.stream, columns, lineterminator="\n")
+        ends = SimpleNamespace(write=lambda line: self.stream.write(f"{line.removesuffix(_END)}\n"))
+        self.writer = csv.DictWriter(ends, columns, lineterminator=_END)
         self.writer.writeheader()
 
     def write(self, row: Row) -> None:
@@ -133,17 +138,32 @@ def _check_new_file(file: Path, endings: Sequence[str]) -> None:
         raise RunError(f"{shown} cannot be written: {visible(above)} is a file. Choose another folder.")
 
 
+def _check_still_new(file: Path) -> None:
+    if file.exists() or file.is_symlink():
+        raise RunError(
+            f"{visible(file)} has appeared while this command ran; it stays, and nothing was "
+            "written over it. Run this again with another name."
+        )
+
+
 @contextlib.contextmanager
 def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
-    """Yield other names to write to; at the end, and only without an error, the files get their own names."""
-    partial, made = [file.with_name(f".{file.name}.partial") for file in files], list[Path]()
+    """Yield other names to write to; at the end, and only without an error, the files get their own names.
+
+    Raises RunError if one of them has appeared meanwhile, as by the same command in another window.
+    """
+    partial = [file.with_name(f".{file.name}.{os.getpid()}.partial") for file in files]  # no other process's
+    made = list[Path]()
     try:
         for file in files:
             with saving(f"write {visible(file)}"):
                 made = [*make_folder(file.absolute().parent), *made]
         yield partial
-        for path, file in zip(partial, files, strict=True):
+        for path in partial:
             sync(path)
+        for file in files:
+            _check_still_new(file)
+        for path, file in zip(partial, files, strict=True):
             replace(path, file)
     finally:
         for path in partial:

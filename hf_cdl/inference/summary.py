@@ -53,9 +53,14 @@ class Summary:
         """Mean confidence in percent."""
         return 100 * self._sum / self.images
 
-    def spread(self) -> float:
-        """Standard deviation of the confidence in points."""
-        return 100 * math.sqrt(max(0.0, self._squares / self.images - (self._sum / self.images) ** 2))
+    def spread(self, mean: float) -> float:
+        """Standard deviation of the confidence in points, as far as so few images tell.
+
+        One more image counts, with the largest variance that a confidence of this `mean`, in percent, can have: a
+        single image, or a few that are alike, have next to none of their own, and any difference would seem proven.
+        """
+        own = max(0.0, self._squares - self._sum**2 / self.images)
+        return math.sqrt((100**2 * own + mean * (100 - mean)) / (self.images + 1))
 
     def lines(self, seconds: float, reference: Reference | str, share: float | None = None) -> Iterator[str]:
         """The summary in words; `reference`: what to compare with, or why there is nothing.
@@ -69,7 +74,7 @@ class Summary:
         most = self.classes.most_common(_SHOWN)
         more = len(self.classes) - len(most)
         said = ", ".join(f"{visible(name)} {count:,}" for name, count in most)
-        yield f"answers: {said}" + (f", and {more:,} more classes" if more else "")
+        yield f"answers: {said}" + (f", and {more:,} more" if more else "")
         yield self.compared(reference)
         if share is not None:
             yield self.told(1 - share)
@@ -77,11 +82,11 @@ class Summary:
     def told(self, expected: float) -> str:
         """The share of rejected images against that of images of known classes, in 0..1: more means others."""
         own = self.rejected / self.images
-        said = f"rejected as unknown: {100 * own:.1f} %, of images of its classes {100 * expected:.3g} %"
+        said = f"rejected as unknown: {100 * own:.1f} %; of images of its own classes {100 * expected:.3g} % would be"
         chance = 2 * math.sqrt(max(expected * (1 - expected), 1 / self.images) / self.images)
         if own > expected + chance:
             return f"{said}. Some of these images are of none of its classes, or look different from all it learnt."
-        return f"{said}. {'The difference may be chance' if own > expected else 'That is no more than of those'}."
+        return f"{said}. {'The difference may be chance' if own > expected else 'That is no more than expected'}."
 
     def compared(self, reference: Reference | str) -> str:
         """The confidence against that on images whose accuracy is known: lower means that these images differ."""
@@ -93,7 +98,7 @@ class Summary:
             f"; on the run's own {reference.split} images ({reference.images:,}{before}): {reference.confidence:.1f} %"
         )
         gap = self.confidence - reference.confidence
-        chance = 2 * self.spread() * math.sqrt(1 / self.images + 1 / reference.images)
+        chance = 2 * self.spread(reference.confidence) * math.sqrt(1 / self.images + 1 / reference.images)
         if abs(gap) <= chance:
             return f"{said}. The difference may be chance."
         if gap <= -_APART:

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from hf_cdl.data.images import decode
 from hf_cdl.inference import answering
 from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.contact_sheet import ContactSheet
-from hf_cdl.inference.files import files_of
+from hf_cdl.inference.files import TABLES, appearing_when_whole, files_of
 from hf_cdl.inference.students import find_student
 from hf_cdl.inference.summary import Reference, Summary, reference_of
 from hf_cdl.runs.files import RunError
@@ -156,6 +158,38 @@ def test_with_strict_nothing_is_written(run: Path, photos: Path, command: Comman
     assert sorted(photos.parent.rglob("*")) == before
 
 
+def test_a_name_with_any_end_of_line_is_one_cell_in_csv(tmp_path: Path) -> None:
+    names = ["car\rriage.png", "line\nbreak.png", "both\r\n.png", "plain.png"]
+    table = TABLES[".csv"](tmp_path / "a.csv", ["image", "label"])
+    for name in names:
+        table.write({"image": name, "label": "a, b"})
+    table.close()
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as lines:
+        assert [[*row.values()] for row in csv.DictReader(lines)] == [[name, "a, b"] for name in names]
+    assert (tmp_path / "a.csv").read_bytes().startswith(b"image,label\n")
+
+
+def test_a_file_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
+    """Two processes that write the same file: the first to end has it, and the other one says so."""
+    out = [tmp_path / "new" / "a.csv", tmp_path / "new" / "b.csv"]
+    with pytest.raises(RunError, match="b.csv has appeared while this command ran"), appearing_when_whole(out) as mine:
+        for path in mine:
+            path.write_text("mine")
+        other = subprocess.run([sys.executable, "-c", OTHER, str(out[1])], capture_output=True, text=True)
+        assert other.returncode == 0, other.stderr
+        assert [path.read_text() for path in mine] == ["mine", "mine"]
+    assert out[1].read_text() == "theirs" and [*out[1].parent.iterdir()] == [out[1]]
+
+
+OTHER = """
+import sys
+from pathlib import Path
+from hf_cdl.inference.files import appearing_when_whole
+with appearing_when_whole([Path(sys.argv[1])]) as (path,):
+    path.write_text("theirs")
+"""
+
+
 def test_names_that_are_no_utf8_and_folders_named_twice(run: Path, tmp_path: Path, command: Command) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -223,12 +257,12 @@ def test_what_is_rejected_is_what_the_pipeline_rejects(
     count = sum(row["label"] == UNKNOWN for row in rows)
     assert 0 < count and outs[1].read_text().count('<figure class="unknown">') == count
     share = 0.9 if share is None else share
-    said = f"rejected as unknown: {10 * count:.1f} %, of images of its classes {100 * (1 - share):.3g} %"
+    said = f"rejected as unknown: {10 * count:.1f} %; of images of its own classes {100 * (1 - share):.3g} % would be"
     assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("rejected", "says"), [(40, "none of its classes"), (6, "may be chance"), (5, "no more than of those")]
+    ("rejected", "says"), [(40, "none of its classes"), (6, "may be chance"), (5, "no more than expected")]
 )
 def test_the_share_of_rejected_images_in_words(rejected: int, says: str) -> None:
     found = Summary()
@@ -262,6 +296,12 @@ def test_confidence_is_compared_with_that_of_the_run(confidence: float, count: i
     said = summary(confidence, count).compared(Reference(74.0, 1000, "test", 0))
     assert f"mean confidence: {100 * confidence:.1f} %; on the run's own test images (1,000): 74.0 %" in said
     assert says in said
+
+
+@pytest.mark.parametrize(("count", "says"), [(1, "may be chance"), (5, "may be chance"), (400, "look different")])
+def test_a_few_images_that_are_alike_prove_nothing(count: int, says: str) -> None:
+    """Their own deviation is none."""
+    assert says in summary(0.5519, count, spread=0.0).compared(Reference(66.9, 120, "test", 0))
 
 
 def test_a_student_changed_since_is_said_to_be() -> None:
@@ -298,7 +338,7 @@ def test_the_least_sure_come_first_and_others_are_left_out(tmp_path: Path) -> No
     page = sheet(tmp_path, most=5)
     shown = page.split("The least sure first")[-1]
     assert re.findall(r'<span title="&lt;b&gt;class (\d)&lt;/b&gt;">', shown) == [*"16543"]  # 1 is rejected
-    assert shown.count('<figure class="unknown">') == 1 and "Before all come those that are answered" in shown
+    assert shown.count('<figure class="unknown">') == 1 and "First come those that are answered" in shown
     assert "The 5 images with the lowest confidence; the other 2 are left out." in page
     assert page.count("data:image/jpeg;base64,") == 4 and page.count("cannot be read any more") == 1
     assert len(page) < 120_000
