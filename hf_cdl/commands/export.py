@@ -85,10 +85,10 @@ def export(options: argparse.Namespace) -> None:
         facts = _facts(options, student, file, images, found, partial.stat().st_size, size)
         facts["latency_ms"], facts["latency_before_ms"] = latencies(session, own, size)
     _put_beside(file, facts)
-    say(*_words(file, facts, rounded), sep="\n")
+    say(*_words(file, facts, rounded, images.labels), sep="\n")
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
         say(f"in the student's model card: {stopping.command('card', root)}")
-    _warn(facts, options.size is not None)
+    _warn(facts, None if options.size is None else min(output_size(processor)))
 
 
 def _run_of(student: Student) -> Path | None:
@@ -215,7 +215,7 @@ def _put_beside(file: Path, facts: dict[str, Any]) -> None:
     add_export(file.parent, facts)
 
 
-def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
+def _words(file: Path, facts: dict[str, Any], rounded: float, labels: np.ndarray) -> list[str]:
     lines = [
         f"{visible(file)}: {facts['bytes'] / 1e6:.1f} MB, {facts['precision']}, images of "
         f"{facts['height']}x{facts['width']} pixels",
@@ -223,11 +223,16 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
         f"answers; logits differ by at most {facts['logit_difference']:.1e} of the largest",
     ]
     if "same_unknown" in facts:
-        lines.append(f"with --reject: {facts['same_unknown']:.1f} % of them are unknown, or not, to both")
+        lines.append(f"with --reject: both agree whether it is unknown for {facts['same_unknown']:.1f} % of them")
+    told = int((labels >= 0).sum())
+    part = "" if told == len(labels) else f", on the {told:,} of them in folders called like a class of the student"
     if facts["accuracy"] is not None:
-        lines.append(f"accuracy: {facts['accuracy_before']:.1f} % before, {facts['accuracy']:.1f} % in the file")
+        lines.append(f"accuracy: {facts['accuracy_before']:.1f} % before, {facts['accuracy']:.1f} % in the file{part}")
     else:
-        lines.append("accuracy: not measured, these images have no labels; give some with --images FOLDER")
+        lines.append(
+            "accuracy: not measured, these images have no labels that the student knows; give some, in folders called "
+            "like its classes, with --images FOLDER"
+        )
     speed = facts["latency_before_ms"] / facts["latency_ms"]
     lines.append(
         f"one image takes {facts['latency_ms']:.1f} ms, torch {facts['latency_before_ms']:.1f} ms: {speed:.2f} times "
@@ -242,11 +247,11 @@ def _words(file: Path, facts: dict[str, Any], rounded: float) -> list[str]:
     return [*lines, f"on the device: python {visible(script)} {visible(file)} IMAGE ..."]
 
 
-def _warn(facts: dict[str, Any], sized: bool) -> None:
-    """Say that a file loses too much accuracy, and what keeps more."""
+def _warn(facts: dict[str, Any], trained: int | None) -> None:
+    """Say that a file loses too much accuracy, and what keeps more; `trained`: the side, if another was asked for."""
     lost = (facts["accuracy_before"] or 0) - (facts["accuracy"] or 0)
     if lost > _POINTS:
-        ways = ["a larger --size"] if sized else []
+        ways = [f"a --size nearer to {trained}"] if trained not in (None, facts["height"]) else []
         ways += {"int8": ["--fp16 in place of --int8"], "fp16": ["no --fp16"]}.get(facts["precision"], [])
         said = f"warning: the file loses {lost:.1f} points of accuracy, more than {_POINTS}."
         print(f"{said} What keeps more: {' or '.join(ways)}.", file=sys.stderr)

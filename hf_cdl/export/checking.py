@@ -75,35 +75,37 @@ def compare(
 ) -> Compared:
     """Compare a session with the model of its own size, and with the one before any change of size.
 
-    `images(i)` is image i in RGB, `labels` (N,) the index of its class, -1 if it is not known.
+    `images(i)` is image i in RGB, `labels` (N,) the index of its class, -1 if it is not known. The session has one
+    image at a time, as the script gives it: activations of 8 bits are scaled by the largest of all that come together.
     """
     ours, theirs, answers = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, len(labels), _BATCH):
         batch = [images(i) for i in range(start, min(start + _BATCH, len(labels)))]
-        logits, _, *known = session.run(None, {"pixels": np.stack([fit(image, steps) for image in batch])})
+        one_by_one = [session.run(None, {"pixels": fit(image, steps)[None]}) for image in batch]
+        logits, _, *known = map(np.concatenate, zip(*one_by_one, strict=True))
         expected = own.outputs(batch)
         ours.append(np.column_stack([logits, *known]))
         theirs.append(np.column_stack(expected))
-        answers.append((expected if before is own else before.outputs(batch))[0].argmax(axis=1))
-    found, expected, first = map(np.concatenate, (ours, theirs, answers))
+        answers.append(np.column_stack(expected if before is own else before.outputs(batch)))
+    found, expected, said = map(np.concatenate, (ours, theirs, answers))
     classes, told = own.model.config.num_labels, labels >= 0
-    chosen = found[:, :classes].argmax(axis=1)
+    chosen, first = found[:, :classes].argmax(axis=1), said[:, :classes].argmax(axis=1)
     return Compared(
         images=len(labels),
         difference=_apart(found[:, :classes], expected[:, :classes]),
         same=_percent(chosen == first),
         accuracy=_percent((chosen == labels)[told]) if told.any() else None,
         accuracy_before=_percent((first == labels)[told]) if told.any() else None,
-        **_of_known(own.model, found[:, classes:], expected[:, classes:]),
+        **_of_known(own.model, *(values[:, classes:] for values in (found, expected, said))),
     )
 
 
-def _of_known(model: Any, found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+def _of_known(model: Any, found: np.ndarray, expected: np.ndarray, before: np.ndarray) -> dict[str, Any]:
     """What is compared of `known` (N, 1), if it is told (N, 0 otherwise)."""
     if not (about := unknown_of(model)) or not found.size:
         return {}
     threshold = about["unknown"]["threshold"]
-    same = _percent((found < threshold) == (expected < threshold))
+    same = _percent((found < threshold) == (before < threshold))
     return {"known_difference": _apart(found, expected), "same_unknown": same}
 
 

@@ -127,4 +127,4 @@ def _same(path: str, other: str) -> bool:
 def numbers_of(labels: Sequence[str], known: Sequence[str]) -> np.ndarray:
     """The model's number of each label's class; -1 where it knows none of that name."""
     places = {nfc(name): number for number, name in enumerate(known)}
-    return np.array([places.get(label, -1) for label in labels], dtype=np.int64)
+    return np.array([places.get(nfc(label), -1) for label in labels], dtype=np.int64)

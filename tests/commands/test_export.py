@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,13 @@ from transformers import (
 
 from hf_cdl import CDLForImageClassification
 from hf_cdl.commands.card import main as card
+from hf_cdl.commands.export import _warn as warn
+from hf_cdl.commands.export import _words as words_of
 from hf_cdl.commands.export import main as export
 from hf_cdl.commands.train import main as train
+from hf_cdl.export import classify
 from hf_cdl.export import graph as graphs
-from hf_cdl.export.checking import Model, opened
+from hf_cdl.export.checking import Model, compare, opened
 from hf_cdl.export.graph import onnx_graph, prepared
 from hf_cdl.export.preprocessing import check_steps, resized, steps_of
 from hf_cdl.export.weights import int8
@@ -40,6 +44,7 @@ from hf_cdl.heads import HEADS
 from hf_cdl.heads.linear import LinearHead
 from hf_cdl.hub.card.text import exports
 from hf_cdl.hub.content import results_after
+from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.runs.results import run_results
 
 onnx = pytest.importorskip("onnx", reason="needs the extra 'export'")
@@ -213,6 +218,78 @@ def test_another_size_keeps_the_share_that_is_cropped_away() -> None:
     assert dict(made.size)["shortest_edge"] == 48 and dict(made.crop_size) == {"height": 42, "width": 42}
     with pytest.raises(ValueError, match="--size 24"):
         resized(PROCESSORS["vit"], 24)
+
+
+def test_the_comparison_is_of_what_the_script_does(tmp_path: Path) -> None:
+    """Images one at a time, which 8 bits depend on; what is unknown is asked of the student as it was trained."""
+    seen: list[int] = []
+
+    class Session:
+        def run(self, _: Any, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+            seen.append(len(inputs["pixels"]))
+            value = inputs["pixels"].mean(axis=(1, 2, 3))
+            return [np.stack([value, 100 - value], axis=1), value[:, None], value]
+
+    class Student:
+        config, head = SimpleNamespace(num_labels=2), SimpleNamespace(config=SimpleNamespace(known=0.95))
+
+        def __init__(self, shift: float):
+            self.shift = shift
+            self.head.known = SimpleNamespace(fitted=True, threshold=lambda _: 50.0, quantiles=torch.zeros(1))
+
+        def __call__(self, pixel_values: torch.Tensor) -> Any:
+            value = pixel_values.mean(dim=(1, 2, 3)) * 255
+            return SimpleNamespace(logits=torch.stack([value, 100 - value], dim=1), known=value + self.shift)
+
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8}, do_normalize=False)
+    own, before = Model(Student(0.0), processor), Model(Student(30.0), processor)
+    levels = [10, 30, 40, 60, 90]
+    images = [Image.new("RGB", (8, 8), (level,) * 3) for level in levels]
+    steps = steps_of(processor)
+    found = compare(Session(), own, before, steps, images.__getitem__, np.full(len(levels), -1))
+    assert seen == [1] * len(levels) and found.same_unknown == 60  # 30 and 40 were known to the student
+    assert compare(Session(), own, own, steps, images.__getitem__, np.zeros(5, int)).same_unknown == 100
+
+
+def test_labels_are_compared_by_their_letters_not_their_bytes() -> None:
+    assert numbers_of(["cafe\u0301", "caf\u00e9", "tea"], ["tea", "caf\u00e9"]).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("labels", "says"), [([0, -1, 1], "on the 2 of them in folders"), ([0, 1, 1], "in the file")])
+def test_the_accuracy_says_of_how_many_images_it_is(labels: list[int], says: str) -> None:
+    facts = {"bytes": 1e6, "precision": "fp32", "height": 8, "width": 8, "images": 3, "images_of": "images in x"}
+    facts |= {"same_answers": 100.0, "logit_difference": 0.0, "accuracy": 50.0, "accuracy_before": 50.0}
+    facts |= {"latency_ms": 1.0, "latency_before_ms": 1.0, "machine": "cpu"}
+    line = next(line for line in words_of(Path("a.onnx"), facts, 0.0, np.array(labels)) if line.startswith("accuracy"))
+    assert says in line and ("folders" in line) == (-1 in labels)
+
+
+@pytest.mark.parametrize(("side", "says"), [(96, "a --size nearer to 48"), (24, "a --size nearer to 48")])
+def test_a_size_above_the_trained_one_is_not_told_to_grow(
+    side: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warn({"accuracy_before": 55.0, "accuracy": 49.0, "precision": "fp32", "height": side}, 48)
+    assert f"What keeps more: {says}." in capsys.readouterr().err
+
+
+def test_the_script_goes_on_after_an_image_that_cannot_be_read(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export([str(place), "--out", str(tmp_path / "a.onnx")]) == 0
+    picture(1, 1, 40).save(tmp_path / "good.png")
+    picture(1, 1, 40).save(tmp_path / "program.eps")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(tmp_path / "float.tif")
+    names = ["bad.png", "float.tif", "program.eps", "gone.png", "good.png"]
+    capsys.readouterr()
+    assert classify.main(str(tmp_path / "a.onnx"), *(str(tmp_path / name) for name in names)) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == names
+    assert ["error" in line for line in lines] == [True, True, True, True, False]
+    assert "a program that would be run" in lines[2]["error"]
+    for words in ((), ("a.onnx",), ("-h",), ("a.onnx", "good.png", "--rejct")):
+        with pytest.raises(SystemExit, match="python classify.py FILE.onnx IMAGE"):
+            classify.main(*words)
 
 
 # ---- a run ----
