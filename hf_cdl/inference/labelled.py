@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
-from hf_cdl.data import TaskStream
 from hf_cdl.data.cells import Cells, cells_of
 from hf_cdl.data.images import MAX_PIXELS, Decoded, readable
 from hf_cdl.data.loading import load_splits, read_labels
 from hf_cdl.data.names import nfc, some
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
+from hf_cdl.inference.learnt_images import learnt_rows
 from hf_cdl.inference.students import Student
-from hf_cdl.recipe import build_recipe, untrained
-from hf_cdl.runs.ledger import labelled_part
+from hf_cdl.runs.files import RunError
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def read_labelled(
 
     `image`, `label`: the columns that hold them, if it is not clear which.
 
-    Of the data that the student's run learnt from, images that it learnt are left out, unless the split is named.
+    Images that the student learnt, as far as they are known, are left out, unless the split is named.
     Raises ValueError if there are none, and for labels without a name.
     """
     found = load_splits(path, None, None, [named], label)
@@ -73,7 +71,7 @@ def read_labelled(
     data = table.with_format(None).select_columns([image]).cast_column(image, ImageFeature(decode=False))
     labels = [nfc(names[number]) for number in numbers["train"]]
     images = Labelled(data, labels, [*map(nfc, names)], cells_of(path, MAX_PIXELS), split, notes)
-    return images if named is not None else _without_learnt(images, path, student)
+    return _without_learnt(images, path, student, named is not None)
 
 
 def _chosen(found: Any, named: str | None) -> str:
@@ -87,23 +85,17 @@ def _chosen(found: Any, named: str | None) -> str:
     return (usual or [*found])[0]
 
 
-def _without_learnt(images: Labelled, path: str, student: Student) -> Labelled:
-    """The images but for those that the student's run learnt from, if these are its data and were not split."""
-    recipe = (student.results or {}).get("recipe", {})
-    own = recipe["data"].get("path") if isinstance(recipe.get("data"), dict) else None
-    if not isinstance(own, str) or not _same(path, own):
-        return images
+def _without_learnt(images: Labelled, path: str, student: Student, asked: bool) -> Labelled:
+    """The images but for those that the student learnt; if their split is `asked` for, they stay, with a note."""
     try:
-        built = build_recipe(untrained(recipe))
-        stream = TaskStream(built.data.labelled, {}, seed=built.seed)
-        same = stream.fingerprint == labelled_part((student.results or {}).get("stream"))
-        parts: list[Any] = [task.train for task in stream]
-        learnt = {int(row) for part in parts for row in part.rows if part.name == images.split}
-    except (OSError, ValueError) as error:
+        learnt, same = learnt_rows(images.table, images.cells, images.split, path, student)
+    except (OSError, ValueError, RunError) as error:
         reason = readable(str(error).splitlines()[0], 200)
         return _noted(images, f"these are the data that it learnt from, and which of them is not known ({reason})")
     if not learnt:
         return images
+    if asked:
+        return _noted(images, f"{len(learnt):,} of these images it learnt from, so its accuracy on them says little")
     kept = [row for row in range(len(images.labels)) if row not in learnt]
     changed = "" if same else "; the data have changed since, so some of these may be left"
     if not kept:
@@ -116,12 +108,6 @@ def _without_learnt(images: Labelled, path: str, student: Student) -> Labelled:
 
 def _noted(images: Labelled, note: str) -> Labelled:
     return replace(images, notes=[*images.notes, note])
-
-
-def _same(path: str, other: str) -> bool:
-    """Whether two paths are the same folder, or two Hub ids the same."""
-    places = Path(path).expanduser(), Path(other).expanduser()
-    return path == other or (all(place.is_dir() for place in places) and places[0].samefile(places[1]))
 
 
 def numbers_of(labels: Sequence[str], known: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 
 from hf_cdl import CDLForImageClassification, StreamConfig, TaskStream
 from hf_cdl.commands import evaluate as evaluate_command
+from hf_cdl.commands.add import main as add
 from hf_cdl.commands.train import main as train
 from hf_cdl.inference.measuring import Measured, common
 from hf_cdl.recipe.build import load_processor
@@ -91,6 +94,38 @@ def test_images_that_it_learnt_are_left_out(
     assert found["images"] == 6 and found["accuracy"] == pytest.approx(of(Path("runs/held"))["accuracy_matrix"][0][0])
     assert command("evaluate", "runs/held", "photos", "--split", "train", "--out", "all") == 0
     assert json.loads(Path("all/evaluation.json").read_text())["revisions"]["task-01"]["images"] == 24
+    assert "18 of these images it learnt from, so its accuracy on them says little\n" in capsys.readouterr().out
+
+
+def test_images_that_it_learnt_are_known_in_a_part_of_its_data_and_after_a_change(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = tmp_path / "photos", tmp_path / "run"
+    for label, number in itertools.product(range(2), range(12)):
+        folder = data / ("test" if number > 7 else "train") / f"class {'ab'[label]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(label, number).save(folder / f"{number}.png")
+    words = ["--backbone", str(make_backbone(tmp_path / "backbone")), "--baselines", "[]", "--train.use_cpu", "true"]
+    head = "{type: ridge, scale: auto, strength: auto}"
+    assert train([str(data), *words, "--student.head", head, "--output_dir", str(run)]) == 0
+    capsys.readouterr()
+    assert command("evaluate", run, data / "train", "--out", tmp_path / "a") == 2
+    assert "were learnt by the student" in capsys.readouterr().err and not (tmp_path / "a").exists()
+    assert command("evaluate", run, data / "test", "--out", tmp_path / "b") == 0
+    assert "learnt from" not in capsys.readouterr().out
+    changed, more = tmp_path / "changed", tmp_path / "more"
+    shutil.copytree(run, changed)
+    for number in range(4):
+        (more / "class a").mkdir(parents=True, exist_ok=True)
+        picture(0, 900 + number).save(more / "class a" / f"{number}.png")
+    assert add([str(changed), str(more)]) == 0
+    picture(0, 990).save(more / "class a" / "new.png")
+    capsys.readouterr()
+    assert command("evaluate", changed, more, "--out", tmp_path / "c") == 0
+    assert "4 images that it learnt from are left out\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "c" / "evaluation.json").read_text())["revisions"]["task-02"]["images"] == 1
+    assert command("evaluate", changed, more, "--revision", "task-01", "--out", tmp_path / "d") == 0
+    assert "learnt from" not in capsys.readouterr().out
 
 
 def test_classes_and_images_that_do_not_count_are_said(
