@@ -54,7 +54,7 @@ class OnDevice(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
         kind = model.config.problem_type
-        one = kind is None and model.config.num_labels == 1
+        one = model.config.num_labels == 1
         self.sigmoid, self.plain = one or kind == "multi_label_classification", kind == "regression"
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -251,6 +251,22 @@ def test_the_comparison_is_of_what_the_script_does(tmp_path: Path) -> None:
     assert compare(Session(), own, own, steps, images.__getitem__, np.zeros(5, int)).same_unknown == 100
 
 
+@pytest.mark.parametrize("kind", [None, "single_label_classification"])
+@pytest.mark.parametrize("names", [["ant"], ["ant", "bee"]])
+def test_scores_are_the_pipeline_s_of_any_number_of_classes(
+    kind: str | None, names: list[str], tmp_path: Path
+) -> None:
+    model = CDLForImageClassification.from_backbone(make_backbone(tmp_path / "backbone"))
+    model.begin_task(names)
+    model.config.problem_type = kind
+    processor, image = ViTImageProcessorPil(size={"height": 16, "width": 16}), picture(1, 1, 16)
+    with torch.no_grad():
+        _, scores = prepared(model, processor)(torch.from_numpy(np.asarray(image).copy())[None])
+    answers = pipeline("image-classification", model=model.eval(), image_processor=processor)(image)
+    expected = {answer["label"]: pytest.approx(answer["score"], abs=1e-5) for answer in answers}
+    assert dict(zip(names, scores[0].tolist(), strict=True)) == expected
+
+
 def test_labels_are_compared_by_their_letters_not_their_bytes() -> None:
     assert numbers_of(["cafe\u0301", "caf\u00e9", "tea"], ["tea", "caf\u00e9"]).tolist() == [1, 1, 0]
 
