@@ -85,8 +85,14 @@ def outputs(
 ) -> Iterator[Batch]:
     """Yield the model's outputs for all images, in order. `bar.update(n)` is told how many are done.
 
-    `workers`: processes that decode; 0: this one does; None: as many as the machine has use for.
+    `workers`: processes that decode; 0: this one does; None: as many as the machine has use for. Raises ValueError for
+    a model whose outputs are no classes.
     """
+    if getattr(model.config, "problem_type", None) == "regression":
+        raise ValueError(
+            "The model's config.json says problem_type: regression, so it answers with numbers, not with classes. "
+            "Give a classifier; transformers' pipeline shows such numbers."
+        )
     device: Any = PartialState().device
     model.to(device)
     workers = useful_workers(math.ceil(len(images) / batch_size)) if workers is None else workers

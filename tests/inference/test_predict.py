@@ -120,6 +120,16 @@ def test_answers_of_a_plain_classifier_are_those_of_the_pipeline(photos: Path, c
             assert row["score"] == pytest.approx(expected[0]["score"], abs=1e-5)
 
 
+def test_a_model_that_tells_numbers_and_no_classes_is_refused(photos: Path, command: Command, capsys: Any) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3, problem_type="regression")
+    ViTForImageClassification(config).save_pretrained(photos.parent / "plain")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(photos.parent / "plain")
+    out = photos.parent / "a.csv"
+    assert command("predict", photos.parent / "plain", photos, "--out", out, "--workers", 0) == 2
+    assert "problem_type: regression" in capsys.readouterr().err and not out.exists()
+
+
 def test_all_tables_have_the_same_rows_and_the_summary_is_said(
     run: Path, photos: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
