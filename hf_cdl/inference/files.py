@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,7 +63,7 @@ class CsvTable(Table):
 
     def __init__(self, file: Path | IO[str], columns: Sequence[str]):
         self.stream = file.open("w", newline="", encoding="utf-8") if isinstance(file, Path) else file
-        ends = SimpleNamespace(write=lambda line: self.stream.write(f"{line.removesuffix(_END)}\n"))
+        ends: Any = SimpleNamespace(write=lambda line: self.stream.write(f"{line.removesuffix(_END)}\n"))
         self.writer = csv.DictWriter(ends, columns, lineterminator=_END)
         self.writer.writeheader()
 
