@@ -76,10 +76,11 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     to each other) and the new rows, not yet normalised. All projections are of the original draw; rows are normalised
     only at the end. With more rows than dimensions a draw can vanish; it is then kept as drawn.
     """
-    rows = list(earlier)
-    for draw in draws:
-        new = draw.clone()
-        for row in rows:
-            new = new - (draw @ row) / (row @ row).clamp_min(1e-24) * row
-        rows.append(new if new.norm() > 1e-6 * draw.norm() else draw)
-    return F.normalize(torch.stack(rows[len(earlier) :]), dim=-1)
+    squares = earlier.square().sum(dim=1).clamp_min(1e-24)
+    found: list[torch.Tensor] = []
+    for draw, new in zip(draws, draws - (draws @ earlier.T / squares) @ earlier, strict=True):
+        if found:
+            before = torch.stack(found)
+            new = new - (before @ draw / before.square().sum(dim=1).clamp_min(1e-24)) @ before
+        found.append(new if new.norm() > 1e-6 * draw.norm() else draw)
+    return F.normalize(torch.stack(found), dim=-1)

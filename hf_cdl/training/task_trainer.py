@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -295,16 +294,3 @@ class TaskTrainer(SteeredTrainer):
         """
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         return {**trained, **dict(self.model.named_buffers())}
-
-
-def peak_memory() -> int:
-    """Peak memory in bytes: of this phase on the GPU, or of the whole process so far on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -37,8 +37,8 @@ from hf_cdl.training.checking import (
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
+from hf_cdl.training.memory import kept_apart, peak_memory
 from hf_cdl.training.progress import PhaseProgress
-from hf_cdl.training.task_trainer import peak_memory
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
@@ -148,10 +148,11 @@ class CDLTrainer(EvaluatingTrainer):
         for task in to_learn:
             self._check_learnable(task)
         start, self._total = time.time(), Total()
-        for task in to_learn:
-            self.learn(task)
-            if self.run is not None:
-                self.evaluate_seen()
+        with kept_apart():
+            for task in to_learn:
+                self.learn(task)
+                if self.run is not None:
+                    self.evaluate_seen()
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
