@@ -133,7 +133,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         rows = measured(Path(work), asked.head, asked.tasks, asked.classes)
     print(shown(rows))
-    print(f"{asked.head} head, {asked.classes} classes a task, {TRAIN} training images each; torch {torch.__version__}")
+    print(
+        f"{asked.head} head, {asked.classes} classes a task, {TRAIN} training images each; torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

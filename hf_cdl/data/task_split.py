@@ -74,6 +74,14 @@ class TaskSplit:
                 item[name] = p
         return [self._labelled(item, i) for item, i in zip(items, indices, strict=True)]
 
+    @property
+    def identity(self) -> dict[str, tuple[int, int, int]]:
+        """What tells the pixel values of this split, by their name, from all others that live at the same time.
+
+        Beside it, an image is told by its row, and by its view if it is an augmented one.
+        """
+        return {name: (id(self.data), id(view), self.task) for name, view in self._pixel_values().items()}
+
     def _sample(self, index: int) -> int:
         """What identifies a sample in augmentation."""
         return int(self.rows[index])
