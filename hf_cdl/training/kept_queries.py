@@ -1,8 +1,8 @@
 """Queries of frozen backbones, kept by batch while the process goes on.
 
-A teacher and the student that shares its query train on the same views of a task's images in the same batches, and
-after every task evaluation asks about the same images again. Nothing trains what a query comes from, so each is
-computed once. Only a whole batch is found again: beside other images the last bits of a query could differ.
+The roles of a run train on the same views of a task's images in the same batches, and after every task evaluation asks
+about the same images again. Nothing trains what a query comes from, so each is computed once; of a model without
+prompts it is the whole pass. Only a whole batch is found again: beside other images its last bits could differ.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hf_cdl.types import Task
 _MOST = 2**29
 """Bytes that are kept; queries beyond them are computed again."""
 
-_OF: WeakKeyDictionary[nn.Module, KeptQueries] = WeakKeyDictionary()
+_OF: WeakKeyDictionary[Any, KeptQueries] = WeakKeyDictionary()
 
 Query = Callable[[torch.Tensor, Any], torch.Tensor]
 """Of pixel values (B, 3, H, W), and what identifies the images, a query (B, D_q), without gradient."""
 
 
 class KeptQueries:
-    """What a model and its teacher, if it has one, keep together."""
+    """What the models of a run keep together."""
 
     def __init__(self) -> None:
         self._weights: list[tuple[ReferenceType[nn.Module], tuple[Any, ...]]] = []
@@ -52,7 +52,7 @@ class KeptQueries:
 
     def reader(self, model: Any) -> Query | None:
         """What gives a model's queries while its weights stay; None if they must be computed in every pass."""
-        if not getattr(model, "needs_query", False) or not hasattr(model, "query_backbone"):
+        if not getattr(model, "reads_query", False):  # a user's own model need not know of queries
             return None
         backbone = asked_backbone(model)
         if any(parameter.requires_grad for parameter in backbone.parameters()):
@@ -90,9 +90,9 @@ class KeptQueries:
         return len(self._weights) - 1
 
 
-def kept_with(model: nn.Module, teacher: nn.Module | None) -> KeptQueries:
-    """What is kept for a model and its teacher: the same object for the trainers of both."""
-    return _OF.setdefault(model if teacher is None else teacher, KeptQueries())
+def kept_with(*owners: Any) -> KeptQueries:
+    """What is kept for the first of these that is not None, a run or a model; trainers with the same one share it."""
+    return _OF.setdefault(next(owner for owner in owners if owner is not None), KeptQueries())
 
 
 def asked_backbone(model: Any) -> nn.Module:

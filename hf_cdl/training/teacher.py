@@ -132,11 +132,14 @@ class Teacher:
         """
         if not self.teaches_terms:
             return None
+        hidden = self.objective.hidden_states("teacher") or None
+        if hidden and getattr(self.model, "is_plain", False):
+            read = None  # its states need the pass that a query would save
         asked = {
             "pixel_values": self._pixels(batch),
             "query": query if self.shares_query(batch) else self._own_query(batch, read),
             "task_id": task_id,
-            "output_hidden_states": self.objective.hidden_states("teacher") or None,
+            "output_hidden_states": hidden,
         }
         with torch.no_grad(), self._autocast():
             answer = self.model(**asked)

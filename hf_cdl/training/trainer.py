@@ -111,7 +111,7 @@ class CDLTrainer(EvaluatingTrainer):
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
         self.teacher.place(self.accelerator)
-        self._kept_queries = kept_with(self.model, self.teacher.model)
+        self._kept_queries = kept_with(self.run, self.teacher.model, self.model)
         self._read_queries()
         args, run = self.args, self.run
         self._phase = PhaseProgress(lambda **shown: self._bar(self._title(self.seen[-1]), **shown), self._set_epoch)
@@ -334,12 +334,13 @@ class CDLTrainer(EvaluatingTrainer):
 
         Images behind those with `labels` have none.
         """
-        pixels, query, read = batch["pixel_values"], None, self._own_query
-        if self.objective.needs_query or self.teacher.shares_query(batch) or (read and "images" in batch):
+        pixels, query = batch["pixel_values"], None
+        hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
+        known = self._own_query is not None and "images" in batch and not (hidden and self.model.is_plain)
+        if known or self.objective.needs_query or self.teacher.shares_query(batch):
             with torch.no_grad(), self.accelerator.autocast():
                 query = self._query(batch)
         teacher = self.teacher.answer(batch, query, task_id, self._teachers_query)
-        hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
         more = {"labelled": labelled} if labelled < len(pixels) else {}  # a user's own model need not know it
         student: CDLOutput = model(
             pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more

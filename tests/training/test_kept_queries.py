@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoImageProcessor
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.data import StreamConfig
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.runs.run import Run
 from hf_cdl.training import kept_queries
 
 PROMPT = {"type": "coda", "components": 2, "length": 4, "layers": [0, 1]}
@@ -89,6 +91,31 @@ def test_the_student_computes_none_that_its_teacher_has_asked_for(tmp_path: Path
     student.answer(student.seen)
     assert sum(asked[0]) == before
     assert sum(asked[1]) == len(stream[1].test), "images that nobody asked about"
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine", "ncm"])
+def test_a_model_without_prompts_needs_no_pass_where_its_backbone_was_asked(tmp_path: Path, head: str) -> None:
+    place = tmp_path / "run"
+    teacher, student, stream = pair(tmp_path)
+    run = Run(place, {"name": "all"}, say=lambda _: None)
+    run.bind(stream.fingerprint, [list(task.class_names) for task in stream])
+    plain = CDLForImageClassification.from_backbone(tmp_path / "student", head={"type": head})
+    alone = copy.deepcopy(plain)
+    asking = CDLTrainer(student.model, student.args, student.objective, teacher.model, run=run)
+    trainer = CDLTrainer(plain, student.args, role="plain", run=run)
+    again = CDLTrainer(alone, student.args, role="plain")
+    teacher.learn(stream[0])
+    asking.learn(stream[0])
+    passes: list[int] = []
+    plain.backbone.register_forward_hook(lambda module, args, output: passes.append(len(args[0])))
+    trainer.learn(stream[0])
+    again.learn(stream[0])
+    assert sum(passes) == (len(stream[0].train) if plain.fitted else 0), "what is fitted reads un-augmented images"
+    asking.answer(asking.seen)
+    passes.clear()
+    assert trainer.answer(trainer.seen) == again.answer(again.seen)
+    assert not passes
+    assert all(map(torch.equal, plain.state_dict().values(), alone.state_dict().values())), "to the bit"
 
 
 def test_other_batches_are_computed_anew(tmp_path: Path) -> None:
