@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import default_data_collator
 
+from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.training.kept_features import state_of
 from hf_cdl.types import Task
 
@@ -46,8 +47,8 @@ class KeptQueries:
             self._task, self._views = task, {}
 
     def hold(self, split: Any) -> None:
-        """Keep a split alive, so that no other images are taken for its."""
-        if not any(split is held for held in self._held):
+        """Keep a stream's split alive, so that no other images are taken for its."""
+        if isinstance(split, TaskSplit) and not any(split is held for held in self._held):
             self._held.append(split)
 
     def reader(self, model: Any) -> Query | None:

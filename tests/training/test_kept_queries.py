@@ -65,10 +65,11 @@ def equal(first: Any, second: Any) -> bool:
     return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
-def test_nothing_changes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = learn(*pair(tmp_path / "kept"))
+@pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_nothing_changes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
+    kept = learn(*pair(tmp_path / "kept", **fields))
     monkeypatch.setattr(kept_queries.KeptQueries, "reader", lambda self, model: None)
-    anew = learn(*pair(tmp_path / "anew"))
+    anew = learn(*pair(tmp_path / "anew", **fields))
     assert len(kept) == len(anew)
     assert all(map(equal, kept, anew)), "to the bit"
 
