@@ -258,6 +258,7 @@ class CDLTrainer(EvaluatingTrainer):
             try:
                 start = time.perf_counter()
                 metrics = super().train(resume_from_checkpoint=last).metrics
+                self._check_losses()
                 result.train_seconds = self._seconds_before + time.perf_counter() - start
                 result.images_per_second = metrics["train_samples_per_second"]
                 self._add_to_total()
