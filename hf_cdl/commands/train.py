@@ -39,6 +39,7 @@ from hf_cdl.runs.report import telling
 from hf_cdl.runs.run import Run
 from hf_cdl.runs.verdict import Verdict, verdict
 from hf_cdl.training.checking import asks_teacher, check_task
+from hf_cdl.training.memory import kept_apart
 
 
 def main(arguments: list[str], default: Path | None = None) -> int:
@@ -64,7 +65,8 @@ def main(arguments: list[str], default: Path | None = None) -> int:
         if prepared is None:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
-            train(run, pusher, *prepared)
+            with kept_apart():
+                train(run, pusher, *prepared)
         pushed, best = pusher.finish(run.results()), verdict(run.results())
     except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from PIL import Image
 
 from hf_cdl.data.cells import Cells
 from hf_cdl.data.images import Decoded, ImageError, check_resized, readable
+from hf_cdl.data.kept_images import KeptImages
 from hf_cdl.data.names import check_role
 from hf_cdl.data.views import Preprocess
 
@@ -45,6 +46,7 @@ class TaskSplit:
     views: Mapping[str, Preprocess]
     cells: Cells = Cells()
     roles: tuple[str, ...] = ("student",)
+    kept: KeptImages = field(default_factory=KeptImages, repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,6 +76,14 @@ class TaskSplit:
                 item[name] = p
         return [self._labelled(item, i) for item, i in zip(items, indices, strict=True)]
 
+    @property
+    def identity(self) -> dict[str, tuple[int, int, int]]:
+        """What tells the pixel values of this split, by their name, from all others that live at the same time.
+
+        Beside it, an image is told by its row, and by its view if it is an augmented one.
+        """
+        return {name: (id(self.data), id(view), self.task) for name, view in self._pixel_values().items()}
+
     def _sample(self, index: int) -> int:
         """What identifies a sample in augmentation."""
         return int(self.rows[index])
@@ -94,7 +104,7 @@ class TaskSplit:
 
     def image(self, index: int) -> Image.Image:
         """Return the decoded image in RGB."""
-        return self._decode(index).image
+        return self.kept.find(int(self.rows[index]), lambda: self._decode(index).image)
 
     def _decode(self, index: int) -> Decoded:
         (cell,) = self.data[int(self.rows[index])].values()

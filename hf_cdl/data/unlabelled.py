@@ -207,6 +207,7 @@ class Beside:
         for number, item in enumerate(items):
             own = found[number * ratio : (number + 1) * ratio]
             names = [name for name in own[0] if name.endswith("pixel_values")]
+            item.pop("images", None)  # they would not tell those beside
             item |= {_BESIDE + name: torch.stack([torch.as_tensor(o[name]) for o in own]) for name in names}
         return items
 

@@ -19,9 +19,9 @@ from hf_cdl.heads.validation import choose_strength
 @dataclass(frozen=True)
 class RidgeConfig(SumsConfig):
     strength: float | Literal["auto"] = field(
-        default=10.0,
+        default="auto",
         metadata={"help": "Lambda, added to the diagonal of the Gram matrix; auto: chosen anew after every task by "
-                  "generalised cross-validation, from the sums alone."},
+                  "generalised cross-validation, from the sums alone. With soft targets a number."},
     )  # fmt: skip
     balanced: bool = field(
         default=False,

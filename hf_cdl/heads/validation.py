@@ -30,10 +30,11 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
     values, vectors = torch.linalg.eigh(gram)
     there = values > _ZERO * values[-1]
     found, rank = values[there], int(there.sum())
+    if not rank:
+        return 1.0  # of no images, or with features that are all 0, the weights are 0 with any
     inside = (total @ vectors[:, there]).square().sum(dim=0) / found  # of tr Y^T Y, by direction: nothing cancels
     outside = 0.0 if rank >= images else max(0.0, (count.sum() - inside.sum()).item())
-    largest = max(values[-1].item(), 1e-30)  # features may all be 0
-    ends = (math.log10(share * largest) * _PER_DECADE for share in (_LEAST, _MOST))
+    ends = (math.log10(share * values[-1].item()) * _PER_DECADE for share in (_LEAST, _MOST))
     first, last = math.ceil(next(ends)), math.floor(next(ends))
 
     def error(strength: float) -> float:

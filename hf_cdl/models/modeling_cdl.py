@@ -309,6 +309,11 @@ class CDLForImageClassification(Checkpointed):
 
     # ---- forward ----
 
+    @property
+    def reads_query(self) -> bool:
+        """Whether a known query saves a pass of the backbone: before the prompted one, or the only one."""
+        return self.needs_query or (self.is_plain and not self._heads()[0].reads_layers)
+
     @can_return_tuple
     def forward(
         self,
@@ -322,7 +327,8 @@ class CDLForImageClassification(Checkpointed):
     ) -> CDLOutput:
         """Compute logits of images (B, 3, H, W) over all classes seen so far, and the loss given labels (B,).
 
-        The loss is cross-entropy. A known `query` (B, D_q) saves the query pass. `task_id` is the current task, for a
+        The loss is cross-entropy. A known `query` (B, D_q) saves the query pass, and without
+        prompts the only one. `task_id` is the current task, for a
         model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
         evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
         those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: number of images, from the first, that

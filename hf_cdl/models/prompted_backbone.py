@@ -169,6 +169,12 @@ class PromptedBackbone(PreTrainedModel):
         return own or (self.mapping is not None and self.mapping.teacher_pool.needs_query)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether the features are what a query is: the CLS feature of the backbone, without any prompts."""
+        prompted = (self.pool, self.mapping, self.kd_prompt, self.query_backbone)
+        return prompted == (None,) * 4 and not self.config.patch_mean
+
+    @property
     def shape(self) -> ModelShape:
         """Width and number of layers of the backbone."""
         return ModelShape(self.backbone.config.hidden_size, len(families.layers(self.backbone)))
@@ -206,7 +212,12 @@ class PromptedBackbone(PreTrainedModel):
         asked: bool | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> Encoded:
-        """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None."""
+        """Run one prompted pass, preceded by a query pass if the prompts need one and `query` is None.
+
+        Without prompts a known query is the result.
+        """
+        if query is not None and self.is_plain and not (reads_layers or asked or output_attentions):
+            return Encoded(query, query, query, None, None, None, None)
         if query is None and self.needs_query:
             query = self.compute_query(pixel_values)
         one_pass = OnePass(functools.partial(self._ask_one_pass, query, task_id, labelled))
@@ -237,8 +248,7 @@ class PromptedBackbone(PreTrainedModel):
         self, query: torch.Tensor | None, task_id: int | None, labelled: int | None = None
     ) -> tuple[dict[int, list[Prompt]], torch.Tensor | None]:
         """The prompts of all layers, and the sum of the pool's losses."""
-        layers = range(len(families.layers(self.backbone)))
-        found = [self._ask(query, query, task_id, labelled, layer) for layer in layers]
+        found = [self._ask(query, query, task_id, labelled, layer) for layer in range(self.shape.num_layers)]
         losses = [loss for _, loss in found if loss is not None]
         prefix = {layer: prefixes for layer, (prefixes, _) in enumerate(found) if prefixes}
         return prefix, torch.stack(losses).sum() if losses else None

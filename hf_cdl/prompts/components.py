@@ -15,6 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+_ONE_BY_ONE = 100
+"""Earlier rows up to which projections are subtracted one by one, as the authors do; more are in one product, which
+takes a twentieth of the time at a thousand of them and rounds differently in the last bits."""
+
 
 class ComponentBlock(nn.Module):
     """The components of one task, all layers stacked: prompt (L, m, l, D), key and attention (L, m, D_q)."""
@@ -76,10 +80,11 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     to each other) and the new rows, not yet normalised. All projections are of the original draw; rows are normalised
     only at the end. With more rows than dimensions a draw can vanish; it is then kept as drawn.
     """
-    rows = list(earlier)
-    for draw in draws:
-        new = draw.clone()
-        for row in rows:
+    at_once = len(earlier) > _ONE_BY_ONE
+    left = draws - (draws @ earlier.T / earlier.square().sum(dim=1).clamp_min(1e-24)) @ earlier if at_once else draws
+    found: list[torch.Tensor] = []
+    for draw, new in zip(draws, left, strict=True):
+        for row in [*found] if at_once else [*earlier, *found]:
             new = new - (draw @ row) / (row @ row).clamp_min(1e-24) * row
-        rows.append(new if new.norm() > 1e-6 * draw.norm() else draw)
-    return F.normalize(torch.stack(rows[len(earlier) :]), dim=-1)
+        found.append(new if new.norm() > 1e-6 * draw.norm() else draw)
+    return F.normalize(torch.stack(found), dim=-1)

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpi
 
 from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
 from hf_cdl.training.kept_features import KeptFeatures, keepable
+from hf_cdl.training.kept_queries import KeptQueries, Query
 from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
 from hf_cdl.training.task_trainer import TaskTrainer
@@ -41,6 +42,10 @@ class EvaluatingTrainer(TaskTrainer):
 
     teacher: Teacher
     _kept_features: KeptFeatures
+    _kept_queries: KeptQueries
+    _own_query: Query | None
+    """Gives the model's queries; None if every pass computes its own."""
+    _teachers_query: Query | None
 
     # ---- Trainer's evaluation methods ----
 
@@ -183,6 +188,7 @@ class EvaluatingTrainer(TaskTrainer):
         for task in tasks:
             self._check_split(task)
         self.model.eval()
+        self._read_queries()
         title = self._title(tasks[-1])
         parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]
         others = {"unlearnt": [getattr(task, self.eval_split) for task in unlearnt], "foreign": [foreign]}
@@ -222,8 +228,9 @@ class EvaluatingTrainer(TaskTrainer):
             return
         loader, found = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else (), []
         for batch in self._bar(title, iterable=loader):
+            known = {"query": self._query(batch)} if self._own_query and "images" in batch else {}
             with torch.no_grad():
-                output = self.model(pixel_values=batch["pixel_values"])
+                output = self.model(pixel_values=batch["pixel_values"], **known)
             if keep:
                 found.append((output, {name: batch[name] for name in ("labels",) if name in batch}))
             yield output, batch
@@ -277,6 +284,19 @@ class EvaluatingTrainer(TaskTrainer):
 
     # ---- images ----
 
+    def _read_queries(self) -> None:
+        """From now on, until weights change, queries that are known already are not computed again."""
+        readers = (self._kept_queries.reader(model) for model in (self.model, self.teacher.model))
+        self._own_query, self._teachers_query = (None if self.args.torch_compile else reader for reader in readers)
+
+    def _query(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The model's query for a batch, without gradient."""
+        pixels = batch["pixel_values"]
+        if self._own_query is None or "images" not in batch:
+            with torch.no_grad():
+                return self.model.compute_query(pixels)
+        return self._own_query(pixels, batch["images"]["pixel_values"])
+
     def _loader(self, split: Any, *others: str, classes: slice | None = None) -> Any:
         """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -291,6 +311,7 @@ class EvaluatingTrainer(TaskTrainer):
         Most users' own splits look the same to all roles.
         """
         seen = split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
+        self._kept_queries.hold(split)
         return Labelled(seen, range(self._known_classes) if classes is None else range(classes.start, classes.stop))
 
     def _bar(self, title: str, **options: Any) -> Any:

@@ -29,7 +29,7 @@ class KeptFeatures:
 
     def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
         """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
-        if (weights := _state_of(model)) != self._weights:
+        if (weights := state_of(model)) != self._weights:
             self._of, self._weights, self._bytes = {}, weights, 0
         if id(split) not in self._of:
             return None
@@ -55,7 +55,7 @@ def keepable(split: Any, model: Any) -> bool:
     return isinstance(split, TaskSplit) and model.fitted and model.session_head is None
 
 
-def _state_of(model: nn.Module) -> tuple[Any, ...]:
+def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What changes whenever a weight outside the head does; also by `.data`, which counts no version."""
     named = [*model.named_parameters(), *model.named_buffers()]
     values = [value.detach() for name, value in named if not name.startswith(("head.", "kd_head."))]

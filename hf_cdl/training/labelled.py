@@ -10,18 +10,21 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.types import Task
 
 
 class Labelled:
     """A dataset whose items come with their labels as int, or all without one. Raises ValueError for other items.
 
+    Items of a stream's split also say which `images` they are, by the name of their pixel values.
     `classes`: the labels that are allowed.
     """
 
     def __init__(self, data: Any, classes: range):
         self.data, self.classes = data, classes
         self.has_labels: bool | None = None  # until the first item was read
+        self._identity = data.identity if isinstance(data, TaskSplit) and data.views else {}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -31,7 +34,12 @@ class Labelled:
 
     def __getitems__(self, keys: Sequence[Any]) -> list[dict[str, Any]]:
         batched = getattr(self.data, "__getitems__", None)
-        return [self._checked(item) for item in (batched(keys) if batched else [self.data[key] for key in keys])]
+        items = [self._checked(item) for item in (batched(keys) if batched else [self.data[key] for key in keys])]
+        for key, item in zip(keys, items, strict=True) if self._identity else ():
+            index, view = key if isinstance(key, tuple) else (key, None)
+            row = int(self.data.rows[index])
+            item["images"] = {name: (*of_split, row, view) for name, of_split in self._identity.items()}
+        return items
 
     def _checked(self, item: Mapping[str, Any]) -> dict[str, Any]:
         labelled = "labels" in item

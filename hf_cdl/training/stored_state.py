@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
 
 from hf_cdl.runs.files import RunError, damage, fingerprints, first_line, saving, versions, write_json
 
@@ -112,3 +114,14 @@ def _misfit(file: Path, shapes: Mapping[str, list[int]]) -> str | None:
 def _versions() -> dict[str, str]:
     known = versions()
     return {name: known[name] for name in _MATTER}
+
+
+def load_scaffold(scaffold: nn.Module, file: Path) -> None:
+    """Load the layers that the terms keep across tasks. Raises RunError if they are lost."""
+    try:
+        scaffold.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{file} cannot be loaded ({first_line(error)}), so the layers that the terms own are lost. Put it back "
+            "from a copy, or start again in another folder with --output_dir FOLDER."
+        ) from error

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,8 @@ class TaskTrainer(SteeredTrainer):
     teacher: Any
     _sums: dict[str, torch.Tensor]
     """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
+    _unseen: list[tuple[int, list[str], torch.Tensor]]
+    """Step, names and values of losses that nobody has looked at."""
     _steps_summed: int
     _images: int
     """Images trained on by all processes in this phase, unlabelled ones too, since it started or resumed."""
@@ -61,7 +62,7 @@ class TaskTrainer(SteeredTrainer):
 
     def _begin_counting(self) -> None:
         """Reset the counters at the start of a phase."""
-        self._sampler, self._sums = None, {}
+        self._sampler, self._sums, self._unseen = None, {}, []
         self._steps_summed = self._images = 0
         self._micro_batches, self._seconds_before = 1, 0.0
 
@@ -162,18 +163,31 @@ class TaskTrainer(SteeredTrainer):
         return steps
 
     def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
-        """Add the weighted losses to the sums for the next log line; stop at a non-finite loss, naming the term."""
+        """Add the weighted losses to the sums for the next log line, and stop at one that is not finite.
+
+        To look at a number waits for a GPU, so there it is done for several steps together.
+        """
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
-        if not bool(torch.isfinite(values).all()):
+        self._unseen.append((self.state.global_step + 1, names, values))
+        if len(self._unseen) >= steps_together(values.device):
+            self._check_losses()
+        for name, value in zip(names, values * (weight / self._micro_batches), strict=True):
+            self._sums[name] = self._sums.get(name, 0) + value
+
+    def _check_losses(self) -> None:
+        """Raise FloatingPointError, naming the step and the term, for a loss so far that is not finite."""
+        unseen, self._unseen = self._unseen, []
+        finite = torch.stack([torch.isfinite(values).all() for *_, values in unseen]).tolist() if unseen else []
+        for (step, names, values), whole in zip(unseen, finite, strict=True):
+            if whole:
+                continue
             bad = [name for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)]
             terms = [name for name in bad if name != "loss"] or bad
             raise FloatingPointError(
-                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step "
-                f"{self.state.global_step + 1} of {self._title(self.seen[-1])}. The stored state is from before this "
-                "step. Lower the learning rate or the term's weight, or check the images of this task."
+                f"Loss term {', '.join(terms)} is {values[names.index(terms[0])].item()} at step {step} of "
+                f"{self._title(self.seen[-1])}. The stored state is from before this step. Lower the learning rate or "
+                "the term's weight, or check the images of this task."
             )
-        for name, value in zip(names, values * (weight / self._micro_batches), strict=True):
-            self._sums[name] = self._sums.get(name, 0) + value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As Trainer.log, plus every term of the objective by name (`loss/kd`), averaged since the last line.
@@ -182,6 +196,7 @@ class TaskTrainer(SteeredTrainer):
         """
         if self._seconds_before:
             logs.pop("train_loss", None)  # Trainer divides this process's losses by all steps
+        self._check_losses()
         if "loss" in logs and self._steps_summed:
             for name, total in self._sums.items():
                 mean: Any = self.accelerator.reduce(total / self._steps_summed, reduction="mean")
@@ -198,6 +213,7 @@ class TaskTrainer(SteeredTrainer):
 
         Without a run nothing is stored.
         """
+        self._check_losses()
         if self.run is None:
             return
         partial = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -297,14 +313,6 @@ class TaskTrainer(SteeredTrainer):
         return {**trained, **dict(self.model.named_buffers())}
 
 
-def peak_memory() -> int:
-    """Peak memory in bytes: of this phase on the GPU, or of the whole process so far on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def steps_together(device: torch.device) -> int:
+    """How many steps' losses are looked at together."""
+    return 1 if device.type == "cpu" else 16

@@ -22,19 +22,13 @@ from typing import Any
 import torch
 
 from hf_cdl.distill import Objective
+from hf_cdl.training.kept_queries import Query, asked_backbone, same
 from hf_cdl.types import CDLOutput, Task
 
 
 def same_weights(student: Any, teacher: Any) -> bool:
     """Whether both models compute their queries with the same weights."""
-    ours, theirs = (
-        (model.backbone if model.query_backbone is None else model.query_backbone).state_dict()
-        for model in (student, teacher)
-    )
-    return ours.keys() == theirs.keys() and all(
-        value.shape == theirs[name].shape and torch.equal(value.cpu(), theirs[name].cpu())
-        for name, value in ours.items()
-    )
+    return same(asked_backbone(student), asked_backbone(teacher))
 
 
 class Teacher:
@@ -125,24 +119,39 @@ class Teacher:
         return self._shares and "teacher_pixel_values" not in batch
 
     def answer(
-        self, batch: Mapping[str, Any], query: torch.Tensor | None = None, task_id: int | None = None
+        self,
+        batch: Mapping[str, Any],
+        query: torch.Tensor | None = None,
+        task_id: int | None = None,
+        read: Query | None = None,
     ) -> CDLOutput | None:
         """The teacher's output for a batch, without gradient, extended by the terms, with gradient.
 
-        `query` (B, D_q): the student's, used if it can be shared. Returns None if no term needs a teacher.
+        `query` (B, D_q): the student's, used if it can be shared; else `read` gives the teacher's own, if there is
+        one. Returns None if no term needs a teacher.
         """
         if not self.teaches_terms:
             return None
+        hidden = self.objective.hidden_states("teacher") or None
+        if hidden and getattr(self.model, "is_plain", False):
+            read = None  # its states need the pass that a query would save
         asked = {
             "pixel_values": self._pixels(batch),
-            "query": query if self.shares_query(batch) else None,
+            "query": query if self.shares_query(batch) else self._own_query(batch, read),
             "task_id": task_id,
-            "output_hidden_states": self.objective.hidden_states("teacher") or None,
+            "output_hidden_states": hidden,
         }
         with torch.no_grad(), self._autocast():
             answer = self.model(**asked)
         with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
             return self.objective.consult(answer, asked)
+
+    def _own_query(self, batch: Mapping[str, Any], read: Query | None) -> torch.Tensor | None:
+        name = "teacher_pixel_values" if "teacher_pixel_values" in batch else "pixel_values"
+        if read is None or "images" not in batch:
+            return None
+        with torch.no_grad(), self._autocast():
+            return read(batch[name], batch["images"][name])
 
     def logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits (B, C) over all classes the teacher knows, without gradient."""

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_cdl.data.unlabelled import Beside, together
 from hf_cdl.distill import Objective
-from hf_cdl.runs.files import RunError, first_line, write_whole
+from hf_cdl.runs.files import write_whole
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
@@ -37,8 +36,10 @@ from hf_cdl.training.checking import (
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
+from hf_cdl.training.kept_queries import collate, kept_with
+from hf_cdl.training.memory import kept_apart, peak_memory
 from hf_cdl.training.progress import PhaseProgress
-from hf_cdl.training.task_trainer import peak_memory
+from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
@@ -90,14 +91,13 @@ class CDLTrainer(EvaluatingTrainer):
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
-        super().__init__(
-            model=model,
-            args=args,
-            processing_class=processing_class,
-            eval_dataset={},  # Trainer requires one for eval_strategy
-            compute_metrics=compute_metrics,
-            callbacks=[*(callbacks or ())],
-        )
+        more: Any = {
+            "processing_class": processing_class,
+            "compute_metrics": compute_metrics,
+            "data_collator": collate,
+        }
+        more["eval_dataset"] = {}  # Trainer requires one for eval_strategy
+        super().__init__(model, args, callbacks=[*(callbacks or ())], **more)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
         self._begin()
@@ -111,6 +111,8 @@ class CDLTrainer(EvaluatingTrainer):
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
         self.teacher.place(self.accelerator)
+        self._kept_queries = kept_with(self.run, self.teacher.model, self.model)
+        self._read_queries()
         args, run = self.args, self.run
         self._phase = PhaseProgress(lambda **shown: self._bar(self._title(self.seen[-1]), **shown), self._set_epoch)
         self.callback_handler.callbacks.pop()  # Trainer's own progress, which it adds after the user's callbacks
@@ -148,10 +150,11 @@ class CDLTrainer(EvaluatingTrainer):
         for task in to_learn:
             self._check_learnable(task)
         start, self._total = time.time(), Total()
-        for task in to_learn:
-            self.learn(task)
-            if self.run is not None:
-                self.evaluate_seen()
+        with kept_apart():
+            for task in to_learn:
+                self.learn(task)
+                if self.run is not None:
+                    self.evaluate_seen()
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
@@ -235,14 +238,7 @@ class CDLTrainer(EvaluatingTrainer):
                 f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
         if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
-            file = self.run.scaffold_file(self.role, task.index - 1)  # the terms keep their layers across tasks
-            try:
-                self.model.scaffold.load_state_dict(load_file(file))
-            except (OSError, RuntimeError, SafetensorError) as error:
-                raise RunError(
-                    f"{file} cannot be loaded ({first_line(error)}), so the layers that the terms own are lost. Put "
-                    "it back from a copy, or start again in another folder with --output_dir FOLDER."
-                ) from error
+            load_scaffold(self.model.scaffold, self.run.scaffold_file(self.role, task.index - 1))
         self.teacher.begin_task(self.model)
 
     def _train(self, task: Task, result: TaskResult) -> None:
@@ -256,10 +252,13 @@ class CDLTrainer(EvaluatingTrainer):
         self._begin_callbacks()
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
+        self._kept_queries.begin(task)
+        self._read_queries()
         with self.teacher.phase(self.accelerator):
             try:
                 start = time.perf_counter()
                 metrics = super().train(resume_from_checkpoint=last).metrics
+                self._check_losses()
                 result.train_seconds = self._seconds_before + time.perf_counter() - start
                 result.images_per_second = metrics["train_samples_per_second"]
                 self._add_to_total()
@@ -337,11 +336,12 @@ class CDLTrainer(EvaluatingTrainer):
         Images behind those with `labels` have none.
         """
         pixels, query = batch["pixel_values"], None
-        if self.objective.needs_query or self.teacher.shares_query(batch):
-            with torch.no_grad(), self.accelerator.autocast():
-                query = self.model.compute_query(pixels)
-        teacher = self.teacher.answer(batch, query, task_id)
         hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
+        known = self._own_query is not None and "images" in batch and not (hidden and self.model.is_plain)
+        if known or self.objective.needs_query or self.teacher.shares_query(batch):
+            with torch.no_grad(), self.accelerator.autocast():
+                query = self._query(batch)
+        teacher = self.teacher.answer(batch, query, task_id, self._teachers_query)
         more = {"labelled": labelled} if labelled < len(pixels) else {}  # a user's own model need not know it
         student: CDLOutput = model(
             pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more

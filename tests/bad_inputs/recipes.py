@@ -214,7 +214,7 @@ RANGES = [
     head("ridge", "strength", strength=-1),
     head("ridge", "strength", strength=NAN),
     head("ridge", "features", features=0),
-    head("ridge", "soft_targets", soft_targets=0.5),
+    head("ridge", "soft_targets", strength=10.0, soft_targets=0.5),
     head("ridge", "sums", sums=False),
     head("ridge", "known", known=1.0),
     head("ridge", "known", known=0),

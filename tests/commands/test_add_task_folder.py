@@ -106,7 +106,9 @@ def taught(folder: Path, head: dict[str, Any] | None) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", [{"type": "ridge", "soft_targets": 0.5}, None], ids=["fitted", "trained"])
+@pytest.mark.parametrize(
+    "head", [{"type": "ridge", "strength": 10.0, "soft_targets": 0.5}, None], ids=["fitted", "trained"]
+)
 def test_a_run_with_a_teacher(head: dict[str, Any] | None, tmp_path: Path, capsys: Any) -> None:
     """Teacher and student continue together, from the run's folder or from the student's last state in it."""
     recipe = taught(tmp_path, head)
@@ -163,7 +165,11 @@ def test_folders_that_cannot_be_gone_on_from(
 def test_a_checkpoint_that_was_taught_needs_its_run(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source / "two" / "student" / "task-02", tmp_path / "bare")
     file = tmp_path / "bare" / "config.json"
-    for fields in ({"kd_prompt": {}}, {"mapping": {}}, {"head": {"type": "ridge", "soft_targets": 0.5}}):
+    for fields in (
+        {"kd_prompt": {}},
+        {"mapping": {}},
+        {"head": {"type": "ridge", "strength": 10.0, "soft_targets": 0.5}},
+    ):
         file.write_text(json.dumps({**json.loads(file.read_text()), "kd_prompt": None, "mapping": None, **fields}))
         with pytest.raises(HubError, match="was taught .*Put the results.json or run.json of its run beside it"):
             read_folder(tmp_path / "bare", "student")

@@ -740,7 +740,7 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
     "one class per task": (
         [
             *("--data.classes_per_task", "1", "--teacher.prompt", "{type: none}", "--student.prompt", "{type: none}"),
-            *("--teacher.head", "{type: ridge}", "--student.head", "{type: ridge, soft_targets: 0.5}"),
+            *("--teacher.head", "{type: ridge}", "--student.head", "{type: ridge, strength: 10.0, soft_targets: 0.5}"),
             *("--student.head.standardise", "first_task", "--distill", "[]", "--ce_weight", "1.0"),
         ],
         set(ROLES),

@@ -291,3 +291,33 @@ def test_processors_that_treat_colours_otherwise_share_no_view(first: Any, secon
     assert not same_view(first, second) and same_view(first, first)
     with pytest.raises(ValueError, match=r"Set teacher\.query to self"):
         query_view(first, second)
+
+
+class _OwnContrast(ViTImageProcessor):
+    """Not what a level is, but where it lies between the image's own extremes."""
+
+    def __call__(self, images, **options):
+        made = super().__call__(images, **options)
+        pixels = made["pixel_values"]
+        made["pixel_values"] = pixels / pixels.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+        return made
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"do_normalize": False}, {"do_rescale": False}, {"rescale_factor": 0.3}], ids=str
+)
+def test_levels_that_are_looked_up_are_those_that_the_processor_computes(fields):
+    processor = ViTImageProcessor(size={"height": 24, "width": 40}, image_mean=[0.1, 0.5, 0.7], **fields)
+    view = Preprocess(processor, seed=3)
+    images = [Image.fromarray(noise(20 + number, 30)) for number in range(5)]
+    keys = [(0, number, 1) for number in range(5)]
+    assert view._levels is not None
+    looked_up = view.training(images, keys)
+    view._levels = None
+    computed = view.training(images, keys)
+    assert torch.equal(looked_up, computed)
+    assert (looked_up.dtype, looked_up.stride()) == (computed.dtype, computed.stride())
+
+
+def test_a_processor_that_sees_more_than_levels_computes_them():
+    assert Preprocess(_OwnContrast(size={"height": 24, "width": 40}))._levels is None

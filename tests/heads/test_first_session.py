@@ -20,7 +20,7 @@ from hf_cdl.prompts import PROMPTS
 from hf_cdl.types import Task
 
 SESSION: dict[str, Any] = {
-    "head": {"type": "ridge", "standardise": "first_task"},
+    "head": {"type": "ridge", "standardise": "first_task", "strength": 10.0},
     "first_session": {"type": "linear", "standardise": "first_task"},
 }
 
@@ -75,7 +75,7 @@ def test_prompts_learn_on_the_first_task_alone_and_ridge_is_the_joint_solution(m
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_teacher_s_answers_are_a_share_of_ridge_s_targets(fitted: bool, tmp_path: Path) -> None:
     """Its probabilities at the temperature, or a fitted head's scores unchanged; there is no training step."""
-    parts: dict[str, Any] = {"head": {"type": "ridge", "soft_targets": 0.4, "temperature": 2.0}}
+    parts: dict[str, Any] = {"head": {"type": "ridge", "strength": 10.0, "soft_targets": 0.4, "temperature": 2.0}}
     student = CDLForImageClassification(CDLConfig(backbone_config=vit(32), **parts))
     head: dict[str, Any] = {"head": {"type": "ridge"}} if fitted else {}
     teacher = CDLForImageClassification(CDLConfig(backbone_config=vit(48), **head))

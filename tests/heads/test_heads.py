@@ -179,8 +179,8 @@ def test_what_a_head_chose_outlives_its_sums(head: dict[str, Any], sums: bool | 
     ("fields", "has_teacher", "wrong"),
     [
         ({}, False, []),
-        ({"soft_targets": 0.5, "sums": True}, True, []),
-        ({"soft_targets": 0.5}, False, ["soft_targets"]),
+        ({"strength": 10.0, "soft_targets": 0.5, "sums": True}, True, []),
+        ({"strength": 10.0, "soft_targets": 0.5}, False, ["soft_targets"]),
         ({"soft_targets": "half", "sums": False}, False, ["soft_targets", "sums"]),
     ],
 )
@@ -190,7 +190,7 @@ def test_a_head_says_what_is_wrong_with_a_recipe(fields: dict[str, Any], has_tea
 
 
 def test_a_teacher_s_answers_are_probabilities_and_a_fitted_one_s_the_scores_without_their_scale() -> None:
-    head: Any = build_head({"type": "ridge", "soft_targets": 0.5, "temperature": 2.0}, 4)
+    head: Any = build_head({"type": "ridge", "strength": 10.0, "soft_targets": 0.5, "temperature": 2.0}, 4)
     logits = torch.tensor([[2.0, 4.0], [0.0, -6.0]])
     odds = torch.tensor([[1.0, torch.e], [torch.e**3, 1.0]])
     torch.testing.assert_close(head.targets(logits, None), odds / odds.sum(-1, keepdim=True))
@@ -218,7 +218,7 @@ def test_a_checkpoint_holds_all_fields_of_its_head() -> None:
         ({"type": "ridge", "own_features": True}, "own_features would have no effect"),
         ({"type": "ridge", "sums": "some"}, "sums are 'some'; allowed: true, false, per_class"),
         ({"type": "ridge", "strength": "much"}, "strength is 'much'; allowed: "),
-        ({"type": "ridge", "strength": "auto", "soft_targets": 0.5}, "Give the strength as a number, or leave soft"),
+        ({"type": "ridge", "soft_targets": 0.5}, "Give the strength as a number, or leave soft"),
         ({"type": "lda", "shrinkage": 0.0}, "needs shrinkage above 0 to 1, or auto; got 0.0"),
     ],
 )
@@ -244,7 +244,7 @@ def test_features_that_are_no_numbers_are_named_and_not_the_strength(head: dict[
 
 
 def test_what_is_no_number_never_becomes_a_solution_of_ridge() -> None:
-    built: Any = build_head({"type": "ridge", "soft_targets": 0.5}, 4)
+    built: Any = build_head({"type": "ridge", "strength": 10.0, "soft_targets": 0.5}, 4)
     built.add_task(2)
     features, labels = torch.randn(6, 4), torch.tensor([0, 1, 0, 1, 0, 1])
     with pytest.raises(FloatingPointError, match="The teacher's answers are NaN or infinite"):
@@ -334,7 +334,7 @@ def test_soft_targets_are_a_share_of_the_targets_whatever_the_tasks() -> None:
     """Within each task the teacher's outputs replace a fraction of the labels; nothing changes beyond the task."""
     features, labels = data()
     answers = torch.randn(300, 10, generator=torch.Generator().manual_seed(5)).softmax(dim=-1)
-    head = build_fitted({"type": "ridge", "soft_targets": 0.3})
+    head = build_fitted({"type": "ridge", "strength": 10.0, "soft_targets": 0.3})
     targets = torch.zeros(300, 10, dtype=torch.float64)
     for number, task in enumerate(([0, 1, 2, 3], [4, 5, 6, 7, 8, 9])):
         head.add_task(len(task))

@@ -370,7 +370,7 @@ def test_a_model_in_its_first_session_and_sums_that_are_gone_cannot_change() -> 
     with pytest.raises(ValueError, match="has no sums"):
         gone.add(pictures(1), ["owl"])
     gone.rename("owl", "bird")
-    taught = model_with({"type": "ridge", "soft_targets": 0.5})
+    taught = model_with({"type": "ridge", "strength": 10.0, "soft_targets": 0.5})
     taught.begin_task(["owl", "fox"])
     with pytest.raises(ValueError, match="learnt a teacher's answers"):
         taught.add(pictures(1), ["owl"])

@@ -11,7 +11,7 @@ from test_contract import images, vit
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification
-from hf_cdl.prompts import PROMPTS
+from hf_cdl.prompts import PROMPTS, components
 
 
 def pool_of(kind: str, tasks: int, **fields: Any) -> Any:
@@ -101,3 +101,13 @@ def test_reserved_experts_are_in_the_checkpoint(tmp_path: Path) -> None:
 def test_impossible_fields_are_refused(kind: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         pool_of(kind, 0, **fields)
+
+
+def test_projections_onto_many_rows_are_those_onto_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = torch.randn(310, 400, generator=torch.Generator().manual_seed(0))
+    earlier, draws = drawn[:300] * 3, drawn[300:]
+    at_once = components.orthogonalise(draws, earlier)
+    monkeypatch.setattr(components, "_ONE_BY_ONE", 300)
+    one_by_one = components.orthogonalise(draws, earlier)
+    assert (at_once - one_by_one).abs().max() < 1e-6
+    assert not torch.equal(at_once, one_by_one), "another way of rounding: two ways were compared"

@@ -98,7 +98,8 @@ def test_a_classifier_that_is_used_as_it_is_learns_nothing_and_is_asked_nothing(
 
 
 @pytest.mark.parametrize(
-    "head", [{"type": "ncm"}, {"type": "ridge", "features": 40}, {"type": "ridge", "soft_targets": 0.3}]
+    "head",
+    [{"type": "ncm"}, {"type": "ridge", "features": 40}, {"type": "ridge", "strength": 10.0, "soft_targets": 0.3}],
 )
 @pytest.mark.parametrize("standardise", [None, "first_task"])
 def test_fitted_heads_learn_classes_one_at_a_time(

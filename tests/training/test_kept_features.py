@@ -100,10 +100,10 @@ def test_what_cannot_be_told_apart_is_refused(tmp_path: Path) -> None:
     assert all({"unlearnt_auroc", "foreign_auroc"} <= result.known.keys() for result in found)
 
 
-def test_models_that_train_are_asked_again(tmp_path: Path) -> None:
+def test_models_whose_features_learn_are_asked_again(tmp_path: Path) -> None:
     backbone = make_backbone(tmp_path / "vit")
     stream = tasks_of(tmp_path, backbone)
-    trainer = trainer_with(tmp_path / "out", backbone, head={"type": "linear"})
+    trainer = trainer_with(tmp_path / "out", backbone, head={"type": "linear"}, train_backbone=True)
     trainer.learn(stream[0])
     seen = passes(trainer)
     for _ in range(2):

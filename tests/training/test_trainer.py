@@ -18,6 +18,8 @@ from hf_cdl.data import StreamConfig, TaskStream
 from hf_cdl.data.sampler import ViewSampler
 from hf_cdl.data.views import query_view
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.runs.run import Run
+from hf_cdl.training import task_trainer
 from hf_cdl.types import Task
 
 TASK = next(stream())
@@ -124,8 +126,9 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     rest = arguments(tmp_path / "s", num_train_epochs=1)
     student = CDLTrainer(student_model, rest, objective=objective, teacher=teacher_model)
     assert not student.teacher.shares_query({})
-    for processor in processors.values():
-        processor.counted()  # discard those of its own check
+    for view in task.train.views.values():
+        view._levels = None  # the processor computes every view, and counts it
+        view.processor.counted()  # discard those of its own check
 
     sides: dict[str, set[tuple[int, ...]]] = {}
     parts = {
@@ -332,6 +335,29 @@ def test_a_loss_that_is_no_number_stops_with_its_name_and_step(tmp_path: Path) -
         student.model.kd_head.blocks[0].weight.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="Loss term kdp is"):
         student.learn(TASK)
+
+
+@pytest.mark.parametrize(("saves", "raised"), [({"save_strategy": "steps", "save_steps": 2}, 2), ({}, 3)], ids=str)
+def test_losses_may_be_looked_at_later_but_before_anything_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: dict[str, Any], raised: int
+) -> None:
+    """As on a GPU, where looking at each of them would wait for it."""
+    monkeypatch.setattr(task_trainer, "steps_together", lambda device: 4)
+    run = Run(tmp_path / "run", {"name": "late"}, say=lambda _: None)
+    run.bind("0", [list(TASK.class_names)])
+    trainer = CDLTrainer(model_of("coda"), arguments(tmp_path, logging_steps=100, **saves), run=run)
+    steps: list[int] = []
+    note = trainer._note_losses
+
+    def broken(losses: dict[str, torch.Tensor], weight: float) -> None:
+        steps.append(trainer.state.global_step + 1)
+        note({name: value * math.nan for name, value in losses.items()}, weight)
+
+    trainer._note_losses = broken  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match="Loss term ce, prompt is nan at step 1 of"):
+        trainer.learn(TASK)
+    assert steps == [*range(1, raised + 1)]
+    assert not [*tmp_path.rglob("checkpoint-*")]
 
 
 def test_tasks_come_in_order_and_the_teacher_is_not_forgotten(tmp_path: Path) -> None:

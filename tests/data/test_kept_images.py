@@ -1,0 +1,97 @@
+"""Decoded images are kept while there is room, and nobody sees what another did with them."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+
+import numpy as np
+import pytest
+from helpers import SIZE, make_table
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import ViTImageProcessor
+
+from hf_cdl import TaskStream
+from hf_cdl.data import StreamConfig, kept_images
+from hf_cdl.data.cells import Cells
+
+ONE = 3 * SIZE * SIZE
+
+
+def stream(images: int = 4) -> TaskStream:
+    tables = {
+        name: make_table([c for c in range(4) for _ in range(images)], 4, n)
+        for n, name in enumerate(("train", "test"))
+    }
+    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
+    return TaskStream(StreamConfig(classes_per_task=2), processor, dataset=tables)
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each image that is decoded from now on."""
+    seen: list[int] = []
+    decode = Cells.decode
+
+    def counted(self: Cells, cell: object) -> object:
+        seen.append(1)
+        return decode(self, cell)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Cells, "decode", counted)
+    return seen
+
+
+def test_an_image_is_decoded_once_for_all_roles_and_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    split, seen = stream()[0].train, decoded(monkeypatch)
+    first = [split[i]["pixel_values"] for i in range(len(split))]
+    again = [split.seen_by("teacher")[i]["pixel_values"] for i in range(len(split))]
+    assert [split[(0, view)]["labels"] for view in range(3)] == 3 * [split[0]["labels"]]
+    assert len(seen) == len(split)
+    assert all(map(np.array_equal, first, again))
+
+
+def test_what_somebody_does_with_an_image_stays_with_them() -> None:
+    split = stream()[0].train
+    for _ in range(2):
+        image = split.image(0)
+        before = np.asarray(split.image(0)).copy()
+        image.paste((0, 0, 0), (0, 0, SIZE, SIZE))
+        assert np.array_equal(np.asarray(split.image(0)), before)
+        assert before.any()
+
+
+def test_the_split_in_use_takes_the_room_of_others_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_images, "_MOST", 5 * ONE)
+    gc.collect()
+    tasks = stream()
+    first, second = tasks[0].train, tasks[1].train
+    for split in (first, second):
+        for index in range(len(split)):
+            split.image(index)
+    assert (first.kept._bytes, second.kept._bytes) == (0, 5 * ONE)
+    seen = decoded(monkeypatch)
+    for index in range(len(second)):
+        second.image(index)
+    assert len(seen) == len(second) - 5
+
+
+def test_workers_keep_and_are_sent_none() -> None:
+    split = stream()[0].train
+    split.image(0)
+    assert not pickle.loads(pickle.dumps(split)).kept._images
+    keeping = DataLoader(_Sizes(split), num_workers=1, batch_size=None)
+    assert [*keeping] == [1] * len(split), "the one from before"
+
+
+class _Sizes:
+    """How many images a split has kept once an item was read."""
+
+    def __init__(self, split: object):
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> int:
+        assert isinstance(self.split.image(index), Image.Image)  # type: ignore[attr-defined]
+        return len(self.split.kept._images)  # type: ignore[attr-defined]
