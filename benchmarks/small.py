@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,18 @@ def pair_of(
 
 
 def trainer_of(
-    model: Any, folder: Path, objective: Objective | None = None, teacher: Any = None, role: str = "student",
-    run: Run | None = None, **train: Any,
-) -> CDLTrainer:  # fmt: skip
+    model: Any,
+    folder: Path,
+    objective: Objective | None = None,
+    teacher: Any = None,
+    role: str = "student",
+    run: Run | None = None,
+    kind: type[CDLTrainer] = CDLTrainer,
+    **train: Any,
+) -> CDLTrainer:
     """A trainer with plain SGD, since Adam amplifies differences in rounding."""
-    known = {field.name for field in dataclasses.fields(CDLTrainingArguments)}
     defaults = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 8, "num_train_epochs": 2}
     if "max_steps" in train:
         del defaults["num_train_epochs"]
-    asked = {name: value for name, value in {**defaults, **train}.items() if name in known}
-    args = CDLTrainingArguments(str(folder), disable_tqdm=True, report_to="none", **asked)
-    return CDLTrainer(model, args, objective, teacher, role=role, run=run)
+    args = CDLTrainingArguments(str(folder), disable_tqdm=True, report_to="none", **{**defaults, **train})
+    return kind(model, args, objective, teacher, role=role, run=run)
