@@ -4,14 +4,15 @@ python benchmarks/step.py [--prompts coda ...] [--ways float32 ...] [--size vit]
 
 CDLTrainer takes every step, from batch to updated weights; naive is the same trainer with what is often written: two
 query passes, a backbone that is not frozen, all hidden states kept and a graph of the teacher. `compiled` compiles
-both backbones (torch.compile). --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two
-tiny ViTs. Random weights, generated images, KDP (KD token and prompts). Milliseconds: the least; memory: beyond
-weights, on a GPU only.
+both backbones (torch.compile); ask for it, it takes a minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels
+(the default on a GPU), small: two tiny ViTs. Random weights, generated images, KDP (KD token and prompts).
+Milliseconds: the least; memory: beyond weights, on a GPU only.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -66,15 +67,14 @@ def backbones(size: str) -> dict[str, ViTConfig]:
     return {role: ViTConfig(num_hidden_layers=12, image_size=224, patch_size=16, **LARGE[role]) for role in LARGE}
 
 
-def stepper(role: str, prompt: str, way: str, size: str, batch: int, folder: Path) -> Stepper:
-    """A trainer of a role that waits for its first step."""
-    configs = backbones(size)
-    student, teacher, objective = pair_of(configs["student"], configs["teacher"], prompt, KDP)
-    task = task_of(0, 4 * batch, configs["student"].image_size, classes=10)
-    teacher.begin_task(task.class_names)
+def stepper(role: str, pair: Any, way: str, batch: int, folder: Path) -> Stepper:
+    """A trainer of a role that waits for its first step, with a copy of `pair`: student, teacher and objective."""
+    student, teacher, objective = copy.deepcopy(pair)
+    task = task_of(0, 4 * batch, student.config.backbone_config.image_size, classes=10)
     if role == "teacher":
-        student, teacher, objective = pair_of(configs["teacher"], configs["teacher"], prompt, [])
-        objective = Objective()
+        student, teacher, objective = teacher, None, Objective()
+    else:
+        teacher.begin_task(task.class_names)
     if way.startswith("compiled"):
         for model in (student, teacher):
             if model is not None:
@@ -85,14 +85,12 @@ def stepper(role: str, prompt: str, way: str, size: str, batch: int, folder: Pat
     return Stepper(trainer_of(student, folder, objective, teacher, role=role, kind=kind, **train), task)
 
 
-def measure(prompt: str, role: str, asked: Any, folder: Path) -> None:
+def measure(prompt: str, role: str, pair: Any, asked: Any, folder: Path) -> None:
     """Print the rows of a prompt method and a role."""
     steppers: dict[str, Stepper] = {}
     for way in asked.ways:
-        if way.startswith("compiled") and prompt not in asked.compiled:
-            continue
-        one = stepper(role, prompt, way, asked.size, asked.batch, folder)
         try:
+            one = stepper(role, pair, way, asked.batch, folder)
             one.step()
             steppers[way] = one
         except Exception as error:
@@ -112,11 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", nargs="+", default=[*PROMPTS], choices=[*PROMPTS])
     ways = [way for way in WAYS if CARD or way != "tf32"]
+    quick = [way for way in ways if not way.startswith("compiled")]
     parser.add_argument(
-        "--ways", nargs="+", default=ways, choices=ways, help="the first is what others are compared to"
-    )
-    parser.add_argument(
-        "--compiled", nargs="*", default=["coda"], help="prompts of which compiled models are measured"
+        "--ways", nargs="+", default=quick, choices=ways, help="others are compared to the first (default: uncompiled)"
     )
     parser.add_argument("--size", choices=["small", "vit"], default="vit" if CARD else "small")
     parser.add_argument("--batch", type=int, default=16)
@@ -127,8 +123,11 @@ def main() -> None:
     print(f"| prompts | step | | {UNIT} | times as fast as {asked.ways[0]} | MiB |\n|---|---|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         for prompt in asked.prompts:
+            configs = backbones(asked.size)
+            pair: list[Any] = [*pair_of(configs["student"], configs["teacher"], prompt, KDP)]
+            pair[:2] = [model.to("cuda" if CARD else "cpu") for model in pair[:2]]
             for role in ("teacher", "student"):
-                measure(prompt, role, asked, Path(folder))
+                measure(prompt, role, pair, asked, Path(folder))
     print(f"\n{asked.repeats} steps of {asked.batch} images each, in turn; {machine()}.")
 
 
