@@ -78,7 +78,7 @@ export python work card loaded
 recipe="recipes/icons100.yaml --train.dataloader_num_workers $loaded --baselines [ridge_head]"
 [ "$loaded" = 0 ] || recipe+=" --train.dataloader_persistent_workers true"
 if [ "$card" = 1 ]; then
-  limits=(20 75 40 30 30 40 45 100 60 90) quick=() few=(--repeats 1)
+  limits=(20 80 45 40 45 40 45 110 60 100) quick=() few=(--repeats 1)
 else
   limits=(30 300 120 120 120 120 120 600 600 300) quick=(--repeats 3) few=(--repeats 1 --images 400)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -86,13 +86,13 @@ else
 fi
 
 part machine "${limits[0]}" "Machine" bash -c machine
-part waits "${limits[3]}" "Waits for the GPU in a training step" "$python" benchmarks/gpu_probe.py waits
-part kernels "${limits[4]}" "Attention kernels of a training step" "$python" benchmarks/gpu_probe.py kernels
+part waits "${limits[3]}" "Waits for the GPU in a training step" "$python" benchmarks/gpu_probe.py waits --size small
+part kernels "${limits[4]}" "Attention kernels of a training step" "$python" benchmarks/gpu_probe.py kernels --prompts coda apt
 part steps "${limits[1]}" "Training steps" "$python" benchmarks/step.py "${quick[@]}"
 part inference "${limits[2]}" "Inference" "$python" benchmarks/inference.py "${quick[@]}"
 part icons100 "${limits[7]}" "Quickstart's pair on ten tasks" bash -c "run icons100 $recipe"
 part data "${limits[6]}" "Loaders" "$python" benchmarks/data.py "${few[@]}"
-part graphs "${limits[5]}" "Compiled graphs" "$python" benchmarks/gpu_probe.py graphs
+part graphs "${limits[5]}" "Compiled graphs" "$python" benchmarks/gpu_probe.py graphs --size small
 if [ -n "$dinov2" ]; then
   part dinov2 "${limits[8]}" "DINOv2's pair" bash -c "pair '$dinov2'"
 fi

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from small import Images, model_of, pair_of, query_of, task_of, trainer_of, vit
+from timing import precision
 from transformers.utils import logging
 
 from hf_cdl import CDLForImageClassification
@@ -153,10 +154,10 @@ def other_query(device: str, folder: Path) -> str:
     return f"weights {apart[0]:.0e}, logits {reloaded(found[0], device, folder):.0e}"
 
 
-def checked(name: str, device: str) -> tuple[str, bool, str, float]:
-    """A row's name, whether it passes, what it found or its error's last line, and its seconds."""
+def checked(name: str, device: str) -> tuple[bool, str, float]:
+    """Whether a row passes, what it found or its error's message and places, and its seconds."""
     logging.set_verbosity_error()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    precision("ieee", "ieee")
     torch.use_deterministic_algorithms(False)  # which another row of this process may have asked for
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -165,9 +166,9 @@ def checked(name: str, device: str) -> tuple[str, bool, str, float]:
             passed, said = True, rows()[name](device, Path(folder))
         except Exception as error:
             at = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)]
-            line = (str(error).strip().splitlines() or ["no message"])[-1 if "File" in str(error) else 0]
+            line = (str(error).strip().splitlines() or ["no message"])[0]
             passed, said = False, f"{type(error).__name__}: {line[:300]} ({' '.join(at[-4:])})"
-    return name, passed, said.replace("|", "/"), time.perf_counter() - start
+    return passed, said.replace("|", "/"), time.perf_counter() - start
 
 
 def main() -> None:
@@ -182,7 +183,11 @@ def main() -> None:
     out, failed = open(asked.out, "w") if asked.out else sys.stdout, 0  # noqa: SIM115
     print("| row | | found | s |\n|---|---|---|---:|", file=out, flush=True)
     with ProcessPoolExecutor(asked.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, passed, said, seconds in pool.map(partial(checked, device=asked.device), names):
+        for name, job in [(name, pool.submit(checked, name, asked.device)) for name in names]:
+            try:
+                passed, said, seconds = job.result()
+            except Exception as error:  # its process died
+                passed, said, seconds = False, f"{type(error).__name__}: {error}", 0.0
             failed += not passed
             print(f"| {name} | {'pass' if passed else 'FAIL'} | {said} | {seconds:.1f} |", file=out, flush=True)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,6 +1,6 @@
 """What a GPU shows of training steps: attention kernels, waits for the GPU, and compiled graphs.
 
-python benchmarks/gpu_probe.py {kernels,waits,graphs} [--size vit]
+python benchmarks/gpu_probe.py {kernels,waits,graphs} [--size vit] [--prompts coda ...]
 
 Everything is a student with KDP and its teacher in CDLTrainer; sizes as in step.py. A Markdown table each. On a CPU
 `kernels` names the CPU's, and there are no `waits`. `graphs` traces them and generates no code.
@@ -67,10 +67,10 @@ class Profiled(TrainerCallback):
             self.profiler.stop()
 
 
-def kernels(folder: Path, size: str) -> None:
+def kernels(folder: Path, size: str, prompts: list[str]) -> None:
     """Operations and kernels of attention in one step, with how often."""
     print("| prompts | precision | attention in one student step |\n|---|---|---|")
-    for prompt in PROMPTS:
+    for prompt in prompts:
         for name, train in (("float32", {}), ("bfloat16", {"bf16": True})):
             seen = Profiled()
             trained(folder, size, prompt, 1, seen, **train)
@@ -97,8 +97,8 @@ class Waits(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == FIRST:
+            torch.cuda.set_sync_debug_mode("warn")  # which warns once of itself
             self.counting = True
-            torch.cuda.set_sync_debug_mode("warn")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == FIRST + STEPS:
@@ -106,10 +106,10 @@ class Waits(TrainerCallback):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def waits(folder: Path, size: str) -> None:
+def waits(folder: Path, size: str, prompts: list[str]) -> None:
     """Waits for the GPU per step and where they come from: the innermost lines of ours and the libraries."""
     print("| prompts | waits a step | from |\n|---|---:|---|")
-    for prompt in PROMPTS if CARD else ():
+    for prompt in prompts if CARD else ():
         seen = Waits()
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -135,12 +135,12 @@ class Graphs(TrainerCallback):
         self.found[-1].append(counters["stats"]["unique_graphs"])
 
 
-def graphs(folder: Path, size: str) -> None:
+def graphs(folder: Path, size: str, prompts: list[str]) -> None:
     """Graphs of both backbones that are compiled in the steps of three tasks."""
     from torch._dynamo.utils import counters
 
     print("| prompts | graphs after each step, task by task | breaks |\n|---|---|---|")
-    for prompt in ("coda", "apt"):
+    for prompt in prompts:
         torch.compiler.reset()
         counters.clear()
         seen = Graphs()
@@ -154,10 +154,11 @@ def main() -> None:
     parts = {"kernels": kernels, "waits": waits, "graphs": graphs}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--size", choices=["small", "vit"], default="vit" if CARD else "small")
+    parser.add_argument("--prompts", nargs="+", default=[*PROMPTS], choices=[*PROMPTS])
     asked = parser.parse_args()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
-        parts[asked.part](Path(folder), asked.size)
+        parts[asked.part](Path(folder), asked.size, asked.prompts)
     print(f"\n{machine()}.")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from small import pair_of, task_of, trainer_of, vit
-from timing import CARD, UNIT, Stepper, in_turn, machine, ratio
+from timing import CARD, UNIT, Stepper, in_turn, machine, precision, ratio
 from transformers import ViTConfig
 from transformers.utils import logging
 
@@ -41,6 +41,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled, bfloat16": {"bf16": True},
 }
 KDP = [{"type": "kdp"}]
+USUAL = precision()
 
 
 class NaiveTrainer(CDLTrainer):
@@ -69,6 +70,7 @@ def backbones(size: str) -> dict[str, ViTConfig]:
 
 def stepper(role: str, pair: Any, way: str, batch: int, folder: Path) -> Stepper:
     """A trainer of a role that waits for its first step, with a copy of `pair`: student, teacher and objective."""
+    precision(*USUAL)
     student, teacher, objective = copy.deepcopy(pair)
     task = task_of(0, 4 * batch, student.config.backbone_config.image_size, classes=10)
     if role == "teacher":

@@ -29,6 +29,14 @@ class Cost(NamedTuple):
     memory: int
 
 
+def precision(*change: str) -> tuple[str, str]:
+    """What products and convolutions of float32 are computed in on a GPU, for all of the process; changed if given."""
+    parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    for part, asked in zip(parts, change, strict=False):
+        part.fp32_precision = asked
+    return parts[0].fp32_precision, parts[1].fp32_precision
+
+
 def now() -> float:
     """Wall-clock time once the GPU has finished; on a CPU, time of its cores, which other load does not affect."""
     if CARD:
@@ -59,9 +67,8 @@ class Stepper(TrainerCallback):
         self.watch = Watch()
         trainer.add_callback(self)
         states: list[dict[str, Any]] = [kind._shared_state for kind in (PartialState, AcceleratorState)]
-        self.states = [
-            (state, dict(state)) for state in states
-        ]  # another trainer's precision would replace this one's
+        self.states = [(state, dict(state)) for state in states]  # another trainer's would replace this one's
+        self.precision = precision()
         self.thread = threading.Thread(target=self._learn, args=(trainer, task), daemon=True)
         self.thread.start()
 
@@ -77,6 +84,7 @@ class Stepper(TrainerCallback):
         for state, own in self.states:
             state.clear()
             state.update(own)
+        precision(*self.precision)
         self.go.release()
         cost = self.costs.get()
         if isinstance(cost, BaseException):
