@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from small import pair_of, task_of, trainer_of
-from step import KDP, backbones
+from step import KDP, PIXELS, backbones
 from timing import CARD, machine
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -38,7 +38,7 @@ def trained(
     """Let a student learn tasks after a teacher that knows them; `callback` sees its steps."""
     configs = backbones(size)
     student, teacher, objective = pair_of(configs["student"], configs["teacher"], prompt, KDP)
-    learning = [task_of(index, 64, configs["student"].image_size) for index in range(tasks)]
+    learning = [task_of(index, 64, PIXELS[size]) for index in range(tasks)]
     for task in learning:
         teacher.begin_task(task.class_names)
     if compiled:

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu_check
-import numpy as np
 import torch
 import yaml
-from PIL import Image
-from small import Images, model_of, pair_of, task_of, trainer_of, vit
+from small import Images, model_of, pair_of, picture, task_of, trainer_of, vit
 from transformers import TrainerCallback, ViTImageProcessor, ViTModel, pipeline
 
 from hf_cdl import CDLForImageClassification
@@ -37,13 +35,17 @@ def _fitted(head: dict[str, Any]) -> bool:
     return model_of(vit(), head=head).fitted
 
 
+def placed(backbone: Any, place: Any, **fields: Any) -> Any:
+    return model_of(backbone, **fields).eval().to(place)
+
+
 def sums(head: dict[str, Any]) -> Callable[[str, Path], str]:
     """Fit a head to the same features on the device and on the CPU, two tasks."""
 
     def check(device: str, folder: Path) -> str:
         found = []
         for place in (device, "cpu"):
-            model, draw = model_of(vit(), head=head).eval().to(place), torch.Generator().manual_seed(0)
+            model, draw = placed(vit(), place, head=head), torch.Generator().manual_seed(0)
             for index in range(2):
                 model.begin_task(task_of(index).class_names)
                 labels = torch.arange(40) % 3 + 3 * index
@@ -88,7 +90,7 @@ def resumed(train: dict[str, Any]) -> Callable[[str, Path], str]:
             for index in range(2):
                 teacher.begin_task(task_of(index).class_names)
             run = Run(folder / name, {"name": "small"}, say=lambda line: None)
-            run.bind("small", [task_of(index).class_names for index in range(2)])
+            run.bind("small", [[*task_of(index).class_names] for index in range(2)])
             stored = run.checkpoint("student")
             if stored is not None:
                 student = CDLForImageClassification.from_pretrained(str(stored))
@@ -123,7 +125,7 @@ def changes(device: str, folder: Path) -> str:
     found = []
     for place in (device, "cpu"):
         head = {"type": "ridge", "known": 0.9, "strength": "auto", "scale": "auto"}
-        model = model_of(vit(), head=head).eval().to(place)
+        model = placed(vit(), place, head=head)
         pixels, labels = Images(24).images, [f"class {number % 3}" for number in range(24)]
         model.add(pixels, labels)
         model.add(pixels + 1, [f"class {3 + number % 2}" for number in range(24)])
@@ -139,11 +141,6 @@ def changes(device: str, folder: Path) -> str:
     apart = gpu_check.largest_difference(*(model.state_dict() for model in found))
     assert apart[0] <= gpu_check.WEIGHTS, f"{apart[1]} differs by {apart[0]:.1e} of its largest value"
     return f"{apart[0]:.0e}, logits {gpu_check.reloaded(found[0], device, folder):.0e}"
-
-
-def picture(number: int) -> Image.Image:
-    draw = np.random.default_rng(number)
-    return Image.fromarray((draw.integers(0, 99, (20, 24, 3)) + 50 * (number % 3)).astype(np.uint8))
 
 
 def answered(device: str, folder: Path) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from small import model_of, query_of
-from step import backbones
+from step import PIXELS, backbones
 from timing import CARD, call_of, in_turn, machine, ratio
 from transformers import ViTForImageClassification
 from transformers.utils import logging
@@ -58,7 +58,7 @@ def main() -> None:
     made, unit = models(asked.size), "images/s" if CARD else "images/s of a core"
     print(f"| precision | model | {unit} | of the plain one's |\n|---|---|---:|---:|")
     for precision in (torch.float32, torch.bfloat16) if CARD else (torch.float32,):
-        size = backbones(asked.size)["student"].image_size
+        size = PIXELS[asked.size]
         pixels = torch.randn(asked.batch, 3, size, size, device="cuda" if CARD else "cpu", dtype=precision)
         parts = {name: call_of(partial(model.to(precision), pixel_values=pixels)) for name, model in made.items()}
         with torch.inference_mode():

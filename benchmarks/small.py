@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import ViTConfig, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
@@ -47,6 +49,12 @@ def task_of(index: int, images: int = 16, size: int = 16, classes: int = CLASSES
     names = tuple(f"class {first + number}" for number in range(classes))
     train, test = (Images(count, first, size, classes) for count in (images, images // 2))
     return Task(index, names, first, train, None, test)
+
+
+def picture(number: int) -> Image.Image:
+    """Noise, of one of three levels."""
+    draw = np.random.default_rng(number)
+    return Image.fromarray((draw.integers(0, 99, (20, 24, 3)) + 50 * (number % 3)).astype(np.uint8))
 
 
 def vit(width: int = 32, **fields: Any) -> ViTConfig:

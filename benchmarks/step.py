@@ -62,10 +62,16 @@ class NaiveTrainer(CDLTrainer):
         return model(pixel_values=pixels, task_id=task_id, output_hidden_states=True), teacher
 
 
+PIXELS = {"small": 16, "vit": 224}
+"""Side of an image of either size."""
+
+
 def backbones(size: str) -> dict[str, ViTConfig]:
     if size == "small":
         return {"teacher": vit(48), "student": vit(32)}
-    return {role: ViTConfig(num_hidden_layers=12, image_size=224, patch_size=16, **LARGE[role]) for role in LARGE}
+    return {
+        role: ViTConfig(num_hidden_layers=12, image_size=PIXELS[size], patch_size=16, **LARGE[role]) for role in LARGE
+    }
 
 
 def stepper(role: str, pair: Any, way: str, batch: int, folder: Path) -> Stepper:

@@ -42,7 +42,7 @@ def learnt(model: Any, device: torch.device | str) -> torch.Tensor:
         if not model.fitted:
             output = model.train()(pixel_values=pixels, labels=labels, task_id=index)
             losses = [output.loss, output.prompt_loss, None if output.kd_logits is None else output.kd_logits.mean()]
-            sum(loss for loss in losses if loss is not None).backward()
+            torch.stack([loss for loss in losses if loss is not None]).sum().backward()
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
@@ -74,7 +74,7 @@ def test_a_model_learns_its_second_task_on_another_device(method: str, query: st
 
 @pytest.mark.parametrize("parts", ["KD prompts", "mapping"])
 def test_a_student_with_parts_of_its_own_does(parts: str) -> None:
-    fields = {"kd_prompt": {"length": 4, "alpha": 0.3}}
+    fields: dict[str, Any] = {"kd_prompt": {"length": 4, "alpha": 0.3}}
     if parts == "mapping":
         pool = model_of("coda", width=48, query_width=32).pool_config
         fields = {"mapping": {"components": 3, "length": 4}, "teacher_pool": pool}
@@ -95,6 +95,6 @@ def test_the_second_device_refuses_what_a_gpu_refuses() -> None:
         ones = torch.ones(3, device=device)
         assert ones.device == device and (ones + 1).sum().item() == 6
         with pytest.raises(RuntimeError, match="on one device"):
-            ones + torch.ones(3)
+            ones.add(torch.ones(3))
         with pytest.raises(TypeError, match="cpu"):
             ones.numpy()
