@@ -32,13 +32,16 @@ class ComponentBlock(nn.Module):
 
 @torch.no_grad()
 def init_block(blocks: Any, task: int) -> None:
-    """Initialise block `task` with normal draws, orthogonalised against all earlier rows and scaled to unit length."""
+    """Initialise block `task` with normal draws, orthogonalised against all earlier rows and scaled to unit length.
+
+    A new block is still on the CPU when the earlier ones are on a GPU; draws do not depend on the device.
+    """
     for name, new in blocks[task].named_parameters():
         if getattr(new, "_is_hf_initialized", False):  # loaded: nothing to draw
             continue
         draws = torch.randn(new.shape, device=new.device).flatten(2)  # (L, m, D)
         orthogonal = [
-            orthogonalise(draw, rows(blocks[:task], name, index).flatten(1) if task else draw[:0])
+            orthogonalise(draw, rows(blocks[:task], name, index).flatten(1).to(draw) if task else draw[:0])
             for index, draw in enumerate(draws)
         ]
         init.copy_(new, torch.stack(orthogonal).view_as(new))

@@ -28,9 +28,9 @@ def kept_apart() -> Iterator[None]:
         gc.unfreeze()
 
 
-def peak_memory() -> int:
+def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of this phase on the GPU, or of the whole process so far on a CPU."""
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         import psutil

@@ -182,7 +182,7 @@ class CDLTrainer(EvaluatingTrainer):
             return
         self._keep_settings()
         result = TaskResult(self.role, task.index)
-        if torch.cuda.is_available():
+        if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.state.log_history = []
         if any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -191,7 +191,7 @@ class CDLTrainer(EvaluatingTrainer):
             self._fit_head(task, result)
         self.model.end_task()
         self.objective.end_task()
-        result.peak_memory_bytes = peak_memory()
+        result.peak_memory_bytes = peak_memory(self.args.device)
         if self.run is not None:
             self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
             self.accelerator.wait_for_everyone()

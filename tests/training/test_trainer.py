@@ -20,6 +20,7 @@ from hf_cdl.data.views import query_view
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.runs.run import Run
 from hf_cdl.training import task_trainer
+from hf_cdl.training.memory import peak_memory
 from hf_cdl.types import Task
 
 TASK = next(stream())
@@ -452,3 +453,9 @@ def test_a_callback_of_a_user_s_sees_validation_images_whatever_it_waits_for(eve
     trainer.seen = [TASK]
     with pytest.raises(ValueError, match="task-01 has no images that evaluate.. may read beside Mine"):
         trainer.evaluate()
+
+
+def test_memory_is_that_of_the_device_that_trains_not_of_a_gpu_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    assert peak_memory(torch.device("cpu")) > 0 == peak_memory(torch.device("cuda"))
