@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +54,7 @@ def rows() -> dict[str, Row]:
     for term in TERMS:
         more = {"query": "one_pass"} if TERMS[term].needs_query else {}
         found[f"term {term}"] = partial(learnt_twice, "coda", [{"type": term}], **more)
-    whole = [{"type": "dual_path", "copy_from": "all"}]
-    found["term dual_path, copies"] = partial(learnt_twice, "coda", whole)
+    found["term dual_path, copies"] = partial(learnt_twice, "coda", [{"type": "dual_path", "copy_from": "all"}])
     for name, head in heads().items():
         found[f"head {name}"] = partial(learnt_twice, "none", [], head=head)
     lora = {"lora": {"r": 4}, "first_session": {"type": "linear"}, "head": {"type": "ridge"}}
@@ -183,13 +182,14 @@ def main() -> None:
     out, failed = open(asked.out, "w") if asked.out else sys.stdout, 0  # noqa: SIM115
     print("| row | | found | s |\n|---|---|---|---:|", file=out, flush=True)
     with ProcessPoolExecutor(asked.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for name, job in [(name, pool.submit(checked, name, asked.device)) for name in names]:
+        jobs = {pool.submit(checked, name, asked.device): name for name in reversed(names)}  # the longest first
+        for job in as_completed(jobs):
             try:
                 passed, said, seconds = job.result()
             except Exception as error:  # its process died
                 passed, said, seconds = False, f"{type(error).__name__}: {error}", 0.0
             failed += not passed
-            print(f"| {name} | {'pass' if passed else 'FAIL'} | {said} | {seconds:.1f} |", file=out, flush=True)
+            print(f"| {jobs[job]} | {'pass' if passed else 'FAIL'} | {said} | {seconds:.1f} |", file=out, flush=True)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{len(names) - failed} of {len(names)} rows pass; torch {torch.__version__}, {where}.", file=out)
     print(f"{failed} of {len(names)} rows fail")
