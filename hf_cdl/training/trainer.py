@@ -91,12 +91,10 @@ class CDLTrainer(EvaluatingTrainer):
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
-        more: Any = {
-            "processing_class": processing_class,
-            "compute_metrics": compute_metrics,
-            "data_collator": collate,
-        }
+        args.logging_nan_inf_filter = False  # it waits for a GPU at every step; `_check_losses` watches
+        more: Any = {"compute_metrics": compute_metrics, "data_collator": collate}
         more["eval_dataset"] = {}  # Trainer requires one for eval_strategy
+        more["processing_class"] = processing_class
         super().__init__(model, args, callbacks=[*(callbacks or ())], **more)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
