@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
@@ -60,7 +60,7 @@ def trainer(work: Path, head: str, tasks: int, classes: int) -> tuple[CDLTrainer
     backbone = work / "backbone"
     ViTModel(ViTConfig(image_size=SIDE, patch_size=8, **SMALL), add_pooling_layer=False).save_pretrained(backbone)
     processor = ViTImageProcessor(size={"height": SIDE, "width": SIDE})
-    data = DatasetDict(train=table(tasks * classes, TRAIN, 0), test=table(tasks * classes, TEST, TRAIN))
+    data: Any = {"train": table(tasks * classes, TRAIN, 0), "test": table(tasks * classes, TEST, TRAIN)}
     stream = TaskStream(StreamConfig(classes_per_task=classes), processor, dataset=data)
     model = CDLForImageClassification.from_backbone(backbone, **MODELS[head])
     run = Run(work / "run", {"name": "tasks"}, say=lambda _: None)

@@ -240,7 +240,10 @@ def test_a_teacher_of_a_stranger_s_run_runs_nothing_of_it(
         "name": "tiny",
         "data": {"path": data, "classes_per_task": 2},
         "teacher": {"backbone": str(honest / "backbone"), "head": head},
-        "student": {"backbone": str(honest / "backbone"), "head": {"type": "ridge", "soft_targets": 0.5}},
+        "student": {
+            "backbone": str(honest / "backbone"),
+            "head": {"type": "ridge", "strength": 10.0, "soft_targets": 0.5},
+        },
         "baselines": [],
         "train": {"use_cpu": True},
     }

@@ -264,7 +264,7 @@ def _looked_up(levels: torch.Tensor, images: list[Image.Image]) -> torch.Tensor:
     for image, pixels in zip(images, made, strict=True):  # one by one: they stay in the processor's cache
         colours = np.asarray(image)
         for channel in range(3):
-            np.take(table[channel], colours[..., channel], out=pixels[channel], mode="clip")  # "raise" would buffer
+            np.take(table[channel], colours[..., channel], out=pixels[channel], mode="wrap")  # "raise" would buffer
     return torch.from_numpy(made)
 
 

@@ -74,11 +74,13 @@ class PromptPath(Term):
         for earlier in [*getattr(head, "blocks", ())][:-1]:  # earlier tasks' classes are not compared
             earlier.requires_grad_(False)
         if self.config.head_init == "random":
-            drawn = copy.deepcopy(head).cpu()  # so that the draws do not depend on the device
+            on_cpu = next(head.parameters()).device.type == "cpu"
+            drawn = head if on_cpu else copy.deepcopy(head).cpu()  # so that the draws do not depend on the device
             for module in drawn.modules():
                 if hasattr(module, "reset_parameters"):
                     module.reset_parameters()  # type: ignore[operator]
-            head.load_state_dict(drawn.state_dict())
+            if drawn is not head:
+                head.load_state_dict(drawn.state_dict())
         if self.config.copy_from != "all":  # stages before the first block are computed once, by the teacher
             for name in (name for stage in found.stages[:first] for name in stage.modules):
                 self._records.append(_Record(teacher.get_submodule(name)))

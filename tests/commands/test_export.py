@@ -253,9 +253,7 @@ def test_the_comparison_is_of_what_the_script_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [None, "single_label_classification"])
 @pytest.mark.parametrize("names", [["ant"], ["ant", "bee"]])
-def test_scores_are_the_pipeline_s_of_any_number_of_classes(
-    kind: str | None, names: list[str], tmp_path: Path
-) -> None:
+def test_scores_are_the_pipeline_s_of_any_number_of_classes(kind: Any, names: list[str], tmp_path: Path) -> None:
     model = CDLForImageClassification.from_backbone(make_backbone(tmp_path / "backbone"))
     model.begin_task(names)
     model.config.problem_type = kind

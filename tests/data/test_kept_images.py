@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from hf_cdl.data.cells import Cells
 ONE = 3 * SIZE * SIZE
 
 
-def stream(images: int = 4) -> TaskStream:
+def stream(images: int = 4) -> Any:
     tables = {
         name: make_table([c for c in range(4) for _ in range(images)], 4, n)
         for n, name in enumerate(("train", "test"))
@@ -79,7 +80,8 @@ def test_workers_keep_and_are_sent_none() -> None:
     split = stream()[0].train
     split.image(0)
     assert not pickle.loads(pickle.dumps(split)).kept._images
-    keeping = DataLoader(_Sizes(split), num_workers=1, batch_size=None)
+    sizes: Any = _Sizes(split)
+    keeping = DataLoader(sizes, num_workers=1, batch_size=None)
     assert [*keeping] == [1] * len(split), "the one from before"
 
 

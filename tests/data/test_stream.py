@@ -315,6 +315,7 @@ def test_an_image_is_decoded_once_and_equal_views_are_one(tmp_path):
 
     counted = Counted(size={"height": 8, "width": 8})
     split = make(data(), processors={"student": PROCESSOR, "teacher": counted, "linear_head": counted})[0].train
+    split.views["teacher"]._levels = None  # the processor computes every view, and counts it
     split = CountedSplit(**{field.name: getattr(split, field.name) for field in dataclasses.fields(split)})
     for roles, calls in ((("student",), 0), (("teacher",), 1), (("student", "teacher"), 1)):
         Counted.calls = 0

@@ -105,7 +105,7 @@ def test_each_model_sees_its_own_view_of_a_sample(tmp_path: Path, query: str) ->
     """And no phase computes a view that it does not need."""
     processors = {"student": Counted(16), "teacher": Counted(24, image_mean=[0.0] * 3, image_std=[1.0] * 3)}
     data = StreamConfig(path=str(make_data(tmp_path / "data")), classes_per_task=3)
-    task = TaskStream(data, processors)[0]
+    task: Any = TaskStream(data, processors)[0]
     images, tests = len(task.train), len(task.test)
     student_model = model_of("coda", kd_prompt={})
     section: Any = {"query_config": vit(32), "query_view": query_view(processors["teacher"], processors["student"])}
