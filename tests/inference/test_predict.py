@@ -122,7 +122,7 @@ def test_answers_of_a_plain_classifier_are_those_of_the_pipeline(photos: Path, c
 
 def test_a_model_that_tells_numbers_and_no_classes_is_refused(photos: Path, command: Command, capsys: Any) -> None:
     sizes: Any = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTConfig(**sizes, image_size=32, patch_size=16, num_labels=3, problem_type="regression")
+    config = ViTConfig(**{**sizes, "num_labels": 3}, image_size=32, patch_size=16, problem_type="regression")
     ViTForImageClassification(config).save_pretrained(photos.parent / "plain")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(photos.parent / "plain")
     out = photos.parent / "a.csv"
