@@ -81,7 +81,7 @@ def test_changes_go_from_machine_to_machine(source: Path, hub: HubServer, tmp_pa
     assert "is taken over into runs/small/" in said and "2 tasks and 1 changes, the newest task-03" in said
     assert classes(hub, "task-03") == ["emmet", "bee", "cat", "dog"]
     said = second.run("add", STUDENT, source / "new", "--push_to_hub", "true")
-    assert "3 images learnt: 1 new class ('emu')." in said and "the newest task-04" in said
+    assert "3 images learnt: 1 new class ('emu')" in said and "the newest task-04" in said
     assert {name: commit for name, commit in tags(hub).items() if name in before} == before
     card = hub.repository(STUDENT).read("main", "README.md").decode()
     assert "| `task-03` |" in card and "knows 5 classes now" in card
