@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
@@ -68,6 +69,18 @@ class Checkpointed(PromptedBackbone):
             name for name in names if name.partition(".")[0] in _TRAINING or (small and left_out(name))
         }
         return bare
+
+    def to_store(self) -> tuple[dict[str, torch.Tensor], set[str], set[str]]:
+        """The weights as save_pretrained stores them, by their names there; and the names of those that stay.
+
+        These are of frozen backbones, and of the newest blocks, which the next task freezes if they are trained now.
+        """
+        bare = self._to_save()
+        state = {name: value for name, value in bare.state_dict().items() if name not in bare._keys_to_ignore_on_save}
+        weights = revert_weight_conversion(bare, state)
+        backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
+        last = f".blocks.{len(self.config.tasks) - 1}."
+        return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

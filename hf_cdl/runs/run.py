@@ -23,10 +23,8 @@ from hf_cdl.runs.files import (
     RunError,
     damage,
     fingerprint,
-    fingerprints,
     make_folder,
     make_way,
-    put_folder,
     read_json,
     saving,
     sync,
@@ -44,8 +42,9 @@ from hf_cdl.runs.ledger import (
     revisions,
     shortened,
 )
-from hf_cdl.runs.repair import examine, mend, publish, unreadable
+from hf_cdl.runs.repair import examine, mend, unreadable
 from hf_cdl.runs.results import ledger_results
+from hf_cdl.runs.sharing import publish, put_revision
 from hf_cdl.runs.source import Source
 from hf_cdl.types import Task, TaskResult
 
@@ -247,7 +246,7 @@ class Run:
             return
         try:
             with saving(f"save {result.role} after {task.name} in {self.folder}"):
-                put_folder(self.folder / result.role / task.name, write)
+                put_revision(self.folder, self.ledger, result.role, write)
                 write_json(self.history_file(result.role, task), history)
                 self._note_files(result.role, task)
                 self._write_ledger()
@@ -261,11 +260,10 @@ class Run:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
 
     def _note_files(self, role: str, task: Task) -> None:
-        """Add the fingerprints of a finished task's files to the ledger."""
+        """Add the fingerprints of a finished task's files beside its checkpoint to the ledger."""
         scaffold, before = (self.scaffold_file(role, index) for index in (task.index, task.index - 1))
         known = self.ledger["files"]
         known.pop(before.relative_to(self.folder).as_posix(), None)  # about to be deleted
-        known.update(fingerprints(self.folder / role / task.name, self.folder))
         for file in (self.history_file(role, task), scaffold):
             if file.exists():
                 known[file.relative_to(self.folder).as_posix()] = fingerprint(file)
@@ -376,7 +374,7 @@ class Run:
         problem = damage(results, files[RESULTS]) if RESULTS in files else unreadable(results)
         pictures = [path for path in files if path.endswith(".png") and "/" not in path]
         pictures = [path for path in pictures if damage(self.folder / path, files[path], thorough=False)]
-        if found.copies or problem or pictures:
+        if found.copies or found.gone or problem or pictures:
             self._acquire()
             try:
                 mend(self.folder, self.ledger, found)
