@@ -65,7 +65,7 @@ def plan(weights: Mapping[str, torch.Tensor], backbone: Set[str], newest: Set[st
     for file in sorted(before.glob("*.safetensors")):
         names = _names(file)
         equal = _equal(file, names, weights)
-        if equal == names and size(equal) >= WORTH and file.name != SAFE_WEIGHTS_NAME:
+        if equal == names and size(equal) >= WORTH:
             kept.append(Shard(equal, file))
         stored |= names
         same |= equal
