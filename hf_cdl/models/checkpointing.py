@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
@@ -24,6 +25,7 @@ from hf_cdl.backbones.stored import (
     check_stored,
     check_weights,
     is_folder,
+    named,
     quietly,
     stored_sizes,
 )
@@ -152,5 +154,6 @@ def _explained(place: Any) -> Iterator[None]:
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
             f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-            "model.safetensors are there and whole; get them again if they were cut short."
+            f"{SAFE_WEIGHTS_NAME if place is None else named(place)} are there and whole; get them again if they were "
+            "cut short."
         ) from error

@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import make_backbone, picture
 from safetensors import safe_open
+from tiny_families import TINY, stored_backbone
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -147,6 +148,25 @@ def test_in_files_or_in_one_it_is_the_same_model(name: str, backbone: Path, tmp_
     if name == "coda":
         found = pipeline("image-classification", model=str(before), top_k=6)
         assert {answer["label"] for answer in found(picture(0, 0))} == {f"class {i}" for i in range(6)}
+
+
+@pytest.mark.usefixtures("little_worth")
+@pytest.mark.parametrize("kind", TINY)
+def test_the_weights_have_the_names_that_transformers_gives_them(kind: str, tmp_path: Path) -> None:
+    """Some families have others in memory."""
+    set_seed(0)
+    model = CDLForImageClassification.from_backbone(stored_backbone(tmp_path / "backbone", kind), **CODA)
+    learn(model, 0)
+    model.save_pretrained(tmp_path / "whole")
+    save_checkpoint(model, None, tmp_path / "1", tmp_path / "none")
+    loaded = CDLForImageClassification.from_pretrained(tmp_path / "1")
+    learn(loaded, 1)
+    save_checkpoint(loaded, None, tmp_path / "2", tmp_path / "1")
+    files = weights(tmp_path / "1")
+    assert len(files) == 3 and set().union(*files.values()) == weights(tmp_path / "whole")["model.safetensors"]
+    assert "model-00001-of-00003.safetensors" in {*linked(tmp_path / "1", tmp_path / "2")}, "the backbone's"
+    found = CDLForImageClassification.from_pretrained(tmp_path / "2").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in loaded.state_dict().items())
 
 
 @pytest.mark.usefixtures("little_worth")
