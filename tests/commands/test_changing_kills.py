@@ -200,7 +200,7 @@ def test_a_change_that_is_killed_anywhere_is_made_or_not_made(ready: Path, place
     assert calls > 15
 
 
-@pytest.mark.parametrize("size", [1, 2_000, 30_000])
+@pytest.mark.parametrize("size", [1, 2_000, 8_000])
 def test_a_full_disk_changes_nothing(
     ready: Path, place: Path, size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

