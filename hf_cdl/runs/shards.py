@@ -111,7 +111,8 @@ def _write(model: Any, weights: Mapping[str, torch.Tensor], shards: list[Shard],
     """Write the files of a plan; the last one with the config and all else that belongs to the model."""
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     last = {name: weights[name] for name in sorted(shards[-1].names)}
-    model.save_pretrained(folder, state_dict=last, save_original_format=False)  # they are in that format
+    how = {"save_original_format": False, "max_shard_size": 2**62}  # they are in that format; in one file
+    model.save_pretrained(folder, state_dict=last, **how)
     os.replace(folder / SAFE_WEIGHTS_NAME, folder / names[-1])
     for name, shard in zip(names, shards, strict=True):
         if shard.source is not None:
