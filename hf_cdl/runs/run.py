@@ -3,8 +3,8 @@
 Layout of a run's folder: `run.json` the ledger; `ROLE/task-01`, ... one loadable checkpoint per task, which share the
 files of what has not changed (sharing.py), and in `ROLE/` itself a copy of the newest; `logs/` the loss curves;
 `work/` the state of the phase in progress; at the end `results.json` and the pictures. Every file appears under its
-name only once it is complete, so a kill or a full disk at any moment leaves the last state intact, and the same command
-resumes from there.
+name only once it is complete, so a kill or a full disk at any moment leaves the last state intact, and the same
+command resumes from there.
 """
 
 from __future__ import annotations
