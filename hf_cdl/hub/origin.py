@@ -232,7 +232,7 @@ def _check_index(index: Any, folder: Path) -> None:
     )
     if wrong:
         raise RunError(f"its model.safetensors.index.json names {visible(wrong[0])[:60]}, no weights beside it.")
-    if absent := sorted(file for file in {*files.values()} if not (folder / file).is_file()):
+    if absent := sorted(file for file in {*(files or {}).values()} if not (folder / file).is_file()):
         raise RunError(f"its model.safetensors.index.json names {absent[0]}, which is not beside it.")
 
 

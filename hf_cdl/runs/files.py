@@ -200,9 +200,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync a folder and everything below it to disk, before it gets its final name."""
+    """Sync a folder and everything below it to disk, before it gets its final name.
+
+    A file with another name is one that `link` shares: it was synced under that, and only the new name is new.
+    """
     for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
+        if path.is_dir() or path.stat().st_nlink == 1:
+            sync(path)
     sync(folder)
 
 

@@ -41,8 +41,8 @@ def save_checkpoint(model: Any, processor: Any, folder: Path, before: Path) -> N
 
     With little that is settled, or for a model that does not say how it stores its weights, they are one file.
     """
-    weights, *frozen = model.to_store() if hasattr(model, "to_store") else ({},)
-    shards = plan(weights, *frozen, before) if weights else []
+    weights, backbone, newest = model.to_store() if hasattr(model, "to_store") else ({}, set(), set())
+    shards = plan(weights, backbone, newest, before)
     if len(shards) > 1:
         _write(model, weights, shards, folder)
     else:
