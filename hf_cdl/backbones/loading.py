@@ -23,6 +23,7 @@ from hf_cdl.backbones.stored import (
     check_stored,
     check_weights,
     is_folder,
+    named,
     quietly,
     weight_files,
 )
@@ -107,7 +108,7 @@ def load_weights(
     except Exception as error:  # transformers, safetensors and the Hub raise many error types
         raise ValueError(
             f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
-            "Check that model.safetensors is there and whole; download it again if it was cut short."
+            f"Check that {named(name)} is there and whole; download it again if it was cut short."
         ) from error
     check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'")
     check_weights(model.state_dict(), f"'{name}'")

@@ -53,6 +53,13 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
     return []
 
 
+def named(name: Any) -> str:
+    """What a message calls the weights in a folder: one file, or what an index names."""
+    index = Path(name).expanduser() / SAFE_WEIGHTS_INDEX_NAME
+    several = index.is_file() and not index.with_name(SAFE_WEIGHTS_NAME).exists()
+    return f"every file that {SAFE_WEIGHTS_INDEX_NAME} names" if several else SAFE_WEIGHTS_NAME
+
+
 def check_no_adapters(name: Any, revision: str | None = None, **hub: Any) -> None:
     """Raise ValueError if there are adapters next to a model's weights: transformers would load what they name."""
     quiet = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False)

@@ -25,6 +25,7 @@ from hf_cdl.runs.files import RunError
 from hf_cdl.runs.learnt import Moves
 from hf_cdl.runs.ledger import CHANGED, revision_name
 from hf_cdl.runs.results import run_results
+from hf_cdl.runs.shards import save_checkpoint
 
 Made = tuple[Change, Moves]
 """What a command did to the model, and the images that it moved."""
@@ -85,8 +86,7 @@ def _store(run: ChangingRun, options: Any, make: Make) -> None:
     made, moves = found
 
     def write(place: Path) -> None:
-        model.save_pretrained(place)
-        processor.save_pretrained(place)
+        save_checkpoint(model, processor, place, checkpoint)
 
     said = {"kind": made.kind, "said": str(made), "images": made.images, "choices": made.choices}
     said |= {"classes": made.classes} if made.classes else {}

@@ -9,6 +9,7 @@ from hf_cdl.commands import train
 from hf_cdl.commands.costs import Cost, bytes_of, measure, read_tasks, unknown_optimizers
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
+from hf_cdl.runs.shards import WORTH
 
 HEADINGS = [
     ["", "backbone", "trained", "stored", "GFLOPs per image", "", "total", "kept for", "peak", "check-"],
@@ -36,6 +37,7 @@ def plan(recipe: Recipe) -> str:
     models, costs = measure(recipe, tasks)
     weights = sum(map(bytes_of, models.values()))
     files = {role: _stored_bytes(recipe, model) for role, model in models.items()}
+    shared = sum(_shared_bytes(recipe, model) for model in models.values())
     lines = [*HEADINGS, *(cells(role, models[role], cost, weights, files[role]) for role, cost in costs.items())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = []
@@ -53,8 +55,8 @@ def plan(recipe: Recipe) -> str:
             "",
             *table,
             "",
-            f"All training: {_peta(total)} PFLOPs. All checkpoints (after every task, and the newest again): "
-            f"{_size(sum(files.values()) * (len(tasks.classes) + 1))}.",
+            f"All training: {_peta(total)} PFLOPs. All checkpoints (after every task, and the newest again): at most "
+            f"{_size(sum(files.values()) * (len(tasks.classes) + 1) - shared * (len(tasks.classes) - 1))}.",
             *notes,
         ]
     )
@@ -97,6 +99,14 @@ def _stored_bytes(recipe: Recipe, model: Any) -> int:
     """Bytes of a checkpoint of the model: a small one leaves out the backbones."""
     small = not recipe.save_backbone and not isinstance(model, ImageClassifier)
     return bytes_of(model) - 4 * small * sum(_backbone_sizes(model))
+
+
+def _shared_bytes(recipe: Recipe, model: Any) -> int:
+    """Bytes that a role's checkpoints share, but for the copy of the newest: those of frozen backbones in files."""
+    if isinstance(model, ImageClassifier) or model.config.train_backbone or not recipe.save_backbone:
+        return 0
+    frozen = 4 * sum(_backbone_sizes(model))
+    return frozen if frozen >= WORTH else 0
 
 
 def _size(number: float) -> str:

@@ -108,7 +108,7 @@ class Origin(ABC):
                 )
             _check_weights([*folder.glob("*.safetensors")])
             if (index := folder / "model.safetensors.index.json").exists():
-                _check_index(read_json(index))
+                _check_index(read_json(index), folder)
             read_json(folder / "preprocessor_config.json")  # its content is checked when it is loaded
         except RunError as error:
             said = str(error).replace(f"{visible(folder)}/", "its ")
@@ -223,7 +223,7 @@ def _check_weights(files: list[Path]) -> None:
             raise RunError(f"its {file.name} is cut short or damaged ({visible(error)[:200]}).") from error
 
 
-def _check_index(index: Any) -> None:
+def _check_index(index: Any, folder: Path) -> None:
     files = index.get("weight_map") if isinstance(index, dict) else None
     wrong = (
         [file for file in files.values() if not isinstance(file, str) or not CHECKPOINT.fullmatch(file)]
@@ -232,6 +232,8 @@ def _check_index(index: Any) -> None:
     )
     if wrong:
         raise RunError(f"its model.safetensors.index.json names {visible(wrong[0])[:60]}, no weights beside it.")
+    if absent := sorted(file for file in {*(files or {}).values()} if not (folder / file).is_file()):
+        raise RunError(f"its model.safetensors.index.json names {absent[0]}, which is not beside it.")
 
 
 def _counted(tasks: Any) -> str:

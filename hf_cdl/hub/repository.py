@@ -67,7 +67,7 @@ class Repository:
         """Tasks known to be on the Hub."""
         self._opened = False
         self._ours: set[str] = set()  # commits of tags already verified as this run's
-        self._digests: dict[Path, tuple[str, str]] = {}
+        self._digests: dict[Any, tuple[str, str]] = {}
 
     def open(self) -> None:
         """Create the repository if needed and check write access. Raises HubError if there is no token."""
@@ -163,7 +163,8 @@ class Repository:
                 del written["README.md"]
         written["results.json"] = json.dumps({**after, "role": self.role, "card": card}, indent=1).encode()
         gone = [path for path in there if path not in files and path not in DOCUMENTS]
-        operations = [CommitOperationAdd(path, source) for path, source in {**files, **written}.items()]
+        new = {path: file for path, file in files.items() if there.get(path) not in self._digest(file)}
+        operations = [CommitOperationAdd(path, source) for path, source in {**new, **written}.items()]
         title, text = commit_message(results, self.role, number)
         return self.api.create_commit(
             self.id,
@@ -218,9 +219,11 @@ class Repository:
         return stored_ledger(run).get("files", {}) if (run / "run.json").exists() else {}
 
     def _digest(self, file: Path) -> tuple[str, str]:
-        if file not in self._digests:
-            self._digests[file] = digests(file)
-        return self._digests[file]
+        found = file.stat()  # the tasks' folders share files, so a file has several names
+        key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns) if found.st_nlink > 1 else file
+        if key not in self._digests:
+            self._digests[key] = digests(file)
+        return self._digests[key]
 
 
 def _revision(origin: Mapping[str, Any] | None, role: str) -> int:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
@@ -23,6 +25,7 @@ from hf_cdl.backbones.stored import (
     check_stored,
     check_weights,
     is_folder,
+    named,
     quietly,
     stored_sizes,
 )
@@ -68,6 +71,18 @@ class Checkpointed(PromptedBackbone):
             name for name in names if name.partition(".")[0] in _TRAINING or (small and left_out(name))
         }
         return bare
+
+    def to_store(self) -> tuple[dict[str, torch.Tensor], set[str], set[str]]:
+        """The weights as save_pretrained stores them, by their names there; and the names of those that stay.
+
+        These are of frozen backbones, and of the newest blocks, which the next task freezes if they are trained now.
+        """
+        bare = self._to_save()
+        state = {name: value for name, value in bare.state_dict().items() if name not in bare._keys_to_ignore_on_save}
+        weights = revert_weight_conversion(bare, state)
+        backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
+        last = f".blocks.{len(self.config.tasks) - 1}."
+        return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -139,5 +154,6 @@ def _explained(place: Any) -> Iterator[None]:
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
             f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-            "model.safetensors are there and whole; get them again if they were cut short."
+            f"{SAFE_WEIGHTS_NAME if place is None else named(place)} are there and whole; get them again if they were "
+            "cut short."
         ) from error

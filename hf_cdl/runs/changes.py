@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.runs.files import RunError, fingerprint, fingerprints, first_line, put_folder, saving, write_json
+from hf_cdl.runs.files import RunError, fingerprint, first_line, link, saving, write_json
 from hf_cdl.runs.learnt import Moves, moves_file
 from hf_cdl.runs.ledger import (
     CHANGED,
@@ -22,8 +22,9 @@ from hf_cdl.runs.ledger import (
     state_before,
     stored_tasks,
 )
-from hf_cdl.runs.repair import examine, mend, publish
+from hf_cdl.runs.repair import examine, mend
 from hf_cdl.runs.run import RESULTS, Run
+from hf_cdl.runs.sharing import publish, put_revision
 
 
 class ChangingRun(Run):
@@ -75,13 +76,10 @@ class ChangingRun(Run):
         self.ledger.setdefault("changes", []).append({"revision": number, **change, "time": now})
         try:
             with saving(f"save the student as {name} in {self.folder}"):
-                put_folder(self.folder / CHANGED / name, write)
+                put_revision(self.folder, self.ledger, CHANGED, write)
                 write_json(moves_file(self.folder, number), moves)
                 write_json(results, self.results())
-                known = self.ledger["files"]
-                known.update(
-                    fingerprints(self.folder / CHANGED / name, self.folder), **{RESULTS: fingerprint(results)}
-                )
+                self.ledger["files"][RESULTS] = fingerprint(results)
                 self._write_ledger()
         except BaseException:  # Ctrl-C too: the ledger in memory must not know more than the one in the file
             self.ledger = before
@@ -115,7 +113,7 @@ class ChangingRun(Run):
 
         def copy(folder: Path) -> None:
             if source.name in stored_tasks(self.ledger, CHANGED):
-                shutil.copytree(source, folder, dirs_exist_ok=True)
+                shutil.copytree(source, folder, dirs_exist_ok=True, copy_function=lambda a, b: link(Path(a), Path(b)))
             else:
                 get(back, folder)
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from hf_cdl.runs.files import RunError, fingerprints, make_folder, replace, saving, sync_tree, write_json
 from hf_cdl.runs.ledger import CHANGED, new_ledger, read_ledger, revisions, stored_tasks
-from hf_cdl.runs.repair import publish
+from hf_cdl.runs.sharing import publish
 from hf_cdl.types import TaskResult
 
 

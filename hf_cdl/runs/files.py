@@ -27,8 +27,10 @@ from hf_cdl.escape import visible
 
 LARGEST = 64 * 2**20
 """Size limit, in bytes, for JSON files that are read."""
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
+"""A model's weights: one file, or several with an index."""
 CHECKPOINT = re.compile(
-    r"config\.json|preprocessor_config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
+    rf"config\.json|preprocessor_config\.json|{WEIGHTS.pattern}"
     r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
 )
 """The files of a checkpoint, none of which contains code or pickles."""
@@ -68,6 +70,7 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
         make_way(file)
         partial = file.with_name(f".{file.name}.partial")
         try:
+            partial.unlink(missing_ok=True)  # left by a kill; as a link, it would be written through
             write(partial)
             sync(partial)
             replace(partial, file)
@@ -132,6 +135,17 @@ def _copy(source: Path, target: Path) -> None:
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, replacing what has it; a copy with its modification time where that cannot be."""
+    target.unlink(missing_ok=True)
+    try:
+        if source.is_symlink():
+            return _copy(source, target)
+        os.link(source, target)
+    except OSError:  # a file system without links, or with too many of this file
+        _copy(source, target)
+
+
 def put_folder(target: Path, write: Callable[[Path], Any]) -> None:
     """Create a folder filled by `write(folder)`, which appears only once it is complete, replacing a former one."""
     partial = target.with_name(f".{target.name}.partial")
@@ -186,9 +200,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Sync a folder and everything below it to disk, before it gets its final name."""
+    """Sync a folder and everything below it to disk, before it gets its final name.
+
+    A file with another name is one that `link` shares: it was synced under that, and only the new name is new.
+    """
     for path in sorted(folder.rglob("*"), reverse=True):
-        sync(path)
+        if path.is_dir() or path.stat().st_nlink == 1:
+            sync(path)
     sync(folder)
 
 

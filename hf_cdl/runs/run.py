@@ -1,9 +1,10 @@
 """A run on disk: which phases are finished, where their checkpoints are, and what was measured.
 
-Layout of a run's folder: `run.json` the ledger; `ROLE/task-01`, ... one loadable checkpoint per task, and in `ROLE/`
-itself a copy of the newest; `logs/` the loss curves; `work/` the state of the phase in progress; at the end
-`results.json` and the pictures. Every file appears under its name only once it is complete, so a kill or a full disk
-at any moment leaves the last state intact, and the same command resumes from there.
+Layout of a run's folder: `run.json` the ledger; `ROLE/task-01`, ... one loadable checkpoint per task, which share the
+files of what has not changed (sharing.py), and in `ROLE/` itself a copy of the newest; `logs/` the loss curves;
+`work/` the state of the phase in progress; at the end `results.json` and the pictures. Every file appears under its
+name only once it is complete, so a kill or a full disk at any moment leaves the last state intact, and the same
+command resumes from there.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from hf_cdl.runs.files import (
     RunError,
     damage,
     fingerprint,
-    fingerprints,
     make_folder,
     make_way,
-    put_folder,
     read_json,
     saving,
     sync,
@@ -44,8 +43,9 @@ from hf_cdl.runs.ledger import (
     revisions,
     shortened,
 )
-from hf_cdl.runs.repair import examine, mend, publish, unreadable
+from hf_cdl.runs.repair import examine, mend, unreadable
 from hf_cdl.runs.results import ledger_results
+from hf_cdl.runs.sharing import publish, put_revision
 from hf_cdl.runs.source import Source
 from hf_cdl.types import Task, TaskResult
 
@@ -247,7 +247,7 @@ class Run:
             return
         try:
             with saving(f"save {result.role} after {task.name} in {self.folder}"):
-                put_folder(self.folder / result.role / task.name, write)
+                put_revision(self.folder, self.ledger, result.role, write)
                 write_json(self.history_file(result.role, task), history)
                 self._note_files(result.role, task)
                 self._write_ledger()
@@ -261,11 +261,10 @@ class Run:
             self.scaffold_file(result.role, task.index - 1).unlink(missing_ok=True)
 
     def _note_files(self, role: str, task: Task) -> None:
-        """Add the fingerprints of a finished task's files to the ledger."""
+        """Add the fingerprints of a finished task's files beside its checkpoint to the ledger."""
         scaffold, before = (self.scaffold_file(role, index) for index in (task.index, task.index - 1))
         known = self.ledger["files"]
         known.pop(before.relative_to(self.folder).as_posix(), None)  # about to be deleted
-        known.update(fingerprints(self.folder / role / task.name, self.folder))
         for file in (self.history_file(role, task), scaffold):
             if file.exists():
                 known[file.relative_to(self.folder).as_posix()] = fingerprint(file)
@@ -376,7 +375,7 @@ class Run:
         problem = damage(results, files[RESULTS]) if RESULTS in files else unreadable(results)
         pictures = [path for path in files if path.endswith(".png") and "/" not in path]
         pictures = [path for path in pictures if damage(self.folder / path, files[path], thorough=False)]
-        if found.copies or problem or pictures:
+        if found.copies or found.gone or problem or pictures:
             self._acquire()
             try:
                 mend(self.folder, self.ledger, found)

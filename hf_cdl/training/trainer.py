@@ -19,7 +19,9 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from hf_cdl.data.unlabelled import Beside, together
 from hf_cdl.distill import Objective
 from hf_cdl.runs.files import write_whole
+from hf_cdl.runs.ledger import revision_name
 from hf_cdl.runs.run import Run
+from hf_cdl.runs.shards import save_checkpoint
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
     came_with,
@@ -349,14 +351,13 @@ class CDLTrainer(EvaluatingTrainer):
     # ---- files ----
 
     def _write_checkpoint(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        run: Any = self.run
+        before = run.folder / self.role / revision_name(self.seen[-1].index)
+        save_checkpoint(self.model, self.processing_class, folder, before)
         scaffold = self.model.scaffold
-        if scaffold is not None and self.run is not None:  # not part of the model's files, but needed to resume
-            file = self.run.scaffold_file(self.role, self.seen[-1].index)
+        if scaffold is not None:  # not part of the model's files, but needed to resume
             layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
-            write_whole(file, lambda path: save_file(layers, path))
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+            write_whole(run.scaffold_file(self.role, self.seen[-1].index), lambda path: save_file(layers, path))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""

@@ -153,6 +153,22 @@ def test_what_is_there_is_not_pushed_again(hub: HubServer, tmp_path: Path) -> No
     assert_whole(hub, folder, 3)
 
 
+def test_what_tasks_share_is_uploaded_once(hub: HubServer, tmp_path: Path) -> None:
+    """Also by another name: the number of files is part of it."""
+    folder, results = tmp_path / "run", new_results(3)
+    for number, name in enumerate(("00001-of-00002", "00001-of-00002", "00001-of-00003"), start=1):
+        save_task(folder, "student", number, results)
+        checkpoint, shared = folder / "student" / f"task-{number:02d}", tmp_path / "shared.safetensors"
+        (checkpoint / "model.safetensors").rename(checkpoint / "model-00002-of-00002.safetensors")
+        if number == 1:
+            save_file({"v": torch.arange(9000.0)}, shared)
+        os.link(shared, checkpoint / f"model-{name}.safetensors")
+        assert pusher(hub, folder, Said()).finish(results)
+    assert_whole(hub, folder, 3)
+    uploads = [name for name, _ in hub.requests].count("upload")
+    assert uploads == 4, "the shared file, and one of each task alone"
+
+
 PLACES = ("create", "refs", "preupload", "commit", "tag", "tree", "validate_yaml", "whoami")
 FAULTS = ("503", "429", "409", "cut", "lost", "stall")
 

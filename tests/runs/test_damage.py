@@ -147,7 +147,8 @@ WAYS: dict[str, Callable[[Path], Any]] = {
     "empty": empty,
     "a directory": directory,
 }
-CHECKPOINT = ("config.json", "model.safetensors", "preprocessor_config.json")
+OF_ITS_TASK = ("config.json", "model.safetensors")
+CHECKPOINT = (*OF_ITS_TASK, "preprocessor_config.json")
 IN_STATE = ("trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "phase.json")
 SAME, REFUSED = "the same end", "refused"
 
@@ -155,10 +156,12 @@ FILES: dict[tuple[str, str], str] = {
     **{("within", f"{STATE}/{name}"): SAME for name in IN_STATE},
     **{("within", f"student/task-01/{name}"): SAME for name in CHECKPOINT},  # restored from student/
     **{("between", f"teacher/{name}"): SAME for name in CHECKPOINT},
-    **{("within", f"teacher/task-01/{name}"): REFUSED for name in CHECKPOINT},  # teacher/ already has task-02
+    **{("within", f"teacher/task-01/{name}"): REFUSED for name in OF_ITS_TASK},  # teacher/ already has task-02
+    ("within", "teacher/task-01/preprocessor_config.json"): SAME,  # that of task-02 is the same
     **{("finished", f"student/task-02/{name}"): SAME for name in CHECKPOINT},
     **{("finished", f"student/{name}"): SAME for name in CHECKPOINT},
-    **{("finished", f"student/task-01/{name}"): REFUSED for name in CHECKPOINT},
+    **{("finished", f"student/task-01/{name}"): REFUSED for name in OF_ITS_TASK},
+    ("finished", "student/task-01/preprocessor_config.json"): SAME,
     ("between", "work/scaffold/student-task-01.safetensors"): REFUSED,
     ("within", "work/scaffold/student-task-01.safetensors"): REFUSED,
     ("within", "logs/student-task-01.json"): SAME,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from helpers import make_recipe, make_table, write_recipe
+from helpers import make_backbone, make_recipe, make_table, write_recipe
 from test_classifier import write as write_classifiers
 
 from hf_cdl.commands import console, train
@@ -83,6 +83,12 @@ def with_unlabelled_images(folder: Path) -> dict[str, Any]:
     return recipe
 
 
+def in_several_files(folder: Path) -> dict[str, Any]:
+    recipe = make_recipe(folder, **ALONE)
+    recipe["student"]["backbone"] = str(make_backbone(folder / "large", 128, 8, 3))
+    return recipe
+
+
 RECIPES = [
     several_tasks,
     ridge_with_adapters,
@@ -91,6 +97,7 @@ RECIPES = [
     offline_classifiers,
     stored_within_epochs,
     with_unlabelled_images,
+    in_several_files,
 ]
 
 
