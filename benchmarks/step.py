@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "naive": {},
     "float32": {},
     "tf32": {"tf32": True},
+    "frozen_bf16": {"frozen_bf16": True},
     "bfloat16": {"bf16": True},
     "compiled": {},
     "compiled, bfloat16": {"bf16": True},

@@ -28,7 +28,7 @@ _TRAIN = (
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "epoch_cosine", "lr_steps"),
     *("lr_decay", "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("gradient_accumulation_steps", "label_smoothing_factor", "dataloader_drop_last", "data_seed"),
-    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "full_determinism"),
+    *("bf16", "fp16", "frozen_bf16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "full_determinism"),
     *("gradient_checkpointing", "eval_strategy", "eval_steps", "logging_strategy", "logging_steps", "save_strategy"),
 )
 _NEVER = ("name", "data", "baselines", "card", "teacher_from", *PLACES)

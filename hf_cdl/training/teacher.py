@@ -23,6 +23,7 @@ import torch
 
 from hf_cdl.distill import Objective
 from hf_cdl.training.kept_queries import Query, asked_backbone, same
+from hf_cdl.training.precision import in_float32
 from hf_cdl.types import CDLOutput, Task
 
 
@@ -49,6 +50,7 @@ class Teacher:
         self.teaches_terms = model is not None and objective.needs_teacher
         self.teaches_head = model is not None and student.fitted and student.head.needs_teacher
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._frozen: Callable[[], AbstractContextManager[Any]] = nullcontext
         if self.teaches_head and self.fitted_head is not None and self.fitted_head.fitted_scale is not None:
             raise ValueError(
                 "The teacher's head has scale: auto, so its logits do not give the scores that a student's "
@@ -58,9 +60,12 @@ class Teacher:
             objective.attach(model)
         self._shares = self.teaches_terms and _can_share(student, model) and same_weights(student, model)
 
-    def place(self, accelerator: Any) -> None:
-        """Move the teacher to the accelerator's device; from now on it runs there, in the accelerator's precision."""
-        self._autocast = accelerator.autocast
+    def place(self, accelerator: Any, frozen: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Move the teacher to the accelerator's device; from now on it runs there, in the accelerator's precision.
+
+        While something is learnt, its passes run within `frozen()` too.
+        """
+        self._autocast, self._frozen = accelerator.autocast, frozen
         if self.model is not None:
             self.model.to(accelerator.device)
 
@@ -124,38 +129,40 @@ class Teacher:
         query: torch.Tensor | None = None,
         task_id: int | None = None,
         read: Query | None = None,
+        learning: bool = True,
     ) -> CDLOutput | None:
         """The teacher's output for a batch, without gradient, extended by the terms, with gradient.
 
         `query` (B, D_q): the student's, used if it can be shared; else `read` gives the teacher's own, if there is
-        one. Returns None if no term needs a teacher.
+        one. `learning`: whether something learns from it, or it is evaluated. Returns None if no term needs a teacher.
         """
         if not self.teaches_terms:
             return None
+        frozen = self._frozen if learning else nullcontext
         hidden = self.objective.hidden_states("teacher") or None
         if hidden and getattr(self.model, "is_plain", False):
             read = None  # its states need the pass that a query would save
         asked = {
             "pixel_values": self._pixels(batch),
-            "query": query if self.shares_query(batch) else self._own_query(batch, read),
+            "query": query if self.shares_query(batch) else self._own_query(batch, read, frozen),
             "task_id": task_id,
             "output_hidden_states": hidden,
         }
-        with torch.no_grad(), self._autocast():
-            answer = self.model(**asked)
+        with torch.no_grad(), self._autocast(), frozen():
+            answer = in_float32(self.model(**asked))
         with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
             return self.objective.consult(answer, asked)
 
-    def _own_query(self, batch: Mapping[str, Any], read: Query | None) -> torch.Tensor | None:
+    def _own_query(self, batch: Mapping[str, Any], read: Query | None, frozen: Any) -> torch.Tensor | None:
         name = "teacher_pixel_values" if "teacher_pixel_values" in batch else "pixel_values"
         if read is None or "images" not in batch:
             return None
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self._autocast(), frozen():
             return read(batch[name], batch["images"][name])
 
     def logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits (B, C) over all classes the teacher knows, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), self._frozen():
             return self.model.eval()(pixel_values=self._pixels(batch)).logits
 
     def _pixels(self, batch: Mapping[str, Any]) -> torch.Tensor:

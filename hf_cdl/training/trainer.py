@@ -6,6 +6,8 @@ import json
 import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
 from hf_cdl.training.memory import kept_apart, peak_memory
+from hf_cdl.training.precision import frozen_autocast, in_float32
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
@@ -110,7 +113,7 @@ class CDLTrainer(EvaluatingTrainer):
         self._best = {}
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
-        self.teacher.place(self.accelerator)
+        self.teacher.place(self.accelerator, partial(frozen_autocast, self.args))
         self._kept_queries = kept_with(self.run, self.teacher.model, self.model)
         self._read_queries()
         args, run = self.args, self.run
@@ -304,7 +307,8 @@ class CDLTrainer(EvaluatingTrainer):
         for batch in self._bar(self._title(task), iterable=loader):
             taught = None
             with torch.no_grad():
-                output = self.model(pixel_values=batch["pixel_values"])
+                with frozen_autocast(self.args):
+                    output = in_float32(self.model(pixel_values=batch["pixel_values"]))
                 if self.teacher.teaches_head:
                     taught = self.teacher.logits(batch)[:, task.classes].float()
                     taught = self.model.head.targets(taught, self.teacher.fitted_head)
@@ -337,11 +341,15 @@ class CDLTrainer(EvaluatingTrainer):
         """
         pixels, query = batch["pixel_values"], None
         hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
-        known = self._own_query is not None and "images" in batch and not (hidden and self.model.is_plain)
+        learning = self.model.training
+        frozen = frozen_autocast(self.args) if learning else nullcontext()
+        apart = "images" in batch or (learning and self.args.frozen_bf16)
+        known = self._own_query is not None and apart and not (hidden and self.model.is_plain)
         if known or self.objective.needs_query or self.teacher.shares_query(batch):
-            with torch.no_grad(), self.accelerator.autocast():
+            with torch.no_grad(), self.accelerator.autocast(), frozen:
                 query = self._query(batch)
-        teacher = self.teacher.answer(batch, query, task_id, self._teachers_query)
+            query = query.float() if learning and self.args.frozen_bf16 else query
+        teacher = self.teacher.answer(batch, query, task_id, self._teachers_query, learning)
         more = {"labelled": labelled} if labelled < len(pixels) else {}  # a user's own model need not know it
         student: CDLOutput = model(
             pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more

@@ -357,6 +357,7 @@ AGAINST_EACH_OTHER = [
     training("lr_steps", lr_steps=[1], lr_scheduler_type="linear"),
     training("warmup_steps", warmup_steps=2),  # with a constant rate
     training("bf16|fp16", bf16=True, fp16=True),
+    training("frozen_bf16", bf16=True, frozen_bf16=True),
     training("drop_last", per_device_train_batch_size=64, dataloader_drop_last=True),
     training("output_dir", output_dir="x"),
     training("seed", seed=3),

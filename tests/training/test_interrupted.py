@@ -177,6 +177,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "max_grad_norm: 0.0 -> 1.0": {"max_grad_norm": 1.0},
     "gradient_accumulation_steps: 1 -> 2": {"gradient_accumulation_steps": 2},
     "bf16: False -> True": {"bf16": True},
+    "frozen_bf16: False -> True": {"frozen_bf16": True},
     "train_sampling_strategy: 'random' -> 'sequential'": {"train_sampling_strategy": "sequential"},
     "objective.ce_weight: 1.0 -> 0.5": {"objective": Objective(0.5)},
 }

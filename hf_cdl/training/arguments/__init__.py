@@ -6,6 +6,7 @@ table.py says whether each field is used or refused, checks.py which ones do not
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -52,6 +53,13 @@ class CDLTrainingArguments(TrainingArguments):
     )
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
+    )
+    frozen_bf16: bool = field(
+        default=False,
+        metadata={
+            "help": "Passes that no loss trains run in bfloat16: the teacher's, those of queries, and those from which "
+            "a fitted head learns. What trains stays in float32, and so does evaluation: that is how a model is used."
+        },
     )
     save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to store the state that a resume starts from."}
@@ -123,12 +131,27 @@ class CDLTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 is true, but a CPU does not train in it; use bf16.")
+        if self.frozen_bf16 and not computes_bf16(self.device.type):
+            warnings.warn(
+                f"frozen_bf16 is true, but this machine's {'GPU' if self.device.type == 'cuda' else 'processor'} does "
+                "not compute in bfloat16 by itself: training will be slower, not faster.",
+                stacklevel=2,
+            )
         if self.torch_empty_cache_steps is not None and self.device.type == "cpu":
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
     def go_by_accuracy(self) -> None:
         """Let the accuracy decide which state is best: evaluation during training measures nothing else."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
+
+
+def computes_bf16(device: str) -> bool:
+    """Whether a type of device has instructions for bfloat16; others convert every number back and forth."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return True
 
 
 def _with_other_defaults(kind: type[TrainingArguments]) -> set[str]:

@@ -225,6 +225,10 @@ def _is_number(text: str) -> bool:
 def _precision(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
     if v["bf16"] and v["fp16"]:
         yield Problem("bf16", "and fp16 are both true; keep one of them")
+    if v["frozen_bf16"] and (beside := next((name for name in ("bf16", "fp16") if v[name]), None)):
+        yield Problem(
+            "frozen_bf16", f"is true beside {beside}, which computes all passes in half precision already; keep one"
+        )
     if v["fp16"] and v["use_cpu"]:
         yield Problem("fp16", "is true, but a CPU (use_cpu) does not train in it; use bf16")
     if v["tf32"] and not is_torch_tf32_available():
