@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -143,13 +144,18 @@ class _Record:
 
     def __init__(self, module: nn.Module):
         self.output: Any = None
+        self.dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
         self.handle = module.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
+        found = first_tensor(self.output)
+        if torch.is_autocast_enabled(found.device.type) or found.dtype == self.dtype:
+            return self.output
+        found = found.to(self.dtype)  # the teacher's pass alone was in lower precision
+        return (found, *self.output[1:]) if isinstance(self.output, tuple) else found
 
 
 def _copy(model: Any, own: list[str]) -> Any:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers import make_backbone, make_data
 from pairwise import tiered
-from test_contract import arguments, pair_of, stream
-from transformers import AutoImageProcessor
+from test_contract import CLASSES, arguments, pair_of, stream
+from transformers import AutoImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.data import StreamConfig
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.heads import HEADS
+from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.training import arguments as room
 
 pytestmark = pytest.mark.filterwarnings("ignore:frozen_bf16 is true, but this machine:UserWarning")
@@ -69,9 +70,26 @@ def test_the_teacher_and_the_queries_are_in_bfloat16_and_the_student_is_not(
     del second._measure_newest
     for seen in (*of_teacher.values(), *of_student.values()):
         seen.clear()
-    second.evaluate()
-    second.answer([task])
+    if term != "dual_path":  # its path lives as long as its task is learnt
+        second.evaluate()
+    for trainer in (first, second):
+        trainer.answer([task])
     assert of_teacher["pass"] | of_student["pass"] | of_teacher["query"] | of_student["query"] == single
+
+
+def test_a_path_beside_a_teacher_of_convolutions_computes_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(hidden_sizes=[8, 12, 16], depths=[1, 1, 1], embedding_size=8, num_labels=3)
+    teacher, student = ResNetForImageClassification(config), pair_of("coda", "dual_path", "self")[1]
+    kind = TERMS["dual_path"]
+    term = kind(kind.config_class(), student.shape, student.shape)
+    args = arguments(tmp_path, num_train_epochs=1, frozen_bf16=True)
+    known = ImageClassifier(teacher)
+    known.begin_task(CLASSES[0])
+    trainer = CDLTrainer(student, args, Objective(0.5, [("dual_path", term)]), known)
+    trainer.learn(next(stream()))
+    assert all(parameter.dtype == torch.float32 for parameter in term.parameters())
+    assert trainer.state.log_history[0]["loss/dual_path"] > 0
 
 
 @pytest.mark.parametrize("head", [name for name, kind in HEADS.items() if kind.fitted])
@@ -96,9 +114,7 @@ def test_a_fitted_head_learns_from_features_in_bfloat16(head: str, tmp_path: Pat
 
 def test_a_user_is_told_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "computes_bf16", lambda device: False)
-    with pytest.warns(
-        UserWarning, match="this machine's processor does not compute in bfloat16 .* slower, not faster"
-    ):
+    with pytest.warns(UserWarning, match="processor does not compute in bfloat16 .* slower, not faster"):
         CDLTrainingArguments("work", use_cpu=True, frozen_bf16=True)
 
 

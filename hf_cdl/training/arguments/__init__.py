@@ -57,7 +57,7 @@ class CDLTrainingArguments(TrainingArguments):
     frozen_bf16: bool = field(
         default=False,
         metadata={
-            "help": "Passes that no loss trains run in bfloat16: the teacher's, those of queries, and those from which "
+            "help": "Passes that no loss trains run in bfloat16: the teacher's, those of queries, those from which "
             "a fitted head learns. What trains stays in float32, and so does evaluation: that is how a model is used."
         },
     )

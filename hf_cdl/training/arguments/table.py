@@ -245,8 +245,8 @@ STEERING = "eval_strategy eval_steps eval_delay metric_for_best_model greater_is
 """Fields that affect what is learnt only where the accuracy during training does."""
 
 IN_PASSES = (
-    "use_cpu bf16 fp16 frozen_bf16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed data_seed "
-    "full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "use_cpu bf16 fp16 frozen_bf16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed "
+    "data_seed full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context"
 ).split()
 """Fields that take effect even without training by a loss: a fitted head learns in one pass over the images."""
