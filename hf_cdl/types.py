@@ -105,6 +105,7 @@ class Task:
 
     A task learnt elsewhere has no training images, and test images only if they are provided. `unlabelled` are images
     without labels on which a teacher teaches its student beside the task's own, `unlabelled_ratio` of them for each.
+    `views`: augmented views of each training image, which later epochs repeat; None: a new one in every epoch.
     """
 
     index: int
@@ -115,6 +116,7 @@ class Task:
     test: TaskSplit
     unlabelled: TaskSplit | None = None
     unlabelled_ratio: int = 1
+    views: int | None = None
 
     @property
     def classes(self) -> slice:

@@ -69,6 +69,8 @@ def alone(comparison: Comparison) -> Iterator[None]:
 def compare(comparisons: list[Comparison], jobs: int | None) -> int:
     """Make the missing runs, then report the results of all; 1 if some failed."""
     runs = [run for comparison in comparisons for run in comparison.runs]
+    for cache in dict.fromkeys(run.recipe.cache for run in runs if run.recipe.cache):
+        print(f"what frozen models say of images is kept in {visible(cache)} for all variants; it may be deleted")
     failed = make(runs, jobs, lambda run: ["hf_cdl", "train", *run.arguments], PlannedRun.results)
     for comparison in comparisons:
         measured = collect(comparison, PlannedRun.results, comparison.spec.split)

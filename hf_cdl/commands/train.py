@@ -213,6 +213,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     trainers = []
     for role, objective, arguments in roles(recipe, models, run.folder):
         rest = {"eval_split": stream.config.eval_split, "processing_class": processors[role], "num_tasks": len(stream)}
+        rest["cache"] = recipe.cache
         model = models[role]
         teacher = models.get("teacher") if asks_teacher(model, objective) else None
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
@@ -271,6 +272,8 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
             run.set_costs({trainer.role: cost_in_use(trainer.model, sizes[trainer.role]) for trainer in trainers})
         pusher.push(run.results())
+    if used := trainers[-1].cache_use:
+        say(f"cache: {used}")
     say(f"\n{run.finish()}")
 
 

@@ -30,8 +30,8 @@ from hf_cdl.runs.results import checked_results
 ROOT = Path("runs", "comparisons")
 """Folder of all comparisons, each in a subfolder of its name."""
 ORDER = "data.class_order_seed"
-_OWN = ("output_dir", "teacher_from", "data.eval_split")
-_TAKEN = ("logs", "plots", "test", "table.parquet", "table.csv", "table.md", "report.html", "flops.json")
+_OWN = ("output_dir", "cache", "teacher_from", "data.eval_split")
+_TAKEN = ("cache", "logs", "plots", "test", "table.parquet", "table.csv", "table.md", "report.html", "flops.json")
 """Names of the files and folders next to the variants' folders."""
 
 
@@ -63,6 +63,10 @@ class Spec:
         f"Fields that get the seed; default seed and {ORDER}, and seed alone beside class_orders.", default=None
     )
     split: Literal["validation", "test"] = _help("Images on which accuracy is measured.", default="validation")
+    cache: Literal["cache"] | None = _help(
+        "Folder beside the variants' in which runs find what frozen models said of the same images; null: none.",
+        default="cache",
+    )
     metric: str = _help("Metric that the contrasts are about.", default="average_accuracy")
     contrasts: list[tuple[str, str]] = _help("Pairs of labels: first - second, unit by unit.", default_factory=list)
     curves: dict[str, str] = _help(
@@ -237,6 +241,8 @@ def _arguments(
     if source is not None:
         fields["teacher_from"] = str(source.folder)
     fields["output_dir"] = str(folder)
+    if spec.cache is not None and len(spec.variants) > 1:
+        fields["cache"] = str(folder.parent.parent / spec.cache)
     return [
         *(_recipe(name, file) for name in ([files] if isinstance(files, str) else files)),
         *itertools.chain.from_iterable((f"--{name}", _as_yaml(value)) for name, value in fields.items()),

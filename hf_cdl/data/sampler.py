@@ -33,20 +33,34 @@ class Companions:
 class ViewSampler(Sampler[Any]):
     """Yield (sample, view): every sample once per epoch, view = epoch; a pure function of (seed, epoch).
 
-    With `companions`: ((sample, view), their keys).
+    With `views` an epoch from that number on has the view and the blocks of `block` samples of an earlier one, epoch
+    modulo `views`, in another order; an incomplete block stays last. With `companions`: ((sample, view), their keys).
     """
 
-    def __init__(self, length: int, seed: int, shuffle: bool = True, companions: Companions | None = None):
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        shuffle: bool = True,
+        companions: Companions | None = None,
+        views: int | None = None,
+        block: int = 1,
+    ):
         self.length, self.seed, self.shuffle, self.epoch = length, seed, shuffle, 0
-        self.companions = companions
+        self.companions, self.views, self.block = companions, views, block
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        order = _order(self.length, self.seed + self.epoch) if self.shuffle else range(self.length)
+        view = self.epoch if self.views is None else self.epoch % self.views
+        order = _order(self.length, self.seed + view) if self.shuffle else [*range(self.length)]
+        if self.shuffle and view != self.epoch:
+            whole = self.length // self.block
+            blocks = [*_order(whole, self.seed + self.epoch), whole]
+            order = [index for number in blocks for index in order[number * self.block : (number + 1) * self.block]]
         for place, index in enumerate(order, self.epoch * self.length):
-            key = (index, self.epoch)
+            key = (index, view)
             yield key if self.companions is None else (key, self.companions.at(place))
 
 

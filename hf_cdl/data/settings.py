@@ -53,6 +53,11 @@ class StreamConfig:
         None, "training view: instead, black pixels added on every side, then a random crop of the image's own size"
     )
     flip: float = _option(0.5, "training view: probability of a horizontal flip")
+    views: int | None = _option(
+        None,
+        "augmented views of each training image: epoch e has view e mod views, in that epoch's batches in another "
+        "order, so that what a teacher says of them is computed once; none: every epoch has its own view",
+    )
     eval_split: Literal["test", "validation"] = _option("test", "images on which accuracy is measured")
     unlabelled: str | None = _option(
         None,
@@ -163,6 +168,8 @@ class StreamConfig:
             pair = isinstance(value, tuple | list) and len(value) == 2 and all(map(_number, value))
             if not pair or not 0 < value[0] <= value[1] <= most:
                 problems.append(f"{name} is {value}, but must be (low, high) with {rule}, finite numbers")
+        if self.views is not None and not _whole(self.views, 1):
+            problems.append(f"views is {self.views}, but must be a whole number of at least 1")
         if self.crop_padding is not None and not (_whole(self.crop_padding, 0) and self.crop_padding <= _PADDING):
             problems.append(
                 f"crop_padding is {self.crop_padding}, but must be a number of pixels, like 4 (at most {_PADDING})"

@@ -80,6 +80,7 @@ class TaskStream:
         tasks = [*known, *([names[c] for c in classes] for classes in plan)]
         alone = list(source.cut(tasks, len(known), config.eval_split))
         self._tasks, notes = put_beside(alone, config, unlabelled, views)
+        self._tasks = [replace(task, views=config.views) for task in self._tasks]
         self.foreign, more = foreign_images(config, views)
         self.notes += [*notes, *more]
 

@@ -212,6 +212,11 @@ class Beside:
         return items
 
 
+def of_images(batch: Mapping[str, Any], name: str) -> list[torch.Tensor]:
+    """Pixel values of a batch by their name, and those of the unlabelled images beside them."""
+    return [batch[key] for key in (name, _BESIDE + name) if key in batch]
+
+
 def together(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch with its unlabelled images, if there are any, behind the labelled ones; `labels` stay as they are."""
     own = {name: value for name, value in batch.items() if not name.startswith(_BESIDE)}

@@ -19,6 +19,7 @@ from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.plugins import load_plugins
 from hf_cdl.recipe.type_checks import build_typed, check_finite
+from hf_cdl.recipe.views import views_problems
 
 __all__ = [
     "BASELINES",
@@ -67,7 +68,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
         content.setdefault("baselines", [])  # baselines need a frozen backbone
     recipe = build_typed(Recipe, content, "", problems)
     _refuse([*problems, *broken_rules(content)])
-    _refuse(without_effect(recipe))
+    _refuse([*without_effect(recipe), *views_problems(recipe)])
     parts = {
         name: {**defaults, **(getattr(recipe.student, name) or {})}
         for name, defaults in student_parts(content).items()

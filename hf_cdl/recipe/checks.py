@@ -359,7 +359,7 @@ def _hub_rules(content: dict[str, Any]) -> Iterator[str]:
 def idle_arguments(recipe: Recipe) -> list[str]:
     """Training arguments that have no effect, because the heads they apply to are fitted, not trained by a loss."""
     sections = {"teacher": recipe.teacher, "student": recipe.student}
-    trained = {role for role, section in sections.items() if section is not None and _trains(section)}
+    trained = {role for role, section in sections.items() if section is not None and trains(section)}
     trained |= {"student"} if any(not _fitted(BASELINES[name]) for name in recipe.baselines) else set()
     given = {
         f"{role}.train": section.train or {} for role, section in sections.items() if section and role not in trained
@@ -369,7 +369,7 @@ def idle_arguments(recipe: Recipe) -> list[str]:
     return [f"{place}.{name}" for place, values in given.items() for name in values if name not in IN_PASSES]
 
 
-def _trains(section: ModelRecipe) -> bool:
+def trains(section: ModelRecipe) -> bool:
     if section.model == "classifier":
         return section.train is not None
     return section.first_session is not None or not _fitted(section.head)
@@ -380,10 +380,10 @@ def without_effect(recipe: Recipe) -> Iterator[str]:
     for name in idle_arguments(recipe):
         if not name.startswith("train."):
             yield f"'{name}' has no effect: the head is fitted in one pass, no loss trains; leave it out"
-    if not _trains(recipe.student) and recipe.ce_weight != Recipe.ce_weight:
+    if not trains(recipe.student) and recipe.ce_weight != Recipe.ce_weight:
         yield f"'ce_weight' is {recipe.ce_weight:g}, but no loss trains a student whose head is fitted; leave it out"
     weights = [term.get("weight", TERMS[term["type"]].config_class.weight) for term in recipe.distill]
-    if _trains(recipe.student) and recipe.ce_weight == 0 and not any(weight > 0 for weight in weights):
+    if trains(recipe.student) and recipe.ce_weight == 0 and not any(weight > 0 for weight in weights):
         yield (
             "'ce_weight' is 0 and no term of 'distill' has a weight above 0, so nothing would be learnt; give one of "
             "them a weight"

@@ -19,7 +19,7 @@ from hf_cdl.recipe.training import PLACES
 
 _WHOLE = ("distill", "ce_weight", "protocol", "normalise", "seed", "save_backbone", "save_code")
 _DATA = (
-    *("crop_scale", "crop_ratio", "crop_padding", "flip", "eval_split", "split_seed"),
+    *("crop_scale", "crop_ratio", "crop_padding", "flip", "views", "eval_split", "split_seed"),
     *("unlabelled_split", "unlabelled_ratio"),
 )
 """Data fields that the new task shares with the earlier tasks."""

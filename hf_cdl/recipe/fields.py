@@ -133,6 +133,11 @@ class Recipe:
     card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
     output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
+    cache: str | None = _help(
+        "Folder in which runs on this machine keep what frozen models say of images, and find it again: no number "
+        "changes by it. It may be deleted at any time; null: kept in memory alone, while the run goes on.",
+        default=None,
+    )
     push_to_hub: bool = _help("Push the student to the Hugging Face Hub, a commit and a tag per task.", default=False)
     push_teacher: bool = _help("Push the teacher too, to the repository hub_model_id with -teacher.", default=False)
     hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; default the run's name.", default=None)
@@ -148,13 +153,28 @@ class Recipe:
             problems.append(f"'name' is {self.name!r}, but becomes the folder runs/NAME; give a name for it")
         if self.output_dir is not None and not self.output_dir.strip():
             problems.append(f"'output_dir' is {self.output_dir!r}; name a folder, or leave it out for runs/NAME")
-        for field_name, value in {"name": self.name, "output_dir": self.output_dir or ""}.items():
+        if self.cache is not None:
+            problems += self._cache_problems(Path(self.cache))
+        for field_name, value in {
+            "name": self.name,
+            "output_dir": self.output_dir or "",
+            "cache": self.cache or "",
+        }.items():
             if "\0" in value:
                 problems.append(f"'{field_name}' is {value!r}; leave out the null byte, which no folder's name has")
         if self.ce_weight < 0:
             problems.append(f"'ce_weight' is {self.ce_weight}, but a weight must be at least 0")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def _cache_problems(self, cache: Path) -> list[str]:
+        if not str(self.cache).strip():
+            return ["'cache' is empty; name a folder, or leave it out"]
+        where = cache.absolute()
+        roles = [self.folder.absolute() / role for role in ("student", "teacher", *self.baselines)]
+        if inside := next((role for role in roles if role in (where, *where.parents)), None):
+            return [f"'cache' is {self.cache!r}, in the folder of the run's checkpoints {inside}; name another folder"]
+        return []
 
     @property
     def folder(self) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from hf_cdl.recipe.type_checks import default_of, hints_of, near_name, typed_value
 from hf_cdl.training.arguments import CDLTrainingArguments
 
-PLACES = ("output_dir", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
+PLACES = ("output_dir", "cache", "push_to_hub", "push_teacher", "hub_model_id", "hub_private_repo", "hub_strategy")
 """Fields of a recipe that do not affect the run's numbers."""
 
 

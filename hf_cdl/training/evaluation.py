@@ -21,12 +21,10 @@ import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
 from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
-from hf_cdl.training.kept_features import KeptFeatures, keepable
-from hf_cdl.training.kept_queries import KeptQueries, Query
+from hf_cdl.training.frozen import FrozenTrainer
+from hf_cdl.training.kept.features import KeptFeatures, keepable
 from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
-from hf_cdl.training.task_trainer import TaskTrainer
-from hf_cdl.training.teacher import Teacher
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
@@ -34,18 +32,13 @@ _ANY = slice(0, 2**62)
 """Classes of labels that are not read."""
 
 
-class EvaluatingTrainer(TaskTrainer):
+class EvaluatingTrainer(FrozenTrainer):
     """A Trainer whose evaluation measures accuracy on classes that come in tasks.
 
     Every image counts exactly once, and the model is never given a task id. Subclasses set the attributes.
     """
 
-    teacher: Teacher
     _kept_features: KeptFeatures
-    _kept_queries: KeptQueries
-    _own_query: Query | None
-    """Gives the model's queries; None if every pass computes its own."""
-    _teachers_query: Query | None
 
     # ---- Trainer's evaluation methods ----
 
@@ -135,12 +128,6 @@ class EvaluatingTrainer(TaskTrainer):
             metrics |= self._users_metrics(logits, labels, prefix)
         return metrics
 
-    def _student_and_teacher(
-        self, model: Any, batch: dict[str, Any], task_id: int | None
-    ) -> tuple[CDLOutput, CDLOutput | None]:
-        """Outputs of the model and, if a term needs one, of its teacher for a batch."""
-        raise NotImplementedError
-
     def _metrics(self, logits: torch.Tensor, labels: Any, prefix: str) -> dict[str, float]:
         accuracy = _percent(logits.argmax(dim=-1) == labels)
         return {f"{prefix}_accuracy": accuracy, **self._users_metrics(logits, labels, prefix)}
@@ -174,6 +161,7 @@ class EvaluatingTrainer(TaskTrainer):
         answers = self.answer(self.seen, unlearnt, foreign)
         result = replace(stored or TaskResult(self.role, task.index), choices=choices, **answers)
         result.eval_seconds = time.perf_counter() - start
+        self._kept.flush()
         if self.run is not None:
             self.run.save_result(result)
         return result
@@ -188,7 +176,7 @@ class EvaluatingTrainer(TaskTrainer):
         for task in tasks:
             self._check_split(task)
         self.model.eval()
-        self._read_queries()
+        self._read_kept()
         title = self._title(tasks[-1])
         parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]
         others = {"unlearnt": [getattr(task, self.eval_split) for task in unlearnt], "foreign": [foreign]}
@@ -228,9 +216,7 @@ class EvaluatingTrainer(TaskTrainer):
             return
         loader, found = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else (), []
         for batch in self._bar(title, iterable=loader):
-            known = {"query": self._query(batch)} if self._own_query and "images" in batch else {}
-            with torch.no_grad():
-                output = self.model(pixel_values=batch["pixel_values"], **known)
+            output = self._output(batch)
             if keep:
                 found.append((output, {name: batch[name] for name in ("labels",) if name in batch}))
             yield output, batch
@@ -284,19 +270,6 @@ class EvaluatingTrainer(TaskTrainer):
 
     # ---- images ----
 
-    def _read_queries(self) -> None:
-        """From now on, until weights change, queries that are known already are not computed again."""
-        readers = (self._kept_queries.reader(model) for model in (self.model, self.teacher.model))
-        self._own_query, self._teachers_query = (None if self.args.torch_compile else reader for reader in readers)
-
-    def _query(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The model's query for a batch, without gradient."""
-        pixels = batch["pixel_values"]
-        if self._own_query is None or "images" not in batch:
-            with torch.no_grad():
-                return self.model.compute_query(pixels)
-        return self._own_query(pixels, batch["images"]["pixel_values"])
-
     def _loader(self, split: Any, *others: str, classes: slice | None = None) -> Any:
         """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
@@ -311,7 +284,7 @@ class EvaluatingTrainer(TaskTrainer):
         Most users' own splits look the same to all roles.
         """
         seen = split.seen_by(self.role, *others) if hasattr(split, "seen_by") else split
-        self._kept_queries.hold(split)
+        self._kept.hold(split)
         return Labelled(seen, range(self._known_classes) if classes is None else range(classes.start, classes.stop))
 
     def _bar(self, title: str, **options: Any) -> Any:

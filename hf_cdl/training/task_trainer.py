@@ -96,7 +96,8 @@ class TaskTrainer(SteeredTrainer):
         if isinstance(self.train_dataset, Beside):
             own = zlib.crc32(f"unlabelled/{self.args.data_seed}/{self.role}/{task.index}".encode())
             companions = Companions(len(self.train_dataset.unlabelled), task.unlabelled_ratio, own, shuffle)
-        self._sampler = ViewSampler(len(task.train), seed, shuffle, companions)
+        block = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
+        self._sampler = ViewSampler(len(task.train), seed, shuffle, companions, task.views, block)
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:

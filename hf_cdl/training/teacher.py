@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 
-from hf_cdl.distill import Objective
-from hf_cdl.training.kept_queries import Query, asked_backbone, same
+from hf_cdl.distill import Objective, Term
+from hf_cdl.training.kept import Query, Recall
+from hf_cdl.training.kept.weights import asked_backbone, equal
 from hf_cdl.training.precision import in_float32
 from hf_cdl.types import CDLOutput, Task
 
 
 def same_weights(student: Any, teacher: Any) -> bool:
     """Whether both models compute their queries with the same weights."""
-    return same(asked_backbone(student), asked_backbone(teacher))
+    return equal(asked_backbone(student), asked_backbone(teacher))
 
 
 class Teacher:
@@ -47,6 +48,8 @@ class Teacher:
         same_weights: Callable[[Any, Any], bool] = same_weights,
     ):
         self.model, self.objective = model, objective
+        self.read: tuple[Query | None, Recall | None] = (None, None)
+        """What gives its queries, and its answers, without computing those that are known."""
         self.teaches_terms = model is not None and objective.needs_teacher
         self.teaches_head = model is not None and student.fitted and student.head.needs_teacher
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -128,46 +131,64 @@ class Teacher:
         batch: Mapping[str, Any],
         query: torch.Tensor | None = None,
         task_id: int | None = None,
-        read: Query | None = None,
         learning: bool = True,
     ) -> CDLOutput | None:
         """The teacher's output for a batch, without gradient, extended by the terms, with gradient.
 
-        `query` (B, D_q): the student's, used if it can be shared; else `read` gives the teacher's own, if there is
-        one. `learning`: whether something learns from it, or it is evaluated. Returns None if no term needs a teacher.
+        `query` (B, D_q): the student's, used if it can be shared. `learning`: whether something learns from it, or it
+        is evaluated. Returns None if no term needs a teacher.
         """
         if not self.teaches_terms:
             return None
         frozen = self._frozen if learning else nullcontext
         hidden = self.objective.hidden_states("teacher") or None
-        if hidden and getattr(self.model, "is_plain", False):
-            read = None  # its states need the pass that a query would save
-        asked = {
-            "pixel_values": self._pixels(batch),
-            "query": query if self.shares_query(batch) else self._own_query(batch, read, frozen),
-            "task_id": task_id,
-            "output_hidden_states": hidden,
-        }
-        with torch.no_grad(), self._autocast(), frozen():
-            answer = in_float32(self.model(**asked))
-        with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
-            return self.objective.consult(answer, asked)
+        shown = {"pixel_values": self._pixels(batch), "task_id": task_id, "output_hidden_states": hidden}
 
-    def _own_query(self, batch: Mapping[str, Any], read: Query | None, frozen: Any) -> torch.Tensor | None:
-        name = "teacher_pixel_values" if "teacher_pixel_values" in batch else "pixel_values"
+        def asked() -> dict[str, Any]:
+            return {**shown, "query": query if self.shares_query(batch) else self._own_query(batch, hidden)}
+
+        with torch.no_grad(), self._autocast(), frozen():
+            if self.read[1] is None or "images" not in batch:
+                inputs = asked()
+                answer = self.model(**inputs)
+            else:
+                inputs, images = shown, batch["images"][self._name(batch)]
+                answer = self.read[1](shown["pixel_values"], images, (task_id, hidden), lambda: self.model(**asked()))
+            answer = in_float32(answer)
+        with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
+            return self.objective.consult(answer, inputs)
+
+    def _own_query(self, batch: Mapping[str, Any], hidden: Any) -> torch.Tensor | None:
+        name, read = self._name(batch), self.read[0]
+        if hidden and getattr(self.model, "is_plain", False):
+            return None  # its states need the pass that a query would save
         if read is None or "images" not in batch:
             return None
-        with torch.no_grad(), self._autocast(), frozen():
-            return read(batch[name], batch["images"][name])
+        return read(batch[name], batch["images"][name])
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether a term puts a path of its own beside the teacher's."""
+        return any(type(term).consult is not Term.consult for term in self.objective.terms.values())
 
     def logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits (B, C) over all classes the teacher knows, without gradient."""
+
+        def compute() -> CDLOutput:
+            return self.model.eval()(pixel_values=self._pixels(batch))
+
         with torch.no_grad(), self._frozen():
-            return self.model.eval()(pixel_values=self._pixels(batch)).logits
+            if self.read[1] is None or "images" not in batch:
+                return compute().logits
+            return self.read[1](self._pixels(batch), batch["images"][self._name(batch)], "alone", compute).logits
 
     def _pixels(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The images as the teacher sees them: a separate batch entry if its view of the crop differs."""
-        return batch.get("teacher_pixel_values", batch["pixel_values"])
+        return batch[self._name(batch)]
+
+    @staticmethod
+    def _name(batch: Mapping[str, Any]) -> str:
+        return "teacher_pixel_values" if "teacher_pixel_values" in batch else "pixel_values"
 
 
 def unprepared(accelerator: Any, model: Any) -> Any:

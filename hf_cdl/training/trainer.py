@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -39,16 +37,15 @@ from hf_cdl.training.checking import (
     check_used,
 )
 from hf_cdl.training.evaluation import EvaluatingTrainer
-from hf_cdl.training.kept_features import KeptFeatures
-from hf_cdl.training.kept_queries import collate, kept_with
+from hf_cdl.training.kept.features import KeptFeatures
 from hf_cdl.training.memory import kept_apart, peak_memory
-from hf_cdl.training.precision import frozen_autocast, in_float32
+from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
-from hf_cdl.types import CDLOutput, Task, TaskResult
+from hf_cdl.types import Task, TaskResult
 
 
 class CDLTrainer(EvaluatingTrainer):
@@ -83,6 +80,7 @@ class CDLTrainer(EvaluatingTrainer):
         run: Run | None = None,
         eval_split: str = "test",
         num_tasks: int | None = None,
+        cache: str | Path | None = None,
         **others: Any,
     ):
         check_keywords(others, [*signature(CDLTrainer).parameters][:-1])
@@ -97,15 +95,15 @@ class CDLTrainer(EvaluatingTrainer):
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
         args.logging_nan_inf_filter = False  # it waits for a GPU at every step; `_check_losses` watches
-        more: Any = {"compute_metrics": compute_metrics, "data_collator": collate}
+        more: Any = {"compute_metrics": compute_metrics}
         more["eval_dataset"] = {}  # Trainer requires one for eval_strategy
         more["processing_class"] = processing_class
         super().__init__(model, args, callbacks=[*(callbacks or ())], **more)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.role, self.run, self.eval_split, self.num_tasks = role, run, eval_split, num_tasks
-        self._begin()
+        self._begin(cache)
 
-    def _begin(self) -> None:
+    def _begin(self, cache: str | Path | None) -> None:
         """Start with no task learnt; replace Trainer's progress, early stopping and trackers with task-aware ones."""
         self.num_tasks = self.num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
         self.seen: list[Task] = []
@@ -114,8 +112,7 @@ class CDLTrainer(EvaluatingTrainer):
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
         self.teacher.place(self.accelerator, partial(frozen_autocast, self.args))
-        self._kept_queries = kept_with(self.run, self.teacher.model, self.model)
-        self._read_queries()
+        self._begin_keeping(cache)
         args, run = self.args, self.run
         self._phase = PhaseProgress(lambda **shown: self._bar(self._title(self.seen[-1]), **shown), self._set_epoch)
         self.callback_handler.callbacks.pop()  # Trainer's own progress, which it adds after the user's callbacks
@@ -255,8 +252,8 @@ class CDLTrainer(EvaluatingTrainer):
         self._begin_callbacks()
         if last is not None:
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
-        self._kept_queries.begin(task)
-        self._read_queries()
+        self._kept.begin(task)
+        self._read_kept(task)
         with self.teacher.phase(self.accelerator):
             try:
                 start = time.perf_counter()
@@ -266,6 +263,7 @@ class CDLTrainer(EvaluatingTrainer):
                 result.images_per_second = metrics["train_samples_per_second"]
                 self._add_to_total()
             finally:  # take Accelerate's wrappers off again: they would pile up, task by task
+                self._kept.flush()
                 self._phase.close()
                 close_trackers(self)  # an interrupted phase never reaches on_train_end
                 self.model = unprepared(self.accelerator, self.model_wrapped)
@@ -296,28 +294,6 @@ class CDLTrainer(EvaluatingTrainer):
             result.images_per_second = len(task.train) / seconds
             self._total.images += len(task.train)
 
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
-
-        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
-        classes, if it has one.
-        """
-        self.model.eval()
-        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
-        for batch in self._bar(self._title(task), iterable=loader):
-            taught = None
-            with torch.no_grad():
-                with frozen_autocast(self.args):
-                    output = in_float32(self.model(pixel_values=batch["pixel_values"]))
-                if self.teacher.teaches_head:
-                    taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
-            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
-            found = self.accelerator.gather_for_metrics(found)
-            labels, taught = found.pop("labels"), found.pop("taught", None)
-            yield CDLOutput(**found), labels, taught
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -331,30 +307,6 @@ class CDLTrainer(EvaluatingTrainer):
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
         return (loss, student) if return_outputs else loss
-
-    def _student_and_teacher(
-        self, model: nn.Module, batch: dict[str, Any], task_id: int | None
-    ) -> tuple[CDLOutput, CDLOutput | None]:
-        """Outputs of the model and, if terms need one, its teacher for a batch; a shared query is computed once.
-
-        Images behind those with `labels` have none.
-        """
-        pixels, query = batch["pixel_values"], None
-        hidden, labelled = self.objective.hidden_states("student") or None, len(batch["labels"])
-        learning = self.model.training
-        frozen = frozen_autocast(self.args) if learning else nullcontext()
-        apart = "images" in batch or (learning and self.args.frozen_bf16)
-        known = self._own_query is not None and apart and not (hidden and self.model.is_plain)
-        if known or self.objective.needs_query or self.teacher.shares_query(batch):
-            with torch.no_grad(), self.accelerator.autocast(), frozen:
-                query = self._query(batch)
-            query = query.float() if learning and self.args.frozen_bf16 else query
-        teacher = self.teacher.answer(batch, query, task_id, self._teachers_query, learning)
-        more = {"labelled": labelled} if labelled < len(pixels) else {}  # a user's own model need not know it
-        student: CDLOutput = model(
-            pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more
-        )
-        return student, teacher
 
     # ---- files ----
 

@@ -17,7 +17,7 @@ from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, 
 from hf_cdl.data import StreamConfig
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.runs.run import Run
-from hf_cdl.training import kept_queries
+from hf_cdl.training import kept
 
 PROMPT = {"type": "coda", "components": 2, "length": 4, "layers": [0, 1]}
 
@@ -67,11 +67,11 @@ def equal(first: Any, second: Any) -> bool:
 
 @pytest.mark.parametrize("fields", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_nothing_changes_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> None:
-    kept = learn(*pair(tmp_path / "kept", **fields))
-    monkeypatch.setattr(kept_queries.KeptQueries, "reader", lambda self, model: None)
+    known = learn(*pair(tmp_path / "kept", **fields))
+    monkeypatch.setattr(kept.Kept, "reader", lambda self, *_: None)
     anew = learn(*pair(tmp_path / "anew", **fields))
-    assert len(kept) == len(anew)
-    assert all(map(equal, kept, anew)), "to the bit"
+    assert len(known) == len(anew)
+    assert all(map(equal, known, anew)), "to the bit"
 
 
 def test_the_student_computes_none_that_its_teacher_has_asked_for(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_models_are_freed(tmp_path: Path) -> None:
 
 
 def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_queries, "_MOST", 5 * 32 * 4)
+    monkeypatch.setattr(kept, "_MOST", 5 * 32 * 4)
     teacher, student, stream = pair(tmp_path)
     asked = passes(student)
     teacher.learn(stream[0])

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import nn
-
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.training.kept.weights import state_of
 from hf_cdl.types import CDLOutput
 
 _MOST = 2**29
@@ -53,11 +51,3 @@ class KeptFeatures:
 def keepable(split: Any, model: Any) -> bool:
     """Whether the features of a split's images stay the same: the images do, and so do the weights."""
     return isinstance(split, TaskSplit) and model.fitted and model.session_head is None
-
-
-def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """What changes whenever a weight outside the head does; also by `.data`, which counts no version."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    values = [value.detach() for name, value in named if not name.startswith(("head.", "kd_head."))]
-    sums = torch.stack([value.sum(dtype=torch.float32).cpu() for value in values]).tolist()
-    return tuple((v.data_ptr(), v.dtype, v._version, total) for v, total in zip(values, sums, strict=True))

@@ -1,0 +1,228 @@
+"""What frozen weights say of images: computed once, and kept in memory by batch, with `cache` also in a folder.
+
+The roles of a run train on the same views of a task's images in the same batches, after every task evaluation asks
+about the same images again, with `data.views` whole batches recur, and so they do in another run on the same stream.
+Nothing trains what a query or a teacher's answer comes from. Only a whole batch is found again: beside other images
+its last bits could differ.
+
+In memory an image is told by its place in the data; in a folder, which other runs read, by the pixels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+import torch
+from torch import nn
+from transformers import default_data_collator
+
+from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.data.unlabelled import of_images
+from hf_cdl.training.kept.files import KeptFiles
+from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, state_of
+from hf_cdl.types import CDLOutput, Task
+
+_MOST = 2**30
+"""Bytes that are kept in memory; what is beyond them is read from the folder, or computed again."""
+
+_OF: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
+
+Query = Callable[[torch.Tensor, Any], torch.Tensor]
+"""Of pixel values (B, 3, H, W), and what identifies the images, a query (B, D_q), without gradient."""
+Recall = Callable[[torch.Tensor, Any, Any, Callable[[], CDLOutput]], CDLOutput]
+"""Of pixel values, what identifies the images and what else is asked: the output that is known, or else computed."""
+
+
+@dataclass(frozen=True)
+class Shown:  # no tuple: Trainer makes those anew when it moves a batch to its device
+    """Identifies the images of a batch; `trained`: whether they are augmented views, which another task has not."""
+
+    trained: bool
+    key: Any
+
+
+class _Source(NamedTuple):
+    """The weights that an output comes from: their number in this process, and a digest that other runs share."""
+
+    number: int
+    digest: str | None
+
+
+class Kept:
+    """What the trainers of a run keep together."""
+
+    def __init__(self) -> None:
+        self._weights: list[tuple[ReferenceType[nn.Module], tuple[Any, ...], bool]] = []
+        self._digests: dict[tuple[int, str], str | None] = {}
+        self._asking: set[int] = set()
+        self._views: dict[Any, _Entry] = {}
+        self._images: dict[Any, _Entry] = {}
+        self._held: list[Any] = []
+        self._task: Task | None = None
+        self._bytes = 0
+        self.files: KeptFiles | None = None
+
+    def begin(self, task: Task) -> None:
+        """A task begins to be learnt: forget the training views of another."""
+        if self._task is not task:
+            self._bytes -= sum(entry.bytes for entry in self._views.values())
+            self._task, self._views = task, {}
+
+    def flush(self) -> None:
+        """Write what is still to be stored in the folder."""
+        if self.files is not None:
+            self.files.flush()
+
+    def hold(self, split: Any) -> None:
+        """Keep a stream's split alive, so that no other images are taken for its."""
+        if isinstance(split, TaskSplit) and not any(split is held for held in self._held):
+            self._held.append(split)
+
+    def reader(self, model: Any, recurring: bool = False) -> Query | None:
+        """What gives a model's queries while its weights stay; None if they must be computed in every pass.
+
+        `recurring`: whether the training batches come again, also where nobody else asks about them.
+        """
+        if not getattr(model, "reads_query", False):  # a user's own model need not know of queries
+            return None
+        backbone = asked_backbone(model)
+        if any(parameter.requires_grad for parameter in backbone.parameters()):
+            return None
+        about = repr((model.config.query_view, model.config.lora))
+        source = self._source(backbone, about, heads=True)
+        self._asking.add(id(model))
+
+        def query(pixels: torch.Tensor, images: Shown) -> torch.Tensor:
+            again = not images.trained or recurring or len(self._asking) > 1
+            found = self._recall(
+                ("query", about), source, pixels, images, again, lambda: CDLOutput(query=model.compute_query(pixels))
+            )
+            return found.query  # type: ignore[return-value]
+
+        return query
+
+    def outputs(self, model: Any, about: str, heads: bool = True, recurring: bool = False) -> Recall | None:
+        """What gives a model's outputs while its weights stay; None where none would be found again.
+
+        `about`: which outputs; `heads`: whether they depend on the heads too; `recurring` as in `reader`.
+        """
+        if not (recurring or self.files):
+            return None
+        source, changes = self._source(model, about, heads), _changes(model)
+
+        def recall(pixels: torch.Tensor, images: Shown, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
+            if _changes(model) != changes:  # a callback, say, changes what should be frozen
+                return compute()
+            return self._recall((about, asked), source, pixels, images, recurring, compute)
+
+        return recall
+
+    def _recall(
+        self, what: Any, source: _Source, pixels: torch.Tensor, images: Shown, again: bool, compute: Any
+    ) -> CDLOutput:
+        """The output that is known for these images, or else the computed one; `again`: is it asked for again here?"""
+        kind = pixels.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pixels.dtype
+        kept = self._views if images.trained else self._images
+        key = (what, source.number, precision, str(pixels.device), images.key)
+        if (entry := kept.get(key)) is not None and entry.untouched:
+            return entry.output
+        place = self.files and source.digest and self.files.place(source.digest, pixels.device, precision)
+        found = self.files.find(place, (what, images.key), pixels.device) if self.files and place else None
+        if found is None:
+            found = compute()
+            if type(found) is not CDLOutput:
+                return found
+            if self.files and place:
+                self.files.keep(place, (what, images.key), found)
+        entry = _Entry(found)
+        if again and key not in kept and self._bytes + entry.bytes <= _MOST:
+            kept[key] = entry
+            self._bytes += entry.bytes
+        return found
+
+    def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:
+        """The weights that a module has now, in its heads or without them, whose number equal ones share."""
+        number = self._number(module, state_of(module, heads), heads)
+        if self.files is not None and (number, about) not in self._digests:
+            self._digests[number, about] = digest_of(module, about, heads)
+        return _Source(number, self._digests.get((number, about)))
+
+    def _number(self, module: nn.Module, now: tuple[Any, ...], heads: bool) -> int:
+        for number, (reference, then, with_heads) in enumerate(self._weights):
+            known = reference()
+            if known is module and then == now and with_heads == heads:
+                return number
+            if known is None or known is module or not (heads and with_heads):
+                continue
+            if state_of(known, heads) == then and equal(known, module):
+                return number
+        self._weights.append((ref(module), now, heads))
+        return len(self._weights) - 1
+
+
+class _Entry:
+    """An output that is kept, and whether it is still what it was."""
+
+    def __init__(self, output: CDLOutput):
+        self.output = output
+        self._versions = self._now()
+        self.bytes = sum(value.nbytes for value in tensors(output))
+
+    def _now(self) -> list[int]:
+        return [value._version for value in tensors(self.output)]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody wrote into it since."""
+        return self._versions == self._now()
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors of an output."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ():
+        yield from tensors(part)
+
+
+def _changes(model: nn.Module) -> int:
+    """A number that grows whenever a weight is written to (but by `.data`, which is noticed when a task begins)."""
+    return sum(value._version for value in (*model.parameters(), *model.buffers()))
+
+
+def kept_with(*owners: Any) -> Kept:
+    """What is kept for the first of these that is not None, a run or a model; trainers with the same one share it."""
+    return _OF.setdefault(next(owner for owner in owners if owner is not None), Kept())
+
+
+class Collate:
+    """A batch as transformers makes it, with what identifies its images by the name of their pixel values.
+
+    `by_content`: by the pixels, as for a folder that other runs read; else by their places in the data, where they
+    have one.
+    """
+
+    def __init__(self, by_content: bool = False):
+        self.by_content = by_content
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = default_data_collator([{k: v for k, v in item.items() if k != "images"} for item in items])
+        places = items[0].get("images", {})
+        trained = next((first[-1] is not None for first in places.values()), True)
+        if self.by_content:
+            names = [name for name in ("pixel_values", "teacher_pixel_values") if name in batch]
+            batch["images"] = {name: Shown(trained, content_of(of_images(batch, name))) for name in names}
+        elif places:
+            batch["images"] = {name: Shown(trained, tuple(item["images"][name] for item in items)) for name in places}
+        return batch
+
+
+def open_folder(kept: Kept, folder: str | Path, say: Callable[[str], Any]) -> None:
+    """Let a run keep things in a folder too. Raises ValueError if it cannot be used."""
+    if kept.files is None:
+        kept.files = KeptFiles(Path(folder), say)
