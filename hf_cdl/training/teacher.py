@@ -153,7 +153,9 @@ class Teacher:
                 answer = self.model(**inputs)
             else:
                 inputs, images = shown, batch["images"][self._name(batch)]
-                answer = self.read[1](shown["pixel_values"], images, (task_id, hidden), lambda: self.model(**asked()))
+                answer = self.read[1](
+                    shown["pixel_values"], images, (task_id, tuple(hidden or ())), lambda: self.model(**asked())
+                )
             answer = in_float32(answer)
         with self._autocast():  # with gradient: a term may train its own path alongside the teacher's
             return self.objective.consult(answer, inputs)

@@ -23,7 +23,7 @@ from transformers import default_data_collator
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.unlabelled import of_images
 from hf_cdl.training.kept.files import KeptFiles
-from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, state_of
+from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, settings_of, state_of
 from hf_cdl.types import CDLOutput, Task
 
 _MOST = 2**30
@@ -147,7 +147,7 @@ class Kept:
 
     def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:
         """The weights that a module has now, in its heads or without them, whose number equal ones share."""
-        number = self._number(module, state_of(module, heads), heads)
+        number = self._number(module, _state(module, heads), heads)
         if self.files is not None and (number, about) not in self._digests:
             self._digests[number, about] = digest_of(module, about, heads)
         return _Source(number, self._digests.get((number, about)))
@@ -157,9 +157,9 @@ class Kept:
             known = reference()
             if known is module and then == now and with_heads == heads:
                 return number
-            if known is None or known is module or not (heads and with_heads):
+            if known is None or known is module or not (heads and with_heads) or now[0] != then[0]:
                 continue
-            if state_of(known, heads) == then and equal(known, module):
+            if _state(known, heads) == then and equal(known, module):
                 return number
         self._weights.append((ref(module), now, heads))
         return len(self._weights) - 1
@@ -188,6 +188,10 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
     for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple) else ():
         yield from tensors(part)
+
+
+def _state(module: nn.Module, heads: bool) -> tuple[Any, ...]:
+    return (settings_of(module, heads), *state_of(module, heads))
 
 
 def _changes(model: nn.Module) -> int:

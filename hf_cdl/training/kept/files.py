@@ -127,11 +127,24 @@ class _Parts:
             return self._put_aside(file, "a checksum is wrong")
         return found
 
+    def _whole(self, file: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """The entries of a part whose checksums are right."""
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        with suppress(OSError, SafetensorError, ValueError), safe_open(file, "pt") as part:
+            for name, (_, named) in self._of(file).items():
+                values = {path: part.get_tensor(key).clone() for path, (key, _) in named.items()}
+                if all(_checksum(value) == named[path][1] for path, value in values.items()):
+                    found[name] = values
+        return found
+
+    def _of(self, file: Path) -> dict[str, Any]:
+        return {name: entry for name, entry in self._index.items() if entry[0] == file}
+
     def write(self) -> int:
         """Write what waits as one part; returns its bytes."""
         values = {f"{name}/{path}": value for name, found in self.waiting.items() for path, value in found.items()}
         sums = {key: _checksum(value) for key, value in values.items()}
-        content = hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()[:32]
+        content = hashlib.sha256(repr((FORMAT, sorted(sums.items()))).encode()).hexdigest()[:32]
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".{content}-{os.getpid()}-{next(_COUNT)}.partial"
         file = self.folder / f"{content}.safetensors"
@@ -174,8 +187,9 @@ class _Parts:
                 self._index[name][1][path] = key, checksum
 
     def _put_aside(self, file: Path, why: str) -> None:
-        """Read no more of a damaged part."""
+        """Read no more of a damaged part; what is whole in it goes into another."""
         self._known.add(file.name)
+        self.waiting |= self._whole(file)
         self._index = {name: entry for name, entry in self._index.items() if entry[0] != file}
         with suppress(OSError):
             os.replace(file, file.with_suffix(".damaged"))

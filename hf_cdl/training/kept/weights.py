@@ -72,27 +72,30 @@ def digest_of(module: nn.Module, about: str, heads: bool) -> str | None:
         return None
     named = {name: value for name, value in module.state_dict().items() if heads or not name.startswith(_HEADS)}
     weights = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-    configs = [_settings(part, heads) for part in module.modules() if isinstance(part, PreTrainedModel)]
-    said = [type(module).__qualname__, about, configs, sorted(weights), _sources(module), _versions()]
+    said = [
+        type(module).__qualname__,
+        about,
+        settings_of(module, heads),
+        sorted(weights),
+        _sources(module),
+        _versions(),
+    ]
     found = hashlib.sha256(json.dumps(said, default=str).encode())
     found.update(content_of(weights[name] for name in sorted(weights)).encode())
     return found.hexdigest()[:32]
 
 
-def _settings(model: PreTrainedModel, heads: bool) -> dict[str, Any]:
-    """The fields of a model's config that may move a bit of its outputs."""
-
-    def kept(content: Any) -> Any:
-        if isinstance(content, dict):
-            return {
-                key: kept(value) for key, value in content.items() if not str(key).startswith("_") and moves(str(key))
-            }
-        return content
+def settings_of(module: nn.Module, heads: bool) -> str:
+    """The fields of the configs of a module's models that may move a bit of its outputs."""
 
     def moves(key: str) -> bool:
         return not key.startswith("_") and not key.endswith(_NAMES) and (heads or key not in _OF_HEADS)
 
-    return {**kept(model.config.to_dict()), "attention": str(model.config._attn_implementation)}
+    def kept(content: Any) -> Any:
+        return {k: kept(v) for k, v in content.items() if moves(str(k))} if isinstance(content, dict) else content
+
+    configs = [part.config for part in module.modules() if isinstance(part, PreTrainedModel)]
+    return repr([(kept(config.to_dict()), str(config._attn_implementation)) for config in configs])
 
 
 def _sources(module: nn.Module) -> list[str]:
