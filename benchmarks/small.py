@@ -112,11 +112,12 @@ def trainer_of(
     role: str = "student",
     run: Run | None = None,
     kind: type[CDLTrainer] = CDLTrainer,
+    kept: dict[str, Any] | None = None,
     **train: Any,
 ) -> CDLTrainer:
-    """A trainer with plain SGD, since Adam amplifies differences in rounding."""
+    """A trainer with plain SGD, since Adam amplifies differences in rounding; `kept`: its cache, if it has one."""
     defaults = {"optim": "sgd", "learning_rate": 0.05, "per_device_train_batch_size": 8, "num_train_epochs": 2}
     if "max_steps" in train:
         del defaults["num_train_epochs"]
     args = CDLTrainingArguments(str(folder), disable_tqdm=True, report_to="none", **{**defaults, **train})
-    return kind(model, args, objective, teacher, role=role, run=run)
+    return kind(model, args, objective, teacher, role=role, run=run, **(kept or {}))

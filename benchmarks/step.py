@@ -1,12 +1,13 @@
 """What a training step costs: of teacher and student, by prompt method and precision, beside a naive way to write it.
 
-python benchmarks/step.py [--prompts coda ...] [--ways float32 ...] [--size vit] [--repeats 10]
+python benchmarks/step.py [--prompts coda ...] [--roles student] [--ways float32 ...] [--size vit] [--repeats 10]
 
 CDLTrainer takes every step, from batch to updated weights; naive is the same trainer with what is often written: two
-query passes, a backbone that is not frozen, all hidden states kept and a graph of the teacher. `compiled` compiles
-both backbones (torch.compile); ask for it, it takes a minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels
-(the default on a GPU), small: two tiny ViTs. Random weights, generated images, KDP (KD token and prompts).
-Milliseconds: the least; memory: beyond weights, on a GPU only.
+query passes, a backbone that is not frozen, all hidden states kept and a graph of the teacher. `query kept`: another
+role of the run has asked for it; `views`: the view of an earlier epoch, whose answers are in memory; `cached`: those
+of an earlier run, read from a folder. `compiled` compiles both backbones (torch.compile); ask for it, it takes a
+minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two tiny ViTs. Random
+weights, generated images, KDP (KD token and prompts). Milliseconds: the least; memory: beyond weights, on a GPU only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,16 @@ LARGE: dict[str, dict[str, Any]] = {
 WAYS: dict[str, dict[str, Any]] = {
     "naive": {},
     "float32": {},
-    "tf32": {"tf32": True},
+    "query kept": {},
+    "views": {},
+    "cached": {},
     "frozen_bf16": {"frozen_bf16": True},
+    "frozen_bf16, query kept": {"frozen_bf16": True},
+    "tf32": {"tf32": True},
     "bfloat16": {"bf16": True},
+    "bfloat16, query kept": {"bf16": True},
+    "bfloat16, views": {"bf16": True},
+    "bfloat16, cached": {"bf16": True},
     "compiled": {},
     "compiled, bfloat16": {"bf16": True},
 }
@@ -63,6 +72,12 @@ class NaiveTrainer(CDLTrainer):
         return model(pixel_values=pixels, task_id=task_id, output_hidden_states=True), teacher
 
 
+class QueryKept(CDLTrainer):
+    """Asks the teacher in every step."""
+
+    _keeps_answers = False
+
+
 PIXELS = {"small": 16, "vit": 224}
 """Side of an image of either size."""
 
@@ -79,7 +94,7 @@ def stepper(role: str, pair: Any, way: str, batch: int, folder: Path) -> Stepper
     """A trainer of a role that waits for its first step, with a copy of `pair`: student, teacher and objective."""
     precision(*USUAL)
     student, teacher, objective = copy.deepcopy(pair)
-    task = task_of(0, 4 * batch, student.config.backbone_config.image_size, classes=10)
+    task = task_of(0, batch, student.config.backbone_config.image_size, classes=10)  # a batch, which comes again
     if role == "teacher":
         student, teacher, objective = teacher, None, Objective()
     else:
@@ -88,10 +103,19 @@ def stepper(role: str, pair: Any, way: str, batch: int, folder: Path) -> Stepper
         for model in (student, teacher):
             if model is not None:
                 model.backbone.compile()
-    train = {"optim": "adamw_torch", "learning_rate": 1e-4, "max_steps": 10_000, "use_cpu": not CARD, **WAYS[way]}
-    kind = NaiveTrainer if way == "naive" else CDLTrainer
-    train |= {"per_device_train_batch_size": batch, "dataloader_drop_last": True, "logging_strategy": "no"}
-    return Stepper(trainer_of(student, folder, objective, teacher, role=role, kind=kind, **train), task)
+    train = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-4,
+        "num_train_epochs": 10_000,
+        "use_cpu": not CARD,
+        **WAYS[way],
+    }
+    kind = NaiveTrainer if way == "naive" else QueryKept if way.endswith("query kept") else CDLTrainer
+    kept = {"cache": folder / role / way} if way.endswith(("kept", "views", "cached")) else {}
+    task = replace(task, views=1 if way.endswith("views") else None)
+    train |= {"per_device_train_batch_size": batch, "train_sampling_strategy": "sequential"}
+    train |= {"logging_strategy": "no", "use_cpu": not CARD}
+    return Stepper(trainer_of(student, folder, objective, teacher, role, kind=kind, kept=kept, **train), task)
 
 
 def measure(prompt: str, role: str, pair: Any, asked: Any, folder: Path) -> None:
@@ -104,15 +128,15 @@ def measure(prompt: str, role: str, pair: Any, asked: Any, folder: Path) -> None
             steppers[way] = one
         except Exception as error:
             line = (str(error).strip().splitlines() or ["no message"])[0]
-            print(f"| {prompt} | {role} | {way} | {type(error).__name__}: {line[:160]} | | |", flush=True)
+            print(f"| {prompt} | {role} | {way} | {type(error).__name__}: {line[:160]} | | | |", flush=True)
     found = in_turn({way: one.step for way, one in steppers.items()}, asked.repeats)
     for one in steppers.values():
         one.stop()
     for way, costs in found.items():
         least, memory = min(cost.seconds for cost in costs), max(cost.memory for cost in costs)
         shown = f"{memory / 2**20:,.0f}" if CARD else "–"
-        faster = ratio(costs, found[asked.ways[0]]) if asked.ways[0] in found else "–"
-        print(f"| {prompt} | {role} | {way} | {1000 * least:,.1f} | {faster} | {shown} |", flush=True)
+        faster = [ratio(costs, found[other]) if other in found else "–" for other in asked.ways[:2]]
+        print(f"| {prompt} | {role} | {way} | {1000 * least:,.1f} | {' | '.join(faster)} | {shown} |", flush=True)
 
 
 def main() -> None:
@@ -121,21 +145,27 @@ def main() -> None:
     ways = [way for way in WAYS if CARD or way != "tf32"]
     quick = [way for way in ways if not way.startswith("compiled")]
     parser.add_argument(
-        "--ways", nargs="+", default=quick, choices=ways, help="others are compared to the first (default: uncompiled)"
+        "--ways",
+        nargs="+",
+        default=quick,
+        choices=ways,
+        help="compared to the first two (default: uncompiled)",
     )
+    parser.add_argument("--roles", nargs="+", default=["teacher", "student"], choices=["teacher", "student"])
     parser.add_argument("--size", choices=["small", "vit"], default="vit" if CARD else "small")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     asked = parser.parse_args()
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    print(f"| prompts | step | | {UNIT} | times as fast as {asked.ways[0]} | MiB |\n|---|---|---|---:|---:|---:|")
+    faster = [f"times as fast as {way}" for way in asked.ways[:2]]
+    print(f"| prompts | step | | {UNIT} | {' | '.join(faster)} | MiB |\n|---|---|---|{'---:|' * (2 + len(faster))}")
     with tempfile.TemporaryDirectory() as folder:
         for prompt in asked.prompts:
             configs = backbones(asked.size)
             pair: list[Any] = [*pair_of(configs["student"], configs["teacher"], prompt, KDP)]
             pair[:2] = [model.to("cuda" if CARD else "cpu") for model in pair[:2]]
-            for role in ("teacher", "student"):
+            for role in asked.roles:
                 measure(prompt, role, pair, asked, Path(folder))
     print(f"\n{asked.repeats} steps of {asked.batch} images each, in turn; {machine()}.")
 
