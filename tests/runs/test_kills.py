@@ -83,6 +83,13 @@ def with_unlabelled_images(folder: Path) -> dict[str, Any]:
     return recipe
 
 
+def with_views_and_a_cache(folder: Path) -> dict[str, Any]:
+    recipe = make_recipe(folder, cache=str(folder / "cache"))
+    recipe["data"]["views"] = 1
+    recipe["train"] |= {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 1}
+    return recipe
+
+
 def in_several_files(folder: Path) -> dict[str, Any]:
     recipe = make_recipe(folder, **ALONE)
     recipe["student"]["backbone"] = str(make_backbone(folder / "large", 128, 8, 3))
@@ -98,6 +105,7 @@ RECIPES = [
     stored_within_epochs,
     with_unlabelled_images,
     in_several_files,
+    with_views_and_a_cache,
 ]
 
 

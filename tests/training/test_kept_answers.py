@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import make_backbone, make_data, make_table
-from pairwise import tiered
+from pairwise import pairwise
 from safetensors.torch import load_file, save_file
-from test_contract import arguments, pair_of, stream
+from test_contract import CLASSES, arguments, pair_of, stream
 from test_kept_queries import PROMPT, equal
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, TrainerCallback
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.data import StreamConfig
 from hf_cdl.distill import TERMS, Objective
+from hf_cdl.runs.run import Run
 from hf_cdl.training import kept
 from hf_cdl.training.kept import files as parts
 
@@ -36,6 +39,12 @@ ROWS = [
     for query in ("student", "self", "one_pass")
     for way in range(len(WAYS))
 ]
+
+
+CHOSEN = pairwise(ROWS)
+FAST = {next(row for row in CHOSEN[number:] + CHOSEN if row[1] == term) for number, term in enumerate(ANSWERED)}
+MARKED = [pytest.param(*row, marks=() if row in FAST else pytest.mark.slow) for row in CHOSEN]
+"""In the fast tier a row of every term; the slow tier has every pair of a method, a term, a query and a way."""
 
 
 def passes(model: Any) -> list[int]:
@@ -59,7 +68,10 @@ def weights(*models: Any) -> list[torch.Tensor]:
     return [value.clone() for model in models for value in model.state_dict().values()]
 
 
-@pytest.mark.parametrize(("method", "term", "query", "way"), tiered(ROWS))
+@pytest.mark.parametrize(
+    ("method", "term", "query", "way"),
+    [pytest.param(*row, marks=() if row in FAST else pytest.mark.slow) for row in CHOSEN],
+)
 def test_a_second_student_of_a_teacher_asks_it_nothing(
     method: str, term: str, query: str, way: int, tmp_path: Path
 ) -> None:
@@ -105,7 +117,7 @@ def learner(place: Path, views: int | None, term: str = "kd", cache: Any = None,
 
 
 def test_a_teacher_answers_every_view_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for views, count in ((None, 4), (1, 1), (3, 3)):
+    for views, count in ((None, 4), (3, 3)):
         trainer, task = learner(tmp_path, views)
         answered = passes(trainer.teacher.model)
         trainer.learn(task)
@@ -119,6 +131,7 @@ def test_a_teacher_answers_every_view_once(tmp_path: Path, monkeypatch: pytest.M
         assert all(map(torch.equal, kept_weights, weights(again.model))), "to the bit"
 
 
+@pytest.mark.slow
 def test_with_accumulation_and_hidden_states_too(tmp_path: Path) -> None:
     found = []
     for views, cache in ((2, None), (2, tmp_path / "cache"), (2, tmp_path / "cache")):
@@ -140,8 +153,6 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_teacher_that_a_callback_changes_is_asked_again(tmp_path: Path) -> None:
-    from transformers import TrainerCallback
-
     class Moves(TrainerCallback):
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             with torch.no_grad():
@@ -168,6 +179,7 @@ def test_an_answer_that_a_term_writes_into_is_not_given_again(tmp_path: Path) ->
     assert sum(answered) == 4 * len(task.train)
 
 
+@pytest.mark.slow
 def test_unlabelled_images_beside_are_told_by_their_content(tmp_path: Path) -> None:
     found = []
     for cache in (None, tmp_path / "cache", tmp_path / "cache"):
@@ -187,11 +199,10 @@ def test_unlabelled_images_beside_are_told_by_their_content(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: next(model.backbone.parameters()).data.mul_(1.01),
-        lambda model: next(model.head.parameters()).data.mul_(1.01),
-        lambda model: model.set_attn_implementation("eager"),
+        pytest.param(lambda model: next(model.backbone.parameters()).data.mul_(1.01), id="backbone"),
+        pytest.param(lambda model: next(model.head.parameters()).data.mul_(1.01), marks=pytest.mark.slow, id="head"),
+        pytest.param(lambda model: model.set_attn_implementation("eager"), marks=pytest.mark.slow, id="attention"),
     ],
-    ids=["backbone", "head", "attention"],
 )
 def test_another_teacher_finds_nothing(change: Callable[[Any], Any], tmp_path: Path) -> None:
     trainer, task = learner(tmp_path, None, cache=tmp_path / "cache")
@@ -224,10 +235,10 @@ def of_another_format(file: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
-        (cut, "is damaged .* put aside"),
-        (emptied, "is damaged .* put aside"),
+        pytest.param(cut, "is damaged .* put aside", marks=pytest.mark.slow),
+        pytest.param(emptied, "is damaged .* put aside", marks=pytest.mark.slow),
         (turned, "is damaged \\(a checksum is wrong\\): it is put aside"),
-        (of_another_format, "is not of the format of this version and is not read"),
+        pytest.param(of_another_format, "is not of the format of this version and", marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_part_is_put_aside_and_computed_again(
@@ -245,7 +256,7 @@ def test_a_damaged_part_is_put_aside_and_computed_again(
     trainer.learn(task)
     assert answered
     assert all(map(torch.equal, whole, weights(trainer.model)))
-    assert said and all(__import__("re").search(says, line) for line in said)
+    assert said and all(re.search(says, line) for line in said)
     assert len(said) == len({*said}), "once each"
     trainer, task = learner(tmp_path, None, cache=tmp_path / "cache")
     answered = passes(trainer.teacher.model)
@@ -322,3 +333,41 @@ def test_a_folder_that_cannot_be_a_cache_is_refused(kind: str, tmp_path: Path) -
     says = {"file": "is a file; name a folder", "model": "would lie in the model's folder .*name another folder"}[kind]
     with pytest.raises(ValueError, match=says):
         CDLTrainer(trainer.model, trainer.args, cache=place)
+
+
+class Stops(TrainerCallback):
+    """Ctrl-C behind a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_phase_that_resumes_among_recurring_views_ends_the_same(cached: bool, tmp_path: Path) -> None:
+    task = replace(next(stream()), views=2)
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    args = arguments(tmp_path, num_train_epochs=5, **{**fields, "per_device_train_batch_size": 4})
+    found = []
+    for stops in ((), (3, 9)):
+        teacher, student = pair_of("coda", "kd", "student")
+        teacher.begin_task(CLASSES[0])
+        run = Run(tmp_path / f"run {len(stops)}", {"name": "views"}, say=lambda _: None)
+        run.bind("stream", [[*task.class_names]])
+        cache = tmp_path / "cache" if cached else None
+        for stop in (*stops, None):
+            one, other = copy.deepcopy((student, teacher))
+            trainer = CDLTrainer(one, args, objective_of("kd", one, other), other, run=run, cache=cache)
+            if stop is None:
+                trainer.learn(task)
+                found.append(weights(one))
+            else:
+                trainer.add_callback(Stops(stop))
+                with pytest.raises(KeyboardInterrupt):
+                    trainer.learn(task)
+        run.close()
+    assert trainer.state.global_step == 15
+    assert all(map(torch.equal, *found)), "to the bit"
