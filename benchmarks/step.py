@@ -75,7 +75,9 @@ class NaiveTrainer(CDLTrainer):
 class QueryKept(CDLTrainer):
     """Asks the teacher in every step."""
 
-    _keeps_answers = False
+    @property
+    def _keeps_answers(self) -> bool:
+        return False
 
 
 PIXELS = {"small": 16, "vit": 224}

@@ -210,10 +210,9 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     size = f"{len(stream)} tasks, {len(stream.class_names)} classes"
     say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
 
-    trainers = []
+    trainers, same = [], {"eval_split": stream.config.eval_split, "num_tasks": len(stream), "cache": recipe.cache}
     for role, objective, arguments in roles(recipe, models, run.folder):
-        rest = {"eval_split": stream.config.eval_split, "processing_class": processors[role], "num_tasks": len(stream)}
-        rest["cache"] = recipe.cache
+        rest = {**same, "processing_class": processors[role]}
         model = models[role]
         teacher = models.get("teacher") if asks_teacher(model, objective) else None
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from hf_cdl.training.kept import Collate, Kept, Query, Recall, kept_with, open_folder
-from hf_cdl.training.precision import frozen_autocast, in_float32
+from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.training.teacher import Teacher
 from hf_cdl.types import CDLOutput, Task
@@ -111,29 +111,6 @@ class FrozenTrainer(TaskTrainer):
             pixel_values=pixels, query=query, task_id=task_id, output_hidden_states=hidden, **more
         )
         return student, teacher
-
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
-
-        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
-        classes, if it has one.
-        """
-        self.model.eval()
-        self._read_kept()
-        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
-        for batch in self._bar(self._title(task), iterable=loader):
-            taught = None
-            with torch.no_grad():
-                with frozen_autocast(self.args):
-                    output = in_float32(self._output(batch))
-                if self.teacher.teaches_head:
-                    taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
-            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
-            found = self.accelerator.gather_for_metrics(found)
-            labels, taught = found.pop("labels"), found.pop("taught", None)
-            yield CDLOutput(**found), labels, taught
 
 
 def features_of(output: CDLOutput) -> CDLOutput:

@@ -171,7 +171,8 @@ class Teacher:
     @property
     def is_extended(self) -> bool:
         """Whether a term puts a path of its own beside the teacher's."""
-        return any(type(term).consult is not Term.consult for term in self.objective.terms.values())
+        kinds: list[Any] = [type(term) for term in self.objective.terms.values()]
+        return any(kind.consult is not Term.consult for kind in kinds)
 
     def logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Logits (B, C) over all classes the teacher knows, without gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -39,13 +40,13 @@ from hf_cdl.training.checking import (
 from hf_cdl.training.evaluation import EvaluatingTrainer
 from hf_cdl.training.kept.features import KeptFeatures
 from hf_cdl.training.memory import kept_apart, peak_memory
-from hf_cdl.training.precision import frozen_autocast
+from hf_cdl.training.precision import frozen_autocast, in_float32
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
-from hf_cdl.types import Task, TaskResult
+from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
 class CDLTrainer(EvaluatingTrainer):
@@ -293,6 +294,29 @@ class CDLTrainer(EvaluatingTrainer):
         if not result.images_per_second:  # if it trained, that rate stays
             result.images_per_second = len(task.train) / seconds
             self._total.images += len(task.train)
+
+    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
+        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
+
+        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
+        classes, if it has one.
+        """
+        self.model.eval()
+        self._read_kept()
+        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
+        for batch in self._bar(self._title(task), iterable=loader):
+            taught = None
+            with torch.no_grad():
+                with frozen_autocast(self.args):
+                    output = in_float32(self._output(batch))
+                if self.teacher.teaches_head:
+                    taught = self.teacher.logits(batch)[:, task.classes].float()
+                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
+            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
+            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
+            found = self.accelerator.gather_for_metrics(found)
+            labels, taught = found.pop("labels"), found.pop("taught", None)
+            yield CDLOutput(**found), labels, taught
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

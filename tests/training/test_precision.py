@@ -79,7 +79,8 @@ def test_the_teacher_and_the_queries_are_in_bfloat16_and_the_student_is_not(
 
 def test_a_path_beside_a_teacher_of_convolutions_computes_in_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = ResNetConfig(hidden_sizes=[8, 12, 16], depths=[1, 1, 1], embedding_size=8, num_labels=3)
+    config: Any = ResNetConfig(hidden_sizes=[8, 12, 16], depths=[1, 1, 1], embedding_size=8)
+    config.num_labels = 3
     teacher, student = ResNetForImageClassification(config), pair_of("coda", "dual_path", "self")[1]
     kind = TERMS["dual_path"]
     term = kind(kind.config_class(), student.shape, student.shape)
@@ -101,12 +102,9 @@ def test_a_fitted_head_learns_from_features_in_bfloat16(head: str, tmp_path: Pat
     for half in (False, True):
         model = CDLForImageClassification.from_backbone(backbone, head={"type": head})
         args = CDLTrainingArguments(str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, frozen_bf16=half)
-        trainer, dtypes = CDLTrainer(model, args), set()
-        layer = next(module for module in model.backbone.modules() if isinstance(module, torch.nn.Linear))
-        hook = layer.register_forward_hook(lambda module, given, output, dtypes=dtypes: dtypes.add(output.dtype))
+        trainer, seen = CDLTrainer(model, args), watched(model)
         trainer.learn(tasks[0])
-        hook.remove()
-        assert dtypes == {torch.bfloat16 if half else torch.float32}
+        assert seen["pass"] | seen["query"] == {torch.bfloat16 if half else torch.float32}
         found[half] = model(torch.stack([item["pixel_values"] for item in tasks[0].test])).logits  # type: ignore[attr-defined]
     assert not torch.equal(found[False], found[True])
     assert torch.allclose(found[False], found[True], atol=0.1 * found[False].abs().max().item())

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -58,7 +59,8 @@ def content_of(values: Iterable[torch.Tensor]) -> str:
 
 def bytes_of(value: torch.Tensor) -> memoryview:
     """The bytes of a tensor."""
-    return memoryview(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    found: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(found)
 
 
 def digest_of(module: nn.Module, about: str, heads: bool) -> str | None:
@@ -102,7 +104,7 @@ def _sources(module: nn.Module) -> list[str]:
     """Digests of the code that computes the outputs: ours, and what plugins add."""
     ours = Path(__file__).parents[2]
     files = {inspect.getfile(kind) for part in module.modules() for kind in type(part).__mro__[:-1]}
-    installed = {Path(inspect.getfile(__import__(name))).parent for name in ("torch", "transformers")}
+    installed = {Path(inspect.getfile(package)).parent for package in (torch, transformers)}
     plugins = [Path(file) for file in files if not {ours, *installed} & {*Path(file).parents}]
     return [_own_code(ours), *sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in plugins)]
 
