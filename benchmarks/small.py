@@ -80,15 +80,20 @@ def query_of(prompt: str, query: str) -> str:
 
 
 def pair_of(
-    student: ViTConfig, teacher: ViTConfig, prompt: str, distill: list[dict[str, Any]], **fields: Any
+    student: ViTConfig,
+    teacher: ViTConfig,
+    prompt: str,
+    distill: list[dict[str, Any]],
+    shares: bool = False,
+    **fields: Any,
 ) -> tuple[Any, Any, Objective]:
-    """A student, its teacher (None if no term needs one) and its objective."""
+    """A student, its teacher (None if no term needs one) and its objective; `shares`: the teacher asks its backbone."""
     own = {"prompt": {"type": prompt}} if prompt != "none" else {}
     parts: dict[str, Any] = {}
     for section in distill:
         parts |= TERMS[section["type"]].student_parts
     taught, maps = any(TERMS[section["type"]].needs_teacher for section in distill), "mapping" in parts
-    shared = {"query_config": student} if maps and PROMPTS[prompt].needs_query else {}
+    shared = {"query_config": student} if (maps or shares) and PROMPTS[prompt].needs_query else {}
     teaching = model_of(teacher, **own, **shared) if taught else None
     if maps and teaching is not None:
         parts = {"mapping": {"components": 3, "length": 4}, "teacher_pool": teaching.pool_config}

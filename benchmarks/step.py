@@ -1,6 +1,6 @@
 """What a training step costs: of teacher and student, by prompt method and precision, beside a naive way to write it.
 
-python benchmarks/step.py [--prompts coda ...] [--roles student] [--ways float32 ...] [--size vit] [--repeats 10]
+python benchmarks/step.py [--prompts coda ...] [--roles student] [--ways float32 ...] [--query student] [--size vit]
 
 CDLTrainer takes every step, from batch to updated weights; naive is the same trainer with what is often written: two
 query passes, a backbone that is not frozen, all hidden states kept and a graph of the teacher. `query kept`: another
@@ -155,6 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--roles", nargs="+", default=["teacher", "student"], choices=["teacher", "student"])
     parser.add_argument("--size", choices=["small", "vit"], default="vit" if CARD else "small")
+    parser.add_argument("--query", choices=["self", "student"], default="self", help="whom the teacher asks")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=10)
     asked = parser.parse_args()
@@ -165,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for prompt in asked.prompts:
             configs = backbones(asked.size)
-            pair: list[Any] = [*pair_of(configs["student"], configs["teacher"], prompt, KDP)]
+            pair: list[Any] = [*pair_of(configs["student"], configs["teacher"], prompt, KDP, asked.query == "student")]
             pair[:2] = [model.to("cuda" if CARD else "cpu") for model in pair[:2]]
             for role in asked.roles:
                 measure(prompt, role, pair, asked, Path(folder))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -188,6 +189,23 @@ def test_the_same_command_again_returns_at_once(tiny: Path, finished: tuple[Path
     assert first == f"This run is finished. Its results are in {folder}/ (results.json, pictures, checkpoints)."
     assert rest == finished[1].splitlines()[-2:] and rest[0].startswith("Use the ")
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_a_run_finds_what_another_one_kept(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    said, baselines = [], "[nearest_class_mean, linear_head, ridge_head]"
+    for out, cache in (("plain", "null"), ("first", tmp_path / "cache"), ("second", tmp_path / "cache")):
+        code, output = run("--cache", cache, "--baselines", baselines, out=out)
+        assert code == 0, output
+        said.append(re.findall(r"^cache: ([\d.]+) MiB read from (.*), ([\d.]+) MiB written$", output, re.M))
+        assert_same_run(tmp_path / "plain", tmp_path / out)
+    assert not said[0]
+    [(_, _, written)], [(read, folder, again)] = said[1:]
+    assert float(written) > 0 and float(read) > 0 and float(again) == 0
+    assert folder == str(tmp_path / "cache")
+    (tmp_path / "file").touch()
+    code, output = run("--cache", tmp_path / "file", out="other")
+    assert code == 2 and "is a file; name a folder for it" in output
 
 
 def test_a_run_by_the_cdl_protocol(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

@@ -82,6 +82,21 @@ def test_class_orders_are_crossed_with_the_seeds(tmp_path: Path):
     assert len({run.folder for run in comparison.runs}) == len(comparison.runs) == 18
 
 
+def test_variants_share_a_cache_beside_them_unless_there_is_to_be_none(tmp_path: Path):
+    hashes = [run.recipe_hash for run in read(tmp_path, small()).runs]
+    assert {run.recipe.cache for run in read(tmp_path, small()).runs} == {str(tmp_path / "runs" / "spec" / "cache")}
+    without = read(tmp_path, small(cache=None)).runs
+    assert {run.recipe.cache for run in without} == {None}
+    assert hashes == [run.recipe_hash for run in without], "no number depends on it"
+    only = small(variants={"kdp": {"rows": {"student": "KDP"}}}, contrasts=[])
+    assert {run.recipe.cache for run in read(tmp_path, only).runs} == {None}, "nobody to share it with"
+    own = small(variants={"kdp": {"rows": {"student": "KDP"}, "set": {"cache": "here"}}}, contrasts=[])
+    with pytest.raises(RecipeError, match="'variants.kdp.set' has 'cache', which the comparison sets; leave it out"):
+        read(tmp_path, own)
+    with pytest.raises(RecipeError, match="'cache' is 'here', but should be 'cache'"):
+        read(tmp_path, small(cache="here"))
+
+
 def test_the_hash_is_that_of_what_defines_the_numbers(tmp_path: Path):
     def hashes(folder: str, **fields: Any) -> list[str]:
         (tmp_path / folder).mkdir()
