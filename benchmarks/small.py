@@ -87,7 +87,7 @@ def pair_of(
     shares: bool = False,
     **fields: Any,
 ) -> tuple[Any, Any, Objective]:
-    """A student, its teacher (None if no term needs one) and its objective; `shares`: the teacher asks its backbone."""
+    """A student, its teacher (None if no term needs one), which asks itself unless it `shares`, and its objective."""
     own = {"prompt": {"type": prompt}} if prompt != "none" else {}
     parts: dict[str, Any] = {}
     for section in distill:
