@@ -6,6 +6,7 @@ A trainer wraps the model it was given, or None, in a `Teacher` and uses:
 - `begin_task(student)`: a task begins; the student and the terms take over what they keep of the teacher.
 - `views`: the roles, besides the student, as which a training batch must show the images.
 - `phase(accelerator)`: context of a phase, with the teacher in evaluation mode and prepared by Accelerate.
+- `read`: set by the trainer, what gives queries and answers that are known already.
 - `shares_query(batch)`: can the teacher reuse the student's query for a batch?
 - `answer(batch, query, task_id)`: the teacher's output for a batch, extended by the objective's terms.
 - `logits(batch)`: its logits for a batch, for a head that learns soft targets.

@@ -60,6 +60,7 @@ class CDLTrainer(EvaluatingTrainer):
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a finished
     task it returns at once, and an interrupted one resumes from its last stored step. A task that cannot be learnt
     raises ValueError before anything is changed.
+    `cache`: a folder in which queries, teachers' answers and features of fitted heads are kept for other runs too.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id,
     on `eval_split`. Without a `run` nothing is stored. `check(task)` reports in advance what the arguments need and
     the task lacks. Raises FloatingPointError if a loss is not finite, or if a head is fitted to non-finite values.
