@@ -66,22 +66,19 @@ def bytes_of(value: torch.Tensor) -> memoryview:
 def digest_of(module: nn.Module, about: str, heads: bool) -> str | None:
     """A digest of all that a module's outputs depend on besides images, precision and machine.
 
-    `about`: what else they depend on; `heads`: whether they come from the heads too. None for a model of one's own:
-    its outputs may depend on what is not in its weights.
+    `about`: what else they depend on; `heads`: whether they come from the heads too. None for a model of one's own,
+    whose outputs may depend on what is not in its weights, and for code that is in no file.
     """
     own = type(module).__module__.partition(".")[0] == "hf_cdl"
     if not own and not isinstance(module, PreTrainedModel):
         return None
     named = {name: value for name, value in module.state_dict().items() if heads or not name.startswith(_HEADS)}
     weights = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
-    said = [
-        type(module).__qualname__,
-        about,
-        settings_of(module, heads),
-        sorted(weights),
-        _sources(module),
-        _versions(),
-    ]
+    try:
+        code = [type(module).__qualname__, *_sources(module), *_versions()]
+    except (TypeError, OSError):  # written in a notebook, say
+        return None
+    said = [*code, about, settings_of(module, heads), sorted(weights)]
     found = hashlib.sha256(json.dumps(said, default=str).encode())
     found.update(content_of(weights[name] for name in sorted(weights)).encode())
     return found.hexdigest()[:32]
@@ -103,7 +100,8 @@ def settings_of(module: nn.Module, heads: bool) -> str:
 def _sources(module: nn.Module) -> list[str]:
     """Digests of the code that computes the outputs: ours, and what plugins add."""
     ours = Path(__file__).parents[2]
-    files = {inspect.getfile(kind) for part in module.modules() for kind in type(part).__mro__[:-1]}
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__ if kind.__module__ != "builtins"}
+    files = {*map(inspect.getfile, kinds)}
     installed = {Path(inspect.getfile(package)).parent for package in (torch, transformers)}
     plugins = [Path(file) for file in files if not {ours, *installed} & {*Path(file).parents}]
     return [_own_code(ours), *sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in plugins)]
