@@ -95,7 +95,7 @@ VERBS_OF = {
 
 @pytest.mark.parametrize(
     ("what", "verb"),
-    [  # what imports everything before it speaks takes seconds: once will do
+    [  # what imports everything before it speaks takes seconds
         pytest.param(what, verb, marks=() if verb == "help" else pytest.mark.slow)
         for what in BROKEN
         for verb in VERBS_OF
