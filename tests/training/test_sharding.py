@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def test_the_layers_of_every_family_are_found(kind: str) -> None:
 
 @pytest.mark.slow
 def test_a_process_holds_a_share_of_a_teacher_that_is_stored_and_answers_whole(tmp_path: Path) -> None:
+    """With shard_teacher a process keeps half the bytes of each layer; see sharded_worker.py."""
     backbone = make_backbone(tmp_path / "backbone", 48, 3, 1)
     worker = Path(__file__).with_name("sharded_worker.py")
     started = start_anew(backbone, tmp_path, launcher=(*TWO, "29570"), program=(worker,))
@@ -144,7 +146,7 @@ def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_bit_and_is_taken_ove
         process = start_anew(file, "--output_dir", cut, *HALVES, *SHARDED, launcher=launcher)
         states = f"work/{role}-task-02/checkpoint-*"
         while process.poll() is None and not list(cut.glob(states)):
-            pass
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL and list(cut.glob(states)), "it was killed in this phase"
