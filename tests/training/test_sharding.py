@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_backbone, make_recipe, start_anew, train, write_recipe
+from helpers import make_backbone, make_recipe, script, start_anew, train, write_recipe
 from safetensors.torch import load_file
 from test_train import losses, measured
 from tiny_families import SIZES, TINY, family_config
@@ -156,3 +156,5 @@ def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_bit_and_is_taken_ove
     code, output = train(file, "--output_dir", taken, *HALVES, *SHARDED, "--teacher_from", whole, launcher=launcher)
     assert code == 0, output
     assert_same(whole, taken, exact=True)
+    code, output = script("verify", whole, env={})
+    assert code == 0 and "teacher/task-03: as recorded" in output, output
