@@ -23,8 +23,6 @@ from hf_cdl.runs.ledger import CHANGED, data_changes, labelled_part, revision_na
 from hf_cdl.runs.results import stored_ledger
 from hf_cdl.types import TaskResult
 
-_OF_TRAINING = ("report_to", "run_name", "project", "shard_teacher")
-"""Training arguments that measuring leaves out."""
 _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu")
 """The training arguments that matter for evaluation: no others are taken from a recipe, which may be a stranger's."""
 
@@ -141,7 +139,9 @@ def measure_again(
             stream = TaskStream(data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
-                given = {name: given[name] for name in given.keys() - {*_OF_TRAINING}}
+                given = {
+                    name: given[name] for name in given.keys() - {"report_to", "run_name", "project", "shard_teacher"}
+                }
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
                 section = getattr(recipe, role, None)  # a baseline has none
                 try:

@@ -72,10 +72,10 @@ class KeptQueries:
             kept = self._views if trained else self._images
             key = number, precision, str(pixels.device), repr(model.config.query_view), images
             found = kept.get(key)
-            known = found is not None
-            if not (everywhere(known, pixels.device) if sharded else known):
+            shared = not sharded or everywhere(found is not None, pixels.device)
+            if found is None or not shared:
                 found = model.compute_query(pixels)
-                if not known and self._bytes + found.nbytes <= _MOST:
+                if key not in kept and self._bytes + found.nbytes <= _MOST:
                     kept[key] = found
                     self._bytes += found.nbytes
             return found

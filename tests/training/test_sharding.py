@@ -157,4 +157,4 @@ def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_bit_and_is_taken_ove
     assert code == 0, output
     assert_same(whole, taken, exact=True)
     code, output = script("verify", whole, env={})
-    assert code == 0 and "teacher/task-03: as recorded" in output, output
+    assert code == 0 and output.count("as recorded") == 9, output  # three roles, three tasks
