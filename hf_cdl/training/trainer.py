@@ -41,6 +41,7 @@ from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
 from hf_cdl.training.memory import kept_apart, peak_memory
 from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.sharding import gathered, shard_teacher
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
@@ -90,6 +91,7 @@ class CDLTrainer(EvaluatingTrainer):
         check_names(role, eval_split, num_tasks)
         check_used(model, args, callbacks, run, self.objective)
         self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
+        shard_teacher(args, role, model, teacher, run)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
@@ -192,9 +194,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_task()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory(self.args.device)
-        if self.run is not None:
-            self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
-            self.accelerator.wait_for_everyone()
+        self._store(result, task, self.state.log_history)
 
     def _check_learnable(self, task: Task) -> bool:
         """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
@@ -220,8 +220,7 @@ class CDLTrainer(EvaluatingTrainer):
         checkpoint, result, history = found
         self.model.end_session()
         self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
-        self.run.save_task(result, task, self._write_checkpoint, history)
-        self.accelerator.wait_for_everyone()
+        self._store(result, task, history)
         return True
 
     # ---- one phase ----
@@ -350,6 +349,13 @@ class CDLTrainer(EvaluatingTrainer):
 
     # ---- files ----
 
+    def _store(self, result: TaskResult, task: Task, history: list[dict[str, Any]]) -> None:
+        """Store a learnt task, if there is a run to store it in."""
+        if self.run is not None:
+            with gathered(self.model, self.run.writer):
+                self.run.save_task(result, task, self._write_checkpoint, history)
+            self.accelerator.wait_for_everyone()
+
     def _write_checkpoint(self, folder: Path) -> None:
         run: Any = self.run
         before = run.folder / self.role / revision_name(self.seen[-1].index)
@@ -358,16 +364,6 @@ class CDLTrainer(EvaluatingTrainer):
         if scaffold is not None:  # not part of the model's files, but needed to resume
             layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
             write_whole(run.scaffold_file(self.role, self.seen[-1].index), lambda path: save_file(layers, path))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
-        if _internal_call:  # as part of a phase's stored state
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            self.model.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
 
     # ---- methods of Trainer that are not supported ----
 
