@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
@@ -109,7 +108,7 @@ class Checkpointed(PromptedBackbone):
             absent |= misnamed_parts(model.config, info)
             for kind in ("missing_keys", "unexpected_keys"):
                 info[kind] = {name for name in info[kind] if not _is_of(name, absent)}
-            check_complete(info, "It")
+            check_complete(info, "It", place)
             fetch_backbones(model, absent, **kwargs)
             check_weights(model._numbers(), "this checkpoint")
         model.freeze()
@@ -154,6 +153,6 @@ def _explained(place: Any) -> Iterator[None]:
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
             f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-            f"{SAFE_WEIGHTS_NAME if place is None else named(place)} are there and whole; get them again if they were "
+            f"{named(place)} are there and whole; get them again if they were "
             "cut short."
         ) from error
