@@ -34,6 +34,7 @@ CHECKPOINT = re.compile(
     r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
 )
 """The files of a checkpoint, none of which contains code or pickles."""
+_DEEPEST_LINES = 3
 PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
@@ -82,7 +83,23 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file atomically."""
-    write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
+    write_whole(file, lambda path: path.write_text(lines(content)))
+
+
+def lines(content: Any, depth: int = 0) -> str:
+    """JSON with a line for each entry of what holds other containers, down to the entries of a role.
+
+    json.dumps with an indent is a hundred times slower, as it leaves out the encoder written in C.
+    """
+    if depth == _DEEPEST_LINES or not isinstance(content, dict | list):
+        return json.dumps(content)
+    parts = [*content.values()] if isinstance(content, dict) else content
+    if not any(isinstance(part, dict | list) for part in parts):
+        return json.dumps(content)
+    names = [f"{json.dumps(str(name))}: " for name in content] if isinstance(content, dict) else [""] * len(parts)
+    each = [name + lines(part, depth + 1) for name, part in zip(names, parts, strict=True)]
+    first, last = "{}" if isinstance(content, dict) else "[]"
+    return f"{first}\n" + ",\n".join(f"{' ' * (depth + 1)}{one}" for one in each) + f"\n{' ' * depth}{last}"
 
 
 PARTIAL = ".partial"
