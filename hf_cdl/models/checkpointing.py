@@ -32,7 +32,14 @@ from hf_cdl.checked import said
 from hf_cdl.heads import Head
 from hf_cdl.models.prompted_backbone import PromptedBackbone
 from hf_cdl.models.remote_code import put_code
-from hf_cdl.models.small_checkpoints import PARTS, absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
+from hf_cdl.models.small_checkpoints import (
+    PARTS,
+    absent_parts,
+    check_backbones,
+    fetch_backbones,
+    left_out,
+    misnamed_parts,
+)
 
 _TRAINING = ("scaffold", "session_head")
 """Parts that training needs and a checkpoint does not hold."""
