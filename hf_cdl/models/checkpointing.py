@@ -30,16 +30,10 @@ from hf_cdl.backbones.stored import (
 )
 from hf_cdl.checked import said
 from hf_cdl.heads import Head
+from hf_cdl.models import small_checkpoints
 from hf_cdl.models.prompted_backbone import PromptedBackbone
 from hf_cdl.models.remote_code import put_code
-from hf_cdl.models.small_checkpoints import (
-    PARTS,
-    absent_parts,
-    check_backbones,
-    fetch_backbones,
-    left_out,
-    misnamed_parts,
-)
+from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 
 _TRAINING = ("scaffold", "session_head")
 """Parts that training needs and a checkpoint does not hold."""
@@ -85,9 +79,9 @@ class Checkpointed(PromptedBackbone):
         """
         bare = self._to_save()
         state = {name: value for name, value in bare.state_dict().items() if name not in bare._keys_to_ignore_on_save}
-        theirs = {name: value for name, value in state.items() if name.partition(".")[0] in PARTS}
-        ours = {name: value for name, value in state.items() if name not in theirs}  # which no family renames
-        weights = {**revert_weight_conversion(bare, theirs), **ours}
+        theirs = {name: value for name, value in state.items() if name.partition(".")[0] in small_checkpoints.PARTS}
+        weights = {name: value for name, value in state.items() if name not in theirs}  # ours, which no family renames
+        weights |= revert_weight_conversion(bare, theirs)
         backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
         last = f".blocks.{len(self.config.tasks) - 1}."
         return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
@@ -162,6 +156,5 @@ def _explained(place: Any) -> Iterator[None]:
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
             f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-            f"{named(place)} are there and whole; get them again if they were "
-            "cut short."
+            f"{named(place)} are there and whole; get them again if they were cut short."
         ) from error

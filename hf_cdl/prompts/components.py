@@ -83,14 +83,11 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     to each other) and the new rows, not yet normalised. All projections are of the original draw; rows are normalised
     only at the end. With more rows than dimensions a draw can vanish; it is then kept as drawn.
     """
-    left = draws
-    if len(earlier) > _ONE_BY_ONE:
-        squares = torch.cat([part.square().sum(dim=1) for part in earlier.split(_ONE_BY_ONE)])  # parts fit into caches
-        left = draws - (draws @ earlier.T / squares.clamp_min(1e-24)) @ earlier
-    else:
-        for row in earlier:
-            along = torch.stack([draw @ row for draw in draws]) / (row @ row).clamp_min(1e-24)
-            left = left - along[:, None] * row
+    at_once = len(earlier) > _ONE_BY_ONE
+    left = draws - (draws @ earlier.T / earlier.square().sum(dim=1).clamp_min(1e-24)) @ earlier if at_once else draws
+    for row in () if at_once else earlier:  # of all draws together
+        along = torch.stack([draw @ row for draw in draws]) / (row @ row).clamp_min(1e-24)
+        left = left - along[:, None] * row
     found: list[torch.Tensor] = []
     for draw, new in zip(draws, left, strict=True):
         for row in [*found]:
