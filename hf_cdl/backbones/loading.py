@@ -110,7 +110,7 @@ def load_weights(
             f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
             f"Check that {named(name)} is there and whole; download it again if it was cut short."
         ) from error
-    check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'")
+    check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'", name)
     check_weights(model.state_dict(), f"'{name}'")
     return model, info
 

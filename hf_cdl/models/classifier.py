@@ -80,7 +80,7 @@ class ImageClassifier(nn.Module):
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or is_ours(config):
             raise ValueError(f"'{folder}' holds a model of type '{config.model_type}', not an ordinary classifier.")
         model, info = load_weights(AutoModelForImageClassification, config, str(folder), revision)
-        check_complete(info, f"The checkpoint '{folder}'")
+        check_complete(info, f"The checkpoint '{folder}'", folder)
         loaded = cls(model)
         loaded.tasks, loaded.trained_tasks = [labels_of(loaded.config)], 1
         return loaded

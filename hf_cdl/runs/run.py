@@ -75,6 +75,7 @@ class Run:
         self.recipe = json.loads(json.dumps(recipe))  # as it will be read back
         self.writer, self.complete, self.say = writer, complete, say
         self.ledger: dict[str, Any] = new_ledger(self.recipe)
+        self._lines: dict[bytes, str] = {}  # of run.json, as written before
         self._made: list[Path] = []  # folders and files that did not exist before
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one per process
         self._open()
@@ -400,4 +401,4 @@ class Run:
 
     def _write_ledger(self) -> None:
         if self.writer:
-            write_json(self.folder / "run.json", self.ledger)
+            write_json(self.folder / "run.json", self.ledger, self._lines)

@@ -188,6 +188,8 @@ class EvaluatingTrainer(TaskTrainer):
         for task in tasks:
             self._check_split(task)
         self.model.eval()
+        if self.model.fitted:
+            self._kept_features.begin(self.model)
         self._read_queries()
         title = self._title(tasks[-1])
         parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]

@@ -91,6 +91,10 @@ class TaskTrainer(SteeredTrainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
         return self.optimizer
 
+    def get_decay_parameter_names(self, model: Any) -> Any:
+        """As in Trainer, but not a list, in which Trainer would search for every parameter of every task, twice."""
+        return {*super().get_decay_parameter_names(model)}
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
