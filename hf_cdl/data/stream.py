@@ -111,7 +111,7 @@ class TaskStream:
             for role, split in _parts(task):
                 if split.name not in sizes:
                     sizes[split.name] = split.cells.sizes(split.data)
-                digest.update(f"{role} {split.name} {split.labels}".encode())
+                digest.update(f"{role} {split.name} {split.labels.tolist()}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         beside = [images.fingerprint for images in (self.unlabelled, self.foreign) if images is not None]
         return "+".join([digest.hexdigest()[:16], *beside])
@@ -128,7 +128,7 @@ class TaskStream:
         for role, counts in found.items():
             for task in self:
                 split: Any = getattr(task, role) or []
-                labels = np.array(getattr(split, "labels", []), np.int64) - task.first_class
+                labels = getattr(split, "labels", np.empty(0, np.int64)) - task.first_class
                 counts += np.bincount(labels, minlength=len(task.class_names)).tolist()
         return {role: counts for role, counts in found.items() if any(counts)}
 
@@ -184,6 +184,7 @@ class _Source:
     def cut(self, tasks: list[list[str]], known: int, eval_split: str) -> Iterator[Task]:
         """Yield the tasks with these class names; the first `known` tasks have no training images."""
         number = {nfc(name): i for i, name in enumerate(chain.from_iterable(tasks))}
+        numbers = np.array([number.get(name, -1) for name in self.names], np.int64)  # of classes in stream order
         class_of = {name: c for c, name in enumerate(self.names)}
         for index, class_names in enumerate(tasks):
             classes = [class_of[name] for name in map(nfc, class_names) if name in class_of]
@@ -193,8 +194,8 @@ class _Source:
                 learnt = index < known and source == "train"
                 used = () if learnt else (own[c] for c in classes)
                 where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
-                targets = [number[self.names[c]] for c in self.labels[source][where].tolist()]
-                if targets or role in ("train", "test", eval_split):  # a task may have no validation images
+                targets = numbers[self.labels[source][where]]
+                if len(targets) or role in ("train", "test", eval_split):  # a task may have no validation images
                     data = (self.images[source], self.splits[source])
                     parts[role] = TaskSplit(*data, index, where, targets, self.views, self.cells)
             splits = (parts["train"], parts.get("validation"), parts["test"])

@@ -35,14 +35,14 @@ class TaskSplit:
 
     An item is {"pixel_values": (3, H, W), "labels": class index in stream order}; `seen_by` chooses the role whose
     image processor makes the pixel values. `rows` are indices into the full split `name`, by which augmentation
-    identifies samples. Raises ImageError for a bad image.
+    identifies samples; `labels` (N,) are those of the items. Raises ImageError for a bad image.
     """
 
     data: Dataset
     name: str
     task: int
     rows: np.ndarray
-    labels: list[int]
+    labels: np.ndarray
     views: Mapping[str, Preprocess]
     cells: Cells = Cells()
     roles: tuple[str, ...] = ("student",)
@@ -89,7 +89,7 @@ class TaskSplit:
         return int(self.rows[index])
 
     def _labelled(self, item: dict[str, Any], index: int) -> dict[str, Any]:
-        return {**item, "labels": self.labels[index]}
+        return {**item, "labels": int(self.labels[index])}
 
     def _pixel_values(self) -> dict[str, Preprocess]:
         """The view that makes each tensor of an item, without duplicates of the first."""

@@ -90,7 +90,14 @@ def put_beside(
     if labels := label_columns(table):
         notes.append(f"the labels of {where} (column {some(labels)}) are not read")
     found = Unlabelled(
-        data, "unlabelled", 0, np.array(kept), [], views, cells, digests=tuple(digests[row] for row in kept)
+        data,
+        "unlabelled",
+        0,
+        np.array(kept),
+        np.empty(0, np.int64),
+        views,
+        cells,
+        digests=tuple(digests[row] for row in kept),
     )
     # a task below 0: the views of these images are not those of a task's own
     beside = [replace(found, task=-1 - task.index) if len(task.train) else None for task in tasks]
@@ -107,7 +114,9 @@ def foreign_images(config: StreamConfig, views: Mapping[str, Preprocess]) -> tup
     if not len(data):
         raise ValueError(f"{readable(config.foreign)} (data.foreign) has no images. Put some there, or leave it out.")
     digests = _digests([(data, cells, row) for row in range(len(data))], "Reading foreign images")
-    return Unlabelled(data, "foreign", 0, np.arange(len(data)), [], views, cells, digests=tuple(digests)), notes
+    return Unlabelled(
+        data, "foreign", 0, np.arange(len(data)), np.empty(0, np.int64), views, cells, digests=tuple(digests)
+    ), notes
 
 
 def _read(path: str, wanted: str | None, field: str, usual: Sequence[str]) -> tuple[Dataset, list[str]]:
