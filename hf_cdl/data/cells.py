@@ -15,6 +15,7 @@ from datasets import Dataset
 from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from hf_cdl.data.headers import Header, read_header
 from hf_cdl.data.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, holds_16_bits, readable
 
 
@@ -47,6 +48,20 @@ class Cells:
         """Decode the image to RGB. Raises ImageError for a bad one."""
         file = None if cell is None else self.file(cell)
         return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
+
+    def header(self, cell: pa.StructScalar) -> Header | None:
+        """What the header of the image in an arrow cell says; None if only decoding shows whether it can be used."""
+        content, path = cell["bytes"].as_buffer(), cell["path"].as_py()
+        try:
+            if content is not None:
+                return read_header(pa.BufferReader(content))
+            if not (file := self.file({"bytes": None, "path": path})):
+                return None
+            check_regular(file)
+            with open(file, "rb") as opened:
+                return read_header(opened)
+        except (OSError, ImageError):
+            return None
 
     def holds_16_bits(self, cell: Mapping[str, Any] | None) -> bool:
         """Whether the image has a single 16-bit channel; False for a bad image."""

@@ -114,16 +114,16 @@ def _opened(image: Any) -> Iterator[Image.Image]:
     if isinstance(image, Image.Image):
         yield image
     elif isinstance(image, bytes | bytearray | memoryview):
-        yield _identify(io.BytesIO(image))
+        yield identify(io.BytesIO(image))
     elif isinstance(image, str | os.PathLike):
         check_regular(image)
         with open(image, "rb") as file:
-            yield _identify(file)
+            yield identify(file)
     else:
         raise ImageError(f"is a {type(image).__name__}; allowed are a path, the file's bytes or a PIL image")
 
 
-def _identify(file: IO[bytes]) -> Image.Image:
+def identify(file: IO[bytes]) -> Image.Image:
     """As Image.open, but without its pixel limit, which is global to the process (the caller has its own)."""
     prefix = file.read(16)
     for prepare in (Image.preinit, Image.init):  # common formats first

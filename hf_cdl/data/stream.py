@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.cells import cells_of
 from hf_cdl.data.folders import LAYOUTS, ClassFolders
-from hf_cdl.data.images import ImageError
+from hf_cdl.data.image_check import Part, check_images
 from hf_cdl.data.loading import check_tables, draw_rows, load_splits, read_labels
 from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
@@ -133,40 +131,20 @@ class TaskStream:
         return {role: counts for role, counts in found.items() if any(counts)}
 
     def check_images(self, plain: bool = False) -> list[str]:
-        """Decode every image of the stream once, in threads; return notes for the user.
+        """Check the images of the stream in threads, as `config.check` says; return notes for the user.
 
-        They report training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
+        Small streams are decoded whole, of others the headers are read and a sample is decoded. The notes report
+        training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
         model will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are
         refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
-        parts: list[Any] = [(task, role, split) for task in self for role, split in _parts(task)]
-        for name, images in (("unlabelled", self.unlabelled), ("foreign", self.foreign)):
-            parts += [] if images is None else [(None, name, images)]
-        bad: list[str] = []
-        flat: dict[str, _Flat] = {}  # per class
-        with (
-            ThreadPoolExecutor() as pool,
-            tqdm(total=sum(len(p[-1]) for p in parts), desc="Checking images", unit="image", disable=None) as bar,
-        ):
-            for task, role, split in parts:
-                for index, (problem, flaw) in enumerate(
-                    pool.map(partial(split.examine, plain=plain), range(len(split)))
-                ):
-                    bad += [problem] if problem else []
-                    if role == "train":
-                        name = task.class_names[split.labels[index] - task.first_class]
-                        flat.setdefault(name, _Flat()).add(split, index, flaw)
-                    bar.update()
-        if bad:
-            raise ImageError(f"{len(bad)} images cannot be used:\n- " + _first(bad))
-        if lost := [name for name, found in flat.items() if found.images and len(found.images) == found.count]:
-            raise ImageError(
-                f"All training images of the classes {some(lost)} are of one colour or almost black once they are "
-                f"decoded, such as\n- {_first(flat[lost[0]].images, 2)}\nScale them to the full range (12-bit values "
-                "in 16 bits: times 16), or remove these classes."
-            )
-        seen = [image for found in flat.values() for image in found.images]
-        return [f"training images that show nothing once decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
+        parts = [
+            Part(split, *((task.class_names, task.first_class) if role == "train" else ()))
+            for task in self
+            for role, split in _parts(task)
+        ]
+        parts += [Part(images) for images in (self.unlabelled, self.foreign) if images is not None]
+        return check_images(parts, self.config.check, plain)
 
 
 @dataclass(frozen=True)
@@ -270,26 +248,9 @@ def _undecoded(table: Dataset, column: str) -> Dataset:
     return table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
-@dataclass
-class _Flat:
-    """Number of training images of a class, and which of them are blank."""
-
-    count: int = 0
-    images: list[str] = field(default_factory=list)
-
-    def add(self, split: TaskSplit, index: int, flaw: str | None) -> None:
-        self.count += 1
-        self.images += [f"{split.place(index)}: {flaw}"] if flaw else []
-
-
 def nothing_held_out(test_split: str) -> str:
     """Note that test_fraction has no effect."""
     return f"nothing is held out by test_fraction, since there is a test split, {test_split!r}"
-
-
-def _first(lines: list[str], limit: int = 10) -> str:
-    more = f"\n- and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "\n- ".join(lines[:limit]) + more
 
 
 def _parts(task: Task) -> list[tuple[str, TaskSplit]]:

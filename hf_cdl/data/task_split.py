@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -124,6 +124,23 @@ class TaskSplit:
         (cell,) = self.data[int(self.rows[index])].values()
         path = readable(cell["path"]) if cell and cell["path"] else "in the table"
         return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
+
+    def headers(self, plain: bool = False) -> Callable[[int], int]:
+        """A function of an image's index: its pixels by its header; -1 if only decoding shows that it can be used."""
+        table, views = self.data.with_format("arrow"), [*{id(view): view for view in self.views.values()}.values()]
+
+        def pixels(index: int) -> int:
+            row = int(self.rows[index])
+            found = self.cells.header(table[row : row + 1].column(0)[0])  # a slice: no byte of the image is copied
+            try:
+                for view in views if found else ():
+                    check_resized(found.size, view.processor, self.cells.max_pixels)
+            except ImageError:
+                return -1
+            count = found.size[0] * found.size[1] if found else -1
+            return -1 if count > self.cells.max_pixels or (plain and found.wide) else count
+
+        return pixels
 
     def check_8_bits(self) -> None:
         """Raise ImageError for the first 16-bit image, which transformers' own pipeline would clip.
