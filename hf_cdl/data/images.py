@@ -32,7 +32,15 @@ _PHOTOMETRIC = 262
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message says which one and what to do."""
+    """An image that cannot be read; the message says which one and what to do.
+
+    DataLoader raises one of its worker's again with the whole traceback in the message, which is taken off.
+    """
+
+    def __init__(self, message: str):
+        if "\nOriginal Traceback (most recent call last):\n" in message:
+            message = message.rpartition(f"{__name__}.{ImageError.__name__}: ")[2].strip()
+        super().__init__(message)
 
 
 class Decoded(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.cells import cells_of
 from hf_cdl.data.folders import LAYOUTS, ClassFolders
 from hf_cdl.data.image_check import Part, check_images
+from hf_cdl.data.images import ImageError
 from hf_cdl.data.loading import check_tables, draw_rows, load_splits, read_labels
 from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
@@ -102,6 +104,10 @@ class TaskStream:
         Independent of folder and machine: the same data elsewhere has the same fingerprint. If there are unlabelled
         or foreign images, a + and 16 digits that depend on their content follow.
         """
+        return self.fingerprint_before(("", 0, 0))
+
+    def fingerprint_before(self, image: tuple[str, int, int]) -> str:
+        """What the fingerprint was when an image, (split, row, bytes), had so many bytes."""
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
         for task in self:
@@ -109,6 +115,8 @@ class TaskStream:
             for role, split in _parts(task):
                 if split.name not in sizes:
                     sizes[split.name] = split.cells.sizes(split.data)
+                    if image[0] == split.name and 0 <= image[1] < len(split.data):
+                        sizes[split.name][image[1]] = image[2]
                 digest.update(f"{role} {split.name} {split.labels.tolist()}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         beside = [images.fingerprint for images in (self.unlabelled, self.foreign) if images is not None]
@@ -129,6 +137,15 @@ class TaskStream:
                 labels = getattr(split, "labels", np.empty(0, np.int64)) - task.first_class
                 counts += np.bincount(labels, minlength=len(task.class_names)).tolist()
         return {role: counts for role, counts in found.items() if any(counts)}
+
+    def found(self, error: ImageError) -> tuple[str, int, int] | None:
+        """Split, row and bytes of the labelled image that an error is about; None if it is about none."""
+        splits = {split.name: split for task in self for _, split in _parts(task)}
+        for name, split in splits.items():
+            start = split.row_named("")
+            if row := re.match(r"\d+", str(error).removeprefix(start)) if str(error).startswith(start) else None:
+                return name, int(row[0]), int(split.cells.sizes(split.data.select([int(row[0])]))[0])
+        return None
 
     def check_images(self, plain: bool = False) -> list[str]:
         """Check the images of the stream in threads, as `config.check` says; return notes for the user.

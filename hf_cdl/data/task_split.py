@@ -111,7 +111,7 @@ class TaskSplit:
         try:
             decoded = self.cells.decode(cell)
         except ImageError as error:
-            raise ImageError(f"split {self.name!r}, row {int(self.rows[index])}: {error}") from error
+            raise ImageError(f"{self.row_named(self.rows[index])}: {error}") from error
         try:
             for view in {id(view): view for view in self.views.values()}.values():
                 check_resized(decoded.image.size, view.processor, self.cells.max_pixels)
@@ -123,7 +123,11 @@ class TaskSplit:
         """Name an image's split, row and file for messages."""
         (cell,) = self.data[int(self.rows[index])].values()
         path = readable(cell["path"]) if cell and cell["path"] else "in the table"
-        return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
+        return f"{self.row_named(self.rows[index])}: {path}"
+
+    def row_named(self, row: Any) -> str:
+        """How messages begin that name an image by its row."""
+        return f"split {self.name!r}, row {row}"
 
     def headers(self, plain: bool = False) -> Callable[[int], int]:
         """A function of an image's index: its pixels by its header; -1 if only decoding shows that it can be used."""

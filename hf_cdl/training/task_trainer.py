@@ -21,6 +21,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
 from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
@@ -281,14 +282,14 @@ class TaskTrainer(SteeredTrainer):
     def _state_of(self, task: Task) -> dict[str, Any]:
         """What a stored state must match so that resuming from it is exact."""
         run: Any = self.run
-        recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
+        recipe = {} if run is None else lasting(run.recipe)
         return {
             "role": self.role,
             "task": task.name,
             "processes": self.args.world_size,
             "device": f"{max(1, self.args.n_gpu)} {self.args.device.type}",
             "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
-            "stream": None if run is None else run.ledger["stream"],
+            "stream": None if run is None else run.ledger.get("started_on", run.ledger["stream"]),
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
