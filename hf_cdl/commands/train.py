@@ -223,6 +223,8 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
         for task in run.to_learn(stream):
             trainers[-1].check(task)
+    if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
+        say(f"note: {workers} processes load images (--train.dataloader_num_workers says how many)")
     return stream, trainers
 
 

@@ -23,6 +23,7 @@ from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
+from hf_cdl.training.arguments.workers import fitting_workers
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -102,7 +103,8 @@ class TaskTrainer(SteeredTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, except that no image repeats; Accelerate would pad uneven processes with repeated images."""
-        loader = super().get_train_dataloader()
+        with fitting_workers(self.args, len(self.train_dataset), self._train_batch_size):
+            loader = super().get_train_dataloader()
         assert self._sampler is not None
         drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
         self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
