@@ -139,6 +139,9 @@ class TaskTrainer(SteeredTrainer):
         """Set the sampler's epoch; in a resumed run Accelerate cannot reach it through its skipping and sharding."""
         if self._sampler is not None:
             self._sampler.epoch = epoch
+        loader = getattr(self.callback_handler.train_dataloader, "base_dataloader", None)
+        if getattr(loader, "_iterator", None) is not None:  # workers persist: what else torch draws in every epoch
+            torch.empty((), dtype=torch.int64).random_()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create HF's schedule, or one constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
