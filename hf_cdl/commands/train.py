@@ -65,11 +65,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
         if prepared is None:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
-            try:
-                with kept_apart():
-                    train(run, pusher, *prepared)
-            except ImageError as error:
-                raise stopped_by(error, run, prepared[0]) from error
+            train(run, pusher, *prepared)
         pushed, best = pusher.finish(run.results()), verdict(run.results())
     except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)
@@ -223,8 +219,6 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
         for task in run.to_learn(stream):
             trainers[-1].check(task)
-    if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
-        say(f"note: {workers} processes load images (--train.dataloader_num_workers says how many)")
     return stream, trainers
 
 
@@ -257,6 +251,18 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
 
 
 def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
+    """Learn, measure, store and push all tasks. Raises ImageError, with what to do, for a bad image."""
+    arguments: Any = trainers[-1].args
+    if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
+        say(f"note: {workers} processes load images (--train.dataloader_num_workers says how many)")
+    try:
+        with kept_apart():
+            learn(run, pusher, stream, trainers)
+    except ImageError as error:
+        raise stopped_by(error, run, stream) from error
+
+
+def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
     to_learn = run.to_learn(stream)
     for task in stream:
         for trainer in trainers:
