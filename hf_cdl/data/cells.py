@@ -77,7 +77,8 @@ class Cells:
         for batch in data.with_format("arrow").iter(1000):
             for chunk in pa.table(batch).column(0).chunks:
                 content, paths = chunk.flatten()  # no byte of an image is read for its size
-                sizes = pc.fill_null(pc.binary_length(content), -1).to_numpy(zero_copy_only=False).astype("<i8")
+                length: Any = pc.binary_length(content)  # type: ignore[attr-defined]
+                sizes = length.fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
                 named = np.flatnonzero(content.is_null())
                 sizes[named] = [self._file_size(path, inside) for path in paths.take(pa.array(named)).to_pylist()]
                 found.append(sizes)

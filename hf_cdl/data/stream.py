@@ -156,7 +156,7 @@ class TaskStream:
         refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
         parts = [
-            Part(split, *((task.class_names, task.first_class) if role == "train" else ()))
+            Part(split, task.class_names if role == "train" else (), task.first_class)
             for task in self
             for role, split in _parts(task)
         ]

@@ -135,14 +135,17 @@ class TaskSplit:
 
         def pixels(index: int) -> int:
             row = int(self.rows[index])
-            found = self.cells.header(table[row : row + 1].column(0)[0])  # a slice: no byte of the image is copied
+            cells: Any = table[row : row + 1]  # a slice: no byte of an image is copied
+            found = self.cells.header(cells.column(0)[0])
+            if found is None or (plain and found.wide):
+                return -1
             try:
-                for view in views if found else ():
+                for view in views:
                     check_resized(found.size, view.processor, self.cells.max_pixels)
             except ImageError:
                 return -1
-            count = found.size[0] * found.size[1] if found else -1
-            return -1 if count > self.cells.max_pixels or (plain and found.wide) else count
+            count = found.size[0] * found.size[1]
+            return -1 if count > self.cells.max_pixels else count
 
         return pixels
 

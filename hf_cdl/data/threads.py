@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm.auto import tqdm
 
 Found = TypeVar("Found")
@@ -13,7 +14,7 @@ _BLOCK, _BLOCKS = 64, 32
 """Most items that a thread takes at a time, and blocks that wait: a waiting call each would take a kB for an item."""
 
 
-def in_threads(function: Callable[[Any], Found], items: Sequence[Any], title: str) -> Iterator[Found]:
+def in_threads(function: Callable[[Any], Found], items: Sequence[Any] | np.ndarray, title: str) -> Iterator[Found]:
     """Yield the function of each of the items (a sequence that can be sliced), in order."""
     size = max(1, min(_BLOCK, len(items) // _BLOCKS))
 

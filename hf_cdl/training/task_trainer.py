@@ -103,7 +103,8 @@ class TaskTrainer(SteeredTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, except that no image repeats; Accelerate would pad uneven processes with repeated images."""
-        with fitting_workers(self.args, len(self.train_dataset), self._train_batch_size):
+        images: Any = self.train_dataset
+        with fitting_workers(self.args, len(images), self._train_batch_size):
             loader = super().get_train_dataloader()
         assert self._sampler is not None
         drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes

@@ -63,7 +63,7 @@ class CDLTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Fixed: the stream's samples are exactly the models' inputs."}
     )
-    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+    dataloader_num_workers: int | None = field(
         default=None,
         metadata={"help": "Processes that load images; null: on a GPU up to 8, which persist, on a CPU none."},
     )
@@ -126,7 +126,7 @@ class CDLTrainingArguments(TrainingArguments):
         self.dataloader_num_workers = self.dataloader_num_workers or 0
         super().__post_init__()
         if self.chose_workers:
-            self.dataloader_num_workers = useful_workers(self.device.type)
+            self.dataloader_num_workers = useful_workers(self.device.type)  # type: ignore[assignment]
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.lr_scheduler_type in STEERED:  # by default a rising accuracy would count as a plateau
