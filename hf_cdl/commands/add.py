@@ -63,9 +63,8 @@ def main(arguments: list[str]) -> int:
             undo()
         return 2
     code = training.main(words)
-    stopped = "bad_image" in read_ledger(folder)
-    if code == 2 and undo is not None and not stopped:  # a failed first attempt leaves nothing behind
-        undo()
+    if code == 2 and undo is not None and "bad_image" not in read_ledger(folder):
+        undo()  # a failed first attempt leaves nothing behind
     if code in (0, 4):
         say(differences(recipe))
     return code
