@@ -36,6 +36,7 @@ from hf_cdl.runs.ledger import (
     check_plugins,
     data_changes,
     differences,
+    lasting,
     new_ledger,
     plugin_hashes,
     read_ledger,
@@ -132,7 +133,7 @@ class Run:
             return
         ledger = {"files": {}, **read_ledger(self.folder), "format": FORMAT}
         known, entries = ledger["recipe"], ledger["entries"]
-        old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
+        old, new = (lasting(recipe) for recipe in (self._completed(known), self.recipe))
         changes = list(differences(old, new))
         learnt = any(len(of_role) > ledger.get("origin", {}).get("tasks", 0) for of_role in entries.values())
         learnt = learnt or any(self.folder.glob("work/*/checkpoint-*"))
@@ -179,13 +180,15 @@ class Run:
         class_names: list[list[str]],
         images: Mapping[str, list[int]] | None = None,
         unlabelled: Mapping[str, Any] | None = None,
+        before: str | None = None,
     ) -> None:
         """Bind the run to its stream. Raises RunError, naming what changed, if it was started on other data.
 
         `images`: split -> image counts per class, in stream order. `unlabelled`: the number of `images` without
-        labels, and the `terms` that learn from them.
+        labels, and the `terms` that learn from them. `before`: the stream's fingerprint before the bad image that had
+        stopped the run was mended.
         """
-        if self.started and self.ledger["stream"] != fingerprint:
+        if self.started and self.ledger["stream"] not in (fingerprint, before):
             changes = data_changes(self.ledger, class_names, images or {}, (unlabelled or {}).get("images", 0))
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
@@ -193,10 +196,18 @@ class Run:
                 "--output_dir FOLDER. New classes alone can be learnt on top of it: see hf-cdl add."
             )
         if not self.finished:
+            if self.started and self.ledger["stream"] != fingerprint:
+                self.ledger.setdefault("started_on", before)
+            self.ledger.pop("bad_image", None)
+            more = {"images": images, "unlabelled": unlabelled}
+            self.ledger.update({name: dict(value) for name, value in more.items() if value is not None})
             self.ledger.update(stream=fingerprint, class_names=class_names)
-            self.ledger.update({} if images is None else {"images": dict(images)})
-            self.ledger.update({} if unlabelled is None else {"unlabelled": dict(unlabelled)})
             self._write_ledger()
+
+    def stopped_by(self, image: tuple[str, int, int]) -> None:
+        """Note a bad image (split, row, bytes): with this one mended, the run goes on."""
+        # by the process that met it, for which the others wait
+        write_json(self.folder / "run.json", {**self.ledger, "bad_image": image})
 
     # ---- tasks learnt elsewhere ----
 

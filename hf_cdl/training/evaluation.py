@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
+from hf_cdl.training.arguments.workers import fitting_workers
 from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
 from hf_cdl.training.kept_features import KeptFeatures, keepable
 from hf_cdl.training.kept_queries import KeptQueries, Query
@@ -303,7 +304,8 @@ class EvaluatingTrainer(TaskTrainer):
         """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self.get_test_dataloader(self._as_seen(split, classes, *others))
+            with fitting_workers(self.args, len(split), self.args.eval_batch_size):
+                return self.get_test_dataloader(self._as_seen(split, classes, *others))
         finally:
             self.args.dataloader_drop_last = dropping
 

@@ -22,7 +22,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
 from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
+from hf_cdl.training.arguments.workers import fitting_workers
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -107,7 +109,9 @@ class TaskTrainer(SteeredTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, except that no image repeats; Accelerate would pad uneven processes with repeated images."""
-        loader = super().get_train_dataloader()
+        images: Any = self.train_dataset
+        with fitting_workers(self.args, len(images), self._train_batch_size):
+            loader = super().get_train_dataloader()
         assert self._sampler is not None
         drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
         self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
@@ -142,6 +146,9 @@ class TaskTrainer(SteeredTrainer):
         """Set the sampler's epoch; in a resumed run Accelerate cannot reach it through its skipping and sharding."""
         if self._sampler is not None:
             self._sampler.epoch = epoch
+        loader = getattr(self.callback_handler.train_dataloader, "base_dataloader", None)
+        if getattr(loader, "_iterator", None) is not None:  # workers persist: what else torch draws in every epoch
+            torch.empty((), dtype=torch.int64).random_()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create HF's schedule, or one constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
@@ -305,14 +312,14 @@ class TaskTrainer(SteeredTrainer):
     def _state_of(self, task: Task) -> dict[str, Any]:
         """What a stored state must match so that resuming from it is exact."""
         run: Any = self.run
-        recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
+        recipe = {} if run is None else lasting(run.recipe)
         return {
             "role": self.role,
             "task": task.name,
             "processes": self.args.world_size,
             "device": f"{max(1, self.args.n_gpu)} {self.args.device.type}",
             "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
-            "stream": None if run is None else run.ledger["stream"],
+            "stream": None if run is None else run.ledger.get("started_on", run.ledger["stream"]),
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

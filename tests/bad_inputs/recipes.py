@@ -173,6 +173,8 @@ RANGES = [
     field({"data.max_train_per_class": -1}, "max_train_per_class"),
     field({"data.max_eval_per_class": 0}, "max_eval_per_class"),
     field({"data.max_pixels": 0}, "max_pixels"),
+    field({"data.check": "some"}, "check", "headers"),
+    field({"data.check": None}, "check"),
     field({"data.unlabelled_ratio": 0, "data.unlabelled": "photos"}, "unlabelled_ratio"),
     field({"data.unlabelled": " "}, "unlabelled"),
     field({"data.foreign": ""}, "foreign"),

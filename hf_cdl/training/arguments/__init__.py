@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
 from hf_cdl.training.arguments.table import ARGUMENTS, Used
+from hf_cdl.training.arguments.workers import useful_workers
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 
@@ -67,6 +68,10 @@ class CDLTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Fixed: the stream's samples are exactly the models' inputs."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that load images; null: on a GPU up to 8, which persist, on a CPU none."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     data_seed: int | None = field(
@@ -123,7 +128,12 @@ class CDLTrainingArguments(TrainingArguments):
             self.go_by_accuracy()
         if self.data_seed is None:
             self.data_seed = self.seed
+        self.chose_workers = self.dataloader_num_workers is None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
         super().__post_init__()
+        if self.chose_workers:
+            self.dataloader_num_workers = useful_workers(self.device.type)  # type: ignore[assignment]
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.lr_scheduler_type in STEERED:  # by default a rising accuracy would count as a plateau
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
