@@ -7,7 +7,7 @@ classes are merged or removed, in any order, with the same solution as learning 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,9 @@ from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_
 from hf_cdl.heads.bits import add, movable, read, write
 from hf_cdl.heads.carried import drawn, learnt, told
 from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
+from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.known import LAYERS, Known
+from hf_cdl.heads.moved import move_sums
 from hf_cdl.heads.unlearnt import unlearnt
 
 _OWN = 4
@@ -303,6 +305,17 @@ class SumsHead(FittedHead):
 
     def _mean_square(self) -> torch.Tensor:
         return self.gram_matrix().diagonal().sum() / max(1, int(self.images))
+
+    # ---- moving ----
+
+    @property
+    def stays(self) -> str | None:
+        if self.needs_teacher:
+            return "with soft_targets the class sums are not those of images"
+        return None
+
+    def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
+        move_sums(self, drift, layers)
 
     # ---- solving ----
 

@@ -36,7 +36,7 @@ from hf_cdl.training.checking import (
     check_tasks,
     check_used,
 )
-from hf_cdl.training.evaluation import EvaluatingTrainer
+from hf_cdl.training.evaluation import ANY, EvaluatingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
 from hf_cdl.training.memory import kept_apart, peak_memory
@@ -107,6 +107,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.num_tasks = self.num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
         self.seen: list[Task] = []
         self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
+        self._session: Any = None
         self._best = {}
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
@@ -229,6 +230,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _begin_task(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
         known = self.model.tasks
+        self._session = self.model.later_session(task.index)
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
         if len(known) == task.index:
             self.model.begin_task(task.class_names)
@@ -284,6 +286,9 @@ class CDLTrainer(EvaluatingTrainer):
         """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
         start = time.perf_counter()
         self.model.end_session()
+        if self._session is not None:
+            result.drift = self._session.follow(self._anchors(task), self.accelerator.gather_for_metrics)
+            self._session = None
         self._measure(task)
         for output, labels, taught in self._features(task):
             self.model.accumulate(output, labels, taught)
@@ -292,6 +297,14 @@ class CDLTrainer(EvaluatingTrainer):
         if not result.images_per_second:  # if it trained, that rate stays
             result.images_per_second = len(task.train) / seconds
             self._total.images += len(task.train)
+
+    def _anchors(self, task: Task) -> Iterator[dict[str, Any]]:
+        """Batches of the un-augmented images that tell how features moved in a session."""
+        anchors, self.model = self.model.later.anchors, self.model.eval()
+        splits = {"task": (task.train, task.classes), "unlabelled": (task.unlabelled, ANY)}
+        for name, (split, classes) in splits.items():
+            if anchors in (name, "both"):
+                yield from self._loader(split, classes=classes)
 
     def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
         """Features of the task's un-augmented images, gathered from all processes, batch by batch.
@@ -322,8 +335,11 @@ class CDLTrainer(EvaluatingTrainer):
         `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, together(inputs), task.index)
+        batch = together(inputs)
+        student, teacher = self._student_and_teacher(model, batch, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
+        if self._session is not None:
+            losses = self._session.with_keep(losses, student, batch["pixel_values"], self.accelerator.autocast)
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
         return (loss, student) if return_outputs else loss
