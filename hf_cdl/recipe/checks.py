@@ -156,6 +156,12 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Ite
     data = data if isinstance(data, dict) else {}
     terms = [(n, term, known) for n, term in enumerate(_terms(content)) if (known := _known(TERMS, term)) is not None]
     if data.get("unlabelled") is None:
+        for role, model in models.items():
+            if (anchors := _anchors(model)) != "task":
+                yield (
+                    f"'{role}.later_sessions.anchors' {anchors} are images without labels; name some in "
+                    "'data.unlabelled', or take the task's own: task"
+                )
         for name, default in (("unlabelled_split", None), ("unlabelled_ratio", 1)):
             if data.get(name, default) != default:
                 yield f"'data.{name}' would have no effect, since there is no 'data.unlabelled'; leave it out"
@@ -169,6 +175,8 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Ite
                 )
         return
     able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
+    if any(_anchors(model) != "task" for model in models.values()):
+        return  # they tell how features moved
     student, why = models.get("student"), None
     if student and _fitted(student.part("head")) and student.section.get("first_session") is None:
         why = "the student's head is fitted without training"
@@ -246,11 +254,21 @@ def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
                 )
 
 
+def _anchors(model: _Model) -> Any:
+    """On which images a model's later sessions see how features moved."""
+    return model.part("later_sessions").get("anchors", "task")
+
+
 def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iterator[str]:
     """With a fitted head, nothing is trained except in a first session. `listed`: the recipe's terms, known or not."""
     role, head, first = model.role, model.part("head"), model.section.get("first_session")
     learns = model.prompted or model.trains or model.has("lora")
     if first is None:
+        if model.has("later_sessions"):
+            yield (
+                f"'{role}.later_sessions' go on from a first one; set '{role}.first_session' to a trained head, as "
+                f"{{type: {_heads(False)[0]}}}, or leave them out"
+            )
         if _fitted(head) and (learns or (role == "student" and listed)):
             yield (
                 f"'{role}.head.type' {head['type']} is fitted without training: prompts, backbone and terms can learn "
