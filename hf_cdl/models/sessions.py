@@ -148,7 +148,8 @@ class LearnsInSessions(Checkpointed):
             self.session_head = None
             if self.pool is not None:
                 self.pool.end_task()
-            self.freeze()
+            model: Any = self
+            model.freeze()
 
     def later_session(self, task: int) -> Session | None:
         """The session of a task after the first, made before the model begins that task; None if it has none.
@@ -166,7 +167,7 @@ class LearnsInSessions(Checkpointed):
 
     def rates(self) -> dict[nn.Parameter, float]:
         """Learning-rate factors of the parameters that train at a reduced rate in the newest task."""
-        if len(self.tasks) == 1:
+        if len(self.config.tasks) == 1:
             return {}
         if self.later is not None and self.later.rate != 1:
             learning = (p for p in self.parameters() if p.requires_grad)

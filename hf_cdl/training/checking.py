@@ -216,7 +216,7 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
 
     A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
     """
-    later = getattr(model, "later", None)  # an image classifier has none
+    later: Any = getattr(model, "later", None)  # an image classifier has none
     asked = later is not None and later.anchors != "task"
     if task.unlabelled is None:
         if asked:
