@@ -232,7 +232,8 @@ def differences(recipe: Recipe) -> str:
     if not old:
         return "There are no test images of earlier tasks in the data: what was forgotten is not known."
     model = load_model(recipe, recipe.student, recipe.folder / "student" / f"task-{count:02d}")
-    arguments = CDLTrainingArguments(**{**recipe.training_args("student"), "output_dir": str(recipe.folder)})
+    given = {**recipe.training_args("student"), "shard_teacher": False}  # the student is measured alone
+    arguments = CDLTrainingArguments(**{**given, "output_dir": str(recipe.folder)})
     before = CDLTrainer(model, arguments, eval_split=split, num_tasks=len(stream))
     answers = before.answer(old)
     row = run.results()["roles"]["student"]["accuracy_matrix"][-1]

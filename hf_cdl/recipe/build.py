@@ -162,6 +162,8 @@ def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]
         if section.train is None and not model.tasks:
             with about(role, section):
                 model.use_as_is(tasks[0])
+        elif section.train is None:
+            model.requires_grad_(False)  # loaded from its checkpoint: still used as it is
 
 
 def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:

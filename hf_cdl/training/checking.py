@@ -206,9 +206,20 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
             "more training images, or standardise the file of statistics."
         )
     if model.trains(task.index):
+        _refuse_data_parallel(args)
         check_training(role, model, objective, args, task.index, task.class_names, images)
     _check_unlabelled(role, model, objective, task)
     check_task_labels(task)
+
+
+def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
+    """Raise ValueError where Trainer would split each batch by nn.DataParallel, which copies no terms or prompts."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible, but one process was started, and a process trains on one GPU. Start one "
+            f"for each: accelerate launch --num_processes {args.n_gpu} -m hf_cdl train ... (or your script), or show "
+            "one GPU alone: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:

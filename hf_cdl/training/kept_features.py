@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.training.sharding import local
 from hf_cdl.types import CDLOutput
 
 _MOST = 2**29
@@ -58,6 +59,6 @@ def keepable(split: Any, model: Any) -> bool:
 def state_of(model: nn.Module) -> tuple[Any, ...]:
     """What changes whenever a weight outside the head does; also by `.data`, which counts no version."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    values = [value.detach() for name, value in named if not name.startswith(("head.", "kd_head."))]
+    values = [local(value).detach() for name, value in named if not name.startswith(("head.", "kd_head."))]
     sums = torch.stack([value.sum(dtype=torch.float32).cpu() for value in values]).tolist()
     return tuple((v.data_ptr(), v.dtype, v._version, total) for v, total in zip(values, sums, strict=True))

@@ -17,6 +17,7 @@ from transformers import default_data_collator
 
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.training.kept_features import state_of
+from hf_cdl.training.sharding import everywhere, is_sharded
 from hf_cdl.types import Task
 
 _MOST = 2**29
@@ -60,6 +61,7 @@ class KeptQueries:
             return None
         number = self._number(backbone)
         self._asking.add(id(model))
+        sharded = is_sharded(backbone)
 
         def query(pixels: torch.Tensor, images: Any) -> torch.Tensor:
             kind = pixels.device.type
@@ -69,9 +71,11 @@ class KeptQueries:
                 return model.compute_query(pixels)
             kept = self._views if trained else self._images
             key = number, precision, str(pixels.device), repr(model.config.query_view), images
-            if (found := kept.get(key)) is None:
+            found = kept.get(key)
+            shared = not sharded or everywhere(found is not None, pixels.device)
+            if found is None or not shared:
                 found = model.compute_query(pixels)
-                if self._bytes + found.nbytes <= _MOST:
+                if key not in kept and self._bytes + found.nbytes <= _MOST:
                     kept[key] = found
                     self._bytes += found.nbytes
             return found
@@ -102,7 +106,9 @@ def asked_backbone(model: Any) -> nn.Module:
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether all weights of two modules are equal."""
+    """Whether all weights of two modules are equal; not said of sharded ones, which no process has whole."""
+    if is_sharded(first) or is_sharded(second):
+        return False
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(
         value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device))

@@ -15,6 +15,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -25,6 +26,7 @@ from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
+from hf_cdl.training.sharding import gathered, is_sharded, replicated
 from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.training.trainer_contract import Total
@@ -206,7 +208,25 @@ class TaskTrainer(SteeredTrainer):
             logs["train_samples_per_second"] = round(self._images / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """As in Trainer; a model with sharded layers is wrapped here, since Accelerate does not."""
+        if training and is_sharded(model):
+            return replicated(model, self.accelerator)
+        return super()._wrap_model(model, training, dataloader)
+
     # ---- files ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
+        if _internal_call:  # as part of a phase's stored state
+            super().save_model(output_dir, _internal_call)
+            return
+        with gathered(self.model, self.args.should_save):
+            if self.args.should_save:
+                folder = Path(str(output_dir or self.args.output_dir))
+                self.model.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Store the phase's state, under its final name only once complete; then delete older ones except the best.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,12 @@ from hf_cdl.training.checking import (
     check_tasks,
     check_used,
 )
-from hf_cdl.training.evaluation import ANY, EvaluatingTrainer
+from hf_cdl.training.fitting import FittingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
 from hf_cdl.training.memory import kept_apart, peak_memory
 from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.sharding import gathered, shard_teacher
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
@@ -48,7 +48,7 @@ from hf_cdl.training.trainer_contract import Total, check_given, check_keywords,
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
-class CDLTrainer(EvaluatingTrainer):
+class CDLTrainer(FittingTrainer):
     """Trains one continual model, distilling from `teacher` as the objective's terms require.
 
     Use it like Trainer: `train()` learns the tasks of `train_dataset` (a TaskStream, a list of tasks, or one task),
@@ -90,6 +90,7 @@ class CDLTrainer(EvaluatingTrainer):
         check_names(role, eval_split, num_tasks)
         check_used(model, args, callbacks, run, self.objective)
         self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
+        shard_teacher(args, role, model, teacher, run)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
@@ -193,9 +194,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_task()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory(self.args.device)
-        if self.run is not None:
-            self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
-            self.accelerator.wait_for_everyone()
+        self._store(result, task, self.state.log_history)
 
     def _check_learnable(self, task: Task) -> bool:
         """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
@@ -221,8 +220,7 @@ class CDLTrainer(EvaluatingTrainer):
         checkpoint, result, history = found
         self.model.end_session()
         self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
-        self.run.save_task(result, task, self._write_checkpoint, history)
-        self.accelerator.wait_for_everyone()
+        self._store(result, task, history)
         return True
 
     # ---- one phase ----
@@ -276,57 +274,6 @@ class CDLTrainer(EvaluatingTrainer):
         beside = task.unlabelled if self.objective.reads_unlabelled else None
         return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
 
-    def _measure(self, task: Task) -> None:
-        """Measure and fix the feature statistics on the first task, for heads that standardise with them."""
-        if self.model.unmeasured:
-            for output, *_ in self._features(task):
-                self.model.measure(output)
-
-    def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
-        start = time.perf_counter()
-        self.model.end_session()
-        if self._session is not None:
-            result.drift = self._session.follow(self._anchors(task), self.accelerator.gather_for_metrics)
-            self._session = None
-        self._measure(task)
-        for output, labels, taught in self._features(task):
-            self.model.accumulate(output, labels, taught)
-        seconds = time.perf_counter() - start
-        result.train_seconds += seconds
-        if not result.images_per_second:  # if it trained, that rate stays
-            result.images_per_second = len(task.train) / seconds
-            self._total.images += len(task.train)
-
-    def _anchors(self, task: Task) -> Iterator[dict[str, Any]]:
-        """Batches of the un-augmented images that tell how features moved in a session."""
-        anchors, self.model = self.model.later.anchors, self.model.eval()
-        splits = {"task": (task.train, task.classes), "unlabelled": (task.unlabelled, ANY)}
-        for name, (split, classes) in splits.items():
-            if anchors in (name, "both"):
-                yield from self._loader(split, classes=classes)
-
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
-
-        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
-        classes, if it has one.
-        """
-        self.model.eval()
-        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
-        for batch in self._bar(self._title(task), iterable=loader):
-            taught = None
-            with torch.no_grad():
-                output = self.model(pixel_values=batch["pixel_values"])
-                if self.teacher.teaches_head:
-                    taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
-            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
-            found = self.accelerator.gather_for_metrics(found)
-            labels, taught = found.pop("labels"), found.pop("taught", None)
-            yield CDLOutput(**found), labels, taught
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -366,6 +313,13 @@ class CDLTrainer(EvaluatingTrainer):
 
     # ---- files ----
 
+    def _store(self, result: TaskResult, task: Task, history: list[dict[str, Any]]) -> None:
+        """Store a learnt task, if there is a run to store it in."""
+        if self.run is not None:
+            with gathered(self.model, self.run.writer):
+                self.run.save_task(result, task, self._write_checkpoint, history)
+            self.accelerator.wait_for_everyone()
+
     def _write_checkpoint(self, folder: Path) -> None:
         run: Any = self.run
         before = run.folder / self.role / revision_name(self.seen[-1].index)
@@ -374,16 +328,6 @@ class CDLTrainer(EvaluatingTrainer):
         if scaffold is not None:  # not part of the model's files, but needed to resume
             layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
             write_whole(run.scaffold_file(self.role, self.seen[-1].index), lambda path: save_file(layers, path))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
-        if _internal_call:  # as part of a phase's stored state
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            self.model.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
 
     # ---- methods of Trainer that are not supported ----
 

@@ -314,6 +314,8 @@ AGAINST_EACH_OTHER = [
     field({"student": PLAIN}, "kdp", "classifier"),
     field({"teacher": {**PLAIN, "prompt": COMPONENTS}}, "teacher.prompt"),
     field({"teacher_from": "nowhere", **ALONE}, "teacher_from", "teacher", way="describe"),
+    field({"train.shard_teacher": True, **ALONE}, "train.shard_teacher", "teacher"),
+    training("accelerate launch", shard_teacher=True),
     field({"teacher_from": "elsewhere"}, "teacher_from", "elsewhere"),
     field({"push_teacher": True, "push_to_hub": True, **ALONE}, "push_teacher"),
     field({"hub_model_id": "a/b/c", "push_to_hub": True}, "hub_model_id"),

@@ -174,6 +174,7 @@ ELSEWHERE = {
     "early_stopping_threshold": "test_steering.py::test_a_phase_stops_when_it_gets_no_better",
     "save_strategy": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
     "save_steps": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
+    "shard_teacher": "test_sharding.py::test_a_process_holds_a_share_of_a_teacher_that_is_stored_and_answers_whole",
     "save_total_limit": "test_steering.py::test_the_newest_states_and_the_best_one_are_kept",
 }
 

@@ -53,6 +53,12 @@ class CDLTrainingArguments(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
     )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Share out the layers of a frozen teacher too large for one device to all processes (FSDP2)."
+        },
+    )
     save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to store the state that a resume starts from."}
     )

@@ -248,8 +248,9 @@ def _launch(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on"):
             yield Problem(
                 name,
-                f"is asked for by {variable} (accelerate launch --{option}, or accelerate config), but models are "
-                "small enough for one device; leave it out of the launch",
+                f"is asked for by {variable} (accelerate launch --{option}, or accelerate config), but that would "
+                "shard the student too; leave it out of the launch, and for a teacher too large for one device set "
+                "shard_teacher true (train.shard_teacher in a recipe)",
             )
     if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
         yield Problem(
