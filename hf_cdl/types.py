@@ -135,6 +135,7 @@ class TaskResult:
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
     `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
     itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
+    `drift`: how features moved in a session after the first, see hf_cdl.training.session.
     """
 
     role: str
@@ -149,6 +150,7 @@ class TaskResult:
     class_accuracy: dict[str, float] = field(default_factory=dict)
     choices: dict[str, float] = field(default_factory=dict)
     known: dict[str, float] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

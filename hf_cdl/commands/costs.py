@@ -162,9 +162,13 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
             check_training(role, model, objective, arguments, index, names, count)
     classes, images = tasks.classes, tasks.images
     section = getattr(recipe, "teacher" if role == "teacher" else "student")
+    beside_it = 0.0  # passes of the model as it was before a session
     if role in ("teacher", "student") and section.first_session is not None:
-        classes, images = classes[:1], images[:1]
+        sessions = sum(map(model.has_session, range(len(images))))
+        classes, images = classes[:sessions], images[:sessions]
         model.begin_session()
+        if model.later is not None and model.later.keep:
+            beside_it = inference / batch * (1 - images[0] / max(1, sum(images)))
     model.freeze()
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted in one pass
@@ -179,7 +183,7 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
-    return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+    return Cost(inference / batch, flops / batch + beside_it, kept, states, count, steps, seen)
 
 
 def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:

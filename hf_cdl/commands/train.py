@@ -168,7 +168,8 @@ def bind(run: Run, stream: TaskStream) -> None:
 def told_unlabelled(recipe: Recipe, run: Run) -> str:
     """How many unlabelled images there are, and what learns from them when."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
-    when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
+    alone = recipe.student.first_session and not recipe.student.later_sessions
+    when = "the first session alone, the last one that trains" if alone else "every session"
     return (
         f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}, {ratio} beside each training image in "
         f"{when}; the student learns from them by {', '.join(found['terms'])}"

@@ -156,8 +156,11 @@ class ImageClassifier(nn.Module):
         """No learning-rate factors: everything trains at the full rate."""
         return {}
 
+    def later_session(self, task: int) -> None:
+        """No task has one."""
+
     def end_session(self) -> None:
-        """Do nothing: there is no first session."""
+        """Do nothing: there are no sessions."""
 
     def end_task(self) -> None:
         """Do nothing."""

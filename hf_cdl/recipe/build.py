@@ -132,6 +132,7 @@ def _build(
         prompt=section.prompt,
         head=section.head,
         first_session=section.first_session,
+        later_sessions=section.later_sessions,
         query="one_pass" if section.query == "one_pass" else "two_pass",
         kd_prompt=section.kd_prompt,
         mapping=section.mapping,
@@ -190,7 +191,9 @@ def labels(recipe: Recipe) -> dict[str, str]:
         prompt, head = str(section.prompt["type"]), f"{section.head['type']} head"
         learns = "LoRA" if section.lora is not None else head if prompt == "none" else prompt
         name = "fine-tuned" if section.train_backbone else learns
-        return name if section.first_session is None else f"{name} on the first task, {head}"
+        if section.first_session is None:
+            return name
+        return f"{name} {'on the first task' if section.later_sessions is None else 'in sessions'}, {head}"
 
     terms = "".join(f" + {fields['type']}" for fields in recipe.distill)
     return {

@@ -36,6 +36,7 @@ class _Entry(TypedDict):
     class_accuracy: NotRequired[dict[str, float]]
     choices: NotRequired[dict[str, float]]
     known: NotRequired[dict[str, float]]
+    drift: NotRequired[dict[str, float]]
     train_seconds: NotRequired[float]
     eval_seconds: NotRequired[float]
     images_per_second: NotRequired[float]

@@ -31,7 +31,7 @@ from hf_cdl.training.teacher import Teacher
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
-_ANY = slice(0, 2**62)
+ANY = slice(0, 2**62)
 """Classes of labels that are not read."""
 
 
@@ -185,7 +185,7 @@ class EvaluatingTrainer(TaskTrainer):
         if unlearnt:
             check_unlearnt(unlearnt, tasks)
         if foreign is not None:
-            check_items(foreign, _ANY.stop, "foreign", labelled=False)
+            check_items(foreign, ANY.stop, "foreign", labelled=False)
         for task in tasks:
             self._check_split(task)
         self.model.eval()
@@ -229,7 +229,7 @@ class EvaluatingTrainer(TaskTrainer):
         if keep and (known := self._kept_features.find(split, self.model)) is not None:
             yield from known
             return
-        loader, found = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else (), []
+        loader, found = self._loader(split, classes=None if labelled else ANY) if len(split or ()) else (), []
         for batch in self._bar(title, iterable=loader):
             known = {"query": self._query(batch)} if self._own_query and "images" in batch else {}
             with torch.no_grad():

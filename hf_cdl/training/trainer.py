@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from hf_cdl.training.checking import (
     check_tasks,
     check_used,
 )
-from hf_cdl.training.evaluation import EvaluatingTrainer
+from hf_cdl.training.fitting import FittingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
 from hf_cdl.training.memory import kept_apart, peak_memory
@@ -49,7 +48,7 @@ from hf_cdl.training.trainer_contract import Total, check_given, check_keywords,
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
-class CDLTrainer(EvaluatingTrainer):
+class CDLTrainer(FittingTrainer):
     """Trains one continual model, distilling from `teacher` as the objective's terms require.
 
     Use it like Trainer: `train()` learns the tasks of `train_dataset` (a TaskStream, a list of tasks, or one task),
@@ -109,6 +108,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.num_tasks = self.num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
         self.seen: list[Task] = []
         self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
+        self._session: Any = None
         self._best = {}
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
@@ -228,6 +228,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _begin_task(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
         known = self.model.tasks
+        self._session = self.model.later_session(task.index)
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
         if len(known) == task.index:
             self.model.begin_task(task.class_names)
@@ -273,46 +274,6 @@ class CDLTrainer(EvaluatingTrainer):
         beside = task.unlabelled if self.objective.reads_unlabelled else None
         return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
 
-    def _measure(self, task: Task) -> None:
-        """Measure and fix the feature statistics on the first task, for heads that standardise with them."""
-        if self.model.unmeasured:
-            for output, *_ in self._features(task):
-                self.model.measure(output)
-
-    def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
-        start = time.perf_counter()
-        self.model.end_session()
-        self._measure(task)
-        for output, labels, taught in self._features(task):
-            self.model.accumulate(output, labels, taught)
-        seconds = time.perf_counter() - start
-        result.train_seconds += seconds
-        if not result.images_per_second:  # if it trained, that rate stays
-            result.images_per_second = len(task.train) / seconds
-            self._total.images += len(task.train)
-
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
-
-        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
-        classes, if it has one.
-        """
-        self.model.eval()
-        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
-        for batch in self._bar(self._title(task), iterable=loader):
-            taught = None
-            with torch.no_grad():
-                output = self.model(pixel_values=batch["pixel_values"])
-                if self.teacher.teaches_head:
-                    taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
-            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
-            found = self.accelerator.gather_for_metrics(found)
-            labels, taught = found.pop("labels"), found.pop("taught", None)
-            yield CDLOutput(**found), labels, taught
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -321,8 +282,11 @@ class CDLTrainer(EvaluatingTrainer):
         `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, together(inputs), task.index)
+        batch = together(inputs)
+        student, teacher = self._student_and_teacher(model, batch, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
+        if self._session is not None:
+            losses = self._session.with_keep(losses, student, batch["pixel_values"], self.accelerator.autocast)
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
         return (loss, student) if return_outputs else loss
