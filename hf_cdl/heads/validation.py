@@ -55,7 +55,7 @@ def directions(gram: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Ten
     With few images r is their number: all directions in which they have anything lie in the range of G, of which as
     many products with random vectors are a basis (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Alg. 4.1).
     """
-    if images > len(gram) // 2:
+    if not 0 < images <= len(gram) // 2:
         return torch.linalg.eigh(gram)
     drawn = torch.randn(len(gram), images, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(gram @ drawn.to(gram.device)).Q

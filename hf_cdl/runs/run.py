@@ -199,14 +199,13 @@ class Run:
             if self.started and self.ledger["stream"] != fingerprint:
                 self.ledger.setdefault("started_on", before)
             self.ledger.pop("bad_image", None)
-            more = {"images": images, "unlabelled": unlabelled}
-            self.ledger.update({name: dict(value) for name, value in more.items() if value is not None})
+            known = {"images": images, "unlabelled": unlabelled}.items()
+            self.ledger.update({name: dict(value) for name, value in known if value is not None})
             self.ledger.update(stream=fingerprint, class_names=class_names)
             self._write_ledger()
 
     def stopped_by(self, image: tuple[str, int, int]) -> None:
-        """Note a bad image (split, row, bytes): with this one mended, the run goes on."""
-        # by the process that met it, for which the others wait
+        """Note, in the process that met it, a bad image (split, row, bytes): with this one mended, the run goes on."""
         write_json(self.folder / "run.json", {**self.ledger, "bad_image": image})
 
     # ---- tasks learnt elsewhere ----
