@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from hf_cdl.backbones import families
+from hf_cdl.backbones.last_layer import tokens_read
 from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
@@ -71,7 +72,8 @@ class PromptedBackbone(PreTrainedModel):
         self._build_prompts(config)
         if config.query == "one_pass" or self.num_tokens:
             for number, layer in enumerate(families.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
+                hook = functools.partial(self._enter_layer, number)
+                layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
         self._check_query(config)
         self._with_token = False
         self.set_attn_implementation(config._attn_implementation or "sdpa")
@@ -200,7 +202,8 @@ class PromptedBackbone(PreTrainedModel):
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
         if self.config.query_view is not None:
             pixel_values = to_query_view(pixel_values, **self.config.query_view)
-        return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+        read = tokens_read(backbone, None)
+        return families.pool(backbone, self._run(backbone, pixel_values, read=read).last_hidden_state)
 
     def _encode(
         self,
@@ -224,11 +227,13 @@ class PromptedBackbone(PreTrainedModel):
         two_pass = self.config.query != "one_pass"
         prefix, loss = self._prefixes(query, task_id, labelled) if two_pass else (one_pass, None)
         read = layers_read(self.shape.num_layers) if reads_layers else []
-        more = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        more: dict[str, Any] = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        more["read"] = self._tokens_read(more["output_hidden_states"], output_attentions)
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **more)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
-        hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
+        last = found.last_hidden_state
+        hidden, token = self._take_token(self._cut_tokens(last) if more["read"] is None else last)
         features = families.pool(self.backbone, hidden)
         if self.config.patch_mean:
             features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
@@ -243,6 +248,14 @@ class PromptedBackbone(PreTrainedModel):
             attentions=found.attentions,
             layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )
+
+    def _tokens_read(self, states: Any, attentions: bool | None) -> tuple[int, ...] | None:
+        """Indices of the tokens that are read of the last layer, in its sequence; None for all of them."""
+        if self.config.patch_mean or attentions:
+            return None
+        at = families.family(self.backbone.config).token_at
+        token = None if self.kd_prompt is None else at + (self.num_tokens if at >= 0 else 0)
+        return tokens_read(self.backbone, token, states)
 
     def _prefixes(
         self, query: torch.Tensor | None, task_id: int | None, labelled: int | None = None
