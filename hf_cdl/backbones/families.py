@@ -56,7 +56,7 @@ def _pixels_alone(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
 
 
 def _ascending_noise(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """ViT-MAE would mask and shuffle patches; ascending noise keeps them all, in order."""
+    """ViT-MAE would shuffle patches; ascending noise keeps their order."""
     (height, width), batch = pair(config.patch_size), pixel_values.shape[0]
     count = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
     noise = torch.arange(count, device=pixel_values.device, dtype=pixel_values.dtype)
@@ -79,6 +79,7 @@ class Family:
     `any_size`: takes any image size that is a multiple of the patch size; `resizes`: its learnt position embeddings
     can be permanently interpolated to another size.
     `rotate`: (attention, keys, positions) -> keys with rotary positions, and the positions of CLS and a KD token.
+    `whole`: config fields that let all patches through, whatever a checkpoint's config says.
     `random_positions`: config fields that randomise positions in training.
     `init`: arguments of the model class (poolers are not used).
     `part_of`: composite config types that contain a config of this family, and the field that holds it.
@@ -97,6 +98,7 @@ class Family:
     any_size: bool = False
     resizes: bool = False
     rotate: Callable[[Any, torch.Tensor, Any], tuple[torch.Tensor, Any]] | None = None
+    whole: dict[str, Any] = field(default_factory=dict)
     random_positions: tuple[str, ...] = ()
     init: dict[str, Any] = field(default_factory=dict)
     part_of: dict[str, str] = field(default_factory=dict)
@@ -106,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("layers", resizes=True, init={"add_pooling_layer": False}),
     "deit": Family("layers", extra_tokens=1, init={"add_pooling_layer": False}),  # the distillation token
     "vit_msn": Family("layers"),
-    "vit_mae": Family("layers", inputs=_ascending_noise),
+    "vit_mae": Family("layers", inputs=_ascending_noise, whole={"mask_ratio": 0.0}),
     "ijepa": Family("layers", has_cls=False, feature=_mean),
     "beit": Family(
         "layers",

@@ -174,6 +174,8 @@ def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedM
     """
     kind, config = family(config), copy.deepcopy(config)
     check_numbers(vars(config), f"The {config.model_type} backbone's")
+    for name, value in kind.whole.items():
+        setattr(config, name, value)
     if frozen:
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):

@@ -18,9 +18,9 @@ from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.heads.known import layers_read
-from hf_cdl.models.hidden_states import asked_for, patch_means, with_read
+from hf_cdl.models.hidden_states import asked_for, image_tokens, patch_means, with_read
 from hf_cdl.models.input_checks import check_attention
-from hf_cdl.models.query_view import to_query_view
+from hf_cdl.models.query_view import check_query, to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
 from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
@@ -74,7 +74,7 @@ class PromptedBackbone(PreTrainedModel):
             for number, layer in enumerate(families.layers(self.backbone)):
                 hook = functools.partial(self._enter_layer, number)
                 layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-        self._check_query(config)
+        check_query(config, self.pool is not None and self.pool.needs_query, self.needs_query)
         self._with_token = False
         self.set_attn_implementation(config._attn_implementation or "sdpa")
 
@@ -107,23 +107,6 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-
-    def _check_query(self, config: CDLConfig) -> None:
-        """Raise ValueError for settings of a query that nothing would read."""
-        own = self.pool is not None and self.pool.needs_query
-        if config.query == "one_pass" and not own:
-            raise ValueError(
-                f"query is one_pass, but prompts of type {config.prompt['type']} read no query. Set query two_pass, "
-                "the default (from_pretrained takes it too), or give prompts that read one."
-            )
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
-        given = [name for name in ("query_config", "query_view") if getattr(config, name) is not None]
-        if given and not self.needs_query and not own:
-            raise ValueError(
-                f"{' and '.join(given)} would have no effect: prompts of type {config.prompt['type']} read no query. "
-                "Leave the query backbone (query_name) and its view out, or give prompts that read one."
-            )
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
@@ -237,7 +220,8 @@ class PromptedBackbone(PreTrainedModel):
         features = families.pool(self.backbone, hidden)
         if self.config.patch_mean:
             features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
-        shown = self._image_tokens(found.hidden_states)
+        skip = families.num_extra_tokens(self.backbone.config)
+        shown = image_tokens(found.hidden_states, self._unprompted, skip)
         return Encoded(
             features=features,
             token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
@@ -375,22 +359,11 @@ class PromptedBackbone(PreTrainedModel):
         at = self._token_index(sequence.shape[1])
         return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
 
-    def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
-        """Hidden states of CLS and patches only; None for layers that were not requested."""
-        if hidden_states is None:
-            return None
-        skip = families.num_extra_tokens(self.backbone.config)
-
+    def _unprompted(self, number: int, sequence: torch.Tensor) -> torch.Tensor:
+        """Hidden state `number` without tokens of ours."""
         # transformers records the first state when the first layer has its tokens, the others when a layer ends
         first = self.pool is not None and 0 in self.pool.layers
-
-        def image_tokens(number: int, sequence: torch.Tensor) -> torch.Tensor:
-            sequence, _ = self._take_token(self._cut_tokens(sequence, number or (None if first else 0)))
-            return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
-
-        return tuple(
-            None if state is None else image_tokens(number, state) for number, state in enumerate(hidden_states)
-        )
+        return self._take_token(self._cut_tokens(sequence, number or (None if first else 0)))[0]
 
     def _token_index(self, length: int) -> int:
         return families.family(self.backbone.config).token_at % length
