@@ -143,6 +143,11 @@ class PromptedBackbone(PreTrainedModel):
         return self.backbone
 
     @property
+    def encoders(self) -> list[nn.Module]:
+        """The backbones that a pass runs."""
+        return [part for part in (self.backbone, self.query_backbone) if part is not None]
+
+    @property
     def num_tokens(self) -> int:
         """Number of pool tokens in the sequence, from the pool's first layer on."""
         return 0 if self.pool is None else self.pool.num_tokens

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import default_data_collator
 
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.training.compiling import is_compiled
 from hf_cdl.training.kept_features import state_of
 from hf_cdl.types import Task
 
@@ -68,7 +69,8 @@ class KeptQueries:
             if trained and len(self._asking) < 2:
                 return model.compute_query(pixels)
             kept = self._views if trained else self._images
-            key = number, precision, str(pixels.device), repr(model.config.query_view), images
+            way = precision, str(pixels.device), is_compiled(backbone)
+            key = number, way, repr(model.config.query_view), images
             if (found := kept.get(key)) is None:
                 found = model.compute_query(pixels)
                 if self._bytes + found.nbytes <= _MOST:
