@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
 from hf_cdl.backbones.loading import load_config, read_config
+from hf_cdl.commands.query_passes import QueryPasses
 from hf_cdl.config import CDLConfig
 from hf_cdl.data import nothing_held_out
 from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
@@ -131,7 +132,8 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
 
     with FakeTensorMode():
         models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
-        return models, {role: _cost(recipe, role, models, tasks, processors) for role in models}
+        asked = QueryPasses()
+        return models, {role: _cost(recipe, role, models, tasks, processors, asked) for role in models}
 
 
 def _config(name: str, revision: str | None) -> Any:
@@ -140,7 +142,9 @@ def _config(name: str, revision: str | None) -> Any:
     return config
 
 
-def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
+def _cost(
+    recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any], asked: QueryPasses
+) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
     teacher = Teacher(models["teacher"] if objective.needs_teacher else None, model, objective, _same_source)
     teacher.begin_task(model)
@@ -169,12 +173,15 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted in one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
-    steps, seen = map(sum, zip(*(_phase(arguments, count) for count in images), strict=True))
+    phases = [_phase(arguments, count) for count in images]
+    steps, seen = map(sum, zip(*phases, strict=True))
     model.train()
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
-        taught = functools.partial(_step, model, objective, shown, classes, teacher)
+        answer = functools.partial(_known_query, shown, asked, arguments, max(phases), beside)
+        known = [answer(part, processors[name]) for part, name in ((model, role), (teacher.model, "teacher")) if part]
+        taught = functools.partial(_step, model, objective, shown, classes, teacher, *known)
         flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
@@ -223,15 +230,43 @@ def _arguments(recipe: Recipe, role: str) -> Any:
     return CDLTrainingArguments(output_dir="work", **section)
 
 
-def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
-    """Do what CDLTrainer.compute_loss does with a batch of the last task, and the backward pass."""
+def _known_query(
+    images: dict[str, Any],
+    asked: QueryPasses,
+    arguments: Any,
+    longest: tuple[int, int],
+    beside: int,
+    model: Any,
+    processor: Any,
+) -> torch.Tensor | None:
+    """A model's query if the run has computed it before, in its (steps, images) of the longest task; else None."""
+    if not asked.known(model, processor, arguments, *longest, beside):
+        return None
+    with torch.no_grad():
+        return model.compute_query(images["pixel_values"])  # of the shape that counts
+
+
+def _step(
+    model: Any,
+    objective: Objective,
+    images: dict[str, Any],
+    classes: list[int],
+    teacher: Teacher,
+    query: torch.Tensor | None = None,
+    teachers: torch.Tensor | None = None,
+) -> None:
+    """Do what CDLTrainer.compute_loss does with a batch of the last task, and the backward pass.
+
+    `query`, `teachers`: of model and teacher, if they are known.
+    """
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    pixels, query = images["pixel_values"], None
-    if objective.needs_query or teacher.shares_query(images):
+    pixels, hidden = images["pixel_values"], objective.hidden_states("student") or None
+    query = None if hidden and getattr(model, "is_plain", False) else query
+    if query is None and (objective.needs_query or teacher.shares_query(images)):
         with torch.no_grad():
             query = model.compute_query(pixels)
-    answers = teacher.answer(images, query, task)
-    hidden = objective.hidden_states("student") or None
+    images = {**images, "images": dict.fromkeys(images)}
+    answers = teacher.answer(images, query, task, None if teachers is None else lambda *of: teachers)
     count = len(images["labels"])
     more = {"labelled": count} if count < len(pixels) else {}
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden, **more)

@@ -20,7 +20,7 @@ from hf_cdl.training.compiling import is_compiled
 from hf_cdl.training.kept_features import state_of
 from hf_cdl.types import Task
 
-_MOST = 2**29
+MOST = 2**29
 """Bytes that are kept; queries beyond them are computed again."""
 
 _OF: WeakKeyDictionary[Any, KeptQueries] = WeakKeyDictionary()
@@ -73,7 +73,7 @@ class KeptQueries:
             key = number, way, repr(model.config.query_view), images
             if (found := kept.get(key)) is None:
                 found = model.compute_query(pixels)
-                if self._bytes + found.nbytes <= _MOST:
+                if self._bytes + found.nbytes <= MOST:
                     kept[key] = found
                     self._bytes += found.nbytes
             return found

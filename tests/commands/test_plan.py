@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import ROOT, make_recipe, train, write_recipe
+from test_kept_queries import passes
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTImageProcessor
+from transformers import TrainerCallback, ViTConfig, ViTImageProcessor
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import costs as counting
@@ -70,48 +72,88 @@ def test_full_size_vits(vits: Path) -> None:
         assert giga(costs["student"].inference_flops) == pytest.approx(flops, rel=0.005)
 
 
-@pytest.mark.parametrize(
-    "term", [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}]
-)
-def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
-    """FLOPs and the bytes kept for the backward pass are the same with fake and with real tensors."""
-    recipe = build_recipe(make_recipe(tmp_path, distill=[term]))
-    _, costs = counting.measure(recipe, counting.read_tasks(recipe))
-    processors = build_processors(recipe)
-    models, stream = build_models(recipe, processors), TaskStream(recipe.data, processors)
-    for task in stream:
-        for model in models.values():
-            model.begin_task(task.class_names)
-    for role in ("teacher", "student"):
-        arguments = CDLTrainingArguments(str(tmp_path / "work"), **recipe.training_args(role))
-        objective = build_objective(recipe, role, models)
-        trainer = CDLTrainer(
-            models[role], arguments, objective, models["teacher"] if role == "student" else None, role
-        )
-        trainer.seen = list(stream)
-        objective.begin_task(models["teacher"])
-        images = [stream[2].train[(number, 0)] for number in range(8)]
-        batch: dict[str, Any] = {
-            "pixel_values": torch.stack([image["pixel_values"] for image in images]),
-            "labels": torch.tensor([image["labels"] for image in images]),
-        }
-        models["teacher"].train(role == "teacher")
-        models[role].train()
-        own = {tensor.data_ptr() for part in (*models.values(), objective) for tensor in part.state_dict().values()}
+class Counted(TrainerCallback):
+    """FLOPs of the last step, and the bytes that it keeps for the backward pass but for those of weights."""
+
+    def __init__(self, *parts: torch.nn.Module) -> None:
+        self.parts, self.stack = parts, contextlib.ExitStack()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        own = {tensor.data_ptr() for part in self.parts for tensor in part.state_dict().values()}
         kept: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor, own: set[int] = own, kept: dict[int, int] = kept) -> torch.Tensor:
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        counter = FlopCounterMode(display=False, custom_mapping=counting.FUSED)
-        with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            trainer.compute_loss(models[role], batch).backward()
-        assert costs[role].training_flops == counter.get_total_flops() / 2 / 8
-        assert costs[role].kept == sum(kept.values())
-        assert costs[role].trained == sum(p.numel() for p in models[role].parameters() if p.requires_grad)
+        self.kept, self.counter = kept, FlopCounterMode(display=False, custom_mapping=counting.FUSED)
+        self.stack.enter_context(self.counter)
+        self.stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.stack.close()
+
+
+def run_of(recipe: Recipe, folder: Path) -> dict[str, tuple[CDLTrainer, Counted, list[int]]]:
+    """What `hf-cdl train` does: each role's trainer, its last step, and the batches of its queries' passes."""
+    processors = build_processors(recipe)
+    models, stream = build_models(recipe, processors), TaskStream(recipe.data, processors)
+    found: dict[str, tuple[CDLTrainer, Counted, list[int]]] = {}
+    for role, model in models.items():
+        objective = build_objective(recipe, role, models)
+        teacher = models["teacher"] if objective.needs_teacher else None
+        arguments = CDLTrainingArguments(str(folder / "work"), **recipe.training_args(role))
+        trainer = CDLTrainer(model, arguments, objective, teacher, role)
+        counted = Counted(*models.values(), objective)
+        trainer.add_callback(counted)
+        found[role] = trainer, counted, passes(trainer)
+    for task in stream:
+        for trainer, _, asked in found.values():
+            asked.clear()
+            trainer.learn(task)
+    return found
+
+
+@pytest.mark.parametrize(
+    "term", [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}]
+)
+def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
+    """FLOPs and the bytes kept for the backward pass are the same with fake tensors as in a run's last step."""
+    recipe = build_recipe(make_recipe(tmp_path, distill=[term]))
+    _, costs = counting.measure(recipe, counting.read_tasks(recipe))
+    run = run_of(recipe, tmp_path)
+    assert [len(asked) for _, _, asked in run.values()] == [4, 0, 0], "the teacher has asked what the others ask"
+    for role, (trainer, counted, _) in run.items():
+        assert costs[role].training_flops == counted.counter.get_total_flops() / 2 / 8, role
+        assert costs[role].kept == sum(counted.kept.values())
+        assert costs[role].trained == sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "student_asks"),
+    [
+        ({"query": "self"}, True),
+        ({"train": {"per_device_train_batch_size": 4}}, True),
+        ({"train": {"data_seed": 7}}, True),
+        ({"train": {"num_train_epochs": 1}}, False),
+    ],
+)
+def test_queries_are_counted_where_they_are_computed(
+    tmp_path: Path, change: dict[str, Any], student_asks: bool
+) -> None:
+    """A teacher with a query of its own, or other batches, leaves its student to ask."""
+    fields = make_recipe(tmp_path, distill=[{"type": "kd"}])
+    side = "teacher" if "query" in change else "student"
+    fields[side] = {**fields[side], **change}
+    recipe = build_recipe(fields)
+    _, costs = counting.measure(recipe, counting.read_tasks(recipe))
+    run = run_of(recipe, tmp_path)
+    _, counted, asked = run["student"]
+    batch = recipe.training_args("student")["per_device_train_batch_size"]
+    assert bool(asked) == student_asks
+    assert costs["student"].training_flops == counted.counter.get_total_flops() / 2 / batch
 
 
 @pytest.mark.parametrize(
