@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -152,10 +153,8 @@ def _cost(
     batch = arguments.per_device_train_batch_size
     beside = recipe.data.unlabelled_ratio if role == "student" and recipe.data.unlabelled is not None else 0
     pixels = _batch(role, teacher, processors, batch)["pixel_values"]
-    for part in (
-        model,
-        teacher.model,
-    ):  # torch's counter cannot handle trainable parameters when no gradient is taken
+    # torch's counter cannot handle trainable parameters when no gradient is taken
+    for part in (model, teacher.model):
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
@@ -176,13 +175,10 @@ def _cost(
     phases = [_phase(arguments, count) for count in images]
     steps, seen = map(sum, zip(*phases, strict=True))
     model.train()
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
-        answer = functools.partial(_known_query, shown, asked, arguments, max(phases), beside)
-        known = [answer(part, processors[name]) for part, name in ((model, role), (teacher.model, "teacher")) if part]
-        taught = functools.partial(_step, model, objective, shown, classes, teacher, *known)
-        flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
+    shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
+    asking = ((model, processors[role]), (teacher.model, processors.get("teacher")))
+    answer = functools.partial(_known_query, shown, asked, arguments, max(phases), beside)
+    flops, kept = _count_step(model, objective, shown, classes, teacher, arguments, lambda: starmap(answer, asking))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
@@ -230,6 +226,22 @@ def _arguments(recipe: Recipe, role: str) -> Any:
     return CDLTrainingArguments(output_dir="work", **section)
 
 
+def _count_step(
+    model: Any,
+    objective: Objective,
+    shown: dict[str, Any],
+    classes: list[int],
+    teacher: Teacher,
+    arguments: Any,
+    known: Callable[[], Iterable[torch.Tensor | None]],
+) -> tuple[float, int]:
+    """`_count` of a step in the precision of the arguments, for which the `known` queries are not computed."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        taught = functools.partial(_step, model, objective, shown, classes, teacher, *known())
+        return _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
+
+
 def _known_query(
     images: dict[str, Any],
     asked: QueryPasses,
@@ -240,7 +252,7 @@ def _known_query(
     processor: Any,
 ) -> torch.Tensor | None:
     """A model's query if the run has computed it before, in its (steps, images) of the longest task; else None."""
-    if not asked.known(model, processor, arguments, *longest, beside):
+    if model is None or not asked.known(model, processor, arguments, *longest, beside):
         return None
     with torch.no_grad():
         return model.compute_query(images["pixel_values"])  # of the shape that counts
