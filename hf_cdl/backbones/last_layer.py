@@ -34,7 +34,7 @@ def tokens_read(
     kept = range(depth + 1) if states is True else {number % (depth + 1) for number in states or ()}
     if depth in kept or (kept and depth == 1) or biased or not adds_patch_mean(config):
         return None
-    if not config._attn_implementation.startswith("prefix_"):  # set from outside: it would miss most of the keys
+    if not str(config._attn_implementation).startswith("prefix_"):  # set from outside: it would miss most of the keys
         return None
     return 0, 1 if token is None else token
 
