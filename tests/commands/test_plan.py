@@ -112,7 +112,9 @@ def run_of(recipe: Recipe, folder: Path) -> dict[str, tuple[CDLTrainer, Counted,
     for role, model in models.items():
         objective = build_objective(recipe, role, models)
         teacher = models["teacher"] if objective.needs_teacher else None
-        arguments = CDLTrainingArguments(str(folder / "work"), **recipe.training_args(role))
+        arguments = CDLTrainingArguments(
+            str(folder / "work"), **recipe.training_args("teacher" if role == "teacher" else "student")
+        )
         trainer = CDLTrainer(model, arguments, objective, teacher, role)
         counted = Counted(*models.values(), objective)
         trainer.add_callback(counted)

@@ -108,7 +108,8 @@ def test_torch_compile_and_its_backend_compile_what_learns(
     assert compiled.args.torch_compile_backend == fields.get("torch_compile_backend", "inductor")
     if not precision:
         check_alike(compiled, plain)
-    assert compiled.accelerator.state.dynamo_plugin.backend.value == "NO", "accelerate would compile the whole model"
+    plugin: Any = compiled.accelerator.state.dynamo_plugin
+    assert plugin.backend.value == "NO", "accelerate would compile the whole model"
     model = compiled.model
     assert not any("_orig_mod" in name for name in model.state_dict())
     assert not any(map(is_compiled, (*model.encoders, *compiled.teacher.model.encoders))), "the phase is over"
