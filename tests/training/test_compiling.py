@@ -139,7 +139,7 @@ def test_nothing_of_it_is_in_copies_and_files(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_compiled_phase_resumes_to_the_bit(tmp_path: Path) -> None:
     """In its second step, whose batch has another shape than the last one of an epoch."""
-    compiled = {"torch_compile": True, "num_train_epochs": 2, "per_device_train_batch_size": 5}
+    compiled = {"torch_compile_backend": "aot_eager", "num_train_epochs": 2, "per_device_train_batch_size": 5}
 
     def trainer(folder: Path, run: Any = None, model: Any = None, **more: Any) -> CDLTrainer:
         torch.compiler.reset()  # as in a new process
