@@ -24,12 +24,13 @@ class KV(NamedTuple):
 
     `key`, `value`: (B or 1, P, D), split into heads like the layer's own keys and values.
     `where`: `prepend` / `append` concatenate them before / after the sequence's own (the order does not affect the
-    result); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as in APT.
+    result); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as in APT; `instead` replaces all
+    keys and values, for a last layer that computes only the tokens that are read (hf_cdl.backbones.last_layer).
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    where: Literal["prepend", "append", "add_to_cls"] = "prepend"
+    where: Literal["prepend", "append", "add_to_cls", "instead"] = "prepend"
 
 
 class Tokens(NamedTuple):

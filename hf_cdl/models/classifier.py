@@ -144,6 +144,11 @@ class ImageClassifier(nn.Module):
         self.tasks = [list(class_names)]
         self.requires_grad_(False)
 
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """What a pass runs."""
+        return [self.model]
+
     def freeze(self) -> None:
         """Make everything trainable except parameters that never reach the output."""
         for name, parameter in self.named_parameters():

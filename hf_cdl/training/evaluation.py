@@ -289,8 +289,8 @@ class EvaluatingTrainer(TaskTrainer):
 
     def _read_queries(self) -> None:
         """From now on, until weights change, queries that are known already are not computed again."""
-        readers = (self._kept_queries.reader(model) for model in (self.model, self.teacher.model))
-        self._own_query, self._teachers_query = (None if self.args.torch_compile else reader for reader in readers)
+        self._own_query = self._kept_queries.reader(self.model)
+        self._teachers_query = self._kept_queries.reader(self.teacher.model)
 
     def _query(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The model's query for a batch, without gradient."""

@@ -16,11 +16,12 @@ from torch import nn
 from transformers import default_data_collator
 
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.training.compiling import is_compiled
 from hf_cdl.training.kept_features import state_of
 from hf_cdl.training.sharding import everywhere, is_sharded
 from hf_cdl.types import Task
 
-_MOST = 2**29
+MOST = 2**29
 """Bytes that are kept; queries beyond them are computed again."""
 
 _OF: WeakKeyDictionary[Any, KeptQueries] = WeakKeyDictionary()
@@ -70,12 +71,13 @@ class KeptQueries:
             if trained and len(self._asking) < 2:
                 return model.compute_query(pixels)
             kept = self._views if trained else self._images
-            key = number, precision, str(pixels.device), repr(model.config.query_view), images
+            way = precision, str(pixels.device), is_compiled(backbone)
+            key = number, way, repr(model.config.query_view), images
             found = kept.get(key)
             shared = not sharded or everywhere(found is not None, pixels.device)
             if found is None or not shared:
                 found = model.compute_query(pixels)
-                if key not in kept and self._bytes + found.nbytes <= _MOST:
+                if key not in kept and self._bytes + found.nbytes <= MOST:
                     kept[key] = found
                     self._bytes += found.nbytes
             return found

@@ -25,6 +25,7 @@ from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.arguments.workers import fitting_workers
+from hf_cdl.training.compiling import out_of_sight
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -61,6 +62,11 @@ class TaskTrainer(SteeredTrainer):
     """Steps of this process's finished phases, for when there is no run to look them up in."""
     _total: Total
     """What `train()` did so far, over its tasks."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer, for an accelerator that compiles nothing: `compiled` does."""
+        with out_of_sight(self.args):
+            super().create_accelerator_and_postprocess()
 
     # ---- what a phase counts ----
 

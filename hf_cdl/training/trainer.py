@@ -35,6 +35,7 @@ from hf_cdl.training.checking import (
     check_tasks,
     check_used,
 )
+from hf_cdl.training.compiling import compiled
 from hf_cdl.training.fitting import FittingTrainer
 from hf_cdl.training.kept_features import KeptFeatures
 from hf_cdl.training.kept_queries import collate, kept_with
@@ -254,7 +255,7 @@ class CDLTrainer(FittingTrainer):
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
         self._kept_queries.begin(task)
         self._read_queries()
-        with self.teacher.phase(self.accelerator):
+        with compiled(self.args, self.model, self.teacher.model), self.teacher.phase(self.accelerator):
             try:
                 start = time.perf_counter()
                 metrics = super().train(resume_from_checkpoint=last).metrics

@@ -230,6 +230,15 @@ def test_every_family_compiles(kind: str, query: str, families: dict[str, Path])
     torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", bb.FAMILIES)
+def test_a_feature_depends_on_every_patch(kind: str, families: dict[str, Path]) -> None:
+    """ViT-MAE would let a quarter of them through."""
+    model, pixels = student(families[kind], prompt={"type": "none"}, kd_prompt=None), images(1).requires_grad_()
+    model(pixels).features.square().sum().backward()
+    side = SIZES["patch_size"]
+    assert (F.max_pool2d(pixels.grad.abs().sum(dim=1, keepdim=True), side) > 0).all()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("kind", ["beit", "dinov3_vit"])
 def test_a_frozen_backbone_has_no_randomness(kind: str, tmp_path: Path) -> None:
     """BEiT has dropout, DINOv3 rescales positions at random; the query must be the un-prompted feature in training."""

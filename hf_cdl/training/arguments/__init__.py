@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
 from hf_cdl.training.arguments.table import ARGUMENTS, Used
 from hf_cdl.training.arguments.workers import useful_workers
+from hf_cdl.training.compiling import check_compiler, out_of_sight
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 
@@ -128,9 +129,13 @@ class CDLTrainingArguments(TrainingArguments):
             self.go_by_accuracy()
         if self.data_seed is None:
             self.data_seed = self.seed
+        self.torch_compile |= self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = "inductor"
         self.chose_workers = self.dataloader_num_workers is None
         self.dataloader_num_workers = self.dataloader_num_workers or 0
-        super().__post_init__()
+        with out_of_sight(self):
+            super().__post_init__()
         if self.chose_workers:
             self.dataloader_num_workers = useful_workers(self.device.type)  # type: ignore[assignment]
             self.dataloader_persistent_workers = self.dataloader_num_workers > 0
@@ -139,6 +144,7 @@ class CDLTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
         if self.fp16 and self.device.type == "cpu":
             raise ValueError("fp16 is true, but a CPU does not train in it; use bf16.")
+        check_compiler(self)
         if self.torch_empty_cache_steps is not None and self.device.type == "cpu":
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 

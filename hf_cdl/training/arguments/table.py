@@ -85,7 +85,6 @@ _SHARDED = Refused(
 )
 _LAUNCHED = Refused("processes are set up by `accelerate launch` before it is read; leave it out")
 _TRACKIO = Refused("trackers write to this machine; use `trackio sync` afterwards")
-_COMPILED = Refused("compiled models are not supported; leave it out")
 _LENGTHS = Refused("images have no lengths; train_sampling_strategy is random or sequential")
 
 ARGUMENTS: dict[str, Used | Refused] = {
@@ -119,9 +118,9 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "activation_checkpointing_kwargs": Refused("every layer is checkpointed, as torch does by default; leave it out"),
     "gradient_checkpointing": Used(),
     "gradient_checkpointing_kwargs": Refused("every layer is checkpointed, as torch does by default; leave it out"),
-    "torch_compile": _COMPILED,
-    "torch_compile_backend": _COMPILED,
-    "torch_compile_mode": _COMPILED,
+    "torch_compile": Used(),
+    "torch_compile_backend": Used(),
+    "torch_compile_mode": Used(),
     "torch_empty_cache_steps": _COUNT,
     "use_liger_kernel": Refused("Liger's kernels are for language models; leave it out"),
     "liger_kernel_config": Refused("Liger's kernels are for language models; leave it out"),
