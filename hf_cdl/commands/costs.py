@@ -190,7 +190,7 @@ def _trained_on(model: Any, tasks: Any) -> tuple[list[int], list[int], float]:
         return tasks.classes, tasks.images, 0.0
     sessions = sum(map(model.has_session, range(len(tasks.images))))
     classes, images = tasks.classes[:sessions], tasks.images[:sessions]
-    model.begin_session()
+    model.begin_session(sessions - 1)
     again = model.later is not None and model.later.keep > 0
     return classes, images, 1 - images[0] / max(1, sum(images)) if again else 0.0
 

@@ -130,14 +130,14 @@ class LearnsInSessions(Checkpointed):
             return False
         return task == 0 or (self.later is not None and self.later.has(task))
 
-    def begin_session(self) -> None:
-        """Create a session's head for the newest task, and in the first one re-initialise any adapters.
+    def begin_session(self, task: int = -1) -> None:
+        """Create a session's head for a task, by default the newest, and in the first one re-initialise any adapters.
 
         `freeze` then makes trainable what learns.
         """
         first: Any = self.config.first_session
         self.session_head = build_head(first, self.feature_size)
-        self.session_head.add_task(len(self.config.tasks[-1]))
+        self.session_head.add_task(len(self.config.tasks[task]))
         self._init_weights(self.session_head)
         if self.config.lora is not None and len(self.config.tasks) == 1:
             lora.reset_adapters(self.backbone)

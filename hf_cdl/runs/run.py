@@ -120,12 +120,9 @@ class Run:
             there = (self.folder / "run.json").exists()
         if not there:
             ours = {".lock", ".run.json.partial"}  # left by a kill before the ledger was written
-            used = self.folder.exists() and (
-                not self.folder.is_dir() or any(path.name not in ours for path in self.folder.iterdir())
-            )
-            if used and self.writer and not self.folder.is_dir():
+            if self.writer and self.folder.exists() and not self.folder.is_dir():
                 raise RunError(f"{self.folder} is a file; choose another folder with --output_dir FOLDER.")
-            if used and self.writer:
+            if self.writer and self.folder.exists() and any(path.name not in ours for path in self.folder.iterdir()):
                 raise RunError(
                     f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
                     "another folder with --output_dir FOLDER."
