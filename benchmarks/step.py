@@ -7,7 +7,8 @@ query passes, a backbone that is not frozen, all hidden states kept and a graph 
 role of the run has asked for it; `views`: the view of an earlier epoch, whose answers are in memory; `cached`: those
 of an earlier run, read from a folder. `compiled` compiles both backbones (torch.compile); ask for it, it takes a
 minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two tiny ViTs. Random
-weights, generated images, KDP (KD token and prompts). Milliseconds: the least; memory: beyond weights, on a GPU only.
+weights, generated images, KDP (KD token and prompts). Milliseconds: the least; memory:
+what tensors hold at most in a step beyond what they hold before it.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def measure(prompt: str, role: str, pair: Any, asked: Any, folder: Path) -> None
         one.stop()
     for way, costs in found.items():
         least, memory = min(cost.seconds for cost in costs), max(cost.memory for cost in costs)
-        shown = f"{memory / 2**20:,.0f}" if CARD else "–"
+        shown = f"{memory / 2**20:,.0f}"
         faster = [ratio(costs, found[other]) if other in found else "–" for other in asked.ways[:2]]
         print(f"| {prompt} | {role} | {way} | {1000 * least:,.1f} | {' | '.join(faster)} | {shown} |", flush=True)
 

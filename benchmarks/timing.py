@@ -5,6 +5,7 @@ Everything that is compared takes turns within one process, so that other load o
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 from hf_cdl import CDLTrainer
@@ -23,7 +25,7 @@ UNIT = "ms" if CARD else "CPU ms"
 
 
 class Cost(NamedTuple):
-    """Seconds, and the bytes that a GPU held at most beyond what it held before (0 on a CPU)."""
+    """Seconds, and the bytes that tensors held at most beyond what they held before (0 where that is not known)."""
 
     seconds: float
     memory: int
@@ -46,9 +48,19 @@ def now() -> float:
 
 
 class Watch:
-    """Measures what happens between `begin` and `end`."""
+    """Measures what happens between `begin` and `end`, in the thread that calls them.
+
+    Memory on a CPU is that of the second time, which is profiled and so takes longer; warm-up does not count.
+    """
+
+    def __init__(self) -> None:
+        self.calls, self.memory = 0, 0
 
     def begin(self) -> None:
+        self.calls += 1
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True) if self._profiles() else None
+        if self.profiler is not None:
+            self.profiler.start()
         if CARD:
             torch.cuda.reset_peak_memory_stats()
         self.held = torch.cuda.memory_allocated() if CARD else 0
@@ -56,7 +68,21 @@ class Watch:
 
     def end(self) -> Cost:
         seconds = now() - self.start
-        return Cost(seconds, torch.cuda.max_memory_allocated() - self.held if CARD else 0)
+        if self.profiler is not None:
+            self.profiler.stop()
+            self.memory = peak(self.profiler)
+        return Cost(seconds, torch.cuda.max_memory_allocated() - self.held if CARD else self.memory)
+
+    def _profiles(self) -> bool:
+        return not CARD and self.calls == 2
+
+
+def peak(profiler: profile) -> int:
+    """The bytes that tensors held at most beyond what they held when the profiler was started, on the CPU."""
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted(results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max([0, *itertools.accumulate(changes)])
 
 
 class Stepper(TrainerCallback):

@@ -95,14 +95,16 @@ class CDLConfig(PreTrainedConfig):
     )
     first_session: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "A trained head: with it prompts, adapters or backbone learn on the first task alone, then "
-                  "`head` is fitted to what they have become (None: they learn in every task)."},
+        metadata={"help": "A trained head: with it prompts, adapters or backbone learn on the first task, then `head` "
+                  "is fitted to what they have become (None: they learn in every task, and so does `head`)."},
     )  # fmt: skip
+    later_sessions: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "How what learnt in the first session goes on learning in later tasks (None: it is fixed)."},
+    )
     lora: dict[str, Any] | None = field(
         default=None,
-        metadata={
-            "help": "Low-rank adapters on the backbone, which learn in the first session (None: there are none)."
-        },
+        metadata={"help": "Low-rank adapters on the backbone, which learn in a session (None: there are none)."},
     )
     patch_mean: bool = field(
         default=False,

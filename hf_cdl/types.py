@@ -24,12 +24,13 @@ class KV(NamedTuple):
 
     `key`, `value`: (B or 1, P, D), split into heads like the layer's own keys and values.
     `where`: `prepend` / `append` concatenate them before / after the sequence's own (the order does not affect the
-    result); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as in APT.
+    result); `add_to_cls` adds them (P = 1) to the key and value of the CLS token, as in APT; `instead` replaces all
+    keys and values, for a last layer that computes only the tokens that are read (hf_cdl.backbones.last_layer).
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    where: Literal["prepend", "append", "add_to_cls"] = "prepend"
+    where: Literal["prepend", "append", "add_to_cls", "instead"] = "prepend"
 
 
 class Tokens(NamedTuple):
@@ -137,6 +138,7 @@ class TaskResult:
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
     `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
     itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
+    `drift`: how features moved in a session after the first, see hf_cdl.training.session.
     """
 
     role: str
@@ -151,6 +153,7 @@ class TaskResult:
     class_accuracy: dict[str, float] = field(default_factory=dict)
     choices: dict[str, float] = field(default_factory=dict)
     known: dict[str, float] = field(default_factory=dict)
+    drift: dict[str, float] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

@@ -28,6 +28,7 @@ EXCEPTIONS = {
     ("config", "linear"): "the default of the field `head`",
     ("config", "vit"): "the default that transformers asks of a nested config",
     ("hub.card.text", "linear"): "a card calls the default head `a head`",
+    ("models.sessions", "linear"): "a map of features, which is linear",
     ("recipe.fields", "linear"): "the default of the field `head`, and the baseline linear_head",
     ("recipe.fields", "ncm"): "the baseline nearest_class_mean",
     ("recipe.fields", "ridge"): "the baseline ridge_head",

@@ -40,10 +40,10 @@ def family_config(kind: str, **fields: Any) -> Any:
     return AutoConfig.for_model(kind, **SIZES, **TINY[kind], **fields)
 
 
-def stored_backbone(folder: Path, kind: str = "vit") -> Path:
+def stored_backbone(folder: Path, kind: str = "vit", **fields: Any) -> Path:
     """Make a backbone folder with weights large enough that every part matters."""
     set_seed(3)
-    model = build_backbone(family_config(kind))
+    model = build_backbone(family_config(kind, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

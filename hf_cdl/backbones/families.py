@@ -42,12 +42,21 @@ def _post_norm(backbone: Any) -> nn.Module | None:
     return backbone.post_layernorm
 
 
+def _rotated(attention: Any, key: torch.Tensor, positions: Any) -> tuple[torch.Tensor, Any]:
+    """DINOv3's keys (B, N, D), rotated at the patches, and the positions of a sequence without any."""
+    from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
+
+    heads = key.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+    rotated = apply_rotary_pos_emb(heads, heads, *positions)[1]
+    return rotated.transpose(1, 2).flatten(2), tuple(part[..., :0, :] for part in positions)
+
+
 def _pixels_alone(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
     return {}
 
 
 def _ascending_noise(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """ViT-MAE would mask and shuffle patches; ascending noise keeps them all, in order."""
+    """ViT-MAE would shuffle patches; ascending noise keeps their order."""
     (height, width), batch = pair(config.patch_size), pixel_values.shape[0]
     count = (pixel_values.shape[2] // height) * (pixel_values.shape[3] // width)
     noise = torch.arange(count, device=pixel_values.device, dtype=pixel_values.dtype)
@@ -58,7 +67,8 @@ def _ascending_noise(config: Any, pixel_values: torch.Tensor) -> dict[str, Any]:
 class Family:
     """How to access the internals of a backbone family.
 
-    `layers`: path of its layer list; `attention`: name of the attention module in a layer.
+    `layers`: path of its layer list; `attention` and `first_norm`: names of the attention module in a layer, which has
+    `k_proj` and `v_proj`, and of the norm before it.
     `has_cls`: whether the sequence starts with a CLS token; `extra_tokens`: number of the family's own tokens between
     CLS and the patches, or the config field that holds it.
     `feature`: (config, final tokens (B, N, D)) -> image features (B, D); `norm`: backbone -> a final norm that its
@@ -68,6 +78,8 @@ class Family:
     a relative position bias, a table over the backbone's own tokens with no entry for another.
     `any_size`: takes any image size that is a multiple of the patch size; `resizes`: its learnt position embeddings
     can be permanently interpolated to another size.
+    `rotate`: (attention, keys, positions) -> keys with rotary positions, and the positions of CLS and a KD token.
+    `whole`: config fields that let all patches through, whatever a checkpoint's config says.
     `random_positions`: config fields that randomise positions in training.
     `init`: arguments of the model class (poolers are not used).
     `part_of`: composite config types that contain a config of this family, and the field that holds it.
@@ -75,6 +87,7 @@ class Family:
 
     layers: str
     attention: str = "attention"
+    first_norm: str = "layernorm_before"
     has_cls: bool = True
     extra_tokens: int | str = 0
     feature: Callable[[Any, torch.Tensor], torch.Tensor] = _cls_token
@@ -84,6 +97,8 @@ class Family:
     position_bias: tuple[str, ...] = ()
     any_size: bool = False
     resizes: bool = False
+    rotate: Callable[[Any, torch.Tensor, Any], tuple[torch.Tensor, Any]] | None = None
+    whole: dict[str, Any] = field(default_factory=dict)
     random_positions: tuple[str, ...] = ()
     init: dict[str, Any] = field(default_factory=dict)
     part_of: dict[str, str] = field(default_factory=dict)
@@ -93,7 +108,7 @@ FAMILIES: dict[str, Family] = {
     "vit": Family("layers", resizes=True, init={"add_pooling_layer": False}),
     "deit": Family("layers", extra_tokens=1, init={"add_pooling_layer": False}),  # the distillation token
     "vit_msn": Family("layers"),
-    "vit_mae": Family("layers", inputs=_ascending_noise),
+    "vit_mae": Family("layers", inputs=_ascending_noise, whole={"mask_ratio": 0.0}),
     "ijepa": Family("layers", has_cls=False, feature=_mean),
     "beit": Family(
         "layers",
@@ -101,17 +116,25 @@ FAMILIES: dict[str, Family] = {
         norm=_beit_norm,
         position_bias=("use_relative_position_bias", "use_shared_relative_position_bias"),
     ),
-    "dinov2": Family("encoder.layer", any_size=True),
-    "dinov2_with_registers": Family("encoder.layer", extra_tokens="num_register_tokens", any_size=True),
+    "dinov2": Family("encoder.layer", first_norm="norm1", any_size=True),
+    "dinov2_with_registers": Family(
+        "encoder.layer", first_norm="norm1", extra_tokens="num_register_tokens", any_size=True
+    ),
     "dinov3_vit": Family(
         "model.layer",
+        first_norm="norm1",
         extra_tokens="num_register_tokens",
         token_at=1,  # RoPE treats the last tokens as patches: an extra one goes right after CLS
         any_size=True,
+        rotate=_rotated,
         random_positions=("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
     ),
     "clip_vision_model": Family(
-        "encoder.layers", attention="self_attn", norm=_post_norm, part_of={"clip": "vision_config"}
+        "encoder.layers",
+        attention="self_attn",
+        first_norm="layer_norm1",
+        norm=_post_norm,
+        part_of={"clip": "vision_config"},
     ),
 }
 

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from hf_cdl.backbones.families import FAMILIES, family, layers, vision_part
+from hf_cdl.backbones.last_layer import let_last_layer_read
 from hf_cdl.backbones.stored import (
     HUB,
     at,
@@ -110,7 +111,7 @@ def load_weights(
             f"The weights of backbone '{name}'{at(revision)} cannot be loaded: {_first_line(error)} "
             f"Check that {named(name)} is there and whole; download it again if it was cut short."
         ) from error
-    check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'")
+    check_complete({"mismatched_keys": info["mismatched_keys"]}, f"The checkpoint '{name}'", name)
     check_weights(model.state_dict(), f"'{name}'")
     return model, info
 
@@ -173,6 +174,8 @@ def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedM
     """
     kind, config = family(config), copy.deepcopy(config)
     check_numbers(vars(config), f"The {config.model_type} backbone's")
+    for name, value in kind.whole.items():
+        setattr(config, name, value)
     if frozen:
         for name, value in vars(config).items():
             if "drop" in name and isinstance(value, float):
@@ -183,6 +186,7 @@ def build_backbone(config: PreTrainedConfig, frozen: bool = True) -> PreTrainedM
     backbone = AutoModel.from_config(config, **kind.init)
     for number, layer in enumerate(layers(backbone)):
         getattr(layer, kind.attention).layer_idx = number
+    let_last_layer_read(backbone)
     return backbone
 
 

@@ -29,7 +29,7 @@ def prefix_sdpa(module: Any, query: torch.Tensor, key: torch.Tensor, value: torc
         return prefix_eager(module, query, key, value, mask, **kwargs)[0], None  # the fused backward is far slower
     key, value, pad = _extend(module, key, value, kwargs.pop("prefix", None))
     bias = kwargs.pop("position_bias", None)
-    mask = _pad(_with_tokens(mask, query.shape[2]), pad)
+    mask = _pad(with_tokens(mask, query.shape[2]), pad)
     return sdpa_attention_forward(module, query, key, value, mask, position_bias=_pad(bias, pad), **kwargs)
 
 
@@ -48,7 +48,7 @@ def prefix_eager(
     """The same with plain matrix products; also returns the attention weights (B, H, N, P + N)."""
     key, value, pad = _extend(module, key, value, prefix)
     weights = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    for bias in (_pad(_with_tokens(mask, query.shape[2]), pad), _pad(position_bias, pad)):
+    for bias in (_pad(with_tokens(mask, query.shape[2]), pad), _pad(position_bias, pad)):
         if bias is not None:
             weights = weights + bias
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -59,20 +59,25 @@ def prefix_eager(
 def _extend(
     module: Any, key: torch.Tensor, value: torch.Tensor, prefix: Mapping[int, list[KV]] | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """Keys and values with the layer's prefixes, and how many were added before and after the sequence's own."""
-    before, after = 0, 0
+    """Keys and values with the layer's prefixes, and how many were added before and after the sequence's own.
+
+    They are concatenated all at once: every further copy of the whole sequence's takes about 1 % of the layer's time.
+    """
+    before, after = [], []
     for extra in (prefix or {}).get(module.layer_idx, ()):
         extra_key, extra_value = _split_heads(extra, key)
-        if extra.where == "add_to_cls":
+        if extra.where == "instead":
+            key, value = extra_key, extra_value
+        elif extra.where == "add_to_cls":
             key = torch.cat([key[:, :, :1] + extra_key, key[:, :, 1:]], dim=2)
             value = torch.cat([value[:, :, :1] + extra_value, value[:, :, 1:]], dim=2)
         elif extra.where == "prepend":
-            key, value = torch.cat([extra_key, key], dim=2), torch.cat([extra_value, value], dim=2)
-            before += extra_key.shape[2]
+            before.insert(0, (extra_key, extra_value))
         else:
-            key, value = torch.cat([key, extra_key], dim=2), torch.cat([value, extra_value], dim=2)
-            after += extra_key.shape[2]
-    return key, value, (before, after)
+            after.append((extra_key, extra_value))
+    if before or after:
+        key, value = (torch.cat(list(parts), dim=2) for parts in zip(*before, (key, value), *after, strict=True))
+    return key, value, (sum(key.shape[2] for key, _ in before), sum(key.shape[2] for key, _ in after))
 
 
 def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -83,7 +88,7 @@ def _split_heads(extra: KV, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _with_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+def with_tokens(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
     """Extend a mask (..., N, N), built before prompt tokens were added, to `length`, with nothing masked there."""
     missing = 0 if mask is None else length - mask.shape[-2]
     return _pad(mask, (missing, 0, missing, 0)) if missing else mask

@@ -54,9 +54,9 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
 
 
 def named(name: Any) -> str:
-    """What a message calls the weights in a folder: one file, or what an index names."""
-    index = Path(name).expanduser() / SAFE_WEIGHTS_INDEX_NAME
-    several = index.is_file() and not index.with_name(SAFE_WEIGHTS_NAME).exists()
+    """What a message calls the weights in a folder: one file, or what an index names. None: the place is not known."""
+    index = Path(name or "").expanduser() / SAFE_WEIGHTS_INDEX_NAME
+    several = name is not None and index.is_file() and not index.with_name(SAFE_WEIGHTS_NAME).exists()
     return f"every file that {SAFE_WEIGHTS_INDEX_NAME} names" if several else SAFE_WEIGHTS_NAME
 
 
@@ -97,7 +97,7 @@ def check_stored(what: str, numbers: int, files: Sequence[str]) -> None:
     if stored and numbers > 3 * stored + 10**7:
         raise ValueError(
             f"The config of {what} describes a model of {numbers:,} numbers, but its weights are {stored:,}. They do "
-            "not belong together: get config.json and model.safetensors again from where they came."
+            f"not belong together: get config.json and {named(Path(files[0]).parent)} again from where they came."
         )
 
 
@@ -112,10 +112,10 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def check_complete(info: Mapping[str, Any], what: str) -> None:
+def check_complete(info: Mapping[str, Any], what: str, place: Any) -> None:
     """Raise ValueError naming weights that are missing from a checkpoint, unexpected or of another shape.
 
-    `info`: the loading info of from_pretrained, or part of it.
+    `info`: the loading info of from_pretrained, or part of it; `place`: folder or Hub id, None if not known.
     """
     problems = []
     if missing := [name for name in info.get("missing_keys", ()) if "mask_token" not in name]:
@@ -129,7 +129,7 @@ def check_complete(info: Mapping[str, Any], what: str) -> None:
     if problems:
         raise ValueError(
             f"{what} is not what config.json describes: {'; '.join(problems)}. Get config.json and "
-            "model.safetensors again from where they came, or take an earlier checkpoint."
+            f"{named(place)} again from where they came, or take an earlier checkpoint."
         )
 
 

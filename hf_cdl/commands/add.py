@@ -35,7 +35,7 @@ from hf_cdl.recipe.files import fields_given, read_yaml
 from hf_cdl.runs.changes import ChangingRun
 from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
-from hf_cdl.runs.ledger import last_learnt, revision_name
+from hf_cdl.runs.ledger import last_learnt, read_ledger, revision_name
 from hf_cdl.runs.report import difference_lines
 from hf_cdl.runs.run import Run
 
@@ -63,8 +63,8 @@ def main(arguments: list[str]) -> int:
             undo()
         return 2
     code = training.main(words)
-    if code == 2 and undo is not None:  # a failed first attempt leaves nothing behind
-        undo()
+    if code == 2 and undo is not None and "bad_image" not in read_ledger(folder):
+        undo()  # a failed first attempt leaves nothing behind
     if code in (0, 4):
         say(differences(recipe))
     return code
@@ -232,7 +232,8 @@ def differences(recipe: Recipe) -> str:
     if not old:
         return "There are no test images of earlier tasks in the data: what was forgotten is not known."
     model = load_model(recipe, recipe.student, recipe.folder / "student" / f"task-{count:02d}")
-    arguments = CDLTrainingArguments(**{**recipe.training_args("student"), "output_dir": str(recipe.folder)})
+    given = {**recipe.training_args("student"), "shard_teacher": False}  # the student is measured alone
+    arguments = CDLTrainingArguments(**{**given, "output_dir": str(recipe.folder)})
     before = CDLTrainer(model, arguments, eval_split=split, num_tasks=len(stream))
     answers = before.answer(old)
     row = run.results()["roles"]["student"]["accuracy_matrix"][-1]

@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import initialization as init
 
 from hf_cdl import CDLForImageClassification, CDLTrainingArguments, TaskStream
 from hf_cdl.backbones.loading import load_config, read_config
+from hf_cdl.commands.query_passes import QueryPasses
 from hf_cdl.config import CDLConfig
 from hf_cdl.data import nothing_held_out
 from hf_cdl.data.benchmarks import BENCHMARKS, SIZES
@@ -131,7 +133,8 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
 
     with FakeTensorMode():
         models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
-        return models, {role: _cost(recipe, role, models, tasks, processors) for role in models}
+        asked = QueryPasses()
+        return models, {role: _cost(recipe, role, models, tasks, processors, asked) for role in models}
 
 
 def _config(name: str, revision: str | None) -> Any:
@@ -140,7 +143,9 @@ def _config(name: str, revision: str | None) -> Any:
     return config
 
 
-def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any]) -> Cost:
+def _cost(
+    recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict[str, Any], asked: QueryPasses
+) -> Cost:
     model, objective = models[role], build_objective(recipe, role, models)
     teacher = Teacher(models["teacher"] if objective.needs_teacher else None, model, objective, _same_source)
     teacher.begin_task(model)
@@ -148,10 +153,8 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     batch = arguments.per_device_train_batch_size
     beside = recipe.data.unlabelled_ratio if role == "student" and recipe.data.unlabelled is not None else 0
     pixels = _batch(role, teacher, processors, batch)["pixel_values"]
-    for part in (
-        model,
-        teacher.model,
-    ):  # torch's counter cannot handle trainable parameters when no gradient is taken
+    # torch's counter cannot handle trainable parameters when no gradient is taken
+    for part in (model, teacher.model):
         if part is not None:
             part.eval().requires_grad_(False)
     inference, _ = _count(lambda: model(pixels), model)
@@ -160,26 +163,36 @@ def _cost(recipe: Recipe, role: str, models: Any, tasks: Tasks, processors: dict
     for index, (names, count) in enumerate(zip(tasks.names, tasks.images, strict=True)):
         if count and model.trains(index):  # a task without images was learnt in another run
             check_training(role, model, objective, arguments, index, names, count)
-    classes, images = tasks.classes, tasks.images
-    section = getattr(recipe, "teacher" if role == "teacher" else "student")
-    if role in ("teacher", "student") and section.first_session is not None:
-        classes, images = classes[:1], images[:1]
-        model.begin_session()
+    classes, images, kept_near = _trained_on(model, tasks)
     model.freeze()
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted in one pass
         return Cost(inference / batch, inference / batch, 0, 0, 0, 0, sum(tasks.images))
-    steps, seen = map(sum, zip(*(_phase(arguments, count) for count in images), strict=True))
+    phases = [_phase(arguments, count) for count in images]
+    steps, seen = map(sum, zip(*phases, strict=True))
     model.train()
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
-        taught = functools.partial(_step, model, objective, shown, classes, teacher)
-        flops, kept = _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
+    shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
+    asking = ((model, processors[role]), (teacher.model, processors.get("teacher")))
+    answer = functools.partial(_known_query, shown, asked, arguments, max(phases), beside)
+    flops, kept = _count_step(model, objective, shown, classes, teacher, arguments, lambda: starmap(answer, asking))
     count = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
     states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
-    return Cost(inference / batch, flops / batch, kept, states, count, steps, seen)
+    return Cost(inference / batch, (flops + kept_near * inference) / batch, kept, states, count, steps, seen)
+
+
+def _trained_on(model: Any, tasks: Any) -> tuple[list[int], list[int], float]:
+    """Classes and images of the tasks that a loss trains the model on, which begins a session if it learns in them.
+
+    And the share of those images that the model as it was before a session sees too.
+    """
+    if not model.fitted or not model.has_session(0):
+        return tasks.classes, tasks.images, 0.0
+    sessions = sum(map(model.has_session, range(len(tasks.images))))
+    classes, images = tasks.classes[:sessions], tasks.images[:sessions]
+    model.begin_session(sessions - 1)
+    again = model.later is not None and model.later.keep > 0
+    return classes, images, 1 - images[0] / max(1, sum(images)) if again else 0.0
 
 
 def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:
@@ -223,15 +236,59 @@ def _arguments(recipe: Recipe, role: str) -> Any:
     return CDLTrainingArguments(output_dir="work", **section)
 
 
-def _step(model: Any, objective: Objective, images: dict[str, Any], classes: list[int], teacher: Teacher) -> None:
-    """Do what CDLTrainer.compute_loss does with a batch of the last task, and the backward pass."""
+def _count_step(
+    model: Any,
+    objective: Objective,
+    shown: dict[str, Any],
+    classes: list[int],
+    teacher: Teacher,
+    arguments: Any,
+    known: Callable[[], Iterable[torch.Tensor | None]],
+) -> tuple[float, int]:
+    """`_count` of a step in the precision of the arguments, for which the `known` queries are not computed."""
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        taught = functools.partial(_step, model, objective, shown, classes, teacher, *known())
+        return _count(taught, *(part for part in (model, objective, teacher.model) if part is not None))
+
+
+def _known_query(
+    images: dict[str, Any],
+    asked: QueryPasses,
+    arguments: Any,
+    longest: tuple[int, int],
+    beside: int,
+    model: Any,
+    processor: Any,
+) -> torch.Tensor | None:
+    """A model's query if the run has computed it before, in its (steps, images) of the longest task; else None."""
+    if model is None or not asked.known(model, processor, arguments, *longest, beside):
+        return None
+    with torch.no_grad():
+        return model.compute_query(images["pixel_values"])  # of the shape that counts
+
+
+def _step(
+    model: Any,
+    objective: Objective,
+    images: dict[str, Any],
+    classes: list[int],
+    teacher: Teacher,
+    query: torch.Tensor | None = None,
+    teachers: torch.Tensor | None = None,
+) -> None:
+    """Do what CDLTrainer.compute_loss does with a batch of the last task, and the backward pass.
+
+    `query`, `teachers`: of model and teacher, if they are known.
+    """
     task, current = len(classes) - 1, slice(sum(classes[:-1]), sum(classes))
-    pixels, query = images["pixel_values"], None
-    if objective.needs_query or teacher.shares_query(images):
+    pixels, hidden = images["pixel_values"], objective.hidden_states("student") or None
+    query = None if hidden and getattr(model, "is_plain", False) else query
+    if query is None and (objective.needs_query or teacher.shares_query(images)):
         with torch.no_grad():
             query = model.compute_query(pixels)
-    answers = teacher.answer(images, query, task)
-    hidden = objective.hidden_states("student") or None
+    images = {**images, "images": dict.fromkeys(images)}
+    answers = teacher.answer(images, query, task, None if teachers is None else lambda *of: teachers)
     count = len(images["labels"])
     more = {"labelled": count} if count < len(pixels) else {}
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden, **more)

@@ -16,10 +16,11 @@ HEADINGS = [
     ["role", "params", "a task", "at the end", "inference / step", "steps", "PFLOPs", "backward", "memory", "point"],
 ]
 NOTES = """\
-FLOPs count a multiply-add once, as papers do. A step of a role: its query pass, the teacher's forward pass if it is
-taught, its own forward and backward pass. Evaluation and the pass that fits a head after a first session are left out.
-Peak memory is an estimate: the weights of all models, gradients and the optimizer's states of what is trained, and
-what a step keeps for the backward pass, with fused attention and without the largest passing tensors."""
+FLOPs count a multiply-add once, as papers do. A step of a role: its query pass unless an earlier role has asked for
+the same batch, the teacher's forward pass if it is taught, its own forward and backward pass. Evaluation and the pass
+that fits a head after a first session are left out. Peak memory is an estimate: the weights of all models, gradients
+and the optimizer's states of what is trained, and what a step keeps for the backward pass, with fused attention and
+without the largest passing tensors."""
 
 
 def main(arguments: list[str]) -> int:

@@ -65,8 +65,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
         if prepared is None:
             say(f"This run is finished. Its results are in {recipe.folder}/ (results.json, pictures, checkpoints).")
         else:
-            with kept_apart():
-                train(run, pusher, *prepared)
+            train(run, pusher, *prepared)
         pushed, best = pusher.finish(run.results()), verdict(run.results())
     except (RunError, ImageError, HubError) as error:
         say(f"error: {error}", file=sys.stderr)
@@ -161,13 +160,16 @@ def bind(run: Run, stream: TaskStream) -> None:
     if stream.unlabelled is not None:
         terms = [term["type"] for term in run.recipe["distill"] if TERMS[term["type"]].reads_unlabelled]
         unlabelled = {"images": len(stream.unlabelled), "terms": terms}
-    run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images, unlabelled)
+    names, bad = [list(task.class_names) for task in stream], run.ledger.get("bad_image")
+    before = None if bad is None else stream.fingerprint_before(bad)
+    run.bind(stream.fingerprint, names, stream.images, unlabelled, before)
 
 
 def told_unlabelled(recipe: Recipe, run: Run) -> str:
     """How many unlabelled images there are, and what learns from them when."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
-    when = "the first session alone, the last one that trains" if recipe.student.first_session else "every session"
+    alone = recipe.student.first_session and not recipe.student.later_sessions
+    when = "the first session alone, the last one that trains" if alone else "every session"
     return (
         f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}, {ratio} beside each training image in "
         f"{when}; the student learns from them by {', '.join(found['terms'])}"
@@ -250,6 +252,18 @@ def push_from(run: Run, recipe: Recipe) -> Pusher:
 
 
 def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
+    """Learn, measure, store and push all tasks. Raises ImageError, with what to do, for a bad image."""
+    arguments: Any = trainers[-1].args
+    if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
+        say(f"note: {workers} processes load images (--train.dataloader_num_workers says how many)")
+    try:
+        with kept_apart():
+            learn(run, pusher, stream, trainers)
+    except ImageError as error:
+        raise stopped_by(error, run, stream) from error
+
+
+def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTrainer]) -> None:
     to_learn = run.to_learn(stream)
     for task in stream:
         for trainer in trainers:
@@ -274,6 +288,21 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
     if used := trainers[-1].cache_use:
         say(f"cache: {used}")
     say(f"\n{run.finish()}")
+
+
+def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
+    """The error of an image that stopped the run, with what to do about it."""
+    image = stream.found(error)
+    way = "It is none of the labelled images: mend it, and start again in another folder with --output_dir FOLDER."
+    if image is not None:
+        run.stopped_by(image)
+        way = (
+            "Mend it in its place, under its name, and leave the others as they are. What was learnt is stored, and "
+            f"the same command goes on from there:\n  {stopping.again()}"
+        )
+    if not run.writer:  # the main process has not met it
+        print(f"error: {visible_lines(error)}\n{way}", file=sys.stderr)
+    return ImageError(f"{error}\n{way}")
 
 
 def write_recipe(run: Run) -> None:

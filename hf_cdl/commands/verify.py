@@ -139,7 +139,9 @@ def measure_again(
             stream = TaskStream(data, processor, seed=recipe.seed)
             with tempfile.TemporaryDirectory() as work:
                 given = recipe.training_args("teacher" if role == "teacher" else "student")
-                given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project"}}
+                given = {
+                    name: given[name] for name in given.keys() - {"report_to", "run_name", "project", "shard_teacher"}
+                }
                 arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
                 section = getattr(recipe, role, None)  # a baseline has none
                 try:

@@ -24,7 +24,7 @@ from hf_cdl.recipe import Recipe, completed, load_recipe
 from hf_cdl.recipe.files import RecipeError, read_yaml
 from hf_cdl.recipe.type_checks import WRONG, build_typed
 from hf_cdl.runs.files import read_json
-from hf_cdl.runs.ledger import edited_plugins, read_ledger
+from hf_cdl.runs.ledger import edited_plugins, lasting, read_ledger
 from hf_cdl.runs.results import checked_results
 
 ROOT = Path("runs", "comparisons")
@@ -275,8 +275,8 @@ def _wrong_roles(spec: Spec, name: str, recipe: Recipe) -> Iterable[str]:
 
 def _defining(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a stored recipe that its numbers depend on, after a round trip through JSON."""
-    others = ("name", "card", "save_backbone", "save_code")
-    return json.loads(json.dumps({key: value for key, value in recipe.items() if key not in others}))
+    others = ("name", "save_backbone", "save_code")
+    return json.loads(json.dumps({key: value for key, value in lasting(recipe).items() if key not in others}))
 
 
 def _as_yaml(value: Any) -> str:

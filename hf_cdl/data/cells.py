@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from datasets.config import HF_CACHE_HOME, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from hf_cdl.data.headers import Header, read_header
 from hf_cdl.data.images import MAX_PIXELS, Decoded, ImageError, check_regular, decode_fully, holds_16_bits, readable
 
 
@@ -47,6 +49,20 @@ class Cells:
         file = None if cell is None else self.file(cell)
         return decode_fully(file or cell, cell["path"] if cell else None, self.max_pixels)
 
+    def header(self, cell: pa.StructScalar) -> Header | None:
+        """What the header of the image in an arrow cell says; None if only decoding shows whether it can be used."""
+        content, path = cell["bytes"].as_buffer(), cell["path"].as_py()
+        try:
+            if content is not None:
+                return read_header(pa.BufferReader(content))
+            if not (file := self.file({"bytes": None, "path": path})):
+                return None
+            check_regular(file)
+            with open(file, "rb") as opened:
+                return read_header(opened)
+        except (OSError, ImageError):
+            return None
+
     def holds_16_bits(self, cell: Mapping[str, Any] | None) -> bool:
         """Whether the image has a single 16-bit channel; False for a bad image."""
         try:
@@ -57,16 +73,26 @@ class Cells:
 
     def sizes(self, data: Dataset) -> np.ndarray:
         """Size of every image in bytes (N,); -1 for a missing, irregular or misplaced file."""
-        sizes: list[int] = []
+        found, inside = [np.empty(0, "<i8")], dict[str, bool]()
         for batch in data.with_format("arrow").iter(1000):
-            for cell in pa.table(batch).column(0):
-                content = cell["bytes"].as_buffer()
-                sizes.append(self._file_size(cell["path"].as_py()) if content is None else content.size)
-        return np.array(sizes, dtype="<i8")
+            for chunk in pa.table(batch).column(0).chunks:
+                content, paths = chunk.flatten()  # no byte of an image is read for its size
+                length: Any = pc.binary_length(content)  # type: ignore[attr-defined]
+                sizes = length.fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8")
+                named = np.flatnonzero(content.is_null())
+                sizes[named] = [self._file_size(path, inside) for path in paths.take(pa.array(named)).to_pylist()]
+                found.append(sizes)
+        return np.concatenate(found)
 
-    def _file_size(self, path: str | None) -> int:
+    def _file_size(self, path: str | None, inside: dict[str, bool]) -> int:
+        """`inside`: folder -> whether a path that begins with it is the file itself, in one of `folders`."""
+        folder, _, name = (path or "").rpartition(os.sep)
+        if folder not in inside:
+            whole = os.path.isabs(folder) and os.path.normpath(folder) == folder
+            inside[folder] = whole and any(f"{folder}{os.sep}".startswith(f"{f}{os.sep}") for f in self.folders or ())
         try:
-            file = self.file({"bytes": None, "path": path})
+            plain = inside[folder] and name not in ("", os.curdir, os.pardir)
+            file = path if plain else self.file({"bytes": None, "path": path})
             return -1 if not file else check_regular(file).st_size
         except (OSError, ValueError):  # `check_images` reports what is wrong
             return -1

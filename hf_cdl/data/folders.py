@@ -9,12 +9,15 @@ like a split is a class only inside a split folder.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, Features
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetInfo, Features
+from datasets.fingerprint import generate_random_fingerprint
 from PIL import Image
 
 from hf_cdl.data.files import (
@@ -199,10 +202,11 @@ def _left_out(root: Path) -> list[str]:
     notes, classes = [], _folders(root)
     if loose := _pictures(root):
         notes.append(f"{root}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
-    inner = {f.name for folder in classes for f in _folders(folder)}
-    if len(inner) > 1 and all(_folders(folder) and not _pictures(folder) for folder in classes):
+    inner = {folder: [f.name for f in _folders(folder)] for folder in classes}
+    names = {*chain.from_iterable(inner.values())}
+    if len(names) > 1 and all(inner.values()) and not any(map(_pictures, classes)):
         notes.append(
-            f"{root}: the classes are the folders {some((f.name for f in classes), 3)}, not {some(sorted(inner), 3)} "
+            f"{root}: the classes are the folders {some((f.name for f in classes), 3)}, not {some(sorted(names), 3)} "
             "in them."
         )
     files = sorted(f.name for f in root.iterdir() if f.suffix.lower() in _TABLES and not f.name.startswith("."))
@@ -231,16 +235,34 @@ def _tables(splits: dict[str, list[tuple[str, Path]]], root: Path) -> Tables:
     features = Features({"image": datasets.Image(decode=False), "label": ClassLabel(names=names)})
     tables = {}
     for split, classes in splits.items():
-        found = [(_utf8(root, str(file)), nfc(name)) for name, folder in classes for file in image_files(folder)]
-        columns = {"image": [path for path, _ in found], "label": [name for _, name in found]}
-        tables[split] = Dataset.from_dict(columns, features=features)
+        paths = [_paths(root, folder) for _, folder in classes]
+        numbers = [names.index(nfc(name)) for name, _ in classes]
+        labels = np.repeat(np.array(numbers, np.int64), [*map(len, paths)])
+        tables[split] = _table(features, paths, label=pa.array(labels))
     return tables
+
+
+def _table(features: Features, paths: list[pa.Array], **columns: pa.Array) -> Dataset:
+    """A table of images by their paths, made from arrow's arrays: a million cells as objects would take a gigabyte."""
+    joined = pa.concat_arrays([pa.array([], pa.string()), *paths])
+    image = pa.StructArray.from_arrays([pa.nulls(len(joined), pa.binary()), joined], ["bytes", "path"])
+    table = pa.table({"image": image, **columns}).cast(features.arrow_schema)
+    return Dataset(table, DatasetInfo(features=features), fingerprint=generate_random_fingerprint())
 
 
 def all_images(root: Path) -> Dataset:
     """A table of the paths of all images in a folder and below it."""
     features = Features({"image": datasets.Image(decode=False)})
-    return Dataset.from_dict({"image": [_utf8(root, str(file)) for file in image_files(root)]}, features=features)
+    return _table(features, [_paths(root, root)])
+
+
+def _paths(root: Path, folder: Path) -> pa.Array:
+    """The paths of a folder's images. Raises ValueError, naming the first that is not UTF-8."""
+    files = image_files(folder)
+    try:
+        return pa.array(files, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([_utf8(root, file) for file in files], pa.string())
 
 
 def _utf8(root: Path, name: str) -> str:
@@ -273,19 +295,30 @@ def _pictures(folder: Path) -> list[str]:
     return sorted(name for name in names if os.path.splitext(name)[1].lower() in known)
 
 
-def image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[str]:
     """All files in the folder and below, except hidden files and those with a known non-image extension."""
-    found = [place / entry for place in (folder, *_below(folder)) for entry in os.listdir(place)]
-    files = sorted(file for file in found if not file.is_dir() and file.suffix.lower() not in _NO_IMAGES)
-    return [file for file in files if not file.name.startswith(".")]
+    found = [*_walked(folder)]
+    files = [path for _, files in found for path in files if not path.lower().endswith(_NO_IMAGES)]
+    return sorted(files, key=(lambda path: path.split(os.sep)) if len(found) > 1 else None)
 
 
 def _below(folder: Path) -> list[Path]:
-    """All folders below a folder; links are followed, but not in cycles."""
-    found, seen = [folder], {folder.resolve()}
-    for place in found:
-        for inner in (Path(entry.path) for entry in os.scandir(place) if entry.is_dir()):
-            if not inner.name.startswith(".") and (real := inner.resolve()) not in seen:
-                seen.add(real)
-                found.append(inner)
-    return found[1:]
+    """All folders below a folder."""
+    return [place for place, _ in _walked(folder)][1:]
+
+
+def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and all below it, with their files, without hidden ones; links are followed, but not in cycles."""
+    places, seen = [folder], {folder.resolve()}
+    for place in places:
+        files, start = [], os.path.join(place, "")
+        with os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if not entry.is_dir():
+                    files.append(start + entry.name)
+                elif (real := (inner := Path(entry.path)).resolve()) not in seen:
+                    seen.add(real)
+                    places.append(inner)
+        yield place, files

@@ -32,7 +32,15 @@ _PHOTOMETRIC = 262
 
 
 class ImageError(ValueError):
-    """An image that cannot be read; the message says which one and what to do."""
+    """An image that cannot be read; the message says which one and what to do.
+
+    DataLoader raises one of its worker's again with the whole traceback in the message, which is taken off.
+    """
+
+    def __init__(self, message: str):
+        if "\nOriginal Traceback (most recent call last):\n" in message:
+            message = message.rpartition(f"{__name__}.{ImageError.__name__}: ")[2].strip()
+        super().__init__(message)
 
 
 class Decoded(NamedTuple):
@@ -114,16 +122,16 @@ def _opened(image: Any) -> Iterator[Image.Image]:
     if isinstance(image, Image.Image):
         yield image
     elif isinstance(image, bytes | bytearray | memoryview):
-        yield _identify(io.BytesIO(image))
+        yield identify(io.BytesIO(image))
     elif isinstance(image, str | os.PathLike):
         check_regular(image)
         with open(image, "rb") as file:
-            yield _identify(file)
+            yield identify(file)
     else:
         raise ImageError(f"is a {type(image).__name__}; allowed are a path, the file's bytes or a PIL image")
 
 
-def _identify(file: IO[bytes]) -> Image.Image:
+def identify(file: IO[bytes]) -> Image.Image:
     """As Image.open, but without its pixel limit, which is global to the process (the caller has its own)."""
     prefix = file.read(16)
     for prepare in (Image.preinit, Image.init):  # common formats first

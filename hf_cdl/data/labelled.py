@@ -65,7 +65,10 @@ class LabelledImages:
         if not isinstance(self.data, Dataset):
             return decode(self.data[index])
         (cell,) = self.data[index].values()
-        return self.cells.decode(cell).image
+        try:
+            return self.cells.decode(cell).image
+        except ImageError as error:
+            raise ImageError(f"row {index}: {error}") from error
 
 
 def read_images(path: str) -> LabelledImages:

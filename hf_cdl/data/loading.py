@@ -99,7 +99,7 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
     Names that differ only in Unicode normalisation are the same. Raises ValueError for missing labels and names,
     numbers without a class, gaps, and splits that disagree about the classes.
     """
-    kind, values = tables["train"].features[column], {}
+    kind, values, texts = tables["train"].features[column], dict[str, np.ndarray](), dict[str, Any]()
     kinds = {role: table.features[column] for role, table in tables.items()}
     for role, table in tables.items():
         cells = table.select_columns([column]).with_format("arrow")[:][column]
@@ -111,7 +111,7 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
         if cells.null_count:
             raise ValueError(f"{cells.null_count} labels of the {role} split are missing (null). Remove these rows.")
         if any(fits(cells.type) for fits in _TEXTS):
-            values[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC").to_numpy()  # type: ignore[attr-defined]
+            texts[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC")  # type: ignore[attr-defined]
         elif pa.types.is_integer(cells.type) and not any(cell.as_py() >= 2**63 for cell in cells.unique()):
             values[role] = cells.cast(pa.int64()).to_numpy()
         else:
@@ -121,11 +121,14 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
                 f"column {column!r} of the {role} split has {found:.80}: make the labels texts, as "
                 f"dataset.map(lambda row: {{{column!r}: str(row[{column!r}])}}), or name another label_column."
             )
+    if texts:
+        names = sorted({text for cells in texts.values() for text in cells.unique().to_pylist()})
+        _check_names(names, column)
+        order = pa.array(names, pa.large_string())
+        return names, {role: pc.index_in(cells, order).to_numpy().astype(np.int64) for role, cells in texts.items()}  # type: ignore[attr-defined]
     present = np.unique(np.concatenate(list(values.values())))
     names = list(map(nfc, kind.names)) if isinstance(kind, ClassLabel) else [str(value) for value in present]
     _check_names(names, column)
-    if present.dtype == object:
-        return names, {role: np.searchsorted(present, cells) for role, cells in values.items()}
     wrong = present[(present < 0) | (present >= len(names))]
     if len(wrong):
         raise ValueError(

@@ -73,6 +73,11 @@ class StreamConfig:
         "Hub id or local folder of images of none of the classes, of which the results say how many would be answered "
         "(see a head's known); labels are not read",
     )
+    check: Literal["headers", "all", "none"] = _option(
+        "headers",
+        "before training: headers reads those of all images, and decodes all (of very many, a random sample); all "
+        "decodes all; none checks none. A bad image met later stops the run, which can go on once it is mended",
+    )
     max_pixels: int = _option(MAX_PIXELS, "an image of more pixels (width * height) is refused before it is unpacked")
 
     def __post_init__(self) -> None:
@@ -142,6 +147,8 @@ class StreamConfig:
             problems.append(f"eval_split is {self.eval_split!r}, but must be test or validation")
         if self.known_train not in ("refuse", "ignore"):
             problems.append(f"known_train is {self.known_train!r}, but must be refuse or ignore")
+        if self.check not in ("headers", "all", "none"):
+            problems.append(f"check is {self.check!r}, but must be headers, all or none")
         return problems
 
     def _number_problems(self) -> list[str]:

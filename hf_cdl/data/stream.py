@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.cells import cells_of
 from hf_cdl.data.folders import LAYOUTS, ClassFolders
+from hf_cdl.data.image_check import Part, check_images
 from hf_cdl.data.images import ImageError
 from hf_cdl.data.loading import check_tables, draw_rows, load_splits, read_labels
 from hf_cdl.data.names import check_role, nfc, some
@@ -105,6 +105,10 @@ class TaskStream:
         Independent of folder and machine: the same data elsewhere has the same fingerprint. If there are unlabelled
         or foreign images, a + and 16 digits that depend on their content follow.
         """
+        return self.fingerprint_before(("", 0, 0))
+
+    def fingerprint_before(self, image: tuple[str, int, int]) -> str:
+        """What the fingerprint was when an image, (split, row, bytes), had so many bytes."""
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
         for task in self:
@@ -112,7 +116,9 @@ class TaskStream:
             for role, split in _parts(task):
                 if split.name not in sizes:
                     sizes[split.name] = split.cells.sizes(split.data)
-                digest.update(f"{role} {split.name} {split.labels}".encode())
+                    if image[0] == split.name and 0 <= image[1] < len(split.data):
+                        sizes[split.name][image[1]] = image[2]
+                digest.update(f"{role} {split.name} {split.labels.tolist()}".encode())
                 digest.update(split.rows.astype("<i8").tobytes() + sizes[split.name][split.rows].tobytes())
         beside = [images.fingerprint for images in (self.unlabelled, self.foreign) if images is not None]
         return "+".join([digest.hexdigest()[:16], *beside])
@@ -129,45 +135,34 @@ class TaskStream:
         for role, counts in found.items():
             for task in self:
                 split: Any = getattr(task, role) or []
-                labels = np.array(getattr(split, "labels", []), np.int64) - task.first_class
+                labels = getattr(split, "labels", np.empty(0, np.int64)) - task.first_class
                 counts += np.bincount(labels, minlength=len(task.class_names)).tolist()
         return {role: counts for role, counts in found.items() if any(counts)}
 
-    def check_images(self, plain: bool = False) -> list[str]:
-        """Decode every image of the stream once, in threads; return notes for the user.
+    def found(self, error: ImageError) -> tuple[str, int, int] | None:
+        """Split, row and bytes of the labelled image that an error is about; None if it is about none."""
+        splits = {split.name: split for task in self for _, split in _parts(task)}
+        for name, split in splits.items():
+            start = split.row_named("")
+            if row := re.match(r"\d+", str(error).removeprefix(start)) if str(error).startswith(start) else None:
+                return name, int(row[0]), int(split.cells.sizes(split.data.select([int(row[0])]))[0])
+        return None
 
-        They report training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
+    def check_images(self, plain: bool = False) -> list[str]:
+        """Check the images of the stream in threads, as `config.check` says; return notes for the user.
+
+        Small streams are decoded whole, of others the headers are read and a sample is decoded. The notes report
+        training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
         model will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are
         refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
-        parts: list[Any] = [(task, role, split) for task in self for role, split in _parts(task)]
-        for name, images in (("unlabelled", self.unlabelled), ("foreign", self.foreign)):
-            parts += [] if images is None else [(None, name, images)]
-        bad: list[str] = []
-        flat: dict[str, _Flat] = {}  # per class
-        with (
-            ThreadPoolExecutor() as pool,
-            tqdm(total=sum(len(p[-1]) for p in parts), desc="Checking images", unit="image", disable=None) as bar,
-        ):
-            for task, role, split in parts:
-                for index, (problem, flaw) in enumerate(
-                    pool.map(partial(split.examine, plain=plain), range(len(split)))
-                ):
-                    bad += [problem] if problem else []
-                    if role == "train":
-                        name = task.class_names[split.labels[index] - task.first_class]
-                        flat.setdefault(name, _Flat()).add(split, index, flaw)
-                    bar.update()
-        if bad:
-            raise ImageError(f"{len(bad)} images cannot be used:\n- " + _first(bad))
-        if lost := [name for name, found in flat.items() if found.images and len(found.images) == found.count]:
-            raise ImageError(
-                f"All training images of the classes {some(lost)} are of one colour or almost black once they are "
-                f"decoded, such as\n- {_first(flat[lost[0]].images, 2)}\nScale them to the full range (12-bit values "
-                "in 16 bits: times 16), or remove these classes."
-            )
-        seen = [image for found in flat.values() for image in found.images]
-        return [f"training images that show nothing once decoded: {len(seen)}\n- {_first(seen)}"] if seen else []
+        parts = [
+            Part(split, task.class_names if role == "train" else (), task.first_class)
+            for task in self
+            for role, split in _parts(task)
+        ]
+        parts += [Part(images) for images in (self.unlabelled, self.foreign) if images is not None]
+        return check_images(parts, self.config.check, plain)
 
 
 @dataclass(frozen=True)
@@ -185,6 +180,7 @@ class _Source:
     def cut(self, tasks: list[list[str]], known: int, eval_split: str) -> Iterator[Task]:
         """Yield the tasks with these class names; the first `known` tasks have no training images."""
         number = {nfc(name): i for i, name in enumerate(chain.from_iterable(tasks))}
+        numbers = np.array([number.get(name, -1) for name in self.names], np.int64)  # of classes in stream order
         class_of = {name: c for c, name in enumerate(self.names)}
         for index, class_names in enumerate(tasks):
             classes = [class_of[name] for name in map(nfc, class_names) if name in class_of]
@@ -194,8 +190,8 @@ class _Source:
                 learnt = index < known and source == "train"
                 used = () if learnt else (own[c] for c in classes)
                 where = np.sort(np.concatenate([np.empty(0, np.int64), *used]))
-                targets = [number[self.names[c]] for c in self.labels[source][where].tolist()]
-                if targets or role in ("train", "test", eval_split):  # a task may have no validation images
+                targets = numbers[self.labels[source][where]]
+                if len(targets) or role in ("train", "test", eval_split):  # a task may have no validation images
                     data = (self.images[source], self.splits[source])
                     parts[role] = TaskSplit(*data, index, where, targets, self.views, self.cells)
             splits = (parts["train"], parts.get("validation"), parts["test"])
@@ -270,26 +266,9 @@ def _undecoded(table: Dataset, column: str) -> Dataset:
     return table.with_format(None).select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
-@dataclass
-class _Flat:
-    """Number of training images of a class, and which of them are blank."""
-
-    count: int = 0
-    images: list[str] = field(default_factory=list)
-
-    def add(self, split: TaskSplit, index: int, flaw: str | None) -> None:
-        self.count += 1
-        self.images += [f"{split.place(index)}: {flaw}"] if flaw else []
-
-
 def nothing_held_out(test_split: str) -> str:
     """Note that test_fraction has no effect."""
     return f"nothing is held out by test_fraction, since there is a test split, {test_split!r}"
-
-
-def _first(lines: list[str], limit: int = 10) -> str:
-    more = f"\n- and {len(lines) - limit} more" if len(lines) > limit else ""
-    return "\n- ".join(lines[:limit]) + more
 
 
 def _parts(task: Task) -> list[tuple[str, TaskSplit]]:

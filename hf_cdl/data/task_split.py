@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,14 +35,14 @@ class TaskSplit:
 
     An item is {"pixel_values": (3, H, W), "labels": class index in stream order}; `seen_by` chooses the role whose
     image processor makes the pixel values. `rows` are indices into the full split `name`, by which augmentation
-    identifies samples. Raises ImageError for a bad image.
+    identifies samples; `labels` (N,) are those of the items. Raises ImageError for a bad image.
     """
 
     data: Dataset
     name: str
     task: int
     rows: np.ndarray
-    labels: list[int]
+    labels: np.ndarray
     views: Mapping[str, Preprocess]
     cells: Cells = Cells()
     roles: tuple[str, ...] = ("student",)
@@ -89,7 +89,7 @@ class TaskSplit:
         return int(self.rows[index])
 
     def _labelled(self, item: dict[str, Any], index: int) -> dict[str, Any]:
-        return {**item, "labels": self.labels[index]}
+        return {**item, "labels": int(self.labels[index])}
 
     def _pixel_values(self) -> dict[str, Preprocess]:
         """The view that makes each tensor of an item, without duplicates of the first."""
@@ -111,7 +111,7 @@ class TaskSplit:
         try:
             decoded = self.cells.decode(cell)
         except ImageError as error:
-            raise ImageError(f"split {self.name!r}, row {int(self.rows[index])}: {error}") from error
+            raise ImageError(f"{self.row_named(self.rows[index])}: {error}") from error
         try:
             for view in {id(view): view for view in self.views.values()}.values():
                 check_resized(decoded.image.size, view.processor, self.cells.max_pixels)
@@ -123,7 +123,31 @@ class TaskSplit:
         """Name an image's split, row and file for messages."""
         (cell,) = self.data[int(self.rows[index])].values()
         path = readable(cell["path"]) if cell and cell["path"] else "in the table"
-        return f"split {self.name!r}, row {int(self.rows[index])}: {path}"
+        return f"{self.row_named(self.rows[index])}: {path}"
+
+    def row_named(self, row: Any) -> str:
+        """How messages begin that name an image by its row."""
+        return f"split {self.name!r}, row {row}"
+
+    def headers(self, plain: bool = False) -> Callable[[int], int]:
+        """A function of an image's index: its pixels by its header; -1 if only decoding shows that it can be used."""
+        table, views = self.data.with_format("arrow"), [*{id(view): view for view in self.views.values()}.values()]
+
+        def pixels(index: int) -> int:
+            row = int(self.rows[index])
+            cells: Any = table[row : row + 1]  # a slice: no byte of an image is copied
+            found = self.cells.header(cells.column(0)[0])
+            if found is None or (plain and found.wide):
+                return -1
+            try:
+                for view in views:
+                    check_resized(found.size, view.processor, self.cells.max_pixels)
+            except ImageError:
+                return -1
+            count = found.size[0] * found.size[1]
+            return -1 if count > self.cells.max_pixels else count
+
+        return pixels
 
     def check_8_bits(self) -> None:
         """Raise ImageError for the first 16-bit image, which transformers' own pipeline would clip.

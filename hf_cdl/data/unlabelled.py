@@ -8,9 +8,8 @@ are left out; they are recognised by the bytes of their files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from tqdm.auto import tqdm
 
 from hf_cdl.data.cells import Cells, cells_of
 from hf_cdl.data.files import parquet_tables, saved_tables
@@ -30,6 +28,7 @@ from hf_cdl.data.names import some
 from hf_cdl.data.settings import StreamConfig
 from hf_cdl.data.splits_and_columns import USUAL_SPLITS, image_columns, label_columns
 from hf_cdl.data.task_split import TaskSplit
+from hf_cdl.data.threads import in_threads
 from hf_cdl.data.views import Preprocess
 from hf_cdl.types import Task
 
@@ -37,8 +36,6 @@ _SPLITS = ("unlabelled", "unlabeled", "unsupervised", *USUAL_SPLITS["train"])
 """Splits whose images are read, the first one that there is."""
 _FOREIGN = ("foreign", *USUAL_SPLITS["test"], *USUAL_SPLITS["train"])
 """The same for foreign images, which are measured."""
-Place = tuple[Dataset, Cells, int]
-"""An image: a row of a table, and how its cells are read."""
 _BESIDE = "unlabelled_"
 """Prefix of the pixel values, in a batch, of unlabelled images."""
 
@@ -47,7 +44,7 @@ _BESIDE = "unlabelled_"
 class Unlabelled(TaskSplit):
     """Images without labels, in the order of their `digests`; their items have pixel values alone."""
 
-    digests: tuple[str, ...] = ()
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, "U16"))
 
     def _sample(self, index: int) -> int:
         return index
@@ -80,18 +77,17 @@ def put_beside(
         table, notes = check_tables({"unlabelled": given}, None)["unlabelled"], []
     where, data = readable(config.unlabelled or "unlabelled"), _pictures(table, config)
     cells = cells_of(config.unlabelled, config.max_pixels)
-    digests = _digests([(data, cells, row) for row in range(len(data))], "Reading unlabelled images")
-    held_out = {*_digests(_measured(tasks), "Reading images of the evaluation")}
-    kept = [row for row in np.argsort(np.array(digests, dtype=str), kind="stable") if digests[row] not in held_out]
+    digests = _digests(data, cells, range(len(data)), "Reading unlabelled images")
+    held_out = [_digests(*images, "Reading images of the evaluation") for images in _measured(tasks)]
+    order = np.argsort(digests, kind="stable")
+    kept = order[~np.isin(digests[order], np.concatenate(held_out))]
     if left_out := len(data) - len(kept):
         notes.append(f"left out of {where} are {left_out} images that are validation or test images of the stream")
-    if not kept:
+    if not len(kept):
         raise ValueError(f"{where} (data.unlabelled) has no images to learn from. Put some there, or leave it out.")
     if labels := label_columns(table):
         notes.append(f"the labels of {where} (column {some(labels)}) are not read")
-    found = Unlabelled(
-        data, "unlabelled", 0, np.array(kept), [], views, cells, digests=tuple(digests[row] for row in kept)
-    )
+    found = _split("unlabelled", data, kept, views, cells, digests)
     # a task below 0: the views of these images are not those of a task's own
     beside = [replace(found, task=-1 - task.index) if len(task.train) else None for task in tasks]
     ratio = config.unlabelled_ratio
@@ -106,8 +102,13 @@ def foreign_images(config: StreamConfig, views: Mapping[str, Preprocess]) -> tup
     data, cells = _pictures(table, config), cells_of(config.foreign, config.max_pixels)
     if not len(data):
         raise ValueError(f"{readable(config.foreign)} (data.foreign) has no images. Put some there, or leave it out.")
-    digests = _digests([(data, cells, row) for row in range(len(data))], "Reading foreign images")
-    return Unlabelled(data, "foreign", 0, np.arange(len(data)), [], views, cells, digests=tuple(digests)), notes
+    rows = np.arange(len(data))
+    return _split("foreign", data, rows, views, cells, _digests(data, cells, rows, "Reading foreign images")), notes
+
+
+def _split(name: str, data: Dataset, rows: np.ndarray, views: Any, cells: Cells, digests: np.ndarray) -> Unlabelled:
+    """The images of these rows, without labels; `digests`: of all rows."""
+    return Unlabelled(data, name, 0, rows, np.empty(0, np.int64), views, cells, digests=digests[rows])
 
 
 def _read(path: str, wanted: str | None, field: str, usual: Sequence[str]) -> tuple[Dataset, list[str]]:
@@ -151,34 +152,35 @@ def _image_column(table: Dataset, config: StreamConfig) -> str:
     return chosen[0]
 
 
-def _measured(tasks: Sequence[Task]) -> list[Place]:
+def _measured(tasks: Sequence[Task]) -> Iterator[tuple[Dataset, Cells, np.ndarray]]:
     """All validation and test images: whole tables, also what the stream leaves out of them, or held-out rows."""
-    found: dict[tuple[int, int], Place] = {}
+    found: dict[int, list[tuple[TaskSplit, np.ndarray]]] = {}
     for task in tasks:
         for split in (task.validation, task.test):
             if isinstance(split, TaskSplit):
                 held_out = isinstance(task.train, TaskSplit) and split.data is task.train.data
-                rows = split.rows.tolist() if held_out else range(len(split.data))
-                found |= {(id(split.data), row): (split.data, split.cells, row) for row in rows}
-    return [*found.values()]
+                rows = split.rows if held_out else np.arange(len(split.data))
+                found.setdefault(id(split.data), []).append((split, rows))
+    for parts in found.values():
+        yield parts[0][0].data, parts[0][0].cells, np.unique(np.concatenate([rows for _, rows in parts]))
 
 
-def _digests(places: Sequence[Place], title: str) -> list[str]:
-    """The digest of each image. Raises ImageError for files that cannot be read."""
-    with ThreadPoolExecutor() as pool:
-        found = [*tqdm(pool.map(_digest, places), title, len(places), unit="image", disable=None)]
-    if bad := [str(error) for error in found if isinstance(error, ImageError)]:
-        raise ImageError(f"{len(bad)} images cannot be read: {some(bad)}")
-    return found  # type: ignore[return-value]
+def _digests(data: Dataset, cells: Cells, rows: Sequence[int] | np.ndarray, title: str) -> np.ndarray:
+    """The digest of the image in each row. Raises ImageError for files that cannot be read."""
 
+    def digest(row: int) -> str:
+        (cell,) = data[int(row)].values()
+        try:
+            return cell_digest(cells, cell)
+        except ImageError as error:
+            bad[row] = str(error)
+            return ""
 
-def _digest(place: Place) -> str | ImageError:
-    data, cells, row = place
-    (cell,) = data[row].values()
-    try:
-        return cell_digest(cells, cell)
-    except ImageError as error:
-        return error
+    bad: dict[int, str] = {}
+    found = np.fromiter(in_threads(digest, rows, title), "U16", len(rows))
+    if bad:
+        raise ImageError(f"{len(bad)} images cannot be read: {some(bad[row] for row in sorted(bad))}")
+    return found
 
 
 class Beside:

@@ -31,8 +31,8 @@ from hf_cdl.registry import usable
 from hf_cdl.types import CDLOutput, ModelShape
 
 Role = Literal["student", "teacher"]
-LOSSES = ("loss", "ce", "prompt")
-"""Names of the objective's own losses, which no term can have."""
+LOSSES = ("loss", "ce", "prompt", "keep")
+"""Names of the objective's own losses, and of a session's, which no term can have."""
 PARTS = ("kd_prompt", "mapping")
 """Sections of a CDLConfig that terms may ask for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from transformers import initialization as init
 from hf_cdl.checked import check_types
 from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.calibration import RecentImages, fit_scale, standardised
+from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.standardise import Standardise, check_features
 
 _LEFT = 1e-4
@@ -262,6 +263,16 @@ class FittedHead(Head):
     @abstractmethod
     def update(self, features: torch.Tensor, labels: torch.Tensor, taught: torch.Tensor | None, sign: int) -> None:
         """Add prepared features (B, M) to the sums, or take them away, as `accumulate` says."""
+
+    @property
+    def stays(self) -> str | None:
+        """Why the sums cannot be moved when the features move; None if they can, by `move`."""
+        return f"the sums of a {self.name} head cannot be moved"
+
+    @torch.no_grad()
+    def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
+        """Move the sums, as prepared features moved, and for a head that `reads_layers` the means of each layer."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its sums move.")
 
     def update_layers(self, layers: torch.Tensor, labels: torch.Tensor, sign: int) -> None:
         """The same for the means of layers (B, 3, W), for a head that `reads_layers`."""

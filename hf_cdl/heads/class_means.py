@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.heads.base import FittedHead
+from hf_cdl.heads.drift import Drift
 
 
 class ClassMeans(nn.Module):
@@ -53,6 +55,16 @@ class NearestMeanHead(FittedHead):
             block.total.index_add_(0, rows, features[own], alpha=sign)
             block.count.index_add_(0, rows, torch.ones_like(rows, dtype=block.count.dtype), alpha=sign)
             first += len(block.count)
+
+    @property
+    def stays(self) -> None:
+        return None
+
+    @torch.no_grad()
+    def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
+        for module in self.blocks:
+            block: Any = module
+            block.total.copy_(drift.sums(block.total.double(), block.count))
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total = torch.cat([block.total for block in self.blocks])  # type: ignore[arg-type]

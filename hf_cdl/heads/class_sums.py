@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hf_cdl.heads.bits import read
 from hf_cdl.heads.known import LAYERS
 
 _ZERO, _STRANGE = 1e-12, 1e-6
@@ -84,7 +85,16 @@ def _upper(width: int) -> int:
     return width * (width + 1) // 2
 
 
-def outside(gram: torch.Tensor, features: torch.Tensor) -> int:
+@torch.no_grad()
+def strangers(head: Any, mapped: torch.Tensor, labels: torch.Tensor) -> int:
+    """Number of images that were certainly not learnt by a head with these labels (B,), of what is summed (B, M)."""
+    if head.gram is not None:
+        return _outside(read(head.gram), mapped)
+    grams = torch.cat([read(sums_of(block).grams) for block in head.blocks])
+    return sum(_outside(unpacked(head.width, grams[own]), mapped[labels == own]) for own in labels.unique().tolist())
+
+
+def _outside(gram: torch.Tensor, features: torch.Tensor) -> int:
     """Number of features (B, M) outside the span of those summed up in a Gram matrix (M, M), so not among them."""
     values, vectors = torch.linalg.eigh(gram)
     along = features @ vectors[:, values < _ZERO * values[-1]]

@@ -7,7 +7,7 @@ classes are merged or removed, in any order, with the same solution as learning 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -19,8 +19,10 @@ from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
 from hf_cdl.heads.carried import drawn, learnt, told
-from hf_cdl.heads.class_sums import ClassSums, outside, packed, sums_of, unpacked
+from hf_cdl.heads.class_sums import ClassSums, packed, strangers, sums_of, unpacked
+from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.known import LAYERS, Known
+from hf_cdl.heads.moved import move_sums
 from hf_cdl.heads.unlearnt import unlearnt
 
 _OWN = 4
@@ -285,24 +287,25 @@ class SumsHead(FittedHead):
     def forgets(self) -> bool:
         return self.config.sums == "per_class"
 
-    @torch.no_grad()
     def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         mapped = movable(self.prepare(at_least_float32(features))).double()
-        if self.gram is not None:
-            parts = [(read(self.gram), torch.ones_like(labels, dtype=torch.bool))]
-        else:
-            grams = torch.cat([read(sums_of(block).grams) for block in self.blocks])
-            parts = [(unpacked(self.width, grams[label]), labels == label) for label in labels.unique().tolist()]
-        for gram, own in parts:
-            if strange := outside(gram, mapped[own]):
-                raise ValueError(
-                    f"{strange} of {int(own.sum())} images were not learnt with the label that they are "
-                    "said to have had: their features are no combination of those that were. Give the images and "
-                    "labels of the training."
-                )
+        if strange := strangers(self, mapped, labels):
+            raise ValueError(
+                f"{strange} of {len(labels)} images were not learnt with the label that they are said to have had: "
+                "their features are no combination of those that were. Give the images and labels of the training."
+            )
 
     def _mean_square(self) -> torch.Tensor:
         return self.gram_matrix().diagonal().sum() / max(1, int(self.images))
+
+    # ---- moving ----
+
+    @property
+    def stays(self) -> str | None:
+        return "with soft_targets the class sums are not those of images" if self.needs_teacher else None
+
+    def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
+        move_sums(self, drift, layers)
 
     # ---- solving ----
 

@@ -27,7 +27,7 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
 
     `gram` (M, M) of all `images`; `total` (C, M), class sums; `count` (C,), the images of each class.
     """
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = directions(gram, images)
     there = values > _ZERO * values[-1]
     found, rank = values[there], int(there.sum())
     if not rank:
@@ -47,3 +47,17 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
     errors = {strength: error(strength) for strength in strengths}
     least = min(errors.values())
     return _SHARE * max(strength for strength, found in errors.items() if found <= _LEVEL * least)
+
+
+def directions(gram: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending eigenvalues (r) and eigenvectors (M, r) of the Gram matrix (M, M) of `images`.
+
+    With few images r is their number: all directions in which they have anything lie in the range of G, of which as
+    many products with random vectors are a basis (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Alg. 4.1).
+    """
+    if not 0 < images <= len(gram) // 2:
+        return torch.linalg.eigh(gram)
+    drawn = torch.randn(len(gram), images, dtype=gram.dtype, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(gram @ drawn.to(gram.device)).Q
+    values, vectors = torch.linalg.eigh(basis.T @ gram @ basis)
+    return values, basis @ vectors

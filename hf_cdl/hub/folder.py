@@ -122,7 +122,8 @@ def _alone(config: dict[str, Any], folder: Path, role: str) -> dict[str, Any]:
             f"{visible(folder)} was taught ({', '.join(taught)} in config.json), but its config does not tell how. "
             "Put the results.json or run.json of its run beside it, or name its run's folder."
         )
-    same = ("prompt", "head", "first_session", "lora", "patch_mean", "train_backbone", "save_backbone", "save_code")
+    same = ("prompt", "head", "first_session", "later_sessions", "lora", "patch_mean", "train_backbone")
+    same += ("save_backbone", "save_code")
     section = {key: config[key] for key in same if key in config and not key.startswith("save_")}
     section |= {"backbone": config.get("backbone_name") or "unknown", "revision": config.get("backbone_revision")}
     section["query"] = "one_pass" if config.get("query") == "one_pass" else "self"

@@ -36,13 +36,13 @@ def files_of(places: Sequence[Path]) -> list[str]:
     for place in places:
         if not place.exists():
             raise ValueError(f"There is no {visible(place)}. Give images, or folders of images.")
-        files = [file for file in image_files(place) if file.suffix not in _TABLES] if place.is_dir() else [place]
+        files = [file for file in image_files(place) if not file.endswith(_TABLES)] if place.is_dir() else [str(place)]
         if not files:
             raise ValueError(
                 f"The folder {visible(place)} has no image files, nor have those below it. Name another one; tables "
                 "of labelled images (parquet) are read by hf-cdl evaluate."
             )
-        found |= dict.fromkeys(map(str, files))
+        found |= dict.fromkeys(files)
     return [*found]
 
 

@@ -78,6 +78,7 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
         head = fitted_head(model, "correct labels of classes")
+        check_still(model, "correct labels")
         old = torch.tensor([_index(model, name) for name in before], device=model.device)
         if new:
             _begin(model, new)
@@ -112,6 +113,7 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     with _changing(model):
         if images is not None:
             head = fitted_head(model, "forget images of classes")
+            check_still(model, "forget images")
             found, _ = _encoded(model, images, [name] * len(images), processor)
             labels = torch.full((len(found.features),), index, device=model.device)
             model.accumulate(found, labels, sign=-1)
@@ -205,7 +207,7 @@ class _State:
 def _changing(model: Any, head: bool = True) -> Iterator[None]:
     """Restore the model if the change fails; otherwise keep what undoes it."""
     if model.session_head is not None:
-        raise ValueError("The model is in the middle of its first session; change it once the task has been learnt.")
+        raise ValueError("The model is in the middle of a session; change it once the task has been learnt.")
     if not model.tasks and head and model.config.first_session is not None:
         raise ValueError("The model's first session trains it on its first task; learn that with a CDLTrainer.")
     before = _State.of(model, head)
@@ -220,6 +222,16 @@ def _changing(model: Any, head: bool = True) -> Iterator[None]:
     finally:
         model.train(was_training)
     model._before_change = before
+
+
+def check_still(model: Any, what: str) -> None:
+    """Raise ValueError if features moved since images were learnt, so that what they left is not known exactly."""
+    if model.later is not None and len(model.tasks) > 1:
+        raise ValueError(
+            f"To {what} takes what images left in the sums out again, but this model's features moved in sessions "
+            "since (later_sessions), and its sums with them, so these images give other numbers now. A head with "
+            "sums: per_class can remove a class without its images."
+        )
 
 
 def fitted_head(model: Any, what: str) -> FittedHead:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_cdl.backbones import lora
 from hf_cdl.backbones.stored import (
@@ -31,6 +30,7 @@ from hf_cdl.backbones.stored import (
 )
 from hf_cdl.checked import said
 from hf_cdl.heads import Head
+from hf_cdl.models import small_checkpoints
 from hf_cdl.models.prompted_backbone import PromptedBackbone
 from hf_cdl.models.remote_code import put_code
 from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
@@ -79,7 +79,9 @@ class Checkpointed(PromptedBackbone):
         """
         bare = self._to_save()
         state = {name: value for name, value in bare.state_dict().items() if name not in bare._keys_to_ignore_on_save}
-        weights = revert_weight_conversion(bare, state)
+        theirs = {name: value for name, value in state.items() if name.partition(".")[0] in small_checkpoints.PARTS}
+        weights = {name: value for name, value in state.items() if name not in theirs}  # ours, which no family renames
+        weights |= revert_weight_conversion(bare, theirs)
         backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
         last = f".blocks.{len(self.config.tasks) - 1}."
         return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
@@ -109,7 +111,7 @@ class Checkpointed(PromptedBackbone):
             absent |= misnamed_parts(model.config, info)
             for kind in ("missing_keys", "unexpected_keys"):
                 info[kind] = {name for name in info[kind] if not _is_of(name, absent)}
-            check_complete(info, "It")
+            check_complete(info, "It", place)
             fetch_backbones(model, absent, **kwargs)
             check_weights(model._numbers(), "this checkpoint")
         model.freeze()
@@ -154,6 +156,5 @@ def _explained(place: Any) -> Iterator[None]:
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
             f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
-            f"{SAFE_WEIGHTS_NAME if place is None else named(place)} are there and whole; get them again if they were "
-            "cut short."
+            f"{named(place)} are there and whole; get them again if they were cut short."
         ) from error

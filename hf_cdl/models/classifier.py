@@ -80,7 +80,7 @@ class ImageClassifier(nn.Module):
         if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or is_ours(config):
             raise ValueError(f"'{folder}' holds a model of type '{config.model_type}', not an ordinary classifier.")
         model, info = load_weights(AutoModelForImageClassification, config, str(folder), revision)
-        check_complete(info, f"The checkpoint '{folder}'")
+        check_complete(info, f"The checkpoint '{folder}'", folder)
         loaded = cls(model)
         loaded.tasks, loaded.trained_tasks = [labels_of(loaded.config)], 1
         return loaded
@@ -144,6 +144,11 @@ class ImageClassifier(nn.Module):
         self.tasks = [list(class_names)]
         self.requires_grad_(False)
 
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """What a pass runs."""
+        return [self.model]
+
     def freeze(self) -> None:
         """Make everything trainable except parameters that never reach the output."""
         for name, parameter in self.named_parameters():
@@ -156,8 +161,11 @@ class ImageClassifier(nn.Module):
         """No learning-rate factors: everything trains at the full rate."""
         return {}
 
+    def later_session(self, task: int) -> None:
+        """No task has one."""
+
     def end_session(self) -> None:
-        """Do nothing: there is no first session."""
+        """Do nothing: there are no sessions."""
 
     def end_task(self) -> None:
         """Do nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,3 +23,18 @@ def asked_for(states: Any, asked: bool | list[int] | None) -> Any:
 def patch_means(states: Any, read: list[int], has_cls: bool) -> torch.Tensor | None:
     """Mean patch tokens (B, N, D) of the N hidden states that are read; None for none."""
     return torch.stack([states[number][:, int(has_cls) :].mean(dim=1) for number in read], dim=1) if read else None
+
+
+def image_tokens(
+    states: Any, unprompted: Callable[[int, torch.Tensor], torch.Tensor], skip: int
+) -> tuple[torch.Tensor | None, ...] | None:
+    """Hidden states of CLS and patches only; None for layers that were not requested.
+
+    `unprompted`: takes the prompts' tokens out of a state, by its number; `skip`: the family's own tokens behind CLS.
+    """
+    if states is None:
+        return None
+    found = [None if state is None else unprompted(number, state) for number, state in enumerate(states)]
+    if skip:
+        found = [None if state is None else torch.cat([state[:, :1], state[:, 1 + skip :]], dim=1) for state in found]
+    return tuple(found)

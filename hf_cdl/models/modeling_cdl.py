@@ -23,21 +23,21 @@ from hf_cdl.heads.standardise import Standardise
 from hf_cdl.labels import class_list
 from hf_cdl.models import changes
 from hf_cdl.models.changes import Change
-from hf_cdl.models.checkpointing import Checkpointed
-from hf_cdl.models.first_session import check_one_head, check_session
 from hf_cdl.models.input_checks import check_labels, check_pixels, check_task
 from hf_cdl.models.prompted_backbone import Encoded
 from hf_cdl.models.remote_code import check_code
+from hf_cdl.models.sessions import LearnsInSessions, check_one_head, check_session
 from hf_cdl.prompts import KDPrompt, PromptMapping, PromptPool
 from hf_cdl.types import CDLOutput
 
 
-class CDLForImageClassification(Checkpointed):
+class CDLForImageClassification(LearnsInSessions):
     """Image classifier that learns tasks sequentially.
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier blocks. The
     KD head, if there is one, reads the KD token, or CLS if prompts are mapped. With a fitted head everything else is
-    fixed, except in a first session: on the first task the rest trains with a temporary head until `end_session()`.
+    fixed, except in a session: on the first task, or with `later_sessions` on others too, the rest trains with a
+    temporary head until `end_session()`.
     Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
@@ -59,7 +59,7 @@ class CDLForImageClassification(Checkpointed):
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.trained_tasks = len(config.tasks)  # whose images it has seen: those of a checkpoint, or of a trainer
         self._before_change: Any = None
-        self.session_head: Head | None = None  # the head of a first session while it runs; never saved
+        self.session_head: Head | None = None  # the head of a session while it runs; never saved
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.patch_mean:
             check_patch_mean(config.backbone_config)
@@ -70,6 +70,7 @@ class CDLForImageClassification(Checkpointed):
             build_head(config.first_session, self.feature_size)
         check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
+        self.later = self.later_options()
         if config.lora is not None:
             adapters = build_fields(lora.LoraOptions, config.lora, "lora")
             config.lora = dataclasses.asdict(lora.add_adapters(self.backbone, adapters))
@@ -129,10 +130,6 @@ class CDLForImageClassification(Checkpointed):
         """Whether the head is fitted in one pass over a task's images instead of being trained."""
         return self.head.fitted
 
-    def trains(self, task: int) -> bool:
-        """Whether a loss trains anything in this task (from 0): a fitted head trains only in a first session."""
-        return not self.fitted or (self.config.first_session is not None and task == 0)
-
     def begin_task(self, class_names: list[str] | tuple[str, ...]) -> None:
         """Add a task (its classes, prompt block and head block) and freeze what earlier tasks learnt.
 
@@ -146,7 +143,7 @@ class CDLForImageClassification(Checkpointed):
         task = len(self.config.tasks) - 1
         self._grow(task, len(names))
         self._init_task(task)
-        if self.config.first_session is not None and task == 0:
+        if self.has_session(task):
             self.begin_session()
         self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
@@ -218,23 +215,6 @@ class CDLForImageClassification(Checkpointed):
         """Add images to the sums of the fitted head, or take them away; see FittedHead.accumulate."""
         self.head.accumulate(output.features, labels, taught, sign, output.layers)  # type: ignore[operator]
 
-    def begin_session(self) -> None:
-        """Create the first session's head and re-initialise any adapters; `freeze` then makes them trainable."""
-        first: Any = self.config.first_session
-        self.session_head = build_head(first, self.feature_size)
-        self.session_head.add_task(len(self.config.tasks[0]))
-        self._init_weights(self.session_head)
-        if self.config.lora is not None:
-            lora.reset_adapters(self.backbone)
-
-    def end_session(self) -> None:
-        """End the first session, if one is running: what it trained is now fixed, and `head` can be fitted."""
-        if self.session_head is not None:
-            self.session_head = None
-            if self.pool is not None:
-                self.pool.end_task()
-            self.freeze()
-
     def end_task(self) -> None:
         """Tell the pool and the heads that the newest task has been learnt."""
         for part in (None if self.config.first_session else self.pool, *self._heads()):
@@ -245,7 +225,7 @@ class CDLForImageClassification(Checkpointed):
         """Freeze everything but the newest blocks and what all tasks share (KD prompts, the scaffold).
 
         With `train_backbone` the backbone trains too, except for parameters that never reach the output. With a fitted
-        head nothing trains outside the first session.
+        head nothing trains outside a session.
         """
         self.requires_grad_(False)
         if self.fitted and self.session_head is None:
@@ -267,20 +247,14 @@ class CDLForImageClassification(Checkpointed):
             if part is not None:
                 part.requires_grad_(True)
 
-    def rates(self) -> dict[nn.Parameter, float]:
-        """Learning-rate factors of the parameters that train at a reduced rate in the newest task."""
-        if self.kd_prompt is None or len(self.tasks) == 1 or self.kd_prompt.config.later_rate == 1:
-            return {}
-        return dict.fromkeys(self.kd_prompt.parameters(), self.kd_prompt.config.later_rate)
-
     def _heads(self) -> list[Head]:
         """The heads currently in use."""
         head = self.head if self.session_head is None else self.session_head
         return [head] if self.kd_head is None else [head, self.kd_head]
 
     def _prompts(self, task: int) -> list[PromptPool | PromptMapping]:
-        """The prompts that get a block for this task: none after a first session."""
-        parts = [] if task and self.config.first_session is not None else [self.pool, self.mapping]
+        """The prompts that get a block for this task: with a fitted head, only if it has a session."""
+        parts = [self.pool, self.mapping] if self.config.first_session is None or self.has_session(task) else []
         return [part for part in parts if part is not None]
 
     def _grow(self, task: int, num_classes: int) -> None:
@@ -383,6 +357,8 @@ class CDLForImageClassification(Checkpointed):
         """The heads' output for an encoded batch."""
         head, known = self._heads()[0], None
         logits = head(found.features)
+        if self.session_head is not None:  # it tells the newest task's classes alone
+            logits = F.pad(logits, (self.num_labels - logits.shape[1], 0), value=-torch.inf)
         if found.layers is not None:
             known = head.how_known(found.features, found.layers, logits)
         kd_features: Any = None

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from hf_cdl.backbones import families
+from hf_cdl.backbones.last_layer import tokens_read
 from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.heads.known import layers_read
-from hf_cdl.models.hidden_states import asked_for, patch_means, with_read
+from hf_cdl.models.hidden_states import asked_for, image_tokens, patch_means, with_read
 from hf_cdl.models.input_checks import check_attention
-from hf_cdl.models.query_view import to_query_view
+from hf_cdl.models.query_view import check_query, to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
 from hf_cdl.prompts.one_pass import OnePass
 from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
@@ -71,8 +72,9 @@ class PromptedBackbone(PreTrainedModel):
         self._build_prompts(config)
         if config.query == "one_pass" or self.num_tokens:
             for number, layer in enumerate(families.layers(self.backbone)):
-                layer.register_forward_pre_hook(functools.partial(self._enter_layer, number), with_kwargs=True)
-        self._check_query(config)
+                hook = functools.partial(self._enter_layer, number)
+                layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        check_query(config, self.pool is not None and self.pool.needs_query, self.needs_query)
         self._with_token = False
         self.set_attn_implementation(config._attn_implementation or "sdpa")
 
@@ -105,23 +107,6 @@ class PromptedBackbone(PreTrainedModel):
             )
         if self.kd_prompt is not None and self.mapping is not None:
             raise ValueError("KD prompts and a prompt mapping both train the KD head; give the model one of them.")
-
-    def _check_query(self, config: CDLConfig) -> None:
-        """Raise ValueError for settings of a query that nothing would read."""
-        own = self.pool is not None and self.pool.needs_query
-        if config.query == "one_pass" and not own:
-            raise ValueError(
-                f"query is one_pass, but prompts of type {config.prompt['type']} read no query. Set query two_pass, "
-                "the default (from_pretrained takes it too), or give prompts that read one."
-            )
-        if config.query == "one_pass" and self.query_backbone is not None:
-            raise ValueError("A one-pass query comes from the model's own tokens; leave out the query backbone.")
-        given = [name for name in ("query_config", "query_view") if getattr(config, name) is not None]
-        if given and not self.needs_query and not own:
-            raise ValueError(
-                f"{' and '.join(given)} would have no effect: prompts of type {config.prompt['type']} read no query. "
-                "Leave the query backbone (query_name) and its view out, or give prompts that read one."
-            )
 
     def _mapping(self, options: MappingConfig, query_size: int, tasks: int = 0) -> PromptMapping:
         made = PromptMapping(options, self._teacher_pool(query_size), *self.shape)
@@ -156,6 +141,11 @@ class PromptedBackbone(PreTrainedModel):
     def base_model(self) -> nn.Module:
         """The backbone, defined here in place of base_model_prefix."""
         return self.backbone
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The backbones that a pass runs."""
+        return [part for part in (self.backbone, self.query_backbone) if part is not None]
 
     @property
     def num_tokens(self) -> int:
@@ -200,7 +190,8 @@ class PromptedBackbone(PreTrainedModel):
         backbone = self.backbone if self.query_backbone is None else self.query_backbone
         if self.config.query_view is not None:
             pixel_values = to_query_view(pixel_values, **self.config.query_view)
-        return families.pool(backbone, self._run(backbone, pixel_values).last_hidden_state)
+        read = tokens_read(backbone, None)
+        return families.pool(backbone, self._run(backbone, pixel_values, read=read).last_hidden_state)
 
     def _encode(
         self,
@@ -224,15 +215,18 @@ class PromptedBackbone(PreTrainedModel):
         two_pass = self.config.query != "one_pass"
         prefix, loss = self._prefixes(query, task_id, labelled) if two_pass else (one_pass, None)
         read = layers_read(self.shape.num_layers) if reads_layers else []
-        more = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        more: dict[str, Any] = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        more["read"] = self._tokens_read(more["output_hidden_states"], output_attentions)
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **more)
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
-        hidden, token = self._take_token(self._cut_tokens(found.last_hidden_state))
+        last = found.last_hidden_state
+        hidden, token = self._take_token(self._cut_tokens(last) if more["read"] is None else last)
         features = families.pool(self.backbone, hidden)
         if self.config.patch_mean:
             features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
-        shown = self._image_tokens(found.hidden_states)
+        skip = families.num_extra_tokens(self.backbone.config)
+        shown = image_tokens(found.hidden_states, self._unprompted, skip)
         return Encoded(
             features=features,
             token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
@@ -243,6 +237,14 @@ class PromptedBackbone(PreTrainedModel):
             attentions=found.attentions,
             layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )
+
+    def _tokens_read(self, states: Any, attentions: bool | None) -> tuple[int, ...] | None:
+        """Indices of the tokens that are read of the last layer, in its sequence; None for all of them."""
+        if self.config.patch_mean or attentions:
+            return None
+        at = families.family(self.backbone.config).token_at
+        token = None if self.kd_prompt is None else at + (self.num_tokens if at >= 0 else 0)
+        return tokens_read(self.backbone, token, states)
 
     def _prefixes(
         self, query: torch.Tensor | None, task_id: int | None, labelled: int | None = None
@@ -362,22 +364,11 @@ class PromptedBackbone(PreTrainedModel):
         at = self._token_index(sequence.shape[1])
         return torch.cat([sequence[:, :at], sequence[:, at + 1 :]], dim=1), sequence[:, at]
 
-    def _image_tokens(self, hidden_states: Any) -> tuple[torch.Tensor | None, ...] | None:
-        """Hidden states of CLS and patches only; None for layers that were not requested."""
-        if hidden_states is None:
-            return None
-        skip = families.num_extra_tokens(self.backbone.config)
-
+    def _unprompted(self, number: int, sequence: torch.Tensor) -> torch.Tensor:
+        """Hidden state `number` without tokens of ours."""
         # transformers records the first state when the first layer has its tokens, the others when a layer ends
         first = self.pool is not None and 0 in self.pool.layers
-
-        def image_tokens(number: int, sequence: torch.Tensor) -> torch.Tensor:
-            sequence, _ = self._take_token(self._cut_tokens(sequence, number or (None if first else 0)))
-            return torch.cat([sequence[:, :1], sequence[:, 1 + skip :]], dim=1) if skip else sequence
-
-        return tuple(
-            None if state is None else image_tokens(number, state) for number, state in enumerate(hidden_states)
-        )
+        return self._take_token(self._cut_tokens(sequence, number or (None if first else 0)))[0]
 
     def _token_index(self, length: int) -> int:
         return families.family(self.backbone.config).token_at % length

@@ -85,9 +85,12 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """
     at_once = len(earlier) > _ONE_BY_ONE
     left = draws - (draws @ earlier.T / earlier.square().sum(dim=1).clamp_min(1e-24)) @ earlier if at_once else draws
+    for row in () if at_once else earlier:  # of all draws together
+        along = torch.stack([draw @ row for draw in draws]) / (row @ row).clamp_min(1e-24)
+        left = left - along[:, None] * row
     found: list[torch.Tensor] = []
     for draw, new in zip(draws, left, strict=True):
-        for row in [*found] if at_once else [*earlier, *found]:
+        for row in [*found]:
             new = new - (draw @ row) / (row @ row).clamp_min(1e-24) * row
         found.append(new if new.norm() > 1e-6 * draw.norm() else draw)
     return F.normalize(torch.stack(found), dim=-1)

@@ -132,6 +132,7 @@ def _build(
         prompt=section.prompt,
         head=section.head,
         first_session=section.first_session,
+        later_sessions=section.later_sessions,
         query="one_pass" if section.query == "one_pass" else "two_pass",
         kd_prompt=section.kd_prompt,
         mapping=section.mapping,
@@ -161,6 +162,8 @@ def check_classes(recipe: Recipe, models: Models, tasks: Sequence[Sequence[str]]
         if section.train is None and not model.tasks:
             with about(role, section):
                 model.use_as_is(tasks[0])
+        elif section.train is None:
+            model.requires_grad_(False)  # loaded from its checkpoint: still used as it is
 
 
 def build_objective(recipe: Recipe, role: str, models: Models) -> Objective:
@@ -188,7 +191,9 @@ def labels(recipe: Recipe) -> dict[str, str]:
         prompt, head = str(section.prompt["type"]), f"{section.head['type']} head"
         learns = "LoRA" if section.lora is not None else head if prompt == "none" else prompt
         name = "fine-tuned" if section.train_backbone else learns
-        return name if section.first_session is None else f"{name} on the first task, {head}"
+        if section.first_session is None:
+            return name
+        return f"{name} {'on the first task' if section.later_sessions is None else 'in sessions'}, {head}"
 
     terms = "".join(f" + {fields['type']}" for fields in recipe.distill)
     return {

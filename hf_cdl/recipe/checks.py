@@ -13,89 +13,25 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_cdl.distill import TERMS, Term
-from hf_cdl.distill.objective import Asks
+from hf_cdl.distill import TERMS
 from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe.fields import BASELINES, RECOMMENDED, ModelRecipe, Recipe
 from hf_cdl.recipe.training import training_problems
-from hf_cdl.recipe.type_checks import default_of
-from hf_cdl.registry import Registry
+from hf_cdl.recipe.written import DEFAULTS, Written, WrittenTerm, heads, is_fitted, registered
 from hf_cdl.training.arguments.table import IN_PASSES
 
-
-def _known(registry: Registry[Any], section: Any) -> Any:
-    """The class that a `{type: ..., fields}` section names; None if there is no such class."""
-    kind = section.get("type") if isinstance(section, dict) else None
-    return registry.get(kind) if isinstance(kind, str) else None
-
-
-def _fitted(head: Any) -> bool:
-    known = _known(HEADS, head)
-    return known is not None and known.fitted
-
-
-def _heads(fitted: bool) -> list[str]:
-    return [name for name, head in HEADS.items() if head.fitted == fitted]
-
-
-_DEFAULTS = {f.name: default_of(f) for f in dataclasses.fields(ModelRecipe)}
 _PUSHED = {"push_teacher": False, "hub_private_repo": True, "hub_strategy": "every_task"}
 """How a run is pushed, with the defaults; where to is also asked of a run that is not pushed yet."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """A model's section as written."""
-
-    role: str
-    section: dict[str, Any]
-
-    def part(self, name: str) -> dict[str, Any]:
-        """A `{type: ..., fields}` section."""
-        value = self.section.get(name)
-        return value if isinstance(value, dict) else _DEFAULTS[name] or {}
-
-    def has(self, name: str) -> bool:
-        return self.section.get(name) is not None
-
-    @property
-    def prompted(self) -> bool:
-        return self.part("prompt").get("type") != "none"
-
-    @property
-    def trains(self) -> bool:
-        return self.section.get("train_backbone") is True
-
-    @property
-    def plain(self) -> bool:
-        return self.section.get("model") == "classifier"
-
-    @property
-    def ready(self) -> bool:
-        return "train" in self.section and self.section["train"] is None
-
-    @property
-    def asks(self) -> Asks:
-        pool = _known(PROMPTS, self.section.get("prompt"))
-        return Asks(pool is not None, self.section.get("query", "student") if pool and pool.needs_query else None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Term:
-    """A registered distillation term, and its name in messages."""
-
-    name: str
-    kind: type[Term]
-
-
 def broken_rules(content: dict[str, Any]) -> Iterator[str]:
     """Yield the problems between the fields of a recipe as written."""
-    models = {r: _Model(r, content[r]) for r in ("teacher", "student") if isinstance(content.get(r), dict)}
+    models = {r: Written(r, content[r]) for r in ("teacher", "student") if isinstance(content.get(r), dict)}
     terms = [
-        _Term(f"'distill.{number}' ({term['type']})", known)
+        WrittenTerm(f"'distill.{number}' ({term['type']})", known)
         for number, term in enumerate(_terms(content))
-        if (known := _known(TERMS, term)) is not None
+        if (known := registered(TERMS, term)) is not None
     ]
     if isinstance(content.get("data"), dict) and content["data"].get("path") is None:
         yield "'data.path' is missing"
@@ -125,14 +61,14 @@ def student_parts(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The parts that the terms require of the student, with defaults."""
     parts: dict[str, dict[str, Any]] = {}
     for term in _terms(content):
-        if (known := _known(TERMS, term)) is not None:
+        if (known := registered(TERMS, term)) is not None:
             parts = {**known.student_parts, **parts}
     return parts
 
 
-def _term_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[_Term]) -> Iterator[str]:
+def _term_rules(content: dict[str, Any], models: dict[str, Written], terms: list[WrittenTerm]) -> Iterator[str]:
     parts: dict[str, dict[str, Any]] = {}
-    student, teacher = models.get("student", _Model("student", {})).asks, models.get("teacher")
+    student, teacher = models.get("student", Written("student", {})).asks, models.get("teacher")
     for term in terms:
         for part, defaults in term.kind.student_parts.items():
             if parts.setdefault(part, defaults) != defaults:
@@ -150,27 +86,20 @@ def _term_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[
         yield f"the terms want {' and '.join(parts)}, which both train the student's KD head; keep one term"
 
 
-def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+def _unlabelled_rules(content: dict[str, Any], models: dict[str, Written]) -> Iterator[str]:
     """Images without labels need a teacher, a term that learns from them, and a student that trains."""
     data = content.get("data")
     data = data if isinstance(data, dict) else {}
-    terms = [(n, term, known) for n, term in enumerate(_terms(content)) if (known := _known(TERMS, term)) is not None]
+    listed = [(number, term, registered(TERMS, term)) for number, term in enumerate(_terms(content))]
+    terms = [(number, term, known) for number, term, known in listed if known is not None]
     if data.get("unlabelled") is None:
-        for name, default in (("unlabelled_split", None), ("unlabelled_ratio", 1)):
-            if data.get(name, default) != default:
-                yield f"'data.{name}' would have no effect, since there is no 'data.unlabelled'; leave it out"
-        for number, term, known in terms:
-            marked = [f for f in dataclasses.fields(known.config_class) if f.metadata.get("unlabelled")]
-            idle = [f.name for f in marked if term.get(f.name, f.default) != f.default]
-            for name in ["type"] if known.needs_unlabelled else idle:
-                yield (
-                    f"'distill.{number}.{name}' {term[name]} is about images without labels; name some in "
-                    "'data.unlabelled', or leave it out"
-                )
+        yield from _idle_without_images(data, terms, models)
         return
     able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
+    if any(_anchors(model) != "task" for model in models.values()):
+        return  # they tell how features moved
     student, why = models.get("student"), None
-    if student and _fitted(student.part("head")) and student.section.get("first_session") is None:
+    if student and is_fitted(student.part("head")) and student.section.get("first_session") is None:
         why = "the student's head is fitted without training"
     elif content.get("teacher") is None:
         why = "there is no teacher, who teaches on these images"
@@ -186,7 +115,7 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, _Model]) -> Ite
         )
 
 
-def _foreign_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+def _foreign_rules(content: dict[str, Any], models: dict[str, Written]) -> Iterator[str]:
     """Foreign images are measured by heads that say how known an image is."""
     data, tells = content.get("data"), RECOMMENDED in (content.get("baselines") or ())
     tells = tells or any(model.part("head").get("known") is not None for model in models.values())
@@ -195,20 +124,20 @@ def _foreign_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterat
         yield f"'data.foreign' would have no effect: {why}"
 
 
-def _head_rules(model: _Model, has_teacher: bool) -> Iterator[str]:
+def _head_rules(model: Written, has_teacher: bool) -> Iterator[str]:
     head = model.part("head")
-    if (known := _known(HEADS, head)) is not None:
+    if (known := registered(HEADS, head)) is not None:
         for name, what in known.check_recipe(head, model.role == "student" and has_teacher):
             yield f"'{model.role}.head.{name}' {what}"
 
 
-def _prompt_rules(model: _Model) -> Iterator[str]:
+def _prompt_rules(model: Written) -> Iterator[str]:
     """What the pool asks of its fields, and a query only where something reads it."""
-    pool, prompt, query = _known(PROMPTS, model.part("prompt")), model.part("prompt"), model.section.get("query")
+    pool, prompt, query = registered(PROMPTS, model.part("prompt")), model.part("prompt"), model.section.get("query")
     if pool is not None:
         for name, what in pool.check_recipe(prompt, model.role):
             yield f"'{model.role}.prompt.{name}' {what}"
-    default = (None, _DEFAULTS["query"], *(["self"] if model.role == "student" else []))  # the same for a student
+    default = (None, DEFAULTS["query"], *(["self"] if model.role == "student" else []))  # the same for a student
     if model.plain or query in default or (pool is None and model.prompted):
         return  # an unknown type is another problem
     if pool is None or not pool.needs_query:
@@ -219,7 +148,7 @@ def _prompt_rules(model: _Model) -> Iterator[str]:
         )
 
 
-def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
+def _learning_rules(model: Written, content: dict[str, Any]) -> Iterator[str]:
     """Only one of prompts, adapters and backbone learns; adapters only in a first session, which no KD head has."""
     role = model.role
     if model.trains and model.prompted:
@@ -235,7 +164,7 @@ def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
     if model.has("lora") and not model.has("first_session"):
         yield (
             f"'{role}.lora' learns on the first task alone; set '{role}.first_session' to a trained head, as "
-            f"{{type: {_heads(False)[0]}}}, and head to a fitted one, as {{type: {_heads(True)[0]}}}"
+            f"{{type: {heads(False)[0]}}}, and head to a fitted one, as {{type: {heads(True)[0]}}}"
         )
     if content.get("save_code") is True:
         for part, registry in (("prompt", PROMPTS), ("head", HEADS), ("first_session", HEADS)):
@@ -246,24 +175,55 @@ def _learning_rules(model: _Model, content: dict[str, Any]) -> Iterator[str]:
                 )
 
 
-def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iterator[str]:
+def _idle_without_images(data: dict[str, Any], terms: list[Any], models: dict[str, Written]) -> Iterator[str]:
+    """What is about images without labels, of a recipe that names none."""
+    for role, model in models.items():
+        if (anchors := _anchors(model)) != "task":
+            yield (
+                f"'{role}.later_sessions.anchors' {anchors} are images without labels; name some in "
+                "'data.unlabelled', or take the task's own: task"
+            )
+    for name, default in (("unlabelled_split", None), ("unlabelled_ratio", 1)):
+        if data.get(name, default) != default:
+            yield f"'data.{name}' would have no effect, since there is no 'data.unlabelled'; leave it out"
+    for number, term, known in terms:
+        marked = [f for f in dataclasses.fields(known.config_class) if f.metadata.get("unlabelled")]
+        idle = [f.name for f in marked if term.get(f.name, f.default) != f.default]
+        for name in ["type"] if known.needs_unlabelled else idle:
+            yield (
+                f"'distill.{number}.{name}' {term[name]} is about images without labels; name some in "
+                "'data.unlabelled', or leave it out"
+            )
+
+
+def _anchors(model: Written) -> Any:
+    """On which images a model's later sessions see how features moved."""
+    return model.part("later_sessions").get("anchors", "task")
+
+
+def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) -> Iterator[str]:
     """With a fitted head, nothing is trained except in a first session. `listed`: the recipe's terms, known or not."""
     role, head, first = model.role, model.part("head"), model.section.get("first_session")
     learns = model.prompted or model.trains or model.has("lora")
     if first is None:
-        if _fitted(head) and (learns or (role == "student" and listed)):
+        if model.has("later_sessions"):
+            yield (
+                f"'{role}.later_sessions' go on from a first one; set '{role}.first_session' to a trained head, as "
+                f"{{type: {heads(False)[0]}}}, or leave them out"
+            )
+        if is_fitted(head) and (learns or (role == "student" and listed)):
             yield (
                 f"'{role}.head.type' {head['type']} is fitted without training: prompts, backbone and terms can learn "
                 f"on the first task alone. Set '{role}.first_session' to a trained head, as "
-                f"{{type: {_heads(False)[0]}}}; or prompt.type none, train_backbone false and distill []"
+                f"{{type: {heads(False)[0]}}}; or prompt.type none, train_backbone false and distill []"
             )
         return
-    if _fitted(first):
-        yield f"'{role}.first_session.type' {first['type']} is not trained; use one of {', '.join(_heads(False))}"
-    if not _fitted(head):
+    if is_fitted(first):
+        yield f"'{role}.first_session.type' {first['type']} is not trained; use one of {', '.join(heads(False))}"
+    if not is_fitted(head):
         yield (
             f"'{role}.first_session' is set, but '{role}.head.type' {head.get('type')} is not fitted after it; use "
-            f"one of {', '.join(_heads(True))}, or leave first_session out"
+            f"one of {', '.join(heads(True))}, or leave first_session out"
         )
     if not learns:
         yield f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone"
@@ -275,7 +235,7 @@ def _session_rules(model: _Model, terms: list[_Term], listed: list[Any]) -> Iter
             )
 
 
-def _part_rules(model: _Model, asked: dict[str, Any]) -> Iterator[str]:
+def _part_rules(model: Written, asked: dict[str, Any]) -> Iterator[str]:
     """Parts that terms train belong to a student, with a term that trains them."""
     for part in dict.fromkeys(part for term in TERMS.values() for part in term.student_parts):
         if model.has(part) and model.role == "teacher":
@@ -285,12 +245,12 @@ def _part_rules(model: _Model, asked: dict[str, Any]) -> Iterator[str]:
             yield f"'student.{part}' is set, but no term of 'distill' trains it; add one of: {able}"
 
 
-def _classifier_rules(model: _Model) -> Iterator[str]:
+def _classifier_rules(model: Written) -> Iterator[str]:
     """A classifier has none of a cdl model's parts, and only a classifier may be used without training."""
     role, section = model.role, model.section
     if model.plain:
         for f in dataclasses.fields(ModelRecipe):
-            if not f.metadata["classifier"] and section.get(f.name, _DEFAULTS[f.name]) != _DEFAULTS[f.name]:
+            if not f.metadata["classifier"] and section.get(f.name, DEFAULTS[f.name]) != DEFAULTS[f.name]:
                 yield f"'{role}.{f.name}': a model: classifier has none; leave it out"
     elif section.get("pretrained") is False:
         yield f"'{role}.pretrained' is false, but only a model: classifier starts from random weights"
@@ -298,7 +258,7 @@ def _classifier_rules(model: _Model) -> Iterator[str]:
         yield f"'{role}.train' is null, but only a teacher that is a model: classifier is used as it is"
 
 
-def _teacher_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+def _teacher_rules(content: dict[str, Any], models: dict[str, Written]) -> Iterator[str]:
     teacher, taken = models.get("teacher"), content.get("teacher_from") is not None
     if taken and content.get("teacher") is None:
         yield "'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does"
@@ -308,7 +268,7 @@ def _teacher_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterat
         yield "'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance"
 
 
-def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list[_Term]) -> Iterator[str]:
+def _plain_rules(content: dict[str, Any], models: dict[str, Written], terms: list[WrittenTerm]) -> Iterator[str]:
     """A classifier gives only logits and no queries; as a student it has no baselines and no KD head."""
     plain = {role for role, model in models.items() if model.plain}
     able = ", ".join(
@@ -329,7 +289,7 @@ def _plain_rules(content: dict[str, Any], models: dict[str, _Model], terms: list
             yield "'teacher.query' is student, but a model: classifier answers no queries; set it to self"
 
 
-def _saving_rules(content: dict[str, Any], models: dict[str, _Model]) -> Iterator[str]:
+def _saving_rules(content: dict[str, Any], models: dict[str, Written]) -> Iterator[str]:
     """How checkpoints are saved is said of cdl models."""
     if models and all(model.plain for model in models.values()):
         for name, default in (("save_backbone", True), ("save_code", False)):
@@ -360,7 +320,7 @@ def idle_arguments(recipe: Recipe) -> list[str]:
     """Training arguments that have no effect, because the heads they apply to are fitted, not trained by a loss."""
     sections = {"teacher": recipe.teacher, "student": recipe.student}
     trained = {role for role, section in sections.items() if section is not None and trains(section)}
-    trained |= {"student"} if any(not _fitted(BASELINES[name]) for name in recipe.baselines) else set()
+    trained |= {"student"} if any(not is_fitted(BASELINES[name]) for name in recipe.baselines) else set()
     given = {
         f"{role}.train": section.train or {} for role, section in sections.items() if section and role not in trained
     }
@@ -372,7 +332,7 @@ def idle_arguments(recipe: Recipe) -> list[str]:
 def trains(section: ModelRecipe) -> bool:
     if section.model == "classifier":
         return section.train is not None
-    return section.first_session is not None or not _fitted(section.head)
+    return section.first_session is not None or not is_fitted(section.head)
 
 
 def without_effect(recipe: Recipe) -> Iterator[str]:

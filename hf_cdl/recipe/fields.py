@@ -11,6 +11,7 @@ from hf_cdl.backbones.lora import LoraOptions
 from hf_cdl.data import StreamConfig
 from hf_cdl.distill import TERMS
 from hf_cdl.heads import HEADS
+from hf_cdl.models.sessions import LaterSessions
 from hf_cdl.prompts import PROMPTS, KDPromptConfig, MappingConfig
 from hf_cdl.recipe.training import PLACES, training
 from hf_cdl.recipe.type_checks import fields_of, method
@@ -55,11 +56,16 @@ class ModelRecipe:
     prompt: Prompt = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: Head = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
     first_session: Head | None = _help(
-        "Trained head with which prompts, adapters or backbone learn on the first task alone; then `head` is fitted.",
+        "Trained head with which prompts, adapters or backbone learn on the first task; then `head` is fitted.",
+        default=None,
+    )
+    later_sessions: Annotated[dict[str, Any], fields_of(LaterSessions)] | None = _help(
+        "How they go on learning in later tasks, each with a new such head: fields of it ({}: the defaults); null: "
+        "they learn on the first task alone.",
         default=None,
     )
     lora: Annotated[dict[str, Any], fields_of(LoraOptions)] | None = _help(
-        "Low-rank adapters (LoRA) on the backbone: fields of it; they learn on the first task alone.", default=None
+        "Low-rank adapters (LoRA) on the backbone: fields of it; they learn in sessions alone.", default=None
     )
     kd_prompt: Annotated[dict[str, Any], fields_of(KDPromptConfig)] | None = _help(
         "KD token and prompts; set by the terms that use them.", default=None

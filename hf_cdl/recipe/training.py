@@ -50,6 +50,8 @@ def training_problems(content: dict[str, Any], role: str) -> Iterator[str]:
     if found := CDLTrainingArguments.problems(values):
         yield from (f"'{places.get(name, f'{role}.train.{name}')}' {what}" for name, what in found)
         return
+    if values.get("shard_teacher") and content.get("teacher") is None:
+        yield f"'{places['shard_teacher']}' is true, but 'teacher' is null; leave it out"
     try:
         CDLTrainingArguments(output_dir="work", **values)
     except (ValueError, TypeError) as error:

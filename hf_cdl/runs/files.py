@@ -10,6 +10,7 @@ import errno
 import functools
 import hashlib
 import json
+import marshal
 import os
 import platform
 import re
@@ -34,6 +35,7 @@ CHECKPOINT = re.compile(
     r"|adapter/adapter_config\.json|adapter/adapter_model\.safetensors"
 )
 """The files of a checkpoint, none of which contains code or pickles."""
+_DEEPEST_LINES = 3
 PACKAGES = ("hf-cdl", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate", "huggingface-hub")
 
 
@@ -80,9 +82,32 @@ def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
             raise
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    write_whole(file, lambda path: path.write_text(json.dumps(content, indent=1)))
+def write_json(file: Path, content: Any, known: dict[bytes, str] | None = None) -> None:
+    """Write a JSON file atomically; `known`: lines of it that were written before, for one that grows."""
+    write_whole(file, lambda path: path.write_text(lines(content, {} if known is None else known)))
+
+
+def lines(content: Any, known: dict[bytes, str], depth: int = 0) -> str:
+    """JSON with a line for each entry of what holds other containers, down to the entries of a role.
+
+    `json.dumps` with an indent does not use its encoder in C. Lines that are in `known`, by their content, are not
+    encoded again: most of a ledger says what was measured after earlier tasks.
+    """
+    parts = [*content.values()] if isinstance(content, dict) else content
+    if depth == _DEEPEST_LINES or not isinstance(content, dict | list) or not _holds_containers(parts):
+        try:
+            key = marshal.dumps(content, 2)  # version 2 says the same of equal content, however it is held in memory
+        except ValueError:  # a subclass, such as NumPy's float64
+            return json.dumps(content)
+        return known.get(key) or known.setdefault(key, json.dumps(content))
+    names = [f"{json.dumps(name)}: " for name in content] if isinstance(content, dict) else [""] * len(parts)
+    each = [name + lines(part, known, depth + 1) for name, part in zip(names, parts, strict=True)]
+    first, last = "{}" if isinstance(content, dict) else "[]"
+    return f"{first}\n" + ",\n".join(f"{' ' * (depth + 1)}{one}" for one in each) + f"\n{' ' * depth}{last}"
+
+
+def _holds_containers(parts: Any) -> bool:
+    return any(isinstance(part, dict | list) for part in parts)
 
 
 PARTIAL = ".partial"

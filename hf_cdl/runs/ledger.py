@@ -36,6 +36,7 @@ class _Entry(TypedDict):
     class_accuracy: NotRequired[dict[str, float]]
     choices: NotRequired[dict[str, float]]
     known: NotRequired[dict[str, float]]
+    drift: NotRequired[dict[str, float]]
     train_seconds: NotRequired[float]
     eval_seconds: NotRequired[float]
     images_per_second: NotRequired[float]
@@ -82,7 +83,8 @@ class _Ledger(TypedDict):
     `files`: fingerprints of stored files, by path in the folder. `images`: split -> image counts per class, in stream
     order. `unlabelled`: number of images without labels, and the terms that learn from them. `plugins`: SHA-256 of the
     recipe's plugins, by their path there; older versions did not store it. `settings`: by role, what its learning
-    depends on (see settings.py).
+    depends on (see settings.py). `bad_image`: (split, row, bytes) of the one that stopped the run, until
+    it goes on; `started_on`: the stream's fingerprint at the start, if such an image was mended since.
     """
 
     recipe: dict[str, Any]
@@ -101,6 +103,8 @@ class _Ledger(TypedDict):
     origin: NotRequired[_Origin]
     changes: NotRequired[list[_Change]]
     settings: NotRequired[dict[str, dict[str, Any]]]
+    bad_image: NotRequired[Annotated[tuple[str, int, int], Strict(False)]]
+    started_on: NotRequired[str]
 
 
 _LEDGER = TypeAdapter(_Ledger)
@@ -110,6 +114,14 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
     """The ledger of a run that has learnt nothing yet."""
     start = {"stream": None, "class_names": [], "entries": {}, "finished": False, "files": {}}
     return {"format": FORMAT, "recipe": recipe, "versions": versions(), **start}
+
+
+def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stored recipe must stay while a run goes on: not its card, nor how its images are checked."""
+    kept, data = {key: value for key, value in recipe.items() if key != "card"}, recipe.get("data")
+    if isinstance(data, Mapping):
+        kept["data"] = {key: value for key, value in data.items() if key != "check"}
+    return kept
 
 
 def plugin_hashes(files: Any) -> dict[str, str]:

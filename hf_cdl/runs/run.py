@@ -36,6 +36,7 @@ from hf_cdl.runs.ledger import (
     check_plugins,
     data_changes,
     differences,
+    lasting,
     new_ledger,
     plugin_hashes,
     read_ledger,
@@ -75,6 +76,7 @@ class Run:
         self.recipe = json.loads(json.dumps(recipe))  # as it will be read back
         self.writer, self.complete, self.say = writer, complete, say
         self.ledger: dict[str, Any] = new_ledger(self.recipe)
+        self._lines: dict[bytes, str] = {}  # of run.json, as written before
         self._made: list[Path] = []  # folders and files that did not exist before
         self._lock = FileLock(self.folder / ".lock", is_singleton=True)  # one per process
         self._open()
@@ -118,12 +120,9 @@ class Run:
             there = (self.folder / "run.json").exists()
         if not there:
             ours = {".lock", ".run.json.partial"}  # left by a kill before the ledger was written
-            used = self.folder.exists() and (
-                not self.folder.is_dir() or any(path.name not in ours for path in self.folder.iterdir())
-            )
-            if used and self.writer and not self.folder.is_dir():
+            if self.writer and self.folder.exists() and not self.folder.is_dir():
                 raise RunError(f"{self.folder} is a file; choose another folder with --output_dir FOLDER.")
-            if used and self.writer:
+            if self.writer and self.folder.exists() and any(path.name not in ours for path in self.folder.iterdir()):
                 raise RunError(
                     f"{self.folder} is not empty and holds no run (no run.json). Nothing in it was touched; choose "
                     "another folder with --output_dir FOLDER."
@@ -131,7 +130,7 @@ class Run:
             return
         ledger = {"files": {}, **read_ledger(self.folder), "format": FORMAT}
         known, entries = ledger["recipe"], ledger["entries"]
-        old, new = ({**recipe, "card": None} for recipe in (self._completed(known), self.recipe))
+        old, new = (lasting(recipe) for recipe in (self._completed(known), self.recipe))
         changes = list(differences(old, new))
         learnt = any(len(of_role) > ledger.get("origin", {}).get("tasks", 0) for of_role in entries.values())
         learnt = learnt or any(self.folder.glob("work/*/checkpoint-*"))
@@ -178,13 +177,15 @@ class Run:
         class_names: list[list[str]],
         images: Mapping[str, list[int]] | None = None,
         unlabelled: Mapping[str, Any] | None = None,
+        before: str | None = None,
     ) -> None:
         """Bind the run to its stream. Raises RunError, naming what changed, if it was started on other data.
 
         `images`: split -> image counts per class, in stream order. `unlabelled`: the number of `images` without
-        labels, and the `terms` that learn from them.
+        labels, and the `terms` that learn from them. `before`: the stream's fingerprint before the bad image that had
+        stopped the run was mended.
         """
-        if self.started and self.ledger["stream"] != fingerprint:
+        if self.started and self.ledger["stream"] not in (fingerprint, before):
             changes = data_changes(self.ledger, class_names, images or {}, (unlabelled or {}).get("images", 0))
             raise RunError(
                 f"The data changed since {self.folder} was started (stream {self.ledger['stream']}, now "
@@ -192,10 +193,17 @@ class Run:
                 "--output_dir FOLDER. New classes alone can be learnt on top of it: see hf-cdl add."
             )
         if not self.finished:
+            if self.started and self.ledger["stream"] != fingerprint:
+                self.ledger.setdefault("started_on", before)
+            self.ledger.pop("bad_image", None)
+            known = {"images": images, "unlabelled": unlabelled}.items()
+            self.ledger.update({name: dict(value) for name, value in known if value is not None})
             self.ledger.update(stream=fingerprint, class_names=class_names)
-            self.ledger.update({} if images is None else {"images": dict(images)})
-            self.ledger.update({} if unlabelled is None else {"unlabelled": dict(unlabelled)})
             self._write_ledger()
+
+    def stopped_by(self, image: tuple[str, int, int]) -> None:
+        """Note, in the process that met it, a bad image (split, row, bytes): with this one mended, the run goes on."""
+        write_json(self.folder / "run.json", {**self.ledger, "bad_image": image})
 
     # ---- tasks learnt elsewhere ----
 
@@ -400,4 +408,4 @@ class Run:
 
     def _write_ledger(self) -> None:
         if self.writer:
-            write_json(self.folder / "run.json", self.ledger)
+            write_json(self.folder / "run.json", self.ledger, self._lines)

@@ -99,9 +99,17 @@ class Source:
 
 def _makes(recipe: dict[str, Any], role: str) -> dict[str, Any]:
     """The parts of a recipe that a role's phases depend on."""
-    student = recipe["student"]
+    student, own = recipe["student"], recipe[role]
+    if own is not None:
+        own = {**own, "train": _learns(own.get("train"))}
     return {
-        **{key: recipe[key] for key in (role, "train", "seed", "normalise")},
+        **{role: own, "train": _learns(recipe["train"])},
+        **{key: recipe[key] for key in ("seed", "normalise")},
         "data": {key: value for key, value in recipe["data"].items() if not key.startswith(("unlabelled", "foreign"))},
         "student": {key: student[key] for key in ("backbone", "revision")},
     }
+
+
+def _learns(train: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Training arguments without the one that says only where a teacher's weights are."""
+    return train and {key: value for key, value in train.items() if key != "shard_teacher"}

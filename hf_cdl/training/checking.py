@@ -206,9 +206,20 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
             "more training images, or standardise the file of statistics."
         )
     if model.trains(task.index):
+        _refuse_data_parallel(args)
         check_training(role, model, objective, args, task.index, task.class_names, images)
     _check_unlabelled(role, model, objective, task)
     check_task_labels(task)
+
+
+def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
+    """Raise ValueError where Trainer would split each batch by nn.DataParallel, which copies no terms or prompts."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible, but one process was started, and a process trains on one GPU. Start one "
+            f"for each: accelerate launch --num_processes {args.n_gpu} -m hf_cdl train ... (or your script), or show "
+            "one GPU alone: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:
@@ -216,7 +227,14 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
 
     A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
     """
+    later: Any = getattr(model, "later", None)  # an image classifier has none
+    asked = later is not None and later.anchors != "task"
     if task.unlabelled is None:
+        if asked:
+            raise ValueError(
+                f"later_sessions.anchors is {later.anchors}, but {task.name} has no unlabelled images. Give the "
+                "stream some (data.unlabelled), or take the task's own: anchors task."
+            )
         if model.trains(task.index) and (idle := objective.needs_unlabelled):
             raise ValueError(
                 f"{', '.join(idle)} would have no effect: {task.name} has no unlabelled images. Give the stream some "
@@ -225,7 +243,7 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
         return
     if not len(task.unlabelled) or task.unlabelled_ratio < 1:
         raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
-    if role == "student" and not (model.trains(0) and objective.reads_unlabelled):
+    if role == "student" and not asked and not (model.trains(0) and objective.reads_unlabelled):
         why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
         raise ValueError(
             f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "

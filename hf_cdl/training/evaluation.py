@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpify_detensorize, speed_metrics
 
+from hf_cdl.training.arguments.workers import fitting_workers
 from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
 from hf_cdl.training.frozen import FrozenTrainer
 from hf_cdl.training.kept.features import KeptFeatures, keepable
@@ -28,7 +29,7 @@ from hf_cdl.training.progress import progress_bar
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
-_ANY = slice(0, 2**62)
+ANY = slice(0, 2**62)
 """Classes of labels that are not read."""
 
 
@@ -172,10 +173,12 @@ class EvaluatingTrainer(FrozenTrainer):
         if unlearnt:
             check_unlearnt(unlearnt, tasks)
         if foreign is not None:
-            check_items(foreign, _ANY.stop, "foreign", labelled=False)
+            check_items(foreign, ANY.stop, "foreign", labelled=False)
         for task in tasks:
             self._check_split(task)
         self.model.eval()
+        if self.model.fitted:
+            self._kept_features.begin(self.model)
         self._read_kept()
         title = self._title(tasks[-1])
         parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]
@@ -214,7 +217,7 @@ class EvaluatingTrainer(FrozenTrainer):
         if keep and (known := self._kept_features.find(split, self.model)) is not None:
             yield from known
             return
-        loader, found = self._loader(split, classes=None if labelled else _ANY) if len(split or ()) else (), []
+        loader, found = self._loader(split, classes=None if labelled else ANY) if len(split or ()) else (), []
         for batch in self._bar(title, iterable=loader):
             output = self._output(batch)
             if keep:
@@ -274,7 +277,8 @@ class EvaluatingTrainer(FrozenTrainer):
         """Every image once, as seen by the role and the `others`; Trainer would drop the last incomplete batch."""
         dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return self.get_test_dataloader(self._as_seen(split, classes, *others))
+            with fitting_workers(self.args, len(split), self.args.eval_batch_size):
+                return self.get_test_dataloader(self._as_seen(split, classes, *others))
         finally:
             self.args.dataloader_drop_last = dropping
 

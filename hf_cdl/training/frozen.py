@@ -50,8 +50,6 @@ class FrozenTrainer(TaskTrainer):
         teacher, model = self.teacher.model, self.model
         self._own_query = self._own_features = None
         self.teacher.read = (None, None)
-        if self.args.torch_compile:
-            return
         self._own_query = self._kept.reader(model, self._recurring)
         if getattr(model, "fitted", False) and model.session_head is None:
             reads = f"features {model.head.reads_layers}"

@@ -10,7 +10,10 @@ from hf_cdl.distill import Objective
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.arguments.table import ARGUMENTS, BESIDE, STEERING, Used
 
-_PARTS = ("prompt", "head", "first_session", "lora", "kd_prompt", "mapping", "query", "patch_mean", "train_backbone")
+_PARTS = (
+    *("prompt", "head", "first_session", "later_sessions", "lora", "kd_prompt", "mapping", "query", "patch_mean"),
+    "train_backbone",
+)
 """Fields of a CDLConfig that say what a model is and how it learns, whatever tasks it knows."""
 
 

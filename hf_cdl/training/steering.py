@@ -74,7 +74,7 @@ class SteeredTrainer(Trainer):
 
     def check(self, task: Task) -> None:
         """Raise ValueError if this task lacks the images that the arguments and callbacks need."""
-        steering, fixed = self._steering, self.model.fitted and (task.index > 0 or not self.model.config.first_session)
+        steering, fixed = self._steering, not self.model.trains(task.index)
         stopping = any(isinstance(callback, EarlyStoppingCallback) for callback in self.callback_handler.callbacks)
         if self.args.eval_strategy == IntervalStrategy.NO:
             if stopping:

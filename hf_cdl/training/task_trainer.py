@@ -15,16 +15,21 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
 from hf_cdl.data.unlabelled import Beside
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
+from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
+from hf_cdl.training.arguments.workers import fitting_workers
+from hf_cdl.training.compiling import out_of_sight
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
+from hf_cdl.training.sharding import gathered, is_sharded, replicated
 from hf_cdl.training.steering import SteeredTrainer
 from hf_cdl.training.stored_state import WEIGHTS, loading, newest_state, seal
 from hf_cdl.training.trainer_contract import Total
@@ -58,6 +63,11 @@ class TaskTrainer(SteeredTrainer):
     _total: Total
     """What `train()` did so far, over its tasks."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in Trainer, for an accelerator that compiles nothing: `compiled` does."""
+        with out_of_sight(self.args):
+            super().create_accelerator_and_postprocess()
+
     # ---- what a phase counts ----
 
     def _begin_counting(self) -> None:
@@ -89,6 +99,10 @@ class TaskTrainer(SteeredTrainer):
                     optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
         return self.optimizer
 
+    def get_decay_parameter_names(self, model: Any) -> Any:
+        """As in Trainer, but not a list, in which Trainer would search for every parameter of every task, twice."""
+        return {*super().get_decay_parameter_names(model)}
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
@@ -102,7 +116,9 @@ class TaskTrainer(SteeredTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """As in Trainer, except that no image repeats; Accelerate would pad uneven processes with repeated images."""
-        loader = super().get_train_dataloader()
+        images: Any = self.train_dataset
+        with fitting_workers(self.args, len(images), self._train_batch_size):
+            loader = super().get_train_dataloader()
         assert self._sampler is not None
         drop_last, processes = self.args.dataloader_drop_last, self.accelerator.num_processes
         self._rounds = Rounds(self._sampler, self._train_batch_size, drop_last, processes)
@@ -137,6 +153,9 @@ class TaskTrainer(SteeredTrainer):
         """Set the sampler's epoch; in a resumed run Accelerate cannot reach it through its skipping and sharding."""
         if self._sampler is not None:
             self._sampler.epoch = epoch
+        loader = getattr(self.callback_handler.train_dataloader, "base_dataloader", None)
+        if getattr(loader, "_iterator", None) is not None:  # workers persist: what else torch draws in every epoch
+            torch.empty((), dtype=torch.int64).random_()
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create HF's schedule, or one constant within an epoch: `lr_steps`, or the CDL authors' `epoch_cosine`."""
@@ -207,7 +226,25 @@ class TaskTrainer(SteeredTrainer):
             logs["train_samples_per_second"] = round(self._images / logs["train_runtime"], 3)
         super().log(logs, start_time)
 
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """As in Trainer; a model with sharded layers is wrapped here, since Accelerate does not."""
+        if training and is_sharded(model):
+            return replicated(model, self.accelerator)
+        return super()._wrap_model(model, training, dataloader)
+
     # ---- files ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
+        if _internal_call:  # as part of a phase's stored state
+            super().save_model(output_dir, _internal_call)
+            return
+        with gathered(self.model, self.args.should_save):
+            if self.args.should_save:
+                folder = Path(str(output_dir or self.args.output_dir))
+                self.model.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Store the phase's state, under its final name only once complete; then delete older ones except the best.
@@ -282,14 +319,14 @@ class TaskTrainer(SteeredTrainer):
     def _state_of(self, task: Task) -> dict[str, Any]:
         """What a stored state must match so that resuming from it is exact."""
         run: Any = self.run
-        recipe = {key: value for key, value in run.recipe.items() if key != "card"} if run is not None else {}
+        recipe = {} if run is None else lasting(run.recipe)
         return {
             "role": self.role,
             "task": task.name,
             "processes": self.args.world_size,
             "device": f"{max(1, self.args.n_gpu)} {self.args.device.type}",
             "recipe": hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16],
-            "stream": None if run is None else run.ledger["stream"],
+            "stream": None if run is None else run.ledger.get("started_on", run.ledger["stream"]),
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -37,19 +36,21 @@ from hf_cdl.training.checking import (
     check_tasks,
     check_used,
 )
-from hf_cdl.training.evaluation import EvaluatingTrainer
+from hf_cdl.training.compiling import compiled
+from hf_cdl.training.fitting import FittingTrainer
 from hf_cdl.training.kept.features import KeptFeatures
 from hf_cdl.training.memory import kept_apart, peak_memory
-from hf_cdl.training.precision import frozen_autocast, in_float32
+from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.progress import PhaseProgress
+from hf_cdl.training.sharding import gathered, shard_teacher
 from hf_cdl.training.stored_state import load_scaffold
 from hf_cdl.training.teacher import Teacher, unprepared
 from hf_cdl.training.trackers import close_trackers, replace_trackers
 from hf_cdl.training.trainer_contract import Total, check_given, check_keywords, check_train, refused, tasks_of
-from hf_cdl.types import CDLOutput, Task, TaskResult
+from hf_cdl.types import Task, TaskResult
 
 
-class CDLTrainer(EvaluatingTrainer):
+class CDLTrainer(FittingTrainer):
     """Trains one continual model, distilling from `teacher` as the objective's terms require.
 
     Use it like Trainer: `train()` learns the tasks of `train_dataset` (a TaskStream, a list of tasks, or one task),
@@ -93,6 +94,7 @@ class CDLTrainer(EvaluatingTrainer):
         check_names(role, eval_split, num_tasks)
         check_used(model, args, callbacks, run, self.objective)
         self.tasks, self.teacher = tasks_of(train_dataset), Teacher(teacher, model, self.objective)
+        shard_teacher(args, role, model, teacher, run)
         model.scaffold = self.objective if any(True for _ in self.objective.parameters()) else None
         if model.scaffold is not None and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # DDP searches the model's forward; the terms run after it
@@ -110,6 +112,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.num_tasks = self.num_tasks or (self.tasks[-1].index + 1 if self.tasks else None)
         self.seen: list[Task] = []
         self._cut_off: Task | None = None  # the task that an error or Ctrl-C interrupted
+        self._session: Any = None
         self._best = {}
         self._total, self._steps_learnt, self._kept_features = Total(), 0, KeptFeatures()
         self._begin_counting()
@@ -194,9 +197,7 @@ class CDLTrainer(EvaluatingTrainer):
         self.model.end_task()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory(self.args.device)
-        if self.run is not None:
-            self.run.save_task(result, task, self._write_checkpoint, self.state.log_history)
-            self.accelerator.wait_for_everyone()
+        self._store(result, task, self.state.log_history)
 
     def _check_learnable(self, task: Task) -> bool:
         """Whether a task is still to be learnt. Raises ValueError if it cannot be."""
@@ -222,8 +223,7 @@ class CDLTrainer(EvaluatingTrainer):
         checkpoint, result, history = found
         self.model.end_session()
         self.model.load_state_dict(type(self.model).from_pretrained(checkpoint).state_dict())
-        self.run.save_task(result, task, self._write_checkpoint, history)
-        self.accelerator.wait_for_everyone()
+        self._store(result, task, history)
         return True
 
     # ---- one phase ----
@@ -231,6 +231,7 @@ class CDLTrainer(EvaluatingTrainer):
     def _begin_task(self, task: Task) -> None:
         """Give the model its new task, initialised from (seed, role, task) alone."""
         known = self.model.tasks
+        self._session = self.model.later_session(task.index)
         set_seed(zlib.crc32(f"{self.args.seed}/{self.role}/{task.index}".encode()))
         if len(known) == task.index:
             self.model.begin_task(task.class_names)
@@ -256,7 +257,7 @@ class CDLTrainer(EvaluatingTrainer):
             self._seconds_before = json.loads((Path(last) / "phase.json").read_text())["seconds"]
         self._kept.begin(task)
         self._read_kept(task)
-        with self.teacher.phase(self.accelerator):
+        with compiled(self.args, self.model, self.teacher.model), self.teacher.phase(self.accelerator):
             try:
                 start = time.perf_counter()
                 metrics = super().train(resume_from_checkpoint=last).metrics
@@ -277,48 +278,6 @@ class CDLTrainer(EvaluatingTrainer):
         beside = task.unlabelled if self.objective.reads_unlabelled else None
         return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
 
-    def _measure(self, task: Task) -> None:
-        """Measure and fix the feature statistics on the first task, for heads that standardise with them."""
-        if self.model.unmeasured:
-            for output, *_ in self._features(task):
-                self.model.measure(output)
-
-    def _fit_head(self, task: Task, result: TaskResult) -> None:
-        """Fit the head in one pass over the task's un-augmented images; what computes its features is now frozen."""
-        start = time.perf_counter()
-        self.model.end_session()
-        self._measure(task)
-        for output, labels, taught in self._features(task):
-            self.model.accumulate(output, labels, taught)
-        seconds = time.perf_counter() - start
-        result.train_seconds += seconds
-        if not result.images_per_second:  # if it trained, that rate stays
-            result.images_per_second = len(task.train) / seconds
-            self._total.images += len(task.train)
-
-    def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
-        """Features of the task's un-augmented images, gathered from all processes, batch by batch.
-
-        Yields the model's outputs, the labels, and the head's targets from its teacher's logits over the task's
-        classes, if it has one.
-        """
-        self.model.eval()
-        self._read_kept()
-        loader = self._loader(task.train, *self.teacher.head_views, classes=task.classes)
-        for batch in self._bar(self._title(task), iterable=loader):
-            taught = None
-            with torch.no_grad():
-                with frozen_autocast(self.args):
-                    output = in_float32(self._output(batch))
-                if self.teacher.teaches_head:
-                    taught = self.teacher.logits(batch)[:, task.classes].float()
-                    taught = self.model.head.targets(taught, self.teacher.fitted_head)
-            found: Any = {name: output[name] for name in ("features", "kd_features", "layers") if name in output}
-            found |= {"labels": batch["labels"]} | ({} if taught is None else {"taught": taught})
-            found = self.accelerator.gather_for_metrics(found)
-            labels, taught = found.pop("labels"), found.pop("taught", None)
-            yield CDLOutput(**found), labels, taught
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -327,13 +286,23 @@ class CDLTrainer(EvaluatingTrainer):
         `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        student, teacher = self._student_and_teacher(model, together(inputs), task.index)
+        batch = together(inputs)
+        student, teacher = self._student_and_teacher(model, batch, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
+        if self._session is not None:
+            losses = self._session.with_keep(losses, student, batch["pixel_values"], self.accelerator.autocast)
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
         return (loss, student) if return_outputs else loss
 
     # ---- files ----
+
+    def _store(self, result: TaskResult, task: Task, history: list[dict[str, Any]]) -> None:
+        """Store a learnt task, if there is a run to store it in."""
+        if self.run is not None:
+            with gathered(self.model, self.run.writer):
+                self.run.save_task(result, task, self._write_checkpoint, history)
+            self.accelerator.wait_for_everyone()
 
     def _write_checkpoint(self, folder: Path) -> None:
         run: Any = self.run
@@ -343,16 +312,6 @@ class CDLTrainer(EvaluatingTrainer):
         if scaffold is not None:  # not part of the model's files, but needed to resume
             layers = {name: value.contiguous() for name, value in scaffold.state_dict().items()}
             write_whole(run.scaffold_file(self.role, self.seen[-1].index), lambda path: save_file(layers, path))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model for `from_pretrained`, with its image processor, in `output_dir` or that of the args."""
-        if _internal_call:  # as part of a phase's stored state
-            super().save_model(output_dir, _internal_call)
-        elif self.args.should_save:
-            folder = Path(str(output_dir or self.args.output_dir))
-            self.model.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
 
     # ---- methods of Trainer that are not supported ----
 

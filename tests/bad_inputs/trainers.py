@@ -77,6 +77,17 @@ def launched(variable: str, value: str, *says: str) -> Row:
     return call(f"arguments beside {variable}={value}", act, variable, *says)
 
 
+def sharded_by(**fields: Any) -> Callable[[Parts], Any]:
+    args = {"use_cpu": True, "report_to": "none", "shard_teacher": True}
+    return lambda parts: trainer(parts, CDLTrainingArguments("work", **args), **fields)
+
+
+def two_gpus(parts: Parts) -> None:
+    args = CDLTrainingArguments("work", use_cpu=True, report_to="none")
+    args._n_gpu = 2  # what transformers counts where two are visible to one process
+    trainer(parts, args).learn(stream(parts)[0])
+
+
 class Mine(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         control.should_training_stop = True
@@ -423,8 +434,11 @@ TRAINERS = [
     configured_term("dual_path", "warmup_steps", warmup_steps=1.5),
     launched("ACCELERATE_MIXED_PRECISION", "bf16", "bf16", "recipe"),
     launched("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
-    launched("ACCELERATE_USE_FSDP", "true", "fsdp"),
-    launched("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed"),
+    launched("ACCELERATE_USE_FSDP", "true", "fsdp", "shard_teacher"),
+    launched("ACCELERATE_USE_DEEPSPEED", "true", "deepspeed", "shard_teacher"),
+    call("a teacher shared out to one process", sharded_by(role="teacher"), "shard_teacher", "accelerate launch"),
+    call("a trainer that shares out no teacher", sharded_by(), "shard_teacher", "no teacher"),
+    call("a trainer that sees two GPUs in one process", two_gpus, "2 GPUs", "accelerate launch --num_processes 2"),
     launched("ACCELERATE_DYNAMO_BACKEND", "EAGER", "torch_compile"),
     call("begin_task of an open file", listed_names, "TextIOWrapper", "list"),
     begun("one name in two ways of Unicode's", ["\u00e9", "e\u0301"], "\u00e9"),

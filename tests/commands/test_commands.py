@@ -79,7 +79,6 @@ def test_training_without_a_recipe_says_what_to_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-FAST = ("a full disk", "train")
 BROKEN = {
     "a full disk": ('"$@" > /dev/full', "Standard output cannot be written (No space left on device)"),
     "a reader that ends": ('{ "$@"; echo "code $?" >&2; } | true', "Standard output cannot be written (Broken pipe)"),
@@ -96,8 +95,8 @@ VERBS_OF = {
 
 @pytest.mark.parametrize(
     ("what", "verb"),
-    [  # what imports everything before it speaks takes seconds: once will do
-        pytest.param(what, verb, marks=() if verb == "help" or (what, verb) == FAST else pytest.mark.slow)
+    [  # what imports everything before it speaks takes seconds
+        pytest.param(what, verb, marks=() if verb == "help" else pytest.mark.slow)
         for what in BROKEN
         for verb in VERBS_OF
     ],

@@ -153,6 +153,7 @@ def test_every_product_by_weights_is_quantised_also_if_two_passes_read_them(plac
     assert 1e-4 < abs(logits - expected).max() / abs(expected).max() < 0.1
 
 
+@pytest.mark.slow
 def test_a_part_that_decides_by_values_is_refused_before_anything_is_written(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -216,7 +216,9 @@ SWITCHED = {  # both paths' weights add up to the one of KD
 }
 
 
-@pytest.mark.parametrize("words", [STREAM, OFFLINE], ids=["stream", "offline"])
+@pytest.mark.parametrize(
+    "words", [pytest.param(STREAM, id="stream"), pytest.param(OFFLINE, id="offline", marks=pytest.mark.slow)]
+)
 def test_kd_and_dual_path_are_switched_by_distill_alone(
     words: list[Any], cifar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ from hf_cdl.training.trackers import TRACKERS
 PRINTING = [*(ROOT / "hf_cdl").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
 
 
+@pytest.mark.slow
 def test_what_is_to_be_installed_can_be() -> None:
     """Every requirement is named correctly, and every extra is one of ours: all of them are installed here."""
     source = "".join(file.read_text() for file in PRINTING)

@@ -140,6 +140,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None:
     """A slider with a single position fails."""
     pytest.importorskip("gradio", reason="the demo needs the extra `demo`")

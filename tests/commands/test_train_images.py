@@ -106,6 +106,7 @@ def test_the_same_command_again_is_finished_and_another_choice_is_refused(first:
     assert code == 2 and "seed: 0 -> 1" in said
 
 
+@pytest.mark.slow
 def test_the_stored_recipe_finds_the_run_and_repeats_it(first: tuple[Path, str]) -> None:
     place, _ = first
     assert train("runs/photos/recipe.yaml", cwd=place).startswith("This run is finished.")

@@ -119,6 +119,7 @@ def test_it_is_measured_again_without_them_and_not_gone_on_with_others(
     assert main(*words) == 0
 
 
+@pytest.mark.slow
 def test_in_a_first_session_they_are_learnt_from_once(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Similarity teaches the features of the first task; the head is fitted to the images of all tasks as ever."""
     session = {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "prompt": {"type": "vpt", "length": 2}}

@@ -22,6 +22,7 @@ from hf_cdl.heads.base import FittedConfig, FittedHead
 from hf_cdl.heads.calibration import RecentImages, fit_scale
 from hf_cdl.heads.class_means import NearestMeanHead
 from hf_cdl.heads.lda import LdaConfig
+from hf_cdl.heads.validation import directions
 
 # Fields that a head is tested with, in addition to its defaults.
 VARIANTS: list[dict[str, Any]] = [
@@ -427,6 +428,21 @@ def test_the_strength_is_that_of_the_least_generalised_cross_validation(count: i
     assert head.choices() == {"strength": head.choice_made}
     weight = torch.linalg.solve(x.T @ x + best * torch.eye(24).double(), x.T @ y).T
     torch.testing.assert_close(head.blocks[0].weight.double(), weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "different"), [(1, 1), (7, 7), (20, 9), (30, 30)])
+def test_few_images_have_the_directions_of_their_gram_matrix(count: int, different: int) -> None:
+    """Also if some are the same; and nothing else that is drawn changes."""
+    before = torch.get_rng_state()
+    x = torch.randn(different, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = x.repeat(-(-count // different), 1)[:count]
+    gram = x.T @ x
+    values, vectors = directions(gram, count)
+    assert len(values) == count, "not all 60"
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(gram)[-count:], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64))
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, gram, atol=1e-9, rtol=1e-9)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_balanced_weights_answer_a_class_of_few_images_as_often_as_the_others() -> None:

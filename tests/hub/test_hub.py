@@ -254,6 +254,7 @@ def test_a_hub_that_cannot_be_reached_does_not_stop_training(hub: HubServer, tmp
     assert_whole(hub, folder, 1)
 
 
+@pytest.mark.slow
 def test_two_pushes_at_once_make_no_second_commit(hub: HubServer, tmp_path: Path) -> None:
     results = saved_run(tmp_path / "run", 3)
     pushes = [pusher(hub, tmp_path / "run", Said()) for _ in range(3)]

@@ -179,6 +179,7 @@ def test_a_name_with_any_end_of_line_is_one_cell_in_csv(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_bytes().startswith(b"image,label\n")
 
 
+@pytest.mark.slow
 def test_a_file_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
     """Two processes that write the same file: the first to end has it, and the other one says so."""
     out = [tmp_path / "new" / "a.csv", tmp_path / "new" / "b.csv"]

@@ -177,6 +177,7 @@ def test_checkpoints_are_plain_ones_and_repeat_their_accuracy(finished: Path) ->
     assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
+@pytest.mark.slow
 def test_a_run_can_take_over_its_teacher(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
     """What the teacher learnt is reused, but no file of the other folder."""
     source = shutil.copytree(finished, tmp_path / "source")
@@ -234,6 +235,7 @@ def test_what_cannot_be_learnt_is_said_before_training(
     assert not list((tmp_path / "out").glob("*/task-01"))
 
 
+@pytest.mark.slow
 def test_prompts_can_learn_from_a_classifier(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
     vit = saved(tmp_path / "vit", ViTModel(ViTConfig(**VIT), add_pooling_layer=False))
     student = f"{{backbone: {vit}, prompt: {{type: coda, layers: [0, 1], length: 4}}, train: {{lr_steps: []}}}}"

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 
 from hf_cdl import CDLConfig, CDLForImageClassification
 from hf_cdl.backbones import loading as bb
+from hf_cdl.backbones.stored import check_stored, weight_files
 from hf_cdl.models.classifier import ImageClassifier
 
 RIDGE: dict[str, Any] = {"head": {"type": "ridge"}}
@@ -194,8 +195,11 @@ def test_a_sharded_checkpoint_is_the_same_and_its_gaps_are_named(checkpoints: di
     state = load_file(shard)
     state.pop("kd_prompt.token")
     save_file(state, shard, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights \(kd_prompt.token\)"):
+    several = "config.json and every file that model.safetensors.index.json names again"
+    with pytest.raises(ValueError, match=rf"lacks 1 weights \(kd_prompt.token\).*{several}"):
         CDLForImageClassification.from_pretrained(tmp_path / "s")
+    with pytest.raises(ValueError, match=f"do not belong together.*{several}"):
+        check_stored("it", 10**9, weight_files(tmp_path / "s"))
     shard.unlink()
     with pytest.raises((OSError, ValueError), match=shard.name):
         CDLForImageClassification.from_pretrained(tmp_path / "s")

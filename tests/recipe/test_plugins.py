@@ -117,6 +117,7 @@ def test_a_run_with_own_methods_is_trained_resumed_and_loaded(tmp_path: Path, ca
     assert "prompts (`prefix`) and a `dropout_linear` head" in (tmp_path / "run/student/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_a_plugin_that_was_edited(tmp_path: Path, capsys: Any) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text(OWN.read_text())

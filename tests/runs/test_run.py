@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_cdl.runs.files import RunError
+from hf_cdl.runs import files
+from hf_cdl.runs.files import RunError, lines
 from hf_cdl.runs.ledger import _Entry
 from hf_cdl.runs.metrics import continual_metrics
 from hf_cdl.runs.run import Run
@@ -378,3 +380,36 @@ def test_a_half_published_checkpoint_is_repaired_when_the_run_is_opened(tmp_path
     (tmp_path / "student" / ".model.safetensors.partial").write_bytes(old[:10])
     Run(tmp_path, RECIPE)
     assert stored(tmp_path / "student") == 2.0
+
+
+def test_a_ledger_has_a_line_for_each_entry_and_file_and_none_is_written_as_it_was_once() -> None:
+    """Lines are kept by what they say: what changes in place is written anew."""
+    entry: dict[str, Any] = {"row": [50.0], "class_accuracy": {"a \u00e9\n": 1}}
+    content: dict[str, Any] = {"entries": {"student": [entry]}, "files": {"a": [1, 2, "x"]}, "recipe": {"seed": None}}
+    known: dict[bytes, str] = {}
+    first = lines(content, known)
+    assert json.loads(first) == content
+    written = {line.removesuffix(",") for line in first.splitlines()}
+    assert '   {"row": [50.0], "class_accuracy": {"a \\u00e9\\n": 1}}' in written
+    assert '  "a": [1, 2, "x"]' in written
+    entry["row"][0] = 51.0
+    entry["class_accuracy"]["a \u00e9\n"] = True
+    content["files"]["a"][1] = 2.0
+    content["files"]["b"] = [3, np.float64(0.5), "y"]  # as in a user's own log lines
+    assert lines(content, known) == lines(content, {}) != first
+    assert repr(json.loads(lines(content, known))) == repr(json.loads(json.dumps(content)))
+
+
+def test_what_was_measured_once_is_not_encoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a task's share of a ledger does not grow with the number of tasks."""
+    encoded: list[Any] = []
+    dumps = json.dumps
+    monkeypatch.setattr(files.json, "dumps", lambda content, **how: encoded.append(content) or dumps(content, **how))
+    known: dict[bytes, str] = {}
+    entries = [{"task": number, "row": [50.0] * (number + 1)} for number in range(30)]
+    numbers = []
+    for count in range(1, 31):
+        encoded.clear()
+        lines({"entries": {"student": entries[:count]}}, known)
+        numbers.append(sum(isinstance(content, dict) for content in encoded))
+    assert numbers == [1] * 30

@@ -163,6 +163,9 @@ ELSEWHERE = {
     "tf32": "test_arguments.py::test_tf32_is_switched_on_where_there_is_such_a_gpu",
     "activation_checkpointing": "test_arguments.py::test_checkpointed_activations_are_computed_again",
     "gradient_checkpointing": "test_arguments.py::test_checkpointed_activations_are_computed_again",
+    "torch_compile": "test_compiling.py::test_torch_compile_and_its_backend_compile_what_learns",
+    "torch_compile_backend": "test_compiling.py::test_torch_compile_and_its_backend_compile_what_learns",
+    "torch_compile_mode": "test_compiling.py::test_what_cannot_be_resumed_exactly_is_refused",
     "torch_empty_cache_steps": "test_arguments.py::test_the_cache_is_emptied_every_so_many_steps",
     "dataloader_pin_memory": "test_arguments.py::test_memory_is_pinned_where_there_is_a_gpu",
     "report_to": "test_trackers.py::test_a_whole_run_leaves_the_curves_of_every_role",
@@ -175,6 +178,7 @@ ELSEWHERE = {
     "early_stopping_threshold": "test_steering.py::test_a_phase_stops_when_it_gets_no_better",
     "save_strategy": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
     "save_steps": "test_steering.py::test_save_steps_and_strategies_say_when_a_state_is_stored",
+    "shard_teacher": "test_sharding.py::test_a_process_holds_a_share_of_a_teacher_that_is_stored_and_answers_whole",
     "save_total_limit": "test_steering.py::test_the_newest_states_and_the_best_one_are_kept",
 }
 

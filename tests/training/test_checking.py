@@ -209,3 +209,18 @@ def test_statistics_of_one_image_are_none(tmp_path: Path) -> None:
     trainer.learn(task_of(1, images=2))
     trainer.learn(task_of(1, images=1, index=1, first=1))
     assert trainer.evaluate_seen().counts == [2, 1]
+
+
+def test_two_gpus_in_one_process_are_refused_where_a_loss_trains(tmp_path: Path) -> None:
+    """Trainer would split each batch by nn.DataParallel; a head that is fitted uses one GPU all the same."""
+    args = arguments(tmp_path)
+    args._n_gpu = 2  # what transformers counts where two are visible and nothing was launched
+    trainer = CDLTrainer(bare({"type": "linear"}), args)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match="2 GPUs are visible, but one process.*accelerate launch --num_processes 2"):
+        trainer.learn(task_of(2))
+    after = trainer.model.state_dict()
+    assert not trainer.seen and before.keys() == after.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    model = bare({"type": "ncm"})
+    check_task("student", model, Objective(), args, task_of(2))

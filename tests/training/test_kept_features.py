@@ -12,6 +12,9 @@ from transformers import AutoImageProcessor
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.data import StreamConfig
+from hf_cdl.training import kept
+from hf_cdl.training.kept import features
+from hf_cdl.training.kept.weights import state_of
 
 HEAD = {"type": "ridge", "scale": "auto", "known": 0.9}
 
@@ -51,6 +54,26 @@ def test_the_backbone_sees_every_image_once_and_the_answers_stay_the_same(tmp_pa
         again = trainer.answer(trainer.seen, later)
         assert found == again, "to the bit"
         assert found["counts"] == [len(task.test) for task in trainer.seen]
+
+
+def test_all_weights_are_read_once_in_an_evaluation_however_many_tasks_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_backbone(tmp_path / "vit")
+    stream = tasks_of(tmp_path, backbone)
+    trainer, read = trainer_with(tmp_path / "out", backbone), []
+    for task in stream:
+        trainer.learn(task)
+    for module in (features, kept):
+        monkeypatch.setattr(
+            module, "state_of", lambda model, heads=False: read.append(model) or state_of(model, heads)
+        )
+    counts = []
+    for number in range(1, len(stream) + 1):
+        read.clear()
+        trainer.answer(trainer.seen[:number], list(stream)[number:])
+        counts.append(len(read))
+    assert 0 < counts[-1] == counts[0], "a model's weights for the features, a backbone's for the queries"
 
 
 def scaled(model: Any) -> None:

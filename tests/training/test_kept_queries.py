@@ -160,7 +160,7 @@ def test_models_are_freed(tmp_path: Path) -> None:
 
 
 def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_MOST", 5 * 32 * 4)
+    monkeypatch.setattr(kept, "MOST", 5 * 32 * 4)
     teacher, student, stream = pair(tmp_path)
     asked = passes(student)
     teacher.learn(stream[0])

@@ -117,6 +117,7 @@ def test_trackio_has_one_run_per_role(tracked: Path, monkeypatch: pytest.MonkeyP
     assert [line["step"] for line in lines] == list(range(1, 1 + sum(STEPS)))
 
 
+@pytest.mark.slow
 def test_wandb_has_one_run_per_role_offline(tracked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each phase writes a part, which `wandb sync` joins by their id: steps continue."""
     fields = report("wandb")

@@ -44,7 +44,7 @@ def summary(results: Results, role: str) -> str:
         return text
     if role == "teacher":
         return f"{text} It is the teacher of a student, which is the model that is meant for use."
-    when = " on the first" if section.get("first_session") is not None else ""
+    when = " on the first" if section.get("first_session") is not None and not _goes_on(section) else ""
     return f"{text} A teacher learnt every task first and helped it{when}{f' ({terms})' if terms else ''}."
 
 
@@ -57,10 +57,16 @@ def _learnt_parts(section: Mapping[str, Any]) -> str:
     if section["train_backbone"]:
         parts.insert(0, "its pre-trained backbone")
     if section.get("first_session") is not None:
-        text = f"{' and '.join(parts)} learnt on the first task alone, {head} on all tasks."
+        on = "in sessions on the tasks" if _goes_on(section) else "on the first task alone"
+        text = f"{' and '.join(parts)} learnt {on}, {head} on all tasks."
     else:
         text = f"{' and '.join([*parts, head])} learnt."
     return text[0].upper() + text[1:] if section["train_backbone"] else f"Its pre-trained backbone is frozen; {text}"
+
+
+def _goes_on(section: Mapping[str, Any]) -> bool:
+    """Whether a model learnt in sessions after the first; the field is missing in older results."""
+    return section.get("later_sessions") is not None
 
 
 def usage(recipe: Mapping[str, Any], role: str, repo_id: str | None) -> str:
@@ -227,7 +233,8 @@ def data_facts(results: Results) -> list[str]:
     )
     if (beside := results.get("unlabelled")) is not None:
         name, terms = recipe["data"]["unlabelled"], ", ".join(f"`{markdown(term)}`" for term in beside["terms"])
-        where = "in the first session" if recipe["student"]["first_session"] else "in every session"
+        alone = recipe["student"]["first_session"] and not _goes_on(recipe["student"])
+        where = "in the first session" if alone else "in every session"
         facts.append(
             f"Unlabelled images: {beside['images']} of {code(by_name(name))}, from which the student learnt {where} "
             f"by its teacher's answers ({terms}); labels of theirs, if there are any, were not read"

@@ -16,6 +16,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
 from hf_cdl.training.arguments.table import ARGUMENTS, Used
+from hf_cdl.training.arguments.workers import useful_workers
+from hf_cdl.training.compiling import check_compiler, out_of_sight
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 
@@ -54,6 +56,12 @@ class CDLTrainingArguments(TrainingArguments):
     early_stopping_threshold: float = field(
         default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
     )
+    shard_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Share out the layers of a frozen teacher too large for one device to all processes (FSDP2)."
+        },
+    )
     frozen_bf16: bool = field(
         default=False,
         metadata={
@@ -69,6 +77,10 @@ class CDLTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Fixed: the stream's samples are exactly the models' inputs."}
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={"help": "Processes that load images; null: on a GPU up to 8, which persist, on a CPU none."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     data_seed: int | None = field(
@@ -125,7 +137,16 @@ class CDLTrainingArguments(TrainingArguments):
             self.go_by_accuracy()
         if self.data_seed is None:
             self.data_seed = self.seed
-        super().__post_init__()
+        self.torch_compile |= self.torch_compile_backend is not None or self.torch_compile_mode is not None
+        if self.torch_compile and self.torch_compile_backend is None:
+            self.torch_compile_backend = "inductor"
+        self.chose_workers = self.dataloader_num_workers is None
+        self.dataloader_num_workers = self.dataloader_num_workers or 0
+        with out_of_sight(self):
+            super().__post_init__()
+        if self.chose_workers:
+            self.dataloader_num_workers = useful_workers(self.device.type)  # type: ignore[assignment]
+            self.dataloader_persistent_workers = self.dataloader_num_workers > 0
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.lr_scheduler_type in STEERED:  # by default a rising accuracy would count as a plateau
             self.lr_scheduler_kwargs = {"mode": "max", **(self.lr_scheduler_kwargs or {})}  # type: ignore[dict-item]
@@ -137,6 +158,7 @@ class CDLTrainingArguments(TrainingArguments):
                 "not compute in bfloat16 by itself: training will be slower, not faster.",
                 stacklevel=2,
             )
+        check_compiler(self)
         if self.torch_empty_cache_steps is not None and self.device.type == "cpu":
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 

@@ -16,6 +16,7 @@ from transformers.training_args import trainer_log_levels
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from hf_cdl.training.arguments.table import ARGUMENTS, Refused
+from hf_cdl.training.compiling import BACKENDS, MODES
 from hf_cdl.training.trackers import TRACKERS, wandb_problem
 
 STEERED = ("reduce_lr_on_plateau", "greedy")
@@ -59,6 +60,8 @@ _CHOICES: dict[str, list[str]] = {
     "log_level": [*trainer_log_levels],
     "optim": [*OPTIMIZERS],
     "train_sampling_strategy": ["random", "sequential"],
+    "torch_compile_backend": [*BACKENDS],
+    "torch_compile_mode": [*MODES],
     "dataloader_multiprocessing_context": ["fork", "spawn", "forkserver"],
 }
 
@@ -86,7 +89,7 @@ def find_problems(values: dict[str, Any], defaults: dict[str, Any]) -> list[Prob
     found = [problem for name in values if name in given for problem in _alone(name, values[name])]
     if found:  # the rules between fields rely on valid values
         return found
-    rules = (_duration, _schedule, _optimizer, _precision, _launch, _steps, _steering, _loading, _tracking)
+    rules = (_duration, _schedule, _optimizer, _precision, _launch, _compiling, _steps, _steering, _loading, _tracking)
     return [problem for rule in rules for problem in rule(values, given)]
 
 
@@ -252,15 +255,23 @@ def _launch(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
         if os.environ.get(variable, "false").lower() in ("true", "1", "yes", "y", "on"):
             yield Problem(
                 name,
-                f"is asked for by {variable} (accelerate launch --{option}, or accelerate config), but models are "
-                "small enough for one device; leave it out of the launch",
+                f"is asked for by {variable} (accelerate launch --{option}, or accelerate config), but that would "
+                "shard the student too; leave it out of the launch, and for a teacher too large for one device set "
+                "shard_teacher true (train.shard_teacher in a recipe)",
             )
     if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
         yield Problem(
             "torch_compile",
             f"is asked for by ACCELERATE_DYNAMO_BACKEND {backend} (accelerate launch --dynamo_backend, or accelerate "
-            "config), but compiled models are not supported; leave it out of the launch",
+            "config), which would compile a model that grows; leave it out of the launch, and set torch_compile true "
+            "here (train.torch_compile in a recipe)",
         )
+
+
+def _compiling(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:
+    mode = v["torch_compile_mode"]
+    if mode is not None and (why := MODES[mode]) is not None:
+        yield Problem("torch_compile_mode", f"is {mode!r}, but {why}; use default, or leave it out")
 
 
 def _steps(v: dict[str, Any], given: set[str]) -> Iterator[Problem]:

@@ -79,10 +79,12 @@ _EVALUATION = Refused("evaluation counts right answers batch by batch; leave it 
 _FULL_EVAL = Refused("evaluation is in full precision; bf16 or fp16 alone trains in mixed precision")
 _SCRIPT = Refused("a run trains and evaluates by its recipe; leave it out")
 _TOKENS = Refused("images have no tokens; leave it out")
-_SHARDED = Refused("models are small enough for one device; more processes share the batches by `accelerate launch`")
+_SHARDED = Refused(
+    "it would shard the student too, which every process has whole; a teacher too large for one device is shared out "
+    "with shard_teacher true, and batches by `accelerate launch`"
+)
 _LAUNCHED = Refused("processes are set up by `accelerate launch` before it is read; leave it out")
 _TRACKIO = Refused("trackers write to this machine; use `trackio sync` afterwards")
-_COMPILED = Refused("compiled models are not supported; leave it out")
 _LENGTHS = Refused("images have no lengths; train_sampling_strategy is random or sequential")
 
 ARGUMENTS: dict[str, Used | Refused] = {
@@ -117,9 +119,9 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "activation_checkpointing_kwargs": Refused("every layer is checkpointed, as torch does by default; leave it out"),
     "gradient_checkpointing": Used(),
     "gradient_checkpointing_kwargs": Refused("every layer is checkpointed, as torch does by default; leave it out"),
-    "torch_compile": _COMPILED,
-    "torch_compile_backend": _COMPILED,
-    "torch_compile_mode": _COMPILED,
+    "torch_compile": Used(),
+    "torch_compile_backend": Used(),
+    "torch_compile_mode": Used(),
     "torch_empty_cache_steps": _COUNT,
     "use_liger_kernel": Refused("Liger's kernels are for language models; leave it out"),
     "liger_kernel_config": Refused("Liger's kernels are for language models; leave it out"),
@@ -227,6 +229,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "lr_decay": Used(above=0),
     "early_stopping_patience": _COUNT,
     "early_stopping_threshold": Used(least=0),
+    "shard_teacher": Used(),
 }
 
 NOT_IN_ALL = frozenset({"activation_checkpointing", "activation_checkpointing_kwargs"})
@@ -237,7 +240,7 @@ BESIDE = (
     "gradient_checkpointing logging_strategy logging_steps logging_first_step log_level disable_tqdm report_to "
     "run_name project save_strategy save_steps save_total_limit dataloader_num_workers "
     "dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
-    "dataloader_multiprocessing_context"
+    "dataloader_multiprocessing_context shard_teacher"
 ).split()
 """Fields that may change while a run goes on: of what is shown or stored and how fast, not of what is learnt."""
 
@@ -247,6 +250,6 @@ STEERING = "eval_strategy eval_steps eval_delay metric_for_best_model greater_is
 IN_PASSES = (
     "use_cpu bf16 fp16 frozen_bf16 tf32 log_level disable_tqdm run_name project per_device_eval_batch_size seed "
     "data_seed full_determinism dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-    "dataloader_prefetch_factor dataloader_multiprocessing_context"
+    "dataloader_prefetch_factor dataloader_multiprocessing_context shard_teacher"
 ).split()
 """Fields that take effect even without training by a loss: a fitted head learns in one pass over the images."""

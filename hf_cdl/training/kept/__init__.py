@@ -22,11 +22,13 @@ from transformers import default_data_collator
 
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.unlabelled import of_images
+from hf_cdl.training.compiling import are_compiled, is_compiled
 from hf_cdl.training.kept.files import KeptFiles
 from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, settings_of, state_of
+from hf_cdl.training.sharding import everywhere, is_sharded
 from hf_cdl.types import CDLOutput, Task
 
-_MOST = 2**30
+MOST = 2**30
 """Bytes that are kept in memory; what is beyond them is read from the folder, or computed again."""
 
 _OF: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
@@ -46,10 +48,14 @@ class Shown:  # no tuple: Trainer makes those anew when it moves a batch to its 
 
 
 class _Source(NamedTuple):
-    """The weights that an output comes from: their number in this process, and a digest that other runs share."""
+    """The weights that an output comes from: their number in this process, and a digest that other runs share.
+
+    Of `shared` weights every process holds a part, so that all of them compute an output, or none.
+    """
 
     number: int
     digest: str | None
+    shared: bool
 
 
 class Kept:
@@ -98,8 +104,9 @@ class Kept:
 
         def query(pixels: torch.Tensor, images: Shown) -> torch.Tensor:
             again = not images.trained or recurring or len(self._asking) > 1
+            way = ("query", about, is_compiled(backbone))
             found = self._recall(
-                ("query", about), source, pixels, images, again, lambda: CDLOutput(query=model.compute_query(pixels))
+                way, source, pixels, images, again, lambda: CDLOutput(query=model.compute_query(pixels))
             )
             return found.query  # type: ignore[return-value]
 
@@ -117,7 +124,7 @@ class Kept:
         def recall(pixels: torch.Tensor, images: Shown, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
             if _changes(model) != changes:  # a callback, say, changes what should be frozen
                 return compute()
-            return self._recall((about, asked), source, pixels, images, recurring, compute)
+            return self._recall((about, asked, are_compiled(model)), source, pixels, images, recurring, compute)
 
         return recall
 
@@ -129,18 +136,22 @@ class Kept:
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pixels.dtype
         kept = self._views if images.trained else self._images
         key = (what, source.number, precision, str(pixels.device), images.key)
-        if (entry := kept.get(key)) is not None and entry.untouched:
-            return entry.output
-        place = self.files and source.digest and self.files.place(source.digest, pixels.device, precision)
-        found = self.files.find(place, (what, images.key), pixels.device) if self.files and place else None
+        entry = kept.get(key)
+        known = entry is not None and entry.untouched
+        if known and not source.shared or source.shared and everywhere(known, pixels.device):
+            return entry.output  # type: ignore[union-attr]
+        files, compiled, place = self.files, what[-1], None
+        if files is not None and source.digest is not None and not compiled:
+            place = files.place(source.digest, pixels.device, precision)
+        found = files.find(place, (what, images.key), pixels.device) if files and place else None
         if found is None:
             found = compute()
             if type(found) is not CDLOutput:
                 return found
-            if self.files and place:
-                self.files.keep(place, (what, images.key), found)
+            if files and place:
+                files.keep(place, (what, images.key), found)
         entry = _Entry(found)
-        if again and key not in kept and self._bytes + entry.bytes <= _MOST:
+        if again and key not in kept and self._bytes + entry.bytes <= MOST:
             kept[key] = entry
             self._bytes += entry.bytes
         return found
@@ -148,9 +159,10 @@ class Kept:
     def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:
         """The weights that a module has now, in its heads or without them, whose number equal ones share."""
         number = self._number(module, _state(module, heads), heads)
+        shared = is_sharded(module)
         if self.files is not None and (number, about) not in self._digests:
-            self._digests[number, about] = digest_of(module, about, heads)
-        return _Source(number, self._digests.get((number, about)))
+            self._digests[number, about] = None if shared else digest_of(module, about, heads)
+        return _Source(number, self._digests.get((number, about)), shared)
 
     def _number(self, module: nn.Module, now: tuple[Any, ...], heads: bool) -> int:
         for number, (reference, then, with_heads) in enumerate(self._weights):

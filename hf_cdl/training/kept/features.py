@@ -25,10 +25,13 @@ class KeptFeatures:
         self._weights: tuple[Any, ...] = ()
         self._bytes = 0
 
-    def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
-        """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
+    def begin(self, model: Any) -> None:
+        """An evaluation begins: forget what a model with other weights gave. Once, as it reads all weights."""
         if (weights := state_of(model)) != self._weights:
             self._of, self._weights, self._bytes = {}, weights, 0
+
+    def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
+        """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
         if id(split) not in self._of:
             return None
         return ((model.answer(found), batch) for found, batch in self._of[id(split)][1])

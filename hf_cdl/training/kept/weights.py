@@ -17,11 +17,13 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_cdl.training.sharding import is_sharded, local
+
 _NAMES = ("name", "revision", "digest", "transformers_version", "id2label", "label2id", "name_or_path", "dtype")
 """Ends of the names of fields of a config that move no bit of an output."""
 _HEADS = ("head.", "kd_head.")
 """Beginnings of the names of weights of heads."""
-_OF_HEADS = ("head", "first_session", "tasks")
+_OF_HEADS = ("head", "first_session", "later_sessions", "tasks")
 """Fields of a config that are about heads."""
 _PACKAGES = ("torch", "transformers", "peft")
 
@@ -32,7 +34,9 @@ def asked_backbone(model: Any) -> nn.Module:
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether all weights of two modules are equal."""
+    """Whether all weights of two modules are equal; not said of sharded ones, which no process has whole."""
+    if is_sharded(first) or is_sharded(second):
+        return False
     ours, theirs = first.state_dict(), second.state_dict()
     return ours.keys() == theirs.keys() and all(
         value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.device))
@@ -43,7 +47,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 def state_of(model: nn.Module, heads: bool = False) -> tuple[Any, ...]:
     """What changes whenever a weight does, outside the heads or in them; also by `.data`, which counts no version."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    values = [value.detach() for name, value in named if heads or not name.startswith(_HEADS)]
+    values = [local(value).detach() for name, value in named if heads or not name.startswith(_HEADS)]
     sums = torch.stack([value.sum(dtype=torch.float32).cpu() for value in values]).tolist()
     return tuple((v.data_ptr(), v.dtype, v._version, total) for v, total in zip(values, sums, strict=True))
 
