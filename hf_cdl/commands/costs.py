@@ -288,7 +288,8 @@ def _step(
         with torch.no_grad():
             query = model.compute_query(pixels)
     images = {**images, "images": dict.fromkeys(images)}
-    answers = teacher.answer(images, query, task, None if teachers is None else lambda *of: teachers)
+    teacher.read = (None if teachers is None else lambda *of: teachers, None)
+    answers = teacher.answer(images, query, task)
     count = len(images["labels"])
     more = {"labelled": count} if count < len(pixels) else {}
     student = model(pixels, query=query, task_id=task, output_hidden_states=hidden, **more)

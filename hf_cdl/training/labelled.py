@@ -83,7 +83,9 @@ def check_task_labels(task: Task) -> None:
         if split is None or not len(split):
             continue
         known = getattr(split, "labels", None)
-        if not (isinstance(known, list | tuple) and len(known) == len(split)):
+        if isinstance(known, np.ndarray) and known.dtype.kind in "iu" and known.shape == (len(split),):
+            known = [known.min(), known.max()]  # all others lie between them
+        elif not (isinstance(known, list | tuple) and len(known) == len(split)):
             item = split[0]
             if not isinstance(item, Mapping) or not {"pixel_values", "labels"} <= {*item}:
                 got = ", ".join(map(str, item)) if isinstance(item, Mapping) else f"the type {type(item).__name__}"

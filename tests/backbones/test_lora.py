@@ -81,7 +81,7 @@ def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_th
     new.begin_task(["cat", "dog"])
     with torch.no_grad():
         start = features(plain := bare().eval(), plain)
-        assert torch.equal(new.eval()(x).features, start)
+        torch.testing.assert_close(new.eval()(x).features, start)  # its last layer computes fewer rows
         for small in (False, True):
             model = learnt(source, save_backbone=not small)
             want = model(x)

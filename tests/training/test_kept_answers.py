@@ -145,7 +145,7 @@ def test_with_accumulation_and_hidden_states_too(tmp_path: Path) -> None:
 
 
 def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept, "_MOST", 1000)
+    monkeypatch.setattr(kept, "MOST", 1000)
     trainer, task = learner(tmp_path, 1)
     answered = passes(trainer.teacher.model)
     trainer.learn(task)
