@@ -228,11 +228,11 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
     A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
     """
     later: Any = getattr(model, "later", None)  # an image classifier has none
-    asked = later is not None and later.anchors != "task"
+    anchors = "task" if later is None else later.anchors
     if task.unlabelled is None:
-        if asked:
+        if anchors != "task":
             raise ValueError(
-                f"later_sessions.anchors is {later.anchors}, but {task.name} has no unlabelled images. Give the "
+                f"later_sessions.anchors is {anchors}, but {task.name} has no unlabelled images. Give the "
                 "stream some (data.unlabelled), or take the task's own: anchors task."
             )
         if model.trains(task.index) and (idle := objective.needs_unlabelled):
@@ -243,7 +243,7 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
         return
     if not len(task.unlabelled) or task.unlabelled_ratio < 1:
         raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
-    if role == "student" and not asked and not (model.trains(0) and objective.reads_unlabelled):
+    if role == "student" and anchors == "task" and not (model.trains(0) and objective.reads_unlabelled):
         why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
         raise ValueError(
             f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "

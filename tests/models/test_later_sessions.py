@@ -29,7 +29,7 @@ LEARNS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(learns: str, width: int = 32, head: dict[str, Any] = HEAD, **later: Any) -> CDLForImageClassification:
+def model_of(learns: str, width: int = 32, head: dict[str, Any] = HEAD, **later: Any) -> Any:
     set_seed(1)
     config = CDLConfig(
         backbone_config=vit(width), head=head, first_session=FIRST, later_sessions=later, **LEARNS[learns]
@@ -126,7 +126,8 @@ def test_the_rate_is_that_of_later_sessions(tmp_path: Path) -> None:
     for task in stream():
         trainer.learn(task)
         rates.append(Counter())
-        for group in trainer.optimizer.param_groups:
+        optimizer: Any = trainer.optimizer
+        for group in optimizer.param_groups:
             rates[-1][group["lr"]] += len(group["params"])
     assert {*rates[0]} == {1e-3}
     assert {*rates[1]} == {1e-3, 1e-4} and rates[1][1e-3] == 2, "the session's own head keeps the full rate"
