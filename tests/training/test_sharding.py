@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import make_backbone, make_recipe, script, start_anew, train, write_recipe
@@ -147,7 +148,8 @@ def test_a_killed_run_with_a_sharded_teacher_goes_on_to_the_bit_and_is_taken_ove
         states = f"work/{role}-task-02/checkpoint-*"
         while process.poll() is None and not list(cut.glob(states)):
             time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):  # or they would end the phase
+            one.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL and list(cut.glob(states)), "it was killed in this phase"
     code, output = train(file, "--output_dir", cut, *HALVES, *SHARDED, launcher=launcher)
