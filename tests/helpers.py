@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,12 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
     if not launcher and options.keys() <= {"cwd", "env"} and for_hub:
         return Forked(TRAIN, [str(word) for word in arguments], **{"cwd": ROOT, **options})
     return start_anew(*arguments, launcher=launcher, **options)
+
+
+def thinned(cases: Iterable[Any], every: int) -> list[Any]:
+    """Cases for `parametrize`: the fast tier has each `every`th, the slow one the others."""
+    slow = pytest.mark.slow
+    return [case if number % every == 0 else pytest.param(case, marks=slow) for number, case in enumerate(cases)]
 
 
 def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:

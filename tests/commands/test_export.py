@@ -135,6 +135,7 @@ def test_the_file_answers_as_the_pipeline_does_without_torch(
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_every_product_by_weights_is_quantised_also_if_two_passes_read_them(place: Path, tmp_path: Path) -> None:
     """What is left in float32 are the two products of attention, in each of two passes over one layer."""
     model = CDLForImageClassification.from_pretrained(place).eval()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, make_recipe, train, write_recipe
+from helpers import ROOT, make_recipe, thinned, train, write_recipe
 from test_kept_queries import passes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, ViTConfig, ViTImageProcessor
@@ -128,7 +128,10 @@ def run_of(recipe: Recipe, folder: Path) -> dict[str, tuple[CDLTrainer, Counted,
 
 
 @pytest.mark.parametrize(
-    "term", [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}]
+    "term",
+    thinned(
+        [{"type": "kdp"}, {"type": "fitnets"}, {"type": "dual_path"}, {"type": "dual_path", "copy_from": "all"}], 3
+    ),
 )
 def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, Any]) -> None:
     """FLOPs and the bytes kept for the backward pass are the same with fake tensors as in a run's last step."""
@@ -147,9 +150,9 @@ def test_the_plan_counts_what_the_trainer_does(tmp_path: Path, term: dict[str, A
     ("change", "student_asks"),
     [
         ({"query": "self"}, True),
-        ({"train": {"per_device_train_batch_size": 4}}, True),
-        ({"train": {"data_seed": 7}}, True),
-        ({"train": {"num_train_epochs": 1}}, False),
+        pytest.param({"train": {"per_device_train_batch_size": 4}}, True, marks=pytest.mark.slow),
+        pytest.param({"train": {"data_seed": 7}}, True, marks=pytest.mark.slow),
+        pytest.param({"train": {"num_train_epochs": 1}}, False, marks=pytest.mark.slow),
     ],
 )
 def test_queries_are_counted_where_they_are_computed(
@@ -213,6 +216,7 @@ def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
     assert once["student"].trained == every["student"].trained
 
 
+@pytest.mark.slow
 def test_small_checkpoints_are_planned_small(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0, save_backbone=False)
     recipe["student"]["prompt"] = {"type": "coda", "components": 60, "length": 200, "layers": [0, 1]}

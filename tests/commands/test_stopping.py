@@ -249,6 +249,7 @@ def test_what_breaks_when_the_launcher_and_other_processes_end_is_no_error(
     assert said.count(STOPPED) == 1 and "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{}, {"OMP_NUM_THREADS": "1"}])
 def test_a_command_without_a_launcher_outlives_its_parent(
     command: Callable[..., list[str]], begin: Begin, tmp_path: Path, environment: dict[str, str]

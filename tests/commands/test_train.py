@@ -35,6 +35,7 @@ from helpers import (
     picture,
     png,
     start,
+    thinned,
     train,
     write_recipe,
 )
@@ -803,7 +804,7 @@ VARIANTS: dict[str, tuple[list[Any], set[str], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", thinned(VARIANTS, 4))
 def test_variants(name: str, run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     arguments, roles, counts = VARIANTS[name]
     code, output = run(*arguments)
@@ -863,6 +864,7 @@ def test_a_trained_backbone_goes_on_from_its_checkpoint(run: Callable[..., tuple
     assert_same_run(folder, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     common = ("--train.logging_steps", 1, "--train.num_train_epochs", 2)
     assert run(*common, "--train.per_device_train_batch_size", 8, out="one")[0] == 0

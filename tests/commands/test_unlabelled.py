@@ -74,6 +74,7 @@ def finished(source: Path) -> Path:
     return source / "taught"
 
 
+@pytest.mark.slow
 def test_the_student_learns_from_them_and_the_teacher_does_not(
     source: Path, finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas
 import pytest
 import yaml
-from helpers import ROOT, make_recipe, write_recipe
+from helpers import ROOT, make_recipe, thinned, write_recipe
 from PIL import Image
 
 from hf_cdl.compare.page import save_report
@@ -48,7 +48,7 @@ def read(folder: Path, spec: dict[str, Any]) -> Comparison:
     return read_comparison(folder / "spec.yaml", folder / "runs")
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("comparisons/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", thinned(sorted(RECIPES.glob("comparisons/*.yaml")), 4), ids=lambda file: file.stem)
 def test_the_comparisons_of_the_repository_can_be_run(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     comparison = read_comparison(file)

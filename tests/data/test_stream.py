@@ -777,6 +777,7 @@ def test_one_dataset_is_the_training_data() -> None:
         make(rows_of)
 
 
+@pytest.mark.slow
 def test_as_many_classes_as_imagenet_21k_take_no_time() -> None:
     """Linear time; quadratic time would take minutes."""
     names = [f"n{number:08d}" for number in range(21_841)]

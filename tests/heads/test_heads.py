@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import python
+from helpers import python, thinned
 from safetensors.torch import load_file, save_file
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from test_contract import CLASSES, arguments, images, stream, vit
@@ -58,7 +58,7 @@ def learnt(head: dict[str, Any], folder: Path, **fields: Any) -> CDLTrainer:
 # ---- every head ----
 
 
-@pytest.mark.parametrize("head", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("head", thinned(VARIANTS, 3), ids=name_of)
 @pytest.mark.filterwarnings("ignore")  # torch.export warns about its own internals
 def test_a_head_learns_two_tasks_and_is_exported(head: dict[str, Any], tmp_path: Path) -> None:
     trainer = learnt(head, tmp_path)
@@ -119,6 +119,7 @@ def new_task(model: Any) -> torch.Tensor:
         return model.eval()(images()).logits
 
 
+@pytest.mark.slow
 def test_a_loaded_head_answers_and_grows_in_another_process_as_if_never_saved(tmp_path: Path) -> None:
     want = {}
     for head in VARIANTS:

@@ -190,6 +190,7 @@ def test_a_run_can_take_over_its_teacher(offline: Path, finished: Path, tmp_path
     assert files == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
+@pytest.mark.slow
 def test_a_ready_teacher_is_used_as_it_is(offline: Path, finished: Path, tmp_path: Path, capfd: Any) -> None:
     """It is not trained; its classes are matched by name in a stream of another order; it is evaluated and stored."""
     ready = tmp_path / "ready"

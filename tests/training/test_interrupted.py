@@ -183,6 +183,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted", [False, True], ids=["a task learnt", "a state stored"])
 def test_a_run_does_not_go_on_with_other_settings(interrupted: bool, tmp_path: Path) -> None:
     run = begun_in(tmp_path, interrupted)

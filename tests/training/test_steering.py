@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import killed_and_taken, make_recipe, make_table, write_recipe
+from helpers import killed_and_taken, make_recipe, make_table, thinned, write_recipe
 from safetensors.torch import load_file
 from test_arguments import ELSEWHERE, KEEPS, LOADERS, MOVES
 from test_contract import CLASSES, Pictures, arguments, model_of
@@ -132,7 +132,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", thinned(OPTIONS, 3))
 def test_test_labels_change_nothing_and_validation_labels_do(option: str, tmp_path: Path) -> None:
     """With changed test labels the weights are bit-identical; changed validation labels show that the test works."""
     plain = learnt(trainer_of(tmp_path, option), tasks())
@@ -252,7 +252,7 @@ def test_early_stopping_needs_an_evaluation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [False, True], ids=["in memory", "in a run"])
 @pytest.mark.parametrize(
-    "option", [name for name, (fields, _) in OPTIONS.items() if "load_best_model_at_end" in fields]
+    "option", thinned([name for name, (fields, _) in OPTIONS.items() if "load_best_model_at_end" in fields], 3)
 )
 def test_a_phase_ends_with_its_best_state(option: str, stored: bool, tmp_path: Path) -> None:
     """In every task, even if `save_steps` skips it; with the accuracy of exactly that state."""
