@@ -1,4 +1,4 @@
-"""Which model of a finished run to use, the student or a baseline, as far as its test images can tell."""
+"""Which model of a finished run to use, the student or a baseline, as far as the images that it measures can tell."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def verdict(results: Mapping[str, Any]) -> Verdict | None:
     if not counts or not all(counts):
         return Verdict(first, f"Use the {_name(first)}: {ahead}.")
     least, most = interval(high, low, counts)
+    seen = f"{sum(counts):,} {results.get('recipe', {}).get('data', {}).get('eval_split', 'test')}"
     if least > 0:
-        measured = f"95 % interval {least:.1f} to {most:.1f}, by {sum(counts):,} test images"
+        measured = f"95 % interval {least:.1f} to {most:.1f}, by {seen} images"
         return Verdict(first, f"Use the {_name(first)}: {ahead} ({measured}).")
     return Verdict(
         "student",
-        f"Use the student or the {_name(best)}: {student:.1f} % and {others[best]:.1f} %, which {sum(counts):,} test "
+        f"Use the student or the {_name(best)}: {student:.1f} % and {others[best]:.1f} %, which {seen} "
         f"images cannot tell apart ({high - low:.1f} points, 95 % interval {least:+.1f} to {most:+.1f}).",
     )
 

@@ -44,6 +44,9 @@ def test_the_three_sentences() -> None:
         "Use the student or the linear head: 83.3 % and 100.0 %, which 24 test images cannot tell apart (16.7 points, "
         "95 % interval -1.5 to +32.2).",
     )
+    level["recipe"] = {"data": {"eval_split": "validation"}}
+    found = verdict(level)
+    assert found is not None and "which 24 validation images cannot tell apart" in found.said
 
 
 def test_without_counts_there_is_no_interval() -> None:
