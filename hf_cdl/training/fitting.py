@@ -45,7 +45,7 @@ class FittingTrainer(EvaluatingTrainer):
 
     def _anchors(self, task: Task) -> Iterator[dict[str, Any]]:
         """Batches of the un-augmented images that tell how features moved in a session."""
-        anchors, self.model = self.model.later.anchors, self.model.eval()
+        anchors = self.model.eval().later.anchors
         splits = {"task": (task.train, task.classes), "unlabelled": (task.unlabelled, ANY)}
         for name, (split, classes) in splits.items():
             if anchors in (name, "both"):

@@ -62,6 +62,12 @@ def check_shardable(teacher: nn.Module, processes: int, trained: bool = False) -
             "(GradientCheckpointingLayer), by which it would be shared out; leave it out."
         )
     config = getattr(teacher, "config", None)
+    if trained and getattr(config, "later_sessions", None):
+        raise ValueError(
+            "shard_teacher is true, but the teacher has later_sessions, which compare it with a copy of what it was, "
+            "and a sharded model cannot be copied. Train it where it fits, without shard_teacher, or leave "
+            "later_sessions out."
+        )
     learns = [name for name in ("train_backbone", "lora") if getattr(config, name, None)]
     if trained and (learns or any(parameter.requires_grad for layer in layers for parameter in layer.parameters())):
         raise ValueError(

@@ -18,6 +18,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.heads.drift import fit_drift
 from hf_cdl.prompts import PROMPTS
+from hf_cdl.training.sharding import check_shardable
 from hf_cdl.types import Task
 
 HEAD = {"type": "ridge", "standardise": "first_task", "strength": 10.0}
@@ -201,6 +202,12 @@ def test_impossible_models_are_refused(fields: dict[str, Any], said: str) -> Non
     whole = {"head": HEAD, "first_session": FIRST, "later_sessions": {}, **LEARNS["coda"], **fields}
     with pytest.raises(ValueError, match=said):
         CDLForImageClassification(CDLConfig(backbone_config=vit(32), **whole))
+
+
+def test_a_sharded_teacher_cannot_have_them() -> None:
+    with pytest.raises(ValueError, match="the teacher has later_sessions"):
+        check_shardable(model_of("coda"), 2, trained=True)
+    check_shardable(model_of("coda"), 2)
 
 
 def test_unlabelled_anchors_need_unlabelled_images(tmp_path: Path) -> None:
