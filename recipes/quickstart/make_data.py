@@ -1,8 +1,8 @@
 """Cuts this repository's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
 
 The full folder holds {stream,base}-{train,validation,test}.parquet and LICENCES.tsv. Of its stream classes the
-quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100 with fewer images each (recipes/icons100). Of
-its base classes, on which the quickstart's backbones were pre-trained, offline distillation gets 50
+quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100 with fewer images each (recipes/icons100) or
+with all training images (recipes/icons_all). Of its base classes, on which the quickstart's backbones were pre-trained, offline distillation gets 50
 (recipes/offline_kd/icons). It takes the classes with the most test images (ties: most training images, then by name),
 at most `caps` images per split of each, chosen with a fixed seed, and sorts the classes alphabetically. Images are
 recompressed losslessly. It writes the three Parquet files, the licences of the icon sets used, and the data card
@@ -111,7 +111,7 @@ lists the {sets} sets that occur, with licence, author and number of images here
 # True because a class's images are drawn with the same seed for every folder: a smaller draw is a larger one's start.
 ALSO = """
 
-{classes} of these classes are also in [the quickstart](../quickstart/icons/README.md), which has these images of them and more, in
+{classes} of these classes are also in [the quickstart](../quickstart/icons/README.md), which has {shared}, in
 the same splits: {names}. What was tuned on the quickstart's stream was therefore tuned on half of this one's classes."""  # noqa: E501
 
 
@@ -149,10 +149,26 @@ LONGER = Subset(
     {
         "title": "100",
         "purpose": "continual learning over 10 tasks of 10",
+        "shared": "these images of them and more",
         "folder": "recipes/icons100",
         "script": "../quickstart/make_data.py",
         "chosen": "all",
         "backbones": "The two backbones of the quickstart were\npre-trained on other concepts",
+    },
+)
+EVERY = Subset(
+    HERE.parent / "icons_all",
+    "stream",
+    100,
+    {"validation": LONGER.caps["validation"], "test": LONGER.caps["test"]},
+    {
+        "title": "100, all training images",
+        "purpose": "continual learning over 10 tasks of 10",
+        "shared": "fewer training images of them and more of the others",
+        "folder": "recipes/icons_all",
+        "script": "../quickstart/make_data.py",
+        "chosen": "all",
+        "backbones": LONGER.words["backbones"],
     },
 )
 BASE = Subset(
@@ -198,8 +214,9 @@ def make(folder: Path, subset: Subset) -> None:
     lines = ["\t".join([*row[:-1], str(used[row[0]])]) for row in licences if row[0] in used]
     assert len(lines) == len(used), "a set without a licence"
     (out / "LICENCES.tsv").write_text("\n".join(["set\tname\tlicence\tauthor\timages", *lines]) + "\n")
-    known = choose(full, QUICKSTART.classes) if subset is LONGER else []
+    known = choose(full, QUICKSTART.classes) if subset in (LONGER, EVERY) else []
     most = ", ".join(f"{cap} {split}" for split, cap in caps.items())
+    whole = "" if "train" in caps or not caps else "all training images and "
     (out / "README.md").write_text(
         CARD.format(
             **subset.words,
@@ -209,13 +226,13 @@ def make(folder: Path, subset: Subset) -> None:
             families=len(families),
             table="\n".join(table),
             names=", ".join(classes),
-            also=ALSO.format(classes=len(known), names=", ".join(known)) if known else "",
-            caps=f"at most\n{most} images, chosen with seed {SEED}" if most else "all\nimages",
+            also=ALSO.format(classes=len(known), names=", ".join(known), **subset.words) if known else "",
+            caps=f"{whole}at most\n{most} images, chosen with seed {SEED}" if most else "all\nimages",
             sets=len(used),
         )
     )
 
 
 if __name__ == "__main__":
-    for each in (QUICKSTART, LONGER, BASE):
+    for each in (QUICKSTART, LONGER, EVERY, BASE):
         make(Path(sys.argv[1]), each)
