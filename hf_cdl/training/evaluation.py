@@ -157,12 +157,13 @@ class EvaluatingTrainer(FrozenTrainer):
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
             return stored
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._kept.counted()
         choices = self.model.head.choices() if self.model.fitted else {}
         answers = self.answer(self.seen, unlearnt, foreign)
         result = replace(stored or TaskResult(self.role, task.index), choices=choices, **answers)
         result.eval_seconds = time.perf_counter() - start
         self._kept.flush()
+        self._say_kept(result, before, self._kept_features.bytes)
         if self.run is not None:
             self.run.save_result(result)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from hf_cdl.training.kept import Collate, Kept, Query, Recall, kept_with, open_f
 from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.training.teacher import Teacher
-from hf_cdl.types import CDLOutput, Task
+from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
 class FrozenTrainer(TaskTrainer):
@@ -43,6 +44,12 @@ class FrozenTrainer(TaskTrainer):
     def cache_use(self) -> str | None:
         """How many bytes the trainers of the run read from their cache and wrote into it; None without one."""
         return None if self._kept.files is None else str(self._kept.files)
+
+    def _say_kept(self, result: TaskResult, before: Counter[str], more: int = 0) -> None:
+        """Add to a result what was kept and found since `before`; `more`: bytes that are held beside."""
+        now = self._kept.counted()
+        result.kept = {name: result.kept.get(name, 0) + now[name] - before[name] for name in now}
+        result.kept["held"] = now["held"] + more
 
     def _read_kept(self, task: Task | None = None) -> None:
         """From now on, until weights change, what is known already is not computed again; `task`: that trains now."""

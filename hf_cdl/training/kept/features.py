@@ -23,12 +23,12 @@ class KeptFeatures:
     def __init__(self) -> None:
         self._of: dict[int, tuple[Any, list[Any]]] = {}
         self._weights: tuple[Any, ...] = ()
-        self._bytes = 0
+        self.bytes = 0
 
     def begin(self, model: Any) -> None:
         """An evaluation begins: forget what a model with other weights gave. Once, as it reads all weights."""
         if (weights := state_of(model)) != self._weights:
-            self._of, self._weights, self._bytes = {}, weights, 0
+            self._of, self._weights, self.bytes = {}, weights, 0
 
     def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
         """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
@@ -46,9 +46,9 @@ class KeptFeatures:
             for output, batch in batches
         ]
         size = sum(value.nbytes for found, batch in kept for value in (*found.values(), *batch.values()))
-        if self._bytes + size <= _MOST:
+        if self.bytes + size <= _MOST:
             self._of[id(split)] = split, kept  # the split too, so that no other gets its id
-            self._bytes += size
+            self.bytes += size
 
 
 def keepable(split: Any, model: Any) -> bool:
