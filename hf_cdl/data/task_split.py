@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -68,13 +69,33 @@ class TaskSplit:
         """Return a batch of evaluation or augmented views (not both), with one call per image processor."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         samples = [(self.task, self._sample(key[0]), key[1]) for key in keys if isinstance(key, tuple)]
-        images = [self.image(i) for i in indices]
         items: list[dict[str, Any]] = [{} for _ in indices]
         for name, view in self._pixel_values().items():
-            pixels = view.training(images, samples) if samples else view.evaluation(images)
+            pixels = self._augmented(view, indices, samples) if samples else self._plain(view, indices)
             for item, p in zip(items, pixels, strict=True):
                 item[name] = p
         return [self._labelled(item, i) for item, i in zip(items, indices, strict=True)]
+
+    def _augmented(
+        self, view: Preprocess, indices: Sequence[int], samples: Sequence[tuple[int, int, int]]
+    ) -> Iterable[torch.Tensor]:
+        images = []
+        for index, sample in zip(indices, samples, strict=True):
+            key = (id(view), int(self.rows[index]), sample)
+            if (image := self.kept.made(key)) is None:
+                image = view.augmented(self.image(index), *sample)
+                self.kept.keep_made(key, image, 3 * image.width * image.height)
+            images.append(image)
+        return view.pixels(images)
+
+    def _plain(self, view: Preprocess, indices: Sequence[int]) -> Iterable[torch.Tensor]:
+        keys = [(id(view), int(self.rows[index]), None) for index in indices]
+        found = [self.kept.made(key) for key in keys]
+        if any(pixels is None for pixels in found):  # all of them, as a processor takes images together
+            found = view.evaluation([self.image(index) for index in indices])
+            for key, pixels in zip(keys, found, strict=True):
+                self.kept.keep_made(key, pixels.clone(), pixels.nbytes)
+        return [pixels.clone() for pixels in found]
 
     @property
     def identity(self) -> dict[str, tuple[int, int, int]]:

@@ -186,7 +186,7 @@ class CDLTrainer(FittingTrainer):
         if self._take_over(task):
             return
         self._keep_settings()
-        result, before = TaskResult(self.role, task.index), self._kept.counted()
+        result, before = TaskResult(self.role, task.index), self._used()
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.state.log_history = []

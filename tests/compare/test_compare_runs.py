@@ -84,7 +84,7 @@ if __name__ == "__main__":
     two = {"OMP_NUM_THREADS": "2"}
     workers = [{**two, "CUDA_VISIBLE_DEVICES": "5"}, two, {"OMP_NUM_THREADS": "1"}]
     runs = [start(["script", str(n)], folder / f"logs/{n}.log", worker) for n, worker in enumerate(workers)]
-    while not all((folder / f"logs/{n}.log").read_text().count(chr(10)) == 2 for n in range(3)):
+    while not all((folder / f"logs/{n}.log").read_text().count(chr(10)) >= 2 for n in range(3)):
         time.sleep(0.05)
     same = [name for worker in workers for name in worker if name in os.environ] == ["OMP_NUM_THREADS"] * 3
     assert same and os.environ["OMP_NUM_THREADS"] == "3"
@@ -92,7 +92,7 @@ if __name__ == "__main__":
     for run in runs[:2]:
         run.join()
     print(json.dumps([run.exitcode for run in runs[:2]]), flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 SCRIPT = """
 import atexit, json, multiprocessing, os, sys, time
@@ -104,7 +104,8 @@ told = [sys.argv[1:], modules, torch.get_num_threads(), devices, multiprocessing
 print(json.dumps(told), flush=True)
 print("an error", file=sys.stderr, flush=True)
 atexit.register(print, "the end")
-time.sleep(1 if number == "0" else 60)
+while number != "0" or not os.path.exists("go"):
+    time.sleep(0.05)
 sys.exit(7)
 """
 
@@ -117,10 +118,11 @@ def test_a_run_is_a_process_that_has_imported_everything_and_ends_with_the_one_t
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "3"}
     env.pop("CUDA_VISIBLE_DEVICES", None)
     command = [sys.executable, tmp_path / "starts.py", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=tmp_path) as process:
         assert process.stdout is not None
         pids = json.loads(process.stdout.readline())
         os.kill(pids[1], signal.SIGKILL)
+        (tmp_path / "go").touch()
         assert json.loads(process.stdout.readline()) == [7, -signal.SIGKILL]
         logs = [(tmp_path / f"logs/{number}.log").read_text().splitlines() for number in range(3)]
         assert [log[1:] for log in logs] == [["an error", "the end"], ["an error"], ["an error"]]
@@ -132,7 +134,7 @@ def test_a_run_is_a_process_that_has_imported_everything_and_ends_with_the_one_t
         *third, above = json.loads(logs[2][0])
         assert third == [["2"], [], 1, None, usual] and above == process.pid and (server != above) == forks
         process.kill()
-    assert gone(pids[2]) and (not forks or gone(server))
+    assert gone(pids[2]) and (not forks or gone(server, 120)), "Python takes its time to clean up"
 
 
 @pytest.mark.slow
@@ -143,11 +145,12 @@ def test_an_interrupted_comparison_has_stopped_its_runs_and_goes_on_to_what_hf_c
     while not (folder / "work").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    forked = psutil.Process(process.pid).children(recursive=True)
+    started = psutil.Process(process.pid).children(recursive=True)
+    runs = [child.pid for child in started if child.ppid() != process.pid] or [child.pid for child in started]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command goes on from there" in output
-    assert all(gone(child.pid, 2) for child in forked) and not (folder / "results.json").exists()
+    assert runs and all(gone(pid, 1) for pid in runs) and not (folder / "results.json").exists()
     assert "Nothing finished is lost" in (tmp_path / "runs/comparisons/spec/logs/alone-seed-5.log").read_text()
     code, output = compare(tmp_path, spec)
     assert code == 0, output

@@ -10,7 +10,6 @@ In memory an image is told by its place in the data; in a folder, which other ru
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,20 +69,15 @@ class Kept:
         self._images: dict[Any, _Entry] = {}
         self._held: list[Any] = []
         self._task: Task | None = None
-        self.bytes = Counter(computed=0, found=0, held=0)
-        """Of outputs: computed and found again so far, and held in memory now."""
+        self.held = self.found = 0
+        """Bytes of outputs: held in memory now, and found there so far."""
         self.files: KeptFiles | None = None
 
     def begin(self, task: Task) -> None:
         """A task begins to be learnt: forget the training views of another."""
         if self._task is not task:
-            self.bytes["held"] -= sum(entry.bytes for entry in self._views.values())
+            self.held -= sum(entry.bytes for entry in self._views.values())
             self._task, self._views = task, {}
-
-    def counted(self) -> Counter[str]:
-        """`bytes`, and those read from the folder and written into it so far."""
-        read, written = (self.files.read, self.files.written) if self.files else (0, 0)
-        return Counter({**self.bytes, "read": read, "written": written})
 
     def flush(self) -> None:
         """Write what is still to be stored in the folder."""
@@ -146,23 +140,22 @@ class Kept:
         entry = kept.get(key)
         known = entry is not None and entry.untouched
         if known and not source.shared or source.shared and everywhere(known, pixels.device):
-            self.bytes["found"] += entry.bytes  # type: ignore[union-attr]
+            self.found += entry.bytes  # type: ignore[union-attr]
             return entry.output  # type: ignore[union-attr]
         files, compiled, place = self.files, what[-1], None
         if files is not None and source.digest is not None and not compiled:
             place = files.place(source.digest, pixels.device, precision)
         found = files.find(place, (what, images.key), pixels.device) if files and place else None
-        if unknown := found is None:
+        if found is None:
             found = compute()
             if type(found) is not CDLOutput:
                 return found
             if files and place:
                 files.keep(place, (what, images.key), found)
         entry = _Entry(found)
-        self.bytes["computed"] += entry.bytes * unknown
-        if again and key not in kept and self.bytes["held"] + entry.bytes <= MOST:
+        if again and key not in kept and self.held + entry.bytes <= MOST:
             kept[key] = entry
-            self.bytes["held"] += entry.bytes
+            self.held += entry.bytes
         return found
 
     def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:
