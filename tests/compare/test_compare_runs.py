@@ -162,7 +162,7 @@ def test_an_interrupted_comparison_has_stopped_its_runs_and_goes_on_to_what_hf_c
     ours, theirs = (
         json.loads((place / "results.json").read_text())["roles"]["student"] for place in (folder, run.folder)
     )
-    assert ours["accuracy"] == theirs["accuracy"] and ours["class_accuracy"] == theirs["class_accuracy"]
+    assert ours["accuracy_matrix"] == theirs["accuracy_matrix"] and ours["class_accuracy"] == theirs["class_accuracy"]
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path: Path):
