@@ -138,7 +138,9 @@ class TaskResult:
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
     `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
     itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
-    `drift`: how features moved in a session after the first, see hf_cdl.training.session.
+    `drift`: how features moved in a session after the first, see hf_cdl.training.session. `kept`: of what frozen
+    weights say of images, the bytes that the run holds in memory, and those that the phase found there in place of
+    computing them, read from the cache and wrote into it.
     """
 
     role: str
@@ -154,6 +156,7 @@ class TaskResult:
     choices: dict[str, float] = field(default_factory=dict)
     known: dict[str, float] = field(default_factory=dict)
     drift: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     images_per_second: float = 0.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def make(
     devices = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     free = workers(jobs, devices.split(",") if torch.cuda.device_count() else [], os.cpu_count() or 1)
     schedule = _Schedule(runs, command, results_of, free)
-    with _progress(len(runs), len(schedule.done), len(free)) as tell:
+    with _progress(len(runs), len(schedule.done), len(free)) as tell, contextlib.closing(schedule):
         while schedule.waiting or schedule.working:
             failures = schedule.begin()
             time.sleep(0.1)
@@ -59,8 +59,16 @@ class _Schedule:
         self.command, self.results_of, self.free = command, results_of, free
         self.done = {run.folder for run in runs if results_of(run) is not None}
         self.waiting = [run for run in runs if run.folder not in self.done]
-        self.working: list[tuple[PlannedRun, subprocess.Popen[bytes], dict[str, str], float]] = []
+        self.working: list[tuple[PlannedRun, BaseProcess, dict[str, str], float]] = []
         self.failed: list[tuple[PlannedRun, str]] = []
+
+    def close(self) -> None:
+        """Stop the runs that are still working, as the comparison was interrupted, and wait until they have ended."""
+        processes = [process for _, process, _, _ in self.working]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
 
     def begin(self) -> list[Ended]:
         """Start runs on the free workers; returns runs that are impossible because their teacher's run failed."""
@@ -79,16 +87,16 @@ class _Schedule:
     def end(self) -> list[Ended]:
         """Collect the runs that have ended since the last call."""
         ended = []
-        for entry in [entry for entry in self.working if entry[1].poll() is not None]:
+        for entry in [entry for entry in self.working if entry[1].exitcode is not None]:
             run, process, worker, began = entry
             self.working.remove(entry)
             self.free.append(worker)
             seconds = time.monotonic() - began
-            if process.returncode == 0 and self.results_of(run) is not None:
+            if process.exitcode == 0 and self.results_of(run) is not None:
                 self.done.add(run.folder)
                 ended.append((run, None, seconds))
             else:
-                ended.append(self._fail(run, f"exit code {process.returncode}, see {log_of(run)}", seconds))
+                ended.append(self._fail(run, f"exit code {process.exitcode}, see {log_of(run)}", seconds))
         return ended
 
     def _fail(self, run: PlannedRun, why: str, seconds: float) -> Ended:

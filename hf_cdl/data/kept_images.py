@@ -1,8 +1,12 @@
-"""Decoded images, kept in memory while there is room: every epoch, role and evaluation reads the same ones."""
+"""Images as decoded and as models see them, kept in memory while there is room.
+
+Every epoch, role and evaluation reads the same images, every evaluation and fitted head the same pixel values of them,
+and all roles of a task train on the same augmented views.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -10,16 +14,20 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 _MOST = 2**28
-"""Bytes that the images of all splits take in a process."""
+"""Bytes that the images of all splits take in a process, with what is made of them."""
 _ALL: WeakSet[KeptImages] = WeakSet()
 
 
 class KeptImages:
-    """The decoded images of a split, by row. Worker processes keep none: they are many, and live for an epoch."""
+    """The decoded images of a split, by row, and what is `made` of them, which gives way to decoded ones.
+
+    Worker processes keep none: they are many, and live for an epoch.
+    """
 
     def __init__(self) -> None:
         self._images: dict[int, Image.Image] = {}
-        self._bytes = 0
+        self._made: dict[Any, Any] = {}
+        self._bytes = self._bytes_made = 0
 
     def __reduce__(self) -> Any:
         return KeptImages, ()
@@ -36,12 +44,37 @@ class KeptImages:
             self._bytes += size
         return image
 
+    def made(self, key: Any) -> Any:
+        """What was made of an image, which is not to be changed; None if it is not kept."""
+        return self._made.get(key)
+
+    def keep_made(self, key: Any, value: Any, size: int) -> None:
+        """Keep what was made of an image, if so many bytes are free; what was made of other splits gives way."""
+        if get_worker_info() is not None or self._bytes + self._bytes_made + size > _MOST:
+            return
+        _ALL.add(self)
+        if _taken() + size > _MOST:
+            _drop_made(kept for kept in _ALL if kept is not self)
+        if _taken() + size <= _MOST:
+            self._made[key] = value
+            self._bytes_made += size
+
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes fit in, if need be in place of other splits' images: this split is in use now."""
         if self._bytes + size > _MOST:
             return False
-        others = [kept for kept in _ALL if kept is not self]
-        if sum(kept._bytes for kept in others) + self._bytes + size > _MOST:
-            for kept in others:
+        if _taken() + size > _MOST:
+            _drop_made(_ALL)
+        if _taken() + size > _MOST:
+            for kept in [kept for kept in _ALL if kept is not self]:
                 kept._images, kept._bytes = {}, 0
         return True
+
+
+def _taken() -> int:
+    return sum(kept._bytes + kept._bytes_made for kept in _ALL)
+
+
+def _drop_made(some: Iterable[KeptImages]) -> None:
+    for kept in some:
+        kept._made, kept._bytes_made = {}, 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -20,6 +22,8 @@ CLIPPED = (
     "has 16 bits a channel, which the pipeline of a plain checkpoint (model: classifier) would clip at 255; save it "
     "with 8 bits"
 )
+
+_Image = Callable[[int], Image.Image]
 
 
 class Finding(NamedTuple):
@@ -68,13 +72,34 @@ class TaskSplit:
         """Return a batch of evaluation or augmented views (not both), with one call per image processor."""
         indices = [key[0] if isinstance(key, tuple) else key for key in keys]
         samples = [(self.task, self._sample(key[0]), key[1]) for key in keys if isinstance(key, tuple)]
-        images = [self.image(i) for i in indices]
+        image = functools.cache(self.image)  # decoded at most once for all views
         items: list[dict[str, Any]] = [{} for _ in indices]
         for name, view in self._pixel_values().items():
-            pixels = view.training(images, samples) if samples else view.evaluation(images)
+            pixels = self._augmented(view, image, indices, samples) if samples else self._plain(view, image, indices)
             for item, p in zip(items, pixels, strict=True):
                 item[name] = p
         return [self._labelled(item, i) for item, i in zip(items, indices, strict=True)]
+
+    def _augmented(
+        self, view: Preprocess, image: _Image, indices: Sequence[int], samples: Sequence[tuple[int, int, int]]
+    ) -> Iterable[torch.Tensor]:
+        images = []
+        for index, sample in zip(indices, samples, strict=True):
+            key = (id(view), int(self.rows[index]), sample)
+            if (found := self.kept.made(key)) is None:
+                found = view.augmented(image(index), *sample)
+                self.kept.keep_made(key, found, 3 * found.width * found.height)
+            images.append(found)
+        return view.pixels(images)
+
+    def _plain(self, view: Preprocess, image: _Image, indices: Sequence[int]) -> Iterable[torch.Tensor]:
+        keys = [(id(view), int(self.rows[index]), None) for index in indices]
+        found = [self.kept.made(key) for key in keys]
+        if any(pixels is None for pixels in found):  # all of them, as a processor takes images together
+            found = view.evaluation([image(index) for index in indices])
+            for key, pixels in zip(keys, found, strict=True):
+                self.kept.keep_made(key, pixels.clone(), pixels.nbytes)
+        return [pixels.clone() for pixels in found]
 
     @property
     def identity(self) -> dict[str, tuple[int, int, int]]:

@@ -215,10 +215,14 @@ class Preprocess:
 
     def training(self, images: list[Image.Image], keys: list[tuple[int, int, int]]) -> torch.Tensor:
         """Return (n, 3, H, W), the augmented views `keys` = (task, sample, view) of the images."""
-        views = [self._augment(image, *key) for image, key in zip(images, keys, strict=True)]
+        return self.pixels([self.augmented(image, *key) for image, key in zip(images, keys, strict=True)])
+
+    def pixels(self, views: list[Image.Image]) -> torch.Tensor:
+        """Return (n, 3, H, W), the pixel values of augmented views."""
         return _scaled(self.processor, views) if self._levels is None else _looked_up(self._levels, views)
 
-    def _augment(self, image: Image.Image, task: int, sample: int, view: int) -> Image.Image:
+    def augmented(self, image: Image.Image, task: int, sample: int, view: int) -> Image.Image:
+        """The augmented view of an image, before its levels become pixel values."""
         rng = stateless_rng(self.seed, task, sample, view)
         if self.crop_padding is None:
             box = crop_box(image.width, image.height, self.crop_scale, self.crop_ratio, rng)

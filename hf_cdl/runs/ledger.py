@@ -37,6 +37,7 @@ class _Entry(TypedDict):
     choices: NotRequired[dict[str, float]]
     known: NotRequired[dict[str, float]]
     drift: NotRequired[dict[str, float]]
+    kept: NotRequired[dict[str, int]]
     train_seconds: NotRequired[float]
     eval_seconds: NotRequired[float]
     images_per_second: NotRequired[float]

@@ -23,7 +23,8 @@ from hf_cdl.runs.verdict import with_verdict
 
 _DEEPEST = 50
 _LISTED = ("within_task", "task_identification", "confidence", "calibration_error", "class_accuracy")
-_LISTED += ("choices", "known", "drift", "train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
+_LISTED += ("choices", "known", "drift", "kept", "train_seconds", "eval_seconds", "images_per_second")
+_LISTED += ("peak_memory_bytes",)
 """What results.json lists for each task besides the accuracies."""
 
 Percent = Annotated[float, Field(ge=0, le=100)]

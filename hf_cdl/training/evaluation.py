@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalPrediction, PredictionOutput, denumpi
 from hf_cdl.training.arguments.workers import fitting_workers
 from hf_cdl.training.checking import check_items, check_tasks, check_unlearnt
 from hf_cdl.training.frozen import FrozenTrainer
-from hf_cdl.training.kept.features import KeptFeatures, keepable
+from hf_cdl.training.kept.features import keepable
 from hf_cdl.training.labelled import Labelled
 from hf_cdl.training.progress import progress_bar
 from hf_cdl.types import CDLOutput, Task, TaskResult
@@ -38,8 +38,6 @@ class EvaluatingTrainer(FrozenTrainer):
 
     Every image counts exactly once, and the model is never given a task id. Subclasses set the attributes.
     """
-
-    _kept_features: KeptFeatures
 
     # ---- Trainer's evaluation methods ----
 
@@ -157,12 +155,13 @@ class EvaluatingTrainer(FrozenTrainer):
         stored = self.run.result(self.role, task) if self.run is not None else None
         if stored is not None and stored.row:
             return stored
-        start = time.perf_counter()
+        start, before = time.perf_counter(), self._used()
         choices = self.model.head.choices() if self.model.fitted else {}
         answers = self.answer(self.seen, unlearnt, foreign)
         result = replace(stored or TaskResult(self.role, task.index), choices=choices, **answers)
         result.eval_seconds = time.perf_counter() - start
         self._kept.flush()
+        self._say_kept(result, before)
         if self.run is not None:
             self.run.save_result(result)
         return result

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from hf_cdl.training.kept import Collate, Kept, Query, Recall, kept_with, open_folder
+from hf_cdl.training.kept.features import KeptFeatures
 from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.training.teacher import Teacher
-from hf_cdl.types import CDLOutput, Task
+from hf_cdl.types import CDLOutput, Task, TaskResult
 
 
 class FrozenTrainer(TaskTrainer):
@@ -24,6 +25,7 @@ class FrozenTrainer(TaskTrainer):
 
     teacher: Teacher
     _kept: Kept
+    _kept_features: KeptFeatures
     _own_query: Query | None
     """Gives the model's queries; None if every pass computes its own."""
     _own_features: Recall | None
@@ -43,6 +45,22 @@ class FrozenTrainer(TaskTrainer):
     def cache_use(self) -> str | None:
         """How many bytes the trainers of the run read from their cache and wrote into it; None without one."""
         return None if self._kept.files is None else str(self._kept.files)
+
+    def _used(self) -> dict[str, int]:
+        """Bytes that trainers of the run hold in memory, and that they found, read and wrote so far."""
+        shared, own, files = self._kept, self._kept_features, self._kept.files
+        return {
+            "held_bytes": shared.held + own.held,
+            "found_bytes": shared.found + own.found,
+            "read_bytes": files.read if files else 0,
+            "written_bytes": files.written if files else 0,
+        }
+
+    def _say_kept(self, result: TaskResult, before: dict[str, int]) -> None:
+        """Add to a result what is kept, and what was used of it since `before`."""
+        now = self._used()
+        used = {name: result.kept.get(name, 0) + now[name] - before[name] for name in now}
+        result.kept = {**used, "held_bytes": now["held_bytes"]}
 
     def _read_kept(self, task: Task | None = None) -> None:
         """From now on, until weights change, what is known already is not computed again; `task`: that trains now."""

@@ -186,7 +186,7 @@ class CDLTrainer(FittingTrainer):
         if self._take_over(task):
             return
         self._keep_settings()
-        result = TaskResult(self.role, task.index)
+        result, before = TaskResult(self.role, task.index), self._used()
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.state.log_history = []
@@ -197,6 +197,7 @@ class CDLTrainer(FittingTrainer):
         self.model.end_task()
         self.objective.end_task()
         result.peak_memory_bytes = peak_memory(self.args.device)
+        self._say_kept(result, before)
         self._store(result, task, self.state.log_history)
 
     def _check_learnable(self, task: Task) -> bool:

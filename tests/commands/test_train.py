@@ -164,6 +164,9 @@ def test_results(finished: tuple[Path, str]) -> None:
         assert entry["metrics"] == continual_metrics(matrix, entry["counts"])
         for name in ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes"):
             assert len(entry[name]) == 3 and min(entry[name]) > 0, name
+    for used in content["roles"]["student"]["kept"]:
+        assert min(used["held_bytes"], used["found_bytes"]) > 0, "the teacher's queries of the same images"
+        assert used["read_bytes"] == used["written_bytes"] == 0, "without a cache"
     assert (content["name"], content["seed"], content["finished"]) == ("tiny", 0, True)
     assert content["versions"]["transformers"] == version("transformers")
     assert content["class_names"] == [["class a", "class b"], ["class c", "class d"], ["class e", "class f"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ from filelock import FileLock
 from helpers import make_recipe, make_table, write_recipe
 
 from hf_cdl.compare.records import CHANGING
+from hf_cdl.compare.spec import read_comparison
 
 for needed in ("matplotlib", "scipy", "statsmodels"):
     pytest.importorskip(needed)
@@ -73,25 +75,94 @@ def gone(pid: int, seconds: float = 20) -> bool:
     return False
 
 
+STARTS = """
+import json, os, sys, time
+from pathlib import Path
+from hf_cdl.compare.worker import start
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    two = {"OMP_NUM_THREADS": "2"}
+    workers = [{**two, "CUDA_VISIBLE_DEVICES": "5"}, two, {"OMP_NUM_THREADS": "1"}]
+    runs = [start(["script", str(n)], folder / f"logs/{n}.log", worker) for n, worker in enumerate(workers)]
+    while not all((folder / f"logs/{n}.log").read_text().count(chr(10)) >= 2 for n in range(3)):
+        time.sleep(0.05)
+    same = [name for worker in workers for name in worker if name in os.environ] == ["OMP_NUM_THREADS"] * 3
+    assert same and os.environ["OMP_NUM_THREADS"] == "3"
+    print(json.dumps([run.pid for run in runs]), flush=True)
+    for run in runs[:2]:
+        run.join()
+    print(json.dumps([run.exitcode for run in runs[:2]]), flush=True)
+    time.sleep(600)
+"""
+SCRIPT = """
+import atexit, json, multiprocessing, os, sys, time
+names = ("hf_cdl.training.trainer", "matplotlib.pyplot")
+number, modules = sys.argv[1], [name for name in names if name in sys.modules]
+import torch
+devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+told = [sys.argv[1:], modules, torch.get_num_threads(), devices, multiprocessing.get_start_method(), os.getppid()]
+print(json.dumps(told), flush=True)
+print("an error", file=sys.stderr, flush=True)
+atexit.register(print, "the end")
+while number != "0" or not os.path.exists("go"):
+    time.sleep(0.05)
+sys.exit(7)
+"""
+
+
 @pytest.mark.slow
-def test_a_run_ends_with_the_process_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Even if that one is killed; the worker passes on the module's arguments and exit code."""
-    script = tmp_path / "script.py"
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    script.write_text("import os, sys, time\nprint(os.getpid(), *sys.argv[1:], flush=True)\ntime.sleep(60)")
-    command = [sys.executable, "-m", "hf_cdl.compare.worker", "script", "--a", "b"]
-    parent = "import subprocess, sys, time\nsubprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)\ntime.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", parent, *command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    pid, *arguments = process.stdout.readline().split()
-    assert arguments == ["--a", "b"] and psutil.pid_exists(int(pid))
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert gone(int(pid))
-    script.write_text("raise SystemExit(7)")
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as again:
-        assert again.wait(20) == 7
+def test_a_run_is_a_process_that_has_imported_everything_and_ends_with_the_one_that_started_it(tmp_path: Path):
+    """It passes on arguments, environment, output and exit code; one with other threads imports for itself."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "starts.py").write_text(STARTS)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "3"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    command = [sys.executable, tmp_path / "starts.py", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        pids = json.loads(process.stdout.readline())
+        os.kill(pids[1], signal.SIGKILL)
+        (tmp_path / "go").touch()
+        assert json.loads(process.stdout.readline()) == [7, -signal.SIGKILL]
+        logs = [(tmp_path / f"logs/{number}.log").read_text().splitlines() for number in range(3)]
+        assert [log[1:] for log in logs] == [["an error", "the end"], ["an error"], ["an error"]]
+        *first, server = json.loads(logs[0][0])
+        usual, all_modules = multiprocessing.get_start_method(), ["hf_cdl.training.trainer", "matplotlib.pyplot"]
+        forks = sys.platform == "linux"
+        assert first == [["0"], all_modules if forks else [], 2, "5", usual]
+        assert json.loads(logs[1][0]) == [["1"], first[1], 2, None, usual, server]
+        *third, above = json.loads(logs[2][0])
+        assert third == [["2"], [], 1, None, usual] and above == process.pid and (server != above) == forks
+        process.kill()
+    assert gone(pids[2]) and (not forks or gone(server, 120)), "Python takes its time to clean up"
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_has_stopped_its_runs_and_goes_on_to_what_hf_cdl_train_gives(tmp_path: Path):
+    spec = tiny_spec(tmp_path, {"alone": {"set": ALONE, "rows": {"student": "alone"}}}, seeds=[5])
+    folder = tmp_path / "runs/comparisons/spec/alone/seed-5"
+    process = start(tmp_path, spec)
+    while not (folder / "work").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    started = psutil.Process(process.pid).children(recursive=True)
+    runs = [child.pid for child in started if child.ppid() != process.pid] or [child.pid for child in started]
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in output
+    assert runs and all(gone(pid, 1) for pid in runs) and not (folder / "results.json").exists()
+    assert "Nothing finished is lost" in (tmp_path / "runs/comparisons/spec/logs/alone-seed-5.log").read_text()
+    code, output = compare(tmp_path, spec)
+    assert code == 0, output
+    [run] = read_comparison(spec, tmp_path / "direct").runs
+    command = [sys.executable, "-m", "hf_cdl", "train", *run.arguments]
+    subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    for name in ("task-01/model.safetensors", "task-02/model.safetensors"):
+        assert (folder / "student" / name).read_bytes() == (run.folder / "student" / name).read_bytes()
+    ours, theirs = (
+        json.loads((place / "results.json").read_text())["roles"]["student"] for place in (folder, run.folder)
+    )
+    assert ours["accuracy_matrix"] == theirs["accuracy_matrix"] and ours["class_accuracy"] == theirs["class_accuracy"]
 
 
 def test_a_folder_that_another_process_writes_to_is_left_alone(tmp_path: Path):

@@ -16,6 +16,7 @@ from transformers import ViTImageProcessor
 from hf_cdl import TaskStream
 from hf_cdl.data import StreamConfig, kept_images
 from hf_cdl.data.cells import Cells
+from hf_cdl.data.views import Preprocess
 
 ONE = 3 * SIZE * SIZE
 
@@ -74,6 +75,62 @@ def test_the_split_in_use_takes_the_room_of_others_and_no_more(monkeypatch: pyte
     for index in range(len(second)):
         second.image(index)
     assert len(seen) == len(second) - 5
+
+
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of images that are cropped or processed together from now on."""
+    seen: list[int] = []
+    for name, count in (("augmented", lambda image, *sample: 1), ("evaluation", len)):
+        make = getattr(Preprocess, name)
+
+        def counted(self: Preprocess, given: Any, *more: Any, make: Any = make, count: Any = count) -> Any:
+            seen.append(count(given))
+            return make(self, given, *more)
+
+        monkeypatch.setattr(Preprocess, name, counted)
+    return seen
+
+
+def test_what_a_model_sees_of_an_image_is_made_once_for_all_roles_and_stays_what_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    split, seen = stream()[0].train, made(monkeypatch)
+    batches = [[0, 1, 2], [3, 4], [(0, 5), (1, 5)], [(0, 6)]]
+    first = [split.__getitems__(keys) for keys in batches]
+    assert seen == [3, 2, 1, 1, 1]
+    wanted = [[item["pixel_values"].clone() for item in items] for items in first]
+    for items in first:
+        for item in items:
+            item["pixel_values"].zero_()  # what somebody does with it stays with them
+    again = [split.seen_by("teacher").__getitems__(keys) for keys in batches]
+    assert seen == [3, 2, 1, 1, 1]
+    for items, values in zip(again, wanted, strict=True):
+        assert all(np.array_equal(item["pixel_values"], value) for item, value in zip(items, values, strict=True))
+    split.__getitems__([0, 5])  # one of them is new
+    assert seen[5:] == [2], "together, as a processor may take them"
+    fresh = stream()[0].train
+    assert np.array_equal(fresh[(0, 5)]["pixel_values"], wanted[2][0]) and not np.array_equal(
+        wanted[2][0], wanted[3][0]
+    )
+
+
+def test_what_is_made_of_images_gives_way_to_decoded_ones_and_to_the_split_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = 3 * SIZE * SIZE * 4  # float32
+    monkeypatch.setattr(kept_images, "_MOST", 8 * ONE + 2 * seen)
+    gc.collect()
+    tasks = stream()
+    first, second = tasks[0].train, tasks[1].train
+    for index in range(4):
+        first[index]
+    assert (first.kept._bytes, first.kept._bytes_made) == (4 * ONE, 3 * seen)
+    second[0]
+    assert (first.kept._bytes_made, second.kept._bytes_made) == (0, seen), "first.kept's images stay"
+    for index in range(1, 8):
+        second.image(index)
+    assert (first.kept._bytes, second.kept._bytes) == (4 * ONE, 8 * ONE)
+    assert first.kept._bytes_made + second.kept._bytes_made <= kept_images._MOST - 12 * ONE
 
 
 def test_workers_keep_and_are_sent_none() -> None:

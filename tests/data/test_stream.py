@@ -317,11 +317,11 @@ def test_an_image_is_decoded_once_and_equal_views_are_one(tmp_path):
     split = make(data(), processors={"student": PROCESSOR, "teacher": counted, "linear_head": counted})[0].train
     split.views["teacher"]._levels = None  # the processor computes every view, and counts it
     split = CountedSplit(**{field.name: getattr(split, field.name) for field in dataclasses.fields(split)})
-    for roles, calls in ((("student",), 0), (("teacher",), 1), (("student", "teacher"), 1)):
+    for roles, calls, row in ((("student",), 0, 0), (("teacher",), 1, 0), (("student", "teacher"), 1, 1)):
         Counted.calls = 0
         CountedSplit.decoded.clear()
-        split.seen_by(*roles).__getitems__([(0, 0), (3, 0)])
-        assert Counted.calls == calls and CountedSplit.decoded == [0, 3], roles
+        split.seen_by(*roles).__getitems__([(row, 0), (3, 1 + row)])
+        assert Counted.calls == calls and CountedSplit.decoded == [row, 3], roles
     assert split.seen_by("teacher", "linear_head")[0].keys() == {"pixel_values", "labels"}
 
 

@@ -150,7 +150,7 @@ def test_no_more_is_kept_than_there_is_room_for(tmp_path: Path, monkeypatch: pyt
     answered = passes(trainer.teacher.model)
     trainer.learn(task)
     assert len(task.train) < sum(answered) <= 4 * len(task.train)
-    assert trainer._kept._bytes <= 1000
+    assert trainer._kept.held <= 1000
 
 
 def test_a_teacher_that_a_callback_changes_is_asked_again(tmp_path: Path) -> None:

@@ -69,13 +69,14 @@ class Kept:
         self._images: dict[Any, _Entry] = {}
         self._held: list[Any] = []
         self._task: Task | None = None
-        self._bytes = 0
+        self.held = self.found = 0
+        """Bytes of outputs: held in memory now, and found there so far."""
         self.files: KeptFiles | None = None
 
     def begin(self, task: Task) -> None:
         """A task begins to be learnt: forget the training views of another."""
         if self._task is not task:
-            self._bytes -= sum(entry.bytes for entry in self._views.values())
+            self.held -= sum(entry.bytes for entry in self._views.values())
             self._task, self._views = task, {}
 
     def flush(self) -> None:
@@ -139,6 +140,7 @@ class Kept:
         entry = kept.get(key)
         known = entry is not None and entry.untouched
         if known and not source.shared or source.shared and everywhere(known, pixels.device):
+            self.found += entry.bytes  # type: ignore[union-attr]
             return entry.output  # type: ignore[union-attr]
         files, compiled, place = self.files, what[-1], None
         if files is not None and source.digest is not None and not compiled:
@@ -151,9 +153,9 @@ class Kept:
             if files and place:
                 files.keep(place, (what, images.key), found)
         entry = _Entry(found)
-        if again and key not in kept and self._bytes + entry.bytes <= MOST:
+        if again and key not in kept and self.held + entry.bytes <= MOST:
             kept[key] = entry
-            self._bytes += entry.bytes
+            self.held += entry.bytes
         return found
 
     def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:

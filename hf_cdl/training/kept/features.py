@@ -21,20 +21,22 @@ class KeptFeatures:
     """Batches of splits, for a model whose features are fixed."""
 
     def __init__(self) -> None:
-        self._of: dict[int, tuple[Any, list[Any]]] = {}
+        self._of: dict[int, tuple[Any, list[Any], int]] = {}
         self._weights: tuple[Any, ...] = ()
-        self._bytes = 0
+        self.held = self.found = 0
 
     def begin(self, model: Any) -> None:
         """An evaluation begins: forget what a model with other weights gave. Once, as it reads all weights."""
         if (weights := state_of(model)) != self._weights:
-            self._of, self._weights, self._bytes = {}, weights, 0
+            self._of, self._weights, self.held = {}, weights, 0
 
     def find(self, split: Any, model: Any) -> Iterator[tuple[CDLOutput, dict[str, Any]]] | None:
         """The model's outputs for the batches of a split, and their labels; None if it has not been kept."""
         if id(split) not in self._of:
             return None
-        return ((model.answer(found), batch) for found, batch in self._of[id(split)][1])
+        _, batches, size = self._of[id(split)]
+        self.found += size
+        return ((model.answer(found), batch) for found, batch in batches)
 
     def keep(self, split: Any, batches: list[tuple[CDLOutput, dict[str, Any]]]) -> None:
         """Keep the outputs for all batches of a split, if there is room."""
@@ -46,9 +48,9 @@ class KeptFeatures:
             for output, batch in batches
         ]
         size = sum(value.nbytes for found, batch in kept for value in (*found.values(), *batch.values()))
-        if self._bytes + size <= _MOST:
-            self._of[id(split)] = split, kept  # the split too, so that no other gets its id
-            self._bytes += size
+        if self.held + size <= _MOST:
+            self._of[id(split)] = split, kept, size  # the split too, so that no other gets its id
+            self.held += size
 
 
 def keepable(split: Any, model: Any) -> bool:
