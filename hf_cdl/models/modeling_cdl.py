@@ -239,7 +239,7 @@ class CDLForImageClassification(LearnsInSessions):
         for part in (self.pool, self.mapping, *self._heads()):
             if part is not None:
                 part.requires_grad_(True)
-                for block in part.blocks[:-1]:
+                for block in [*part.blocks][:-1]:
                     block.requires_grad_(False)
         if self.mapping is not None:
             self.mapping.teacher_pool.requires_grad_(False)

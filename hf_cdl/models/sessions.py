@@ -224,8 +224,9 @@ class Session:
     ) -> dict[str, float]:
         """Measure how the features of these images moved, and move the head's sums likewise unless drift is `none`.
 
-        `gather`: what all processes have of a batch; `autocast`: the precision of the features in the sums. Returns the drift's `change` and what of it is `explained`, in
-        percent, and the `strength` of the map, see heads/drift.py.
+        `gather`: what all processes have of a batch; `autocast`: the precision of the features in the sums. Returns
+        the drift's `change` and what of it is `explained`, in percent, and the `strength` of the map, see
+        heads/drift.py.
         """
         head, kept = self.model.head, RecentImages()
         for batch in batches:

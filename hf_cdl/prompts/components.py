@@ -37,12 +37,13 @@ def init_block(blocks: Any, task: int) -> None:
 
     A new block is still on the CPU when the earlier ones are on a GPU; draws do not depend on the device.
     """
+    earlier = [*blocks][:task]
     for name, new in blocks[task].named_parameters():
         if getattr(new, "_is_hf_initialized", False):  # loaded: nothing to draw
             continue
         draws = torch.randn(new.shape, device=new.device).flatten(2)  # (L, m, D)
         orthogonal = [
-            orthogonalise(draw, rows(blocks[:task], name, index).flatten(1).to(draw) if task else draw[:0])
+            orthogonalise(draw, rows(earlier, name, index).flatten(1).to(draw) if task else draw[:0])
             for index, draw in enumerate(draws)
         ]
         init.copy_(new, torch.stack(orthogonal).view_as(new))
@@ -62,7 +63,7 @@ def weights(blocks: Any, index: int, query: torch.Tensor) -> torch.Tensor:
             return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
         return component_weights(query, rows(some, "attention", index), key)
 
-    return _of_newest(of, blocks) if _newest_learns(blocks, query) else of(blocks)
+    return _with_gradient(of, [*blocks], query)
 
 
 def weighted_sum(blocks: Any, index: int, weight: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -72,27 +73,27 @@ def weighted_sum(blocks: Any, index: int, weight: torch.Tensor, query: torch.Ten
         prompt = rows(some, "prompt", index)
         return (weight[:, -len(prompt) :] @ prompt.flatten(1)).unflatten(1, prompt.shape[1:])
 
-    return _of_newest(of, blocks) if _newest_learns(blocks, query) else of(blocks)
+    return _with_gradient(of, [*blocks], query)
 
 
-def _newest_learns(blocks: Any, query: torch.Tensor) -> bool:
-    """Whether the newest block alone gets a gradient, beside many earlier rows."""
-    earlier = sum(block.key.shape[1] for block in blocks[:-1])
-    if earlier <= _FEW or query.requires_grad or not torch.is_grad_enabled():
-        return False
-    return not any(parameter.requires_grad for block in blocks[:-1] for parameter in block.parameters())
-
-
-def _of_newest(of: Callable[[Any], torch.Tensor], blocks: Any) -> torch.Tensor:
-    """What `of` says of all blocks, to the bit, with the gradient of what it says of the newest.
+def _with_gradient(of: Callable[[Any], torch.Tensor], blocks: list[Any], query: torch.Tensor) -> torch.Tensor:
+    """What `of` says of all blocks; beside many earlier rows that are frozen with the gradient of the newest alone.
 
     A graph over all rows computes gradients that nobody reads, at a thousand of them most of a backward pass.
     """
+    *earlier, newest = blocks
+    few = len(earlier) * newest.key.shape[1] <= _FEW
+    if few or query.requires_grad or not torch.is_grad_enabled() or any(map(_learns, earlier)):
+        return of(blocks)
     with torch.no_grad():
         value = of(blocks)
-    own = of(blocks[-1:])
+    own = of([newest])
     zero = own - own.detach()
     return value + F.pad(zero, (value.shape[-1] - zero.shape[-1], 0))
+
+
+def _learns(block: Any) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in block._parameters.values())
 
 
 def component_weights(query: torch.Tensor, attention: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

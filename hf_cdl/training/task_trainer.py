@@ -100,8 +100,8 @@ class TaskTrainer(SteeredTrainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> Any:
-        """As in Trainer, but not a list, in which Trainer would search for every parameter of every task, twice."""
-        return {*super().get_decay_parameter_names(model)}
+        """As in Trainer, of what trains; and no list, in which Trainer would look up every parameter, twice."""
+        return {*super().get_decay_parameter_names(_learning(model) or nn.Module())}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task, companions = self.seen[-1], None
@@ -354,3 +354,15 @@ class TaskTrainer(SteeredTrainer):
 def steps_together(device: torch.device) -> int:
     """How many steps' losses are looked at together."""
     return 1 if device.type == "cpu" else 16
+
+
+def _learning(module: nn.Module) -> nn.Module | None:
+    """The tree of a module's parts that train, by their names; None without any."""
+    learns = any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+    if not module._modules:
+        return module if learns else None
+    parts = [(name, _learning(part)) for name, part in module._modules.items() if part is not None]
+    tree = nn.Module()
+    tree._modules = {name: part for name, part in parts if part is not None}
+    tree._parameters = module._parameters
+    return tree if learns or tree._modules else None

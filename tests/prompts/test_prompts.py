@@ -107,7 +107,7 @@ def test_projections_onto_many_rows_are_those_onto_one_after_the_other(monkeypat
     drawn = torch.randn(310, 400, generator=torch.Generator().manual_seed(0))
     earlier, draws = drawn[:300] * 3, drawn[300:]
     at_once = components.orthogonalise(draws, earlier)
-    monkeypatch.setattr(components, "_ONE_BY_ONE", 300)
+    monkeypatch.setattr(components, "_FEW", 300)
     one_by_one = components.orthogonalise(draws, earlier)
     assert (at_once - one_by_one).abs().max() < 1e-6
     assert not torch.equal(at_once, one_by_one), "another way of rounding: two ways were compared"

@@ -1,4 +1,4 @@
-"""One cache of several processes that train together: they learn what they would without it, and find what was kept."""
+"""One cache of processes that train together: they learn what they would without it, and find what was kept."""
 
 from __future__ import annotations
 
