@@ -59,14 +59,15 @@ class Checkpointed(PromptedBackbone):
         if self.config.lora is not None:
             place = Path(save_directory) / lora.FOLDER
             lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
-        return PromptedBackbone.save_pretrained(self._to_save(), save_directory, *args, **kwargs)
+        bare = self._to_save(kwargs.get("state_dict") or self.state_dict())
+        return PromptedBackbone.save_pretrained(bare, save_directory, *args, **kwargs)
 
-    def _to_save(self) -> Any:
+    def _to_save(self, names: Iterable[str]) -> Any:
         """A model of the same parts without those that only training needs; this one is not changed."""
         bare = copy.copy(self)
         bare.config = copy.deepcopy(self.config)  # transformers notes in it what it saves
         bare._modules = {name: None if name in _TRAINING else part for name, part in self._modules.items()}
-        bare._keys_to_ignore_on_save = self._not_stored(self.state_dict())  # a caller's state_dict may hold them all
+        bare._keys_to_ignore_on_save = self._not_stored(names)
         return bare
 
     def _not_stored(self, names: Iterable[str]) -> set[str]:
@@ -78,15 +79,17 @@ class Checkpointed(PromptedBackbone):
 
         These are of frozen backbones, and of the newest blocks, which the next task freezes if they are trained now.
         """
-        state = self.state_dict()
+        state = self.state_dict(keep_vars=True)
         for name in self._not_stored(state):
             del state[name]
+        last = f".blocks.{len(self.config.tasks) - 1}."
+        newest = {name for name, value in state.items() if value.requires_grad and last in name}
+        state = {name: value.detach() for name, value in state.items()}
         theirs = {name: value for name, value in state.items() if name.partition(".")[0] in small_checkpoints.PARTS}
         weights = {name: value for name, value in state.items() if name not in theirs}  # ours, which no family renames
         weights |= revert_weight_conversion(self, theirs)
         backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
-        last = f".blocks.{len(self.config.tasks) - 1}."
-        return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
+        return weights, backbone, newest
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

@@ -295,7 +295,8 @@ class TaskTrainer(SteeredTrainer):
             with saving(f"clear {work / 'partial'}"):
                 if (work / "partial").exists():  # left by a killed process
                     shutil.rmtree(work / "partial")
-            shapes = {name: list(value.shape) for name, value in self._changing().items()}
+            stored = any(work.glob("checkpoint-*"))
+            shapes = {name: list(value.shape) for name, value in self._changing().items()} if stored else {}
             state, discarded = newest_state(work, self._state_of(task), shapes, self.args.load_best_model_at_end)
             start = "the phase starts again from the last finished task" if state is None else f"{state} is taken"
             if discarded:
