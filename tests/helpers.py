@@ -118,9 +118,9 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
 
 
 def thinned(cases: Iterable[Any], every: int) -> list[Any]:
-    """Cases for `parametrize`: the fast tier has each `every`th, the slow one the others."""
-    slow = pytest.mark.slow
-    return [case if number % every == 0 else pytest.param(case, marks=slow) for number, case in enumerate(cases)]
+    """Cases for `parametrize`, of one value or several: the fast tier has each `every`th, the slow one the others."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=pytest.mark.slow if number % every else ()) for number, row in enumerate(rows)]
 
 
 def start_anew(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:

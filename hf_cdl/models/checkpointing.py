@@ -7,7 +7,7 @@ a checkpoint that does not hold what its config claims.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,32 +59,37 @@ class Checkpointed(PromptedBackbone):
         if self.config.lora is not None:
             place = Path(save_directory) / lora.FOLDER
             lora.save_adapters(self.backbone, place, self.config.backbone_name, self.config.backbone_revision)
-        return PromptedBackbone.save_pretrained(self._to_save(), save_directory, *args, **kwargs)
+        bare = self._to_save(kwargs.get("state_dict") or self.state_dict())
+        return PromptedBackbone.save_pretrained(bare, save_directory, *args, **kwargs)
 
-    def _to_save(self) -> Any:
+    def _to_save(self, names: Iterable[str]) -> Any:
         """A model of the same parts without those that only training needs; this one is not changed."""
         bare = copy.copy(self)
         bare.config = copy.deepcopy(self.config)  # transformers notes in it what it saves
         bare._modules = {name: None if name in _TRAINING else part for name, part in self._modules.items()}
-        small, names = not self.config.save_backbone, self.state_dict()  # a caller's own state_dict may hold them all
-        bare._keys_to_ignore_on_save = {
-            name for name in names if name.partition(".")[0] in _TRAINING or (small and left_out(name))
-        }
+        bare._keys_to_ignore_on_save = self._not_stored(names)
         return bare
+
+    def _not_stored(self, names: Iterable[str]) -> set[str]:
+        small = not self.config.save_backbone
+        return {name for name in names if name.partition(".")[0] in _TRAINING or (small and left_out(name))}
 
     def to_store(self) -> tuple[dict[str, torch.Tensor], set[str], set[str]]:
         """The weights as save_pretrained stores them, by their names there; and the names of those that stay.
 
         These are of frozen backbones, and of the newest blocks, which the next task freezes if they are trained now.
         """
-        bare = self._to_save()
-        state = {name: value for name, value in bare.state_dict().items() if name not in bare._keys_to_ignore_on_save}
+        state = self.state_dict(keep_vars=True)
+        for name in self._not_stored(state):
+            del state[name]
+        last = f".blocks.{len(self.config.tasks) - 1}."
+        newest = {name for name, value in state.items() if value.requires_grad and last in name}
+        state = {name: value.detach() for name, value in state.items()}
         theirs = {name: value for name, value in state.items() if name.partition(".")[0] in small_checkpoints.PARTS}
         weights = {name: value for name, value in state.items() if name not in theirs}  # ours, which no family renames
-        weights |= revert_weight_conversion(bare, theirs)
+        weights |= revert_weight_conversion(self, theirs)
         backbone = set() if self.config.train_backbone else {name for name in weights if left_out(name)}
-        last = f".blocks.{len(self.config.tasks) - 1}."
-        return weights, backbone, {name for name, p in self.named_parameters() if p.requires_grad and last in name}
+        return weights, backbone, newest
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

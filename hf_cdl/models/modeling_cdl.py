@@ -145,7 +145,9 @@ class CDLForImageClassification(LearnsInSessions):
         self._init_task(task)
         if self.has_session(task):
             self.begin_session()
-        self.to(device, dtype)  # type: ignore[call-arg]
+        made = torch.empty(())  # as all that is new was
+        if (made.device, made.dtype) != (device, dtype):
+            self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
 
     def drop_sums(self) -> None:
@@ -238,9 +240,11 @@ class CDLForImageClassification(LearnsInSessions):
                 parameter.requires_grad_(True)
         for part in (self.pool, self.mapping, *self._heads()):
             if part is not None:
-                part.requires_grad_(True)
-                for block in part.blocks[:-1]:
-                    block.requires_grad_(False)
+                newest = [*part.blocks][-1:]
+                for module in (*newest, *(child for child in part.children() if child is not part.blocks)):
+                    module.requires_grad_(True)
+                for parameter in part.parameters(recurse=False):
+                    parameter.requires_grad_(True)
         if self.mapping is not None:
             self.mapping.teacher_pool.requires_grad_(False)
         for part in (self.kd_prompt, self.scaffold):

@@ -216,19 +216,26 @@ class Session:
         return ((now - before) / torch.maximum(spread, 0.01 * spread.mean() + 1e-6)).square().mean()
 
     @torch.no_grad()
-    def follow(self, batches: Iterable[Mapping[str, Any]], gather: Callable[[Any], Any]) -> dict[str, float]:
+    def follow(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        gather: Callable[[Any], Any],
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> dict[str, float]:
         """Measure how the features of these images moved, and move the head's sums likewise unless drift is `none`.
 
-        `gather`: what all processes have of a batch. Returns the drift's `change` and what of it is `explained`, in
-        percent, and the `strength` of the map, see heads/drift.py.
+        `gather`: what all processes have of a batch; `autocast`: the precision of the features in the sums. Returns
+        the drift's `change` and what of it is `explained`, in percent, and the `strength` of the map, see
+        heads/drift.py.
         """
         head, kept = self.model.head, RecentImages()
         for batch in batches:
             found = []
             for model in (self.before, self.model):
-                output = model(pixel_values=batch["pixel_values"])
+                with autocast():
+                    output = model(pixel_values=batch["pixel_values"])
                 found.append(head.prepare(output.features.float()))
-                found += [output.layers] if head.reads_layers else []
+                found += [output.layers.float()] if head.reads_layers else []
             read = gather({str(number): value for number, value in enumerate(found)})
             kept.add(torch.zeros(len(read["0"])), *(movable(read[str(number)]) for number in range(len(found))))
         read = kept.take()

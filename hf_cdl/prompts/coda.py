@@ -67,13 +67,12 @@ class Coda(PromptPool):
         if weight is None:
             return None, None
         index = self.layers.index(layer)
-        prompt = rows(self.blocks, "prompt", index)
-        prefix = weighted_sum(weight, prompt)  # (B, l, D)
+        prefix = weighted_sum(self.blocks, index, weight, query)  # (B, l, D)
         half = prefix.shape[1] // 2
         loss = None
         if self.training and self.config.orthogonality:
             names = ("key", "attention") if self.config.attention else ("key",)
-            parts = [prompt.flatten(1), *(rows(self.blocks, name, index) for name in names)]
+            parts = [rows(self.blocks, name, index).flatten(1) for name in ("prompt", *names)]
             loss = self.config.orthogonality * torch.stack([_penalty(part) for part in parts]).sum()
         return KV(prefix[:, :half], prefix[:, half:]), loss
 

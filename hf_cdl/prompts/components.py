@@ -8,6 +8,7 @@ attention vectors, \gamma is cosine similarity. Every task adds a block of rows,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-_ONE_BY_ONE = 100
-"""Earlier rows up to which projections are subtracted one by one, as the authors do; more are in one product, which
-takes a twentieth of the time at a thousand of them and rounds differently in the last bits."""
+_FEW = 100
+"""Earlier rows up to which all is computed as by the authors, to the last bit. Of more, projections are subtracted in
+one product, which takes a twentieth of the time at a thousand of them, and no graph leads through them."""
 
 
 class ComponentBlock(nn.Module):
@@ -36,12 +37,13 @@ def init_block(blocks: Any, task: int) -> None:
 
     A new block is still on the CPU when the earlier ones are on a GPU; draws do not depend on the device.
     """
+    earlier = [*blocks][:task]
     for name, new in blocks[task].named_parameters():
         if getattr(new, "_is_hf_initialized", False):  # loaded: nothing to draw
             continue
         draws = torch.randn(new.shape, device=new.device).flatten(2)  # (L, m, D)
         orthogonal = [
-            orthogonalise(draw, rows(blocks[:task], name, index).flatten(1).to(draw) if task else draw[:0])
+            orthogonalise(draw, rows(earlier, name, index).flatten(1).to(draw) if task else draw[:0])
             for index, draw in enumerate(draws)
         ]
         init.copy_(new, torch.stack(orthogonal).view_as(new))
@@ -54,15 +56,44 @@ def rows(blocks: Any, name: str, index: int) -> torch.Tensor:
 
 def weights(blocks: Any, index: int, query: torch.Tensor) -> torch.Tensor:
     r"""Compute the weights \alpha (B, M) of queries (B, D_q) in one layer; without A, plain cosines with the keys."""
-    key = rows(blocks, "key", index)
-    if blocks[0].attention is None:
-        return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
-    return component_weights(query, rows(blocks, "attention", index), key)
+
+    def of(some: Any) -> torch.Tensor:
+        key = rows(some, "key", index)
+        if some[0].attention is None:
+            return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+        return component_weights(query, rows(some, "attention", index), key)
+
+    return _with_gradient(of, [*blocks], query)
 
 
-def weighted_sum(weight: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-    """Combine components (M, l, D) with weights (B, M) into prompts (B, l, D)."""
-    return (weight @ prompt.flatten(1)).unflatten(1, prompt.shape[1:])
+def weighted_sum(blocks: Any, index: int, weight: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Combine the components of one layer with the weights (B, M) of queries (B, D_q) into prompts (B, l, D)."""
+
+    def of(some: Any) -> torch.Tensor:
+        prompt = rows(some, "prompt", index)
+        return (weight[:, -len(prompt) :] @ prompt.flatten(1)).unflatten(1, prompt.shape[1:])
+
+    return _with_gradient(of, [*blocks], query)
+
+
+def _with_gradient(of: Callable[[Any], torch.Tensor], blocks: list[Any], query: torch.Tensor) -> torch.Tensor:
+    """What `of` says of all blocks; beside many earlier rows that are frozen with the gradient of the newest alone.
+
+    A graph over all rows computes gradients that nobody reads, at a thousand of them most of a backward pass.
+    """
+    *earlier, newest = blocks
+    few = len(earlier) * newest.key.shape[1] <= _FEW
+    if few or query.requires_grad or not torch.is_grad_enabled() or any(map(_learns, earlier)):
+        return of(blocks)
+    with torch.no_grad():
+        value = of(blocks)
+    own = of([newest])
+    zero = own - own.detach()
+    return value + F.pad(zero, (value.shape[-1] - zero.shape[-1], 0))
+
+
+def _learns(block: Any) -> bool:
+    return any(parameter is not None and parameter.requires_grad for parameter in block._parameters.values())
 
 
 def component_weights(query: torch.Tensor, attention: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -83,7 +114,7 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     to each other) and the new rows, not yet normalised. All projections are of the original draw; rows are normalised
     only at the end. With more rows than dimensions a draw can vanish; it is then kept as drawn.
     """
-    at_once = len(earlier) > _ONE_BY_ONE
+    at_once = len(earlier) > _FEW
     left = draws - (draws @ earlier.T / earlier.square().sum(dim=1).clamp_min(1e-24)) @ earlier if at_once else draws
     for row in () if at_once else earlier:  # of all draws together
         along = torch.stack([draw @ row for draw in draws]) / (row @ row).clamp_min(1e-24)

@@ -27,7 +27,7 @@ from torch import nn
 
 from hf_cdl.checked import check_types
 from hf_cdl.prompts.base import PromptPool
-from hf_cdl.prompts.components import ComponentBlock, init_block, rows, weighted_sum, weights
+from hf_cdl.prompts.components import ComponentBlock, init_block, weighted_sum, weights
 from hf_cdl.types import KV
 
 
@@ -90,6 +90,6 @@ class PromptMapping(nn.Module):
             # keys and values, or tokens
             mean = torch.cat(teacher[:2], dim=1).mean(dim=1)  # (B or 1, D_t)
         index = self.layers.index(layer)
-        prompt = weighted_sum(weights(self.blocks, index, mean), rows(self.blocks, "prompt", index))
+        prompt = weighted_sum(self.blocks, index, weights(self.blocks, index, mean), mean)
         half = prompt.shape[1] // 2
         return KV(prompt[:, :half], prompt[:, half:])

@@ -7,7 +7,6 @@ a damaged file is never handed on. The layout is transformers' own: model-0000k-
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from hf_cdl.runs.files import WEIGHTS, link
+from hf_cdl.runs.files import WEIGHTS, lines, link
 
 WORTH = 2**20
 """Bytes from which on settled weights get a file of their own; fewer are written again with the rest."""
@@ -122,5 +121,5 @@ def _write(model: Any, weights: Mapping[str, torch.Tensor], shards: list[Shard],
             save_file(tensors, folder / name, metadata={"format": "pt"})
     where = {weight: name for name, shard in zip(names, shards, strict=True) for weight in sorted(shard.names)}
     sizes = {"total_size": sum(value.nbytes for value in weights.values())}
-    index = json.dumps({"metadata": sizes, "weight_map": dict(sorted(where.items()))}, indent=2)
+    index = lines({"metadata": sizes, "weight_map": dict(sorted(where.items()))}, {})
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(f"{index}\n")

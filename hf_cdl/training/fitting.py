@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ class FittingTrainer(EvaluatingTrainer):
         start = time.perf_counter()
         self.model.end_session()
         if self._session is not None:
-            result.drift = self._session.follow(self._anchors(task), self.accelerator.gather_for_metrics)
+            gather, precision = self.accelerator.gather_for_metrics, partial(frozen_autocast, self.args)
+            result.drift = self._session.follow(self._anchors(task), gather, precision)
             self._session = None
         self._measure(task)
         for output, labels, taught in self._features(task):

@@ -88,7 +88,7 @@ def shard(teacher: nn.Module, device: torch.device, processes: int) -> None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether processes hold shares of a module's weights."""
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return distributed.is_initialized() and any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local(value: torch.Tensor) -> torch.Tensor:

@@ -100,8 +100,8 @@ class TaskTrainer(SteeredTrainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> Any:
-        """As in Trainer, but not a list, in which Trainer would search for every parameter of every task, twice."""
-        return {*super().get_decay_parameter_names(model)}
+        """As in Trainer, of what trains; and no list, in which Trainer would look up every parameter, twice."""
+        return {*super().get_decay_parameter_names(_learning(model) or nn.Module())}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         task, companions = self.seen[-1], None
@@ -295,7 +295,8 @@ class TaskTrainer(SteeredTrainer):
             with saving(f"clear {work / 'partial'}"):
                 if (work / "partial").exists():  # left by a killed process
                     shutil.rmtree(work / "partial")
-            shapes = {name: list(value.shape) for name, value in self._changing().items()}
+            stored = any(work.glob("checkpoint-*"))
+            shapes = {name: list(value.shape) for name, value in self._changing().items()} if stored else {}
             state, discarded = newest_state(work, self._state_of(task), shapes, self.args.load_best_model_at_end)
             start = "the phase starts again from the last finished task" if state is None else f"{state} is taken"
             if discarded:
@@ -354,3 +355,15 @@ class TaskTrainer(SteeredTrainer):
 def steps_together(device: torch.device) -> int:
     """How many steps' losses are looked at together."""
     return 1 if device.type == "cpu" else 16
+
+
+def _learning(module: nn.Module) -> nn.Module | None:
+    """The tree of a module's parts that train, by their names; None without any."""
+    learns = any(parameter is not None and parameter.requires_grad for parameter in module._parameters.values())
+    if not module._modules:
+        return module if learns else None
+    parts = [(name, _learning(part)) for name, part in module._modules.items() if part is not None]
+    tree = nn.Module()
+    tree._modules = {name: part for name, part in parts if part is not None}
+    tree._parameters = module._parameters
+    return tree if learns or tree._modules else None

@@ -63,6 +63,11 @@ def learnt(folder: Path, **fields: Any) -> CDLForImageClassification:
     return model.eval()
 
 
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest feature: rounding, as our last layer computes fewer rows."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
 @peft_is_late
 @pytest.mark.parametrize("kind", TINY)
 def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_the_same(
@@ -81,7 +86,7 @@ def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_th
     new.begin_task(["cat", "dog"])
     with torch.no_grad():
         start = features(plain := bare().eval(), plain)
-        torch.testing.assert_close(new.eval()(x).features, start)  # its last layer computes fewer rows
+        assert apart(new.eval()(x).features, start) < 1e-6
         for small in (False, True):
             model = learnt(source, save_backbone=not small)
             want = model(x)
@@ -96,7 +101,7 @@ def test_of_every_family_it_starts_as_the_bare_backbone_and_any_form_of_it_is_th
             assert not info["unexpected_keys"] and not any(".lora_" in name for name in info["missing_keys"])
             assert torch.equal(loaded.eval()(x).logits, want.logits)
             theirs = PeftModel.from_pretrained(bare(), folder / "adapter").eval()
-            torch.testing.assert_close(features(theirs, theirs.base_model.model), want.features)
+            assert apart(features(theirs, theirs.base_model.model), want.features) < 1e-6
     about = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert about["base_model_name_or_path"] == str(source)
 

@@ -72,7 +72,7 @@ def test_a_head_learns_two_tasks_and_is_exported(head: dict[str, Any], tmp_path:
     with torch.no_grad():
         whole = model(images()).logits
         alone = torch.cat([model(image[None]).logits for image in images()])
-    torch.testing.assert_close(alone, whole, atol=1e-4, rtol=5e-4)
+    assert (alone - whole).abs().max() < 5e-6 * whole.abs().max()  # ten times what rounding leaves
     model.requires_grad_(False)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (images(3),), dynamic_shapes={"pixel_values": {0: batch}})

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import thinned
 from PIL import Image
 from test_contract import vit
 from transformers import ViTImageProcessor, pipeline, set_seed
@@ -132,7 +133,7 @@ class Album:
 
 
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", thinned(range(50), 5))
 def test_any_changes_in_any_order_give_the_model_of_the_final_images(name: str, seed: int) -> None:
     album = Album(HEADS[name], seed)
     for _ in range(8):

@@ -216,6 +216,34 @@ def test_unlabelled_anchors_need_unlabelled_images(tmp_path: Path) -> None:
         trainer.learn(next(iter(stream())))
 
 
+@pytest.mark.filterwarnings("ignore:frozen_bf16 is true, but this machine:UserWarning")
+@pytest.mark.parametrize("half", [False, True])
+def test_the_drift_is_measured_in_the_precision_of_what_is_summed(
+    half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task's images move the sums, and are then summed: both by the same features, to the bit."""
+    model, after, summed = model_of("lora", head={**HEAD, "known": 0.95}), [], []
+    update, layers = model.head.update, model.head.update_layers
+
+    def measured(before: torch.Tensor, now: torch.Tensor) -> Any:
+        after.append((before, now))
+        return fit_drift(before, now)
+
+    monkeypatch.setattr("hf_cdl.models.sessions.fit_drift", measured)
+    monkeypatch.setattr(model.head, "update", lambda x, *rest: (summed.append(x.double()), update(x, *rest)))
+    monkeypatch.setattr(model.head, "update_layers", lambda x, *rest: (summed.append(x.double()), layers(x, *rest)))
+    trainer = CDLTrainer(model, arguments(tmp_path, learning_rate=1e-3, frozen_bf16=half))
+    first, second = stream()
+    trainer.learn(first)
+    was = [torch.cat(summed[0::2]), torch.cat(summed[1::2])]
+    summed.clear()
+    trainer.learn(second)
+    now = [torch.cat(summed[0::2]), *torch.cat(summed[1::2]).unbind(1)]
+    assert len(after) == len(now) == 1 + was[1].shape[1]
+    assert all(map(torch.equal, (measured for _, measured in after), now))
+    assert not torch.equal(*after[0]), "something learnt"
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_its_teacher_is_taken_over(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, distill=[{"type": "similarity"}])

@@ -107,7 +107,43 @@ def test_projections_onto_many_rows_are_those_onto_one_after_the_other(monkeypat
     drawn = torch.randn(310, 400, generator=torch.Generator().manual_seed(0))
     earlier, draws = drawn[:300] * 3, drawn[300:]
     at_once = components.orthogonalise(draws, earlier)
-    monkeypatch.setattr(components, "_ONE_BY_ONE", 300)
+    monkeypatch.setattr(components, "_FEW", 300)
     one_by_one = components.orthogonalise(draws, earlier)
     assert (at_once - one_by_one).abs().max() < 1e-6
     assert not torch.equal(at_once, one_by_one), "another way of rounding: two ways were compared"
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_beside_many_earlier_rows_coda_learns_as_by_a_graph_through_all_of_them(
+    attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, query, found = pool_of("coda", 3, components=2, length=4, attention=attention), torch.rand(4, 3), {}
+    pool.requires_grad_(False).blocks[-1].requires_grad_(True)
+    for few in (0, 1000):
+        monkeypatch.setattr(components, "_FEW", few)
+        pool.zero_grad()
+        prefix, _ = pool(1, query)
+        (prefix.key.square().sum() + prefix.value.sin().sum()).backward()
+        grads = {name: p.grad for name, p in pool.named_parameters() if p.grad is not None}
+        found[few] = (prefix.key.detach(), prefix.value.detach()), grads
+    assert all(map(torch.equal, found[0][0], found[1000][0]))
+    assert found[0][1].keys() == found[1000][1].keys() == {n for n, _ in pool.named_parameters() if "blocks.2" in n}
+    for name, grad in found[0][1].items():
+        assert grad[1].any()
+        torch.testing.assert_close(grad, found[1000][1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("learns", ["query", "earlier"])
+def test_a_gradient_through_earlier_rows_is_never_cut(learns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, query, found = pool_of("coda", 3, components=2, length=4), torch.rand(4, 3), []
+    if learns == "query":
+        pool.blocks[:2].requires_grad_(False)
+        query.requires_grad_(True)
+    for few in (0, 1000):
+        monkeypatch.setattr(components, "_FEW", few)
+        pool.zero_grad()
+        query.grad = None
+        pool(1, query)[0].key.square().sum().backward()
+        found.append([value.grad for value in (query, *pool.blocks[0].parameters()) if value.grad is not None])
+    assert len(found[0]) == (1 if learns == "query" else 3)
+    assert all(map(torch.equal, *found))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import make_data
 from test_contract import Pictures, arguments, model_of, stream, vit
-from transformers import TrainerCallback, ViTConfig, ViTImageProcessorPil, set_seed
+from transformers import Trainer, TrainerCallback, ViTConfig, ViTImageProcessorPil, set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
 from hf_cdl.data import StreamConfig, TaskStream
@@ -459,3 +459,20 @@ def test_memory_is_that_of_the_device_that_trains_not_of_a_gpu_that_is_there(mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     assert peak_memory(torch.device("cpu")) > 0 == peak_memory(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backbone", [False, True])
+def test_weight_decay_is_on_the_parameters_that_trainer_would_have_it_on(backbone: bool, tmp_path: Path) -> None:
+    model = CDLForImageClassification(
+        CDLConfig(backbone_config=vit(32), prompt={"type": "coda", "layers": [0]}, train_backbone=backbone)
+    )
+    trainer = CDLTrainer(model, arguments(tmp_path, weight_decay=0.1, max_steps=1))
+    for task in stream():
+        trainer.learn(task)
+    trainer.optimizer = None
+    groups = {group["weight_decay"]: {*map(id, group["params"])} for group in trainer.create_optimizer().param_groups}
+    decayed = set(Trainer.get_decay_parameter_names(trainer, model))
+    trained = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert groups[0.1] == {number for name, number in trained.items() if name in decayed}
+    assert groups[0.0] == {number for name, number in trained.items() if name not in decayed}
+    assert len(groups[0.1]) > 3 and any("norm" in name for name in trained) == backbone
