@@ -14,6 +14,7 @@ from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
+from hf_cdl.distill.objective import about_unlabelled
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.labelled import check_label, check_task_labels
@@ -225,15 +226,17 @@ def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
 def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:
     """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
 
-    A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
+    A stream gives them to every role. The student learns from them in sessions in which a loss trains; later sessions
+    of either may hold features of theirs, or see by them how features moved.
     """
     later: Any = getattr(model, "later", None)  # an image classifier has none
-    anchors = "task" if later is None else later.anchors
+    asked = [] if later is None else about_unlabelled(later)
     if task.unlabelled is None:
-        if anchors != "task":
+        if asked:
+            name = asked[0]
             raise ValueError(
-                f"later_sessions.anchors is {anchors}, but {task.name} has no unlabelled images. Give the "
-                "stream some (data.unlabelled), or take the task's own: anchors task."
+                f"later_sessions.{name} is {getattr(later, name)}, but {task.name} has no unlabelled images. Give the "
+                f"stream some (data.unlabelled), or take the task's own: {name} task."
             )
         if model.trains(task.index) and (idle := objective.needs_unlabelled):
             raise ValueError(
@@ -243,7 +246,7 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
         return
     if not len(task.unlabelled) or task.unlabelled_ratio < 1:
         raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
-    if role == "student" and anchors == "task" and not (model.trains(0) and objective.reads_unlabelled):
+    if role == "student" and not asked and not (model.trains(0) and objective.reads_unlabelled):
         why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
         raise ValueError(
             f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "
