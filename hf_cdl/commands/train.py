@@ -198,7 +198,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     for role, objective, arguments in roles(recipe, models, run.folder):
         for task in run.to_learn(stream):
             if run.result(role, task) is None:
-                check_task(role, models[role], objective, arguments, task)
+                check_task(role, models[role], objective, arguments, task, models.get("teacher"))
     if not run.started:
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
         known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it

@@ -210,7 +210,7 @@ class CDLTrainer(FittingTrainer):
         check_measured(self.run, self.role, self.seen)
         check_new(self.model, task)
         check_served(self.model, task)
-        check_task(self.role, self.model, self.objective, self.args, task)
+        check_task(self.role, self.model, self.objective, self.args, task, self.teacher.model)
         self.check(task)
         self.teacher.check(task)
         return True
