@@ -151,7 +151,7 @@ def _cost(
     teacher.begin_task(model)
     arguments = _arguments(recipe, role)
     batch = arguments.per_device_train_batch_size
-    beside = recipe.data.unlabelled_ratio if role == "student" and recipe.data.unlabelled is not None else 0
+    beside = 0 if recipe.data.unlabelled is None else recipe.data.unlabelled_ratio
     pixels = _batch(role, teacher, processors, batch)["pixel_values"]
     # torch's counter cannot handle trainable parameters when no gradient is taken
     for part in (model, teacher.model):
@@ -163,7 +163,8 @@ def _cost(
     for index, (names, count) in enumerate(zip(tasks.names, tasks.images, strict=True)):
         if count and model.trains(index):  # a task without images was learnt in another run
             check_training(role, model, objective, arguments, index, names, count)
-    classes, images, kept_near = _trained_on(model, tasks)
+    classes, images, later = _trained_on(model, tasks)
+    of_task, others = model.later.held if later else (False, False)
     model.freeze()
     trained = [p for part in (model, objective) for p in part.parameters() if p.requires_grad]
     if not trained:  # the head is fitted in one pass
@@ -171,28 +172,41 @@ def _cost(
     phases = [_phase(arguments, count) for count in images]
     steps, seen = map(sum, zip(*phases, strict=True))
     model.train()
-    shown = {**_batch(role, teacher, processors, batch * (1 + beside)), "labels": torch.zeros(batch)}
     asking = ((model, processors[role]), (teacher.model, processors.get("teacher")))
-    answer = functools.partial(_known_query, shown, asked, arguments, max(phases), beside)
-    flops, kept = _count_step(model, objective, shown, classes, teacher, arguments, lambda: starmap(answer, asking))
-    count = sum(parameter.numel() for parameter in trained)
+    flops, kept = later * (of_task + others * beside) * inference, 0
+    for count, share in _beside(objective, beside, others, later).items():
+        shown = {**_batch(role, teacher, processors, batch * (1 + count)), "labels": torch.zeros(batch)}
+        answer = functools.partial(_known_query, shown, asked, arguments, max(phases), count)
+        known = functools.partial(starmap, answer, asking)
+        of_step, held = _count_step(model, objective, shown, classes, teacher, arguments, known)
+        flops, kept = flops + share * of_step, max(kept, held)
+    numbers = sum(parameter.numel() for parameter in trained)
     kept_by_optimizer = optimizer_states(arguments)
-    states = 4 * count * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
-    return Cost(inference / batch, (flops + kept_near * inference) / batch, kept, states, count, steps, seen)
+    states = 4 * numbers * (1 + (2 if kept_by_optimizer is None else kept_by_optimizer)) + bytes_of(objective)
+    return Cost(inference / batch, flops / batch, kept, states, numbers, steps, seen)
 
 
 def _trained_on(model: Any, tasks: Any) -> tuple[list[int], list[int], float]:
     """Classes and images of the tasks that a loss trains the model on, which begins a session if it learns in them.
 
-    And the share of those images that the model as it was before a session sees too.
+    And the share of those images that later sessions train on.
     """
     if not model.fitted or not model.has_session(0):
         return tasks.classes, tasks.images, 0.0
     sessions = sum(map(model.has_session, range(len(tasks.images))))
     classes, images = tasks.classes[:sessions], tasks.images[:sessions]
     model.begin_session(sessions - 1)
-    again = model.later is not None and model.later.keep > 0
-    return classes, images, 1 - images[0] / max(1, sum(images)) if again else 0.0
+    return classes, images, 1 - images[0] / max(1, sum(images)) if model.later is not None else 0.0
+
+
+def _beside(objective: Objective, ratio: int, held: bool, later: float) -> dict[int, float]:
+    """Unlabelled images beside each training image -> share of training images; `later`: that in later sessions.
+
+    `held`: whether their features are held there.
+    """
+    if objective.reads_unlabelled or not ratio:
+        return {ratio: 1.0}
+    return {0: 1 - later, ratio: later} if held and later else {0: 1.0}
 
 
 def _batch(role: str, teacher: Teacher, processors: dict[str, Any], size: int) -> dict[str, Any]:

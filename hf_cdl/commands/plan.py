@@ -66,8 +66,9 @@ def plan(recipe: Recipe) -> str:
 def _beside(recipe: Recipe) -> list[str]:
     if recipe.data.unlabelled is None:
         return []
-    count = recipe.data.unlabelled_ratio
-    return [f"note: the student's step on an image is counted with the {count} unlabelled beside it"]
+    return [
+        f"note: a step on an image is counted with the {recipe.data.unlabelled_ratio} unlabelled beside it, if any"
+    ]
 
 
 def cells(role: str, model: Any, cost: Cost, weights: int, file: int) -> list[str]:

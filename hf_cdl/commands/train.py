@@ -22,6 +22,7 @@ from hf_cdl.data.views import output_size
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
+from hf_cdl.hub.card.text import read_in_sessions
 from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
 from hf_cdl.recipe.build import (
     Models,
@@ -168,11 +169,16 @@ def bind(run: Run, stream: TaskStream) -> None:
 def told_unlabelled(recipe: Recipe, run: Run) -> str:
     """How many unlabelled images there are, and what learns from them when."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
+    terms = ", ".join(found["terms"])
     alone = recipe.student.first_session and not recipe.student.later_sessions
     when = "the first session alone, the last one that trains" if alone else "every session"
-    return (
-        f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}, {ratio} beside each training image in "
-        f"{when}; the student learns from them by {', '.join(found['terms'])}"
+    learns = [f"{ratio} beside each training image in {when}; the student learns from them by {terms}"]
+    return "; ".join(
+        [
+            f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}",
+            *(learns if terms else []),
+            *read_in_sessions(run.recipe),
+        ]
     )
 
 
@@ -192,7 +198,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     for role, objective, arguments in roles(recipe, models, run.folder):
         for task in run.to_learn(stream):
             if run.result(role, task) is None:
-                check_task(role, models[role], objective, arguments, task)
+                check_task(role, models[role], objective, arguments, task, models.get("teacher"))
     if not run.started:
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
         known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it

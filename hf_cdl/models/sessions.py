@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hf_cdl.backbones import lora
-from hf_cdl.checked import build_fields, check_types
+from hf_cdl.checked import build_fields, check_effect, check_types
 from hf_cdl.config import CDLConfig
 from hf_cdl.heads import HEADS, build_head, example
 from hf_cdl.heads.base import FittedHead
@@ -35,8 +35,8 @@ class LaterSessions:
     rate: float = field(default=1.0, metadata={"help": "Learning rate after the first session, as a share of it."})
     keep: float = field(
         default=0.0,
-        metadata={"help": "Weight of a loss that keeps the standardised features of the images trained on as they "
-                  "were before the session: their mean squared difference."},
+        metadata={"help": "Weight of a loss that keeps the standardised features of images (keep_on) as they were "
+                  "before the session: their mean squared difference."},
     )  # fmt: skip
     drift: Literal["linear", "none"] = field(
         default="linear",
@@ -44,8 +44,15 @@ class LaterSessions:
                   "map of the features before to those after, none leaves them."},
     )  # fmt: skip
     anchors: Literal["task", "unlabelled", "both"] = field(
-        default="task", metadata={"help": "Images to which that map is fitted: the task's, data.unlabelled, or both."}
-    )
+        default="task",
+        metadata={"help": "Images to which that map is fitted: the task's, data.unlabelled, or both.",
+                  "unlabelled": True},
+    )  # fmt: skip
+    keep_on: Literal["task", "unlabelled", "both"] = field(
+        default="task",
+        metadata={"help": "Images whose features keep holds, in every batch: the task's, those of data.unlabelled "
+                  "beside them, which belong to no task, or both.", "unlabelled": True},
+    )  # fmt: skip
 
     def __post_init__(self):
         check_types(self, "later_sessions")
@@ -54,10 +61,16 @@ class LaterSessions:
                 "later_sessions needs until >= 2 (or null), rate > 0 and keep >= 0; got until "
                 f"{self.until}, rate {self.rate} and keep {self.keep}."
             )
+        check_effect(self, "later_sessions", "keep_on", self.keep > 0, "keep is 0")
 
     def has(self, task: int) -> bool:
         """Whether a task, counted from 0, has a session."""
         return self.until is None or task < self.until
+
+    @property
+    def held(self) -> tuple[bool, bool]:
+        """Whether `keep` holds features of a task's images, and of the unlabelled ones beside them."""
+        return self.keep > 0 and self.keep_on != "unlabelled", self.keep > 0 and self.keep_on != "task"
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
@@ -196,15 +209,23 @@ class Session:
         losses: dict[str, torch.Tensor],
         output: CDLOutput,
         pixels: torch.Tensor,
+        labelled: int,
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> dict[str, torch.Tensor]:
-        """The losses of a batch with `keep` among them, which is also added to their sum."""
+        """The losses of a batch with `keep` among them, which is also added to their sum.
+
+        Of its images (B, 3, H, W) the first `labelled` are the task's.
+        """
         if self.later.keep == 0:
             return losses
+        of_task, others = self.later.held
+        held = slice(0 if of_task else labelled, None if others else labelled)
         with torch.no_grad(), autocast():
-            query = output.query if self.before.needs_query else None
-            before = self.before(pixel_values=pixels, query=query).features
-        kept = self._moved(before, output.features)
+            query: Any = output.query
+            query = query[held] if self.before.needs_query else None
+            before = self.before(pixel_values=pixels[held], query=query).features
+        features: Any = output.features
+        kept = self._moved(before, features[held])
         return {**losses, "keep": kept, "loss": losses["loss"] + self.later.keep * kept}
 
     def _moved(self, before: Any, now: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_cdl.distill import TERMS
 from hf_cdl.heads import HEADS
+from hf_cdl.models.sessions import LaterSessions
 from hf_cdl.prompts import PROMPTS
 from hf_cdl.recipe.fields import BASELINES, RECOMMENDED, ModelRecipe, Recipe
 from hf_cdl.recipe.training import training_problems
@@ -96,8 +97,8 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, Written]) -> It
         yield from _idle_without_images(data, terms, models)
         return
     able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
-    if any(_anchors(model) != "task" for model in models.values()):
-        return  # they tell how features moved
+    if any(map(_of_sessions, models.values())):
+        return  # they tell how features moved, or features of theirs are held
     student, why = models.get("student"), None
     if student and is_fitted(student.part("head")) and student.section.get("first_session") is None:
         why = "the student's head is fitted without training"
@@ -178,9 +179,9 @@ def _learning_rules(model: Written, content: dict[str, Any]) -> Iterator[str]:
 def _idle_without_images(data: dict[str, Any], terms: list[Any], models: dict[str, Written]) -> Iterator[str]:
     """What is about images without labels, of a recipe that names none."""
     for role, model in models.items():
-        if (anchors := _anchors(model)) != "task":
+        for name, value in _of_sessions(model).items():
             yield (
-                f"'{role}.later_sessions.anchors' {anchors} are images without labels; name some in "
+                f"'{role}.later_sessions.{name}' {value} is about images without labels; name some in "
                 "'data.unlabelled', or take the task's own: task"
             )
     for name, default in (("unlabelled_split", None), ("unlabelled_ratio", 1)):
@@ -196,9 +197,11 @@ def _idle_without_images(data: dict[str, Any], terms: list[Any], models: dict[st
             )
 
 
-def _anchors(model: Written) -> Any:
-    """On which images a model's later sessions see how features moved."""
-    return model.part("later_sessions").get("anchors", "task")
+def _of_sessions(model: Written) -> dict[str, Any]:
+    """The fields of a model's later sessions that are set and are about images without labels."""
+    later = model.part("later_sessions")
+    marked = [f for f in dataclasses.fields(LaterSessions) if f.metadata.get("unlabelled")]
+    return {f.name: later[f.name] for f in marked if later.get(f.name, f.default) != f.default}
 
 
 def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
 from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.distill import Objective
+from hf_cdl.distill.objective import about_unlabelled
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.labelled import check_label, check_task_labels
@@ -195,7 +196,9 @@ def check_served(model: Any, task: Task) -> None:
         task.train.check_8_bits()
 
 
-def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task) -> None:
+def check_task(
+    role: str, model: Any, objective: Any, args: CDLTrainingArguments, task: Task, teacher: Any = None
+) -> None:
     """Raise ValueError if a role cannot learn a task with this model, objective and arguments."""
     images, title = len(task.train), f"The {role.replace('_', ' ')} cannot learn task {task.index + 1}"
     if not images:
@@ -208,7 +211,7 @@ def check_task(role: str, model: Any, objective: Any, args: CDLTrainingArguments
     if model.trains(task.index):
         _refuse_data_parallel(args)
         check_training(role, model, objective, args, task.index, task.class_names, images)
-    _check_unlabelled(role, model, objective, task)
+    _check_unlabelled(role, model, objective, task, teacher)
     check_task_labels(task)
 
 
@@ -222,18 +225,19 @@ def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
         )
 
 
-def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -> None:
+def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task, teacher: Any) -> None:
     """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
 
-    A stream gives them to every role; it is the student that learns from them, in sessions in which a loss trains.
+    A stream gives them to every role. The student learns from them in sessions in which a loss trains; later sessions
+    of either may hold features of theirs, or see by them how features moved.
     """
-    later: Any = getattr(model, "later", None)  # an image classifier has none
-    anchors = "task" if later is None else later.anchors
+    asked = _in_sessions(model)
     if task.unlabelled is None:
-        if anchors != "task":
+        if asked:
+            name, value = asked[0], getattr(model.later, asked[0])
             raise ValueError(
-                f"later_sessions.anchors is {anchors}, but {task.name} has no unlabelled images. Give the "
-                "stream some (data.unlabelled), or take the task's own: anchors task."
+                f"later_sessions.{name} is {value}, but {task.name} has no unlabelled images. Give the stream "
+                f"some (data.unlabelled), or take the task's own: {name} task."
             )
         if model.trains(task.index) and (idle := objective.needs_unlabelled):
             raise ValueError(
@@ -243,12 +247,23 @@ def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task) -
         return
     if not len(task.unlabelled) or task.unlabelled_ratio < 1:
         raise ValueError(f"{task.name}.unlabelled has no images, or an unlabelled_ratio below 1; leave it out (None).")
-    if role == "student" and anchors == "task" and not (model.trains(0) and objective.reads_unlabelled):
+    if (
+        role == "student"
+        and not asked
+        and not _in_sessions(teacher)
+        and not (model.trains(0) and objective.reads_unlabelled)
+    ):
         why = "no term learns from images without labels" if model.trains(0) else "no loss trains the student"
         raise ValueError(
             f"{task.name}.unlabelled would have no effect: {why}. Give Objective a term that does, as ('kd', term), "
             "and a teacher; or leave the unlabelled images out."
         )
+
+
+def _in_sessions(model: Any) -> list[str]:
+    """The fields by which later sessions of a model, or of none, read unlabelled images."""
+    later = getattr(model, "later", None)
+    return [] if later is None else about_unlabelled(later)
 
 
 def check_training(

@@ -211,7 +211,7 @@ class CDLTrainer(FittingTrainer):
         check_measured(self.run, self.role, self.seen)
         check_new(self.model, task)
         check_served(self.model, task)
-        check_task(self.role, self.model, self.objective, self.args, task)
+        check_task(self.role, self.model, self.objective, self.args, task, self.teacher.model)
         self.check(task)
         self.teacher.check(task)
         return True
@@ -274,9 +274,10 @@ class CDLTrainer(FittingTrainer):
                 self.train_dataset = given
 
     def _trained_on(self, task: Task) -> Any:
-        """The images of a task as they are trained on; beside unlabelled ones, if a term learns from these."""
+        """The images of a task as they are trained on; beside unlabelled ones, if a term or `keep` reads these."""
         images = self._as_seen(task.train, task.classes, *self.teacher.views)
-        beside = task.unlabelled if self.objective.reads_unlabelled else None
+        held = self._session is not None and self._session.later.held[1]
+        beside = task.unlabelled if self.objective.reads_unlabelled or held else None
         return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
 
     def compute_loss(
@@ -291,7 +292,8 @@ class CDLTrainer(FittingTrainer):
         student, teacher = self._student_and_teacher(model, batch, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
         if self._session is not None:
-            losses = self._session.with_keep(losses, student, batch["pixel_values"], self.accelerator.autocast)
+            shown = (batch["pixel_values"], len(inputs["labels"]))
+            losses = self._session.with_keep(losses, student, *shown, self.accelerator.autocast)
         self._note_losses(losses, weight)
         loss = weight * losses["loss"]
         return (loss, student) if return_outputs else loss

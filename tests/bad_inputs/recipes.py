@@ -300,6 +300,13 @@ AGAINST_EACH_OTHER = [
     field({"distill": [{"type": "kdp", "threshold": 0.5}]}, "distill.0.threshold", way="data.unlabelled"),
     field({"data.unlabelled_ratio": 2}, "unlabelled_ratio", "data.unlabelled"),
     field({"data.unlabelled_split": "train"}, "unlabelled_split", "data.unlabelled"),
+    field({"student.later_sessions": {"anchors": "both"}}, "anchors", way="data.unlabelled.*own: task"),
+    field(
+        {"teacher.later_sessions": {"keep": 1, "keep_on": "both"}},
+        "teacher.later_sessions.keep_on",
+        way="data.unlabelled",
+    ),
+    field({"teacher.later_sessions": {"keep_on": "both"}}, "keep_on", way="keep is 0.*[Ll]eave"),
     field({"data.unlabelled": "untaught", **ALONE}, "data.unlabelled", way="no teacher.*leave it out"),
     field({"data.unlabelled": "unread", "distill": [{"type": "dkd"}]}, "data.unlabelled", way="similarity"),
     field(

@@ -18,6 +18,7 @@ from hf_cdl.commands.costs import measure, read_tasks
 from hf_cdl.commands.train import main as train_main
 from hf_cdl.recipe import load_recipe
 
+SESSION = {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "prompt": {"type": "vpt", "length": 2}}
 PROMPT = {"type": "l2p", "pool_size": 4, "length": 2, "top_k": 2, "layers": [0, 1]}
 
 
@@ -123,10 +124,9 @@ def test_it_is_measured_again_without_them_and_not_gone_on_with_others(
 @pytest.mark.slow
 def test_in_a_first_session_they_are_learnt_from_once(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Similarity teaches the features of the first task; the head is fitted to the images of all tasks as ever."""
-    session = {"head": {"type": "ridge"}, "first_session": {"type": "linear"}, "prompt": {"type": "vpt", "length": 2}}
     terms, runs = [{"type": "similarity"}], {}
     for name, data in (("with", {"unlabelled": str(source / "more")}), ("without", {})):
-        file = write(source, name, terms, data, **session)
+        file = write(source, name, terms, data, **SESSION)
         assert main(file, "--output_dir", source / name) == 0
         runs[name] = [state(source / name / "student" / task) for task in ("task-01", "task-02")]
         said = "9 unlabelled images" in (printed := capsys.readouterr().out)
@@ -146,6 +146,48 @@ def test_a_plan_counts_their_passes(source: Path, capsys: pytest.CaptureFixture[
     assert costs[1].training_flops == pytest.approx(3 * (costs[0].training_flops + query), rel=0.02)
     assert main(source / "three.yaml", "--plan") == 0
     assert "counted with the 2 unlabelled beside it" in capsys.readouterr().out
+
+
+def test_a_plan_counts_the_features_that_later_sessions_hold(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two tasks of as many images the second trains on one and two images, whose features it computes twice."""
+    more = {"unlabelled": str(source / "more"), "unlabelled_ratio": 2}
+    costs = {}
+    for keep_on in ("task", "unlabelled", "both"):
+        later = {"keep": 1.0, "keep_on": keep_on, "anchors": "both"}
+        file = write(source, f"plan-{keep_on}", [], more, **SESSION, later_sessions=later)
+        recipe = load_recipe([str(file), "--teacher", "null", "--ce_weight", "1"], "")
+        costs[keep_on] = measure(recipe, read_tasks(recipe))[1]["student"]
+    inference, least = costs["task"].inference_flops, costs["task"].training_flops
+    step = least - inference / 2  # in the second task alone, features of the image are held
+    assert costs["unlabelled"].training_flops == pytest.approx(2 * step + 2 * inference / 2, rel=0.02)
+    assert costs["both"].training_flops == pytest.approx(2 * step + 3 * inference / 2, rel=0.02)
+    assert costs["both"].kept == pytest.approx(3 * costs["task"].kept, rel=0.1)
+    assert main(source / "plan-both.yaml", "--teacher", "null", "--ce_weight", "1", "--plan") == 0
+    assert "counted with the 2 unlabelled beside it" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_teacher_whose_features_are_held_on_them_goes_on_after_a_kill(source: Path, tmp_path: Path) -> None:
+    """Killed within an epoch of its second task; both roles end as without a kill, and it is said what read what."""
+    later = {"keep": 0.5, "keep_on": "both", "anchors": "unlabelled"}
+    terms, data = [{"type": "similarity"}], {"unlabelled": str(source / "more")}
+    file = write(source, "held", terms, data, **SESSION, later_sessions={"keep": 0.1, "keep_on": "unlabelled"})
+    teacher = {**SESSION, "backbone": str(source / "teacher"), "later_sessions": later}
+    words = (file, "--teacher", json.dumps(teacher), "--train.save_strategy", "steps", "--train.save_steps", 2)
+    code, output = train(*words, "--output_dir", tmp_path / "whole")
+    assert code == 0, output
+    assert "the teacher's features of them are held in later sessions; by them the teacher sees" in output
+    assert "the student's features of them are held" in output and "learns from them by similarity" in output
+    work = tmp_path / "cut" / "work" / "teacher-task-02"
+    interrupt_when(lambda: (work / "checkpoint-4").exists(), *words, "--output_dir", tmp_path / "cut")
+    assert not (tmp_path / "cut" / "teacher" / "task-02").exists()
+    assert train(*words, "--output_dir", tmp_path / "cut")[0] == 0
+    for role in ("teacher", "student"):
+        for done in ("task-01", "task-02"):
+            assert same(state(tmp_path / "cut" / role / done), state(tmp_path / "whole" / role / done)), (role, done)
+    assert card.main([str(tmp_path / "whole")]) == 0
+    said = (tmp_path / "whole" / "student" / "README.md").read_text()
+    assert "the teacher's features of them are held in later sessions" in said
 
 
 @pytest.mark.slow
@@ -183,6 +225,24 @@ def test_two_processes_learn_what_one_does(source: Path, tmp_path: Path) -> None
         ours, theirs = state(one / "student" / task), state(two / "student" / task)
         for name, value in ours.items():
             torch.testing.assert_close(theirs[name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_hold_what_one_does(source: Path, tmp_path: Path) -> None:
+    later = {"keep": 0.5, "keep_on": "both", "anchors": "both"}
+    session = {**SESSION, "head": {"type": "ridge", "strength": 10.0, "standardise": "first_task"}}
+    file = write(source, "pair", [], {"unlabelled": str(source / "more")}, **session, later_sessions=later)
+    common = (file, "--teacher", "null", "--ce_weight", 1, "--train.optim", "sgd", "--output_dir")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29553")
+    assert main(*common, tmp_path / "one") == 0
+    two = tmp_path / "two"
+    code, output = train(*common, two, "--train.per_device_train_batch_size", 2, launcher=launcher)
+    assert code == 0, output
+    ours, theirs = state(tmp_path / "one" / "student" / "task-02"), state(two / "student" / "task-02")
+    prompts = [name for name in ours if "pool" in name]
+    assert prompts
+    for name in prompts:
+        torch.testing.assert_close(theirs[name], ours[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow

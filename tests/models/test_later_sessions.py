@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from helpers import killed_and_taken, make_recipe, train, write_recipe
 from safetensors.torch import load_file
-from test_contract import SMALL, arguments, images, stream, vit
+from test_contract import SMALL, Pictures, arguments, images, stream, vit
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
@@ -120,6 +122,44 @@ def test_keep_holds_the_features(tmp_path: Path) -> None:
     assert far[1] < 0.5 * far[0]
 
 
+KEPT = {"task": slice(0, 8), "unlabelled": slice(8, None), "both": slice(None)}
+"""Of batches of 8 images and the 16 unlabelled ones beside them."""
+
+
+@pytest.mark.parametrize("keep_on", KEPT)
+def test_keep_holds_the_features_of_the_images_it_is_told_of(keep_on: str, tmp_path: Path) -> None:
+    """A teacher, which no term shows unlabelled images, trains on them where their features are held."""
+    others: Any = Pictures(range(5, 8))
+    first, second = (replace(task, unlabelled=others, unlabelled_ratio=2) for task in stream())
+    model = model_of("lora", keep=2.0, keep_on=keep_on, anchors="both")
+    trainer = CDLTrainer(model, arguments(tmp_path, max_steps=2), role="teacher")
+    sizes: list[int] = []
+    model.register_forward_pre_hook(
+        lambda own, _, given: sizes.append(len(given["pixel_values"])) if own.training else None, with_kwargs=True
+    )
+    for task in (first, second):
+        trainer.learn(task)
+    assert sizes == [8, 8, *[8 if keep_on == "task" else 24] * 2]
+
+    session: Any = model.later_session(2)
+    model.begin_task(["x", "y"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0)
+    pixels = torch.stack([others[number]["pixel_values"] for number in range(24)])
+    now, rows = model.eval()(pixel_values=pixels), KEPT[keep_on]
+    with torch.no_grad():
+        was = session.before(pixel_values=pixels[rows]).features
+    kept = session.with_keep({"loss": torch.tensor(1.0)}, now, pixels, 8, nullcontext)
+    want = torch.nn.functional.mse_loss(model.head.standard(now.features[rows]), model.head.standard(was))
+    assert want > 1e-3
+    torch.testing.assert_close(kept["keep"], want)
+    torch.testing.assert_close(kept["loss"], 1 + 2 * want)
+    (gradient,) = torch.autograd.grad(kept["keep"], now.features)
+    moves = gradient.abs().sum(dim=1) > 0
+    assert moves[rows].all() and moves.sum() == len(was)
+
+
 def test_the_rate_is_that_of_later_sessions(tmp_path: Path) -> None:
     model = model_of("lora", rate=0.1)
     trainer = CDLTrainer(model, arguments(tmp_path, learning_rate=1e-3, lr_scheduler_type="constant"))
@@ -193,6 +233,8 @@ def test_a_changed_model_says_what_is_not_exact_any_more(tmp_path: Path) -> None
         ({"first_session": None, "head": {"type": "linear"}}, "later_sessions go on from a first one"),
         ({"later_sessions": {"until": 1}}, "until >= 2"),
         ({"later_sessions": {"keep": -1.0}}, "keep >= 0"),
+        ({"later_sessions": {"keep_on": "both"}}, "keep_on is .both., but has no effect, as keep is 0"),
+        ({"later_sessions": {"keep": 1.0, "keep_on": "all"}}, "keep_on"),
         ({"later_sessions": {"drift": "square"}}, "drift"),
         ({"later_sessions": {"tasks": 3}}, "tasks"),
         ({"head": {**HEAD, "soft_targets": 0.5}}, "with soft_targets the class sums are not those of images"),
@@ -210,9 +252,10 @@ def test_a_sharded_teacher_cannot_have_them() -> None:
     check_shardable(model_of("coda"), 2)
 
 
-def test_unlabelled_anchors_need_unlabelled_images(tmp_path: Path) -> None:
-    trainer = CDLTrainer(model_of("lora", anchors="both"), arguments(tmp_path))
-    with pytest.raises(ValueError, match="anchors is both, but task-01 has no unlabelled images"):
+@pytest.mark.parametrize("fields", [{"anchors": "both"}, {"keep": 0.1, "keep_on": "both"}])
+def test_what_reads_unlabelled_images_needs_some(fields: dict[str, Any], tmp_path: Path) -> None:
+    trainer = CDLTrainer(model_of("lora", **fields), arguments(tmp_path))
+    with pytest.raises(ValueError, match=f"{[*fields][-1]} is both, but task-01 has no unlabelled images"):
         trainer.learn(next(iter(stream())))
 
 

@@ -235,11 +235,24 @@ def data_facts(results: Results) -> list[str]:
         name, terms = recipe["data"]["unlabelled"], ", ".join(f"`{markdown(term)}`" for term in beside["terms"])
         alone = recipe["student"]["first_session"] and not _goes_on(recipe["student"])
         where = "in the first session" if alone else "in every session"
+        learnt = [f"from which the student learnt {where} by its teacher's answers ({terms})"] if terms else []
         facts.append(
-            f"Unlabelled images: {beside['images']} of {code(by_name(name))}, from which the student learnt {where} "
-            f"by its teacher's answers ({terms}); labels of theirs, if there are any, were not read"
+            f"Unlabelled images: {beside['images']} of {code(by_name(name))}, "
+            f"{'; '.join([*learnt, *read_in_sessions(recipe)])}; labels of theirs, if there are any, were not read"
         )
     return facts
+
+
+def read_in_sessions(recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe's later sessions do with unlabelled images, in words; a role that does nothing has none."""
+    said = []
+    for role in ("teacher", "student"):
+        later = (recipe.get(role) or {}).get("later_sessions") or {}
+        if later.get("keep_on", "task") != "task":
+            said.append(f"the {role}'s features of them are held in later sessions")
+        if later.get("anchors", "task") != "task":
+            said.append(f"by them the {role} sees how its features moved")
+    return said
 
 
 def origin(results: Results, role: str) -> str | None:
