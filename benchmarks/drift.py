@@ -1,11 +1,11 @@
 """What a student loses of earlier classes as its features move, beside a head refitted on all images.
 
-python benchmarks/drift.py RUN ... [--unlabelled FOLDER] [--head HEAD] [--patch_mean]     (from the root of the repository)
+python benchmarks/drift.py RUN ... [--unlabelled FOLDER] [--head HEAD] [--patch_mean]     (from the root)
 
 Each RUN is one of `hf-cdl train` whose student has `later_sessions`, such as
   hf-cdl train recipes/dinov2_session.yaml --student.later_sessions '{keep: 0.1}' --data.eval_split validation
-If its terms don't read the head (`similarity`, `keep`), its backbones are the same however sums are moved, so every way
-of moving them is tried on these. HEAD, as YAML, is by default the run's. After each task the accuracy on the run's
+If its terms don't read the head (`similarity`, `keep`), its backbones are the same however sums are moved, so all ways
+of moving them are tried on these. HEAD, as YAML, is by default the run's. After each task the accuracy on the run's
 evaluation images of all classes so far is compared with that of the head refitted on the training images of all tasks
 under the present features, which no stream allows. `--unlabelled`: a data set with labels, by which images of the
 stream's classes are left out. Nothing is downloaded or trained.

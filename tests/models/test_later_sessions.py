@@ -48,6 +48,15 @@ def features_of(model: Any, task: Task) -> torch.Tensor:
         return model.eval()(pixels_and_labels(task)[0]).features.double()
 
 
+def anchors_of(model: Any, task: Task) -> torch.Tensor:
+    """Prepared features of the images as they are and in the first three views after the epochs that train."""
+    data, images = task.train, range(len(task.train))
+    keys = [*images, *((index, 4 + view) for view in range(3) for index in images)]  # there are 4 epochs
+    with torch.no_grad():
+        features = model.eval()(torch.stack([data[key]["pixel_values"] for key in keys])).features
+    return model.head.prepare(features)
+
+
 def trained(folder: Path, model: Any, **options: Any) -> CDLTrainer:
     trainer = CDLTrainer(model, arguments(folder, **{"learning_rate": 1e-3, **options}))
     for task in stream():
@@ -84,9 +93,9 @@ def test_the_sums_move_as_the_features_of_the_task_did(learns: str, tmp_path: Pa
         first, second = stream()
         trainer.learn(first)
         total, count = model.head.numbers()["blocks.0.total"].clone(), model.head.blocks[0].count.clone()
-        was = model.head.prepare(features_of(model, second).float())
+        was = anchors_of(model, second)
         trainer.learn(second)
-        moved = fit_drift(was, model.head.prepare(features_of(model, second).float()))
+        moved = fit_drift(was, anchors_of(model, second), pixels_and_labels(second)[1].repeat(4))
         sums[drift] = model.head.numbers()["blocks.0.total"].clone()
         want = moved.sums(total, count) if drift == "linear" else total
         torch.testing.assert_close(sums[drift], want, atol=1e-3, rtol=1e-3)
