@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -33,8 +34,15 @@ from hf_cdl.recipe.build import build_processors, load_model
 from hf_cdl.runs.ledger import revision_name
 
 REFITTED = "refitted on all images"
-WAYS = {"sums stay": "", "task": "task", "unlabelled": "unlabelled", "both": "task unlabelled"}
+WAYS = {
+    "nothing, they stay": "",
+    "the task's images": "task",
+    "the task's images and views": "task views",
+    "unlabelled images": "unlabelled",
+    "all of these": "task views unlabelled",
+}
 """Ways of moving the sums: the images to which the map is fitted."""
+VIEWS = 3
 
 
 class Images(NamedTuple):
@@ -42,25 +50,33 @@ class Images(NamedTuple):
 
     train: list[torch.Tensor]
     measured: list[torch.Tensor]
+    views: list[torch.Tensor]
     unlabelled: list[torch.Tensor]
 
 
-def read(split: Any, name: str) -> torch.Tensor:
-    items = [split[index] for index in range(len(split))]
+def read(split: Any, name: str, keys: Any = None) -> torch.Tensor:
+    items = [split[key] for key in (range(len(split)) if keys is None else keys)]
     return torch.stack([torch.as_tensor(item[name]) for item in items])
 
 
-def images(stream: TaskStream, other: TaskStream | None) -> tuple[Images, Images]:
-    """Pixels and labels of a stream's images, and of those of other classes of another data set."""
-    known, unlabelled = {*stream.class_names}, []
-    for task in () if other is None else other:
-        rows = [task.class_names[label - task.first_class] not in known for label in task.train.labels.tolist()]
-        unlabelled.append(read(task.train, "pixel_values")[torch.tensor(rows)])
-    found = [
-        Images([read(t.train, name) for t in stream], [read(measured(t, stream), name) for t in stream], [])
-        for name in ("pixel_values", "labels")
-    ]
-    return found[0]._replace(unlabelled=unlabelled), found[1]
+def images(stream: TaskStream, other: TaskStream | None, epochs: int) -> tuple[Images, Images]:
+    """Pixels and labels of a stream's images, and of those of other classes of another data set.
+
+    The views are those of the package, which were not trained on.
+    """
+    known, found = {*stream.class_names}, []
+    for name in ("pixel_values", "labels"):
+        views, unlabelled = [], []
+        for task in stream:
+            keys = [(index, epochs + view) for view in range(VIEWS) for index in range(len(task.train))]
+            views.append(read(task.train, name, keys))
+        for task in () if other is None else other:
+            labels = task.train.labels.tolist()
+            keys = [n for n, label in enumerate(labels) if task.class_names[label - task.first_class] not in known]
+            unlabelled.append(read(task.train, name, keys))
+        own = [read(task.train, name) for task in stream], [read(measured(task, stream), name) for task in stream]
+        found.append(Images(*own, views, unlabelled))
+    return found[0], found[1]._replace(unlabelled=[-torch.ones_like(label) for label in found[1].unlabelled])
 
 
 def measured(task: Any, stream: TaskStream) -> Any:
@@ -84,11 +100,19 @@ def walk(run: Path, unlabelled: str | None, patches: bool) -> tuple[list[Images]
     stream, other = TaskStream(recipe.data, processors), None
     if unlabelled is not None:
         other = TaskStream(dataclasses.replace(recipe.data, path=unlabelled, max_train_per_class=None), processors)
-    pixels, labels = images(stream, other)
+    pixels, labels = images(stream, other, math.ceil(recipe.train["num_train_epochs"]))
     stages = []
     for number in range(len(stream)):
-        model = load_model(recipe, recipe.student, run / "student" / revision_name(number)).eval()
-        stages.append(Images(*([features(model, each, patches) for each in part] for part in pixels)))
+        model = load_model(recipe, recipe.student, run / "student" / revision_name(number + 1)).eval()
+        first_and_last = {"train": (0, number + 1), "measured": (0, number), "views": (number, number + 1)}
+        of_model = {
+            name: [
+                features(model, each, patches) if first <= task <= last else each[:0]
+                for task, each in enumerate(getattr(pixels, name))
+            ]
+            for name, (first, last) in first_and_last.items()  # all that is read
+        }
+        stages.append(Images(**of_model, unlabelled=[features(model, each, patches) for each in pixels.unlabelled]))
     return stages, labels, recipe.student.head
 
 
@@ -113,18 +137,20 @@ def learn(head: Any, x: torch.Tensor, labels: torch.Tensor) -> None:
     head.accumulate(x, labels)
 
 
+def seen(of: Images, anchors: str, number: int) -> torch.Tensor:
+    """What the map of task `number` is fitted to, of features or labels."""
+    parts = {"task": [of.train[number]], "views": [of.views[number]], "unlabelled": of.unlabelled}
+    return torch.cat([each for name in anchors.split() for each in parts[name]])
+
+
 def losses(stages: list[Images], labels: Images, config: dict[str, Any], anchors: str) -> tuple[list[float], int]:
     """Accuracy after each task with sums moved by the map of `anchors`, and the bytes of the head."""
     first = stages[0].train[0]
     head, found = new_head(config, first.shape[1], first), []
     for number, now in enumerate(stages):
         if number and anchors:
-            seen = [
-                torch.cat([now_or_then.train[number]] * ("task" in anchors.split())
-                          + now_or_then.unlabelled * ("unlabelled" in anchors.split()))
-                for now_or_then in (stages[number - 1], now)
-            ]  # fmt: skip
-            head.move(fit_drift(*(head.prepare(x) for x in seen)))
+            before, after, whose = (seen(part, anchors, number) for part in (stages[number - 1], now, labels))
+            head.move(fit_drift(head.prepare(before), head.prepare(after), whose))
         learn(head, now.train[number], labels.train[number])
         head.end_task()
         found.append(accuracy(head, now.measured[: number + 1], labels.measured[: number + 1]))
