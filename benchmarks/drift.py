@@ -71,9 +71,13 @@ def images(stream: TaskStream, other: TaskStream | None, epochs: int) -> tuple[I
             keys = [(index, epochs + view) for view in range(VIEWS) for index in range(len(task.train))]
             views.append(read(task.train, name, keys))
         for task in () if other is None else other:
-            labels = task.train.labels.tolist()
-            keys = [n for n, label in enumerate(labels) if task.class_names[label - task.first_class] not in known]
-            unlabelled.append(read(task.train, name, keys))
+            data: Any = task.train
+            keys = [
+                n
+                for n, label in enumerate(data.labels.tolist())
+                if task.class_names[label - task.first_class] not in known
+            ]
+            unlabelled.append(read(data, name, keys))
         own = [read(task.train, name) for task in stream], [read(measured(task, stream), name) for task in stream]
         found.append(Images(*own, views, unlabelled))
     return found[0], found[1]._replace(unlabelled=[-torch.ones_like(label) for label in found[1].unlabelled])
