@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,33 @@ def test_unlabelled_anchors_need_unlabelled_images(tmp_path: Path) -> None:
     trainer = CDLTrainer(model_of("lora", anchors="both"), arguments(tmp_path))
     with pytest.raises(ValueError, match="anchors is both, but task-01 has no unlabelled images"):
         trainer.learn(next(iter(stream())))
+
+
+class Unlabelled:
+    """Images of a task without their labels, in whose place stands one that must not be read."""
+
+    def __init__(self, task: Task):
+        self.data = task.train
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        return {"pixel_values": self.data[key]["pixel_values"], "labels": 0}
+
+
+def test_unlabelled_anchors_move_the_sums(tmp_path: Path) -> None:
+    first, second = (replace(task, unlabelled=Unlabelled(task), unlabelled_ratio=1) for task in stream())
+    model = model_of("lora", anchors="unlabelled")
+    trainer = CDLTrainer(model, arguments(tmp_path, learning_rate=1e-2))
+    trainer.learn(first)
+    total, count = model.head.numbers()["blocks.0.total"].clone(), model.head.blocks[0].count.clone()
+    was = model.head.prepare(features_of(model, second).float())
+    trainer.learn(second)
+    moved = fit_drift(was, model.head.prepare(features_of(model, second).float()))
+    found = model.head.numbers()["blocks.0.total"]
+    torch.testing.assert_close(found, moved.sums(total, count), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(found, total, atol=1e-2)
 
 
 @pytest.mark.slow
