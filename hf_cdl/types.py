@@ -138,7 +138,7 @@ class TaskResult:
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
     `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
     itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
-    `drift`: how features moved in a session after the first, see hf_cdl.training.session. `kept`: of what frozen
+    `drift`: how features moved in a session after the first, see hf_cdl.models.sessions. `kept`: of what frozen
     weights say of images, the bytes that the run holds in memory, and those that the phase found there in place of
     computing them, read from the cache and wrote into it.
     """

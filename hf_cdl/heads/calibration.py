@@ -20,9 +20,13 @@ _RANGE, _STEPS = (1e-3, 1e6), 60
 
 
 class RecentImages:
-    """Labels (N,) of images learnt since the head was last solved, and what is read of them, evenly thinned out."""
+    """Labels (N,) of images learnt since the head was last solved, and what is read of them, evenly thinned out.
 
-    def __init__(self) -> None:
+    `most`: how many are kept at least; there may be twice as many.
+    """
+
+    def __init__(self, most: int = _MOST) -> None:
+        self._most = most
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self._stride, self._seen = 1, 0
 
@@ -32,7 +36,7 @@ class RecentImages:
         own = numbers % self._stride == 0
         self._parts.append(tuple(value[own].detach() for value in (labels, *read)))
         self._seen += len(labels)
-        if sum(len(labels) for labels, *_ in self._parts) > 2 * _MOST:
+        if sum(len(labels) for labels, *_ in self._parts) > 2 * self._most:
             self._parts = [tuple(value[::2] for value in self._joined())]
             self._stride *= 2
 

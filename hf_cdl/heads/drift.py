@@ -3,13 +3,17 @@ r"""Sums over images that are moved as features move, when a backbone goes on le
     x' = x + (x - m) A + d    A = V diag(s / (s^2 + \lambda)) U^T (Y - Y_m)    d = y_m
 
 is a ridge regression of the change Y (N, M) of some images' features on the features X (N, M) that they had before,
-centred, with the singular value decomposition U diag(s) V^T of the centred X. \lambda is chosen by generalised
-cross-validation (Golub et al. 1979). Along directions in which those images do not vary nothing is moved but by the
-mean d. Class sums and Gram matrices of x' follow from those of x alone.
+centred, with the singular value decomposition U diag(s) V^T of the centred X. Along directions in which those images
+do not vary nothing is moved but by the mean d. Class sums and Gram matrices of x' follow from those of x alone.
+
+The sums to be moved are of other classes than those images, so \lambda is chosen by leaving out whole classes: with
+H = U diag(s^2 / (s^2 + \lambda)) U^T + 1 / N and a class's rows g, the map of all others leaves of the change of its
+images (I - H_{gg})^{-1} (Y - H Y)_g.
 
 After semantic drift compensation (SDC, Yu et al. 2020, arXiv 2004.00440), which moves class means by a kernel
 smoother, and learnable drift compensation (LDC, Gomez-Villa et al. 2024, arXiv 2407.08536), which moves them by a
-linear map; that it moves second moments too is ours.
+linear map; that it moves second moments too, as SLDC (Rao et al. 2025, arXiv 2511.09926) does with covariances, by
+sums alone, and that it leaves classes out are ours.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-_GRID = torch.logspace(-6, 4, 41, dtype=torch.float64)
+_GRID = torch.logspace(-4, 4, 25, dtype=torch.float64)
 """Candidates of lambda, in units of the mean squared singular value."""
+_FOLD, _READ = 16, 64
+"""Images without a class that are left out together; largest directions of the change, by which lambda is chosen."""
 _ROUNDING = 1e-12
 """Squared singular values below this share of the largest are 0."""
 
@@ -28,7 +34,7 @@ class Drift(NamedTuple):
     """A map of features (M,): `into` (M, K), `out` (K, M) with A = into out; `mean` (M,); `shift` (M,).
 
     `change`: how far the images moved, as a share of how far they are from their mean; `explained`: the share of the
-    squared change, beyond its mean, that the map tells of images left out; `strength`: lambda.
+    squared change, beyond its mean, of the images of a class that the map of all others tells; `strength`: lambda.
     """
 
     into: torch.Tensor
@@ -59,8 +65,11 @@ class Drift(NamedTuple):
         )
 
 
-def fit_drift(before: torch.Tensor, after: torch.Tensor) -> Drift:
-    """The drift of images whose features were `before` (N, M) and are `after` (N, M), by ridge regression."""
+def fit_drift(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor | None = None) -> Drift:
+    """The drift of images whose features were `before` (N, M) and are `after` (N, M), by ridge regression.
+
+    `labels` (N,): which images are left out together, with all views of them; those below 0 have no class.
+    """
     x, moved = before.double(), after.double() - before.double()
     mean, shift = x.mean(dim=0), moved.mean(dim=0)
     x, y = x - mean, moved - shift
@@ -72,24 +81,39 @@ def fit_drift(before: torch.Tensor, after: torch.Tensor) -> Drift:
     left = vectors if wide else x @ vectors / squares.sqrt()  # U (N, K)
     right = x.T @ vectors / squares.sqrt() if wide else vectors  # V (M, K)
     along = left.T @ y
-    spread, told = x.square().sum(), along.square().sum(dim=1)
+    spread = x.square().sum()
     change = float((moved.square().sum() / spread.clamp(min=torch.finfo(torch.float64).tiny)).sqrt())
-    total = y.square().sum()
-    if not len(squares) or total == 0:
+    if not len(squares) or not y.any():
         return Drift(right, torch.zeros_like(along), mean, shift, change, 0.0, 0.0)
-    strength, error = _chosen(squares, told, total, images)
-    explained = 1 - error * max(1, images - 1) ** 2 / (images * float(total))
-    return Drift(
-        right, (squares.sqrt() / (squares + strength))[:, None] * along, mean, shift, change, explained, strength
-    )
+    strength, explained = _chosen(left, squares, y, _folds(labels, images))
+    out = (squares.sqrt() / (squares + strength))[:, None] * along
+    return Drift(right, out, mean, shift, change, explained, strength)
 
 
-def _chosen(squares: torch.Tensor, told: torch.Tensor, total: torch.Tensor, images: int) -> tuple[float, float]:
-    r"""Lambda, and N |R|^2 / (N - 1 - df)^2 with it: R is what is left of Y, df = \sum s^2 / (s^2 + \lambda)."""
+def _folds(labels: torch.Tensor | None, images: int) -> list[torch.Tensor]:
+    """Rows of the images that are left out together: a class, or some without one; each alone if that were all."""
+    labels = torch.full((images,), -1) if labels is None else labels.cpu()
+    known = [(labels == label).nonzero()[:, 0] for label in labels.unique().tolist() if label >= 0]
+    folds = [fold for fold in (*known, *(labels < 0).nonzero()[:, 0].split(_FOLD)) if len(fold)]
+    return folds if len(folds) > 1 else [*torch.arange(images).split(1)]
+
+
+def _chosen(
+    left: torch.Tensor, squares: torch.Tensor, y: torch.Tensor, folds: list[torch.Tensor]
+) -> tuple[float, float]:
+    """Lambda, and the share of the squared change that it tells of images left out, for U (N, K) and Y (N, M)."""
+    if y.shape[1] > _READ:  # the same in the basis of the largest directions, at a fraction of the cost
+        y = y @ torch.linalg.eigh(y.T @ y).eigenvectors[:, -_READ:]
+    along = left.T @ y
+
+    def error(shares: torch.Tensor) -> float:
+        rest, told = y - left @ (shares[:, None] * along), 0.0
+        for own in folds:
+            hat = (left[own] * shares) @ left[own].T + 1 / len(y)
+            told += torch.linalg.solve(torch.eye(len(own)).to(hat) - hat, rest[own]).square().sum().item()
+        return told
+
     strengths = _GRID.to(squares) * squares.mean()
-    shares = squares / (squares + strengths[:, None])
-    rest = (total - told.sum()).clamp(min=0) + ((1 - shares).square() * told).sum(dim=1)
-    free = (images - 1 - shares.sum(dim=1)).clamp(min=1e-6)
-    errors = images * rest / free.square()
-    best = int(errors.argmin())
-    return float(strengths[best]), float(errors[best])
+    errors = [error(squares / (squares + strength)) for strength in strengths]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    return float(strengths[best]), 1 - errors[best] / error(torch.zeros_like(squares))

@@ -24,6 +24,9 @@ from hf_cdl.heads.drift import fit_drift
 from hf_cdl.models.checkpointing import Checkpointed
 from hf_cdl.types import CDLOutput
 
+_ANCHORS = 2000
+"""Images of which half or more are taken, if there are more, to see how features moved."""
+
 
 @dataclass(frozen=True)
 class LaterSessions:
@@ -45,8 +48,8 @@ class LaterSessions:
     )  # fmt: skip
     anchors: Literal["task", "unlabelled", "both"] = field(
         default="task",
-        metadata={"help": "Images to which that map is fitted: the task's, data.unlabelled, or both.",
-                  "unlabelled": True},
+        metadata={"help": "Images to which that map is fitted: the task's with three augmented views of each, "
+                  "data.unlabelled, or both.", "unlabelled": True},
     )  # fmt: skip
     keep_on: Literal["task", "unlabelled", "both"] = field(
         default="task",
@@ -245,11 +248,11 @@ class Session:
     ) -> dict[str, float]:
         """Measure how the features of these images moved, and move the head's sums likewise unless drift is `none`.
 
-        `gather`: what all processes have of a batch; `autocast`: the precision of the features in the sums. Returns
-        the drift's `change` and what of it is `explained`, in percent, and the `strength` of the map, see
-        heads/drift.py.
+        `batches`: their pixels and `labels`, below 0 for images without one; `gather`: what all processes have of a
+        batch; `autocast`: the precision of the features in the sums. Returns the drift's `change` and what of it is
+        `explained`, in percent, and the `strength` of the map, see heads/drift.py.
         """
-        head, kept = self.model.head, RecentImages()
+        head, kept = self.model.head, RecentImages(_ANCHORS)
         for batch in batches:
             found = []
             for model in (self.before, self.model):
@@ -257,18 +260,18 @@ class Session:
                     output = model(pixel_values=batch["pixel_values"])
                 found.append(head.prepare(output.features.float()))
                 found += [output.layers.float()] if head.reads_layers else []
-            read = gather({str(number): value for number, value in enumerate(found)})
-            kept.add(torch.zeros(len(read["0"])), *(movable(read[str(number)]) for number in range(len(found))))
+            read = gather({"labels": batch["labels"]} | {str(number): value for number, value in enumerate(found)})
+            kept.add(movable(read["labels"]), *(movable(read[str(number)]) for number in range(len(found))))
         read = kept.take()
         if read is None:
             raise ValueError("There are no images by which the head's sums could be moved.")
-        _, *read = read
+        labels, *read = read
         half = len(read) // 2
-        drift = fit_drift(read[0], read[half])
+        drift = fit_drift(read[0], read[half], labels)
         layers = []
         if head.reads_layers:
             was, now = read[1], read[half + 1]
-            layers = [fit_drift(was[:, number], now[:, number]) for number in range(was.shape[1])]
+            layers = [fit_drift(was[:, number], now[:, number], labels) for number in range(was.shape[1])]
         if self.later.drift != "none":
             head.move(drift, layers)
         return {"change": 100 * drift.change, "explained": 100 * drift.explained, "strength": drift.strength}

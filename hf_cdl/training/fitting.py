@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,9 +11,13 @@ from typing import Any
 import torch
 
 from hf_cdl.training.evaluation import ANY, EvaluatingTrainer
+from hf_cdl.training.labelled import OneView
 from hf_cdl.training.precision import frozen_autocast, in_float32
 from hf_cdl.training.trainer_contract import Total
 from hf_cdl.types import CDLOutput, Task, TaskResult
+
+_VIEWS = 3
+"""Augmented views of each of a task's images, beside the image as it is, that tell how features moved."""
 
 
 class FittingTrainer(EvaluatingTrainer):
@@ -46,12 +51,18 @@ class FittingTrainer(EvaluatingTrainer):
             self._total.images += len(task.train)
 
     def _anchors(self, task: Task) -> Iterator[dict[str, Any]]:
-        """Batches of the un-augmented images that tell how features moved in a session."""
-        anchors = self.model.eval().later.anchors
-        splits = {"task": (task.train, task.classes), "unlabelled": (task.unlabelled, ANY)}
-        for name, (split, classes) in splits.items():
-            if anchors in (name, "both"):
-                yield from self._loader(split, classes=classes)
+        """Batches of the images that tell how features moved in a session, labelled with -1 if they are unlabelled.
+
+        The task's come in views on which nothing was trained too: a map fitted to few images is better for them.
+        """
+        anchors, first = self.model.eval().later.anchors, math.ceil(self.args.num_train_epochs)
+        if anchors != "unlabelled":
+            for split in (task.train, *(OneView(task.train, first + number) for number in range(_VIEWS))):
+                yield from self._loader(split, classes=task.classes)
+        if anchors != "task":
+            for batch in self._loader(task.unlabelled, classes=ANY):
+                pixels = batch["pixel_values"]
+                yield {"pixel_values": pixels, "labels": torch.full((len(pixels),), -1, device=pixels.device)}
 
     def _features(self, task: Task) -> Iterator[tuple[CDLOutput, torch.Tensor, torch.Tensor | None]]:
         """Features of the task's un-augmented images, gathered from all processes, batch by batch.

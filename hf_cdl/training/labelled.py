@@ -49,6 +49,26 @@ class Labelled:
         return {**item, "labels": check_label(item["labels"], self.classes)} if labelled else {**item}
 
 
+class OneView:
+    """A split's images, each in its augmented view number `view`."""
+
+    def __init__(self, data: Any, view: int):
+        self.data, self.view = data, view
+
+    def seen_by(self, *roles: str) -> OneView:
+        return OneView(self.data.seen_by(*roles), self.view) if hasattr(self.data, "seen_by") else self
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[(index, self.view)]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        keys, batched = [(index, self.view) for index in indices], getattr(self.data, "__getitems__", None)
+        return batched(keys) if batched else [self.data[key] for key in keys]
+
+
 def check_label(label: Any, classes: range, where: str = "The dataset", whose: str = "the model") -> int:
     """The label as an int. Raises ValueError unless it is a whole number among these classes, which are `whose`."""
     array = isinstance(label, np.ndarray | torch.Tensor)

@@ -1,12 +1,12 @@
 """Cuts this repository's icons out of the full icon data set: `python recipes/quickstart/make_data.py FULL_FOLDER`.
 
 The full folder holds {stream,base}-{train,validation,test}.parquet and LICENCES.tsv. Of its stream classes the
-quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100 with fewer images each (recipes/icons100) or
-with all training images (recipes/icons_all). Of its base classes, on which the quickstart's backbones were pre-trained, offline distillation gets 50
-(recipes/offline_kd/icons). It takes the classes with the most test images (ties: most training images, then by name),
-at most `caps` images per split of each, chosen with a fixed seed, and sorts the classes alphabetically. Images are
-recompressed losslessly. It writes the three Parquet files, the licences of the icon sets used, and the data card
-README.md.
+quickstart gets 50 (recipes/quickstart/icons) and a longer stream all 100, with fewer images each (recipes/icons100)
+or with all training images (recipes/icons_all). Of its base classes, on which the quickstart's backbones were
+pre-trained, offline distillation gets 50 (recipes/offline_kd/icons). It takes the classes with the most test images
+(ties: most training images, then by name), at most `caps` images per split of each, chosen with a fixed seed, and
+sorts the classes alphabetically. Images are recompressed losslessly. It writes the three Parquet files, the licences
+of the icon sets used, and the data card README.md.
 """
 
 from __future__ import annotations

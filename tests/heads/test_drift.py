@@ -45,25 +45,42 @@ def affine(width: int, seed: int) -> Drift:
     return fit_drift(x, x + x @ matrix + 0.5)
 
 
-@pytest.mark.parametrize("images", [6, 30, 400])
-def test_the_map_is_a_ridge_regression(images: int) -> None:
-    x = drawn(images).double()
+@pytest.mark.parametrize(("images", "classes"), [(6, 3), (30, 5), (30, 1), (120, 6)])
+def test_the_map_is_a_ridge_regression_judged_on_classes_left_out(images: int, classes: int) -> None:
+    """Against maps fitted anew without each class; a single class is judged by leaving out each image."""
+    x, labels = drawn(images).double(), torch.arange(images) % classes
     y = x + 0.3 * torch.tanh(x @ drawn(WIDTH, WIDTH, 7).double()) + 0.1
-    drift = fit_drift(x, y)
-    centred, moved = x - x.mean(dim=0), (y - x) - (y - x).mean(dim=0)
-    matrix = torch.linalg.solve(
-        centred.T @ centred + drift.strength * torch.eye(WIDTH, dtype=torch.float64), centred.T @ moved
-    )
-    torch.testing.assert_close(drift.into @ drift.out, matrix, atol=1e-7, rtol=1e-5)
-    errors = []
-    for strength in torch.logspace(-6, 4, 41, dtype=torch.float64) * (centred.square().sum() / min(images - 1, WIDTH)):
-        hat = centred @ torch.linalg.solve(
-            centred.T @ centred + strength * torch.eye(WIDTH, dtype=torch.float64), centred.T
-        )
-        left = (moved - hat @ moved).square().sum() / (images - 1 - hat.trace()).clamp(min=1e-6) ** 2
-        errors.append((float(left), float(strength)))
-    assert drift.strength == pytest.approx(min(errors)[1], rel=1e-4)
-    assert 0 <= drift.explained <= 1
+    drift = fit_drift(x, y, labels)
+
+    def matrix(rows: torch.Tensor, strength: float) -> tuple[torch.Tensor, ...]:
+        own, moved = x[rows], (y - x)[rows]
+        mean, shift = own.mean(dim=0), moved.mean(dim=0)
+        square = (own - mean).T @ (own - mean) + strength * torch.eye(WIDTH, dtype=torch.float64)
+        return torch.linalg.solve(square, (own - mean).T @ (moved - shift)), mean, shift
+
+    whole, mean, shift = matrix(torch.arange(images), drift.strength)
+    torch.testing.assert_close(drift.into @ drift.out, whole, atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close((drift.mean, drift.shift), (mean, shift))
+    folds = labels if classes > 1 else torch.arange(images)
+
+    def error(strength: float) -> float:
+        told = 0.0
+        for fold in folds.unique():
+            a, m, d = matrix(folds != fold, strength)
+            told += float((y - x - (x - m) @ a - d)[folds == fold].square().sum())
+        return told
+
+    step = 10 ** (1 / 3)
+    assert error(drift.strength) <= min(error(drift.strength * step), error(drift.strength / step)) * (1 + 1e-9)
+    assert drift.explained == pytest.approx(1 - error(drift.strength) / error(1e15), abs=1e-6)
+
+
+def test_views_of_an_image_do_not_tell_of_each_other() -> None:
+    """Copies of every image would make any map look good, if copies of an image left out were among the others."""
+    x, labels = drawn(24).double().repeat(4, 1), (torch.arange(24) // 6).repeat(4)
+    noise = drawn(24, seed=5).double().repeat(4, 1)
+    assert fit_drift(x, x + noise).explained > 0.2, "by images alone"
+    assert fit_drift(x, x + noise, labels).explained < 0.05
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -50,6 +50,15 @@ def features_of(model: Any, task: Task) -> torch.Tensor:
         return model.eval()(pixels_and_labels(task)[0]).features.double()
 
 
+def anchors_of(model: Any, task: Task) -> torch.Tensor:
+    """Prepared features of the images as they are and in the first three views after the epochs that train."""
+    data, images = task.train, range(len(task.train))
+    keys = [*images, *((index, 4 + view) for view in range(3) for index in images)]  # there are 4 epochs
+    with torch.no_grad():
+        features = model.eval()(torch.stack([data[key]["pixel_values"] for key in keys])).features
+    return model.head.prepare(features)
+
+
 def trained(folder: Path, model: Any, **options: Any) -> CDLTrainer:
     trainer = CDLTrainer(model, arguments(folder, **{"learning_rate": 1e-3, **options}))
     for task in stream():
@@ -86,9 +95,9 @@ def test_the_sums_move_as_the_features_of_the_task_did(learns: str, tmp_path: Pa
         first, second = stream()
         trainer.learn(first)
         total, count = model.head.numbers()["blocks.0.total"].clone(), model.head.blocks[0].count.clone()
-        was = model.head.prepare(features_of(model, second).float())
+        was = anchors_of(model, second)
         trainer.learn(second)
-        moved = fit_drift(was, model.head.prepare(features_of(model, second).float()))
+        moved = fit_drift(was, anchors_of(model, second), pixels_and_labels(second)[1].repeat(4))
         sums[drift] = model.head.numbers()["blocks.0.total"].clone()
         want = moved.sums(total, count) if drift == "linear" else total
         torch.testing.assert_close(sums[drift], want, atol=1e-3, rtol=1e-3)
@@ -268,9 +277,9 @@ def test_the_drift_is_measured_in_the_precision_of_what_is_summed(
     model, after, summed = model_of("lora", head={**HEAD, "known": 0.95}), [], []
     update, layers = model.head.update, model.head.update_layers
 
-    def measured(before: torch.Tensor, now: torch.Tensor) -> Any:
+    def measured(before: torch.Tensor, now: torch.Tensor, labels: torch.Tensor) -> Any:
         after.append((before, now))
-        return fit_drift(before, now)
+        return fit_drift(before, now, labels)
 
     monkeypatch.setattr("hf_cdl.models.sessions.fit_drift", measured)
     monkeypatch.setattr(model.head, "update", lambda x, *rest: (summed.append(x.double()), update(x, *rest)))
@@ -283,8 +292,36 @@ def test_the_drift_is_measured_in_the_precision_of_what_is_summed(
     trainer.learn(second)
     now = [torch.cat(summed[0::2]), *torch.cat(summed[1::2]).unbind(1)]
     assert len(after) == len(now) == 1 + was[1].shape[1]
-    assert all(map(torch.equal, (measured for _, measured in after), now))
+    images = len(now[0])  # their augmented views come after them
+    assert all(torch.equal(measured[:images], sums) for (_, measured), sums in zip(after, now, strict=True))
     assert not torch.equal(*after[0]), "something learnt"
+
+
+class Unlabelled:
+    """Images of a task without their labels, in whose place stands one that must not be read."""
+
+    def __init__(self, task: Task):
+        self.data = task.train
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: Any) -> dict[str, Any]:
+        return {"pixel_values": self.data[key]["pixel_values"], "labels": 0}
+
+
+def test_unlabelled_anchors_move_the_sums(tmp_path: Path) -> None:
+    first, second = (replace(task, unlabelled=Unlabelled(task), unlabelled_ratio=1) for task in stream())
+    model = model_of("lora", anchors="unlabelled")
+    trainer = CDLTrainer(model, arguments(tmp_path, learning_rate=1e-2))
+    trainer.learn(first)
+    total, count = model.head.numbers()["blocks.0.total"].clone(), model.head.blocks[0].count.clone()
+    was = model.head.prepare(features_of(model, second).float())
+    trainer.learn(second)
+    moved = fit_drift(was, model.head.prepare(features_of(model, second).float()))
+    found = model.head.numbers()["blocks.0.total"]
+    torch.testing.assert_close(found, moved.sums(total, count), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(found, total, atol=1e-2)
 
 
 @pytest.mark.slow
