@@ -1,7 +1,7 @@
 """Files of the repository that pages link to become pages themselves, so that every link works in the built folder.
 
-A Markdown file is shown as it is, a folder as a list of its files, any other file as code. It runs last: the links that
-other hooks write are followed too.
+A Markdown file is shown as it is, a folder as a list of its files, any other file as code. It runs last: the links
+that other hooks write are followed too.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
             files.append(File.generated(config, place, abs_src_path=str(ROOT / path)))
             continue
         files.append(File.generated(config, place, content=text))
-        waiting += _targets(text, path)
+        waiting += _targets(text, f"{path}/folder" if (ROOT / path).is_dir() else path)
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     here = page.file.src_uri
     origin = _origins.get(here, f"docs/{here}")
+    if (ROOT / origin).is_dir():
+        origin += "/folder"
 
     def moved(found: re.Match[str]) -> str:
         path = _outside(found[2], origin)
@@ -73,7 +75,7 @@ def _outside(link: str, origin: str) -> str | None:
     if "://" in link or link.startswith("mailto:"):
         return None
     path = posixpath.normpath(posixpath.join(posixpath.dirname(origin), link))
-    return None if path.startswith(("docs/", "..")) or not (ROOT / path).exists() else path
+    return path if not path.startswith(("docs/", "..")) and (ROOT / path).exists() else None
 
 
 def _targets(text: str, origin: str) -> list[str]:
@@ -105,5 +107,4 @@ def _text(path: str) -> str | None:
 
 
 def _entry(part: Path) -> str:
-    shown = part.is_dir() or part.suffix in _SHOWN
-    return f"[{part.name}{'/' * part.is_dir()}]({part.name})" if shown else part.name
+    return f"[{part.name}]({part.name})" if part.suffix in _SHOWN else f"{part.name}{'/' * part.is_dir()}"

@@ -1,4 +1,4 @@
-"""The reference pages of options and commands, from the code's own descriptions; one that is missing ends the build."""
+"""The reference pages of options and commands, from the code's own descriptions; if one is missing, the build ends."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def options() -> str:
 
 _OPTIONS = """# Options of a recipe
 
-Every field may stand in a recipe or on the command line, by its dotted name: `--student.head.strength 100`. What has no
-default must be given. This page is made from the descriptions in the code."""
+Every field may stand in a recipe or on the command line, by its dotted name: `--student.head.strength 100`. What has
+no default must be given. This page is made from the descriptions in the code."""
 
 
 def _fields(kind: type, names: typing.Collection[str] | None = None) -> str:
@@ -103,7 +103,11 @@ def _default(field: dataclasses.Field[Any]) -> str:
     value: Any = field.default_factory() if made else field.default  # type: ignore[misc]
     if dataclasses.is_dataclass(value):
         return "{}"
-    value = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, (int, float, list, dict)) or isinstance(value, bool) else value
+    value = (
+        {None: "null", True: "true", False: "false"}.get(value, value)
+        if not isinstance(value, (int, float, list, dict)) or isinstance(value, bool)
+        else value
+    )
     return f"`{list(value) if isinstance(value, tuple) else getattr(value, 'value', value)}`".replace("'", "")
 
 
@@ -146,7 +150,11 @@ def commands() -> str:
         about, example = parser.description, (parser.epilog or "").removeprefix("example:").strip()
         if not about or not example:
             raise PluginError(f"hf-cdl {name} has no description, or no example.")
-        parts += [f"## {name}", f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```", _cell(about, "\n")]
+        parts += [
+            f"## {name}",
+            f"```text\n{parser.format_usage().removeprefix('usage: ').strip()}\n```",
+            _cell(about, "\n"),
+        ]
         parts += ["\n".join(["| argument | |", "|---|---|", *_arguments(parser, name)]), f"```bash\n{example}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -72,8 +72,8 @@ images choose, beside class means and a linear head; with --teacher after a firs
 then teaches. All classes are one task (--data.classes_per_task N: so many at a time).
 
 With RECIPE.yaml everything is as written there; of several files a later one overrides an earlier one. In both forms
-values on the command line override all. The fields of a recipe and their defaults: the tables in README.md. On several
-GPUs: accelerate launch -m hf_cdl train ...""",
+values on the command line override all. The fields of a recipe and their defaults: the page of options in the
+documentation (make docs). On several GPUs: accelerate launch -m hf_cdl train ...""",
         "hf-cdl train photos --backbone facebook/dinov2-base --data.classes_per_task 5",
     )
     parser.add_argument(
@@ -220,10 +220,11 @@ def _compare(verb: str) -> argparse.ArgumentParser:
         "SPEC.yaml [SPEC.yaml ...] [--jobs N] [--test]",
         """Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
 
-SPEC (recipes/comparisons/, fields in recipes/README.md) names a recipe, seeds, and variants: fields that differ, and
-which roles of a run fill which rows. Every run is an `hf-cdl train` of its own below runs/comparisons/NAME/, so the
-same command goes on where it stopped, also after a kill. There it writes table.parquet and table.csv (every run with
-its recipe's hash), table.md, report.html and the report's pictures in plots/.
+SPEC (recipes/comparisons/, fields in docs/guides/comparisons.md) names a recipe, seeds, and variants: fields that
+differ, and which roles of a run fill which rows. Every run is an `hf-cdl train` of its own below
+runs/comparisons/NAME/, so the same command goes on where it stopped, also after a kill. There it writes
+table.parquet and table.csv (every run with its recipe's hash), table.md, report.html and the report's pictures in
+plots/.
 
 Accuracy is measured on validation images. --test measures the stored checkpoints of the finished runs on the test
 images, writes the same files to runs/comparisons/NAME/test/, and records in runs/comparisons/test_split.json that they
