@@ -36,17 +36,16 @@ def picture(rows: dict[str, list[list[float]]]) -> Figure:
     """Mean over the seeds as lines that are labelled where they end, lowest to highest as bands."""
     figure = Figure(figsize=(8.0, 3.8), dpi=150, layout="constrained")
     panel = figure.subplots()
+    tasks = len(rows["teacher"][0])
     for (row, runs), colour in zip(rows.items(), COLOURS, strict=False):
         points = [*zip(*runs, strict=True)]
-        steps, means = range(1, len(points) + 1), [fmean(point) for point in points]
+        steps, means = range(1, tasks + 1), [fmean(point) for point in points]
         panel.plot(steps, means, "-o", color=colour, linewidth=2.2, markersize=5)
-        panel.fill_between(
-            steps, *zip(*[(min(p), max(p)) for p in points], strict=True), color=colour, alpha=0.15, linewidth=0
-        )
+        panel.fill_between(steps, [*map(min, points)], [*map(max, points)], color=colour, alpha=0.15, linewidth=0)
         text = f" {row}  {means[-1]:.0f} %"
-        panel.annotate(text, (steps[-1], means[-1]), color=colour, fontsize=11, va="center", fontweight="bold")
-    panel.set_xlim(0.9, len(points) + 2.1)
-    panel.set_xticks(range(1, len(points) + 1))
+        panel.annotate(text, (tasks, means[-1]), color=colour, fontsize=11, va="center", fontweight="bold")
+    panel.set_xlim(0.9, tasks + 2.1)
+    panel.set_xticks(range(1, tasks + 1))
     panel.set_ylim(0, 100)
     panel.set_xlabel("tasks learned", fontsize=11)
     panel.set_ylabel("accuracy on all classes so far (%)", fontsize=11)

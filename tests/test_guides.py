@@ -34,8 +34,8 @@ _MADE_ELSEWHERE = {
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, str, str | None]]:
     """(language, code, why it is not run) of the blocks of a page."""
-    found = [match.group("language", "code", "why") for match in _BLOCK.finditer(page.read_text())]
-    return [block for block in found if block[0] in languages]
+    found = _BLOCK.finditer(page.read_text())
+    return [(one["language"], one["code"], one["why"]) for one in found if one["language"] in languages]
 
 
 def command_lines(code: str) -> list[list[str]]:

@@ -82,18 +82,18 @@ def _fields(kind: type, names: typing.Collection[str] | None = None) -> str:
 def _kinds(hint: Any) -> str:
     """What a field may be, in words of YAML."""
     if typing.get_origin(hint) is typing.Annotated:
-        return "fields of a section" if "dict" in str(hint.__origin__) else _kinds(hint.__origin__)
+        return "section" if "dict" in str(hint.__origin__) else _kinds(hint.__origin__)
     origin, inner = typing.get_origin(hint), [part for part in typing.get_args(hint) if part is not ...]
     if origin is typing.Literal:
         return ", ".join(f"`{word}`" for word in inner)
     if origin in (list, tuple):
         return f"list of {_kinds(inner[0])}" if inner else "list"
     if origin is dict:
-        return "fields of a section"
+        return "section"
     if inner:
         return " or ".join(dict.fromkeys(_kinds(part) for part in inner))
     words = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`", type(None): "null"}
-    return words.get(hint, "fields of a section")
+    return words.get(hint, "section")
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
