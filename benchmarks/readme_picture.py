@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from hf_cdl.runs.pictures import COLOURS, seen_so_far
 
 LINES = {
-    "ridge_head": "ridge head on the student's backbone",
+    "ridge_head": "ridge head, recommended",
     "nearest_class_mean": "class means, nothing trained",
     "teacher": "teacher, CODA-Prompt",
     "student": "its student, CODA-Prompt + KDP",
@@ -32,13 +32,20 @@ def picture(roles: dict[str, Any]) -> Figure:
         accuracies = seen_so_far(roles[role]["accuracy_matrix"])
         panel.plot(range(1, tasks + 1), accuracies, style, marker="o", color=colour, linewidth=2.2, markersize=5)
         label = f"  {accuracies[-1]:.0f} %  {name}"
-        panel.annotate(label, (tasks, accuracies[-1]), color=colour, fontsize=11, va="center", fontweight="bold")
-    panel.set(xlim=(0.9, tasks + 2.9), ylim=(0, 80), xticks=range(1, tasks + 1))
+        panel.annotate(
+            label,
+            (tasks, accuracies[-1]),
+            color=colour,
+            fontsize=11,
+            va="center",
+            fontweight="bold",
+            annotation_clip=False,
+        )
+    panel.set(xlim=(0.9, tasks + 0.1), ylim=(0, 80), xticks=range(1, tasks + 1))
     panel.set_xlabel("tasks of 10 classes learnt so far", fontsize=11, loc="left")
     panel.set_ylabel("right among all their classes (%)", fontsize=11)
     panel.tick_params(labelsize=11)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.spines["bottom"].set_bounds(0.9, tasks + 0.1)
     panel.grid(axis="y", alpha=0.3)
     return figure
 
