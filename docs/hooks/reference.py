@@ -87,7 +87,7 @@ def _kinds(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{word}`" for word in inner)
     if origin in (list, tuple):
-        return f"list of {_kinds(inner[0])}" if inner else "list"
+        return f"list of {_kinds(inner[0])}".replace("of list", "of lists") if inner else "list"
     if origin is dict:
         return "section"
     if inner:
@@ -171,6 +171,10 @@ def _arguments(parser: argparse.ArgumentParser, verb: str) -> Iterator[str]:
 
 
 def _cell(text: str, newline: str = " ") -> str:
-    """Text in a table or paragraph: no line breaks, no markup that was not meant."""
+    """Text in a table or paragraph: no line breaks, and no markup but code spans."""
     text = re.sub(r"[ \n]*\n(?!\n)(?<!\n\n)", " ", text.strip()) if newline == " " else text.strip()
-    return re.sub(r"(?<!\\)([|<>*_\[\]])", r"\\\1", text)
+    parts = text.split("`")
+    plain = parts[::2] if len(parts) % 2 else [text]
+    escaped = [re.sub(r"(?<!\\)([|<>*_\[\]])", r"\\\1", part) for part in plain]
+    code = [part.replace("|", r"\|") for part in parts[1::2]] if len(parts) % 2 else []
+    return escaped[0] + "".join(f"`{inside}`{after}" for inside, after in zip(code, escaped[1:], strict=True))
