@@ -52,7 +52,7 @@ def place(folder: Path) -> Path:
         (folder / name).symlink_to(ROOT / name)
     for name, depth in (("dinov2-small", 2), ("dinov2-base", 3)):
         make_backbone(folder / "facebook" / name, depth=depth)
-    classes = ("tulip", "daisy", "rose", "dog rose", "iris")
+    classes = ("tulip", "daisy", "rose", "dog rose", "iris", "lily")
     wanted = {f"images/train/{name}": (kind, range(8)) for kind, name in enumerate(classes)}
     wanted |= {f"images/test/{name}": (kind, range(50, 53)) for kind, name in enumerate(classes)}
     wanted |= {"photos/aster": (20, range(4)), "photos/rose": (2, range(10, 14)), "more/aster": (20, range(4, 8))}
