@@ -2,17 +2,19 @@
 # it); a torch that is in .venv already, such as a CPU build, stays.
 PYTHON ?= python3
 BIN := .venv/bin
+SITE := NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 # After `make test` there is nothing more to install for the quickstart.
 INSTALLED := $(firstword $(wildcard .venv/dev.stamp) .venv/report.stamp)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo test test-slow lint
+.PHONY: help quickstart demo docs test test-slow lint
 .NOTPARALLEL:
 
 help:
 	@echo "make quickstart   teacher and student learn 50 classes in 5 tasks, on the data in this folder"
 	@echo "make demo         a page with the quickstart's student as it was after each task"
+	@echo "make docs         builds the documentation and serves it at http://127.0.0.1:8000"
 	@echo "make test         the fast tests"
 	@echo "make test-slow    the slow ones: kill and resume, two processes, whole runs"
 	@echo "make lint         ruff and pyright"
@@ -24,6 +26,10 @@ quickstart: $(INSTALLED)
 
 demo: quickstart $(firstword $(wildcard .venv/dev.stamp) .venv/demo.stamp)
 	HF_HUB_OFFLINE=1 $(BIN)/hf-cdl demo runs/quickstart/student
+
+docs: $(firstword $(wildcard .venv/dev.stamp) .venv/docs.stamp)
+	$(SITE) build --strict
+	$(SITE) serve
 
 # One thread a process: two workers with one thread each are faster than one with two.
 test: .venv/dev.stamp
@@ -45,7 +51,7 @@ lint: .venv/dev.stamp
 	@echo "Making the virtual environment .venv"
 	@$(PYTHON) -m venv .venv
 
-# The stamp's name is the extra that is installed: report, demo or dev.
+# The stamp's name is the extra that is installed: report, demo, docs or dev.
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing torch into .venv"; \

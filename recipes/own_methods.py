@@ -1,6 +1,6 @@
 r"""Methods of your own, as a plugin: a prompt pool, a distillation term and a head in a file outside the package.
 
-A recipe names the file, and then the methods like the package's own (README, "Add a method"):
+A recipe names the file, and then the methods like the package's own (docs/guides/extend.md):
 
     plugins: [recipes/own_methods.py]
     student: {prompt: {type: prefix, length: 4}, head: {type: dropout_linear, dropout: 0.1}, ...}

@@ -72,8 +72,8 @@ images choose, beside class means and a linear head; with --teacher after a firs
 then teaches. All classes are one task (--data.classes_per_task N: so many at a time).
 
 With RECIPE.yaml everything is as written there; of several files a later one overrides an earlier one. In both forms
-values on the command line override all. The fields of a recipe and their defaults: the tables in README.md. On several
-GPUs: accelerate launch -m hf_cdl train ...""",
+values on the command line override all. The fields of a recipe and their defaults: the page of options in the
+documentation (make docs). On several GPUs: accelerate launch -m hf_cdl train ...""",
         "hf-cdl train photos --backbone facebook/dinov2-base --data.classes_per_task 5",
     )
     parser.add_argument(
@@ -220,10 +220,11 @@ def _compare(verb: str) -> argparse.ArgumentParser:
         "SPEC.yaml [SPEC.yaml ...] [--jobs N] [--test]",
         """Run variants of a recipe over seeds and class orders, and say what differs: tables, tests, a report.
 
-SPEC (recipes/comparisons/, fields in recipes/README.md) names a recipe, seeds, and variants: fields that differ, and
-which roles of a run fill which rows. Every run is an `hf-cdl train` of its own below runs/comparisons/NAME/, so the
-same command goes on where it stopped, also after a kill. There it writes table.parquet and table.csv (every run with
-its recipe's hash), table.md, report.html and the report's pictures in plots/.
+SPEC (recipes/comparisons/, fields in docs/guides/comparisons.md) names a recipe, seeds, and variants: fields that
+differ, and which roles of a run fill which rows. Every run is an `hf-cdl train` of its own below
+runs/comparisons/NAME/, so the same command goes on where it stopped, also after a kill. There it writes
+table.parquet and table.csv (every run with its recipe's hash), table.md, report.html and the report's pictures in
+plots/.
 
 Accuracy is measured on validation images. --test measures the stored checkpoints of the finished runs on the test
 images, writes the same files to runs/comparisons/NAME/test/, and records in runs/comparisons/test_split.json that they
@@ -266,20 +267,20 @@ The variable GRADIO_SERVER_PORT chooses the port (default: the first free one fr
 
 VERBS = {
     "train": Verb("teach, distil, evaluate, task after task", _train, open=True, resumes=True),
-    "plan": Verb("what a run would need: parameters, FLOPs, steps, memory and files", _plan, open=True),
-    "add": Verb("one more task for a student and a teacher, from the Hub or a folder", _add, open=True, resumes=True),
-    "predict": Verb("what a student says of images in files and folders", in_use.predict),
-    "evaluate": Verb("how right a student is on images with labels", in_use.evaluate),
-    "export": Verb("a student as one file for a device", export_parser.export),
-    "correct": Verb("give images that a student learnt with a wrong label their right one", changing.correct),
+    "plan": Verb("say what a run would need: parameters, FLOPs, steps, memory, files", _plan, open=True),
+    "add": Verb("teach a student more images, or student and teacher one more task", _add, open=True, resumes=True),
+    "predict": Verb("answer for images in files and folders", in_use.predict),
+    "evaluate": Verb("measure a student on labelled images", in_use.evaluate),
+    "export": Verb("export a student as one file for a device", export_parser.export),
+    "correct": Verb("give images that were learnt with a wrong label the right one", changing.correct),
     "remove": Verb("remove a class from a student", changing.remove),
     "rename": Verb("rename a class of a student", changing.rename),
     "merge": Verb("make one class of several", changing.merge),
-    "undo": Verb("go back to a student before its last change", changing.undo),
-    "push": Verb("push what the Hub lacks of a run", _push, resumes=True),
+    "undo": Verb("take back the last change of a student", changing.undo),
+    "push": Verb("push whatever the Hub lacks of a run", _push, resumes=True),
     "card": Verb("write a run's model cards", _card),
-    "verify": Verb("load a run's checkpoints again and compare their accuracies", _verify),
-    "shrink": Verb("the first layers of a pre-trained backbone, at an image size of one's own", _shrink),
-    "compare": Verb("variants of a recipe over seeds and class orders, with tests", _compare, resumes=True),
-    "demo": Verb("a page with a slider over a student's tasks", _demo, quiet=False),
+    "verify": Verb("load a run's checkpoints again and check their accuracies", _verify),
+    "shrink": Verb("make a smaller backbone: its first layers, at another image size", _shrink),
+    "compare": Verb("compare variants of a recipe over seeds and class orders", _compare, resumes=True),
+    "demo": Verb("show a student on a web page, with a slider over its tasks", _demo, quiet=False),
 }

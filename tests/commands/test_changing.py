@@ -383,15 +383,15 @@ def test_a_disk_that_is_full_once_the_change_is_stored(
     assert load(day / "run" / "student").tasks[0][0] == "class a"
 
 
-# ---- the README ----
+# ---- the guide ----
 
 
-def test_the_commands_and_the_python_of_the_readme_change_a_student(
+def test_the_commands_and_the_python_of_the_guide_change_a_student(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (ROOT / "README.md").read_text()
-    [shell] = re.findall(r"<!-- change-commands -->\n```bash\n(.*?)```", readme, re.DOTALL)
-    [python] = re.findall(r"```python\n([^`]*student\.add[^`]*)```", readme)
+    guide = (ROOT / "docs" / "guides" / "change.md").read_text()
+    [shell] = re.findall(r"<!-- change-commands -->\n```bash\n(.*?)```", guide, re.DOTALL)
+    [python] = re.findall(r"```python\n([^`]*student\.add[^`]*)```", guide)
     monkeypatch.chdir(tmp_path)
     for kind, name in enumerate(("tulip", "daisy", "rose", "dog rose", "iris")):
         put(Path("images", "train"), name, range(4), kind)
@@ -400,18 +400,18 @@ def test_the_commands_and_the_python_of_the_readme_change_a_student(
     put(Path("photos"), "rose", range(10, 12), 2)
     csv_of(Path("wrong.csv"), ("images/train/rose/0.png", "dog rose", "rose"))
     recipe = {
-        "name": "flowers",
+        "name": "images",
         "data": {"path": "images", "classes_per_task": None},
         "student": {"backbone": str(make_backbone(tmp_path / "backbone")), "head": {"type": "ridge"}},
         "baselines": [],
         "train": {"use_cpu": True},
     }
-    assert command("train", write_recipe(Path("flowers.yaml"), recipe)) == 0
+    assert command("train", write_recipe(Path("images.yaml"), recipe)) == 0
     lines = [shlex.split(line) for line in shell.splitlines()]
     assert [words[1] for words in lines] == ["add", "correct", "remove", "rename", "merge", "undo"]
     for program, *words in lines:
         assert program == "hf-cdl" and command(*words) == 0, capsys.readouterr().err
-    assert load(Path("runs/flowers/student")).tasks == [["common daisy", "dog rose", "iris", "rose"], ["aster"]]
+    assert load(Path("runs/images/student")).tasks == [["common daisy", "dog rose", "iris", "rose"], ["aster"]]
     exec(python, {})
     assert load(Path("changed")).tasks == [["common daisy", "dog rose", "rose"], ["aster"]]
 

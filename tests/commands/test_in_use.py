@@ -1,4 +1,4 @@
-"""A student in use, as docs/in_use.md and docs/device.md walk it: each command in a process of its own."""
+"""A student in use, as docs/guides/ (in_use, measure, device) walk it: each command in a process of its own."""
 
 from __future__ import annotations
 

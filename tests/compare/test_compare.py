@@ -321,7 +321,7 @@ def test_the_fields_of_a_comparison_are_documented():
 
     from hf_cdl.compare.spec import Spec
 
-    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1].split("## Commands")[0]
+    text = (RECIPES.parent / "docs" / "guides" / "comparisons.md").read_text()
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {f.name for f in dataclasses.fields(Spec)} - {
         "recipe"
     }
@@ -330,7 +330,7 @@ def test_the_fields_of_a_comparison_are_documented():
 
 
 def test_the_documented_comparison_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = (RECIPES / "README.md").read_text().split("## Comparisons")[1]
+    text = (RECIPES.parent / "docs" / "guides" / "comparisons.md").read_text()
     (tmp_path / "spec.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     assert len(read_comparison(tmp_path / "spec.yaml", tmp_path).runs) == 30
 

@@ -648,12 +648,12 @@ def test_a_run_that_is_killed_while_it_pushes_goes_on(
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme(hub: HubServer, tmp_path: Path) -> None:
+def test_the_commands_of_the_guide(hub: HubServer, tmp_path: Path) -> None:
     """The quickstart with fewer epochs on the Hub; every tag gives back what was pushed."""
     (tmp_path / "recipes").symlink_to(TRAIN.parent)
-    readme = (TRAIN.parent.parent / "README.md").read_text()
-    _, train_line = re.findall(r"<!-- share-commands -->\n```bash\n(.*)\n(.*)\n```", readme)[0]
-    [push_line] = re.findall(r"<!-- push-command -->\n```bash\n(.*)\n```", readme)
+    guide = (TRAIN.parent.parent / "docs" / "guides" / "hub.md").read_text()
+    _, train_line = re.findall(r"<!-- share-commands -->\n<!--.*-->\n```bash\n(.*)\n(.*)\n```", guide)[0]
+    [push_line] = re.findall(r"<!-- push-command -->\n<!--.*-->\n```bash\n(.*)\n```", guide)
     given = {**environment(hub, tmp_path / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in (f"{train_line} --train.num_train_epochs 2", push_line):
         command: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, **given}, "capture_output": True}

@@ -34,9 +34,9 @@ from hf_cdl.prompts.coda import Coda
 from hf_cdl.recipe import RecipeError, build_recipe, load_plugins, load_recipe
 
 OWN = ROOT / "recipes" / "own_methods.py"
-[README] = [block for block in code_blocks((ROOT / "README.md").read_text(), "yaml") if "plugins" in block]
-SECTIONS: dict[str, Any] = yaml.safe_load(README)
-"""The recipe of the README; backbones and data are smaller here."""
+[WRITTEN] = code_blocks((ROOT / "docs" / "guides" / "extend.md").read_text(), "yaml")
+SECTIONS: dict[str, Any] = yaml.safe_load(WRITTEN)
+"""The recipe of the guide; backbones and data are smaller here."""
 
 
 def forget() -> None:
