@@ -1,8 +1,9 @@
 """What a task costs as a stream grows: CPU seconds and bytes of each task, from the first to the hundredth.
 
-python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge]     (from the root of the repository)
+python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge] [--components 1]     (from the root)
 
-A student with CODA prompts and a linear head, or one without prompts whose head is fitted, learns tasks of generated
+A student with CODA prompts (components in each task: by default the published pool of 100, shared out to 100 tasks)
+and a linear head, or one without prompts whose head is fitted, learns tasks of generated
 images with a small random ViT and is measured on all classes so far after each. `begin` is what comes before the
 first step (new prompts, a new head), `learn` the rest of the phase with its checkpoint, `measure` the evaluation with
 its ledger; evaluation reads more images with every task, so `measure an image` stands beside. Nothing is downloaded.
@@ -33,7 +34,7 @@ from hf_cdl.training.memory import kept_apart
 SIDE, TRAIN, TEST = 32, 8, 4
 SMALL: Any = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
 MODELS: dict[str, dict[str, Any]] = {
-    "linear": {"prompt": {"type": "coda", "components": 10, "length": 8, "layers": [0, 1, 2, 3]}},
+    "linear": {"prompt": {"type": "coda", "components": 1, "length": 8, "layers": [0, 1, 2, 3]}},
     "ridge": {"head": {"type": "ridge", "standardise": "first_task", "strength": "auto", "scale": "auto"}},
 }
 
@@ -129,7 +130,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--classes", type=int, default=2, help="in each task")
     parser.add_argument("--head", choices=[*MODELS], default="linear")
+    parser.add_argument("--components", type=int, default=1, help="of CODA-Prompt, in each task")
     asked = parser.parse_args()
+    MODELS["linear"]["prompt"]["components"] = asked.components
     with tempfile.TemporaryDirectory() as work:
         rows = measured(Path(work), asked.head, asked.tasks, asked.classes)
     print(shown(rows))
