@@ -85,7 +85,7 @@ class TaskSplit:
     ) -> Iterable[torch.Tensor]:
         images = []
         for index, sample in zip(indices, samples, strict=True):
-            key = (id(view), int(self.rows[index]), sample)
+            key = (view, int(self.rows[index]), sample)
             if (found := self.kept.made(key)) is None:
                 found = view.augmented(image(index), *sample)
                 self.kept.keep_made(key, found, 3 * found.width * found.height)
@@ -93,7 +93,7 @@ class TaskSplit:
         return view.pixels(images)
 
     def _plain(self, view: Preprocess, image: _Image, indices: Sequence[int]) -> Iterable[torch.Tensor]:
-        keys = [(id(view), int(self.rows[index]), None) for index in indices]
+        keys = [(view, int(self.rows[index]), None) for index in indices]
         found = [self.kept.made(key) for key in keys]
         if any(pixels is None for pixels in found):  # all of them, as a processor takes images together
             found = view.evaluation([image(index) for index in indices])

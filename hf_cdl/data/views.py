@@ -188,7 +188,7 @@ def normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
     return factor / np.broadcast_to(std, 3), -np.broadcast_to(mean, 3) / np.broadcast_to(std, 3)
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone: what it made of an image is kept by it
 class Preprocess:
     """Image -> pixel values with an HF image processor; the training view adds RandomResizedCrop and a flip.
 

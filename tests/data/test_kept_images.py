@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,17 @@ def test_an_image_is_decoded_once_for_all_roles_and_views(monkeypatch: pytest.Mo
     assert [split[(0, view)]["labels"] for view in range(3)] == 3 * [split[0]["labels"]]
     assert len(seen) == len(split)
     assert all(map(np.array_equal, first, again))
+
+
+def test_a_view_that_follows_another_makes_its_own() -> None:
+    """Also in the place of memory where the one before was."""
+    split = stream()[0].train
+    for flip in (0.0, 1.0) * 20:
+        view = Preprocess(ViTImageProcessor(size={"height": SIZE, "width": SIZE}), crop_scale=(1.0, 1.0), flip=flip)
+        found = replace(split, views={"student": view})[(0, 0)]["pixel_values"]
+        assert np.array_equal(found, view.training([split.image(0)], [(0, 0, 0)])[0])
+        del view, found
+        gc.collect()
 
 
 def test_what_somebody_does_with_an_image_stays_with_them() -> None:
