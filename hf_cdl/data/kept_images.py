@@ -45,7 +45,7 @@ class KeptImages:
         return image
 
     def made(self, key: Any) -> Any:
-        """What was made of an image, which is not to be changed; None if it is not kept. `key` names the view itself."""
+        """What was made of an image, not to be changed; None if it is not kept. `key` holds the view itself."""
         return self._made.get(key)
 
     def keep_made(self, key: Any, value: Any, size: int) -> None:
