@@ -35,7 +35,7 @@ from hf_cdl.models.prompted_backbone import PromptedBackbone
 from hf_cdl.models.remote_code import put_code
 from hf_cdl.models.small_checkpoints import absent_parts, check_backbones, fetch_backbones, left_out, misnamed_parts
 
-_TRAINING = ("scaffold", "session_head")
+_TRAINING = ("scaffold", "session_head", "session_kd_head")
 """Parts that training needs and a checkpoint does not hold."""
 
 
@@ -46,6 +46,7 @@ class Checkpointed(PromptedBackbone):
     kd_head: Head | None
     scaffold: nn.Module | None
     session_head: Head | None
+    session_kd_head: Head | None
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save like PreTrainedModel.save_pretrained, but without the training scaffold and first-session head.

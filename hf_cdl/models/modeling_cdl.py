@@ -37,7 +37,7 @@ class CDLForImageClassification(LearnsInSessions):
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier blocks. The
     KD head, if there is one, reads the KD token, or CLS if prompts are mapped. With a fitted head everything else is
     fixed, except in a session: on the first task, or with `later_sessions` on others too, the rest trains with a
-    temporary head until `end_session()`.
+    temporary head until `end_session()`, KD token and prompts with another; the fitted head reads CLS and KD token.
     Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
@@ -54,20 +54,20 @@ class CDLForImageClassification(LearnsInSessions):
         self.head = build_head(config.head, self.feature_size, self.shape.hidden_size)
         config.head = {"type": config.head["type"], **dataclasses.asdict(self.head.config)}
         taught = self.kd_prompt or self.mapping
-        self.kd_head = None if taught is None else build_head(config.head, self.shape.hidden_size)
+        kd_head = None if taught is None or self.fitted else build_head(config.head, self.shape.hidden_size)
+        self.kd_head: Head | None = kd_head
         self.kd_alpha = 0.0 if taught is None else taught.config.alpha
         self.scaffold: nn.Module | None = None  # layers that training needs and inference does not; never saved
         self.trained_tasks = len(config.tasks)  # whose images it has seen: those of a checkpoint, or of a trainer
         self._before_change: Any = None
-        self.session_head: Head | None = None  # the head of a session while it runs; never saved
+        self.session_head: Head | None = None  # the heads of a session while it runs; never saved
+        self.session_kd_head: Head | None = None
         parts = {"prompts": self.pool, "KD prompts": self.kd_prompt, "a mapping": self.mapping}
         if config.patch_mean:
             check_patch_mean(config.backbone_config)
             check_one_head(parts, "patch_mean is true")
-        if self.head.reads_layers:
-            check_one_head(parts, "head.known is set")
         if config.first_session is not None:
-            build_head(config.first_session, self.feature_size)
+            build_head(config.first_session, self.session_size)
         check_code(config)
         check_session(config, [name for name, part in parts.items() if part is not None])
         self.later = self.later_options()
@@ -209,7 +209,7 @@ class CDLForImageClassification(LearnsInSessions):
 
     def measure(self, output: CDLOutput) -> None:
         """Add the features of un-augmented images to the heads' standardisation statistics."""
-        for head, features in zip(self._heads(), (output.features, output.kd_features), strict=False):
+        for head, features in zip(self._heads(), (self._of_head(output.features), output.kd_features), strict=False):
             if head.standard is not None and features is not None:
                 head.standard.measure(features)
 
@@ -253,8 +253,8 @@ class CDLForImageClassification(LearnsInSessions):
 
     def _heads(self) -> list[Head]:
         """The heads currently in use."""
-        head = self.head if self.session_head is None else self.session_head
-        return [head] if self.kd_head is None else [head, self.kd_head]
+        used = (self.head, self.kd_head) if self.session_head is None else (self.session_head, self.session_kd_head)
+        return [head for head in used if head is not None]
 
     def _prompts(self, task: int) -> list[PromptPool | PromptMapping]:
         """The prompts that get a block for this task: with a fitted head, only if it has a session."""
@@ -359,18 +359,16 @@ class CDLForImageClassification(LearnsInSessions):
 
     def _classify(self, found: Encoded, labels: torch.Tensor | None) -> CDLOutput:
         """The heads' output for an encoded batch."""
-        head, known = self._heads()[0], None
-        logits = head(found.features)
-        if self.session_head is not None:  # it tells the newest task's classes alone
-            logits = F.pad(logits, (self.num_labels - logits.shape[1], 0), value=-torch.inf)
+        (head, *others), known = self._heads(), None
+        logits = self._of_all(head(self._of_head(found.features)))
         if found.layers is not None:
             known = head.how_known(found.features, found.layers, logits)
         kd_features: Any = None
         kd_logits: Any = None
-        if self.kd_head is not None:
+        if others:
             kd_features = found.token
-            kd_logits = self.kd_head(kd_features)
-            if not self.training:
+            kd_logits = self._of_all(others[0](kd_features))
+            if not self.training and self.session_head is None:
                 logits = torch.lerp(logits, kd_logits, self.kd_alpha)
         return CDLOutput(
             loss=None if labels is None else F.cross_entropy(logits, labels.long()),
@@ -386,6 +384,14 @@ class CDLForImageClassification(LearnsInSessions):
             layers=found.layers,
             known=known,
         )
+
+    def _of_head(self, features: Any) -> Any:
+        """Of features (B, D) those that the head in use reads: in a session not the KD token's, which has its own."""
+        return features if self.session_head is None else features[:, : self.session_size]
+
+    def _of_all(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits over all classes, of a head that in a session tells those of the newest task alone."""
+        return F.pad(logits, (self.num_labels - logits.shape[1], 0), value=-torch.inf)
 
 
 def _fetched(part: str, name: str | Path, revision: str | None) -> tuple[PreTrainedModel, dict[str, Any]]:

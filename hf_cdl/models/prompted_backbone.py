@@ -51,6 +51,7 @@ class PromptedBackbone(PreTrainedModel):
 
     config_class = CDLConfig
     config: CDLConfig
+    reads_token: Any  # whether the head reads the KD token beside CLS
     base_model_prefix = ""  # "backbone" would apply transformers' renaming of old weights to the query backbone too
     main_input_name = "pixel_values"
     input_modalities = ["image"]
@@ -171,7 +172,12 @@ class PromptedBackbone(PreTrainedModel):
 
     @property
     def feature_size(self) -> int:
-        """Width of the features that heads read."""
+        """Width of the features that the head reads."""
+        return self.session_size + self.reads_token * self.shape.hidden_size
+
+    @property
+    def session_size(self) -> int:
+        """Width of those that a session's head reads, which come first."""
         return self.shape.hidden_size * (2 if self.config.patch_mean else 1)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
@@ -221,15 +227,12 @@ class PromptedBackbone(PreTrainedModel):
         if one_pass.losses:
             loss = torch.stack([*one_pass.losses.values()]).sum()
         last = found.last_hidden_state
-        hidden, token = self._take_token(self._cut_tokens(last) if more["read"] is None else last)
-        features = families.pool(self.backbone, hidden)
-        if self.config.patch_mean:
-            features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
+        features, token = self._read(self._cut_tokens(last) if more["read"] is None else last)
         skip = families.num_extra_tokens(self.backbone.config)
         shown = image_tokens(found.hidden_states, self._unprompted, skip)
         return Encoded(
             features=features,
-            token=features if self.kd_prompt is None else families.final_norm(self.backbone, token),
+            token=token,
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
@@ -237,6 +240,15 @@ class PromptedBackbone(PreTrainedModel):
             attentions=found.attentions,
             layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )
+
+    def _read(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head reads of the last layer's sequence, and what a KD head does."""
+        hidden, token = self._take_token(last)
+        features = families.pool(self.backbone, hidden)
+        if self.config.patch_mean:
+            features = torch.cat([features, families.patch_mean(self.backbone, hidden)], dim=-1)
+        token = features if self.kd_prompt is None else families.final_norm(self.backbone, token)
+        return torch.cat([features, token], dim=-1) if self.reads_token else features, token
 
     def _tokens_read(self, states: Any, attentions: bool | None) -> tuple[int, ...] | None:
         """Indices of the tokens that are read of the last layer, in its sequence; None for all of them."""

@@ -79,11 +79,12 @@ class LaterSessions:
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
     """Raise ValueError unless the head, the first session and the trainable parts fit together.
 
-    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last two come with a KD head.
+    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last follows its teacher's prompts,
+    which no sums would.
     """
     first, kind = config.first_session, config.head["type"]
-    fitted, has_kd_head = HEADS[kind].fitted, not {*prompts} <= {"prompts"}
-    learns = "prompts" in prompts or config.train_backbone or config.lora is not None
+    fitted, maps = HEADS[kind].fitted, "a mapping" in prompts
+    learns = bool(prompts) or config.train_backbone or config.lora is not None
     if config.lora is not None:
         if others := [*prompts, *["train_backbone"] * config.train_backbone]:
             raise ValueError(f"lora adapts the backbone alone, but the model has {', '.join(others)} too.")
@@ -93,16 +94,16 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
                 f"`head` a fitted one, as {example(fitted=True)}."
             )
     if first is not None:
-        if not fitted or HEADS[first["type"]].fitted or not learns or has_kd_head:
+        if not fitted or HEADS[first["type"]].fitted or not learns or maps:
             raise ValueError(
                 f"first_session ({first['type']}) needs a trained head, a fitted `head` (got {kind}), prompts, "
-                "lora or train_backbone, and no KD head."
+                "KD prompts, lora or train_backbone, and no prompt mapping."
             )
     elif config.later_sessions is not None:
         raise ValueError(
             f"later_sessions go on from a first one. Give first_session a trained head, as {example(fitted=False)}."
         )
-    elif fitted and (learns or has_kd_head):
+    elif fitted and learns:
         raise ValueError(
             f"A head of type {kind} is fitted to fixed features, but prompts or backbone would learn in every "
             f"task. Give first_session a trained head, as {example(fitted=False)}: they learn on the first task alone."
@@ -124,6 +125,12 @@ class LearnsInSessions(Checkpointed):
     """A model that learns in every task, or under a fitted head in sessions alone."""
 
     later: LaterSessions | None
+
+    @property
+    def reads_token(self) -> bool:
+        """Whether the head reads the KD token beside CLS: a fitted one, as no KD head is fitted."""
+        kind = HEADS.get(self.config.head.get("type"))
+        return self.kd_prompt is not None and kind is not None and kind.fitted
 
     def later_options(self) -> LaterSessions | None:
         """The options of `later_sessions`, which become those of the config. Raises ValueError if they do not fit."""
@@ -152,16 +159,20 @@ class LearnsInSessions(Checkpointed):
         `freeze` then makes trainable what learns.
         """
         first: Any = self.config.first_session
-        self.session_head = build_head(first, self.feature_size)
-        self.session_head.add_task(len(self.config.tasks[task]))
-        self._init_weights(self.session_head)
+        self.session_head = build_head(first, self.session_size)
+        if self.kd_prompt is not None:
+            self.session_kd_head = build_head(first, self.shape.hidden_size)
+        for head in (self.session_head, self.session_kd_head):
+            if head is not None:
+                head.add_task(len(self.config.tasks[task]))
+                self._init_weights(head)
         if self.config.lora is not None and len(self.config.tasks) == 1:
             lora.reset_adapters(self.backbone)
 
     def end_session(self) -> None:
         """End the session, if one is running: what it trained is now fixed, and `head` can be fitted."""
         if self.session_head is not None:
-            self.session_head = None
+            self.session_head = self.session_kd_head = None
             if self.pool is not None:
                 self.pool.end_task()
             model: Any = self
@@ -185,13 +196,15 @@ class LearnsInSessions(Checkpointed):
         """Learning-rate factors of the parameters that train at a reduced rate in the newest task."""
         if len(self.config.tasks) == 1:
             return {}
+        rates: dict[nn.Parameter, float] = {}
         if self.later is not None and self.later.rate != 1:
-            learning = (p for p in self.parameters() if p.requires_grad)
-            head = set() if self.session_head is None else {*self.session_head.parameters()}
-            return dict.fromkeys((p for p in learning if p not in head), self.later.rate)
-        if self.kd_prompt is None or self.kd_prompt.config.later_rate == 1:
-            return {}
-        return dict.fromkeys(self.kd_prompt.parameters(), self.kd_prompt.config.later_rate)
+            heads = [head for head in (self.session_head, self.session_kd_head) if head is not None]
+            new = {parameter for head in heads for parameter in head.parameters()}
+            rates = {p: self.later.rate for p in self.parameters() if p.requires_grad and p not in new}
+        if self.kd_prompt is not None and self.kd_prompt.config.later_rate != 1:
+            own = self.kd_prompt.config.later_rate
+            rates |= {parameter: own * rates.get(parameter, 1.0) for parameter in self.kd_prompt.parameters()}
+        return rates
 
 
 class Session:

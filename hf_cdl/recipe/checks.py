@@ -150,7 +150,7 @@ def _prompt_rules(model: Written) -> Iterator[str]:
 
 
 def _learning_rules(model: Written, content: dict[str, Any]) -> Iterator[str]:
-    """Only one of prompts, adapters and backbone learns; adapters only in a first session, which no KD head has."""
+    """Only one of prompts, adapters and backbone learns; adapters only in sessions."""
     role = model.role
     if model.trains and model.prompted:
         why = "their queries come from the frozen backbone"
@@ -207,7 +207,8 @@ def _of_sessions(model: Written) -> dict[str, Any]:
 def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) -> Iterator[str]:
     """With a fitted head, nothing is trained except in a first session. `listed`: the recipe's terms, known or not."""
     role, head, first = model.role, model.part("head"), model.section.get("first_session")
-    learns = model.prompted or model.trains or model.has("lora")
+    taught = role == "student" and any(term.kind.student_parts for term in terms)
+    learns = model.prompted or model.trains or model.has("lora") or taught
     if first is None:
         if model.has("later_sessions"):
             yield (
@@ -231,10 +232,10 @@ def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) 
     if not learns:
         yield f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone"
     for term in terms:
-        if term.kind.student_parts:
+        if "mapping" in term.kind.student_parts:
             yield (
-                f"{term.name} trains a KD head, which is not fitted after a first session; use a term on the "
-                f"student's own head, as {next(name for name in TERMS if not TERMS[name].student_parts)}"
+                f"{term.name} maps the teacher's prompts, which go on changing after a fitted head has read them; "
+                f"use a term without a mapping, as {next(name for name in TERMS if not TERMS[name].student_parts)}"
             )
 
 

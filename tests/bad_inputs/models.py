@@ -421,7 +421,6 @@ CALLS = [
     call("unknown before anything was learnt", lambda parts: thresholds(telling(), True), "train it first"),
     call("a share of unknown that is none", lambda parts: thresholds(telling(learnt=True), 95), "95", "0.95"),
     call("a share of no class", lambda parts: thresholds(telling(learnt=True), {"x": 0.9}), "'x'", "no class"),
-    call("a head of a KD token that is to tell", lambda parts: telling(kd_prompt={}), "head.known", "KD prompts"),
     call("a trainer without a teacher for its term", learn_alone, "kd", "teacher"),
     call("an objective of NaN", lambda parts: Objective(NAN, []), "ce_weight"),
     call("an objective of infinity", lambda parts: Objective(INF, []), "ce_weight"),

@@ -190,7 +190,10 @@ def test_its_head_is_never_saved_and_comes_back_after_saving(tmp_path: Path) -> 
     [
         ({"head": {"type": "linear"}}, "needs a trained head, a fitted `head` .got linear."),
         ({"first_session": {"type": "ncm"}}, r"first_session \(ncm\) needs a trained head"),
-        ({"kd_prompt": {}}, "and no KD head"),
+        (
+            {"mapping": {}, "teacher_pool": {"prompt": {"type": "l2p"}, "hidden_size": 32, "num_layers": 4}},
+            "and no prompt mapping",
+        ),
         ({"prompt": {"type": "none"}}, "prompts, lora or train_backbone"),
         ({"first_session": None}, "head of type ridge is fitted to fixed features"),
     ],

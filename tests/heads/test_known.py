@@ -339,18 +339,25 @@ def test_bad_shares_are_refused(head: dict[str, Any], said: str) -> None:
         build_head({"type": "ridge", **head}, WIDTH, LAYER)
 
 
-def test_a_model_with_a_kd_token_cannot_tell() -> None:
-    with pytest.raises(
-        ValueError, match="head.known is set, but the model has KD prompts, whose head reads one token"
-    ):
-        CDLForImageClassification(
-            CDLConfig(
-                backbone_config=vit(32),
-                head={"type": "ridge", "known": 0.9},
-                kd_prompt={},
-                first_session={"type": "linear"},
-            )
+def test_a_model_with_a_kd_token_tells_too() -> None:
+    set_seed(0)
+    model = CDLForImageClassification(
+        CDLConfig(
+            backbone_config=vit(32),
+            head={"type": "ridge", "known": 0.9},
+            kd_prompt={},
+            first_session={"type": "linear"},
         )
+    ).eval()
+    model.begin_task(["cat", "dog"])
+    model.end_session()
+    pixels, labels = torch.randn(40, 3, *2 * (model.config.backbone_config.image_size,)), torch.arange(40) % 2
+    with torch.no_grad():
+        model.accumulate(model(pixels), labels)
+        model.end_task()
+        found = model(pixels)
+        far = model(50 * torch.randn_like(pixels))
+    assert found.known.mean() > 0.4 and far.known.mean() < found.known.mean()
 
 
 # ---- classes that are dropped, empty, or learnt with a teacher's answers ----

@@ -27,6 +27,7 @@ HEAD = {"type": "ridge", "standardise": "first_task", "strength": 10.0}
 FIRST = {"type": "linear", "standardise": "first_task"}
 LEARNS: dict[str, dict[str, Any]] = {
     **{method: {"prompt": {"type": method, **SMALL.get(method, {})}} for method in PROMPTS},
+    "kd_prompt": {"prompt": {"type": "coda", **SMALL["coda"]}, "kd_prompt": {"length": 4}},
     "lora": {"lora": {"r": 2}},
     "backbone": {"train_backbone": True},
 }

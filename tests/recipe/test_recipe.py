@@ -182,10 +182,13 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
         ({"student__first_session": RIDGE}, "'student.first_session.type' ridge is not trained; use one of linear"),
         ({"student__first_session": {"type": "mlp"}}, "'student.first_session.type' is 'mlp'; allowed: linear"),
         (
-            {"student": {"backbone": "x", "head": RIDGE, "first_session": LINEAR}},
+            {"student": {"backbone": "x", "head": RIDGE, "first_session": LINEAR}, "distill": [{"type": "kd"}]},
             "'student.first_session' has nothing",
         ),
-        ({"student__head": RIDGE, "student__first_session": LINEAR}, "'distill.0' (kdp) trains a KD head, which"),
+        (
+            {"student__head": RIDGE, "student__first_session": LINEAR, "distill": [{"type": "prompt_mapping"}]},
+            "'distill.0' (prompt_mapping) maps the teacher's prompts, which go on changing",
+        ),
         ({"teacher__head": {**RIDGE, "lambda": 1}}, "unknown field 'teacher.head.lambda'"),
         ({"teacher__head": {**RIDGE, "strength": -1}}, "teacher.head: A ridge head needs strength > 0"),
         ({"teacher": {**PLAIN, "first_session": LINEAR}}, "'teacher.first_session': a model: classifier has none"),
