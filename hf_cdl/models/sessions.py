@@ -129,7 +129,7 @@ class LearnsInSessions(Checkpointed):
     @property
     def reads_token(self) -> bool:
         """Whether the head reads the KD token beside CLS: a fitted one, as no KD head is fitted."""
-        kind = HEADS.get(self.config.head.get("type"))
+        kind = HEADS.get(self.config.head.get("type", ""))
         return self.kd_prompt is not None and kind is not None and kind.fitted
 
     def later_options(self) -> LaterSessions | None:
