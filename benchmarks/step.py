@@ -7,7 +7,8 @@ query passes, a backbone that is not frozen, all hidden states kept and a graph 
 role of the run has asked for it; `views`: the view of an earlier epoch, whose answers are in memory; `cached`: those
 of an earlier run, read from a folder. `compiled` compiles both backbones (torch.compile); ask for it, it takes a
 minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two tiny ViTs. Random
-weights, generated images, KDP (KD token and prompts). Milliseconds: the least; memory:
+weights, generated images, KDP (KD token and prompts). All ways are in memory at once, 1 to 2 GB each with --size vit:
+name some by --ways where there is less. Milliseconds: the least; memory:
 what tensors hold at most in a step beyond what they hold before it.
 """
 

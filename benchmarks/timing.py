@@ -70,7 +70,7 @@ class Watch:
         seconds = now() - self.start
         if self.profiler is not None:
             self.profiler.stop()
-            self.memory = peak(self.profiler)
+            self.memory, self.profiler = peak(self.profiler), None  # its events take as much as a small model
         return Cost(seconds, torch.cuda.max_memory_allocated() - self.held if CARD else self.memory)
 
     def _profiles(self) -> bool:
