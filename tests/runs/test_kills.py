@@ -149,7 +149,7 @@ def kill(process: BaseProcess) -> None:
 
 # ---- the files of a run ----
 
-MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "cost", "costs")
+MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "kept", "cost", "costs")
 """Ends of the names of what depends on the machine's mood."""
 
 
