@@ -149,7 +149,8 @@ def kill(process: BaseProcess) -> None:
 
 # ---- the files of a run ----
 
-MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", "kept", "cost", "costs")
+KEPT = ("held_bytes", "found_bytes", "read_bytes", "written_bytes")
+MEASURED = ("seconds", "runtime", "per_second", "peak_memory_bytes", *KEPT, "cost", "costs")
 """Ends of the names of what depends on the machine's mood."""
 
 
