@@ -232,11 +232,12 @@ def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) 
     if not learns:
         yield f"'{role}.first_session' has nothing to train; give '{role}' prompts, lora or train_backbone"
     for term in terms:
-        if "mapping" in term.kind.student_parts:
-            yield (
-                f"{term.name} maps the teacher's prompts, which go on changing after a fitted head has read them; "
-                f"use a term without a mapping, as {next(name for name in TERMS if not TERMS[name].student_parts)}"
-            )
+        instead = f"use another term, as {next(name for name in TERMS if not TERMS[name].student_parts)}"
+        if taught and model.has("lora") and term.kind.student_parts:
+            yield f"{term.name} trains tokens beside 'student.lora', which adapts the backbone alone; {instead}"
+        elif "mapping" in term.kind.student_parts:
+            why = "go on changing after a fitted head has read them"
+            yield f"{term.name} maps the teacher's prompts, which {why}; {instead}"
 
 
 def _part_rules(model: Written, asked: dict[str, Any]) -> Iterator[str]:

@@ -306,8 +306,8 @@ def test_impossible_recipes_are_refused(fields: dict[str, Any], said: str) -> No
 
 
 @pytest.mark.parametrize("term", ["kdp", "kd_token", "prompt_mapping"])
-def test_terms_with_a_kd_head_are_refused_beside_them(term: str) -> None:
-    with pytest.raises(RecipeError, match=rf"'distill.0' \({term}\) trains a KD head"):
+def test_terms_that_train_tokens_are_refused_beside_them(term: str) -> None:
+    with pytest.raises(RecipeError, match=rf"'distill.0' \({term}\) trains tokens beside 'student.lora'"):
         build_recipe({**RECIPE, "distill": [{"type": term}]})
 
 
