@@ -6,8 +6,8 @@ and all roles of a task train on the same augmented views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 from PIL import Image
@@ -24,10 +24,15 @@ class KeptImages:
     Worker processes keep none: they are many, and live for an epoch.
     """
 
+    _taken: ClassVar[int] = 0  # bytes of all splits; adding up hundreds of splits for each image takes longer than it
+
     def __init__(self) -> None:
         self._images: dict[int, Image.Image] = {}
         self._made: dict[Any, Any] = {}
         self._bytes = self._bytes_made = 0
+
+    def __del__(self) -> None:
+        self._count(-self._bytes, -self._bytes_made)
 
     def __reduce__(self) -> Any:
         return KeptImages, ()
@@ -41,7 +46,7 @@ class KeptImages:
         if get_worker_info() is None and self._has_room(size):
             _ALL.add(self)
             self._images[row] = image.copy()
-            self._bytes += size
+            self._count(size, 0)
         return image
 
     def made(self, key: Any) -> Any:
@@ -53,28 +58,31 @@ class KeptImages:
         if get_worker_info() is not None or self._bytes + self._bytes_made + size > _MOST:
             return
         _ALL.add(self)
-        if _taken() + size > _MOST:
-            _drop_made(kept for kept in _ALL if kept is not self)
-        if _taken() + size <= _MOST:
+        if self._taken + size > _MOST:
+            for kept in [kept for kept in _ALL if kept is not self]:
+                kept._drop_made()
+        if self._taken + size <= _MOST:
             self._made[key] = value
-            self._bytes_made += size
+            self._count(0, size)
 
     def _has_room(self, size: int) -> bool:
         """Whether so many bytes fit in, if need be in place of other splits' images: this split is in use now."""
         if self._bytes + size > _MOST:
             return False
-        if _taken() + size > _MOST:
-            _drop_made(_ALL)
-        if _taken() + size > _MOST:
+        if self._taken + size > _MOST:
+            for kept in [*_ALL]:
+                kept._drop_made()
+        if self._taken + size > _MOST:
             for kept in [kept for kept in _ALL if kept is not self]:
-                kept._images, kept._bytes = {}, 0
+                kept._images = {}
+                kept._count(-kept._bytes, 0)
         return True
 
+    def _drop_made(self) -> None:
+        self._made = {}
+        self._count(0, -self._bytes_made)
 
-def _taken() -> int:
-    return sum(kept._bytes + kept._bytes_made for kept in _ALL)
-
-
-def _drop_made(some: Iterable[KeptImages]) -> None:
-    for kept in some:
-        kept._made, kept._bytes_made = {}, 0
+    def _count(self, images: int, made: int) -> None:
+        self._bytes += images
+        self._bytes_made += made
+        KeptImages._taken += images + made

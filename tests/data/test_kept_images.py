@@ -17,6 +17,7 @@ from transformers import ViTImageProcessor
 from hf_cdl import TaskStream
 from hf_cdl.data import StreamConfig, kept_images
 from hf_cdl.data.cells import Cells
+from hf_cdl.data.kept_images import KeptImages
 from hf_cdl.data.views import Preprocess
 
 ONE = 3 * SIZE * SIZE
@@ -166,3 +167,24 @@ class _Sizes:
     def __getitem__(self, index: int) -> int:
         assert isinstance(self.split.image(index), Image.Image)  # type: ignore[attr-defined]
         return len(self.split.kept._images)  # type: ignore[attr-defined]
+
+
+def test_the_bytes_of_all_splits_are_what_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While splits come, give way to each other, and go."""
+    monkeypatch.setattr(kept_images, "_MOST", 30 * ONE)
+    gc.collect()
+    before, random = KeptImages._taken, np.random.default_rng(0)
+    splits: list[Any] = []
+    for _ in range(60):
+        splits = [split for split in splits if random.random() < 0.8]
+        splits.append(stream()[0].train)
+        for row in random.integers(0, 8, 6):
+            chosen = splits[random.integers(len(splits))]
+            chosen.image(row) if random.random() < 0.5 else chosen[int(row)]
+        gc.collect()
+        assert KeptImages._taken - before == sum(split.kept._bytes + split.kept._bytes_made for split in splits)
+    assert KeptImages._taken > before
+    del chosen
+    splits.clear()
+    gc.collect()
+    assert KeptImages._taken == before
