@@ -61,9 +61,11 @@ def plan(weights: Mapping[str, torch.Tensor], backbone: Set[str], newest: Set[st
         return sum(weights[name].nbytes for name in names)
 
     kept, stored, same = list[Shard](), set[str](), set[str]()
+    few = size(weights.keys() - backbone) < WORTH  # then no file of small weights is worth finding out what they share
     for file in sorted(before.glob("*.safetensors")):
         names = _names(file)
-        equal = _equal(file, names, weights)
+        small = few and size(names & weights.keys()) < WORTH
+        equal = set[str]() if small else _equal(file, names, weights)
         if equal == names and size(equal) >= WORTH:
             kept.append(Shard(equal, file))
         stored |= names
