@@ -1,7 +1,8 @@
-"""Draw the README's picture: accuracy over the tasks of the quickstart's models, from its stored results.
+"""Draw the README's picture: accuracy over the tasks of the teacher and of taught, untaught and the papers' students.
 
-python benchmarks/readme_picture.py [RESULTS] [--out docs/readme_curves.png]; RESULTS is a results.json, by default the
-one that model_cards/quickstart keeps of `make quickstart` (runs/quickstart/results.json is a run of your own).
+python benchmarks/readme_picture.py [FOLDER] [--out docs/readme_curves.png]; FOLDER is a comparison's, by default that
+of `hf-cdl compare recipes/comparisons/sessions_dinov2.yaml`; its test/ folder, if there is one, is read instead. Lines
+are means over the seeds of which all four are there, with a band of one standard deviation.
 """
 
 from __future__ import annotations
@@ -9,41 +10,53 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from hf_cdl.runs.pictures import COLOURS, seen_so_far
 
-LINES = {
-    "ridge_head": "ridge head, recommended",
-    "nearest_class_mean": "class means, nothing trained",
-    "teacher": "teacher, CODA-Prompt",
-    "student": "its student, CODA-Prompt + KDP",
+LINES = {  # variant and role, by the name that is drawn
+    "teacher, learns every task": ("every", "teacher", "--"),
+    "student, taught in every task": ("every", "student", "-"),
+    "student, nothing taught": ("none", "student", "-"),
+    "the papers' student, CODA-Prompt + KDP": ("papers", "student", "-"),
 }
 
 
-def picture(roles: dict[str, Any]) -> Figure:
-    """A line for each role, with its name and last accuracy (%) where it ends."""
+def curves(folder: Path) -> tuple[dict[str, np.ndarray], int]:
+    """Accuracy (%) on all classes so far, (seeds, tasks) by line, and the number of seeds."""
+    name, tested = "{}/seed-{}.json", folder / "test"
+    where, name = (tested, name) if tested.is_dir() else (folder, "{}/seed-{}/results.json")
+    files = {line: {} for line in LINES}
+    for line, (variant, _, _) in LINES.items():
+        for seed in range(100):
+            if (file := where / name.format(variant, seed)).is_file():
+                files[line][seed] = file
+    seeds = sorted(set.intersection(*map(set, files.values())))
+    if not seeds:
+        raise SystemExit(f"{where} has no seed of which all of these are there: {', '.join(LINES)}.")
+    found = {}
+    for line, (_, role, _) in LINES.items():
+        matrices = [json.loads(files[line][seed].read_text())["roles"][role]["accuracy_matrix"] for seed in seeds]
+        found[line] = np.array([seen_so_far(matrix) for matrix in matrices])
+    return found, len(seeds)
+
+
+def picture(found: dict[str, np.ndarray]) -> Figure:
+    """A line for each model, with its name and last accuracy where it ends."""
     figure = Figure(figsize=(8.0, 3.8), dpi=150, layout="constrained")
     panel = figure.subplots()
-    tasks = len(roles["student"]["accuracy_matrix"])
-    for (role, name), colour, style in zip(LINES.items(), COLOURS, ("-", ":", "-", "-"), strict=False):
-        accuracies = seen_so_far(roles[role]["accuracy_matrix"])
-        panel.plot(range(1, tasks + 1), accuracies, style, marker="o", color=colour, linewidth=2.2, markersize=5)
-        label = f"  {accuracies[-1]:.0f} %  {name}"
-        panel.annotate(
-            label,
-            (tasks, accuracies[-1]),
-            color=colour,
-            fontsize=11,
-            va="center",
-            fontweight="bold",
-            annotation_clip=False,
-        )
-    panel.set(xlim=(0.9, tasks + 0.1), ylim=(0, 80), xticks=range(1, tasks + 1))
+    tasks = np.arange(1, next(iter(found.values())).shape[1] + 1)
+    for (line, values), colour in zip(found.items(), COLOURS, strict=False):
+        mean, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
+        panel.plot(tasks, mean, LINES[line][2], marker="o", color=colour, linewidth=2.2, markersize=5)
+        panel.fill_between(tasks, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        style = {"color": colour, "fontsize": 11, "va": "center", "fontweight": "bold", "annotation_clip": False}
+        panel.annotate(f"  {mean[-1]:.0f} %  {line}", (tasks[-1], mean[-1]), **style)
+    panel.set(xlim=(0.9, len(tasks) + 0.1), ylim=(0, 100), xticks=tasks)
     panel.set_xlabel("tasks of 10 classes learnt so far", fontsize=11, loc="left")
-    panel.set_ylabel("right among all their classes (%)", fontsize=11)
+    panel.set_ylabel("accuracy on all their classes (%)", fontsize=11)
     panel.tick_params(labelsize=11)
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(axis="y", alpha=0.3)
@@ -51,12 +64,13 @@ def picture(roles: dict[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    stored = Path(__file__).parent.parent / "model_cards" / "quickstart" / "results.json"
-    parser.add_argument("results", type=Path, nargs="?", default=stored)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/comparisons/sessions_dinov2"))
     parser.add_argument("--out", type=Path, default=Path("docs/readme_curves.png"))
     options = parser.parse_args()
-    picture(json.loads(options.results.read_text())["roles"]).savefig(options.out)
+    found, seeds = curves(options.folder)
+    picture(found).savefig(options.out)
+    print(f"{options.out}: {seeds} seeds")
 
 
 if __name__ == "__main__":
