@@ -337,7 +337,7 @@ def kd_loss(
 
 def threshold_field(default: float) -> Any:
     """The field `threshold` of a term's config: which of the unlabelled images it learns from."""
-    text = "Unlabelled images count if the teacher's largest probability over the task's classes is at least this."
+    text = "An unlabelled image counts if the teacher's largest probability over the task's classes is at least this."
     return field(default=default, metadata={"help": text, "unlabelled": True})
 
 

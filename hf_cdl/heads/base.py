@@ -29,9 +29,9 @@ _ENOUGH = 200
 class HeadConfig:
     standardise: str | None = field(
         default=None,
-        metadata={"help": "Each dimension of the features gets mean 0 and deviation 1, by statistics that stay: "
-                  "first_task, those of the first task's un-augmented images, measured before the head learns; or a "
-                  "safetensors file with `mean` and `std` (D,), read when the model is made."},
+        metadata={"help": "Give each feature mean 0 and deviation 1, by fixed statistics. first_task: those of the "
+                  "first task's un-augmented images, measured before the head learns; or a safetensors file "
+                  "with `mean` and `std` (D,), read when the model is built."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -182,8 +182,8 @@ class Head(nn.Module, ABC):
 class FittedConfig(HeadConfig):
     scale: float | Literal["auto"] = field(
         default=10.0,
-        metadata={"help": "Factor of the scores as logits: for confidence, not accuracy; auto: logits whose "
-                  "confidence is the accuracy, fitted after every task to leave-one-out scores of its images."},
+        metadata={"help": "Factor from scores to logits. It changes confidence, not accuracy. auto: fitted after "
+                  "every task to leave-one-out scores of its images, so that mean confidence equals accuracy."},
     )  # fmt: skip
 
     def __post_init__(self):

@@ -21,12 +21,12 @@ _LEAST = 1e-6
 class LdaConfig(SumsConfig):
     scale: float | Literal["auto"] = field(
         default=1.0,
-        metadata={"help": "Factor of the scores, which are log-likelihoods: for confidence, not accuracy."},
+        metadata={"help": "Factor of the scores (log-likelihoods); it changes confidence, not accuracy."},
     )
     shrinkage: float | Literal["auto"] = field(
         default="auto",
-        metadata={"help": "Share a of a multiple of the identity in the covariance, above 0 to 1; auto: as much as "
-                  "ridge regression would choose, anew after every task."},
+        metadata={"help": "Share a, above 0 and up to 1, of a multiple of the identity in the covariance; auto: as "
+                  "ridge regression would choose, after every task."},
     )  # fmt: skip
 
     def __post_init__(self):

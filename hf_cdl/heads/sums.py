@@ -34,16 +34,16 @@ class SumsConfig(FittedConfig):
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
     )
-    own_features: bool = field(default=False, metadata={"help": "Keep the own features beside the random ones."})
+    own_features: bool = field(default=False, metadata={"help": "Use the own features beside the random ones."})
     sums: bool | str = field(
         default=True,
-        metadata={"help": "Keep the Gram matrix and the class sums; per_class: a Gram matrix of each class, so that a "
-                  "class can be forgotten without its images; false: a smaller head that can only answer."},
+        metadata={"help": "Store the Gram matrix and the class sums; per_class: one Gram matrix per class, so that a "
+                  "class can be removed without its images; false: none, a smaller head that cannot learn more."},
     )  # fmt: skip
     known: float | None = field(
         default=None,
-        metadata={"help": "Tell how known an image is; the share of images of known classes, such as 0.95, for which "
-                  "`unknown` must not be answered when that is asked for."},
+        metadata={"help": "Also score how known an image is. The value is the share of images of known classes, such "
+                  "as 0.95, that keep their answer when you ask for `unknown`."},
     )  # fmt: skip
 
     def __post_init__(self):

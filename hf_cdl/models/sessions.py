@@ -30,31 +30,31 @@ _ANCHORS = 2000
 
 @dataclass(frozen=True)
 class LaterSessions:
-    """How what learnt in the first session goes on learning. Raises ValueError for a value out of range."""
+    """How training goes on after the first session. Raises ValueError for a value out of range."""
 
     until: int | None = field(
-        default=None, metadata={"help": "Number of the last task with a session, from 1; null: every task has one."}
+        default=None, metadata={"help": "Last task with a session, counted from 1; null: every task has one."}
     )
-    rate: float = field(default=1.0, metadata={"help": "Learning rate after the first session, as a share of it."})
+    rate: float = field(default=1.0, metadata={"help": "Factor of the learning rate after the first session."})
     keep: float = field(
         default=0.0,
-        metadata={"help": "Weight of a loss that keeps the standardised features of images (keep_on) as they were "
-                  "before the session: their mean squared difference."},
+        metadata={"help": "Weight of a loss that holds features in place: the mean squared change, since the session "
+                  "began, of the standardised features of images (keep_on)."},
     )  # fmt: skip
     drift: Literal["linear", "none"] = field(
         default="linear",
-        metadata={"help": "What becomes of the head's sums over the images of earlier tasks: linear moves them by a "
-                  "map of the features before to those after, none leaves them."},
+        metadata={"help": "How the head's sums over images of earlier tasks follow the features. linear: a linear map "
+                  "from the features before the session to those after it moves them; none: they stay."},
     )  # fmt: skip
     anchors: Literal["task", "unlabelled", "both"] = field(
         default="task",
-        metadata={"help": "Images to which that map is fitted: the task's with three augmented views of each, "
-                  "data.unlabelled, or both.", "unlabelled": True},
+        metadata={"help": "Images to which this map is fitted: the task's, with three augmented views of each, those "
+                  "of data.unlabelled, or both.", "unlabelled": True},
     )  # fmt: skip
     keep_on: Literal["task", "unlabelled", "both"] = field(
         default="task",
-        metadata={"help": "Images whose features keep holds, in every batch: the task's, those of data.unlabelled "
-                  "beside them, which belong to no task, or both.", "unlabelled": True},
+        metadata={"help": "Images of a batch whose features `keep` holds: the task's, those of data.unlabelled, or "
+                  "both.", "unlabelled": True},
     )  # fmt: skip
 
     def __post_init__(self):
