@@ -39,8 +39,8 @@ _HUB |= {
 class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
-    `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Renaming a class in `id2label` renames it in `tasks` too.
+    `tasks` (the class names of every task learnt or begun, in stream order) determines all sizes that grow: prompts,
+    heads, id2label. Renaming a class in `id2label` renames it in `tasks` too.
     All arguments are copied. Raises ValueError for an unknown field or a value of the wrong type, for duplicate class
     names, for labels that do not match the tasks, and for a small checkpoint (`save_backbone` false) that could not be
     loaded again.

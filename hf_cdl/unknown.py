@@ -1,4 +1,4 @@
-"""The answer `unknown`: for images that are less known to a model than almost all images of its classes."""
+"""The answer `unknown`, for images that are less known to a model than almost all images of its classes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ UNKNOWN = "unknown"
 
 
 def thresholds(model: Any, reject: Any) -> torch.Tensor:
-    """What `known` must reach (C,) in a model's output for each class that may be its answer.
+    """The threshold (C,) that a model's `known` must reach, for each class that may be the answer.
 
     `reject`: the share of images of known classes that keep their answer, as 0.95; True for that in the head's config;
-    or a share for single classes, as {"cat": 0.99}, where the others have that of the config. Raises ValueError for
-    anything else, and for a model that cannot tell.
+    or a share for single classes, as {"cat": 0.99}; the others have that of the config. Raises ValueError for
+    anything else, and for a model that cannot recognise unknown images.
     """
     known = _known(model)
     names = [name for task in model.tasks for name in task]

@@ -1,4 +1,4 @@
-"""hf-cdl train IMAGES: the recommended recipe, filled in for a user's images, and in words what was chosen and why."""
+"""hf-cdl train IMAGES: the recommended recipe for a user's images, with an explanation of what it chose and why."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _check_fields(names: Sequence[str], short: Mapping[str, str | None]) -> None
 
 
 def explained(recipe: Recipe, stream: TaskStream) -> Iterator[str]:
-    """What the recommended recipe comes to for these images and why, line by line."""
+    """Explain, line by line, what the recommended recipe chooses for these images, and why."""
     split, tasks, student, teacher = stream.config.eval_split, len(stream), recipe.student, recipe.teacher
     train, test = (sum(stream.images.get(part, [])) for part in ("train", split))
     first: Any = stream[0]

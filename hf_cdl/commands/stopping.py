@@ -112,7 +112,7 @@ def say_goes_on() -> None:
 
 
 def stored(what: str) -> None:
-    """Declare what the command has stored by now, to be said in place of how to begin it again."""
+    """Declare what the command has stored, which is then printed instead of how to start it again."""
     _State.stored = what
 
 

@@ -1,4 +1,4 @@
-"""A student from elsewhere, and its recipe, which may be a stranger's: taken over into a run of one's own."""
+"""Copy a student from elsewhere, and its recipe, which may be a stranger's, into a new run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hf_cdl.runs.run import Run
 
 
 def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, Callable[[], None]]:
-    """The run whose student is changed: the one that is named, or one for a student from elsewhere.
+    """The run whose student is changed: the one that is named, or a new one for a student from elsewhere.
 
-    `plugins`: whether any were named on the command line. Returns a function, too, that takes a new run away again.
-    Raises RunError if another student's run is in its place, HubError for what cannot be taken over.
+    `plugins`: whether any were named on the command line. Also returns a function that removes a new run again. Raises
+    RunError if another student's run is in its place, and HubError for a model that cannot be copied.
     """
     place = Path(student)
     if place.is_dir():
@@ -54,9 +54,9 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
 
 
 def earlier_state(run: Run, number: int, folder: Path) -> None:
-    """Put an earlier revision of a run's student, which is not in the run, into a folder: from where it was pushed.
+    """Download an earlier revision of a run's student, which is no longer in the run, from where it was pushed.
 
-    Raises RunError if it is not there any more, or another.
+    Raises RunError if it is no longer there, or differs.
     """
     source = run.origin.get("roles", {}).get(CHANGED, {})
     tag, repository = revision_name(number), source.get("repository")
@@ -75,7 +75,7 @@ def earlier_state(run: Run, number: int, folder: Path) -> None:
 
 
 def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[str]]:
-    """The recipe that a stored one becomes here, and what was left out of it. Raises HubError for an unfit one.
+    """The recipe that a stored one becomes here, and the fields that were left out. Raises HubError if it is invalid.
 
     A stored recipe that runs Python files is refused, unless the user named `plugins`.
     """

@@ -1,4 +1,4 @@
-"""hf-cdl train: teach, distil, evaluate, task after task."""
+"""hf-cdl train: train and evaluate, task after task."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 
 def told_unlabelled(recipe: Recipe, run: Run) -> str:
-    """How many unlabelled images there are, and what learns from them when."""
+    """A text: how many unlabelled images there are, and what learns from them when."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
     terms = ", ".join(found["terms"])
     alone = recipe.student.first_session and not recipe.student.later_sessions
@@ -185,7 +185,7 @@ def told_unlabelled(recipe: Recipe, run: Run) -> str:
 def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream, list[CDLTrainer]]:
     """Build the tasks and the trainers. Raises ValueError if something is wrong with the data or the backbones.
 
-    `chosen`: whether the recipe was chosen for the user's images, who is told what it is.
+    `chosen`: whether the recipe was chosen for the user, and is therefore explained.
     """
     refuse_known(recipe, run.origin)
     if chosen:
@@ -312,7 +312,7 @@ def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
 
 
 def write_recipe(run: Run) -> None:
-    """Write the run's whole recipe beside its ledger as recipe.yaml, unless one is there (from which it was begun)."""
+    """Write the run's complete recipe beside its ledger as recipe.yaml, unless the run was started from one there."""
     file = run.folder / "recipe.yaml"
     if not run.writer or file.exists():
         return

@@ -1,4 +1,4 @@
-"""A trained model and its image processor for images of another size."""
+"""Adapt a trained model and its image processor to another image size."""
 
 from __future__ import annotations
 

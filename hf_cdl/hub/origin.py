@@ -59,9 +59,9 @@ class Origin(ABC):
         return self.revision - len(self.changes)
 
     def settled(self) -> Self:
-        """The same model as one whose present classes are its tasks, for a run that goes on from a changed one.
+        """The same model with its present classes as tasks, for a run that continues from a changed student.
 
-        What its accuracies are since the changes was not measured.
+        Its accuracies since the changes were not measured.
         """
         if not self.changes:
             return self

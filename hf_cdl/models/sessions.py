@@ -1,4 +1,4 @@
-"""Sessions in which prompts, adapters or backbone learn under a fitted head: on the first task, and on later ones."""
+"""Sessions, in which prompts, adapters or backbone of a model with a fitted head learn: on the first task, or more."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ class LaterSessions:
 
     @property
     def held(self) -> tuple[bool, bool]:
-        """Whether `keep` holds features of a task's images, and of the unlabelled ones beside them."""
+        """Whether `keep` holds features of the task's images, and whether it holds those of the unlabelled images."""
         return self.keep > 0 and self.keep_on != "unlabelled", self.keep > 0 and self.keep_on != "task"
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
     """Raise ValueError unless the head, the first session and the trainable parts fit together.
 
-    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last follows its teacher's prompts,
-    which no sums would.
+    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. A mapping follows the teacher's prompts;
+    sums of features cannot.
     """
     first, kind = config.first_session, config.head["type"]
     fitted, maps = HEADS[kind].fitted, "a mapping" in prompts
@@ -122,13 +122,13 @@ def check_one_head(parts: Mapping[str, object], what: str) -> None:
 
 
 class LearnsInSessions(Checkpointed):
-    """A model that learns in every task, or under a fitted head in sessions alone."""
+    """A model that learns in every task or, with a fitted head, only in sessions."""
 
     later: LaterSessions | None
 
     @property
     def reads_token(self) -> bool:
-        """Whether the head reads the KD token beside CLS: a fitted one, as no KD head is fitted."""
+        """Whether the head reads the KD token beside CLS: a fitted head does, because no KD head is fitted."""
         kind = HEADS.get(self.config.head.get("type", ""))
         return self.kd_prompt is not None and kind is not None and kind.fitted
 
@@ -230,7 +230,7 @@ class Session:
     ) -> dict[str, torch.Tensor]:
         """The losses of a batch with `keep` among them, which is also added to their sum.
 
-        Of its images (B, 3, H, W) the first `labelled` are the task's.
+        The first `labelled` of its images (B, 3, H, W) are the task's.
         """
         if self.later.keep == 0:
             return losses

@@ -1,4 +1,4 @@
-"""Changes of a finished run's student: each is one more revision, and none is ever overwritten."""
+"""Changes of a finished run's student: each makes a new revision, and no revision is ever overwritten."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ class ChangingRun(Run):
         return name
 
     def stored(self) -> dict[str, Any] | None:
-        """The change that was stored since the run's lock was held, also by a command that was then stopped."""
+        """The change stored since the run's lock was taken, also by a command that was then stopped."""
         return next(iter(read_ledger(self.folder).get("changes", [])[self._known :]), None)
 
     def undo(self, get: Callable[[int, Path], Any]) -> None:
-        """Go back, by one more revision, to the student before its last change that is not undone; within `changing`.
+        """Go back, with a new revision, to the student before its last change that is not undone; within `changing`.
 
         `get(revision, folder)` puts an earlier revision that is not in this run into a folder. Raises RunError if
         there is no change to undo.

@@ -118,7 +118,7 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a stored recipe must stay while a run goes on: not its card, nor how its images are checked."""
+    """The part of a stored recipe that must not change when a run resumes: not its card, nor how images are checked."""
     kept, data = {key: value for key, value in recipe.items() if key != "card"}, recipe.get("data")
     if isinstance(data, Mapping):
         kept["data"] = {key: value for key, value in data.items() if key != "check"}
@@ -126,12 +126,12 @@ def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plugin_hashes(files: Any) -> dict[str, str]:
-    """SHA-256 of plugin files, by path; of those that are there."""
+    """SHA-256 of plugin files that exist, by path."""
     return {file: content_hash(Path(file)) for file in files or [] if Path(file).is_file()}
 
 
 def edited_plugins(ledger: Mapping[str, Any], files: Any) -> list[str]:
-    """Plugin files, by the paths in `files`, that have other content than the ledger says."""
+    """Plugin files, by the paths in `files`, whose content differs from the ledger."""
     stored = ledger.get("plugins", {})
     return [file for file, now in plugin_hashes(files).items() if stored.get(file, now) != now]
 
@@ -227,7 +227,7 @@ def shortened(changes: Sequence[str], limit: int = 3) -> str:
 
 
 def labelled_part(stream: str | None) -> str | None:
-    """What a stream's fingerprint says of its labelled images."""
+    """The part of a stream's fingerprint about its labelled images."""
     return stream and stream.partition("+")[0]
 
 

@@ -67,7 +67,7 @@ def check_answers(teacher: nn.Module) -> None:
 
 
 def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None, objective: Objective) -> None:
-    """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
+    """Raise ValueError for options without effect: without a run, those of storing; without a loss, those of training.
 
     A recipe's shared arguments may belong to another role's model; its command says what has no effect.
     """

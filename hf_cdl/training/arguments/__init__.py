@@ -99,10 +99,10 @@ class CDLTrainingArguments(TrainingArguments):
     def of(cls, args: Any) -> CDLTrainingArguments:
         """Copy these arguments, or convert transformers' own TrainingArguments to the same training.
 
-        In a conversion every field that has an effect keeps its value, also a default that differs from the one here
-        (rate, batch, epochs, schedule, clipping). What TrainingArguments derive from others counts as unset: beside
-        load_best_model_at_end they would go by the loss, and here it is the accuracy. Raises ValueError for fields
-        that were set but can have no effect, all in one message.
+        In a conversion, every field that has an effect keeps its value, even a default that differs from ours (rate,
+        batch, epochs, schedule, clipping). Fields that TrainingArguments derives from others count as unset: with
+        load_best_model_at_end, for example, it would choose by the loss, and we choose by accuracy. Raises ValueError
+        for fields that were set but can have no effect, all in one message.
         """
         if isinstance(args, cls):
             return copy.copy(args)
@@ -163,7 +163,7 @@ class CDLTrainingArguments(TrainingArguments):
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
     def go_by_accuracy(self) -> None:
-        """Let the accuracy decide which state is best: evaluation during training measures nothing else."""
+        """Choose the best state by accuracy, the only thing that evaluation during training measures."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
 
 
