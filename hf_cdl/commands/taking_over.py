@@ -54,7 +54,7 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
 
 
 def earlier_state(run: Run, number: int, folder: Path) -> None:
-    """Download an earlier revision of a run's student, which is no longer in the run, from where it was pushed.
+    """Download an earlier revision of a run's student that is not in the run, from where it was pushed.
 
     Raises RunError if it is no longer there, or differs.
     """

@@ -30,9 +30,7 @@ class KDPromptConfig:
     length: int = field(default=6, metadata={"help": "Tokens of a KD prompt, half keys, half values; 0: token only."})
     layers: int | None = field(
         default=None,
-        metadata={
-            "help": "KD prompts are in layers 1 .. layers-1 (authors: 12); null: in every layer but the first."
-        },
+        metadata={"help": "KD prompts are in layers 1 .. layers-1 (authors: 12); null: in every layer but the first."},
     )
     alpha: float = field(
         default=0.5, metadata={"help": "Weight of the KD head in evaluation: (1 - alpha) * cls + alpha * kd."}

@@ -118,7 +118,7 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a stored recipe that must not change when a run resumes: not its card, nor how images are checked."""
+    """The part of a stored recipe that must not change when a run resumes: all but card and image check."""
     kept, data = {key: value for key, value in recipe.items() if key != "card"}, recipe.get("data")
     if isinstance(data, Mapping):
         kept["data"] = {key: value for key, value in data.items() if key != "check"}

@@ -202,7 +202,7 @@ class Run:
             self._write_ledger()
 
     def stopped_by(self, image: tuple[str, int, int]) -> None:
-        """Record, in the process that found it, a bad image (split, row, bytes): once it is repaired, the run may resume."""
+        """Record a bad image (split, row, bytes), in the process that found it; once repaired, the run resumes."""
         write_json(self.folder / "run.json", {**self.ledger, "bad_image": image})
 
     # ---- tasks learnt elsewhere ----

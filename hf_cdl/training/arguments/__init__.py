@@ -40,9 +40,7 @@ class CDLTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of transformers, over each task."})
     epoch_cosine: bool = field(
         default=False,
-        metadata={
-            "help": "The CDL authors' schedule: a quarter cosine over the epochs, constant within each."
-        },
+        metadata={"help": "The CDL authors' schedule: a quarter cosine over the epochs, constant within each."},
     )
     lr_steps: list[int] = field(
         default_factory=list,
