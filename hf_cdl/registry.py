@@ -105,7 +105,7 @@ class Registry(dict[str, type[T]]):
         call = f"{self.name}.register('{name}')"
         if not isinstance(kind, type) or not issubclass(kind, base):
             raise ValueError(
-                f"{call} got {short(kind)}, which is no {self.what}: allowed are classes derived from "
+                f"{call} got {short(kind)}, which is not a {self.what}: allowed are classes derived from "
                 f"{base.__module__}.{base.__name__}. Derive yours from it."
             )
         taken = self.get(name)

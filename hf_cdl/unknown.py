@@ -25,7 +25,7 @@ def thresholds(model: Any, reject: Any) -> torch.Tensor:
     names = [name for task in model.tasks for name in task]
     if called := [name for name in names if alike(name) == UNKNOWN]:
         raise ValueError(
-            f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would say two things; rename the "
+            f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would be ambiguous; rename the "
             f"class: model.rename({called[0]!r}, ...)."
         )
     if reject is not True and not isinstance(reject, Mapping):
@@ -60,5 +60,5 @@ def _known(model: Any) -> Any:
             "`known: 0.95` in its head, in a recipe (student.head), and train it."
         )
     if not known.fitted:
-        raise ValueError("This model has not learnt images yet by which it could tell unknown ones; train it first.")
+        raise ValueError("This model cannot tell unknown images yet, because it has learnt none; train it first.")
     return known

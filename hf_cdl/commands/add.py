@@ -135,7 +135,7 @@ def begin(
     )
     say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
     if left:
-        say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
+        say(f"Ignored from its recipe, because it belongs to other machines: {', '.join(left)[:1000]}")
     return continue_elsewhere(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},

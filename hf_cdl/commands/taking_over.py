@@ -41,7 +41,7 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
         if root is not None and (output_dir is None or output_dir.resolve() == root.resolve()):
             raise RunError(
                 f"{place} is an earlier state of the run {root}, whose newest student is {_newest(root)}. Name the "
-                "run to change that, or give --output_dir FOLDER for a run of its own that goes on from here."
+                "run to change that, or give --output_dir FOLDER for a new run that continues from here."
             )
         origin: Origin = read_folder(place, CHANGED)
     else:
@@ -64,13 +64,11 @@ def earlier_state(run: Run, number: int, folder: Path) -> None:
     if repository is None or commit is None:
         raise RunError(
             f"The student cannot go back to {tag}: {run.folder} does not hold it, for it was changed elsewhere before "
-            "it was taken over from there. Undo it in the run where it was changed."
+            "it was copied from there. Undo it in the run where it was changed."
         )
     origin = read_origin(HfApi(), repository, CHANGED, tag)
     if origin.commit != commit:
-        raise HubError(
-            f"The tag {tag} of {repository} was moved since the student was taken over. Nothing was undone."
-        )
+        raise HubError(f"The tag {tag} of {repository} was moved since the student was copied. Nothing was undone.")
     origin.copy(folder)
 
 
@@ -88,7 +86,7 @@ def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[st
     try:
         return taken_over(stored, build_recipe)
     except RecipeError as error:
-        raise HubError(f"The recipe of {visible(student)} cannot be gone on with: {error}.") from error
+        raise HubError(f"The recipe of {visible(student)} cannot be continued: {error}.") from error
 
 
 def _newest(root: Path) -> str:
@@ -110,13 +108,13 @@ def _check_same(folder: Path, origin: Origin) -> None:
             "FOLDER."
         )
     more = "" if newest == name else f", whose student has been changed since ({newest})"
-    say(f"{origin.place} was taken over before; going on in {folder}/{more}.")
+    say(f"{origin.place} was copied before; continuing in {folder}/{more}.")
 
 
 def _take_over(folder: Path, origin: Origin, student: str, plugins: bool) -> Callable[[], None]:
     """Create a finished run of a student from elsewhere; returns a function that takes it away again."""
     recipe = _recipe_of(origin, student, plugins, folder.resolve().name)
-    say(f"{origin.place} is taken over into {folder}/")
+    say(f"{origin.place} is copied into {folder}/")
     return continue_elsewhere(
         folder,
         {"tasks": origin.tasks, "revision": origin.revision, "roles": {CHANGED: origin.as_dict()}},

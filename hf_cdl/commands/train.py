@@ -135,8 +135,8 @@ def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
     """Refuse known classes in a run whose models start untrained. Raises ValueError."""
     if recipe.data.known_classes and not origin:
         raise ValueError(
-            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
-            "out, or go on from a trained student with hf-cdl add, which sets it."
+            "'data.known_classes' names tasks that the models have learnt, but the models of this run start untrained. "
+            "Leave it out, or continue from a trained student with hf-cdl add, which sets it."
         )
 
 
@@ -299,12 +299,14 @@ def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
 def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
     """The error of an image that stopped the run, with what to do about it."""
     image = stream.found(error)
-    way = "It is none of the labelled images: mend it, and start again in another folder with --output_dir FOLDER."
+    way = (
+        "It is not one of the labelled images: repair it, and start again in another folder with --output_dir FOLDER."
+    )
     if image is not None:
         run.stopped_by(image)
         way = (
-            "Mend it in its place, under its name, and leave the others as they are. What was learnt is stored, and "
-            f"the same command goes on from there:\n  {stopping.again()}"
+            "Repair it in place, under the same name, and leave the others as they are. What was learnt is stored; "
+            f"the same command resumes from there:\n  {stopping.again()}"
         )
     if not run.writer:  # the main process has not met it
         print(f"error: {visible_lines(error)}\n{way}", file=sys.stderr)

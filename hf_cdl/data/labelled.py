@@ -124,7 +124,7 @@ def read_class(folders: Sequence[Path], name: str) -> LabelledImages:
 
 def _files_of_class(folder: Path, name: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{readable(str(folder))} is no folder; name the folder with the images of {name!r}.")
+        raise ValueError(f"{readable(str(folder))} is not a folder; name the folder with the images of {name!r}.")
     inside = [place for place in folder.rglob("*") if place.is_dir() and nfc(place.name) == nfc(name)]
     if len(inside) > 1:
         raise ValueError(

@@ -80,7 +80,7 @@ def find_student(name: str, revision: str | None = None) -> Student:
         raise RunError(f"{visible(name)} is a file. Give a run's folder, a checkpoint's, or OWNER/NAME on the Hub.")
     if not HUB_ID.fullmatch(name):
         raise HubError(
-            f"There is no folder {visible(name)}, and no repository is called so. Give a run's folder "
+            f"There is no folder {visible(name)}, and no repository of this name. Give a run's folder "
             "(runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub."
         )
     return _on_hub(Student(name, revision))

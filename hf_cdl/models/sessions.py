@@ -101,7 +101,7 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
             )
     elif config.later_sessions is not None:
         raise ValueError(
-            f"later_sessions go on from a first one. Give first_session a trained head, as {example(fitted=False)}."
+            f"later_sessions continue a first session. Give first_session a trained head, as {example(fitted=False)}."
         )
     elif fitted and learns:
         raise ValueError(

@@ -40,7 +40,7 @@ class ChangingRun(Run):
             self.close()
             raise RunError(
                 f"The run in {self.folder} is not finished, and its next tasks build on the student as it is. Finish "
-                "it first: the command that began it goes on with it."
+                "it first: the command that started it resumes it."
             )
 
     @contextlib.contextmanager
@@ -89,8 +89,8 @@ class ChangingRun(Run):
         except (OSError, RunError) as error:
             raise RunError(
                 f"The change is stored as {name}, so do not make it again; but {self.folder / CHANGED}/ could not be "
-                f"made what it is: {first_line(error)}. Make room or fix the folder; the next command that changes "
-                "this run, or trains it, mends that."
+                f"updated: {first_line(error)}. Make room or fix the folder; the next command that changes "
+                "this run, or trains it, repairs that."
             ) from error
         return name
 

@@ -141,7 +141,7 @@ def check_plugins(folder: Path, ledger: Mapping[str, Any], files: Any) -> None:
     if edited := edited_plugins(ledger, files):
         raise RunError(
             f"'plugins' names {', '.join(edited)}, which was edited since the run in {folder} was started: "
-            "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "
+            "resuming would mix two methods. Nothing was touched. Put the old content back, or choose another "
             "folder with --output_dir FOLDER."
         )
 
@@ -266,7 +266,7 @@ def _problem(ledger: Any) -> str | None:
         where = ".".join(map(str, first["loc"])) or "the file"
         return f"{where}: {first['msg']}"
     if type(ledger.get("format", 1)) is not int or ledger.get("format", 1) < 1:
-        return f"format: {ledger['format']!r} is no number of a format"
+        return f"format: {ledger['format']!r} is not the number of a format"
     return next(_contradictions(ledger), None)
 
 
@@ -277,10 +277,10 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
         yield "entries of tasks, but no stream"
     for path in ledger.get("files", {}):
         if PurePosixPath(path).is_absolute() or {"..", "."} & {*path.split("/")} or "\\" in path or "\0" in path:
-            yield f"files: {path!r} is no path in the folder"
+            yield f"files: {path!r} is not a path in the folder"
     for role, of_role in entries.items():
         if not re.fullmatch(r"[A-Za-z]\w*", role):
-            yield f"entries: {role!r} is no role"
+            yield f"entries: {role!r} is not a role"
         if len(of_role) > planned:
             yield f"entries: {len(of_role)} of {role}, but there are {planned} tasks"
         for index, entry in enumerate(of_role):

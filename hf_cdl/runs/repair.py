@@ -99,7 +99,7 @@ def unreadable(file: Path) -> str | None:
     """Why a stored file is damaged, as far as can be seen without a fingerprint; None if it may be intact."""
     try:
         if not file.is_file():
-            return "is no file" if file.exists() else "is missing"
+            return "is not a file" if file.exists() else "is missing"
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return None

@@ -139,7 +139,7 @@ class Run:
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
                 + shortened(changes)
-                + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
+                + "\nGive the same recipe to resume it, or choose another folder with --output_dir FOLDER."
             )
         if learnt:
             check_plugins(self.folder, ledger, self.recipe.get("plugins"))
