@@ -135,7 +135,7 @@ def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
     """Refuse known classes in a run whose models start untrained. Raises ValueError."""
     if recipe.data.known_classes and not origin:
         raise ValueError(
-            "'data.known_classes' names tasks that the models have learnt, but the models of this run start untrained. "
+            "'data.known_classes' names tasks that the models have learnt, but this run starts with untrained ones. "
             "Leave it out, or continue from a trained student with hf-cdl add, which sets it."
         )
 
@@ -299,9 +299,7 @@ def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
 def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
     """The error of an image that stopped the run, with what to do about it."""
     image = stream.found(error)
-    way = (
-        "It is not one of the labelled images: repair it, and start again in another folder with --output_dir FOLDER."
-    )
+    way = "It is not one of the labelled images: repair it, and start in another folder with --output_dir FOLDER."
     if image is not None:
         run.stopped_by(image)
         way = (

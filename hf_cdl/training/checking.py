@@ -20,9 +20,7 @@ from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.labelled import check_label, check_task_labels
 from hf_cdl.types import Task
 
-KNOWN = (
-    "To continue with a loaded model, name in the stream what it knows: StreamConfig(..., known_classes=model.tasks)."
-)
+KNOWN = "To continue with a loaded model, tell the stream what it knows: StreamConfig(known_classes=model.tasks)."
 
 
 def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
