@@ -98,7 +98,7 @@ def test_a_user_s_day(day: Path, command: Command, capsys: pytest.CaptureFixture
         csv.writer(file).writerows(rows)
     steps = [
         (("correct", run, day / "wrong.csv"), "2 labels corrected: 1 from 'class b' to 'class c', 1 from 'class d'"),
-        (("remove", run, "class e", "--images", day / "data"), "no folder"),
+        (("remove", run, "class e", "--images", day / "data"), "not a folder"),
         (
             ("remove", run, "class e", "--images", day / "data" / "train"),
             "'class e' is removed: the model never answers",
