@@ -39,8 +39,8 @@ _HUB |= {
 class CDLConfig(PreTrainedConfig):
     """Configuration of `CDLForImageClassification`.
 
-    `tasks` (the class names of every task learnt or begun, in stream order) is the single source of truth for all
-    sizes that grow: prompts, heads, id2label. Renaming a class in `id2label` renames it in `tasks` too.
+    `tasks` (the class names of every task learnt or begun, in stream order) determines all sizes that grow: prompts,
+    heads, id2label. Renaming a class in `id2label` renames it in `tasks` too.
     All arguments are copied. Raises ValueError for an unknown field or a value of the wrong type, for duplicate class
     names, for labels that do not match the tasks, and for a small checkpoint (`save_backbone` false) that could not be
     loaded again.
@@ -100,7 +100,7 @@ class CDLConfig(PreTrainedConfig):
     )  # fmt: skip
     later_sessions: dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "How what learnt in the first session goes on learning in later tasks (None: it is fixed)."},
+        metadata={"help": "How prompts, adapters or backbone learn after the first session (None: they are fixed)."},
     )
     lora: dict[str, Any] | None = field(
         default=None,
@@ -205,8 +205,8 @@ class CDLConfig(PreTrainedConfig):
         if not isinstance(config_dict.get("backbone_config"), dict | PreTrainedConfig):
             found = config_dict.get("backbone_config")
             raise ValueError(
-                f"Its config.json is missing, or its backbone_config is no config, but {short(found)}. Get the file "
-                "again from where it came."
+                f"Its config.json is missing, or its backbone_config is not a config, but {short(found)}. Get "
+                "the file again from where it came."
             )
         if unknown := _unknown(set(config_dict) - _FIELDS):
             raise ValueError(
@@ -229,7 +229,7 @@ class CDLConfig(PreTrainedConfig):
         self.check()
         if unknown := _unknown(name for name in set(vars(self)) - _FIELDS if not name.startswith("_")):
             raise ValueError(
-                f"The config has got an attribute '{unknown[0]}', which is no field of CDLConfig"
+                f"The config has got an attribute '{unknown[0]}', which is not a field of CDLConfig"
                 f"{near(unknown[0], _FIELDS)} It would not be loaded again: del model.config.{unknown[0]}."
             )
 

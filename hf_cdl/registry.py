@@ -33,9 +33,9 @@ def _misfit(name: str, own: inspect.Signature, promised: inspect.Signature) -> I
 class Registry(dict[str, type[T]]):
     """Classes of one kind of method, keyed by the name used as `type` in a recipe.
 
-    In messages `name` is the registry's name and `what` an entry's. Entries derive from `base`, whose `check_class`
-    says what they lack; their `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types
-    without a class or fields, `reserved` names that are no types.
+    Messages call the registry `name` and an entry `what`. Entries derive from `base`, whose `check_class` says what
+    they lack; their `config_class`, a dataclass with `fields`, derives from that of `base`. `bare` are types without a
+    class or fields; `reserved` are names that cannot be types.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Registry(dict[str, type[T]]):
         call = f"{self.name}.register('{name}')"
         if not isinstance(kind, type) or not issubclass(kind, base):
             raise ValueError(
-                f"{call} got {short(kind)}, which is no {self.what}: allowed are classes derived from "
+                f"{call} got {short(kind)}, which is not a {self.what}: allowed are classes derived from "
                 f"{base.__module__}.{base.__name__}. Derive yours from it."
             )
         taken = self.get(name)

@@ -69,8 +69,8 @@ class CDLOutput(ModelOutput):
     the family has one) and patches, without KD token, registers and the like; None for layers not requested.
     `similarities`: only for a one-pass model given a query; for every layer with keys, the cosines (B, M) of its keys
     with the CLS token entering it, and with that query.
-    `layers`: (B, 3, W), the mean patch tokens of three layers, and `known`: (B,), how known the images are (higher is
-    more), for a head that tells it: see hf_cdl.heads.known.
+    `layers`: (B, 3, W), the mean patch tokens of three layers, and `known`: (B,), how known the images are (higher:
+    more known), for a head that scores this, see hf_cdl.heads.known.
     `path_logits`: (B, C) of a second path through a teacher, if a loss term has added one.
     """
 
@@ -136,11 +136,11 @@ class TaskResult:
 
     `row`: accuracy per task, None for a task without test images. `within_task`, `task_identification`: likewise for
     within-task and task-identification accuracy; `confidence` and `calibration_error` over all images;
-    `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: what the head chose by
-    itself, by the name of the option. `known`: how well images of other classes are told, for a head that does.
-    `drift`: how features moved in a session after the first, see hf_cdl.models.sessions. `kept`: of what frozen
-    weights say of images, the bytes that the run holds in memory, and those that the phase found there in place of
-    computing them, read from the cache and wrote into it.
+    `class_accuracy` by class name; all in percent, see hf_cdl.training.evaluation. `choices`: options that the head
+    chose by itself, with their values. `known`: how well images of other classes are recognised, for a head that
+    scores this. `drift`: how features moved in a session after the first, see hf_cdl.models.sessions. `kept`: bytes of
+    frozen models' outputs that the run holds in memory, and that the phase found there instead of computing them, read
+    from the cache and wrote into it.
     """
 
     role: str

@@ -1,4 +1,4 @@
-"""The answer `unknown`: for images that are less known to a model than almost all images of its classes."""
+"""The answer `unknown`, for images that are less known to a model than almost all images of its classes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ UNKNOWN = "unknown"
 
 
 def thresholds(model: Any, reject: Any) -> torch.Tensor:
-    """What `known` must reach (C,) in a model's output for each class that may be its answer.
+    """The threshold (C,) that a model's `known` must reach, for each class that may be the answer.
 
     `reject`: the share of images of known classes that keep their answer, as 0.95; True for that in the head's config;
-    or a share for single classes, as {"cat": 0.99}, where the others have that of the config. Raises ValueError for
-    anything else, and for a model that cannot tell.
+    or a share for single classes, as {"cat": 0.99}; the others have that of the config. Raises ValueError for
+    anything else, and for a model that cannot recognise unknown images.
     """
     known = _known(model)
     names = [name for task in model.tasks for name in task]
     if called := [name for name in names if alike(name) == UNKNOWN]:
         raise ValueError(
-            f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would say two things; rename the "
+            f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would be ambiguous; rename the "
             f"class: model.rename({called[0]!r}, ...)."
         )
     if reject is not True and not isinstance(reject, Mapping):
@@ -60,5 +60,5 @@ def _known(model: Any) -> Any:
             "`known: 0.95` in its head, in a recipe (student.head), and train it."
         )
     if not known.fitted:
-        raise ValueError("This model has not learnt images yet by which it could tell unknown ones; train it first.")
+        raise ValueError("This model cannot tell unknown images yet, because it has learnt none; train it first.")
     return known

@@ -318,7 +318,7 @@ def test_links_and_pipes_are_not_followed(honest: Path, tmp_path: Path, part: st
     file = run / "student" / "task-02" / part
     file.unlink()
     file.symlink_to(secret)
-    with pytest.raises(HubError, match="is a link or no regular file"):
+    with pytest.raises(HubError, match="is a link or not a regular file"):
         read_folder(run, "student").copy(tmp_path / "copy")
     repository = Repository(HfApi(), "me/tiny", "student", run, True)
     with pytest.raises(HubError, match="is not pushed: it is a link"):
@@ -330,7 +330,7 @@ def test_links_and_pipes_are_not_followed(honest: Path, tmp_path: Path, part: st
     file.unlink()
     os.mkfifo(file)
     began = time.monotonic()
-    with pytest.raises(HubError, match="no regular file"):
+    with pytest.raises(HubError, match="not a regular file"):
         read_folder(run, "student").copy(tmp_path / "copy")
     (run / "run.json").unlink()
     os.mkfifo(run / "run.json")
@@ -586,5 +586,5 @@ def test_a_large_recipe_is_read(tmp_path: Path) -> None:
 
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(RecipeError, match="no regular file"):
+    with pytest.raises(RecipeError, match="not a regular file"):
         load_recipe([str(tmp_path / "pipe")], tmp_path)

@@ -36,11 +36,11 @@ SECTIONS: dict[str, tuple[str, type, str]] = {
     "A recipe": ("", Recipe, "The top level of a file."),
     "data": ("data", StreamConfig, "The stream of tasks. Layouts of folders: [Your data](../guides/data.md)."),
     "teacher, student": ("student", ModelRecipe, "One model; both sections have the same fields."),
-    "lora": ("student.lora", LoraOptions, "Low-rank adapters on the frozen backbone; they learn in sessions."),
-    "later_sessions": ("student.later_sessions", LaterSessions, "What the first session taught goes on learning."),
+    "lora": ("student.lora", LoraOptions, "Low-rank adapters on the frozen backbone. They learn in sessions."),
+    "later_sessions": ("student.later_sessions", LaterSessions, "Learning after the first session."),
     "kd_prompt": ("student.kd_prompt", KDPromptConfig, "KD token and KD prompts of `kdp`, `kd_token`, `kdp_labels`."),
-    "mapping": ("student.mapping", MappingConfig, "What `prompt_mapping` makes of the teacher's prompts."),
-    "card": ("card", CardRecipe, "What no run can know; it may change at any time."),
+    "mapping": ("student.mapping", MappingConfig, "How `prompt_mapping` maps the teacher's prompts to the student's."),
+    "card": ("card", CardRecipe, "Facts that a run cannot know. You may change them at any time."),
 }
 
 
@@ -62,8 +62,8 @@ def options() -> str:
 
 _OPTIONS = """# Options of a recipe
 
-Every field may stand in a recipe or on the command line, by its dotted name: `--student.head.strength 100`. What has
-no default must be given. This page is made from the descriptions in the code."""
+You can set every field in a recipe, or on the command line by its dotted name: `--student.head.strength 100`. A field
+without a default is required. This page is generated from the code."""
 
 
 def _fields(kind: type, names: typing.Collection[str] | None = None) -> str:
@@ -122,11 +122,11 @@ def _purpose(method: type) -> str:
 def _training() -> Iterator[str]:
     own = [name for name in CDLTrainingArguments.__annotations__ if isinstance(ARGUMENTS.get(name), Used)]
     yield "## train"
-    yield "Training arguments of both models; `teacher.train` and `student.train` have those that differ."
-    yield "Defaults of hf_cdl, or fields of its own:"
+    yield "Training arguments of both models. Set those that differ in `teacher.train` and `student.train`."
+    yield "Fields that hf_cdl adds, or whose default it changes:"
     yield _fields(CDLTrainingArguments, own)
     rest = [name for name, row in ARGUMENTS.items() if isinstance(row, Used) and name not in own]
-    yield "Fields of transformers' `TrainingArguments` that have their effect, as described there:"
+    yield "Fields of transformers' `TrainingArguments` that work as described there:"
     yield ", ".join(f"`{name}`" for name in sorted({*rest} - {"output_dir"})) + "."
     yield "The others are refused:"
     refused = {name: row.why for name, row in ARGUMENTS.items() if not isinstance(row, Used)}
@@ -143,7 +143,7 @@ def _training() -> Iterator[str]:
 
 def commands() -> str:
     """The page of all commands, from their argument parsers."""
-    parts = ["# Commands", "`hf-cdl VERB`, or `python -m hf_cdl VERB`. This page is made from what `--help` says."]
+    parts = ["# Commands", "`hf-cdl VERB`, or `python -m hf_cdl VERB`. This page is generated from `--help`."]
     parts.append("\n".join(["| verb | |", "|---|---|", *(f"| [{n}](#{n}) | {v.about} |" for n, v in VERBS.items())]))
     for name, verb in VERBS.items():
         parser = verb.parser(name)

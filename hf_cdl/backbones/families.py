@@ -179,7 +179,7 @@ def patch_mean(backbone: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def adds_patch_mean(config: PreTrainedConfig) -> bool:
-    """Whether the mean of the patches adds something to this backbone's feature, which may be that mean already."""
+    """Whether the mean of the patches adds something: this backbone's feature may already be that mean."""
     row = family(config)
     return row.feature is _cls_token or (row.has_cls and not config.use_mean_pooling)
 

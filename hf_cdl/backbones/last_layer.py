@@ -1,8 +1,9 @@
-"""The last layer computes only the tokens that are read of it; their queries attend to the keys of all tokens.
+"""The last layer computes only the tokens that are read from it; their queries attend to the keys of all tokens.
 
-What is read of most backbones is CLS and a KD token. A backbone passes the keyword argument `read`, their indices in
-the sequence, down to its last layer, whose queries, output projection and MLP (10 of its 12 products of size N D^2)
-are computed for these alone; so is all that follows it. Keys and values are those of the whole sequence.
+From most backbones only CLS and a KD token are read. A backbone passes their indices in the sequence, the keyword
+argument `read`, down to its last layer. Queries, output projection and MLP of that layer (10 of its 12 products of
+size N D^2) are computed for these tokens only, and so is all that follows. Keys and values are those of the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def tokens_read(
 ) -> tuple[int, int] | None:
     """Indices of the tokens to compute in the last layer: CLS, and the KD token if `token` has one, or else any.
 
-    None for the whole sequence: the feature is the mean of the patches, `states`, the hidden states to keep, has the
-    last one, or the layer has a relative position bias, a table over all pairs of tokens. Two at least, since the
-    product of a matrix and one image's single token has other last bits wherever else the weights lie in memory.
+    None means the whole sequence. This is needed if the feature is the mean of the patches, if `states` (the hidden
+    states to keep) includes the last one, or if the layer has a relative position bias, a table over all pairs of
+    tokens. At least two tokens are computed, because the last bits of a matrix times one image's single token depend
+    on where the weights are in memory.
     """
     config, depth = backbone.config, len(layers(backbone))
     biased = any(getattr(config, name) for name in family(config).position_bias)

@@ -35,11 +35,11 @@ FOLDER = "adapter"
 class LoraOptions:
     r: int = field(default=8, metadata={"help": "Rank of an update."})
     alpha: int = field(default=8, metadata={"help": "The update's scale is alpha / r."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on an adapter's input, in training."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on an adapter's input in training."})
     targets: tuple[str, ...] | None = field(
         default=None,
-        metadata={"help": "Names of the linear layers that are adapted in every layer; null: the attention's "
-                  "projections to queries and values."},
+        metadata={"help": "Names of the linear modules to adapt in every layer; null: the attention's projections "
+                  "to queries and values."},
     )  # fmt: skip
 
     def __post_init__(self):

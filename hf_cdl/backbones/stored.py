@@ -54,7 +54,7 @@ def weight_files(name: Any, revision: str | None = None, **hub: Any) -> list[str
 
 
 def named(name: Any) -> str:
-    """What a message calls the weights in a folder: one file, or what an index names. None: the place is not known."""
+    """The name of a folder's weights in messages: one file, or those an index names. None: the place is not known."""
     index = Path(name or "").expanduser() / SAFE_WEIGHTS_INDEX_NAME
     several = name is not None and index.is_file() and not index.with_name(SAFE_WEIGHTS_NAME).exists()
     return f"every file that {SAFE_WEIGHTS_INDEX_NAME} names" if several else SAFE_WEIGHTS_NAME

@@ -1,4 +1,4 @@
-"""hf-cdl add: learn one more task with a student and a teacher from the Hugging Face Hub or from a folder.
+"""hf-cdl add: teach a student, and its teacher, one more task; both come from the Hugging Face Hub or a folder.
 
 The student may come from a stranger: none of their code is run, and nothing pickled is loaded.
 """
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def is_fitted(options: Any, fields: list[str]) -> bool:
-    """Whether the student is there, and has a head that takes more images into its sums, without a teacher."""
+    """Whether the student exists and has a fitted head, which learns more images without a teacher."""
     try:
         load_plugins(dict(fields_given(fields)).get("plugins", []))
         section = find(options.student, "student", None).results["recipe"]["student"]
@@ -135,7 +135,7 @@ def begin(
     )
     say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
     if left:
-        say(f"Not taken over from its recipe, for it is of other machines: {', '.join(left)[:1000]}")
+        say(f"Ignored from its recipe, because it belongs to other machines: {', '.join(left)[:1000]}")
     return continue_elsewhere(
         folder,
         {"tasks": first.tasks, "roles": {role: origin.as_dict() for role, origin in origins.items()}},
@@ -167,7 +167,7 @@ def beside(student: str) -> str:
 
 
 def check_unchanged(student: str, changed: Origin) -> None:
-    """Check that a student with a teacher is as after its tasks. Raises HubError if not."""
+    """Check that a student with a teacher was not changed since its last task. Raises HubError if it was."""
     if changed.changes and last_learnt(changed.changes, changed.revision) is None:
         raise HubError(
             f"{visible(student)} was changed after its {changed.tasks} tasks, and its teacher was not, so they cannot "

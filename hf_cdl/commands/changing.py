@@ -1,4 +1,4 @@
-"""What the commands that change a trained student share: finding it, changing it, and storing it as a revision."""
+"""Shared by the commands that change a student: find it, change it, and store it as a new revision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Make = Callable[[ChangingRun, Any, Any], Made | None]
 def change(options: Any, make: Make) -> int:
     """Change the student that the options name, and store it as a new revision.
 
-    `make(run, model, processor)` does it; None: there is nothing to change.
+    `make(run, model, processor)` makes the change; it returns None if there is nothing to change.
     """
     return _told(lambda: _change(options, lambda run: _store(run, options, make)))
 

@@ -11,9 +11,9 @@ def _changing(verb: str, usage: str, about: str, example: str) -> argparse.Argum
     """The parser of a command that changes a trained student."""
     more = """
 
-Every change is a further revision of the student (task-06 after task-05): nothing is overwritten, and hf-cdl undo goes
-back. A student from the Hub or of a lone checkpoint is first taken over into a run of its own. With a fitted head
-(ridge, lda, ncm) the result equals learning the final images at once."""
+Every change makes a new revision of the student (task-06 after task-05). Nothing is overwritten, and hf-cdl undo goes
+back. A student from the Hub, or from a checkpoint alone, is first copied into a new run. With a fitted head (ridge,
+lda, ncm) the result equals learning the final images at once."""
     parser = verb_parser(verb, f"STUDENT {usage} [options]", about + more, example)
     parser.add_argument(
         "student",
@@ -24,13 +24,13 @@ back. A student from the Hub or of a lone checkpoint is first taken over into a 
 
 
 def _changing_options(parser: argparse.ArgumentParser) -> None:
-    text = "of a run of its own, for a student from elsewhere (default: runs/NAME)"
+    text = "folder of the new run, for a student that is not in a run (default: runs/NAME)"
     parser.add_argument("--output_dir", type=path, metavar="FOLDER", help=text)
     parser.add_argument(
         "--push_to_hub", type=true_or_false, metavar="true|false", help="push it (default: if the run was pushed)"
     )
     parser.add_argument(
-        "--backbone", metavar="FOLDER", help="where the frozen backbone of a small checkpoint lies (default: as named)"
+        "--backbone", metavar="FOLDER", help="frozen backbone of a small checkpoint (default: as it says)"
     )
     plugins(parser)
 
@@ -39,15 +39,15 @@ def correct(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb,
         "FILE.csv",
-        "Give images that the student learnt with a wrong label their right one.",
+        "Correct the labels of images that the student learnt with a wrong one.",
         "hf-cdl correct runs/flowers wrong.csv",
     )
     parser.add_argument(
         "file",
         type=path,
         metavar="FILE.csv",
-        help="columns image (its path, from the file's folder), label (the right one) and was (the one it was learnt "
-        "with; without the column: the name of the image's folder)",
+        help="columns: image (path relative to the file), label (the right one) and was (the wrong one; without this "
+        "column, the name of the image's folder)",
     )
     _changing_options(parser)
     return parser
@@ -57,10 +57,10 @@ def remove(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb,
         "CLASS [--images FOLDER ...]",
-        """Remove a class: the student never answers it again.
+        """Remove a class: the student never answers with it again.
 
-With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
-afterwards one that never saw them. Otherwise they go on counting as images of no class.""",
+If you give the images that the class was learnt from, or if the head keeps sums per class (head.sums: per_class), the
+student becomes one that never saw them. Otherwise they still count, as images of no class.""",
         "hf-cdl remove runs/flowers 'ox-eye daisy' --images flowers/train",
     )
     parser.add_argument("name", metavar="CLASS", help="the name of the class")
@@ -69,7 +69,7 @@ afterwards one that never saw them. Otherwise they go on counting as images of n
         type=path,
         nargs="+",
         metavar="FOLDER",
-        help="all its training images: folders that have a folder CLASS/, or of that class alone (default: none)",
+        help="all its training images: folders with a subfolder CLASS/, or of this class alone (default: none)",
     )
     _changing_options(parser)
     return parser
@@ -79,8 +79,8 @@ def rename(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb, "OLD NEW", "Give a class another name.", "hf-cdl rename runs/flowers daisy 'common daisy'"
     )
-    parser.add_argument("old", metavar="OLD", help="the class as it is called")
-    parser.add_argument("new", metavar="NEW", help="the class as it will be called")
+    parser.add_argument("old", metavar="OLD", help="the present name of the class")
+    parser.add_argument("new", metavar="NEW", help="its new name")
     _changing_options(parser)
     return parser
 
@@ -89,11 +89,11 @@ def merge(verb: str) -> argparse.ArgumentParser:
     parser = _changing(
         verb,
         "CLASS CLASS [...] --as NAME",
-        "Make one class of several.",
+        "Merge several classes into one.",
         "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
     )
-    parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
-    text = "the name of the one they become (default: none, so give one)"
+    parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes to merge")
+    text = "the name of the merged class (default: none; required)"
     parser.add_argument("--as", dest="name", required=True, metavar="NAME", help=text)
     _changing_options(parser)
     return parser

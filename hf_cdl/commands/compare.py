@@ -92,7 +92,7 @@ def test(comparisons: dict[Path, Comparison], jobs: int | None) -> int:
             if failed:
                 raise RunError(
                     f"{len(failed)} of {len(runs)} runs of {comparison.name} could not be measured, as "
-                    f"{failed[0][0].folder}: {failed[0][1]}. The same command goes on with those that are missing."
+                    f"{failed[0][0].folder}: {failed[0][1]}. The same command makes the runs that are missing."
                 )
             measured = collect(comparison, results_of, "test")
             text = save_report(comparison, measured, comparison.root / "test", reads)

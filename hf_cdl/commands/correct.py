@@ -1,4 +1,4 @@
-"""hf-cdl correct: give images that a student learnt with a wrong label their right one."""
+"""hf-cdl correct: correct the labels of images that a student learnt with a wrong one."""
 
 from __future__ import annotations
 

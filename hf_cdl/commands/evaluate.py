@@ -1,4 +1,4 @@
-"""hf-cdl evaluate: how right a trained student, or several revisions of it, is on labelled images."""
+"""hf-cdl evaluate: measure a student, or several of its revisions, on labelled images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure every revision, say what was found, and write it into the folder."""
+    """Measure every revision, print the results, and write them into the folder."""
     name = f"{short_name(options.student)}-{by_name(options.images)}"
     folder = options.out or Path("evaluations") / name
     check_new(folder)

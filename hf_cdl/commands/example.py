@@ -24,7 +24,7 @@ _SIZES = {"teacher": "google/vit-base-patch16-224", "student": "WinKawaks/vit-sm
 
 
 def write_example(words: list[str]) -> str:
-    """Write the recipe that `--example NAME` asks for; returns as text what it needs and how to start it.
+    """Write the recipe that `--example NAME` asks for; returns a text that says what it needs and how to start it.
 
     Raises RecipeError for any other arguments, and RunError if the file already exists or cannot be written.
     """

@@ -42,7 +42,7 @@ more), as shares of the largest; of a smaller one's accuracy, in points."""
 
 
 class Images(NamedTuple):
-    """Images to compare on: `of` says which; `labels`: the index of each one's class, -1 where it is not known."""
+    """Images to compare on. `of`: their description; `labels`: the index of each image's class, -1 if unknown."""
 
     of: str
     decode: Callable[[int], Image.Image]
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write the file, its script and export.json. Raises an error, and writes nothing, if it is not the student's."""
+    """Write the file, its script and export.json. Raises an error, and writes nothing, if answers differ too much."""
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
     root = _run_of(student)

@@ -12,12 +12,12 @@ def export(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
         "STUDENT [--int8 | --fp16] [--size N] [--out FOLDER | FILE.onnx] [options]",
-        """One file for a device: an ONNX model with normalisation and class names inside.
+        """Export a student as one file for a device: an ONNX model with normalisation and class names inside.
 
-Its input are RGB pixels, uint8 of shape (images, height, width, 3), its outputs logits and scores. The script
-classify.py beside it resizes, crops and answers as pipeline("image-classification") does, with onnxruntime and Pillow
-alone. The file is compared with the student on the validation images of its run, or on --images, and what was found
-is said, written to export.json beside the file, and shown by the run's model card (hf-cdl card).""",
+Its input is RGB pixels, uint8 of shape (images, height, width, 3); its outputs are logits and scores. The script
+classify.py beside it resizes, crops and answers as pipeline("image-classification") does, and needs only onnxruntime
+and Pillow. The file's answers are compared with the student's, on the validation images of its run or on --images. The
+result is printed, written to export.json beside the file, and shown by the run's model card (hf-cdl card).""",
         "hf-cdl export runs/flowers --int8",
     )
     parser.add_argument(
@@ -27,10 +27,10 @@ is said, written to export.json beside the file, and shown by the run's model ca
     )
     parser.add_argument("--to", choices=["onnx"], default="onnx", help="the format (default: onnx)")
     _precision(parser.add_mutually_exclusive_group())
-    parser.add_argument("--size", type=int, metavar="N", help="for images of N pixels a side (default: as trained)")
-    text = "where it is written (default: RUN/device, or device/NAME)"
+    parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: as trained)")
+    text = "where to write it (default: RUN/device, or device/NAME)"
     parser.add_argument("--out", type=path, metavar="FOLDER | FILE.onnx", help=text)
-    text = "images to compare on, in folders called like their classes if they have labels (default: the run's)"
+    text = "images to compare on, in folders named like the classes if labelled (default: the run's)"
     parser.add_argument("--images", type=path, metavar="FOLDER", help=text)
     parser.add_argument("--revision", metavar="task-NN", help="an earlier state of STUDENT (default: the newest)")
     plugins(parser)
@@ -39,7 +39,7 @@ is said, written to export.json beside the file, and shown by the run's model ca
 
 def _precision(group: argparse._MutuallyExclusiveGroup) -> None:
     set_it: Any = {"dest": "precision", "action": "store_const", "default": "fp32"}
-    text = "matrix products in 8-bit whole numbers: a quarter of the size, and faster (default: float32)"
+    text = "matrix products in 8-bit integers: about a quarter of the size, and faster (default: float32)"
     group.add_argument("--int8", const="int8", help=text, **set_it)
-    text = "weights stored in half precision: half the size, computed in float32 (default: float32)"
+    text = "store weights in half precision, compute in float32: half the size (default: float32)"
     group.add_argument("--fp16", const="fp16", help=text, **set_it)

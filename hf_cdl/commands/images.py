@@ -1,4 +1,4 @@
-"""hf-cdl train IMAGES: the recommended recipe, filled in for a user's images, and in words what was chosen and why."""
+"""hf-cdl train IMAGES: the recommended recipe for a user's images, with an explanation of what it chose and why."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def check_images(images: str) -> None:
             "data set on the Hub, or a recipe, whose name ends in .yaml."
         )
     if os.path.isfile(os.path.join(images, "run.json")):
-        raise RecipeError(f"{shown} is a run, no folder of images. To go on with it give its {shown}/recipe.yaml.")
+        raise RecipeError(f"{shown} is a run, not a folder of images. To resume it, give its {shown}/recipe.yaml.")
     if os.path.exists(images):
         return
     if os.path.exists(f"{images}.yaml"):
         raise RecipeError(f"There are no images at {shown}, but a recipe {shown}.yaml; did you mean that one?")
     if not HUB_ID.fullmatch(images) or len(images) > _LONGEST:
         raise RecipeError(
-            f"There are no images at {shown}: no such folder, and no data set on the Hub is called so (OWNER/NAME). "
+            f"There are no images at {shown}: no such folder, and no data set on the Hub of this name (OWNER/NAME). "
             "Give a folder that exists, or a recipe, whose name ends in .yaml."
         )
 
@@ -90,7 +90,7 @@ def _check_fields(names: Sequence[str], short: Mapping[str, str | None]) -> None
 
 
 def explained(recipe: Recipe, stream: TaskStream) -> Iterator[str]:
-    """What the recommended recipe comes to for these images and why, line by line."""
+    """Explain, line by line, what the recommended recipe chooses for these images, and why."""
     split, tasks, student, teacher = stream.config.eval_split, len(stream), recipe.student, recipe.teacher
     train, test = (sum(stream.images.get(part, [])) for part in ("train", split))
     first: Any = stream[0]

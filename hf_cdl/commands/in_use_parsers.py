@@ -14,15 +14,15 @@ def predict(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
         "STUDENT IMAGES [...] [--out FILE ...] [--top-k K] [--reject [SHARE]] [options]",
-        """What a trained student says of images: as pipeline("image-classification") does, for many at a time.
+        """Classify many images with a trained student, as pipeline("image-classification") does.
 
-IMAGES are files, and folders with all that lies in them and below. Without --out the first answers are shown, or all
-of them as CSV where standard output is no terminal. With --out they are written, each file only once it is whole:
-a table, row by row (columns image, label, score, label_2, score_2, ..., error), or a page that shows the images the
-student is least sure of.
+IMAGES are files, or folders with everything in and below them. Without --out the first answers are printed, or all of
+them as CSV if standard output is no terminal. With --out they are written to a table (columns image, label, score,
+label_2, score_2, ..., error) or to a page that shows the images the student is least sure of. A file appears once it
+is complete.
 
-At the end it says how many images were answered with which class, and how sure the student was, beside how sure it was
-on the images its run was measured on. Images that cannot be read are listed, and have a row with the reason.""",
+At the end the command prints how often each class was answered, and how sure the student was, compared with the images
+its run was measured on. Images that cannot be read are listed, and get a row with the reason.""",
         "hf-cdl predict runs/flowers photos --out answers.csv --out sheet.html",
     )
     parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
@@ -33,15 +33,14 @@ on the images its run was measured on. Images that cannot be read are listed, an
         action="append",
         default=[],
         metavar="FILE",
-        help="a file that does not exist yet: .csv, .jsonl, .parquet, or .html for the page; may be given several "
-        "times (default: none)",
+        help="a new file: .csv, .jsonl, .parquet, or .html for the page; may be given several times (default: none)",
     )
     parser.add_argument(
-        "--top-k", type=_at_least(1), metavar="K", help="classes said of an image, the most likely ones (default: 3)"
+        "--top-k", type=_at_least(1), metavar="K", help="number of likeliest classes to give (default: 3)"
     )
-    _reject(parser, "answer unknown for an image that is less known than this share of images of its classes")
+    _reject(parser, "answer unknown where an image is less known than this share of images of the classes")
     parser.add_argument(
-        "--strict", action="store_true", help="stop at an image that cannot be read, and write nothing"
+        "--strict", action="store_true", help="stop at the first image that cannot be read, and write nothing"
     )
     parser.add_argument("--revision", metavar="task-NN", help="an earlier state of STUDENT (default: the newest)")
     _loading(parser)
@@ -52,15 +51,15 @@ def evaluate(verb: str) -> argparse.ArgumentParser:
     parser = verb_parser(
         verb,
         "STUDENT IMAGES [--revision task-NN ...] [--split NAME] [--out FOLDER] [options]",
-        """How right a trained student is on images with labels: accuracy, per class too, confusions and calibration.
+        """Measure a student on labelled images: accuracy (also per class), confusions and calibration.
 
-IMAGES are as in hf-cdl train: class folders, also inside of test/, parquet files, or a data set on the Hub. Labels are
-compared by the names of the classes; images of classes that the student does not know are counted and left out. If
-these are the data that the student learnt from, those that it learnt are left out, too.
+IMAGES are as in hf-cdl train: class folders, also inside test/, parquet files, or a data set on the Hub. Labels are
+compared by class name. Images of classes that the student does not know are counted and left out. Images that the
+student learnt are left out too.
 
-With several --revision these are measured on the same images and compared, also on the classes that all of them know.
-The folder of --out gets everything as evaluation.json, and as pictures the confusions of each revision and the
-calibration of all.""",
+Several --revision are measured on the same images and compared, also on the classes that all of them know. The folder
+of --out gets everything as evaluation.json, and pictures of the confusions of each revision and the calibration of
+all.""",
         "hf-cdl evaluate runs/flowers photos --revision task-03 --revision task-05",
     )
     parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
@@ -73,15 +72,15 @@ calibration of all.""",
         help="an earlier state of STUDENT; may be given several times (default: the newest)",
     )
     parser.add_argument(
-        "--split", metavar="NAME", help="of the images (default: test, validation, or the only one that there is)"
+        "--split", metavar="NAME", help="split of the images (default: test, else validation, else the only one)"
     )
     for what in ("image", "label"):
-        text = f"that holds the {what}s, where several columns of a table could (default: the only one)"
+        text = f"column of the {what}s, if a table has several candidates (default: the only one)"
         parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
     parser.add_argument(
         "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
     )
-    _reject(parser, "also measure how it tells images of classes that it does not know, at this share of those kept")
+    _reject(parser, "also measure rejection of images of unknown classes, keeping this share of the known ones")
     _loading(parser)
     return parser
 
@@ -104,13 +103,13 @@ def _share(text: str) -> float:
 
 def _loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--batch-size", type=_at_least(1), default=32, metavar="N", help="images at a time (default: 32)"
+        "--batch-size", type=_at_least(1), default=32, metavar="N", help="images per batch (default: 32)"
     )
     parser.add_argument(
         "--workers",
         type=_at_least(0),
         metavar="N",
-        help="processes that read images while the student answers; 0: none (default: one per core, at most 16)",
+        help="processes that decode images meanwhile; 0: none (default: one per core, at most 16)",
     )
     plugins(parser)
 

@@ -1,4 +1,4 @@
-"""Images that a student learnt before, told from new ones: counting an image twice, or twice over, is never meant."""
+"""Tell images that a student has already learnt from new ones, so that no image counts twice."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from hf_cdl.runs.ledger import labelled_part
 
 
 def to_add(run: ChangingRun, model: Any, images: LabelledImages) -> tuple[LabelledImages, Moves]:
-    """The images that are new, and how learning moves them.
+    """The images that are new, and their moves between classes.
 
-    Raises ValueError for those that have another label, here or in what was learnt, and for a head that is trained.
+    Raises ValueError for images with two labels, here or in what was learnt, and for a trained head.
     """
     fitted_head(model, "add images to known classes")
     digests, known = _known(run, images)
@@ -50,9 +50,9 @@ def to_add(run: ChangingRun, model: Any, images: LabelledImages) -> tuple[Labell
 def to_correct(
     run: ChangingRun, model: Any, images: LabelledImages, was: list[str]
 ) -> tuple[LabelledImages, list[str], Moves]:
-    """The images that are not yet counted as corrected, their labels before, and their moves.
+    """The images that are not corrected yet, their labels before, and their moves.
 
-    Raises ValueError for those that had another label, and for a head that is trained.
+    Raises ValueError for images that had another label, and for a trained head.
     """
     fitted_head(model, "correct labels of classes")
     digests, known = _known(run, images)
@@ -72,9 +72,9 @@ def to_correct(
 
 
 def to_forget(run: ChangingRun, model: Any, images: LabelledImages, name: str) -> tuple[LabelledImages, Moves]:
-    """The images but for those that are counted in another class by now, and their moves.
+    """The images that are still counted in this class, and their moves.
 
-    Raises ValueError if none are left, and for a head that is trained.
+    Raises ValueError if none are left, and for a trained head.
     """
     fitted_head(model, "forget images of classes")
     digests, known = _known(run, images)

@@ -1,4 +1,4 @@
-"""hf-cdl merge: one class in place of several."""
+"""hf-cdl merge: merge several classes into one."""
 
 from __future__ import annotations
 

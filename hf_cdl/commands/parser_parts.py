@@ -18,8 +18,8 @@ def verb_parser(verb: str, usage: str, about: str, example: str) -> argparse.Arg
 
 
 def plugins(parser: argparse.ArgumentParser) -> None:
-    """Add --plugins: files with methods that a run's recipe names; no other files are run."""
-    text = "Python files of yours with methods that the run's recipe names; no other is run (default: none)"
+    """Add --plugins: Python files with methods that a run's recipe uses. No other files are run."""
+    text = "your Python files with methods that the run's recipe uses; no other file is run (default: none)"
     parser.add_argument("--plugins", nargs="+", default=[], metavar="FILE", help=text)
 
 

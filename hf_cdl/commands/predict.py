@@ -1,4 +1,4 @@
-"""hf-cdl predict: the answers of a trained student for images in files and folders, as the pipeline gives them."""
+"""hf-cdl predict: classify images in files and folders with a trained student, as the pipeline does."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TOP, _ROWS, _LISTED = 3, 20, 10
 
 
 class Outputs(NamedTuple):
-    """Where answers go. `head`: the first rows, for a terminal; None: they are not shown there."""
+    """Where answers are written. `head`: the first rows, shown in a terminal; None: not shown."""
 
     tables: list[Table]
     sheet: ContactSheet | None
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
 
 def predict(options: argparse.Namespace) -> None:
-    """Answer for all images. Raises an error, and leaves no file behind, if an image is unreadable with --strict."""
+    """Classify all images. With --strict, an unreadable image raises an error, and no file is left behind."""
     files.check_new_files(options.out, [*TABLES, SHEET])
     images = files.files_of(options.images)
     load_plugins(options.plugins)

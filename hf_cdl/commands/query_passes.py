@@ -1,6 +1,6 @@
-"""Which query passes the roles of a run compute: of those on the same batches with the same weights, the first alone.
+"""Which query passes the roles of a run compute: of passes on the same batches with the same weights, only the first.
 
-The plan of what hf_cdl.training.kept does.
+`--plan` counts with this what hf_cdl.training.kept does.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from hf_cdl.training.kept import MOST
 
 
 class QueryPasses:
-    """What the roles, in the order in which they learn, have asked so far."""
+    """The queries that the roles, in the order in which they learn, have computed so far."""
 
     def __init__(self) -> None:
         self._asked: list[tuple[Any, Any, int]] = []
 
     def known(self, model: Any, processor: Any, arguments: Any, steps: int, images: int, beside: int) -> bool:
-        """Whether a model's queries in a role's steps are known from another role's; they are from now on.
+        """Whether a model's queries in a role's steps are known from another role; from now on they are.
 
         `processor`: of the view that the model sees; `steps` and `images` (over all epochs) of the role's longest
-        task; `beside`: unlabelled images beside each.
+        task; `beside`: unlabelled images per image.
         """
         if not _keeps(model) or 4 * images * (model.query_backbone or model.backbone).config.hidden_size > MOST:
             return False

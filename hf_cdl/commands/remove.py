@@ -1,4 +1,4 @@
-"""hf-cdl remove: a class that a student never answers again, and of which its sums hold nothing more."""
+"""hf-cdl remove: remove a class, which the student then never answers with, and its share of the sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""hf-cdl rename: another name for one of a student's classes."""
+"""hf-cdl rename: give one of a student's classes another name."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
 def say_goes_on() -> None:
     """Print, once and from one process only, how to continue a command that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
-        how = "Nothing finished is lost; the same command goes on from there" if _State.resumes else _ANEW
+        how = "Nothing finished is lost; the same command resumes from there" if _State.resumes else _ANEW
         text = _State.stored or f"{how}:\n  {again()}"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\nStopped. {text}", flush=True)
@@ -112,7 +112,7 @@ def say_goes_on() -> None:
 
 
 def stored(what: str) -> None:
-    """Declare what the command has stored by now, to be said in place of how to begin it again."""
+    """Declare what the command has stored, which is then printed instead of how to start it again."""
     _State.stored = what
 
 
@@ -137,7 +137,7 @@ def end_with(main: Callable[[], int]) -> NoReturn:
 
 def _say_unwritten(error: OSError) -> int:
     """Say on standard error that standard output is closed or full; returns the exit code."""
-    end = "the same command goes on from what is finished" if _State.resumes else "run it again"
+    end = "the same command resumes from what is finished" if _State.resumes else "run it again"
     with contextlib.suppress(OSError):
         print(
             f"error: Standard output cannot be written ({error.strerror or error}), so not all was said. Give it "

@@ -1,4 +1,4 @@
-"""A student from elsewhere, and its recipe, which may be a stranger's: taken over into a run of one's own."""
+"""Copy a student from elsewhere, and its recipe, which may be a stranger's, into a new run."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from hf_cdl.runs.run import Run
 
 
 def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, Callable[[], None]]:
-    """The run whose student is changed: the one that is named, or one for a student from elsewhere.
+    """The run whose student is changed: the one that is named, or a new one for a student from elsewhere.
 
-    `plugins`: whether any were named on the command line. Returns a function, too, that takes a new run away again.
-    Raises RunError if another student's run is in its place, HubError for what cannot be taken over.
+    `plugins`: whether any were named on the command line. Also returns a function that removes a new run again. Raises
+    RunError if another student's run is in its place, and HubError for a model that cannot be copied.
     """
     place = Path(student)
     if place.is_dir():
@@ -41,7 +41,7 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
         if root is not None and (output_dir is None or output_dir.resolve() == root.resolve()):
             raise RunError(
                 f"{place} is an earlier state of the run {root}, whose newest student is {_newest(root)}. Name the "
-                "run to change that, or give --output_dir FOLDER for a run of its own that goes on from here."
+                "run to change that, or give --output_dir FOLDER for a new run that continues from here."
             )
         origin: Origin = read_folder(place, CHANGED)
     else:
@@ -54,9 +54,9 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
 
 
 def earlier_state(run: Run, number: int, folder: Path) -> None:
-    """Put an earlier revision of a run's student, which is not in the run, into a folder: from where it was pushed.
+    """Download an earlier revision of a run's student that is not in the run, from where it was pushed.
 
-    Raises RunError if it is not there any more, or another.
+    Raises RunError if it is no longer there, or differs.
     """
     source = run.origin.get("roles", {}).get(CHANGED, {})
     tag, repository = revision_name(number), source.get("repository")
@@ -64,18 +64,16 @@ def earlier_state(run: Run, number: int, folder: Path) -> None:
     if repository is None or commit is None:
         raise RunError(
             f"The student cannot go back to {tag}: {run.folder} does not hold it, for it was changed elsewhere before "
-            "it was taken over from there. Undo it in the run where it was changed."
+            "it was copied from there. Undo it in the run where it was changed."
         )
     origin = read_origin(HfApi(), repository, CHANGED, tag)
     if origin.commit != commit:
-        raise HubError(
-            f"The tag {tag} of {repository} was moved since the student was taken over. Nothing was undone."
-        )
+        raise HubError(f"The tag {tag} of {repository} was moved since the student was copied. Nothing was undone.")
     origin.copy(folder)
 
 
 def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[str]]:
-    """The recipe that a stored one becomes here, and what was left out of it. Raises HubError for an unfit one.
+    """The recipe that a stored one becomes here, and the fields that were left out. Raises HubError if it is invalid.
 
     A stored recipe that runs Python files is refused, unless the user named `plugins`.
     """
@@ -88,7 +86,7 @@ def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[st
     try:
         return taken_over(stored, build_recipe)
     except RecipeError as error:
-        raise HubError(f"The recipe of {visible(student)} cannot be gone on with: {error}.") from error
+        raise HubError(f"The recipe of {visible(student)} cannot be continued: {error}.") from error
 
 
 def _newest(root: Path) -> str:
@@ -110,13 +108,13 @@ def _check_same(folder: Path, origin: Origin) -> None:
             "FOLDER."
         )
     more = "" if newest == name else f", whose student has been changed since ({newest})"
-    say(f"{origin.place} was taken over before; going on in {folder}/{more}.")
+    say(f"{origin.place} was copied before; continuing in {folder}/{more}.")
 
 
 def _take_over(folder: Path, origin: Origin, student: str, plugins: bool) -> Callable[[], None]:
     """Create a finished run of a student from elsewhere; returns a function that takes it away again."""
     recipe = _recipe_of(origin, student, plugins, folder.resolve().name)
-    say(f"{origin.place} is taken over into {folder}/")
+    say(f"{origin.place} is copied into {folder}/")
     return continue_elsewhere(
         folder,
         {"tasks": origin.tasks, "revision": origin.revision, "roles": {CHANGED: origin.as_dict()}},

@@ -1,4 +1,4 @@
-"""hf-cdl train: teach, distil, evaluate, task after task."""
+"""hf-cdl train: train and evaluate, task after task."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
     """Refuse known classes in a run whose models start untrained. Raises ValueError."""
     if recipe.data.known_classes and not origin:
         raise ValueError(
-            "'data.known_classes' names tasks that the models have learnt, but those of this run begin anew. Leave it "
-            "out, or go on from a trained student with hf-cdl add, which sets it."
+            "'data.known_classes' names tasks that the models have learnt, but this run starts with untrained ones. "
+            "Leave it out, or continue from a trained student with hf-cdl add, which sets it."
         )
 
 
@@ -167,7 +167,7 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 
 def told_unlabelled(recipe: Recipe, run: Run) -> str:
-    """How many unlabelled images there are, and what learns from them when."""
+    """A text: how many unlabelled images there are, and what learns from them when."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
     terms = ", ".join(found["terms"])
     alone = recipe.student.first_session and not recipe.student.later_sessions
@@ -185,7 +185,7 @@ def told_unlabelled(recipe: Recipe, run: Run) -> str:
 def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream, list[CDLTrainer]]:
     """Build the tasks and the trainers. Raises ValueError if something is wrong with the data or the backbones.
 
-    `chosen`: whether the recipe was chosen for the user's images, who is told what it is.
+    `chosen`: whether the recipe was chosen for the user, and is therefore explained.
     """
     refuse_known(recipe, run.origin)
     if chosen:
@@ -299,12 +299,12 @@ def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
 def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
     """The error of an image that stopped the run, with what to do about it."""
     image = stream.found(error)
-    way = "It is none of the labelled images: mend it, and start again in another folder with --output_dir FOLDER."
+    way = "It is not one of the labelled images: repair it, and start in another folder with --output_dir FOLDER."
     if image is not None:
         run.stopped_by(image)
         way = (
-            "Mend it in its place, under its name, and leave the others as they are. What was learnt is stored, and "
-            f"the same command goes on from there:\n  {stopping.again()}"
+            "Repair it in place, under the same name, and leave the others as they are. What was learnt is stored; "
+            f"the same command resumes from there:\n  {stopping.again()}"
         )
     if not run.writer:  # the main process has not met it
         print(f"error: {visible_lines(error)}\n{way}", file=sys.stderr)
@@ -312,7 +312,7 @@ def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
 
 
 def write_recipe(run: Run) -> None:
-    """Write the run's whole recipe beside its ledger as recipe.yaml, unless one is there (from which it was begun)."""
+    """Write the run's complete recipe beside its ledger as recipe.yaml, unless the run was started from one there."""
     file = run.folder / "recipe.yaml"
     if not run.writer or file.exists():
         return

@@ -1,4 +1,4 @@
-"""hf-cdl undo: go back to a student before its last change."""
+"""hf-cdl undo: go back to the student before its last change."""
 
 from __future__ import annotations
 

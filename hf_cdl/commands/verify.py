@@ -62,7 +62,7 @@ def verify(folder: Path, plugins: Sequence[str]) -> int:
 def check_changes(folder: Path, ledger: dict[str, Any]) -> int:
     """Compare the files of the student's changed states with what was stored; returns how many states differ.
 
-    No accuracies are recorded of them.
+    Their accuracies are not recorded.
     """
     lost, made = 0, {revision_name(change["revision"]) for change in ledger.get("changes", [])}
     for name in (name for name in stored_tasks(ledger, CHANGED) if name in made):

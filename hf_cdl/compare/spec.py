@@ -46,7 +46,7 @@ class Variant:
     rows: dict[str, str] = _help("Role (student, teacher, a baseline) -> label of its row.")
     set: dict[str, Any] = _help("Dotted fields of the recipe and their values.", default_factory=dict)
     recipe: str | list[str] | None = _help("Recipe file or files instead of the comparison's.", default=None)
-    teacher_from: str | None = _help("Variant whose teachers are taken over, unit by unit.", default=None)
+    teacher_from: str | None = _help("Variant whose trained teachers are used, unit by unit.", default=None)
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ def _wrong_names(spec: Spec) -> Iterable[str]:
     for number, pair in enumerate(spec.contrasts):
         for label in pair:
             if label not in labels:
-                yield f"'contrasts.{number}' names {label!r}, which is no row{_near(label, labels)}"
+                yield f"'contrasts.{number}' names {label!r}, which is not a row{_near(label, labels)}"
         if pair[0] == pair[1]:
             yield f"'contrasts.{number}' compares {pair[0]!r} with itself"
     for name in spec.curves:
         if name not in spec.variants:
-            yield f"'curves' names {name!r}, which is no variant{_near(name, list(spec.variants))}"
+            yield f"'curves' names {name!r}, which is not a variant{_near(name, list(spec.variants))}"
     if spec.metric not in METRIC_COLUMNS:
         yield f"'metric' is {spec.metric!r}; allowed: {', '.join(METRIC_COLUMNS)}"
     if spec.class_orders and ORDER in _seed_fields(spec):

@@ -271,7 +271,7 @@ def _utf8(root: Path, name: str) -> str:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{root}: the name {readable(name)} is no UTF-8; rename it (convmv can rename many)."
+            f"{root}: the name {readable(name)} is not UTF-8; rename it (convmv can rename many)."
         ) from None
     return name
 

@@ -1,4 +1,4 @@
-"""What the header and the end of an image's file say of it, without decoding."""
+"""Read the header and the end of an image's file, without decoding it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Header(NamedTuple):
 
 
 def read_header(file: IO[bytes]) -> Header | None:
-    """What the header of an open file says; None if only decoding shows whether the image can be used.
+    """Read the header of an open file; None if only decoding shows whether the image can be used.
 
-    That is so if the header cannot be read, if the file does not end as its format does, and for other formats.
+    This is so if the header cannot be read, if the file does not end as its format requires, and for other formats.
     """
     try:
         image = identify(file)

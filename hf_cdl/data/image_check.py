@@ -1,4 +1,4 @@
-"""Checks of images before they are used, which say all at once what is wrong with which of them."""
+"""Checks of images before they are used; all bad images are reported in one message."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class _Findings:
         return sorted({*found} - {*self.chosen.tolist()}) if found else []
 
     def notes(self) -> list[str]:
-        """What the user should know. Raises ImageError for images that cannot be used."""
+        """Notes for the user. Raises ImageError for images that cannot be used."""
         if self.bad:
             raise ImageError(f"{len(self.bad)} images cannot be used:\n- " + _first(self.bad))
         if lost := self._all_blank():

@@ -1,4 +1,4 @@
-"""Images as decoded and as models see them, kept in memory while there is room.
+"""A memory cache of decoded images and of pixel values, as far as there is room.
 
 Every epoch, role and evaluation reads the same images, every evaluation and fitted head the same pixel values of them,
 and all roles of a task train on the same augmented views.
@@ -19,9 +19,9 @@ _ALL: WeakSet[KeptImages] = WeakSet()
 
 
 class KeptImages:
-    """The decoded images of a split, by row, and what is `made` of them, which gives way to decoded ones.
+    """The decoded images of a split, by row, and the pixel values `made` from them, which are evicted first.
 
-    Worker processes keep none: they are many, and live for an epoch.
+    Worker processes keep none: there are many of them, and each lasts an epoch.
     """
 
     _taken: ClassVar[int] = 0  # bytes of all splits; adding up hundreds of splits for each image takes longer than it
@@ -38,7 +38,7 @@ class KeptImages:
         return KeptImages, ()
 
     def find(self, row: int, decode: Callable[[], Image.Image]) -> Image.Image:
-        """An image in RGB, which is the caller's to change."""
+        """An image in RGB; the caller may modify it."""
         if (found := self._images.get(row)) is not None:
             return found.copy()
         image = decode()
@@ -50,11 +50,11 @@ class KeptImages:
         return image
 
     def made(self, key: Any) -> Any:
-        """What was made of an image, not to be changed; None if it is not kept. `key` holds the view itself."""
+        """What was made of an image (do not modify it); None if it is not kept. `key` includes the view."""
         return self._made.get(key)
 
     def keep_made(self, key: Any, value: Any, size: int) -> None:
-        """Keep what was made of an image, if so many bytes are free; what was made of other splits gives way."""
+        """Keep what was made of an image if there is room; what was made of other splits is evicted."""
         if get_worker_info() is not None or self._bytes + self._bytes_made + size > _MOST:
             return
         _ALL.add(self)

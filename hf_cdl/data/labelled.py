@@ -1,4 +1,4 @@
-"""Images with class names, read at once: what is added to a trained classifier, or corrected in it."""
+"""Images with class names, to be added to a trained classifier or corrected in it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images that are decoded when they are taken, `images[3:5]`; `labels`: the class name of each."""
+    """Images that are decoded when accessed, as `images[3:5]`; `labels`: the class name of each."""
 
     data: Dataset | Sequence[Path]
     labels: list[str]
@@ -124,7 +124,7 @@ def read_class(folders: Sequence[Path], name: str) -> LabelledImages:
 
 def _files_of_class(folder: Path, name: str) -> list[Path]:
     if not folder.is_dir():
-        raise ValueError(f"{readable(str(folder))} is no folder; name the folder with the images of {name!r}.")
+        raise ValueError(f"{readable(str(folder))} is not a folder; name the folder with the images of {name!r}.")
     inside = [place for place in folder.rglob("*") if place.is_dir() and nfc(place.name) == nfc(name)]
     if len(inside) > 1:
         raise ValueError(
@@ -143,8 +143,8 @@ def _files_of_class(folder: Path, name: str) -> list[Path]:
 def read_corrections(file: Path) -> tuple[LabelledImages, list[str]]:
     """Read a CSV of images with their right labels; returns these and the labels that they were learnt with.
 
-    Columns: `image` (a path, from the file's folder), `label`, and `was`; without it, an image's folder is called like
-    the class that it was learnt as. Raises ValueError, naming the line, for a file that is none.
+    Columns: `image` (a path, relative to the file's folder), `label`, and `was`. Without `was`, the name of an image's
+    folder is the class it was learnt as. Raises ValueError, naming the line, for an invalid file.
     """
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:

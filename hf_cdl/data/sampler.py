@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 class Companions:
     """The `ratio` of `count` unlabelled images beside each training image: a pure function of seed and place.
 
-    They are dealt out in passes over all of them, each in a new order (unless not to `shuffle`) and with a new view.
+    They are drawn in passes over all of them, each pass in a new order (if `shuffle`) and with a new view.
     """
 
     def __init__(self, count: int, ratio: int, seed: int, shuffle: bool = True):
@@ -20,7 +20,7 @@ class Companions:
         self._pass, self._order = -1, [*range(count)]
 
     def at(self, place: int) -> tuple[tuple[int, int], ...]:
-        """(image, view) of those beside the image at a place; places count on from epoch to epoch."""
+        """(image, view) of the companions of the image at a place; places are counted across epochs."""
         return tuple(self._number(number) for number in range(place * self.ratio, (place + 1) * self.ratio))
 
     def _number(self, number: int) -> tuple[int, int]:

@@ -27,56 +27,56 @@ class StreamConfig:
     revision: str | None = _option(None, "commit, tag or branch on the Hub")
     image_column: str | None = _option(None, "none: the only column of type Image")
     label_column: str | None = _option(None, "none: the only ClassLabel, or the column called label, class ...")
-    train_split: str | None = _option(None, "none: train or training, in any case")
+    train_split: str | None = _option(None, "none: train or training, in upper or lower case")
     validation_split: str | None = _option(None, "none: validation, val, valid or dev, if there is one")
     test_split: str | None = _option(None, "none: test, testing, eval or evaluation, if there is one")
-    test_fraction: float | None = _option(None, "without a test split: fraction of each class held out for testing")
+    test_fraction: float | None = _option(None, "fraction of each class held out for testing, without a test split")
     split_seed: int = _option(0, "seed of test_fraction and of the max_*_per_class subsets")
     classes_per_task: int | list[int] | list[list[str]] | None = _option(
         10,
-        "classes in every task (the last task takes the rest), or a list: sizes, or class names, task by task; "
+        "classes in every task (the last task takes the rest), a list of sizes, or a list of lists of class names; "
         "none: one task",
     )
-    class_order_seed: int | None = _option(None, "shuffles the classes; none: natural order 0, 1, 2 ...")
+    class_order_seed: int | None = _option(None, "seed that shuffles the classes; none: natural order 0, 1, 2 ...")
     max_classes: int | None = _option(None, "keep only the first classes of the order")
     known_classes: list[list[str]] | None = _option(
-        None, "class names, task by task, that the models learnt elsewhere: tasks before the first one of these data"
+        None, "class names, task by task, that the models already know; these tasks come before those of the data"
     )
     known_train: Literal["refuse", "ignore"] = _option(
-        "refuse", "training images of known classes: an error, or left out (test images of theirs are always used)"
+        "refuse", "training images of known classes: an error, or left out (their test images are always used)"
     )
     max_train_per_class: int | None = _option(None, "keep a random subset of each class's training images")
     max_eval_per_class: int | None = _option(None, "the same for validation and test images")
     crop_scale: tuple[float, float] = _option((0.08, 1.0), "training view: range of the crop's area / image area")
     crop_ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "training view: range of the crop's width / height")
     crop_padding: int | None = _option(
-        None, "training view: instead, black pixels added on every side, then a random crop of the image's own size"
+        None, "training view, instead: black pixels added on every side, then a random crop of the image's size"
     )
     flip: float = _option(0.5, "training view: probability of a horizontal flip")
     views: int | None = _option(
         None,
-        "augmented views of each training image: epoch e has view e mod views, in that epoch's batches in another "
-        "order, so that what a teacher says of them is computed once; none: every epoch has its own view",
+        "augmented views of each training image. Epoch e repeats the view and the batches of epoch e mod views, in "
+        "another order, so that the teacher computes each batch once; none: every epoch has new views",
     )
     eval_split: Literal["test", "validation"] = _option("test", "images on which accuracy is measured")
     unlabelled: str | None = _option(
         None,
-        "Hub id or local folder of images on which the teacher teaches the student in every session, beside the "
-        "task's own; labels are not read",
+        "Hub id or local folder of images on which the teacher also teaches the student in every session; labels are "
+        "not read",
     )
     unlabelled_split: str | None = _option(
-        None, "of a data set; none: the one called unlabelled or unlabeled, or train, or the only one"
+        None, "their split; none: the one called unlabelled or unlabeled, or train, or the only one"
     )
-    unlabelled_ratio: int = _option(1, "unlabelled images beside each training image, in every batch")
+    unlabelled_ratio: int = _option(1, "unlabelled images per training image, in every batch")
     foreign: str | None = _option(
         None,
-        "Hub id or local folder of images of none of the classes, of which the results say how many would be answered "
-        "(see a head's known); labels are not read",
+        "Hub id or local folder of images of none of the classes. The results say how many of them would not be "
+        "answered with unknown (see a head's known); labels are not read",
     )
     check: Literal["headers", "all", "none"] = _option(
         "headers",
-        "before training: headers reads those of all images, and decodes all (of very many, a random sample); all "
-        "decodes all; none checks none. A bad image met later stops the run, which can go on once it is mended",
+        "before training, headers reads the headers of all images and decodes all (a random sample, if there are very "
+        "many); all decodes all; none checks none. A bad image found later stops the run; repair it and resume",
     )
     max_pixels: int = _option(MAX_PIXELS, "an image of more pixels (width * height) is refused before it is unpacked")
 

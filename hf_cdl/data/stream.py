@@ -38,9 +38,9 @@ class TaskStream:
     `processors`: the image processor of each role (`student`, `teacher` ...), or one for all; roles without one use
     the first; with none at all there are no pixel values. `seed`: seed of the augmented views. `dataset`: the data
     itself (a DatasetDict, or one Dataset with `test_fraction`) instead of `config.path`; `unlabelled`: images without
-    labels, instead of `config.unlabelled`. The attribute `config` has a
-    benchmark's values filled in. Splits, columns, labels and classes are checked here, images by `check_images`;
-    `notes` lists data and settings that are not used. Raises ValueError if the data cannot be made into a stream.
+    labels, instead of `config.unlabelled`. The attribute `config` has a benchmark's values filled in. Splits, columns,
+    labels and classes are checked here, images by `check_images`. `notes` lists data and settings that are not used.
+    Raises ValueError if the data cannot be made into a stream.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class TaskStream:
         return self.fingerprint_before(("", 0, 0))
 
     def fingerprint_before(self, image: tuple[str, int, int]) -> str:
-        """What the fingerprint was when an image, (split, row, bytes), had so many bytes."""
+        """The fingerprint that the stream had when this image, (split, row, bytes), had so many bytes."""
         digest = hashlib.sha256()
         sizes: dict[str, np.ndarray] = {}
         for task in self:
@@ -125,7 +125,7 @@ class TaskStream:
 
     @property
     def unlabelled(self) -> Unlabelled | None:
-        """The images without labels beside the tasks' own; None if there are none."""
+        """The unlabelled images of the stream; None if there are none."""
         return next((task.unlabelled for task in self if isinstance(task.unlabelled, Unlabelled)), None)
 
     @property
@@ -140,7 +140,7 @@ class TaskStream:
         return {role: counts for role, counts in found.items() if any(counts)}
 
     def found(self, error: ImageError) -> tuple[str, int, int] | None:
-        """Split, row and bytes of the labelled image that an error is about; None if it is about none."""
+        """Split, row and bytes of the labelled image that an error is about; None if it is about no such image."""
         splits = {split.name: split for task in self for _, split in _parts(task)}
         for name, split in splits.items():
             start = split.row_named("")
@@ -151,10 +151,10 @@ class TaskStream:
     def check_images(self, plain: bool = False) -> list[str]:
         """Check the images of the stream in threads, as `config.check` says; return notes for the user.
 
-        Small streams are decoded whole, of others the headers are read and a sample is decoded. The notes report
-        training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a
-        model will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are
-        refused. Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
+        Small streams are decoded completely. Of larger ones the headers are read and a sample is decoded. The notes
+        report training images of a single colour, or almost black because they hold 12 bits in 16. `plain`: a model
+        will be served by transformers' own pipeline, which decodes 16-bit images differently, so these are refused.
+        Raises ImageError naming the first ten bad images, or if all training images of a class are blank.
         """
         parts = [
             Part(split, task.class_names if role == "train" else (), task.first_class)

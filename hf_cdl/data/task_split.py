@@ -103,9 +103,9 @@ class TaskSplit:
 
     @property
     def identity(self) -> dict[str, tuple[int, int, int]]:
-        """What tells the pixel values of this split, by their name, from all others that live at the same time.
+        """Identifies the pixel values of this split, by their name, among all that exist at the same time.
 
-        Beside it, an image is told by its row, and by its view if it is an augmented one.
+        Within it, an image is identified by its row, and by its view if it is augmented.
         """
         return {name: (id(self.data), id(view), self.task) for name, view in self._pixel_values().items()}
 
@@ -155,7 +155,7 @@ class TaskSplit:
         return f"split {self.name!r}, row {row}"
 
     def headers(self, plain: bool = False) -> Callable[[int], int]:
-        """A function of an image's index: its pixels by its header; -1 if only decoding shows that it can be used."""
+        """A function from an image's index to its number of pixels, by its header; -1 if only decoding tells."""
         table, views = self.data.with_format("arrow"), [*{id(view): view for view in self.views.values()}.values()]
 
         def pixels(index: int) -> int:

@@ -61,7 +61,7 @@ class Unlabelled(TaskSplit):
 def put_beside(
     tasks: Sequence[Task], config: StreamConfig, given: Dataset | None, views: Mapping[str, Preprocess]
 ) -> tuple[list[Task], list[str]]:
-    """The tasks with the unlabelled images of `config`, or `given` ones, and notes for the user.
+    """Add the unlabelled images of `config`, or `given` ones, to the tasks; also returns notes for the user.
 
     Raises ValueError if there are none, ImageError for images that cannot be read.
     """
@@ -184,7 +184,7 @@ def _digests(data: Dataset, cells: Cells, rows: Sequence[int] | np.ndarray, titl
 
 
 class Beside:
-    """A task's images as they are trained on, each with unlabelled ones as seen by `roles`; keys as of a ViewSampler.
+    """A task's training images, each with its unlabelled ones as seen by `roles`; keys as from a ViewSampler.
 
     The pixel values (R, 3, H, W) of the R images beside one are `unlabelled_pixel_values` (and, where another role's
     view differs, `unlabelled_ROLE_pixel_values`). What `unlabelled` gives besides pixel values is not read.

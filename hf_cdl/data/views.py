@@ -60,8 +60,8 @@ def check_processor(processor: Any) -> None:
     """
     if not hasattr(processor, "to_dict"):
         raise ValueError(
-            f"{readable(repr(processor), 60)} is no image processor, so it has no size; give one of transformers, as "
-            "AutoImageProcessor.from_pretrained loads it."
+            f"{readable(repr(processor), 60)} is not an image processor, so it has no size; give one of "
+            "transformers, as AutoImageProcessor.from_pretrained loads it."
         )
     problems = [*_size_problems(processor)]
     if not problems:

@@ -25,7 +25,7 @@ from hf_cdl.types import CDLOutput
 
 @dataclass(frozen=True)
 class DISTConfig(TermConfig):
-    weight: float = field(default=1.0, metadata={"help": "Weight of the term beside its beta and gamma."})
+    weight: float = field(default=1.0, metadata={"help": "Weight of the term, in addition to beta and gamma."})
     beta: float = field(default=2.0, metadata={"help": "Weight of the rows (inter-class); the authors' code: 1."})
     gamma: float = field(default=2.0, metadata={"help": "Weight of the columns (intra-class); the authors' code: 1."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature tau of both softmaxes."})

@@ -45,24 +45,24 @@ def _help(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True)
 class DualPathConfig(TermConfig):
-    weight: float = _help(1.0, "Weight of the whole term; the losses have weights of their own.")
-    beta_o: float = _help(0.45, "Weight of the teacher's own logits for the student.")
-    beta_p: float = _help(0.45, "Weight of the prompt path's logits for the student.")
-    rho: float = _help(0.5, "Share of the student in what the prompt path learns from; the rest is the teacher's.")
-    lambda_y: float = _help(0.0, "Weight of the labels for the prompt path.")
+    weight: float = _help(1.0, "Weight of the whole term, in addition to those of its losses.")
+    beta_o: float = _help(0.45, "Weight of the teacher's own logits in the student's loss.")
+    beta_p: float = _help(0.45, "Weight of the prompt path's logits in the student's loss.")
+    rho: float = _help(0.5, "Weight of the student's logits in the prompt path's loss; the teacher's have 1 - rho.")
+    lambda_y: float = _help(0.0, "Weight of the labels in the prompt path's loss.")
     temperature: float = _help(4.0, "Temperature tau of all softmaxes.")
-    warmup_steps: int = _help(0, "Steps of each task over which beta_p grows from 0, beta_o being what it lacks.")
-    head_init: Literal["random", "teacher"] = _help("random", "How the prompt path's head begins.")
+    warmup_steps: int = _help(0, "Steps of each task over which beta_p grows from 0; beta_o has the rest.")
+    head_init: Literal["random", "teacher"] = _help("random", "Initialisation of the prompt path's head.")
     copy_from: Literal["all", "first_prompt"] | None = _help(
-        None, "DFPT-KD+: which stages the prompt path has as trainable copies; null: none, DFPT-KD."
+        None, "For DFPT-KD+: stages that the prompt path trains copies of; null: none (DFPT-KD)."
     )
-    copy_rate: float = _help(0.1, "Learning rate of copied stages, as a factor of the others'.")
-    stages: tuple[str, ...] | None = _help(None, "Module paths of the teacher's stages; null: found.")
+    copy_rate: float = _help(0.1, "Factor of the learning rate of copied stages.")
+    stages: tuple[str, ...] | None = _help(None, "Module paths of the teacher's stages; null: found automatically.")
     insert_after: tuple[int, ...] | None = _help(
-        None, "Stages (from 1) with a prompt block behind; null: all but one."
+        None, "Stages, counted from 1, followed by a prompt block; null: all but one."
     )
-    reduction: float | None = _help(None, "Rate r1 of a block's narrowing; null: 4 for maps, 8 for tokens.")
-    fraction: float = _help(0.25, "Share r2 of its channels that a partial convolution sees.")
+    reduction: float | None = _help(None, "Factor r1 by which a block narrows; null: 4 for maps, 8 for tokens.")
+    fraction: float = _help(0.25, "Share r2 of the channels that a partial convolution reads.")
     kernels: tuple[int, ...] = _help((3, 5, 7), "Kernel sizes of the partial convolutions.")
     said: ClassVar[str] = "dual_path"
 

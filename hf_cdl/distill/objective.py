@@ -74,10 +74,9 @@ class Term(nn.Module, ABC):
     student's `similarities` to a query; one without `needs_teacher` gets None if there is no teacher; one with
     `needs_hidden_states` uses some, so both models must have token layers; one with `needs_features` uses the CLS
     features, which ordinary classifiers do not expose. A term that does not compare classes (`compares_classes` false)
-    also learns from a task with one class. A term with `reads_unlabelled` also learns from images without labels,
-    which both models answer like the others: of outputs with B images the first `len(labels)` have labels. One with
-    `needs_unlabelled` learns from these alone. A field of its config that is about them has `unlabelled` in its
-    metadata.
+    also learns from a task with one class. A term with `reads_unlabelled` also learns from images without labels. Both
+    models process them like the others; of B images in an output, the first `len(labels)` have labels. A term with
+    `needs_unlabelled` learns from unlabelled images alone. A config field about them has `unlabelled` in its metadata.
     """
 
     config_class: ClassVar[type[TermConfig]] = TermConfig
@@ -102,7 +101,7 @@ class Term(nn.Module, ABC):
 
     @classmethod
     def check_class(cls) -> str | None:
-        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        """What the class lacks, worded to follow its name in a message; None if it is complete."""
         asked = [name for name in ("attach", "begin_task", "consult") if getattr(cls, name) is not getattr(Term, name)]
         if asked and not cls.needs_teacher:
             return f"has {', '.join(asked)}, which only a teacher leads to, but not needs_teacher; set that"
@@ -123,7 +122,7 @@ class Term(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, student: Asks, teacher: Asks | None) -> list[tuple[str, str]]:
-        """Problems of a recipe with this term, given both models' prompts: pairs of a field and what to do about it.
+        """Problems of a recipe with this term, given both models' prompts, as pairs (field, problem and remedy).
 
         `teacher` is None if there is no teacher.
         """
@@ -141,10 +140,10 @@ class Term(nn.Module, ABC):
         """Create the layers that depend on the teacher; called once, before training."""
 
     def begin_task(self, teacher: Any) -> None:
-        """Create what lives for one task only; called at its start, when the teacher has already learnt it."""
+        """Create what is needed for one task only; called at its start, when the teacher has already learnt it."""
 
     def end_task(self) -> None:
-        """Drop what was created for this task only; the rest is kept for the next task and for resuming."""
+        """Drop what this task alone needed; the rest is kept for the next task and for resuming."""
 
     def consult(self, answer: CDLOutput, asked: Mapping[str, Any]) -> CDLOutput:
         """Extend `answer`, the teacher's output without gradient for the inputs `asked`."""
@@ -208,7 +207,7 @@ class Objective(nn.Module):
 
     @property
     def needs_unlabelled(self) -> list[str]:
-        """Terms, and fields of terms, that would have no effect without images that have no labels."""
+        """Terms, and fields of terms, that have no effect without unlabelled images."""
         return [
             name if term.needs_unlabelled else f"{name}.{idle}"
             for name, term in self.terms.items()
@@ -259,7 +258,7 @@ class Objective(nn.Module):
         return self.terms.values()
 
     def hidden_states(self, role: Role) -> list[int]:
-        """Numbers of the hidden states that the terms use of a role's model; empty if none."""
+        """Indices of the hidden states of a role's model that the terms use; empty if none."""
         return sorted({number for term in self._terms() for number in term.needs.get(role, ())})
 
     def forward(
@@ -267,8 +266,8 @@ class Objective(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Compute all losses by name, unweighted, and their weighted sum `loss`; `classes`: current task's slice.
 
-        `labels` (n,) are those of the first n of the outputs' images. `TERM/counted`, for logs alone, is the share of
-        the others that reach the term's threshold.
+        `labels` (n,) are those of the first n images of the outputs. `TERM/counted`, only for logs, is the share of
+        the other images that reach the term's threshold.
         """
         student, labels = current_classes(student, classes), labels - classes.start
         ours = first_images(student, len(labels))
@@ -337,7 +336,7 @@ def kd_loss(
 
 def threshold_field(default: float) -> Any:
     """The field `threshold` of a term's config: which of the unlabelled images it learns from."""
-    text = "Unlabelled images count if the teacher's largest probability over the task's classes is at least this."
+    text = "An unlabelled image counts if the teacher's largest probability over the task's classes is at least this."
     return field(default=default, metadata={"help": text, "unlabelled": True})
 
 

@@ -59,7 +59,7 @@ def find_stages(model: Any, named: Sequence[str] | None = None) -> Stages:
     """
     inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
-        raise ValueError(f"{type(model).__name__} is no Hugging Face model: its stages cannot be found.")
+        raise ValueError(f"{type(model).__name__} is not a Hugging Face model: its stages cannot be found.")
     base: Any = inner.base_model
     title, at, start = type(inner).__name__, _path(model, inner), _path(inner, base)
     found = {name: [f"{start}{member}" for member in members] for name, members in _body(base).items()}

@@ -1,4 +1,4 @@
-"""Comparing an exported file with the model that it was made of: logits, answers, accuracy, latency."""
+"""Compare an exported file with its model: logits, answers, accuracy, latency."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _WARM_UP, _LEAST, _MOST, _SECONDS = 3, 10, 50, 10.0
 
 
 class Model(NamedTuple):
-    """A trained model with the image processor that its pixels come from."""
+    """A trained model and its image processor."""
 
     model: Any
     processor: Any
 
     def outputs(self, images: Sequence[Image.Image]) -> list[np.ndarray]:
-        """Logits (N, C) of RGB images as the pipeline computes them and, if the model tells it, `known` (N,)."""
+        """Logits (N, C) of RGB images as the pipeline computes them and, if the model has it, `known` (N,)."""
         made = self.processor(images=[*images], return_tensors="pt", input_data_format="channels_last")
         with torch.inference_mode():
             found = self.model(pixel_values=made["pixel_values"])
@@ -38,11 +38,11 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Compared:
-    """How an exported file answered images, beside the model. Shares are in percent.
+    """How an exported file's answers compare with the model's. Shares are in percent.
 
-    `difference`: largest difference of a logit, as a share of the largest logit, and `known_difference` that of
-    `known`; `same`: share of images with the same answer, and `same_unknown` of those that are unknown, or not, to
-    both; `accuracy`, `accuracy_before`: None without labels.
+    `difference`: largest difference of a logit, as a share of the largest logit; `known_difference`: the same for
+    `known`. `same`: share of images with the same answer; `same_unknown`: share that both call unknown, or neither.
+    `accuracy`, `accuracy_before`: None without labels.
     """
 
     images: int
@@ -75,8 +75,8 @@ def compare(
 ) -> Compared:
     """Compare a session with the model of its own size, and with the one before any change of size.
 
-    `images(i)` is image i in RGB, `labels` (N,) the index of its class, -1 if it is not known. The session has one
-    image at a time, as the script gives it: activations of 8 bits are scaled by the largest of all that come together.
+    `images(i)` is image i in RGB, `labels` (N,) the index of its class, -1 if it is not known. The session gets one
+    image at a time, as from the script: 8-bit activations are scaled by the largest one in a batch.
     """
     ours, theirs, answers = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
     for start in range(0, len(labels), _BATCH):

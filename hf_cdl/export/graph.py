@@ -1,7 +1,7 @@
 """A trained model as one ONNX graph: from RGB pixels to logits and scores, with its class names inside.
 
-Two passes over one backbone leave two transpositions of each of its weights in torch's graph, and quantisation finds
-no constant weights behind them. So what equals is merged here and all constants are folded, whatever their size.
+If the backbone runs twice, torch's graph has two transpositions of each of its weights, and quantisation finds no
+constant weights behind them. So equal nodes are merged here, and all constants are folded, whatever their size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_packages() -> None:
 
 
 class OnDevice(nn.Module):
-    """RGB pixels (B, H, W, 3), uint8 -> logits (B, C), scores (B, C), and `known` (B,) if the model tells it.
+    """RGB pixels (B, H, W, 3), uint8 -> logits (B, C), scores (B, C), and `known` (B,) if the model has it.
 
     Scores are those of transformers' pipeline: softmax, or for one class and for several labels an image the sigmoid.
     """
@@ -65,7 +65,7 @@ class OnDevice(nn.Module):
 
 
 def prepared(model: Any, processor: Any) -> OnDevice:
-    """A copy of a model as it is exported: in float32, without sums for further learning.
+    """A copy of a model for export: in float32, without sums for further learning.
 
     Raises ValueError for a model that is too large for one file.
     """
@@ -120,7 +120,7 @@ def onnx_graph(device: OnDevice, processor: Any, steps: Mapping[str, Any]) -> An
 
 
 def unknown_of(model: Any) -> dict[str, Any]:
-    """What `known` must reach for an image to be of a known class, and its quantiles over such images."""
+    """The threshold of `known` for an image of a known class, and the quantiles of `known` over such images."""
     known = getattr(getattr(model, "head", None), "known", None)
     if known is None or not known.fitted:
         return {}
@@ -150,7 +150,7 @@ def _refusal(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Leave out what the exporter and the quantiser say of their own workings."""
+    """Suppress the messages of the exporter and the quantiser about their internals."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

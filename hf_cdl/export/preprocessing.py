@@ -31,8 +31,8 @@ def steps_of(processor: Any) -> dict[str, Any]:
 def check_steps(processor: Any, steps: dict[str, Any]) -> float:
     """Compare the steps with the processor on images of several shapes; returns the difference in grey levels.
 
-    It is not 0 where transformers resizes with torchvision in place of Pillow. Raises ValueError for a processor that
-    does something else.
+    It is not 0 where transformers resizes with torchvision instead of Pillow. Raises ValueError for a processor that
+    does anything else.
     """
     scale, shift = (value[:, None, None] for value in normalisation(processor))
     height, width = output_size(processor)
@@ -54,7 +54,7 @@ def check_steps(processor: Any, steps: dict[str, Any]) -> float:
 
 
 def resized(processor: Any, side: int) -> Any:
-    """The same image processor for images of `side` pixels; what it crops away stays the same share."""
+    """The same image processor for images of `side` pixels; it crops away the same share."""
     height, width = output_size(processor)
     fields = processor.to_dict()
     for name in ("size", "crop_size"):

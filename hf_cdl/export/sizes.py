@@ -1,4 +1,4 @@
-"""A trained model and its image processor for images of another size."""
+"""Adapt a trained model and its image processor to another image size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def at_size(model: Any, processor: Any, side: int) -> tuple[Any, Any]:
         raise ValueError(f"--size is {side}, but the side of an image must have 1 to {MOST_SIDE:,} pixels.")
     if row is None or not (row.any_size or row.resizes):
         able = ", ".join(sorted(name for name, row in FAMILIES.items() if row.any_size or row.resizes))
-        raise ValueError(f"A {kind} backbone takes images of its own size alone; leave --size out. Able are {able}.")
+        raise ValueError(f"A {kind} backbone has a fixed image size; leave --size out. It works with {able}.")
     if getattr(model, "query_backbone", None) is not None:
         raise ValueError("A second backbone computes this model's queries, at its own size; leave --size out.")
     if row.resizes:

@@ -1,4 +1,4 @@
-"""Smaller weights in an exported graph: whole numbers of 8 bits, or numbers of half precision."""
+"""Smaller weights in an exported graph: 8-bit integers, or half precision."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def plain(graph: Any, file: Path) -> None:
 
 
 def int8(graph: Any, file: Path) -> None:
-    """Write a graph whose matrix products compute with 8-bit whole numbers, scaled per output channel.
+    """Write a graph whose matrix products use 8-bit integers, scaled per output channel.
 
-    Activations are quantised as they come (dynamic quantisation), so no images are needed for it. Raises ValueError
-    if a product by a constant was left as it was.
+    Activations are quantised dynamically, so no images are needed. Raises ValueError if a product with a constant was
+    not quantised.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic

@@ -29,9 +29,9 @@ _ENOUGH = 200
 class HeadConfig:
     standardise: str | None = field(
         default=None,
-        metadata={"help": "Each dimension of the features gets mean 0 and deviation 1, by statistics that stay: "
-                  "first_task, those of the first task's un-augmented images, measured before the head learns; or a "
-                  "safetensors file with `mean` and `std` (D,), read when the model is made."},
+        metadata={"help": "Give each feature mean 0 and deviation 1, by fixed statistics. first_task: those of the "
+                  "first task's un-augmented images, measured before the head learns; or a safetensors file "
+                  "with `mean` and `std` (D,), read when the model is built."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -48,12 +48,12 @@ class HeadConfig:
 
 
 def share_of(images: int) -> float:
-    """The weight of newly learnt images in what is fitted to them, against that of earlier ones."""
+    """The weight of newly learnt images in a fit, relative to that of earlier images."""
     return min(1.0, images / _ENOUGH)
 
 
 def at_least_float32(features: torch.Tensor) -> torch.Tensor:
-    """Features as they are summed: those of half precision in float32."""
+    """Features as they are summed: half precision becomes float32."""
     return features.to(torch.promote_types(features.dtype, torch.float32))
 
 
@@ -84,7 +84,7 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def check_class(cls) -> str | None:
-        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        """What the class lacks, worded to follow its name in a message; None if it is complete."""
         learns, fits = inspect.getattr_static(cls, "needs_teacher") is not False, issubclass(cls, FittedHead)
         if cls.fitted != fits:
             return f"has fitted {cls.fitted}, which heads derived from FittedHead have and no others; derive it so"
@@ -100,9 +100,10 @@ class Head(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], has_teacher: bool) -> list[tuple[str, str]]:
-        """List the problems of a recipe's fields for this head, as pairs of a field and a problem with its remedy.
+        """Problems of a recipe's fields for this head, as pairs (field, problem and remedy).
 
-        The values of `fields` may be of any type: types are checked elsewhere. `has_teacher`: it learns from one.
+        The values of `fields` may be of any type: types are checked elsewhere. `has_teacher`: whether it has a
+        teacher.
         """
         return []
 
@@ -130,16 +131,16 @@ class Head(nn.Module, ABC):
         """Hook called once a task is learnt (ridge regression solves here); does nothing by default."""
 
     def choices(self) -> dict[str, float]:
-        """What the head chose by itself, by the name of the option."""
+        """Option -> value, for options that the head chose by itself."""
         return {}
 
     def read_layers(self, size: int) -> None:
         """Set up what a head that `reads_layers` needs, for layers of this width."""
 
     def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
-        """How known images are (B,), of features (B, D), means of layers (B, 3, W) and logits (B, C); higher is more.
+        """Known score (B,) from features (B, D), means of layers (B, 3, W) and logits (B, C); higher: more known.
 
-        None for a head that does not tell.
+        None for a head without one.
         """
 
     def check_growth(self) -> None:
@@ -147,7 +148,7 @@ class Head(nn.Module, ABC):
 
     @torch.no_grad()
     def keep(self, task: int, rows: list[int]) -> None:
-        """Keep these classes of a task, in this order, and drop the others; without any the block goes.
+        """Keep these classes of a task, in this order, and drop the others; an empty block is removed.
 
         Every tensor of a block has a row per class.
         """
@@ -182,8 +183,8 @@ class Head(nn.Module, ABC):
 class FittedConfig(HeadConfig):
     scale: float | Literal["auto"] = field(
         default=10.0,
-        metadata={"help": "Factor of the scores as logits: for confidence, not accuracy; auto: logits whose "
-                  "confidence is the accuracy, fitted after every task to leave-one-out scores of its images."},
+        metadata={"help": "Factor from scores to logits. It changes confidence, not accuracy. auto: fitted after "
+                  "every task to leave-one-out scores of its images, so that mean confidence equals accuracy."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -266,7 +267,7 @@ class FittedHead(Head):
 
     @property
     def stays(self) -> str | None:
-        """Why the sums cannot be moved when the features move; None if they can, by `move`."""
+        """Why the sums cannot be moved along with the features; None if `move` can do it."""
         return f"the sums of a {self.name} head cannot be moved"
 
     @torch.no_grad()
@@ -279,12 +280,12 @@ class FittedHead(Head):
         raise NotImplementedError(f"{type(self).__name__} does not say what it reads of layers.")
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Scores (N, C) of prepared features (N, M) that are in the sums, each by a head without that one."""
+        """Scores (N, C) of prepared features (N, M) that are in the sums, each by a head that never learnt it."""
         raise NotImplementedError(f"{type(self).__name__} does not say its leave-one-out scores.")
 
     @torch.no_grad()
     def end_task(self) -> None:
-        """Fit what is told by leave-one-out scores to the images learnt since the last time."""
+        """Fit what depends on leave-one-out scores to the images learnt since the last fit."""
         recent = self._recent.take()
         if recent is not None:
             labels, features, *layers = recent
@@ -325,13 +326,13 @@ class FittedHead(Head):
 
     @property
     def forgets(self) -> bool:
-        """Whether dropping a class takes all that its images left out of the sums."""
+        """Whether dropping a class removes its images from the sums completely."""
         return True
 
     def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Raise ValueError for features (B, D) that were certainly not learnt with these labels (B,).
 
-        By default nothing is known about it.
+        By default nothing can be known about that.
         """
 
     def check_forgotten(self, task: int, row: int) -> None:

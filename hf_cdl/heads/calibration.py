@@ -1,11 +1,11 @@
-r"""Logits of a fitted head whose softmax is a confidence that one can trust.
+r"""Logits of a fitted head, scaled so that their softmax is a trustworthy confidence.
 
     z_c = T (f_c - m) / \sqrt{0.8 s^2 + 0.2 v}
 
 with scores f_c over all classes, their mean m and variance s^2 for this image, and v the mean of s^2 over images
-(ours). The order of the classes is that of the scores. v and T are fitted to leave-one-out scores, those of a head
-that has learnt all images but the one in question, since the scores of images that a head was fitted to are too good.
-T makes the mean confidence the accuracy.
+(ours). The order of the classes is that of the scores. v and T are fitted to leave-one-out scores, each from a head
+that has learnt all images but the one in question, because scores of images that a head was fitted to are too good. T
+is chosen so that the mean confidence equals the accuracy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _RANGE, _STEPS = (1e-3, 1e6), 60
 
 
 class RecentImages:
-    """Labels (N,) of images learnt since the head was last solved, and what is read of them, evenly thinned out.
+    """Labels (N,) and tensors of images learnt since the head was last solved, evenly thinned out.
 
-    `most`: how many are kept at least; there may be twice as many.
+    `most`: images kept at least, if there are so many; there may be twice as many.
     """
 
     def __init__(self, most: int = _MOST) -> None:
@@ -58,7 +58,7 @@ def standardised(scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
 
 
 def fit_scale(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """The factor T that makes the mean largest softmax of scores (N, C) the accuracy on labels (N,), by bisection."""
+    """The factor T at which the mean largest softmax of scores (N, C) is the accuracy on labels (N,); by bisection."""
     right = int((scores.argmax(dim=1) == labels).sum())
     accuracy, low, high = (right + 1) / (len(labels) + 2), *_RANGE
     for _ in range(_STEPS):

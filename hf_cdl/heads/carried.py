@@ -1,7 +1,7 @@
-"""What is fitted to images of earlier times, carried over to a head that has learnt since then.
+"""Statistics fitted to earlier images, carried over to a head that has learnt more classes since.
 
-New classes change what a head says of images of earlier ones, and these are gone. But the sums say how such images
-look: normal ones about the means of classes. What the head says of some drawn ones, before and after, is the change.
+New classes change a head's scores of earlier images, and these images are gone. But the sums describe how they were
+distributed: normally around the means of their classes. So some are drawn, and the change is that of their scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _IMAGES = 512
 
 @torch.no_grad()
 def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Own features (N, D) and layers (N, 3, W) of images of learnt classes, by the sums that are solved."""
+    """Draw own features (N, D) and layers (N, 3, W) of images of learnt classes, from the sums that were solved."""
     known, centres = head.known, head.of_classes("centre").double()[learnt(head)]
     generator = torch.Generator().manual_seed(0)  # the same whenever a run goes on
     noise = torch.randn(-(-_IMAGES // len(centres)), *centres.shape, dtype=torch.float64, generator=generator)
@@ -33,7 +33,7 @@ def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def told(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
-    """The parts (N, 6) of the score of own features (N, D) and layers (N, 3, W), by classes that were learnt."""
+    """The parts (N, 6) of the known score of own features (N, D) and layers (N, 3, W), from learnt classes only."""
     own = learnt(head)
     scores = head.mapped(x) @ head.of_classes("weight").to(x)[own].T
     scores = scores if not head.has_bias else scores + head.of_classes("bias").to(x)[own]

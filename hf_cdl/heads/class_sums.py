@@ -1,4 +1,4 @@
-"""What the images of a task's classes leave in a head of sums, and symmetric matrices packed to a triangle."""
+"""The sums that a head keeps of the images of a task's classes, and symmetric matrices packed to a triangle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ZERO, _STRANGE = 1e-12, 1e-6
 
 
 class ClassSums(nn.Module):
-    """What the images of a task's C_t classes leave: `total` (C_t, M) and `count` (C_t,), and the solved weights.
+    """Sums over the images of a task's C_t classes, `total` (C_t, M) and `count` (C_t,), and the solved weights.
 
     With `per_class` also `grams` (C_t, M (M + 1) / 2), the upper triangle of each class's Gram matrix. With `known`
     (D, W), the widths of features and layers, `layer_total` (C_t, 3, W) and perhaps `layer_grams` likewise, of the
@@ -62,7 +62,7 @@ class ClassSums(nn.Module):
 
 
 def sums_of(block: Any) -> ClassSums:
-    """A head's block, as what it is."""
+    """A head's block, with its type."""
     return block
 
 
@@ -87,7 +87,7 @@ def _upper(width: int) -> int:
 
 @torch.no_grad()
 def strangers(head: Any, mapped: torch.Tensor, labels: torch.Tensor) -> int:
-    """Number of images that were certainly not learnt by a head with these labels (B,), of what is summed (B, M)."""
+    """Number of images (B, M), as they are summed, that a head certainly never learnt with these labels (B,)."""
     if head.gram is not None:
         return _outside(read(head.gram), mapped)
     grams = torch.cat([read(sums_of(block).grams) for block in head.blocks])

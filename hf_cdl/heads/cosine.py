@@ -16,8 +16,8 @@ from hf_cdl.heads.linear import LinearHead, NormalisedLinear
 
 @dataclass(frozen=True)
 class CosineConfig(HeadConfig):
-    scale: float = field(default=10.0, metadata={"help": "Factor eta of the cosines (where it starts, if learnt)."})
-    learn_scale: bool = field(default=True, metadata={"help": "Train the scale, in every task, as in the paper."})
+    scale: float = field(default=10.0, metadata={"help": "Factor eta of the cosines (its initial value, if learnt)."})
+    learn_scale: bool = field(default=True, metadata={"help": "Train the scale in every task, as in the paper."})
 
     def __post_init__(self):
         super().__post_init__()

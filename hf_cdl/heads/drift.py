@@ -1,19 +1,19 @@
-r"""Sums over images that are moved as features move, when a backbone goes on learning without those images.
+r"""Move sums over images as the features move, when a backbone continues to learn without those images.
 
     x' = x + (x - m) A + d    A = V diag(s / (s^2 + \lambda)) U^T (Y - Y_m)    d = y_m
 
 is a ridge regression of the change Y (N, M) of some images' features on the features X (N, M) that they had before,
 centred, with the singular value decomposition U diag(s) V^T of the centred X. Along directions in which those images
-do not vary nothing is moved but by the mean d. Class sums and Gram matrices of x' follow from those of x alone.
+do not vary, only the mean d moves anything. Class sums and Gram matrices of x' follow from those of x alone.
 
-The sums to be moved are of other classes than those images, so \lambda is chosen by leaving out whole classes: with
-H = U diag(s^2 / (s^2 + \lambda)) U^T + 1 / N and a class's rows g, the map of all others leaves of the change of its
-images (I - H_{gg})^{-1} (Y - H Y)_g.
+The sums belong to other classes than those images, so \lambda is chosen by leaving out whole classes. With
+H = U diag(s^2 / (s^2 + \lambda)) U^T + 1 / N and a class's rows g, the map fitted to all other classes leaves an error
+of (I - H_{gg})^{-1} (Y - H Y)_g in the change of its images.
 
 After semantic drift compensation (SDC, Yu et al. 2020, arXiv 2004.00440), which moves class means by a kernel
 smoother, and learnable drift compensation (LDC, Gomez-Villa et al. 2024, arXiv 2407.08536), which moves them by a
-linear map; that it moves second moments too, as SLDC (Rao et al. 2025, arXiv 2511.09926) does with covariances, by
-sums alone, and that it leaves classes out are ours.
+linear map. Ours: second moments are moved too, as SLDC (Rao et al. 2025, arXiv 2511.09926) does with covariances, from
+sums alone; and classes are left out to choose \lambda.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _ROUNDING = 1e-12
 class Drift(NamedTuple):
     """A map of features (M,): `into` (M, K), `out` (K, M) with A = into out; `mean` (M,); `shift` (M,).
 
-    `change`: how far the images moved, as a share of how far they are from their mean; `explained`: the share of the
-    squared change, beyond its mean, of the images of a class that the map of all others tells; `strength`: lambda.
+    `change`: how far the images moved, relative to their distance from their mean. `explained`: the share of a class's
+    squared change, beyond the mean change, that the map fitted to all other classes predicts. `strength`: lambda.
     """
 
     into: torch.Tensor
@@ -46,12 +46,12 @@ class Drift(NamedTuple):
     strength: float
 
     def sums(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """Sums (..., M) of `count` (...,) images each, moved."""
+        """Move sums (..., M) of `count` (...,) images each."""
         count = count.to(total)[..., None]
         return total + (total - count * self.mean) @ self.into @ self.out + count * self.shift
 
     def gram(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
-        """A Gram matrix (M, M) of `count` images, whose sum is `total` (M,), moved."""
+        """Move a Gram matrix (M, M) of `count` images, whose sum is `total` (M,)."""
         offset = self.shift - self.mean @ self.into @ self.out
         half = gram + (gram @ self.into) @ self.out
         moved = half + self.out.T @ (self.into.T @ half)
@@ -59,7 +59,7 @@ class Drift(NamedTuple):
         return moved + across + across.T + count * torch.outer(offset, offset)
 
     def part(self, size: int) -> Drift:
-        """The map of the first `size` dimensions, by these alone."""
+        """The map of the first `size` dimensions, from these alone."""
         return self._replace(
             into=self.into[:size], out=self.out[:, :size], mean=self.mean[:size], shift=self.shift[:size]
         )
@@ -68,7 +68,7 @@ class Drift(NamedTuple):
 def fit_drift(before: torch.Tensor, after: torch.Tensor, labels: torch.Tensor | None = None) -> Drift:
     """The drift of images whose features were `before` (N, M) and are `after` (N, M), by ridge regression.
 
-    `labels` (N,): which images are left out together, with all views of them; those below 0 have no class.
+    `labels` (N,): images with the same label, in all their views, are left out together; below 0: no class.
     """
     x, moved = before.double(), after.double() - before.double()
     mean, shift = x.mean(dim=0), moved.mean(dim=0)

@@ -32,7 +32,7 @@ _SMALLEST = 1e-2
 
 
 def layers_read(depth: int) -> list[int]:
-    """Indices of the hidden states that are looked at, of a backbone with `depth` layers."""
+    """Indices of the hidden states that the score uses, for a backbone with `depth` layers."""
     return [0, depth // 2, depth]
 
 
@@ -71,7 +71,7 @@ class Known(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether images have been learnt since it was made, so that it can tell."""
+        """Whether the score has been fitted to images, so that it can be used."""
         return bool(self.gauge[1].any())
 
     # ---- at a task's end ----
@@ -114,10 +114,10 @@ class Known(nn.Module):
         count: torch.Tensor,
         share: float,
     ) -> None:
-        """Fit z and the quantiles to images that are in the sums, each left out; `solve` comes first.
+        """Fit z and the quantiles to images that are in the sums, each left out in turn. Call `solve` first.
 
-        `labels` (N,), `logits` (N, C) left out likewise, `centres` (C, D) from `solve`, class counts (C,); `share`:
-        weight of these images against those of earlier times.
+        `labels` (N,), `logits` (N, C) with the image left out likewise, `centres` (C, D) from `solve`, class counts
+        (C,); `share`: weight of these images relative to earlier ones.
         """
         x, layers, logits, centres = (value.double() for value in (x, layers, logits, centres))
         near, around, deep = self._left_out(x, layers, labels, centres, count)
@@ -135,7 +135,7 @@ class Known(nn.Module):
         self._note(self.quantiles, self._sum(parts), share)
 
     def carry(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Move z as `parts` (N, 6) of the same images moved while classes were learnt."""
+        """Move z in the way that `parts` (N, 6) of the same images moved while classes were learnt."""
         (low, was), (high, now) = ((value.mean(dim=0), value.var(dim=0, correction=0)) for value in (before, after))
         old = self.gauge[1, :-1].double().square()
         new = torch.where(now > was, old + now - was, old * now / was.clamp(min=1e-12))
@@ -208,7 +208,7 @@ class Known(nn.Module):
     # ---- shares ----
 
     def threshold(self, share: float) -> float:
-        """The score that this share of images of known classes reaches; below it an image is `unknown`."""
+        """The score that this share of images of known classes reaches. Below it, an image is `unknown`."""
         at = (1 - share) * _STEPS
         low = min(int(at), _STEPS - 1)
         least, most = self.quantiles[low : low + 2].double()

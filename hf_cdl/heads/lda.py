@@ -21,12 +21,12 @@ _LEAST = 1e-6
 class LdaConfig(SumsConfig):
     scale: float | Literal["auto"] = field(
         default=1.0,
-        metadata={"help": "Factor of the scores, which are log-likelihoods: for confidence, not accuracy."},
+        metadata={"help": "Factor of the scores (log-likelihoods); it changes confidence, not accuracy."},
     )
     shrinkage: float | Literal["auto"] = field(
         default="auto",
-        metadata={"help": "Share a of a multiple of the identity in the covariance, above 0 to 1; auto: as much as "
-                  "ridge regression would choose, anew after every task."},
+        metadata={"help": "Share a, above 0 and up to 1, of a multiple of the identity in the covariance; auto: as "
+                  "ridge regression would choose, after every task."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ class LdaHead(SumsHead):
     config: LdaConfig
 
     def drop_means(self, block: ClassSums, gone: list[int]) -> None:
-        """A dropped class whose images stay in G leaves it its scatter, but not its mean."""
+        """Of a dropped class whose images stay in G, the scatter is kept, but not the mean."""
         total = read(block.total)[gone]
         add(self.gram, -total.T @ (total / movable(block.count)[gone, None]))
 
@@ -86,7 +86,7 @@ class LdaHead(SumsHead):
         return factor
 
     def leave_one_out(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        r"""Scores by means and covariance without each image; the shrinkage's share of the identity stays.
+        r"""Scores from means and covariance without each image; the share of the identity is not changed.
 
         With d = h - \mu_y, the mean becomes \mu_y - d / (n_y - 1) and the covariance \Sigma_a - k d d^T, whose inverse
         follows by Sherman and Morrison.
@@ -107,7 +107,7 @@ class LdaHead(SumsHead):
         return linear - (square + gain * along.square()) / 2
 
     def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor:
-        r"""Scores by the covariance without these images; the shrinkage's share of the identity stays.
+        r"""Scores from the covariance without these images; the share of the identity is not changed.
 
         With U the images' deviations from their mean and P = \Sigma_a^{-1}, the inverse of \Sigma_a - k U^T U is
         P + k P U^T (I - k U P U^T)^{-1} U P (Woodbury).

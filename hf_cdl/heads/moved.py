@@ -1,4 +1,4 @@
-"""The sums of a head, moved as its features move: see drift.py."""
+"""Move the sums of a head as its features move: see drift.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_cdl.heads.drift import Drift
 
 @torch.no_grad()
 def move_sums(head: Any, drift: Drift, layers: Sequence[Drift]) -> None:
-    """Move the sums of a head of sums by the drift of what is summed, and of the means of each layer it reads."""
+    """Move a head's sums by the drift of the summed features, and by that of the means of each layer it reads."""
     count, total = head.of_classes("count"), head.of_classes("total")
     images = count.sum()
     if head.gram is not None:

@@ -20,20 +20,20 @@ from hf_cdl.heads.validation import choose_strength
 class RidgeConfig(SumsConfig):
     strength: float | Literal["auto"] = field(
         default="auto",
-        metadata={"help": "Lambda, added to the diagonal of the Gram matrix; auto: chosen anew after every task by "
-                  "generalised cross-validation, from the sums alone. With soft targets a number."},
+        metadata={"help": "Lambda, added to the diagonal of the Gram matrix; auto: chosen after every task from the "
+                  "sums, by generalised cross-validation. With soft_targets it must be a number."},
     )  # fmt: skip
     balanced: bool = field(
         default=False,
-        metadata={"help": "Divide each class's weights by the root of its number of images, relative to the others: "
-                  "classes of few images are no longer answered too rarely."},
+        metadata={"help": "Divide each class's weights by the root of its relative number of images, so that classes "
+                  "with few images are not answered too rarely."},
     )  # fmt: skip
     soft_targets: float = field(
-        default=0.0, metadata={"help": "Share rho of the teacher's answers in the targets, the labels have the rest."}
+        default=0.0, metadata={"help": "Share rho of the teacher's softmax in the targets; the labels have the rest."}
     )
     temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature tau of the teacher's softmax; a fitted teacher's scores have none."},
+        metadata={"help": "Temperature tau of the teacher's softmax; not for a teacher with a fitted head."},
     )
 
     def __post_init__(self):

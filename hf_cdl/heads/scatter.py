@@ -1,6 +1,6 @@
 """Covariances from sums over images, and Mahalanobis distances by them.
 
-They are shrunk towards a diagonal as much as the images ask for (OAS, Chen et al. 2010, arXiv 0907.4698).
+They are shrunk towards a diagonal; the images determine by how much (OAS, Chen et al. 2010, arXiv 0907.4698).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _ROUNDING, _NONE = 1e-6, 1e-3
 class Scatter(NamedTuple):
     """A shrunk covariance of D-dimensional images.
 
-    `factor` (D, D): F with inverse covariance F F^T. `own`: what one image's square has in it, as a share.
+    `factor` (D, D): F with inverse covariance F F^T. `own`: the share of one image's square in the covariance.
     """
 
     factor: torch.Tensor
@@ -45,7 +45,7 @@ def shrunk(scatter: torch.Tensor, images: int, scale: torch.Tensor) -> Scatter:
 
 
 def deviations(gram: torch.Tensor, mean: torch.Tensor, images: int) -> torch.Tensor:
-    """Deviations (D,) of the dimensions, of a Gram matrix (D, D) and the mean (D,), none of them too small."""
+    """Standard deviations (D,), from a Gram matrix (D, D) and the mean (D,), none of them too small."""
     square = gram.diagonal() / images
     found = (square - mean.square()).clamp(min=0).sqrt()
     least = torch.maximum(_LEAST * found.mean(), _ROUNDING * square.mean().sqrt())
@@ -53,7 +53,7 @@ def deviations(gram: torch.Tensor, mean: torch.Tensor, images: int) -> torch.Ten
 
 
 def left_out(square: torch.Tensor, own: float, images: torch.Tensor | int) -> torch.Tensor:
-    """Squared distances (N,) to a mean of `images` (N,), by statistics without the image, of those with it."""
+    """Squared distances (N,) to a mean of `images` (N,) from statistics without the image, given those with it."""
     gain = images / (torch.as_tensor(images) - 1).clamp(min=1)
     return gain**2 * square / (1 - own * gain * square).clamp(min=1e-3)
 

@@ -55,7 +55,7 @@ class Standardise(nn.Module):
         check_finite({name: found[name] for name in ("mean", "std")}, f"The file of statistics '{self.given}'")
         if (found["std"] < 0).any() or not (found["std"] > 0).any():
             raise ValueError(
-                f"The file of statistics '{self.given}' has a std that is no deviation: below 0, or all 0."
+                f"The file of statistics '{self.given}' has a std that is not a deviation: below 0, or all 0."
             )
         init.copy_(self.mean, found["mean"])
         init.copy_(self.std, found["std"])

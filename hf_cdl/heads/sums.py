@@ -1,7 +1,7 @@
 """Heads solved in closed form from sums over the images: a Gram matrix, and class sums with their counts.
 
-Sums add up, so whatever happens to a classifier is exact: images are added to any class or taken away again, and
-classes are merged or removed, in any order, with the same solution as learning the final images at once.
+Sums can be added and subtracted, so every change of a classifier is exact: images are added to any class or removed,
+and classes are merged or removed, in any order. The solution is the same as from learning the final images at once.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class SumsConfig(FittedConfig):
     features: int | None = field(
         default=None, metadata={"help": "Number M of random features in place of the D own ones; null: none."}
     )
-    own_features: bool = field(default=False, metadata={"help": "Keep the own features beside the random ones."})
+    own_features: bool = field(default=False, metadata={"help": "Use the own features beside the random ones."})
     sums: bool | str = field(
         default=True,
-        metadata={"help": "Keep the Gram matrix and the class sums; per_class: a Gram matrix of each class, so that a "
-                  "class can be forgotten without its images; false: a smaller head that can only answer."},
+        metadata={"help": "Store the Gram matrix and the class sums; per_class: one Gram matrix per class, so that a "
+                  "class can be removed without its images; false: none, a smaller head that cannot learn more."},
     )  # fmt: skip
     known: float | None = field(
         default=None,
-        metadata={"help": "Tell how known an image is; the share of images of known classes, such as 0.95, for which "
-                  "`unknown` must not be answered when that is asked for."},
+        metadata={"help": "Also score how known an image is. The value is the share of images of known classes, such "
+                  "as 0.95, that keep their answer when you ask for `unknown`."},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -73,9 +73,9 @@ class SumsHead(FittedHead):
     `own_features` both side by side, the own ones with four times the squared length of the random ones. Ours:
     P ~ N(0, 1 / D), so that h has the scale of x. A subclass solves for weights of all classes in `solve`.
 
-    `gram` (M, M) is the Gram matrix of all `images` that were learnt, classes removed without their images included;
-    it is not stored if every class has its own. `gone` (D, D) is what the means of those classes leave in it, see
-    `drop_means`.
+    `gram` (M, M) is the Gram matrix of all `images` learnt, including those of classes that were removed without their
+    images. It is not stored if every class has its own. `gone` (D, D) is the share of the means of those classes in
+    it, see `drop_means`.
     """
 
     config_class: ClassVar[type] = SumsConfig
@@ -135,7 +135,7 @@ class SumsHead(FittedHead):
 
     @abstractmethod
     def choose(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> float:
-        """Choose the option `choice`, from what `solve` gets."""
+        """Choose the option `choice`, from the arguments of `solve`."""
 
     @abstractmethod
     def solve(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -164,14 +164,14 @@ class SumsHead(FittedHead):
             init.zeros_(value)
 
     def standardised(self, features: torch.Tensor) -> torch.Tensor:
-        """The own features (B, D), standardised if the head does that."""
+        """The backbone's own features (B, D), standardised if the head does that."""
         return super().prepare(features)
 
     def prepare(self, features: torch.Tensor) -> torch.Tensor:
         return self.mapped(self.standardised(features))
 
     def mapped(self, features: torch.Tensor) -> torch.Tensor:
-        """What is summed (B, M) of own features (B, D)."""
+        """Map own features (B, D) to what is summed (B, M)."""
         if self.projection is None:
             return features
         mapped = torch.relu(features @ self.projection.to(features))
@@ -185,7 +185,7 @@ class SumsHead(FittedHead):
         return (_OWN * self.config.features / (2 * self.hidden_size)) ** 0.5  # |ReLU(x P)|^2 is about M |x|^2 / 2D
 
     def own(self, prepared: torch.Tensor) -> torch.Tensor:
-        """The own features (B, D) in prepared ones (B, M), for a head that has them."""
+        """The own features (B, D) within prepared ones (B, M), for a head that has them."""
         return prepared[:, : self.hidden_size] / self._own
 
     def check_growth(self) -> None:
@@ -196,7 +196,7 @@ class SumsHead(FittedHead):
             )
 
     def drop_sums(self) -> None:
-        """Keep only what inference needs, weights and random map, and what was chosen."""
+        """Keep only what inference needs (weights and random map) and the options that were chosen."""
         self.config = replace(self.config, sums=False)
         for module in (self, *self.blocks):
             for name in {"gram", "images", "layer_gram", "gone", *self.class_sums} & module._buffers.keys():
@@ -270,9 +270,9 @@ class SumsHead(FittedHead):
         super().keep(task, rows)
 
     def drop_means(self, block: ClassSums, gone: list[int]) -> None:
-        """Take notice of classes of a task, as rows of its block, that are dropped without their images.
+        """Account for classes of a task, given as rows of its block, that are dropped without their images.
 
-        To `known` they leave their scatter, but not their means: all their images would be far from any class.
+        For `known` their scatter stays, but not their means: all their images would be far from any class.
         """
         if self.gone is not None:
             add(self.gone, _squares(self._own_total(block)[gone], movable(block.count)[gone]))
@@ -316,7 +316,7 @@ class SumsHead(FittedHead):
         return unpacked(self.width, torch.cat([read(sums_of(block).grams) for block in self.blocks]).sum(dim=0))
 
     def of_classes(self, name: str) -> torch.Tensor:
-        """A buffer of the blocks over all classes (C, ...), as numbers."""
+        """One buffer of all blocks, over all classes (C, ...), as numbers."""
         values = [getattr(block, name) for block in self.blocks]
         return movable(torch.cat([read(value) if name in self.bits else value for value in values]))
 
@@ -346,7 +346,7 @@ class SumsHead(FittedHead):
     def class_left_out(self, features: torch.Tensor, label: int) -> torch.Tensor | None:
         """Scores (N, C) of all images of a class, prepared features (N, M), by a head that never learnt them.
 
-        The column of the class means nothing. None for a head that cannot tell.
+        The column of that class has no meaning. None for a head that cannot do this.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""What a head would say of images of a class that it never learnt: of images whose class is taken out of its sums."""
+"""How a head would score images of a class that it never learnt: the class is taken out of its sums."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CLASSES = 8
 
 @torch.no_grad()
 def unlearnt(head: Any, features: torch.Tensor, labels: torch.Tensor, layers: torch.Tensor) -> torch.Tensor | None:
-    """How known images are (N,) to a head that never learnt their class; None if no class can be left out.
+    """Known scores (N,) of images by a head that never learnt their class; None if no class can be left out.
 
-    `features` (B, D), `labels` (B,), `layers` (B, 3, W) as they were learnt. Classes of which there are all images can
-    be left out; of many, 8 are. What the head chose or fitted stays.
+    `features` (B, D), `labels` (B,), `layers` (B, 3, W) as they were learnt. A class can be left out if all its images
+    are there; at most 8 are. Whatever the head chose or fitted stays.
     """
     gram, total, count = head.own_sums(head.gram_matrix())
     squares, sums = head.layer_sums()

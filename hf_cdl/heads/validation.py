@@ -4,8 +4,8 @@ r"""The strength of ridge regression by generalised cross-validation, from sums 
     RSS = tr Y^T Y - 2 tr W^T C + tr W^T G W    df = tr G (G + \lambda I)^{-1}    W = (G + \lambda I)^{-1} C
 
 for n images with one-hot targets Y (n, C), Gram matrix G (M, M) and class sums C (M, C). GCV estimates the squared
-error of images that were left out. For the largest score to be that of the right class less shrinkage will do: half of
-its minimum is as good or better on every stream that was tried (ours).
+error on images that were left out. Less shrinkage is enough for the right class to have the largest score: half of the
+minimiser was as good or better on every stream that was tried (ours).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class FolderOrigin(Origin):
         for path, source in checkpoint_files(self.folder).items():
             if source.is_symlink() or source.parent.is_symlink() or not source.is_file():
                 raise HubError(
-                    f"{visible(source)} is a link or no regular file, so it is not taken over: it may stand for any "
+                    f"{visible(source)} is a link or not a regular file, so it is not copied: it may stand for any "
                     "file of this machine. Put a copy of the file itself there."
                 )
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
         learnt = config.get("tasks") if isinstance(config, dict) else None
         if not isinstance(learnt, list) or not learnt:
             raise RunError(
-                f"{visible(checkpoint)} is no checkpoint of hf_cdl that knows classes (tasks in config.json)."
+                f"{visible(checkpoint)} is not a checkpoint of hf_cdl that knows classes (tasks in config.json)."
             )
         results = _alone(config, checkpoint, role) if root is None else results_of(root)
     revision = len(learnt)

@@ -59,9 +59,9 @@ class Origin(ABC):
         return self.revision - len(self.changes)
 
     def settled(self) -> Self:
-        """The same model as one whose present classes are its tasks, for a run that goes on from a changed one.
+        """The same model with its present classes as tasks, for a run that continues from a changed student.
 
-        What its accuracies are since the changes was not measured.
+        Its accuracies since the changes were not measured.
         """
         if not self.changes:
             return self
@@ -113,7 +113,7 @@ class Origin(ABC):
         except RunError as error:
             said = str(error).replace(f"{visible(folder)}/", "its ")
             raise HubError(
-                f"The {self.role} in {self.place} cannot be taken over: {said} Name another state with --revision "
+                f"The {self.role} in {self.place} cannot be used: {said} Name another state with --revision "
                 "task-NN, or another model."
             ) from error
 
@@ -167,8 +167,8 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
         if not commits or tag not in (None, *commits):
             listed = ", ".join(sorted(commits)) or "none"
             raise HubError(
-                f"{repository} has no tag {tag or 'task-NN'} to go on from; its tags: {listed}. Name one of them with "
-                "--revision, or another repository."
+                f"{repository} has no tag {tag or 'task-NN'} to continue from; its tags: {listed}. Name one of them "
+                "with --revision, or another repository."
             )
         tag = tag or max(commits, key=lambda name: int(name[5:]))
         size = _files(api, repository, commits[tag]).get("results.json", 0)
@@ -195,7 +195,7 @@ def unmeasured(count: int) -> dict[str, Any]:
 def check_role(results: dict[str, Any], role: str, revision: int, where: str) -> None:
     if results.get("role", role) != role or finished_revisions(results, role) < revision:
         raise HubError(
-            f"{where} is no {role} of {revision} tasks, by its results.json. Name where a {role} is, and with "
+            f"By its results.json, {where} is not a {role} of {revision} tasks. Name where a {role} is, and with "
             "--revision task-NN a state that it has been in."
         )
 

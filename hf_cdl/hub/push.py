@@ -87,7 +87,7 @@ class Pusher:
                 if _status(error) in _PERMANENT:
                     raise HubError(self._reason(error, repository)) from None
                 self.say(
-                    f"The Hub cannot be reached now ({self._reason(error, repository)}). The run goes on; what is "
+                    f"The Hub cannot be reached now ({self._reason(error, repository)}). The run continues; what is "
                     "finished is pushed as soon as the Hub answers."
                 )
 

@@ -1,1 +1,1 @@
-"""A trained model in use: its answers for many images, and how right they are."""
+"""A trained model in use: classify many images, and measure how accurate the answers are."""

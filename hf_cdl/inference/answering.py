@@ -28,7 +28,7 @@ _MOST_WORKERS = 16
 class Batch(NamedTuple):
     """A model's outputs for one batch: `logits` (B, C) in float32 of the images `indices`, and why others have none.
 
-    `known` (B,): how known the images are, of a model that tells.
+    `known` (B,): how known the images are, for a model that scores this.
     """
 
     indices: list[int]
@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What is said of an image: names of classes and their scores, the most likely one first.
+    """The answer for an image: class names and scores, the most likely class first.
 
     `confidence`: the probability of the most likely class. `unknown`: the image is rejected, so that `unknown` is the
     first answer.
@@ -85,8 +85,8 @@ def outputs(
 ) -> Iterator[Batch]:
     """Yield the model's outputs for all images, in order. `bar.update(n)` is told how many are done.
 
-    `workers`: processes that decode; 0: this one does; None: as many as the machine has use for. Raises ValueError for
-    a model whose outputs are no classes.
+    `workers`: processes that decode images; 0: this process does; None: as many as help on this machine. Raises
+    ValueError for a model whose outputs are not classes.
     """
     if getattr(model.config, "problem_type", None) == "regression":
         raise ValueError(
@@ -128,7 +128,7 @@ def answers(
 ) -> Iterator[tuple[int, Answer | str]]:
     """Index and answer of each image of a batch, or why it has none, in order; `top` answers of each.
 
-    `limits` (C,): those of hf_cdl.unknown.thresholds; an image that is less known is answered as the pipeline does.
+    `limits` (C,): those of hf_cdl.unknown.thresholds. An image that is less known is rejected, as in the pipeline.
     """
     found: dict[int, Answer | str] = dict(batch.unreadable)
     if batch.indices:
@@ -160,7 +160,7 @@ def share_kept(model: Any, given: float | bool) -> float:
 
 
 def useful_workers(batches: int) -> int:
-    """How many processes should decode: a core each, but no more than there are batches beside the first one."""
+    """Number of decoding processes: one per core, but fewer than there are batches."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if batches < 2 else min(cores, _MOST_WORKERS, batches - 1)
 

@@ -1,7 +1,7 @@
 """A page of the images that a model is least sure of, with its answers: one HTML file that needs no network.
 
-Its size is bounded: thumbnails are small, and it has at most MOST_SHOWN of them. Which these are is known at the end,
-so until then only their names are kept, and they are read once more.
+Its size is bounded: it has at most MOST_SHOWN small thumbnails. Which images these are is known only at the end, so
+only their names are kept, and the images are read once more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TEMPLATE = Path(__file__).with_name("contact_sheet.html.jinja")
 
 
 class ContactSheet:
-    """Collects answers, and keeps those that the model is least sure of: first of all the images that it rejects."""
+    """Collects answers and keeps those that the model is least sure of, rejected images first."""
 
     def __init__(self, most: int = MOST_SHOWN) -> None:
         self.most = most

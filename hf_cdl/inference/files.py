@@ -1,4 +1,4 @@
-"""Which files are classified, and the tables that their answers are written to, row by row: csv, jsonl, parquet."""
+"""The files to classify, and the tables of their answers, written row by row: csv, jsonl, parquet."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class CsvTable(Table):
 
 
 class JsonTable(Table):
-    """One JSON object per line, without what a row has not."""
+    """One JSON object per line, without empty fields."""
 
     def __init__(self, file: Path, columns: Sequence[str]):
         self.stream = file.open("w", encoding="utf-8")
@@ -174,5 +174,5 @@ def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def utf8(text: str) -> str:
-    """Text that every table can hold: of a file's name that is no UTF-8, the other bytes are escaped."""
+    """Text that every table can hold: in a file name that is not UTF-8, invalid bytes are escaped."""
     return text.encode("utf-8", "backslashreplace").decode()

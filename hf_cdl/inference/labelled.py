@@ -22,7 +22,7 @@ from hf_cdl.runs.files import RunError
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images of one split; `labels`: the class name of each, `classes`: all names that the data have."""
+    """Images of one split; `labels`: the class name of each, `classes`: all class names of the data."""
 
     table: Dataset
     labels: list[str]
@@ -53,10 +53,9 @@ def read_labelled(
 ) -> Labelled:
     """Read the images of a split: the one that is `named`, or test, validation, or the only one.
 
-    `image`, `label`: the columns that hold them, if it is not clear which.
-
-    Images that the student learnt, as far as they are known, are left out, unless the split is named.
-    Raises ValueError if there are none, and for labels without a name.
+    `image`, `label`: their columns, if there are several candidates. Images that the student learnt, as far as they
+    are known, are left out, unless the split is named. Raises ValueError if there are none, and for labels without a
+    name.
     """
     found = load_splits(path, None, None, [named], label)
     split = _chosen(found, named)
@@ -111,6 +110,6 @@ def _noted(images: Labelled, note: str) -> Labelled:
 
 
 def numbers_of(labels: Sequence[str], known: Sequence[str]) -> np.ndarray:
-    """The model's number of each label's class; -1 where it knows none of that name."""
+    """The model's index of each label's class; -1 if it does not know a class of that name."""
     places = {nfc(name): number for number, name in enumerate(known)}
     return np.array([places.get(nfc(label), -1) for label in labels], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Which of some labelled images a student learnt: how right it is on these says little of others."""
+"""Find the labelled images that a student learnt: its accuracy on them says little about other images."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from hf_cdl.runs.ledger import labelled_part
 def learnt_rows(table: Dataset, cells: Cells, split: str, path: str, student: Student) -> tuple[set[int], bool]:
     """Rows of a split of the data at `path` that the student learnt, and whether its data are still the same.
 
-    In the data of its run they are known by their place; in a folder inside of that, or around it, and among images
-    that it was changed with later, by their content. Raises ValueError or OSError if the data cannot be read.
+    In the data of its run they are identified by their place. In a folder inside or around these data, and among
+    images that the student was changed with later, they are identified by their content. Raises ValueError or OSError
+    if the data cannot be read.
     """
     rows, same = _of_tasks(table, cells, split, path, student)
     if digests := _of_changes(student):

@@ -1,4 +1,4 @@
-"""How right a model is on labelled images: accuracy, per class too, confusions, and confidence against accuracy."""
+"""Measure a model on labelled images: accuracy (also per class), confusions, and confidence against accuracy."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Options(NamedTuple):
 class Measured:
     """What was measured of one revision. `labels`, `answers`, `confidence`: (N,) of the images of known classes.
 
-    `classes`: all that the model knows, whose numbers labels and answers are; `indices` (N,): of the images;
-    `unknown`: images per class that it does not know; `metrics` in percent, as is `told`: how many images of known
-    classes are kept, and how well those of unknown ones are told from them: see told_apart.
+    `classes`: all classes the model knows; labels and answers are indices into it. `indices` (N,): those of the
+    images. `unknown`: images per class that the model does not know. `metrics` and `told` are in percent; `told` says
+    how many images of known classes are kept, and how well those of unknown ones are told from them, see told_apart.
     """
 
     revision: str
@@ -75,7 +75,7 @@ class Measured:
         return np.bincount(self.labels * size + self.answers, minlength=size * size).reshape(size, size)
 
     def confused(self) -> list[tuple[str, str, int]]:
-        """What was taken for what, and how often, the most frequent first."""
+        """(true class, answer, count) of confusions, the most frequent first."""
         wrong = Counter(zip(self.labels[~self.correct].tolist(), self.answers[~self.correct].tolist(), strict=True))
         pairs = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:_CONFUSED]
         return [(self.classes[true], self.classes[answer], count) for (true, answer), count in pairs]
@@ -128,9 +128,9 @@ def measure(
     options: Options,
     bar: Any = None,
 ) -> Measured:
-    """Measure a model on the images of the classes that it knows; with a share to keep, also how it tells others.
+    """Measure a model on images of the classes it knows; with a share to keep, also how well it rejects others.
 
-    Raises ValueError if it knows none of the classes, if none of the images can be read, or if it cannot tell.
+    Raises ValueError if it knows none of the classes, if no image can be read, or if it cannot reject images.
     """
     classes = labels_of(model.config)
     limits = None if options.reject is None else thresholds(model, options.reject)

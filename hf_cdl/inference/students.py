@@ -48,12 +48,12 @@ class Student:
 
     @property
     def short(self) -> str:
-        """Its revision, or the last part of its name without one: for tables, pictures and names of files."""
+        """Its revision, else the last part of its name: for tables, pictures and file names."""
         return visible(self.revision or self.state or Path(self.place).name)
 
     @property
     def measured(self) -> int | None:
-        """Index of the task after which its accuracy was measured last; None if it was not."""
+        """Index of the task after which its accuracy was last measured; None if it never was."""
         if self.results is None or self.role not in self.results["roles"]:
             return None
         tasks = len(self.results["roles"][self.role]["accuracy_matrix"])
@@ -62,7 +62,7 @@ class Student:
 
     @property
     def changes(self) -> int:
-        """How often it was changed since it was measured."""
+        """Number of changes since it was last measured."""
         tasks = len(self.results["class_names"]) if self.results is not None else 0
         finished = finished_revisions(self.results, self.role) if self.results is not None else 0
         return max(0, (finished if self.state is None else int(self.state[5:])) - tasks)
@@ -71,7 +71,7 @@ class Student:
 def find_student(name: str, revision: str | None = None) -> Student:
     """Find the model that a user names; in a run's folder the newest student, or its `revision` (task-NN).
 
-    Raises RunError for a folder that holds none, and HubError for what can be no repository.
+    Raises RunError for a folder without a model, and HubError for a name that cannot be a repository.
     """
     place = Path(name).expanduser()
     if place.is_dir():
@@ -80,7 +80,7 @@ def find_student(name: str, revision: str | None = None) -> Student:
         raise RunError(f"{visible(name)} is a file. Give a run's folder, a checkpoint's, or OWNER/NAME on the Hub.")
     if not HUB_ID.fullmatch(name):
         raise HubError(
-            f"There is no folder {visible(name)}, and no repository is called so. Give a run's folder "
+            f"There is no folder {visible(name)}, and no repository of this name. Give a run's folder "
             "(runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub."
         )
     return _on_hub(Student(name, revision))

@@ -1,4 +1,4 @@
-"""What answers over many images tell together: numbers per class, confidence, and if the images look different."""
+"""A summary of the answers for many images: counts per class, confidence, and whether the images look different."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 8
 
 
 class Reference(NamedTuple):
-    """What a run recorded of its own evaluation images: mean confidence in percent, and how many they were."""
+    """A run's record of its own evaluation images: their mean confidence in percent, and their number."""
 
     confidence: float
     images: int
@@ -54,10 +54,11 @@ class Summary:
         return 100 * self._sum / self.images
 
     def spread(self, mean: float) -> float:
-        """Standard deviation of the confidence in points, as far as so few images tell.
+        """Standard deviation of the confidence in points, estimated cautiously.
 
-        One more image counts, with the largest variance that a confidence of this `mean`, in percent, can have: a
-        single image, or a few that are alike, have next to none of their own, and any difference would seem proven.
+        One more image is counted, with the largest variance that a confidence of this `mean`, in percent, can have.
+        Otherwise a single image, or a few similar ones, would have almost no variance, and any difference would seem
+        proven.
         """
         own = max(0.0, self._squares - self._sum**2 / self.images)
         return math.sqrt((100**2 * own + mean * (100 - mean)) / (self.images + 1))
@@ -80,7 +81,7 @@ class Summary:
             yield self.told(1 - share)
 
     def told(self, expected: float) -> str:
-        """The share of rejected images against that of images of known classes, in 0..1: more means others."""
+        """Compare the share of rejected images with that of known classes, in 0..1: more means other images."""
         own = self.rejected / self.images
         said = f"rejected as unknown: {100 * own:.1f} %; of images of its own classes {100 * expected:.3g} % would be"
         chance = 2 * math.sqrt(max(expected * (1 - expected), 1 / self.images) / self.images)
@@ -89,7 +90,7 @@ class Summary:
         return f"{said}. {'The difference may be chance' if own > expected else 'That is no more than expected'}."
 
     def compared(self, reference: Reference | str) -> str:
-        """The confidence against that on images whose accuracy is known: lower means that these images differ."""
+        """Compare the confidence with that on images of known accuracy: lower means that these images differ."""
         said = f"mean confidence: {self.confidence:.1f} %"
         if isinstance(reference, str):
             return f"{said}; {reference}"
@@ -109,7 +110,7 @@ class Summary:
 
 
 def reference_of(student: Student) -> Reference | str:
-    """The confidence that a student's run recorded, or in words why it is not known."""
+    """The confidence that a student's run recorded, or the reason why it is not known."""
     results, task = student.results, student.measured
     if results is None or task is None:
         return "no results of a run lie beside this model, so there is nothing to compare it with"

@@ -1,7 +1,7 @@
 """Changes of a trained classifier: images added or corrected, classes removed, renamed or merged.
 
-With a fitted head every change is exact: the model is the one that learning the final images at once would have given
-(with the same standardisation). A change that fails leaves the model as it was; the last one can be undone.
+With a fitted head every change is exact: the result is the model that would have learnt the final images at once (with
+the same standardisation). A change that fails leaves the model unchanged. The last change can be undone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _BATCH, _PAIRS = 32, 20
 class Change:
     """What a change did.
 
-    `images`: number of images added (or taken away, below 0) by class name. `classes`: new name of each class whose
-    name changed, None of one that is gone. `notes`: what may not have been meant.
+    `images`: class name -> number of images added (negative: removed). `classes`: old -> new name of each class that
+    was renamed, None if it was removed. `notes`: effects that you may not have intended.
     """
 
     kind: str
@@ -225,7 +225,7 @@ def _changing(model: Any, head: bool = True) -> Iterator[None]:
 
 
 def check_still(model: Any, what: str) -> None:
-    """Raise ValueError if features moved since images were learnt, so that what they left is not known exactly."""
+    """Raise ValueError if features moved since images were learnt, so that their sums are not known exactly."""
     if model.later is not None and len(model.tasks) > 1:
         raise ValueError(
             f"To {what} takes what images left in the sums out again, but this model's features moved in sessions "

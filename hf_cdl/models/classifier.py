@@ -146,7 +146,7 @@ class ImageClassifier(nn.Module):
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """What a pass runs."""
+        """The modules that a forward pass runs."""
         return [self.model]
 
     def freeze(self) -> None:
@@ -155,14 +155,14 @@ class ImageClassifier(nn.Module):
             parameter.requires_grad_("mask_token" not in name)
 
     def follow(self, teacher: Any) -> None:
-        """Do nothing: it keeps nothing of its teacher."""
+        """Do nothing: a classifier keeps nothing of its teacher."""
 
     def rates(self) -> dict[nn.Parameter, float]:
         """No learning-rate factors: everything trains at the full rate."""
         return {}
 
     def later_session(self, task: int) -> None:
-        """No task has one."""
+        """None: a classifier has no later sessions."""
 
     def end_session(self) -> None:
         """Do nothing: there are no sessions."""

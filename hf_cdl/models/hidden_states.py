@@ -1,4 +1,4 @@
-"""Which hidden states a pass keeps: those that the caller asks for, and those that a head reads."""
+"""The hidden states that a forward pass keeps: those that the caller or a head requests."""
 
 from __future__ import annotations
 

@@ -36,8 +36,9 @@ class CDLForImageClassification(LearnsInSessions):
 
     `begin_task(class_names)` adds a block of parameters to every part that grows and freezes the earlier blocks. The
     KD head, if there is one, reads the KD token, or CLS if prompts are mapped. With a fitted head everything else is
-    fixed, except in a session: on the first task, or with `later_sessions` on others too, the rest trains with a
-    temporary head until `end_session()`, KD token and prompts with another; the fitted head reads CLS and KD token.
+    fixed, except in a session: on the first task (with `later_sessions` also on later ones), the rest trains with a
+    temporary head until `end_session()`. KD token and KD prompts train with a temporary KD head; the fitted head reads
+    CLS and KD token.
     Raises ValueError for an unsupported backbone, prompt type, head or combination of them.
     """
 
@@ -164,33 +165,33 @@ class CDLForImageClassification(LearnsInSessions):
         """Learn images of new and of known classes, in one pass; new classes become a task.
 
         `images`: pixel values (N, 3, H, W), or a list of PIL images or files, which `processor` prepares (by default
-        the one that is stored with the model); `labels`: the class name of each. As all methods here it leaves the
-        model as it was if it fails, and returns what it did. Raises ValueError for a head that is trained, and for
-        images or labels that cannot be used.
+        the one stored with the model). `labels`: the class name of each image. Like all methods that change a student,
+        it returns what it did, and leaves the model unchanged if it fails. Raises ValueError for a trained head, and
+        for images or labels that cannot be used.
         """
         return changes.add(self, images, labels, processor)
 
     def correct(self, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
         """Give images that were learnt with the labels `was` their right `labels`.
 
-        Raises ValueError as `add` does, and for images that certainly were not learnt.
+        Raises ValueError as `add` does, and for images that were certainly never learnt.
         """
         return changes.correct(self, images, labels, was, processor)
 
     def remove(self, name: str, images: Any = None, processor: Any = None) -> Change:
-        """Remove a class: it is never answered again.
+        """Remove a class: the model never answers with it again.
 
-        With all its training `images`, or with a head that keeps sums per class, what they left in the head is taken
-        out too: the head is one that never saw them. Raises ValueError if these are not the images it was learnt from.
+        Given all its training `images`, or with a head that keeps sums per class, the head becomes one that never saw
+        them. Raises ValueError if these are not the images that the class was learnt from.
         """
         return changes.remove(self, name, images, processor)
 
     def rename(self, old: str, new: str) -> Change:
-        """Rename a class. Raises ValueError for an unknown class and a name that another has."""
+        """Rename a class. Raises ValueError for an unknown class, and for a name that another class has."""
         return changes.rename(self, old, new)
 
     def merge(self, names: Sequence[str], name: str) -> Change:
-        """Make one class of several, called `name`, at the place of the first. Raises ValueError as `add` does."""
+        """Merge several classes into one called `name`, at the place of the first. Raises ValueError as `add` does."""
         return changes.merge(self, names, name)
 
     def undo(self) -> Change:
@@ -289,7 +290,7 @@ class CDLForImageClassification(LearnsInSessions):
 
     @property
     def reads_query(self) -> bool:
-        """Whether a known query saves a pass of the backbone: before the prompted one, or the only one."""
+        """Whether a known query saves a pass of the backbone: the query pass, or without prompts the only one."""
         return self.needs_query or (self.is_plain and not self._heads()[0].reads_layers)
 
     @can_return_tuple
@@ -305,12 +306,11 @@ class CDLForImageClassification(LearnsInSessions):
     ) -> CDLOutput:
         """Compute logits of images (B, 3, H, W) over all classes seen so far, and the loss given labels (B,).
 
-        The loss is cross-entropy. A known `query` (B, D_q) saves the query pass, and without
-        prompts the only one. `task_id` is the current task, for a
-        model that trains on it or, in evaluation mode, teaches it. In training `logits` come from the CLS head, in
-        evaluation they are (1 - alpha) * CLS head + alpha * KD head. `output_hidden_states` may list the indices of
-        those to keep: 0 for the embeddings, -1 for the last layer. `labelled`: number of images, from the first, that
-        count in the pool's loss; the others have no labels.
+        The loss is cross-entropy. A known `query` (B, D_q) saves the query pass; without prompts that is the only
+        pass. `task_id` is the current task, for a model that trains on it or, in evaluation mode, teaches it. In
+        training `logits` come from the CLS head, in evaluation they are (1 - alpha) * CLS head + alpha * KD head.
+        `output_hidden_states` may list the indices of those to keep: 0 for the embeddings, -1 for the last layer.
+        `labelled`: number of images, from the first, that count in the pool's loss; the others have no labels.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states or None

@@ -27,7 +27,7 @@ from hf_cdl.types import ModelShape, Prompt, Prompts, Tokens, is_ours
 
 
 class Encoded(NamedTuple):
-    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and the rest.
+    """Result of a prompted pass: CLS feature (B, D), KD token output (B, D; the CLS feature if none), and more.
 
     `layers`: (B, 3, D), the mean patch tokens of the layers that a head reads.
     """
@@ -161,7 +161,7 @@ class PromptedBackbone(PreTrainedModel):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the features are what a query is: the CLS feature of the backbone, without any prompts."""
+        """Whether the features equal a query: the CLS feature of the backbone, without any prompts."""
         prompted = (self.pool, self.mapping, self.kd_prompt, self.query_backbone)
         return prompted == (None,) * 4 and not self.config.patch_mean
 
@@ -177,7 +177,7 @@ class PromptedBackbone(PreTrainedModel):
 
     @property
     def session_size(self) -> int:
-        """Width of those that a session's head reads, which come first."""
+        """Width of the leading features, which a session's head reads."""
         return self.shape.hidden_size * (2 if self.config.patch_mean else 1)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a model's query is asked with: checks of its settings, and pixels of another resolution or normalisation."""
+"""A model's query: checks of its settings, and conversion of pixels to its resolution and normalisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def check_query(config: Any, own: bool, needed: bool) -> None:
-    """Raise ValueError for settings of a query that nothing would read.
+    """Raise ValueError for query settings that would have no effect.
 
     `own`: whether the model's pool reads one; `needed`: whether a forward pass needs an un-prompted one.
     """

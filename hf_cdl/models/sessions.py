@@ -1,4 +1,4 @@
-"""Sessions in which prompts, adapters or backbone learn under a fitted head: on the first task, and on later ones."""
+"""Sessions, in which prompts, adapters or backbone of a model with a fitted head learn: on the first task, or more."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ _ANCHORS = 2000
 
 @dataclass(frozen=True)
 class LaterSessions:
-    """How what learnt in the first session goes on learning. Raises ValueError for a value out of range."""
+    """How training goes on after the first session. Raises ValueError for a value out of range."""
 
     until: int | None = field(
-        default=None, metadata={"help": "Number of the last task with a session, from 1; null: every task has one."}
+        default=None, metadata={"help": "Last task with a session, counted from 1; null: every task has one."}
     )
-    rate: float = field(default=1.0, metadata={"help": "Learning rate after the first session, as a share of it."})
+    rate: float = field(default=1.0, metadata={"help": "Factor of the learning rate after the first session."})
     keep: float = field(
         default=0.0,
-        metadata={"help": "Weight of a loss that keeps the standardised features of images (keep_on) as they were "
-                  "before the session: their mean squared difference."},
+        metadata={"help": "Weight of a loss that holds features in place: the mean squared change, since the session "
+                  "began, of the standardised features of images (keep_on)."},
     )  # fmt: skip
     drift: Literal["linear", "none"] = field(
         default="linear",
-        metadata={"help": "What becomes of the head's sums over the images of earlier tasks: linear moves them by a "
-                  "map of the features before to those after, none leaves them."},
+        metadata={"help": "How the head's sums over images of earlier tasks follow the features. linear: a linear map "
+                  "from the features before the session to those after it moves them; none: they stay."},
     )  # fmt: skip
     anchors: Literal["task", "unlabelled", "both"] = field(
         default="task",
-        metadata={"help": "Images to which that map is fitted: the task's with three augmented views of each, "
-                  "data.unlabelled, or both.", "unlabelled": True},
+        metadata={"help": "Images to which this map is fitted: the task's, with three augmented views of each, those "
+                  "of data.unlabelled, or both.", "unlabelled": True},
     )  # fmt: skip
     keep_on: Literal["task", "unlabelled", "both"] = field(
         default="task",
-        metadata={"help": "Images whose features keep holds, in every batch: the task's, those of data.unlabelled "
-                  "beside them, which belong to no task, or both.", "unlabelled": True},
+        metadata={"help": "Images of a batch whose features `keep` holds: the task's, those of data.unlabelled, or "
+                  "both.", "unlabelled": True},
     )  # fmt: skip
 
     def __post_init__(self):
@@ -72,15 +72,15 @@ class LaterSessions:
 
     @property
     def held(self) -> tuple[bool, bool]:
-        """Whether `keep` holds features of a task's images, and of the unlabelled ones beside them."""
+        """Whether `keep` holds features of the task's images, and whether it holds those of the unlabelled images."""
         return self.keep > 0 and self.keep_on != "unlabelled", self.keep > 0 and self.keep_on != "task"
 
 
 def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
     """Raise ValueError unless the head, the first session and the trainable parts fit together.
 
-    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. The last follows its teacher's prompts,
-    which no sums would.
+    `prompts`: which of "prompts", "KD prompts" and "a mapping" the model has. A mapping follows the teacher's prompts;
+    sums of features cannot.
     """
     first, kind = config.first_session, config.head["type"]
     fitted, maps = HEADS[kind].fitted, "a mapping" in prompts
@@ -101,7 +101,7 @@ def check_session(config: CDLConfig, prompts: Sequence[str]) -> None:
             )
     elif config.later_sessions is not None:
         raise ValueError(
-            f"later_sessions go on from a first one. Give first_session a trained head, as {example(fitted=False)}."
+            f"later_sessions continue a first session. Give first_session a trained head, as {example(fitted=False)}."
         )
     elif fitted and learns:
         raise ValueError(
@@ -122,13 +122,13 @@ def check_one_head(parts: Mapping[str, object], what: str) -> None:
 
 
 class LearnsInSessions(Checkpointed):
-    """A model that learns in every task, or under a fitted head in sessions alone."""
+    """A model that learns in every task or, with a fitted head, only in sessions."""
 
     later: LaterSessions | None
 
     @property
     def reads_token(self) -> bool:
-        """Whether the head reads the KD token beside CLS: a fitted one, as no KD head is fitted."""
+        """Whether the head reads the KD token beside CLS: a fitted head does, because no KD head is fitted."""
         kind = HEADS.get(self.config.head.get("type", ""))
         return self.kd_prompt is not None and kind is not None and kind.fitted
 
@@ -230,7 +230,7 @@ class Session:
     ) -> dict[str, torch.Tensor]:
         """The losses of a batch with `keep` among them, which is also added to their sum.
 
-        Of its images (B, 3, H, W) the first `labelled` are the task's.
+        The first `labelled` of its images (B, 3, H, W) are the task's.
         """
         if self.later.keep == 0:
             return losses

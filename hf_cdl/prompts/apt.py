@@ -36,7 +36,7 @@ from hf_cdl.types import KV
 @dataclass(frozen=True)
 class APTConfig:
     layers: tuple[int, ...] | None = field(default=None, metadata={"help": "Backbone layers with prompts; null: all."})
-    ema: float = field(default=0.7, metadata={"help": "Share a of the earlier tasks when a task's prompt is merged."})
+    ema: float = field(default=0.7, metadata={"help": "Weight a of the earlier tasks when a task's prompt is merged."})
     teach_with: Literal["trained", "merged_before"] = field(
         default="trained",
         metadata={"help": "A teacher's prompt: the one just trained, or the merged one of earlier tasks (authors)."},

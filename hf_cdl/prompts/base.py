@@ -44,7 +44,7 @@ class PromptPool(nn.Module, ABC):
 
     @classmethod
     def check_class(cls) -> str | None:
-        """What a class lacks of what its attributes promise, to follow its name in a message; None if nothing."""
+        """What the class lacks, worded to follow its name in a message; None if it is complete."""
         if not cls.needs_query and cls.similarity is not PromptPool.similarity:
             return (
                 "has a similarity of queries, but not needs_query, so there would be none; set that, or leave it out"
@@ -53,7 +53,7 @@ class PromptPool(nn.Module, ABC):
 
     @classmethod
     def check_recipe(cls, fields: Mapping[str, Any], role: str) -> list[tuple[str, str]]:
-        """List the problems of a recipe's fields for this pool, as pairs of a field and a problem with its remedy.
+        """Problems of a recipe's fields for this pool, as pairs (field, problem and remedy).
 
         The values of `fields` may be of any type: types are checked elsewhere. `role`: of the model, as "student".
         """

@@ -47,7 +47,7 @@ class DualPromptConfig:
     )
     reserved_tasks: int = field(
         default=0,
-        metadata={"help": "Tasks whose untrained keys compete in evaluation (authors: all tasks); 0: only seen ones."},
+        metadata={"help": "Tasks whose keys compete in evaluation, seen or not (authors: all tasks); 0: only seen."},
     )
 
     def __post_init__(self):

@@ -30,24 +30,22 @@ class KDPromptConfig:
     length: int = field(default=6, metadata={"help": "Tokens of a KD prompt, half keys, half values; 0: token only."})
     layers: int | None = field(
         default=None,
-        metadata={
-            "help": "KD prompts reach layers 1 .. layers-1 (the authors' '12'); None: every layer but the first."
-        },
+        metadata={"help": "KD prompts are in layers 1 .. layers-1 (authors: 12); null: in every layer but the first."},
     )
     alpha: float = field(
-        default=0.5, metadata={"help": "Share of the KD head in evaluation: (1 - alpha) * cls + alpha * kd."}
+        default=0.5, metadata={"help": "Weight of the KD head in evaluation: (1 - alpha) * cls + alpha * kd."}
     )
     token_init: Literal["uniform", "cls"] = field(
-        default="uniform", metadata={"help": "KD token starts in U(0, 1) as published, or as a copy of the CLS token."}
+        default="uniform", metadata={"help": "Initialisation of the KD token: U(0, 1) as published, or the CLS token."}
     )
     prompt_init: Literal["uniform", "normal"] = field(
-        default="uniform", metadata={"help": "KD prompts start in U(0, 1) as published, or in N(0, 0.02)."}
+        default="uniform", metadata={"help": "Initialisation of the KD prompts: U(0, 1) as published, or N(0, 0.02)."}
     )
 
     later_rate: float = field(
         default=1.0,
         metadata={
-            "help": "Factor of the KD token's and KD prompts' learning rate after the first task; 0 keeps them."
+            "help": "Factor of the KD token's and KD prompts' learning rate after the first task; 0 freezes them."
         },
     )
 

@@ -39,7 +39,7 @@ class MappingConfig:
         default=True, metadata={"help": "Every task adds components; false: one set for all tasks (authors)."}
     )
     alpha: float = field(
-        default=0.5, metadata={"help": "Share of the KD head in evaluation: (1 - alpha) * cls + alpha * kd."}
+        default=0.5, metadata={"help": "Weight of the KD head in evaluation: (1 - alpha) * cls + alpha * kd."}
     )
 
     def __post_init__(self):

@@ -31,10 +31,10 @@ from hf_cdl.types import Tokens
 
 @dataclass(frozen=True)
 class VPTConfig:
-    length: int = field(default=10, metadata={"help": "Tokens in the sequence of a layer."})
+    length: int = field(default=10, metadata={"help": "Prompt tokens in a layer's sequence."})
     layers: tuple[int, ...] | None = field(
         default=None,
-        metadata={"help": "Backbone layers with tokens of their own; null: all (VPT-deep), [0]: VPT-shallow."},
+        metadata={"help": "Backbone layers with their own tokens; null: all (VPT-deep), [0]: VPT-shallow."},
     )
 
     def __post_init__(self):

@@ -212,7 +212,7 @@ def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) 
     if first is None:
         if model.has("later_sessions"):
             yield (
-                f"'{role}.later_sessions' go on from a first one; set '{role}.first_session' to a trained head, as "
+                f"'{role}.later_sessions' continue a first session; set '{role}.first_session' to a trained head, as "
                 f"{{type: {heads(False)[0]}}}, or leave them out"
             )
         if is_fitted(head) and (learns or (role == "student" and listed)):
@@ -236,7 +236,7 @@ def _session_rules(model: Written, terms: list[WrittenTerm], listed: list[Any]) 
         if taught and model.has("lora") and term.kind.student_parts:
             yield f"{term.name} trains tokens beside 'student.lora', which adapts the backbone alone; {instead}"
         elif "mapping" in term.kind.student_parts:
-            why = "go on changing after a fitted head has read them"
+            why = "continue to change after a fitted head has read them"
             yield f"{term.name} maps the teacher's prompts, which {why}; {instead}"
 
 
@@ -268,7 +268,7 @@ def _teacher_rules(content: dict[str, Any], models: dict[str, Written]) -> Itera
     if taken and content.get("teacher") is None:
         yield "'teacher_from' names a run, but 'teacher' is null; describe the teacher as that run does"
     if teacher and teacher.ready and taken:
-        yield "'teacher_from' takes over a teacher, 'teacher.train' null uses a ready one; keep one of them"
+        yield "'teacher_from' uses a run's trained teacher, 'teacher.train' null uses a ready one; keep one of them"
     if teacher and teacher.ready and teacher.section.get("pretrained") is False:
         yield "'teacher.train' is null, but 'teacher.pretrained' is false: it would teach by chance"
 

@@ -36,7 +36,7 @@ Training = Annotated[dict[str, Any], training]
 
 
 def _help(text: str, classifier: bool = False, **default: Any) -> Any:
-    """A field with its description; `classifier`: in a model's section, whether a model: classifier has it too."""
+    """A field with its description. `classifier`: whether a model's section has it with model: classifier too."""
     return field(**default, metadata={"help": text, "classifier": classifier})
 
 
@@ -47,42 +47,42 @@ class ModelRecipe:
     backbone: str = _help("Hub id or folder of the pre-trained backbone, or of the classifier.", True)
     revision: str | None = _help("Commit, tag or branch of the backbone.", True, default=None)
     model: Literal["cdl", "classifier"] = _help(
-        "cdl: frozen backbone, prompts and heads; classifier: transformers' image classifier, trained whole on the "
-        "stream's only task.",
+        "cdl: frozen backbone with prompts and heads; classifier: transformers' image classifier, all weights of "
+        "which are trained on the stream's only task.",
         True,
         default="cdl",
     )
-    pretrained: bool = _help("Of a classifier; false: random weights, by its config alone.", True, default=True)
+    pretrained: bool = _help("Of a classifier: load its weights; false: random weights.", True, default=True)
     prompt: Prompt = _help("Prompt pool: type and its fields.", default_factory=lambda: {"type": "none"})
     head: Head = _help("Head: type and its fields.", default_factory=lambda: {"type": "linear"})
     first_session: Head | None = _help(
-        "Trained head with which prompts, adapters or backbone learn on the first task; then `head` is fitted.",
+        "Trained head beside which prompts, adapters or backbone learn on the first task; then `head` is fitted.",
         default=None,
     )
     later_sessions: Annotated[dict[str, Any], fields_of(LaterSessions)] | None = _help(
-        "How they go on learning in later tasks, each with a new such head: fields of it ({}: the defaults); null: "
-        "they learn on the first task alone.",
+        "Fields for learning in later tasks too, in each with a new head like that of first_session ({}: the "
+        "defaults); null: only the first task has a session.",
         default=None,
     )
     lora: Annotated[dict[str, Any], fields_of(LoraOptions)] | None = _help(
-        "Low-rank adapters (LoRA) on the backbone: fields of it; they learn in sessions alone.", default=None
+        "Fields of low-rank adapters (LoRA) on the backbone. They learn only in sessions.", default=None
     )
     kd_prompt: Annotated[dict[str, Any], fields_of(KDPromptConfig)] | None = _help(
-        "KD token and prompts; set by the terms that use them.", default=None
+        "Fields of KD token and KD prompts; the terms that use them set this.", default=None
     )
     mapping: Annotated[dict[str, Any], fields_of(MappingConfig)] | None = _help(
-        "Mapping of the teacher's prompts; set by its term.", default=None
+        "Fields of the mapping of the teacher's prompts; `prompt_mapping` sets this.", default=None
     )
     query: Literal["student", "self", "one_pass"] = _help(
-        "What selects prompts: the CLS feature of the student's frozen backbone (shared by both models), of the "
-        "model's own, or the CLS token that enters each layer (OS-Prompt; no query pass).",
+        "What selects prompts. student: the CLS feature of the student's frozen backbone, for both models; self: that "
+        "of the model's own; one_pass: the CLS token that enters each layer (OS-Prompt; no query pass).",
         default="student",
     )
-    patch_mean: bool = _help("The head reads the mean of the patch tokens beside CLS.", default=False)
+    patch_mean: bool = _help("The head reads the mean of the patch tokens in addition to CLS.", default=False)
     train_backbone: bool = _help("Train the backbone too (sequential fine-tuning).", default=False)
     train: Training | None = _help(
-        "Training arguments that differ for this model; null: a teacher that is a ready classifier of these classes "
-        "is used as it is.",
+        "Training arguments that differ for this model; null: do not train it (a teacher that already classifies "
+        "these classes).",
         True,
         default_factory=dict,
     )
@@ -90,12 +90,12 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class CardRecipe:
-    """The `card` section: facts for the model card that a run cannot know. It may change at any time."""
+    """The `card` section: facts for the model card that a run cannot know. You may change it at any time."""
 
-    license: str | None = _help("Licence of the models, by its name on the Hub (apache-2.0, mit ...).", default=None)
-    data_card: str | None = _help("The data's own page; by default that of its Hub id.", default=None)
+    license: str | None = _help("Licence of the models, as the Hub names it (apache-2.0, mit ...).", default=None)
+    data_card: str | None = _help("Web page of the data; null: that of its Hub id.", default=None)
     data_license: str | None = _help("Licence of the data, as its owners state it.", default=None)
-    pretraining: str | None = _help("What the backbones' pre-training saw of these classes.", default=None)
+    pretraining: str | None = _help("What the backbones saw of these classes in pre-training.", default=None)
 
 
 @dataclass(frozen=True)
@@ -107,47 +107,47 @@ class Recipe:
 
     name: str = _help("Name of the run, for titles.")
     data: StreamConfig = _help("The stream of tasks.")
-    student: ModelRecipe = _help("The small model that is deployed.")
+    student: ModelRecipe = _help("The small model that you keep.")
     teacher: ModelRecipe | None = _help("The large model that teaches; null: the student learns alone.", default=None)
     teacher_from: str | None = _help(
-        "Folder of a run with the same teacher, data and seed: its teacher is taken over instead of trained again.",
+        "Folder of a run with the same teacher, data and seed, whose trained teacher is used instead of a new one.",
         default=None,
     )
     distill: list[Term] = _help("Distillation terms, each with type, weight, ...", default_factory=list)
     ce_weight: float = _help("Weight of the student's cross-entropy (with one term: 1 - its weight).", default=1.0)
     train: Training = _help("Training arguments of both models.", default_factory=dict)
     protocol: Literal["default", "cdl"] = _help(
-        "cdl: the CDL authors' choices (raw pixels, their schedule, full batches only) where the recipe has none, and "
-        "their forgetting first in tables.",
+        "cdl: the CDL authors' defaults (raw pixels, their schedule, full batches only), and their forgetting first "
+        "in tables.",
         default="default",
     )
     normalise: bool = _help(
-        "Pixels with the image processors' mean and deviation; false: as they are, in [0, 1].", default=True
+        "Normalise pixels with the image processors' mean and deviation; false: raw pixels in [0, 1].", default=True
     )
     baselines: list[Literal["nearest_class_mean", "linear_head", "ridge_head"]] = _help(
-        "The student's bare backbone, measured beside the models (a classifier has none).",
+        "Simple heads on the student's frozen backbone, measured for comparison (not for a classifier).",
         default_factory=lambda: ["nearest_class_mean"],
     )
-    plugins: list[str] = _help("Python files that register models and methods of your own.", default_factory=list)
+    plugins: list[str] = _help("Python files that register your models and methods.", default_factory=list)
     save_backbone: bool = _help(
-        "Checkpoints hold the frozen backbones; false: what was learnt alone, and loading fetches the backbones.",
+        "Store the frozen backbones in checkpoints; false: store only what was learnt, and fetch them on loading.",
         default=True,
     )
     save_code: bool = _help(
-        "Checkpoints hold the model's code too, so that trust_remote_code loads them without hf_cdl.", default=False
+        "Store the model's code in checkpoints, so that trust_remote_code loads them without hf_cdl.", default=False
     )
     card: CardRecipe = _help("What model cards say that no run can know.", default_factory=CardRecipe)
     seed: int = _help("Seed of initialisation, data order and augmentation.", default=0)
-    output_dir: str | None = _help("Folder of the run; default runs/NAME.", default=None)
+    output_dir: str | None = _help("Folder of the run; null: runs/NAME.", default=None)
     cache: str | None = _help(
-        "Folder in which runs on this machine keep what frozen models say of images, and find it again: no number "
-        "changes by it. It may be deleted at any time; null: kept in memory alone, while the run goes on.",
+        "Folder in which runs on this machine share what frozen models computed for images. It changes no result, and "
+        "you may delete it at any time; null: only in memory, during the run.",
         default=None,
     )
     push_to_hub: bool = _help("Push the student to the Hugging Face Hub, a commit and a tag per task.", default=False)
     push_teacher: bool = _help("Push the teacher too, to the repository hub_model_id with -teacher.", default=False)
-    hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; default the run's name.", default=None)
-    hub_private_repo: bool = _help("Whether repositories that are made are private.", default=True)
+    hub_model_id: str | None = _help("Repository, OWNER/NAME or NAME; null: the run's name.", default=None)
+    hub_private_repo: bool = _help("Whether new repositories are private.", default=True)
     hub_strategy: Literal["every_task", "end"] = _help(
         "When to push: after every task, or at the end.", default="every_task"
     )

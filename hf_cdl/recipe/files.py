@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
             line, name = key.start_mark.line + 1, (key.tag, key.value)
             if (first := lines.get(name)) is not None:
                 where = f"in line {line}" if first == line else f"in lines {first} and {line}"
-                raise _Refused(f"the field '{visible(key.value)[:200]}' stands twice, {where}; leave one of them")
+                raise _Refused(f"the field '{visible(key.value)[:200]}' is given twice, {where}; leave one of them")
             lines[name] = line
         return node
 
@@ -137,7 +137,7 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
-            kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is no regular file"
+            kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is not a regular file"
             kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else kind
             raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}. Give a YAML file.")
         content = _parse(file.read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not a text file in UTF-8; a recipe is a YAML file.") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"{visible(file)} is not valid YAML, mend it here: {_shown(error)}") from error
+        raise RecipeError(f"{visible(file)} is not valid YAML; fix it here: {_shown(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file} must hold fields like 'name: ...', but holds {type(content).__name__}.")
     base = content.pop("base", None)

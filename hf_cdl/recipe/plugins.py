@@ -34,8 +34,8 @@ def load_plugins(files: Any) -> None:
         content = file.read_bytes() if file.is_file() and os.access(file, os.R_OK) else None
         if content is None or spec is None:
             raise RecipeError(
-                f"'plugins' names '{file}', which is no Python file that can be read (seen from {Path.cwd()}). Give "
-                "the path of one."
+                f"'plugins' names '{file}', which is not a Python file that can be read (seen from {Path.cwd()}). "
+                "Give the path of one."
             )
         if getattr(sys.modules.get(name), _CONTENT, None) == content:
             continue
@@ -52,6 +52,6 @@ def load_plugins(files: Any) -> None:
             where = f" at line {lines[-1]}" if lines else ""
             text = " ".join(str(error).split())[:200]
             raise RecipeError(
-                f"The plugin '{file}' failed{where}: {type(error).__name__}: {text}. Mend it, or leave it out of "
+                f"The plugin '{file}' failed{where}: {type(error).__name__}: {text}. Fix it, or leave it out of "
                 "'plugins'."
             ) from error

@@ -1,4 +1,4 @@
-"""Changes of a finished run's student: each is one more revision, and none is ever overwritten."""
+"""Changes of a finished run's student: each makes a new revision, and no revision is ever overwritten."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ChangingRun(Run):
             self.close()
             raise RunError(
                 f"The run in {self.folder} is not finished, and its next tasks build on the student as it is. Finish "
-                "it first: the command that began it goes on with it."
+                "it first: the command that started it resumes it."
             )
 
     @contextlib.contextmanager
@@ -89,17 +89,17 @@ class ChangingRun(Run):
         except (OSError, RunError) as error:
             raise RunError(
                 f"The change is stored as {name}, so do not make it again; but {self.folder / CHANGED}/ could not be "
-                f"made what it is: {first_line(error)}. Make room or fix the folder; the next command that changes "
-                "this run, or trains it, mends that."
+                f"updated: {first_line(error)}. Make room or fix the folder; the next command that changes "
+                "this run, or trains it, repairs that."
             ) from error
         return name
 
     def stored(self) -> dict[str, Any] | None:
-        """The change that was stored since the run's lock was held, also by a command that was then stopped."""
+        """The change stored since the run's lock was taken, also by a command that was then stopped."""
         return next(iter(read_ledger(self.folder).get("changes", [])[self._known :]), None)
 
     def undo(self, get: Callable[[int, Path], Any]) -> None:
-        """Go back, by one more revision, to the student before its last change that is not undone; within `changing`.
+        """Go back, with a new revision, to the student before its last change that is not undone; within `changing`.
 
         `get(revision, folder)` puts an earlier revision that is not in this run into a folder. Raises RunError if
         there is no change to undo.

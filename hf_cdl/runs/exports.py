@@ -1,4 +1,4 @@
-"""What is known of a student's files for devices: export.json beside them, which the run's results and card show."""
+"""Facts about a student's files for devices: export.json beside them, which the run's results and card show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "export.json"
 
 
 def exports_in(folder: Path) -> list[Any]:
-    """The content of a folder's export.json, unchecked: what was found of each file that is still there."""
+    """The content of a folder's export.json, unchecked, for each file that still exists."""
     if not (folder / FILE).is_file():
         return []
     content = read_json(folder / FILE)
@@ -27,6 +27,6 @@ def _is_there(folder: Path, name: Any) -> bool:
 
 
 def add_export(folder: Path, facts: dict[str, Any]) -> None:
-    """Note a file in its folder's export.json, in place of an earlier one of that name."""
+    """Record a file in its folder's export.json, replacing an earlier entry of that name."""
     kept = [other for other in exports_in(folder) if isinstance(other, dict) and other.get("file") != facts["file"]]
     write_json(folder / FILE, [*kept, facts])

@@ -259,7 +259,7 @@ def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | Non
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
-            return "is no file"
+            return "is not a file"
         if found.st_size != size:
             return f"has {found.st_size:,} bytes instead of {size:,}"
         if (thorough or found.st_mtime_ns != time) and content_hash(file) != digest:
@@ -321,7 +321,7 @@ def check_readable(file: Path) -> None:
     """Raise RunError for a pipe or device, which might never end, and for a file of more than LARGEST bytes."""
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise RunError(f"{visible(file)} is no regular file, so it was not read. Put the file itself there.")
+        raise RunError(f"{visible(file)} is not a regular file, so it was not read. Put the file itself there.")
     if found.st_size > LARGEST:
         raise RunError(
             f"{visible(file)} has {found.st_size:,} bytes; hf_cdl's files of results have less than {LARGEST:,}."

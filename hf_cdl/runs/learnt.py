@@ -1,7 +1,7 @@
-"""Which images the changes of a run's student added, moved and took away: files that stay in the run's folder.
+"""Which images the changes of a run's student added, moved and removed, in files that stay in the run's folder.
 
-`learnt/task-07.json` lists, of the change that made this revision, [digest, label before, label after] per image; null
-stands for not learnt. It holds no image, and is never pushed.
+`learnt/task-07.json` lists [digest, label before, label after] per image of the change that made this revision; null
+means not learnt. It holds no image, and is never pushed.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def new_ledger(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a stored recipe must stay while a run goes on: not its card, nor how its images are checked."""
+    """The part of a stored recipe that must not change when a run resumes: all but card and image check."""
     kept, data = {key: value for key, value in recipe.items() if key != "card"}, recipe.get("data")
     if isinstance(data, Mapping):
         kept["data"] = {key: value for key, value in data.items() if key != "check"}
@@ -126,12 +126,12 @@ def lasting(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plugin_hashes(files: Any) -> dict[str, str]:
-    """SHA-256 of plugin files, by path; of those that are there."""
+    """SHA-256 of plugin files that exist, by path."""
     return {file: content_hash(Path(file)) for file in files or [] if Path(file).is_file()}
 
 
 def edited_plugins(ledger: Mapping[str, Any], files: Any) -> list[str]:
-    """Plugin files, by the paths in `files`, that have other content than the ledger says."""
+    """Plugin files, by the paths in `files`, whose content differs from the ledger."""
     stored = ledger.get("plugins", {})
     return [file for file, now in plugin_hashes(files).items() if stored.get(file, now) != now]
 
@@ -141,7 +141,7 @@ def check_plugins(folder: Path, ledger: Mapping[str, Any], files: Any) -> None:
     if edited := edited_plugins(ledger, files):
         raise RunError(
             f"'plugins' names {', '.join(edited)}, which was edited since the run in {folder} was started: "
-            "going on would mix two methods. Nothing was touched. Put the old content back, or choose another "
+            "resuming would mix two methods. Nothing was touched. Put the old content back, or choose another "
             "folder with --output_dir FOLDER."
         )
 
@@ -227,7 +227,7 @@ def shortened(changes: Sequence[str], limit: int = 3) -> str:
 
 
 def labelled_part(stream: str | None) -> str | None:
-    """What a stream's fingerprint says of its labelled images."""
+    """The part of a stream's fingerprint about its labelled images."""
     return stream and stream.partition("+")[0]
 
 
@@ -266,7 +266,7 @@ def _problem(ledger: Any) -> str | None:
         where = ".".join(map(str, first["loc"])) or "the file"
         return f"{where}: {first['msg']}"
     if type(ledger.get("format", 1)) is not int or ledger.get("format", 1) < 1:
-        return f"format: {ledger['format']!r} is no number of a format"
+        return f"format: {ledger['format']!r} is not the number of a format"
     return next(_contradictions(ledger), None)
 
 
@@ -277,10 +277,10 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
         yield "entries of tasks, but no stream"
     for path in ledger.get("files", {}):
         if PurePosixPath(path).is_absolute() or {"..", "."} & {*path.split("/")} or "\\" in path or "\0" in path:
-            yield f"files: {path!r} is no path in the folder"
+            yield f"files: {path!r} is not a path in the folder"
     for role, of_role in entries.items():
         if not re.fullmatch(r"[A-Za-z]\w*", role):
-            yield f"entries: {role!r} is no role"
+            yield f"entries: {role!r} is not a role"
         if len(of_role) > planned:
             yield f"entries: {len(of_role)} of {role}, but there are {planned} tasks"
         for index, entry in enumerate(of_role):

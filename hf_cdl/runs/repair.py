@@ -35,8 +35,8 @@ class Findings:
 def examine(folder: Path, ledger: Mapping[str, Any]) -> Findings:
     """Examine a run's checkpoints and the other files it needs, without writing anything.
 
-    The newest checkpoint of a role and its copy in ROLE/ can restore each other, and whatever else has a file's
-    content restores that too. Older checkpoints are read only if a file's size or modification time changed, or if
+    The newest checkpoint of a role and its copy in ROLE/ can restore each other, and so can any other file with the
+    same content. Older checkpoints are read only if a file's size or modification time changed, or if
     the newest shares it, damaged. Raises RunError, naming what is lost, if a file has no intact copy.
     """
     found, files = Findings(), ledger.get("files", {})
@@ -99,7 +99,7 @@ def unreadable(file: Path) -> str | None:
     """Why a stored file is damaged, as far as can be seen without a fingerprint; None if it may be intact."""
     try:
         if not file.is_file():
-            return "is no file" if file.exists() else "is missing"
+            return "is not a file" if file.exists() else "is missing"
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return None

@@ -139,7 +139,7 @@ class Run:
                 f"{self.folder} holds a run of a different recipe; nothing was touched. Differences (there -> "
                 f"asked):\n"
                 + shortened(changes)
-                + "\nAsk for the same recipe to go on with it, or choose another folder with --output_dir FOLDER."
+                + "\nGive the same recipe to resume it, or choose another folder with --output_dir FOLDER."
             )
         if learnt:
             check_plugins(self.folder, ledger, self.recipe.get("plugins"))
@@ -183,7 +183,7 @@ class Run:
 
         `images`: split -> image counts per class, in stream order. `unlabelled`: the number of `images` without
         labels, and the `terms` that learn from them. `before`: the stream's fingerprint before the bad image that had
-        stopped the run was mended.
+        stopped the run was repaired.
         """
         if self.started and self.ledger["stream"] not in (fingerprint, before):
             changes = data_changes(self.ledger, class_names, images or {}, (unlabelled or {}).get("images", 0))
@@ -202,7 +202,7 @@ class Run:
             self._write_ledger()
 
     def stopped_by(self, image: tuple[str, int, int]) -> None:
-        """Note, in the process that met it, a bad image (split, row, bytes): with this one mended, the run goes on."""
+        """Record a bad image (split, row, bytes), in the process that found it; once repaired, the run resumes."""
         write_json(self.folder / "run.json", {**self.ledger, "bad_image": image})
 
     # ---- tasks learnt elsewhere ----
@@ -336,13 +336,13 @@ class Run:
             self.ledger.setdefault("costs", {})[role] = {**cost, "bytes": sum(file.stat().st_size for file in files)}
 
     def set_settings(self, role: str, settings: dict[str, Any]) -> None:
-        """Remember with which settings a role learns; written at once."""
+        """Store the settings with which a role learns; written at once."""
         if self.ledger.get("settings", {}).get(role) != settings:
             self.ledger["settings"] = {**self.ledger.get("settings", {}), role: settings}
             self._write_ledger()
 
     def set_hub(self, fields: dict[str, Any]) -> None:
-        """Remember where the run is pushed to, for a later push; written at once."""
+        """Store where the run is pushed to, for a later push; written at once."""
         if self.ledger.get("hub") != fields:
             self.ledger["hub"] = fields
             self._write_ledger()

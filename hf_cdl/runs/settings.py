@@ -1,7 +1,7 @@
-"""With which settings a role has learnt in a run: kept in the ledger, so that it goes on with the same ones or not.
+"""The settings with which a role has learnt in a run, stored in the ledger: it may only resume with the same ones.
 
-The recipe describes them for commands. A trainer that is made in Python has arguments, an objective, a model and a
-teacher that no recipe need name; it describes them as sections of JSON values, the `settings` below.
+For commands, the recipe describes them. A trainer made in Python has arguments, an objective, a model and a teacher
+without a recipe; it describes them as sections of JSON values, the `settings` below.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_cdl.runs.ledger import differences, shortened
 
 
 def check_settings(folder: Path, ledger: Mapping[str, Any], role: str, settings: Mapping[str, Any]) -> None:
-    """Raise RunError if what a role has learnt in the run, in whole tasks or in part, was learnt with other settings.
+    """Raise RunError if a role has learnt in the run with other settings, whole tasks or part of one.
 
     Fields of a section, or of a term in it, that an older version did not store are not compared.
     """

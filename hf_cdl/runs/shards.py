@@ -1,8 +1,9 @@
-"""A checkpoint's weights in files by what can still change, so that the next one shares what has not changed.
+"""Split a checkpoint's weights into files by what can still change, so that the next one shares unchanged files.
 
-What is settled (a frozen backbone, the blocks of earlier tasks) is stored once: a file of the checkpoint before whose
-weights are all still the same, to the bit, is linked, not written. That is found by comparing, whatever the method; so
-a damaged file is never handed on. The layout is transformers' own: model-0000k-of-0000n.safetensors, and an index.
+Weights that no longer change (a frozen backbone, the blocks of earlier tasks) are stored once: a file of the previous
+checkpoint whose weights are all still the same, to the bit, is linked, not written. This is found by comparing,
+whatever the method, so a damaged file is never passed on. The layout is transformers' own:
+model-0000k-of-0000n.safetensors, and an index.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Shard:
-    """The weights of one file; `source`: the file that holds just them already."""
+    """The weights of one file; `source`: an existing file with exactly these weights."""
 
     names: Set[str]
     source: Path | None = None
@@ -38,7 +39,7 @@ class Shard:
 def save_checkpoint(model: Any, processor: Any, folder: Path, before: Path) -> None:
     """Write a model and its image processor into a new folder, which shares weights with the checkpoint `before`.
 
-    With little that is settled, or for a model that does not say how it stores its weights, they are one file.
+    If few weights are settled, or the model does not say how it stores its weights, they are one file.
     """
     weights, backbone, newest = model.to_store() if hasattr(model, "to_store") else ({}, set(), set())
     shards = plan(weights, backbone, newest, before)

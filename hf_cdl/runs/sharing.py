@@ -18,7 +18,7 @@ from hf_cdl.runs.ledger import stored_tasks
 def put_revision(root: Path, ledger: Mapping[str, Any], role: str, write: Callable[[Path], Any]) -> None:
     """Store the newest revision that the ledger lists of a role, by `write(folder)`, and note its fingerprints there.
 
-    What is the same in the revision before becomes a link to it, whose content is known.
+    Files that are the same in the previous revision become links to it, whose content is known.
     """
     *earlier, name = stored_tasks(ledger, role)
     folder, before = root / role / name, root / role / earlier[-1] if earlier else None
@@ -38,7 +38,8 @@ def put_revision(root: Path, ledger: Mapping[str, Any], role: str, write: Callab
 def publish(root: Path, ledger: Mapping[str, Any], role: str) -> None:
     """Make ROLE/ a copy of the role's newest revision, replacing each file atomically, weights last.
 
-    What ROLE/ holds already, as a copy of the revision before and perhaps by another name, is not copied again.
+    Files that ROLE/ already holds as a copy of the previous revision, perhaps under another name, are not copied
+    again.
     """
     *earlier, name = stored_tasks(ledger, role)
     now, was = files_of(ledger, role, name), files_of(ledger, role, earlier[-1]) if earlier else {}
@@ -56,7 +57,7 @@ def publish(root: Path, ledger: Mapping[str, Any], role: str) -> None:
 
 
 def left_over(root: Path, ledger: Mapping[str, Any], role: str) -> list[Path]:
-    """Weights in ROLE/ that the newest revision does not have: those of one before, which would be loaded with it."""
+    """Weights in ROLE/ from an earlier revision that the newest does not have; they would be loaded with it."""
     for name in stored_tasks(ledger, role)[-1:]:
         known = files_of(ledger, role, name)
         there = sorted((root / role).glob("model*")) if known else []
@@ -71,7 +72,7 @@ def files_of(ledger: Mapping[str, Any], role: str, name: str) -> dict[str, Any]:
 
 
 def weights_last(path: str) -> tuple[bool, bool, str]:
-    """Sort key: config and image processor, then weights, then what says where they are."""
+    """Sort key: config and image processor, then weights, then the index of the weights."""
     return WEIGHTS.fullmatch(path) is not None, not path.endswith(".safetensors"), path
 
 
@@ -85,7 +86,7 @@ def _share(folder: Path, before: Path) -> None:
 
 
 def identity(file: Path) -> tuple[int, int] | None:
-    """What a file that several folders share is known by: its device and its number there; None for any other."""
+    """Identifies a file that several folders share: its device and inode; None for any other."""
     try:
         found = file.stat()
     except OSError:

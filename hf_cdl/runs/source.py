@@ -1,4 +1,4 @@
-"""Another run from which a role takes what it learnt instead of learning it here (`teacher_from` in a recipe)."""
+"""Another run, whose trained role is used instead of training it again (`teacher_from` in a recipe)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which model of a finished run to use, the student or a baseline, as far as the images that it measures can tell."""
+"""Which model of a finished run to use, the student or a baseline, as far as its test images can tell."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def interval(first: float, second: float, counts: Sequence[int]) -> tuple[float,
     `counts`: test images of each task, all positive. Agresti and Caffo 2000: one right and one wrong answer are added
     to each model's, which keeps the interval honest for few images and for accuracies near 0 and 100. As the average
     weighs tasks equally, n is the number of images with which a plain share would vary as much, T^2 / sum_i 1 / n_i.
-    Cautious: both models are treated as if each had seen images of its own, though they share them.
+    The interval is cautious: it treats the models as if each had its own images, though they share them.
     """
     n = len(counts) ** 2 / sum(1 / count for count in counts)
     p, q = ((share / 100 * n + 1) / (n + 2) for share in (first, second))

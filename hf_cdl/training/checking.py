@@ -20,9 +20,7 @@ from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.labelled import check_label, check_task_labels
 from hf_cdl.types import Task
 
-KNOWN = (
-    "A loaded model goes on with a stream that names what it knows: StreamConfig(path=..., known_classes=model.tasks)."
-)
+KNOWN = "To continue with a loaded model, tell the stream what it knows: StreamConfig(known_classes=model.tasks)."
 
 
 def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher: Any) -> None:
@@ -61,13 +59,13 @@ def check_answers(teacher: nn.Module) -> None:
         signature(teacher.forward).bind(pixel_values=0, query=None, task_id=None, output_hidden_states=None)
     except TypeError as error:
         raise ValueError(
-            f"teacher is a {type(teacher).__name__}, which cannot be asked ({error}); give a model whose forward "
+            f"teacher is a {type(teacher).__name__}, which cannot be called ({error}); give a model whose forward "
             "takes pixel_values, query, task_id and output_hidden_states (or **kwargs) and returns logits."
         ) from error
 
 
 def check_used(model: Any, args: CDLTrainingArguments, callbacks: Any, run: Run | None, objective: Objective) -> None:
-    """Raise ValueError for what would have no effect: without a run, what is stored; without a loss, what follows it.
+    """Raise ValueError for options without effect: without a run, those of storing; without a loss, those of training.
 
     A recipe's shared arguments may belong to another role's model; its command says what has no effect.
     """
@@ -146,7 +144,7 @@ def check_new(model: Any, task: Task) -> None:
     if task.index < model.trained_tasks and (model.fitted or model.trains(task.index)):
         raise ValueError(
             f"The model has been trained on task {task.index + 1} already, and would learn it a second time on top. "
-            f"{KNOWN} To learn the task anew, give a model as it was before."
+            f"{KNOWN} To learn the task again, give the model as it was before."
         )
 
 
@@ -156,7 +154,7 @@ def check_not_cut_off(task: Task | None, run: Run | None, role: str) -> None:
         return
     start = None if run is None else run.checkpoint(role)
     way = "a model like the one this trainer began with" if start is None else f"the model from {start}"
-    rest = "it begins this task again" if run is None else "with the same run it goes on from what is stored"
+    rest = "it begins this task again" if run is None else "with the same run it resumes from what is stored"
     raise ValueError(
         f"Learning task {task.index + 1} was interrupted, and the model of this trainer is in the middle of it. Make "
         f"a new trainer with {way}: {rest}."

@@ -19,11 +19,11 @@ from hf_cdl.training.evaluation import calibration_error
 class ClassificationMetric(evaluate.Metric):
     """`accuracy`, `confidence` and `calibration_error`, all in percent.
 
-    The share of images whose largest logit is that of their class, the mean of the largest softmax probability, and
-    the expected error between the two. `add_batch(predictions=logits, references=labels)` takes logits (B, C) and
-    labels (B,); `compute` takes all of them at once.
-    Batches are kept in memory, so no file is left behind. Raises ValueError for no images, labels without a class, and
-    logits that are not finite.
+    `accuracy` is the share of images whose largest logit is that of their class, `confidence` the mean of the largest
+    softmax probability, `calibration_error` the expected difference between the two. `add_batch(predictions=logits,
+    references=labels)` takes logits (B, C) and labels (B,); `compute` takes all of them at once. Batches are kept in
+    memory, so no file is left behind. Raises ValueError for no images, labels without a class, and logits that are not
+    finite.
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:

@@ -46,7 +46,7 @@ class EvaluatingTrainer(FrozenTrainer):
     ) -> dict[str, float]:
         """Measure accuracy in percent over all classes on a dataset, such as task.test, and any `compute_metrics`.
 
-        Nothing is logged in that case. Without a dataset it measures and logs what training measures at
+        With a dataset nothing is logged. Without one, it measures and logs what training measures at
         `eval_strategy`: the trainer's `eval_dataset`, in the same way, or else images of the newest task over that
         task's classes only: the accuracy of the model and of its teacher's path or paths. These are validation images
         if the accuracy can affect training (early stopping, best epoch, plateau, or any callback of the user's), and

@@ -59,7 +59,7 @@ def check_shardable(teacher: nn.Module, processes: int, trained: bool = False) -
     if not layers:
         raise ValueError(
             f"shard_teacher is true, but this teacher, a {type(teacher).__name__}, has none of transformers' layers "
-            "(GradientCheckpointingLayer), by which it would be shared out; leave it out."
+            "(GradientCheckpointingLayer), by which it would be sharded; leave it out."
         )
     config = getattr(teacher, "config", None)
     if trained and getattr(config, "later_sessions", None):
@@ -72,7 +72,7 @@ def check_shardable(teacher: nn.Module, processes: int, trained: bool = False) -
     if trained and (learns or any(parameter.requires_grad for layer in layers for parameter in layer.parameters())):
         raise ValueError(
             f"shard_teacher is true, but the layers of the teacher learn ({', '.join(learns) or 'all its weights'}), "
-            "and only frozen ones are shared out. Train it where it fits, without shard_teacher, and let it teach as "
+            "and only frozen ones are sharded. Train it where it fits, without shard_teacher, and let it teach as "
             "it is: a classifier with train: null, any other by prompts or a head on the frozen backbone."
         )
 

@@ -151,8 +151,8 @@ class SteeredTrainer(Trainer):
         best = Path(self.state.best_model_checkpoint or "")
         if not (best / "trained.safetensors").is_file():
             raise RunError(
-                f"The best state of {self._title(self.seen[-1])}, {best}, is not there any more. Delete {best.parent} "
-                "and run the same command again: the task is learnt anew."
+                f"The best state of {self._title(self.seen[-1])}, {best}, no longer exists. Delete {best.parent} "
+                "and run the same command again: the task is learnt again."
             )
         self._load_from_checkpoint(str(best))
 

@@ -74,7 +74,7 @@ def loading(state: str | None) -> Iterator[None]:
 def _problem(state: Path, of: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> str | None:
     """Why a phase cannot resume from a state, or None."""
     if not state.is_dir():
-        return "it is no folder"
+        return "it is not a folder"
     try:
         content = json.loads((state / SEAL).read_text(encoding="utf-8"))
         files, theirs, _ = dict(content["files"]), dict(content["of"]), float(content["seconds"])

@@ -100,7 +100,7 @@ class TaskTrainer(SteeredTrainer):
         return self.optimizer
 
     def get_decay_parameter_names(self, model: Any) -> Any:
-        """As in Trainer, of what trains; and no list, in which Trainer would look up every parameter, twice."""
+        """As in Trainer, for trainable parameters only; a set, because Trainer looks up every parameter twice."""
         return {*super().get_decay_parameter_names(_learning(model) or nn.Module())}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
@@ -353,7 +353,7 @@ class TaskTrainer(SteeredTrainer):
 
 
 def steps_together(device: torch.device) -> int:
-    """How many steps' losses are looked at together."""
+    """Number of steps whose losses are checked together."""
     return 1 if device.type == "cpu" else 16
 
 

@@ -2,11 +2,11 @@
 
 A trainer wraps the model it was given, or None, in a `Teacher` and uses:
 
-- `check(task)`, before anything is changed: has it learnt what it is to teach?
-- `begin_task(student)`: a task begins; the student and the terms take over what they keep of the teacher.
-- `views`: the roles, besides the student, as which a training batch must show the images.
+- `check(task)`, before anything is changed: has the teacher learnt what it should teach?
+- `begin_task(student)`: a task begins; the student and the terms copy what they keep of the teacher.
+- `views`: the roles, besides the student, whose view of the images a training batch must have.
 - `phase(accelerator)`: context of a phase, with the teacher in evaluation mode and prepared by Accelerate.
-- `read`: set by the trainer, what gives queries and answers that are known already.
+- `read`: set by the trainer; it returns queries and outputs that are already known.
 - `shares_query(batch)`: can the teacher reuse the student's query for a batch?
 - `answer(batch, query, task_id)`: the teacher's output for a batch, extended by the objective's terms.
 - `logits(batch)`: its logits for a batch, for a head that learns soft targets.
@@ -136,8 +136,8 @@ class Teacher:
     ) -> CDLOutput | None:
         """The teacher's output for a batch, without gradient, extended by the terms, with gradient.
 
-        `query` (B, D_q): the student's, used if it can be shared. `learning`: whether something learns from it, or it
-        is evaluated. Returns None if no term needs a teacher.
+        `query` (B, D_q): the student's, used if it can be shared. `learning`: whether something learns from the
+        output; otherwise it is evaluated. Returns None if no term needs a teacher.
         """
         if not self.teaches_terms:
             return None
@@ -171,7 +171,7 @@ class Teacher:
 
     @property
     def is_extended(self) -> bool:
-        """Whether a term puts a path of its own beside the teacher's."""
+        """Whether a term adds its own path to the teacher's."""
         kinds: list[Any] = [type(term) for term in self.objective.terms.values()]
         return any(kind.consult is not Term.consult for kind in kinds)
 

@@ -61,7 +61,7 @@ class CDLTrainer(FittingTrainer):
     `learn(task)` trains on one task with a fresh optimizer and stores the result in the run's ledger; for a finished
     task it returns at once, and an interrupted one resumes from its last stored step. A task that cannot be learnt
     raises ValueError before anything is changed.
-    `cache`: a folder in which queries, teachers' answers and features of fitted heads are kept for other runs too.
+    `cache`: a folder in which queries, teachers' outputs and features of fitted heads are stored for other runs too.
     `evaluate_seen()` measures the accuracy on every task seen so far, with one head over all classes and no task id,
     on `eval_split`. Without a `run` nothing is stored. `check(task)` reports in advance what the arguments need and
     the task lacks. Raises FloatingPointError if a loss is not finite, or if a head is fitted to non-finite values.
@@ -163,10 +163,10 @@ class CDLTrainer(FittingTrainer):
         return self._total.output(start)
 
     def learn(self, task: Task) -> None:
-        """Train on a task, unless the ledger has it as done or the model already knew it (`known_classes`).
+        """Train on a task, unless the run has finished it or the model already knew it (`known_classes`).
 
-        After an error or Ctrl-C in the middle the trainer learns no more: its model is neither before the task nor
-        behind it. A new trainer with the same run and a newly loaded model resumes.
+        After an error or Ctrl-C in the middle, the trainer refuses to learn more, because its model has learnt only
+        part of the task. To resume, create a new trainer with the same run and a newly loaded model.
         """
         check_tasks([task])
         check_not_cut_off(self._cut_off, self.run, self.role)

@@ -21,7 +21,7 @@ _OPTIMIZER = (
 KEYWORDS = {
     "data_collator": "samples become batches as transformers' default_data_collator has it; change what the items of "
     "the dataset hold",
-    "model_init": "a continual model grows from task to task and is never made anew; give it as `model`",
+    "model_init": "a continual model grows from task to task and is never built again; give it as `model`",
     "compute_loss_func": "the loss is the objective's, a sum of named terms; write a Term for what else is to be "
     "learnt, and give it to Objective",
     "optimizers": _OPTIMIZER,
@@ -48,7 +48,7 @@ def check_keywords(given: dict[str, Any], known: list[str]) -> None:
     """Raise ValueError for unsupported arguments of Trainer, and TypeError for unknown ones; `known`: all names."""
     for name in given:
         if name in KEYWORDS:
-            raise ValueError(f"{name} is no argument of CDLTrainer: {KEYWORDS[name]}.")
+            raise ValueError(f"{name} is not an argument of CDLTrainer: {KEYWORDS[name]}.")
         near = "".join(f"; did you mean {near!r}?" for near in get_close_matches(name, known, 1))
         raise TypeError(f"CDLTrainer has no argument {name!r}{near or '; it has ' + ', '.join(known) + '.'}")
 
@@ -80,7 +80,7 @@ def refused(name: str) -> Callable[..., NoReturn]:
     """A method that replaces Trainer's of that name and raises ValueError with the reason."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(f"{name} is no method of CDLTrainer: {METHODS[name]}.")
+        raise ValueError(f"{name} is not a method of CDLTrainer: {METHODS[name]}.")
 
     method.__name__ = name
     method.__doc__ = f"Refused: {METHODS[name]}."
@@ -119,7 +119,7 @@ def check_train(resume_from_checkpoint: Any, trial: Any, ignore_keys: Any, has_r
     where = "its ledger says from where; leave it out" if has_run else "without a run nothing is stored; give one"
     raise ValueError(
         f"resume_from_checkpoint is {resume_from_checkpoint!r}, but a trainer with a run (run=Run(folder, recipe)) "
-        f"goes on by itself where it stopped, and {where}."
+        f"resumes by itself where it stopped, and {where}."
     )
 
 

@@ -201,13 +201,13 @@ PLACES = [
     data("a dangling link among the images", photos(lambda f: (f / "train/ant/9.png").symlink_to("gone")), "9.png"),
     data("a device among the images", photos(lambda f: (f / "train/ant/9.png").symlink_to("/dev/zero")), "9.png"),
     data(
-        "a file name that is no UTF-8",
+        "a file name that is not UTF-8",
         photos(lambda f: (f / "train/ant/0.png").rename(os.fsdecode(os.fsencode(f / "train/ant") + b"/\xff.png"))),
         r"\xff|\udcff|\ufffd",
         way="UTF-8|rename",
     ),
     data(
-        "a class name that is no UTF-8",
+        "a class name that is not UTF-8",
         photos(
             lambda f: [(f / s / "ant").rename(os.fsdecode(os.fsencode(f / s) + b"/\xff")) for s in ("train", "test")]
         ),

@@ -59,7 +59,7 @@ def plugin(name: str, source: str, says: str) -> Row:
         Path("mine.py").write_text(source)
         return command("train", parts.write({"plugins": ["mine.py"]}), "--output_dir", "run")
 
-    return Row(f"a plugin {name}", make, ("mine.py", says), way="Mend it, or leave it out")
+    return Row(f"a plugin {name}", make, ("mine.py", says), way="Fix it, or leave it out")
 
 
 def training(says: str, way: str = WAY, **values: Any) -> Row:

@@ -246,8 +246,8 @@ def test_without_a_network_there_is_no_traceback(
 def test_origins_that_cannot_be(hub: HubServer) -> None:
     api = HfApi(hub.url, token="hf_write")
     assert read_origin(api, STUDENT, "student").tasks == 2
-    with pytest.raises(HubError, match=r"has no tag task-07 to go on from; its tags: task-01, task-02\."):
+    with pytest.raises(HubError, match=r"has no tag task-07 to continue from; its tags: task-01, task-02\."):
         read_origin(api, STUDENT, "student", "task-07")
     api.create_repo("me/empty")
-    with pytest.raises(HubError, match=r"no tag task-NN to go on from; its tags: none\."):
+    with pytest.raises(HubError, match=r"no tag task-NN to continue from; its tags: none\."):
         read_origin(api, "me/empty", "student")

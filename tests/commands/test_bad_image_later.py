@@ -66,7 +66,7 @@ def test_a_run_goes_on_once_the_image_that_stopped_it_is_mended(
         assert code == 2 and len(error.strip().splitlines()) == 3, said
         row = 19 if split == "train" else 7
         assert error.startswith(f"error: split {split!r}, row {row}: {bad}: cannot be read as an image"), error
-        assert "Mend it in its place" in error and "the same command goes on from there" in error
+        assert "Repair it in place" in error and "the same command resumes from there" in error
     assert len(json.loads((tmp_path / "out" / "run.json").read_text())["entries"]["student"]) >= 1
     other = bad.with_name(sorted(place.name for place in bad.parent.iterdir())[0])
     kept = other.read_bytes()
@@ -91,7 +91,7 @@ def test_how_images_are_checked_may_change_while_a_run_goes_on(run: Run, tmp_pat
     bad.write_bytes(b"")
     code, said = run("out")
     assert code == 2 and f"row 15: {bad}: the image is empty (0 bytes)" in said, said
-    assert "Mend it in its place" in said and "the same command goes on from there" in said
+    assert "Repair it in place" in said and "the same command resumes from there" in said
     bad.write_bytes(whole)
     code, said = run("out", "--data.check", "all")
     assert code == 0, said

@@ -98,7 +98,7 @@ def test_a_user_s_day(day: Path, command: Command, capsys: pytest.CaptureFixture
         csv.writer(file).writerows(rows)
     steps = [
         (("correct", run, day / "wrong.csv"), "2 labels corrected: 1 from 'class b' to 'class c', 1 from 'class d'"),
-        (("remove", run, "class e", "--images", day / "data"), "no folder"),
+        (("remove", run, "class e", "--images", day / "data"), "not a folder"),
         (
             ("remove", run, "class e", "--images", day / "data" / "train"),
             "'class e' is removed: the model never answers",
@@ -245,7 +245,7 @@ def test_a_checkpoint_is_taken_over_once_and_no_other_run_is_changed_for_it(
     shutil.copytree(day / "run" / "student" / "task-01", day / "other" / "mine")
     assert command("rename", "mine", "class a", "ant") == 0
     assert command("rename", "mine", "class b", "bee") == 0
-    assert "mine was taken over before; going on in runs/mine/, whose student has been changed since (task-03)" in (
+    assert "mine was copied before; continuing in runs/mine/, whose student has been changed since (task-03)" in (
         capsys.readouterr().out
     )
     run = day / "runs" / "mine"

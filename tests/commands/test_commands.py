@@ -204,7 +204,7 @@ FAILURES: dict[str, Any] = {
     "a batch that no task fills": lambda at: [*BATCH, 9, "--train.dataloader_drop_last", "true"],
     "no way to the Hub": lambda at: ["--push_to_hub", "true", "--hub_model_id", "someone/something"],
     "a plugin that is not there": lambda at: ["--plugins", "[nowhere.py]"],
-    "a loss that is no number": lambda at: [*BATCH, 2, "--train.learning_rate", "1e38"],
+    "a loss that is not a number": lambda at: [*BATCH, 2, "--train.learning_rate", "1e38"],
     "a teacher that is not there": lambda at: ["--teacher_from", at / "nowhere"],
 }
 

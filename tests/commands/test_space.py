@@ -74,7 +74,9 @@ def test_the_states_of_a_repository_and_what_is_said_where_there_are_none(hub: H
         str(task): ["tiny", results["class_names"][:task], matrix[:task], None] for task in (1, 2)
     }
     assert said["me/empty"].startswith("me/empty has no tags task-01, task-02, ... Name a repository that a run was")
-    assert said["me/nothing"].startswith("me/nothing is no folder here, and on the Hub it does not exist or is priv")
+    assert said["me/nothing"].startswith(
+        "me/nothing is not a folder here, and on the Hub it does not exist or is priv"
+    )
     assert said["not/a/name"] == "not/a/name is neither a folder here nor a repository's name, OWNER/NAME."
     without = {**environment(hub, tmp_path / "other"), "HF_TOKEN": ""}
     assert "log in with `hf auth login`, or set HF_TOKEN" in ask(STUDENT, env=without)[STUDENT]

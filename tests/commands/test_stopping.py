@@ -96,7 +96,7 @@ def ended(pid: int, seconds: float) -> bool:
     return False
 
 
-STOPPED = "Stopped. Nothing finished is lost; the same command goes on from there:\n  "
+STOPPED = "Stopped. Nothing finished is lost; the same command resumes from there:\n  "
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -363,7 +363,7 @@ def test_ctrl_c_stops_a_run_and_the_same_command_goes_on(tiny: Path, tmp_path: P
     command = (tiny, "--train.num_train_epochs", 2, "--output_dir", folder)
     code, output = interrupt_when(stored_epoch(folder, "student", 1), *command, kill=signal.SIGINT)
     assert code == 130 and "Traceback" not in output, output
-    assert "Stopped. Nothing finished is lost; the same command goes on from there:" in output
+    assert "Stopped. Nothing finished is lost; the same command resumes from there:" in output
     assert f"recipes/train.py {tiny} --train.num_train_epochs 2 --output_dir '{folder}'" in output
     before = entries(folder)
     code, output = train(*command)
@@ -399,7 +399,7 @@ def test_interruptions_do_not_change_a_run(tiny: Path, finished: tuple[Path, str
 
     code, output = interrupt_when(stored_epoch(folder, "teacher", 3), *command, kill=signal.SIGINT)
     assert code == 130, output
-    assert "Stopped. Nothing finished is lost; the same command goes on from there:" in output
+    assert "Stopped. Nothing finished is lost; the same command resumes from there:" in output
     assert f"recipes/train.py {tiny} --output_dir '{folder}'" in output and "Traceback" not in output
     assert entries(folder) == {"teacher": 2, "student": 2, "nearest_class_mean": 2}
 

@@ -149,7 +149,7 @@ def test_an_interrupted_comparison_has_stopped_its_runs_and_goes_on_to_what_hf_c
     runs = [child.pid for child in started if child.ppid() != process.pid] or [child.pid for child in started]
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from there" in output
+    assert process.returncode == 130 and "the same command resumes from there" in output
     assert runs and all(gone(pid, 1) for pid in runs) and not (folder / "results.json").exists()
     assert "Nothing finished is lost" in (tmp_path / "runs/comparisons/spec/logs/alone-seed-5.log").read_text()
     code, output = compare(tmp_path, spec)

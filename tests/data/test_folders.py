@@ -366,8 +366,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a missing split": (missing_split, "dataset_dict.json names test, but there is no such split"),
     "archives": (archives, r"cannot be read as a data set; in it lie flowers.zip, labels.csv.*Unpack archives"),
     "images alone": (loose, r"in it lie 0.png, 1.png.*train/CLASS/x.png"),
-    "a file name in another coding": (latin_1, r"caf\\xe9.png is no UTF-8; rename it"),
-    "a class in another coding": (latin_1_folder, r"the name caf\\xe9 is no UTF-8; rename it"),
+    "a file name in another coding": (latin_1, r"caf\\xe9.png is not UTF-8; rename it"),
+    "a class in another coding": (latin_1_folder, r"the name caf\\xe9 is not UTF-8; rename it"),
 }
 
 

@@ -318,7 +318,7 @@ def test_who_cannot_tell_says_so(tmp_path: Path) -> None:
             thresholds(model, True)
     fresh = CDLForImageClassification(CDLConfig(backbone_config=vit(32), head={"type": "ridge", "known": 0.9}))
     fresh.begin_task(["a", "b"])
-    with pytest.raises(ValueError, match="has not learnt images yet"):
+    with pytest.raises(ValueError, match="cannot tell unknown images yet"):
         thresholds(fresh, True)
 
 

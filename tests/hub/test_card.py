@@ -192,7 +192,7 @@ def test_what_learnt_and_when(results: dict[str, Any], fields: dict[str, Any], s
 
 def test_the_card_of_a_run_that_goes_on(results: dict[str, Any]) -> None:
     text = model_card(cut(results, 3), "student", "me/s")
-    assert "The run is still going on: 3 of 5 tasks are learnt" in text
+    assert "The run is still in progress: 3 of 5 tasks are learnt" in text
     assert "learnt 30 classes in 3 tasks" in text and '"task-03"' in text and "measured at the end" in text
     data: Any = ModelCard(text).data
     assert len(data.eval_results) == 3 + 3
@@ -245,7 +245,7 @@ def test_a_run_s_cards_at_any_stage_by_the_command(tmp_path: Path) -> None:
     arguments: tuple[Any, ...] = (file, "--output_dir", out)
     interrupt_when((out / "student" / "task-02").exists, *arguments)
     subprocess.run(command, check=True)
-    assert "still going on: 1 of 3" in (out / "student" / "README.md").read_text()
+    assert "still in progress: 1 of 3" in (out / "student" / "README.md").read_text()
     code, output = train(*arguments, "--card.license", "mit")  # a card's texts may change on the way
     assert code == 0, output
     subprocess.run([*command, "--repo_id", "me/tiny"], check=True)

@@ -246,7 +246,7 @@ def test_a_hub_that_cannot_be_reached_does_not_stop_training(hub: HubServer, tmp
         pass
     push = pusher(gone, folder, said)
     push.check(results)
-    assert "The Hub cannot be reached now (ConnectError" in said[0] and "The run goes on" in said[0]
+    assert "The Hub cannot be reached now (ConnectError" in said[0] and "The run continues" in said[0]
     push.push(results)
     assert not push.finish(results)
     assert "NOT PUSHED: the student. ConnectError" in said.text

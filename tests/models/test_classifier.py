@@ -223,7 +223,7 @@ def test_a_ready_teacher_is_used_as_it_is(offline: Path, finished: Path, tmp_pat
         ),
         (("--data.max_classes", 5, "--data.classes_per_task", 5), "the data lack ['class f']. Rename the classes"),
         (("--student.pretrained", "true"), "cannot be loaded"),
-        (("--plugins", "[nowhere.py]"), "'plugins' names 'nowhere.py', which is no Python file"),
+        (("--plugins", "[nowhere.py]"), "'plugins' names 'nowhere.py', which is not a Python file"),
     ],
 )
 def test_what_cannot_be_learnt_is_said_before_training(

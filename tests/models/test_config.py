@@ -299,7 +299,7 @@ def test_arguments_of_loading_that_nobody_knows_are_refused(model: CDLForImageCl
     with pytest.raises(ValueError, match="made of a CDLConfig; got a dict"):
         CDLForImageClassification({"prompt": {"type": "none"}})  # type: ignore[arg-type]
     model.config.merge = "ema"
-    with pytest.raises(ValueError, match="an attribute 'merge', which is no field .* del model.config.merge"):
+    with pytest.raises(ValueError, match="an attribute 'merge', which is not a field .* del model.config.merge"):
         model.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
     config = CDLConfig.from_pretrained(tmp_path / "m", use_cache=False, torch_dtype="float32")  # transformers' own

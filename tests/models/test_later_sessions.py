@@ -240,7 +240,7 @@ def test_a_changed_model_says_what_is_not_exact_any_more(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"first_session": None, "head": {"type": "linear"}}, "later_sessions go on from a first one"),
+        ({"first_session": None, "head": {"type": "linear"}}, "later_sessions continue a first session"),
         ({"later_sessions": {"until": 1}}, "until >= 2"),
         ({"later_sessions": {"keep": -1.0}}, "keep >= 0"),
         ({"later_sessions": {"keep_on": "both"}}, "keep_on is .both., but has no effect, as keep is 0"),

@@ -302,7 +302,7 @@ WIDE = {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 30
         ({"first_session": {"type": 1}}, "Unknown head type"),
         ({"lora": {"r": 10**8}}, "lora.r is 100000000|lora adapts"),
         ({"lora": {"rank": 8}}, "lora has no field rank|lora adapts"),
-        ({"backbone_config": ...}, "backbone_config is no config, but None"),
+        ({"backbone_config": ...}, "backbone_config is not a config, but None"),
         ({"backbone_config": {"hidden_size": 32}}, "backbone_config has no model_type"),
         ({"backbone_config": {"model_type": "vit", "num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000"),
         ({"backbone_config": {"model_type": "vit", "hidden_size": 10**8}}, "would hold|cannot be made"),

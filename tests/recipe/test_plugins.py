@@ -376,9 +376,9 @@ def test_a_term_is_not_named_as_a_loss_of_the_objective(name: str) -> None:
 @pytest.mark.parametrize(
     ("registry", "kind", "said"),
     [
-        (TERMS, MineConfig, "which is no distillation term: allowed are classes derived from hf_cdl.distill.obj"),
-        (TERMS, Coda, "which is no distillation term"),
-        (HEADS, "linear", "got 'linear', which is no head"),
+        (TERMS, MineConfig, "which is not a distillation term: allowed are classes derived from hf_cdl.distill.obj"),
+        (TERMS, Coda, "which is not a distillation term"),
+        (HEADS, "linear", "got 'linear', which is not a head"),
         (TERMS, type("Half", (Term,), {"config_class": MineConfig}), "Half lacks forward, which every distillation"),
         (HEADS, type("Half", (Head,), {}), "Half lacks add_task, init_task, which every head has"),
         (TERMS, type("Loose", (KD,), {"config_class": Loose}), r"\(Loose\) is not derived from .*TermConfig"),

@@ -187,7 +187,7 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
         ),
         (
             {"student__head": RIDGE, "student__first_session": LINEAR, "distill": [{"type": "prompt_mapping"}]},
-            "'distill.0' (prompt_mapping) maps the teacher's prompts, which go on changing",
+            "'distill.0' (prompt_mapping) maps the teacher's prompts, which continue to change",
         ),
         ({"teacher__head": {**RIDGE, "lambda": 1}}, "unknown field 'teacher.head.lambda'"),
         ({"teacher__head": {**RIDGE, "strength": -1}}, "teacher.head: A ridge head needs strength > 0"),
@@ -203,7 +203,10 @@ def test_wrong_values(fields: dict[str, Any], said: str) -> None:
         ({"teacher__train": None}, "'teacher.train' is null, but only a teacher that is a model: classifier"),
         ({"student": {**PLAIN, "train": None}}, "'student.train' is null, but only a teacher"),
         ({"teacher": {**PLAIN, "train": None, "pretrained": False}}, "'teacher.train' is null, but 'teacher.pretr"),
-        ({"teacher": {**PLAIN, "train": None}, "teacher_from": "x"}, "'teacher_from' takes over a teacher, 'teacher."),
+        (
+            {"teacher": {**PLAIN, "train": None}, "teacher_from": "x"},
+            "'teacher_from' uses a run's trained teacher, 'teacher.",
+        ),
         ({"student": PLAIN}, "'distill.0' (kdp) trains a KD head, which a model: classifier has not"),
         ({"teacher": PLAIN, "distill": [{"type": "review_kd"}]}, "'distill.0' (review_kd) compares hidden states"),
         ({"student": PLAIN, "baselines": ["linear_head"]}, "'baselines' are of a frozen backbone"),
@@ -443,7 +446,10 @@ def test_a_new_type_drops_the_fields_of_the_old_one(file: Path) -> None:
         (["--save_code", "--seed", "1"], "--save_code has no value .--seed is the next field.; write --save_code VAL"),
         (["--seed", "1", "loose"], "Unexpected argument 'loose'"),
         (["-seed", "1"], "Unexpected argument '-seed'.*Did you mean --seed?"),
-        (["--card", "{license: mit, license: gpl}"], "the field 'license' stands twice, in line 1; leave one of them"),
+        (
+            ["--card", "{license: mit, license: gpl}"],
+            "the field 'license' is given twice, in line 1; leave one of them",
+        ),
         (["--seed", "[1"], "The value of --seed, '\\[1', is not valid YAML"),
         (["--distill.1.weight", "1"], "--distill.1.weight: 'distill' is a list of 1; count from 0"),
         (["--distill.kdp.weight", "1"], "'distill' is a list of 1; count from 0"),
@@ -467,7 +473,9 @@ def test_a_field_that_stands_twice_is_refused_with_its_lines(tmp_path: Path, fil
     text = file.read_text()
     (twice := tmp_path / "twice.yaml").write_text(f"{text}\ncard: {{license: mit}}\nce_weight: 1\n'ce_weight': 0\n")
     count = twice.read_text().count("\n")
-    with pytest.raises(RecipeError, match=f"twice.yaml.*'ce_weight' stands twice, in lines .* and {count}; leave one"):
+    with pytest.raises(
+        RecipeError, match=f"twice.yaml.*'ce_weight' is given twice, in lines .* and {count}; leave one"
+    ):
         load(twice)
 
 

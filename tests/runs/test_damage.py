@@ -321,7 +321,7 @@ STATES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an older version": (of_an_older_version, "phase.json has no 'files'; it is not whole, or an older hf_cdl wrote"),
     "no optimizer": (without_its_optimizer, "optimizer.pt is not in it"),
     "a path that leads outside": (outside, "phase.json names '../../../run.json', which is not in it"),
-    "a file in its place": (a_file_in_its_place, "it is no folder"),
+    "a file in its place": (a_file_in_its_place, "it is not a folder"),
 }
 
 

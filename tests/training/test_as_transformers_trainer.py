@@ -378,12 +378,12 @@ def test_every_argument_and_method_of_trainer_s_is_there_or_refused_by_name(tmp_
     ours = {*inspect.signature(CDLTrainer).parameters}
     assert theirs - ours == {*KEYWORDS}, "what is new in transformers is to be used or refused"
     for name in KEYWORDS:
-        with pytest.raises(ValueError, match=f"{name} is no argument of CDLTrainer: "):
+        with pytest.raises(ValueError, match=f"{name} is not an argument of CDLTrainer: "):
             trainer_of(tmp_path, **{name: None})
     trainer = trainer_of(tmp_path)
     for name in METHODS:
         assert hasattr(Trainer, name)
-        with pytest.raises(ValueError, match=f"{name} is no method of CDLTrainer: "):
+        with pytest.raises(ValueError, match=f"{name} is not a method of CDLTrainer: "):
             getattr(trainer, name)()
     with pytest.raises(TypeError, match="no argument 'train_datset'; did you mean 'train_dataset'"):
         trainer_of(tmp_path, train_datset=TASKS)

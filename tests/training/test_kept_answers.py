@@ -275,7 +275,7 @@ def test_a_full_disk_is_said_once_and_nothing_else_changes(tmp_path: Path, monke
 
     monkeypatch.setattr(parts, "save_file", full)
     trainer, task = learner(tmp_path, None, cache=tmp_path / "cache")
-    with pytest.warns(UserWarning, match="Nothing more is stored in the cache .*No space left.*goes on") as caught:
+    with pytest.warns(UserWarning, match="Nothing more is stored in the cache .*No space left.*continues") as caught:
         trainer.learn(task)
         trainer.evaluate_seen()
     assert len(caught) == 1

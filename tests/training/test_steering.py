@@ -411,7 +411,7 @@ def test_a_best_state_that_is_gone_is_said(tmp_path: Path) -> None:
                 Path(trainer._best_checkpoint or "", "trained.safetensors").unlink()
 
     trainer.add_callback(Loser())
-    with pytest.raises(RunError, match="The best state of task 1 · student, .*learnt anew"):
+    with pytest.raises(RunError, match="The best state of task 1 · student, .*learnt again"):
         trainer.learn(next(tasks()))
 
 

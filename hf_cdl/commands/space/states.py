@@ -137,15 +137,15 @@ def _checked(name: Any, class_names: Any, matrix: Any, task: int) -> Results:
             f"{len(names)} tasks with {[len(row) for row in rows][:10]} accuracies, but {task} are learnt"
         )
     if not all(isinstance(group, list) and group for group in names) or not all(isinstance(t, str) for t in texts):
-        raise ValueError("a class's name is no text")
+        raise ValueError("a class's name is not text")
     if not all(isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= 100 for value in numbers):
-        raise ValueError("an accuracy is no number of percent")
+        raise ValueError("an accuracy is not a percentage")
     return Results(name, names, rows)
 
 
 def _texts(class_names: Any) -> list[list[str]]:
     if not all(isinstance(group, list) and all(isinstance(t, str) for t in group) for group in class_names):
-        raise ValueError("a class's name is no text")
+        raise ValueError("a class's name is not text")
     return class_names
 
 
@@ -156,7 +156,7 @@ def _tags(repository: str) -> list[str]:
         raise StatesError(f"{repository} is neither a folder here nor a repository's name, OWNER/NAME.") from error
     except RepositoryNotFoundError as error:
         raise StatesError(
-            f"{repository} is no folder here, and on the Hub it does not exist or is private. For a private "
+            f"{repository} is not a folder here, and on the Hub it does not exist or is private. For a private "
             "repository log in with `hf auth login`, or set HF_TOKEN (in a Space: a secret of that name) to a token "
             "that may read it."
         ) from error

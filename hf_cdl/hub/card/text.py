@@ -104,7 +104,7 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
 
 
 def telling(results: Results, role: str) -> str | None:
-    """How well the model tells images of none of its classes; None if it does not."""
+    """How well the model recognises images of none of its classes; None if it does not try."""
     listed = [(number, known) for number, known in enumerate(results["roles"][role].get("known", []), 1) if known]
     if not listed:
         return None
@@ -244,7 +244,7 @@ def data_facts(results: Results) -> list[str]:
 
 
 def read_in_sessions(recipe: Mapping[str, Any]) -> list[str]:
-    """What a recipe's later sessions do with unlabelled images, in words; a role that does nothing has none."""
+    """Role -> how its later sessions use unlabelled images, in words; roles that do not use them are left out."""
     said = []
     for role in ("teacher", "student"):
         later = (recipe.get(role) or {}).get("later_sessions") or {}

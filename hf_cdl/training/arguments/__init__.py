@@ -32,59 +32,57 @@ class CDLTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of every task."})
-    weight_decay: float = field(default=0.0, metadata={"help": "With 0, AdamW is the published Adam."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay; with 0, AdamW is the published Adam."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
     num_train_epochs: float = field(default=20, metadata={"help": "Epochs per task."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Images per process and step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images per process in evaluation."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "transformers' schedule, over each task."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of transformers, over each task."})
     epoch_cosine: bool = field(
         default=False,
-        metadata={
-            "help": "The CDL authors' schedule instead, constant within an epoch: a quarter cosine over the epochs."
-        },
+        metadata={"help": "The CDL authors' schedule: a quarter cosine over the epochs, constant within each."},
     )
     lr_steps: list[int] = field(
         default_factory=list,
-        metadata={"help": "Numbers of epochs after which the rate is multiplied by lr_decay, instead of a schedule."},
+        metadata={"help": "Epochs after which the learning rate is multiplied by lr_decay, instead of a schedule."},
     )
-    lr_decay: float = field(default=0.1, metadata={"help": "Factor of the rate at each of lr_steps."})
+    lr_decay: float = field(default=0.1, metadata={"help": "Factor of the learning rate at each of lr_steps."})
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Evaluations without a better accuracy on validation images after which a task ends."},
+        metadata={"help": "End a task after so many evaluations without a better accuracy on validation images."},
     )
     early_stopping_threshold: float = field(
-        default=0.0, metadata={"help": "Percentage points by which an accuracy must be better to count as better."}
+        default=0.0, metadata={"help": "Percentage points by which accuracy must improve to count as better."}
     )
     shard_teacher: bool = field(
         default=False,
         metadata={
-            "help": "Share out the layers of a frozen teacher too large for one device to all processes (FSDP2)."
+            "help": "Shard the layers of a frozen teacher, too large for one device, over all processes (FSDP2)."
         },
     )
     frozen_bf16: bool = field(
         default=False,
         metadata={
-            "help": "Passes that no loss trains run in bfloat16: the teacher's, those of queries, those from which "
-            "a fitted head learns. What trains stays in float32, and so does evaluation: that is how a model is used."
+            "help": "Run forward passes without gradients in bfloat16: the teacher's, those for queries, and those to "
+            "which a head is fitted. Training and evaluation stay in float32."
         },
     )
     save_strategy: SaveStrategy | str = field(
-        default="epoch", metadata={"help": "When to store the state that a resume starts from."}
+        default="epoch", metadata={"help": "When to store the state from which a run resumes."}
     )
     restore_callback_states_from_checkpoint: bool = field(
-        default=True, metadata={"help": "Fixed: early stopping goes on counting where a run stopped."}
+        default=True, metadata={"help": "Fixed: after a resume, early stopping continues its count."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Fixed: the stream's samples are exactly the models' inputs."}
     )
     dataloader_num_workers: int | None = field(
         default=None,
-        metadata={"help": "Processes that load images; null: on a GPU up to 8, which persist, on a CPU none."},
+        metadata={"help": "Processes that load images; null: up to 8 persistent ones on a GPU, none on a CPU."},
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two log lines."})
     data_seed: int | None = field(
-        default=0, metadata={"help": "Seed of the order of the training images; null: that of `seed`."}
+        default=0, metadata={"help": "Seed of the order of the training images; null: `seed`."}
     )
 
     @classmethod
@@ -99,10 +97,10 @@ class CDLTrainingArguments(TrainingArguments):
     def of(cls, args: Any) -> CDLTrainingArguments:
         """Copy these arguments, or convert transformers' own TrainingArguments to the same training.
 
-        In a conversion every field that has an effect keeps its value, also a default that differs from the one here
-        (rate, batch, epochs, schedule, clipping). What TrainingArguments derive from others counts as unset: beside
-        load_best_model_at_end they would go by the loss, and here it is the accuracy. Raises ValueError for fields
-        that were set but can have no effect, all in one message.
+        In a conversion, every field that has an effect keeps its value, even a default that differs from ours (rate,
+        batch, epochs, schedule, clipping). Fields that TrainingArguments derives from others count as unset: with
+        load_best_model_at_end, for example, it would choose by the loss, and we choose by accuracy. Raises ValueError
+        for fields that were set but can have no effect, all in one message.
         """
         if isinstance(args, cls):
             return copy.copy(args)
@@ -163,7 +161,7 @@ class CDLTrainingArguments(TrainingArguments):
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
     def go_by_accuracy(self) -> None:
-        """Let the accuracy decide which state is best: evaluation during training measures nothing else."""
+        """Choose the best state by accuracy, the only thing that evaluation during training measures."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
 
 

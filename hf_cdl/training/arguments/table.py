@@ -80,7 +80,7 @@ _FULL_EVAL = Refused("evaluation is in full precision; bf16 or fp16 alone trains
 _SCRIPT = Refused("a run trains and evaluates by its recipe; leave it out")
 _TOKENS = Refused("images have no tokens; leave it out")
 _SHARDED = Refused(
-    "it would shard the student too, which every process has whole; a teacher too large for one device is shared out "
+    "it would shard the student too, which every process has whole; a teacher too large for one device is sharded "
     "with shard_teacher true, and batches by `accelerate launch`"
 )
 _LAUNCHED = Refused("processes are set up by `accelerate launch` before it is read; leave it out")
@@ -136,7 +136,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "logging_strategy": Used(),
     "logging_steps": Steps(above=0),
     "logging_first_step": Used(),
-    "logging_nan_inf_filter": Refused("a loss that is no number stops the training; leave it out"),
+    "logging_nan_inf_filter": Refused("a loss that is not a number stops the training; leave it out"),
     "log_level": Used(),
     "log_level_replica": Refused("processes beside the first say nothing but warnings; leave it out"),
     "log_on_each_node": Refused("the first process of all logs, wherever it is; leave it out"),
@@ -149,7 +149,7 @@ ARGUMENTS: dict[str, Used | Refused] = {
     "trackio_space_id": _TRACKIO,
     "trackio_bucket_id": _TRACKIO,
     "trackio_static_space_id": _TRACKIO,
-    "debug": Refused("a loss that is no number stops the training with its name and step; leave it out"),
+    "debug": Refused("a loss that is not a number stops the training with its name and step; leave it out"),
     # ---- evaluation during training ----
     "eval_strategy": Used(),
     "eval_steps": Steps(above=0),
@@ -174,13 +174,13 @@ ARGUMENTS: dict[str, Used | Refused] = {
     ),
     "save_on_each_node": Refused("a run's folder is one that all nodes share; leave it out"),
     "enable_jit_checkpoint": Refused(
-        "a stopped run goes on from its last stored state; store it more often: save_strategy steps with save_steps"
+        "a stopped run resumes from its last stored state; store it more often: save_strategy steps with save_steps"
     ),
     "ignore_data_skip": Refused("a run that is resumed would see the same images twice; leave it out"),
     "restore_callback_states_from_checkpoint": Refused(
         "a run that is resumed counts on where it stopped (early stopping); leave it true"
     ),
-    "resume_from_checkpoint": Refused("the same command goes on where the run stopped, by itself; leave it out"),
+    "resume_from_checkpoint": Refused("the same command resumes a stopped run by itself; leave it out"),
     # ---- seeds and data ----
     "seed": _SEED,
     "data_seed": _SEED,

@@ -1,4 +1,4 @@
-"""How many processes load images where nobody says."""
+"""The default number of processes that load images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def useful_workers(device: str) -> int:
 
 @contextmanager
 def fitting_workers(args: Any, images: int, batch_size: int) -> Iterator[None]:
-    """In here `args` have no more workers than batches beside the first one, unless a user said how many."""
+    """In this context `args` have fewer workers than there are batches, unless the user chose the number."""
     names = ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor")
     before = {name: getattr(args, name) for name in names}
     if args.chose_workers:

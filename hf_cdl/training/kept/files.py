@@ -86,7 +86,7 @@ class KeptFiles:
             self.written += parts.write()
         except (OSError, SafetensorError) as error:
             self._stores, parts.waiting = False, {}
-            self.say(f"Nothing more is stored in the cache {self.folder} ({_line(error)}); the run goes on without.")
+            self.say(f"Nothing more is stored in the cache {self.folder} ({_line(error)}); the run continues.")
 
     def _at(self, place: str) -> _Parts:
         if place not in self._parts:
