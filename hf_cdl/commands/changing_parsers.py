@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
+from hf_cdl.commands.parser_parts import path, plugins, student, true_or_false, verb_parser
 
 
-def _changing(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
-    """The parser of a command that changes a trained student."""
-    more = """
-
-Every change is a further revision of the student (task-06 after task-05): nothing is overwritten, and hf-cdl undo goes
-back. A student from the Hub or of a lone checkpoint is first taken over into a run of its own. With a fitted head
-(ridge, lda, ncm) the result equals learning the final images at once."""
-    parser = verb_parser(verb, f"STUDENT {usage} [options]", about + more, example)
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="a run's folder (runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub",
-    )
+def _changing(verb: str, usage: str, about: str | None, example: str) -> argparse.ArgumentParser:
+    """Every change is a further revision of the student (task-06 after task-05): nothing is overwritten, and hf-cdl
+    undo goes back. A student from the Hub or of a lone checkpoint is first taken over into a run of its own. With a
+    fitted head (ridge, lda, ncm) the result equals learning the final images at once.
+    """
+    parser = verb_parser(verb, f"STUDENT {usage} [options]", f"{about}\n    {_changing.__doc__}", example)
+    student(parser)
     return parser
 
 
@@ -36,12 +30,8 @@ def _changing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def correct(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb,
-        "FILE.csv",
-        "Give images that the student learnt with a wrong label their right one.",
-        "hf-cdl correct runs/flowers wrong.csv",
-    )
+    """Give images that the student learnt with a wrong label their right one."""
+    parser = _changing(verb, "FILE.csv", correct.__doc__, "hf-cdl correct runs/flowers wrong.csv")
     parser.add_argument(
         "file",
         type=path,
@@ -54,13 +44,15 @@ def correct(verb: str) -> argparse.ArgumentParser:
 
 
 def remove(verb: str) -> argparse.ArgumentParser:
+    """Remove a class: the student never answers it again.
+
+    With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
+    afterwards one that never saw them. Otherwise they go on counting as images of no class.
+    """
     parser = _changing(
         verb,
         "CLASS [--images FOLDER ...]",
-        """Remove a class: the student never answers it again.
-
-With the images that it was learnt from, or if the head keeps sums per class (head.sums: per_class), the student is
-afterwards one that never saw them. Otherwise they go on counting as images of no class.""",
+        remove.__doc__,
         "hf-cdl remove runs/flowers 'ox-eye daisy' --images flowers/train",
     )
     parser.add_argument("name", metavar="CLASS", help="the name of the class")
@@ -76,9 +68,8 @@ afterwards one that never saw them. Otherwise they go on counting as images of n
 
 
 def rename(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb, "OLD NEW", "Give a class another name.", "hf-cdl rename runs/flowers daisy 'common daisy'"
-    )
+    """Give a class another name."""
+    parser = _changing(verb, "OLD NEW", rename.__doc__, "hf-cdl rename runs/flowers daisy 'common daisy'")
     parser.add_argument("old", metavar="OLD", help="the class as it is called")
     parser.add_argument("new", metavar="NEW", help="the class as it will be called")
     _changing_options(parser)
@@ -86,11 +77,9 @@ def rename(verb: str) -> argparse.ArgumentParser:
 
 
 def merge(verb: str) -> argparse.ArgumentParser:
+    """Make one class of several."""
     parser = _changing(
-        verb,
-        "CLASS CLASS [...] --as NAME",
-        "Make one class of several.",
-        "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
+        verb, "CLASS CLASS [...] --as NAME", merge.__doc__, "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy"
     )
     parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes")
     text = "the name of the one they become (default: none, so give one)"
@@ -100,6 +89,7 @@ def merge(verb: str) -> argparse.ArgumentParser:
 
 
 def undo(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(verb, "", "Go back to the student before its last change.", "hf-cdl undo runs/flowers")
+    """Go back to the student before its last change."""
+    parser = _changing(verb, "", undo.__doc__, "hf-cdl undo runs/flowers")
     _changing_options(parser)
     return parser

@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_cdl.commands.parser_parts import path, plugins, verb_parser
+from hf_cdl.commands.parser_parts import path, plugins, student, verb_parser
 
 
 def export(verb: str) -> argparse.ArgumentParser:
+    """One file for a device: an ONNX model with normalisation and class names inside.
+
+    Its input are RGB pixels, uint8 of shape (images, height, width, 3), its outputs logits and scores. The script
+    classify.py beside it resizes, crops and answers as pipeline("image-classification") does, with onnxruntime and
+    Pillow alone. The file is compared with the student on the validation images of its run, or on --images, and what
+    was found is said, written to export.json beside the file, and shown by the run's model card (hf-cdl card).
+    """
     parser = verb_parser(
         verb,
         "STUDENT [--int8 | --fp16] [--size N] [--out FOLDER | FILE.onnx] [options]",
-        """One file for a device: an ONNX model with normalisation and class names inside.
-
-Its input are RGB pixels, uint8 of shape (images, height, width, 3), its outputs logits and scores. The script
-classify.py beside it resizes, crops and answers as pipeline("image-classification") does, with onnxruntime and Pillow
-alone. The file is compared with the student on the validation images of its run, or on --images, and what was found
-is said, written to export.json beside the file, and shown by the run's model card (hf-cdl card).""",
+        export.__doc__,
         "hf-cdl export runs/flowers --int8",
     )
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub",
-    )
+    student(parser)
     parser.add_argument("--to", choices=["onnx"], default="onnx", help="the format (default: onnx)")
     _precision(parser.add_mutually_exclusive_group())
     parser.add_argument("--size", type=int, metavar="N", help="for images of N pixels a side (default: as trained)")

@@ -5,27 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from hf_cdl.commands.parser_parts import path, plugins, verb_parser
-
-_STUDENT = "a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub"
+from hf_cdl.commands.parser_parts import path, plugins, student, verb_parser
 
 
 def predict(verb: str) -> argparse.ArgumentParser:
+    """What a trained student says of images: as pipeline("image-classification") does, for many at a time.
+
+    IMAGES are files, and folders with all that lies in them and below. Without --out the first answers are shown, or
+    all of them as CSV where standard output is no terminal. With --out they are written, each file only once it is
+    whole: a table, row by row (columns image, label, score, label_2, score_2, ..., error), or a page that shows the
+    images the student is least sure of.
+
+    At the end it says how many images were answered with which class, and how sure the student was, beside how sure it
+    was on the images its run was measured on. Images that cannot be read are listed, and have a row with the reason.
+    """
     parser = verb_parser(
         verb,
         "STUDENT IMAGES [...] [--out FILE ...] [--top-k K] [--reject [SHARE]] [options]",
-        """What a trained student says of images: as pipeline("image-classification") does, for many at a time.
-
-IMAGES are files, and folders with all that lies in them and below. Without --out the first answers are shown, or all
-of them as CSV where standard output is no terminal. With --out they are written, each file only once it is whole:
-a table, row by row (columns image, label, score, label_2, score_2, ..., error), or a page that shows the images the
-student is least sure of.
-
-At the end it says how many images were answered with which class, and how sure the student was, beside how sure it was
-on the images its run was measured on. Images that cannot be read are listed, and have a row with the reason.""",
+        predict.__doc__,
         "hf-cdl predict runs/flowers photos --out answers.csv --out sheet.html",
     )
-    parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
+    student(parser)
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGES", help="files, or folders of them")
     parser.add_argument(
         "--out",
@@ -49,22 +49,27 @@ on the images its run was measured on. Images that cannot be read are listed, an
 
 
 def evaluate(verb: str) -> argparse.ArgumentParser:
+    """How right a trained student is on images with labels: accuracy, per class too, confusions and calibration.
+
+    IMAGES are as in hf-cdl train: class folders, also inside of test/, parquet files, or a data set on the Hub. Labels
+    are compared by the names of the classes; images of classes that the student does not know are counted and left
+    out. If these are the data that the student learnt from, those that it learnt are left out, too. Without IMAGES it
+    is measured on the validation images of its run, or those that the run measures on, and the pictures join the run's
+    report.html.
+
+    With several --revision these are measured on the same images and compared, also on the classes that all of them
+    know. The folder of --out gets everything as evaluation.json, and as pictures the confusions of each revision, the
+    calibration of all, the surest mistakes, where the classes lie by the student's features, and the use of prompts.
+    """
     parser = verb_parser(
         verb,
-        "STUDENT IMAGES [--revision task-NN ...] [--split NAME] [--out FOLDER] [options]",
-        """How right a trained student is on images with labels: accuracy, per class too, confusions and calibration.
-
-IMAGES are as in hf-cdl train: class folders, also inside of test/, parquet files, or a data set on the Hub. Labels are
-compared by the names of the classes; images of classes that the student does not know are counted and left out. If
-these are the data that the student learnt from, those that it learnt are left out, too.
-
-With several --revision these are measured on the same images and compared, also on the classes that all of them know.
-The folder of --out gets everything as evaluation.json, and as pictures the confusions of each revision and the
-calibration of all.""",
+        "STUDENT [IMAGES] [--revision task-NN ...] [--split NAME] [--out FOLDER] [options]",
+        evaluate.__doc__,
         "hf-cdl evaluate runs/flowers photos --revision task-03 --revision task-05",
     )
-    parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
-    parser.add_argument("images", metavar="IMAGES", help="a folder of images by class, or OWNER/NAME on the Hub")
+    student(parser)
+    text = "a folder of images by class, or OWNER/NAME on the Hub (default: those of the student's run)"
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help=text)
     parser.add_argument(
         "--revision",
         action="append",
@@ -78,9 +83,8 @@ calibration of all.""",
     for what in ("image", "label"):
         text = f"that holds the {what}s, where several columns of a table could (default: the only one)"
         parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
-    parser.add_argument(
-        "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
-    )
+    text = "a new or empty folder (default: evaluations/STUDENT-IMAGES, or RUN/evaluation/task-NN without IMAGES)"
+    parser.add_argument("--out", type=path, metavar="FOLDER", help=text)
     _reject(parser, "also measure how it tells images of classes that it does not know, at this share of those kept")
     _loading(parser)
     return parser
