@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hf_cdl.counted import counted
+
 MOST = 10**10
 """Maximum number of elements of a part; the largest backbone of an allow-listed family has 7 * 10^9."""
 _MOST_PARTS, _MOST_LABELS = 1000, 10**6
@@ -231,8 +233,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     bad = [name for name, value in tensors.items() if not _all_finite(value)]
     if bad:
         raise ValueError(
-            f"{what} are NaN or infinite in {len(bad)} of {len(tensors)} tensors: {listed(bad)}. What is computed "
-            "with them is no answer. Give a checkpoint that is whole, from before its training diverged."
+            f"{what} are NaN or infinite in {len(bad)} of {counted(len(tensors), 'tensor')}: {listed(bad)}. What is "
+            "computed with them is no answer. Give a checkpoint that is whole, from before its training diverged."
         )
 
 

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from hf_cdl.checked import check_generic, check_numbers, check_types, fits, near, said, short
+from hf_cdl.counted import counted
 from hf_cdl.labels import class_list, is_inverse, label_names, repeated
 from hf_cdl.types import OURS
 
@@ -296,8 +297,8 @@ class CDLConfig(PreTrainedConfig):
     def num_labels(self, num_labels: int) -> None:
         if num_labels != self.num_labels:
             raise ValueError(
-                f"num_labels is {short(num_labels)}, but the tasks have {self.num_labels} classes. Leave it out; "
-                "more classes come with model.begin_task(class_names)."
+                f"num_labels is {short(num_labels)}, but the tasks have {counted(self.num_labels, 'class')}. Leave it "
+                "out; more classes come with model.begin_task(class_names)."
             )
 
     def check_small(self) -> None:

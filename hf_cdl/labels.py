@@ -9,6 +9,7 @@ from typing import Any
 from unicodedata import normalize
 
 from hf_cdl.checked import short
+from hf_cdl.counted import counted
 
 
 def class_list(names: Any) -> list[str]:
@@ -30,8 +31,8 @@ def label_names(labels: Any, count: int) -> list[str]:
     ids = _whole(labels) if isinstance(labels, Mapping) else None
     if ids is None or sorted(ids) != [*range(count)]:
         raise ValueError(
-            f"id2label is {short(labels)}, but it must name all {count} classes, by the numbers 0 to {count - 1}. "
-            "Change single names in model.config.id2label, or give all of them."
+            f"id2label is {short(labels)}, but it must name all {counted(count, 'class')}, by the numbers 0 to "
+            f"{count - 1}. Change single names in model.config.id2label, or give all of them."
         )
     names = class_list([ids[number] for number in range(count)]) if count else []
     if twice := repeated(names):

@@ -1,6 +1,6 @@
-"""accelerate launch recipes/train.py [RECIPE.yaml ...] [--any.field value ...]     (default: recipes/quickstart.yaml)
+"""The same as hf-cdl train, for accelerate launch; without a recipe recipes/quickstart.yaml.
 
-The same as hf-cdl train.
+accelerate launch --config_file recipes/accelerate/one.yaml recipes/train.py [RECIPE.yaml ...] [--any.field value ...]
 """
 
 import sys

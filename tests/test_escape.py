@@ -156,7 +156,7 @@ def test_a_run_with_such_names_prints_them_as_text(tmp_path: Path, capfd: pytest
     capfd.readouterr()
     assert train_main([file, "--output_dir", run]) == 0
     said = said_of(capfd, names)
-    assert r"a run\n\x1b[31m<b>`" in said and "task 2/2" in said and "Use the student:" in said
+    assert r"a run\n\x1b[31m<b>`" in said and "task 2/2" in said and "Try the student on an image:" in said
     assert train_main([file, "--output_dir", run, "--plan"]) == 0
     said_of(capfd, names)
     put_data(tmp_path / "data", [*names, "new\x1b[2J\nline two of it"])

@@ -387,7 +387,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "not a number": (in_role(accuracy_matrix=[[float("nan")]]), r"accuracy_matrix\.0\.0 is nan"),
     "more than all": (in_role(accuracy_matrix=[[101.0]]), r"accuracy_matrix\.0\.0 is 101"),
     "a short row": (in_role(accuracy_matrix=[[1.0], [1.0]]), "has 1 accuracies, but after task 2 there are 2"),
-    "too few counts": (in_role(counts=[1]), "counts has 1 entries for 2 tasks"),
+    "too few counts": (in_role(counts=[1]), "counts has 1 entry for 2 tasks"),
     "no counts": (in_role(counts=None), "counts is None"),
     "an enormous count": (in_role(counts=[10**30, 1]), r"counts\.0 is 1000"),
     "a role that is a path": (lambda r: r | {"roles": {"../up": r["roles"]["student"]}}, "roles"),

@@ -29,6 +29,7 @@ from hf_cdl.backbones.stored import (
     weight_files,
 )
 from hf_cdl.checked import check_generic, check_numbers, check_size, listed, short
+from hf_cdl.counted import counted
 from hf_cdl.types import is_ours
 
 
@@ -129,7 +130,7 @@ def load_backbone(name: str, revision: str | None = None, **hub: Any) -> PreTrai
     backbone, info = load_weights(model_class, config, name, revision, **family(config).init, **hub)
     if missing := sorted(key for key in info["missing_keys"] if "mask_token" not in key and "pooler" not in key):
         raise ValueError(
-            f"The checkpoint of backbone '{name}' lacks {len(missing)} weights ({listed(missing)}), so "
+            f"The checkpoint of backbone '{name}' lacks {counted(len(missing), 'weight')} ({listed(missing)}), so "
             "they would be random. Give a complete checkpoint."
         )
     return backbone

@@ -14,6 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from hf_cdl.checked import check_finite, listed
+from hf_cdl.counted import counted
 
 HUB = ("cache_dir", "token", "local_files_only")
 """Options of from_pretrained for accessing the Hub."""
@@ -119,7 +120,7 @@ def check_complete(info: Mapping[str, Any], what: str, place: Any) -> None:
     """
     problems = []
     if missing := [name for name in info.get("missing_keys", ()) if "mask_token" not in name]:
-        problems.append(f"it lacks {len(missing)} weights ({listed(missing)}), which would be random")
+        problems.append(f"it lacks {counted(len(missing), 'weight')} ({listed(missing)}), which would be random")
     if unknown := info.get("unexpected_keys"):
         problems.append(f"it has {len(unknown)} that its config does not ask for ({listed(unknown)})")
     if shapes := [

@@ -23,6 +23,7 @@ from hf_cdl.commands.console import say
 from hf_cdl.commands.known_images import to_add
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.taking_over import inherited
+from hf_cdl.counted import counted
 from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
 from hf_cdl.heads import HEADS
@@ -133,7 +134,7 @@ def begin(
     text = yaml.safe_dump(
         continued(recipe, first), sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
     )
-    say(f"{first.place} knows {first.tasks} tasks. Taking it over into {folder}/")
+    say(f"{first.place} knows {counted(first.tasks, 'task')}. Taking it over into {folder}/")
     if left:
         say(f"Ignored from its recipe, because it belongs to other machines: {', '.join(left)[:1000]}")
     return continue_elsewhere(
@@ -170,9 +171,9 @@ def check_unchanged(student: str, changed: Origin) -> None:
     """Check that a student with a teacher was not changed since its last task. Raises HubError if it was."""
     if changed.changes and last_learnt(changed.changes, changed.revision) is None:
         raise HubError(
-            f"{visible(student)} was changed after its {changed.tasks} tasks, and its teacher was not, so they cannot "
-            f"learn a further task together. Go on from before (--revision {revision_name(changed.tasks)}), or undo "
-            "the changes (hf-cdl undo)."
+            f"{visible(student)} was changed after its {counted(changed.tasks, 'task')}, and its teacher was not, so "
+            "they cannot learn a further task together. Go on from before (--revision "
+            f"{revision_name(changed.tasks)}), or undo the changes (hf-cdl undo)."
         )
 
 
@@ -182,8 +183,9 @@ def check_pair(student: Origin, teacher: Origin) -> None:
     if ours != theirs:
         shown = [", ".join(map(visible, names[0][:3])) for names in (theirs, ours)]
         raise HubError(
-            f"{teacher.place} learnt other classes than {student.place}: {shown[0]} ... ({len(theirs)} tasks) in "
-            f"place of {shown[1]} ... ({len(ours)} tasks). Name the teacher of this student with --teacher."
+            f"{teacher.place} learnt other classes than {student.place}: {shown[0]} ... "
+            f"({counted(len(theirs), 'task')}) in place of {shown[1]} ... ({counted(len(ours), 'task')}). Name the "
+            "teacher of this student with --teacher."
         )
 
 

@@ -17,6 +17,7 @@ from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub.card import card_files, shared
 from hf_cdl.recipe import described
 from hf_cdl.runs.files import RunError, write_whole
+from hf_cdl.runs.page import RESULTS, save_page
 from hf_cdl.runs.results import run_results
 
 
@@ -33,7 +34,9 @@ def main(arguments: list[str]) -> int:
             for name, content in made(results, role, names[role], other).items():
                 put(output / role / name, content)
         if options.output is not None:
-            put(output / "results.json", f"{json.dumps(shared(results), indent=1)}\n".encode())
+            put(output / RESULTS, f"{json.dumps(shared(results), indent=1)}\n".encode())
+        else:
+            save_page(results, output)
     except (OSError, ValueError, RunError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)
         return 2

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
+from hf_cdl.commands.parser_parts import path, plugins, student, true_or_false, verb_parser
 
 
-def _changing(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
-    """The parser of a command that changes a trained student."""
-    more = """
-
-Every change makes a new revision of the student (task-06 after task-05). Nothing is overwritten, and hf-cdl undo goes
-back. A student from the Hub, or from a checkpoint alone, is first copied into a new run. With a fitted head (ridge,
-lda, ncm) the result equals learning the final images at once."""
-    parser = verb_parser(verb, f"STUDENT {usage} [options]", about + more, example)
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="a run's folder (runs/quickstart), a checkpoint's, or OWNER/NAME on the Hub",
-    )
+def _changing(verb: str, usage: str, about: str | None, example: str) -> argparse.ArgumentParser:
+    """Every change makes a new revision of the student (task-06 after task-05). Nothing is overwritten, and hf-cdl
+    undo goes back. A student from the Hub, or from a checkpoint alone, is first copied into a new run. With a fitted
+    head (ridge, lda, ncm) the result equals learning the final images at once.
+    """
+    parser = verb_parser(verb, f"STUDENT {usage} [options]", f"{about}\n    {_changing.__doc__}", example)
+    student(parser)
     return parser
 
 
@@ -36,12 +30,8 @@ def _changing_options(parser: argparse.ArgumentParser) -> None:
 
 
 def correct(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb,
-        "FILE.csv",
-        "Correct the labels of images that the student learnt with a wrong one.",
-        "hf-cdl correct runs/flowers wrong.csv",
-    )
+    """Correct the labels of images that the student learnt with a wrong one."""
+    parser = _changing(verb, "FILE.csv", correct.__doc__, "hf-cdl correct runs/flowers wrong.csv")
     parser.add_argument(
         "file",
         type=path,
@@ -54,13 +44,15 @@ def correct(verb: str) -> argparse.ArgumentParser:
 
 
 def remove(verb: str) -> argparse.ArgumentParser:
+    """Remove a class: the student never answers with it again.
+
+    If you give the images that the class was learnt from, or if the head keeps sums per class (head.sums: per_class),
+    the student becomes one that never saw them. Otherwise they still count, as images of no class.
+    """
     parser = _changing(
         verb,
         "CLASS [--images FOLDER ...]",
-        """Remove a class: the student never answers with it again.
-
-If you give the images that the class was learnt from, or if the head keeps sums per class (head.sums: per_class), the
-student becomes one that never saw them. Otherwise they still count, as images of no class.""",
+        remove.__doc__,
         "hf-cdl remove runs/flowers 'ox-eye daisy' --images flowers/train",
     )
     parser.add_argument("name", metavar="CLASS", help="the name of the class")
@@ -76,9 +68,8 @@ student becomes one that never saw them. Otherwise they still count, as images o
 
 
 def rename(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(
-        verb, "OLD NEW", "Give a class another name.", "hf-cdl rename runs/flowers daisy 'common daisy'"
-    )
+    """Give a class another name."""
+    parser = _changing(verb, "OLD NEW", rename.__doc__, "hf-cdl rename runs/flowers daisy 'common daisy'")
     parser.add_argument("old", metavar="OLD", help="the present name of the class")
     parser.add_argument("new", metavar="NEW", help="its new name")
     _changing_options(parser)
@@ -86,11 +77,9 @@ def rename(verb: str) -> argparse.ArgumentParser:
 
 
 def merge(verb: str) -> argparse.ArgumentParser:
+    """Merge several classes into one."""
     parser = _changing(
-        verb,
-        "CLASS CLASS [...] --as NAME",
-        "Merge several classes into one.",
-        "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy",
+        verb, "CLASS CLASS [...] --as NAME", merge.__doc__, "hf-cdl merge runs/flowers daisy 'ox-eye daisy' --as daisy"
     )
     parser.add_argument("names", nargs="+", metavar="CLASS", help="the classes to merge")
     text = "the name of the merged class (default: none; required)"
@@ -100,6 +89,7 @@ def merge(verb: str) -> argparse.ArgumentParser:
 
 
 def undo(verb: str) -> argparse.ArgumentParser:
-    parser = _changing(verb, "", "Go back to the student before its last change.", "hf-cdl undo runs/flowers")
+    """Go back to the student before its last change."""
+    parser = _changing(verb, "", undo.__doc__, "hf-cdl undo runs/flowers")
     _changing_options(parser)
     return parser

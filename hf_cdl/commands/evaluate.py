@@ -12,17 +12,21 @@ from typing import Any
 from hf_cdl.commands.console import say
 from hf_cdl.commands.images import check_images
 from hf_cdl.commands.parsers import read
+from hf_cdl.commands.run_images import own_images, run_of
+from hf_cdl.counted import counted
 from hf_cdl.data.names import nfc, some
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub import HubError
+from hf_cdl.inference import pictures as drawn
 from hf_cdl.inference.labelled import Labelled, read_labelled
 from hf_cdl.inference.measuring import Measured, Options, common, measure
-from hf_cdl.inference.pictures import calibration_figure, confusion_figure
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.places import by_name, short_name
-from hf_cdl.recipe import load_plugins
+from hf_cdl.recipe import described, load_plugins
 from hf_cdl.runs.files import RunError, check_new, fill_folder
+from hf_cdl.runs.page import EVALUATION, PAGE, save_page
 from hf_cdl.runs.pictures import plotting_available
+from hf_cdl.runs.results import run_results
 from hf_cdl.training.progress import progress_bar
 
 _WORST, _LISTED = 10, 10
@@ -41,22 +45,22 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure every revision, print the results, and write them into the folder."""
-    name = f"{short_name(options.student)}-{by_name(options.images)}"
-    folder = options.out or Path("evaluations") / name
-    check_new(folder)
-    check_images(options.images)
+    """Measure every revision, say what was found, and write it into the folder."""
     load_plugins(options.plugins)
     if twice := sorted({revision for revision in options.revision if options.revision.count(revision) > 1}):
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
     students = [find_student(options.student, revision) for revision in options.revision or [None]]
-    images = read_labelled(options.images, options.split, students[-1], options.image_column, options.label_column)
+    root = run_of(students[-1]) if options.images is None else None
+    own = None if root is None else root / EVALUATION / students[-1].short
+    folder = options.out or own or Path(f"evaluations/{short_name(options.student)}-{by_name(options.images or '')}")
+    check_new(folder)
+    images = _images(options, students[-1], root)
     measured = [_measured(student, images, options) for student in students]
     say(*_words(measured, images), sep="\n")
     pictures = _pictures(measured, students, images) if plotting_available() else {}
     content = {
         "student": visible(options.student),
-        "images": visible(options.images),
+        "images": visible(options.images or "of the run"),
         "split": images.split,
         "notes": images.notes,
         "unreadable": [problem for _, problem in sorted(measured[-1].unreadable.items())],
@@ -76,8 +80,24 @@ def evaluate(options: argparse.Namespace) -> None:
 
     fill_folder(folder, write)
     say(f"written: {folder}/ (evaluation.json{''.join(f', {picture}.png' for picture in pictures)})")
+    if root is not None and folder == own:
+        save_page(run_results(root, described), root)
+        say(f"also in the run's report: {root / PAGE}")
     if not pictures:
         say('No pictures: they need matplotlib; install it with: pip install "hf_cdl[report]"')
+
+
+def _images(options: argparse.Namespace, student: Student, root: Path | None) -> Labelled:
+    """The images that are named, or those of the student's run."""
+    if options.images is not None:
+        check_images(options.images)
+        return read_labelled(options.images, options.split, student, options.image_column, options.label_column)
+    if root is None:
+        raise ValueError(f"{student.name} lies in no run, so it has no images of its own. Name some behind it.")
+    if given := [name for name in ("split", "image_column", "label_column") if getattr(options, name)]:
+        way = "but none are named; leave it out, or name some"
+        raise ValueError(f"--{given[0].replace('_', '-')} is of images, {way}.")
+    return own_images(root)
 
 
 def _measured(student: Student, images: Labelled, options: argparse.Namespace) -> Measured:
@@ -90,13 +110,19 @@ def _measured(student: Student, images: Labelled, options: argparse.Namespace) -
 def _pictures(measured: Sequence[Measured], students: Sequence[Student], images: Labelled) -> dict[str, Any]:
     """Pictures by name."""
     pictures = {
-        f"confusion_{found.revision}": confusion_figure(found, student.name)
+        f"confusion_{found.revision}": drawn.confusion_figure(found, student.name)
         for found, student in zip(measured, students, strict=True)
     }
-    most = max(len(found.labels) for found in measured)
+    most, newest = max(len(found.labels) for found in measured), measured[-1]
+    more = {
+        "mistakes": drawn.mistakes_figure(newest, lambda index: images.decode(index).image),
+        "latent_map": drawn.latent_figure(measured, f"classes of {students[-1].name} by their features"),
+        "prompt_usage": drawn.usage_figure(newest, f"use of prompts, {students[-1].name}"),
+    }
     return {
         **pictures,
-        "calibration": calibration_figure(measured, f"{most:,} images of the split {images.split}"),
+        **{name: figure for name, figure in more.items() if figure is not None},
+        "calibration": drawn.calibration_figure(measured, f"{counted(most, 'image')} of the split {images.split}"),
     }
 
 
@@ -115,12 +141,12 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
         if found.unknown:
             total = sum(found.unknown.values())
             named = some(f"{name} ({count:,})" for name, count in sorted(found.unknown.items()))
-            yield f"{found.revision} does not know, and was not measured on, {total:,} images of {named}"
+            yield f"{found.revision} does not know, and was not measured on, {counted(total, 'image')} of {named}"
         if found.told:
             yield _told(found)
     have = {*images.labels}
     if without := [name for name in newest.classes if nfc(name) not in have]:
-        yield f"no images here of {len(without)} of its {len(newest.classes)} classes: {some(without)}"
+        yield f"no images here of {len(without)} of its {counted(len(newest.classes), 'class')}: {some(without)}"
     yield from _classes(measured)
     if confused := newest.confused():
         taken = ", ".join(f"{visible(true)} for {visible(answer)} ({count:,})" for true, answer, count in confused[:5])
@@ -164,4 +190,4 @@ def _classes(measured: Sequence[Measured]) -> Iterator[str]:
     yield f"accuracy per class{named}{f', the lowest {_WORST} of {len(own)}' if len(own) > _WORST else ''}:"
     for name in worst:
         values = "  ".join(f"{f'{found[name]:.1f} %' if name in found else '–':>7}" for found in by_revision)
-        yield f"  {visible(name):{width}}  {values}  ({counts[name]:,} images)"
+        yield f"  {visible(name):{width}}  {values}  ({counted(counts[name], 'image')})"

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from hf_cdl import TaskStream
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
-from hf_cdl.commands.verify import stored_recipe
+from hf_cdl.commands.run_images import own_images, run_of
 from hf_cdl.data.images import decode
 from hf_cdl.data.views import output_size
 from hf_cdl.escape import visible, visible_lines
@@ -64,7 +63,7 @@ def export(options: argparse.Namespace) -> None:
     """Write the file, its script and export.json. Raises an error, and writes nothing, if answers differ too much."""
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
-    root = _run_of(student)
+    root = run_of(student)
     file = _file(options, student, root)
     check_new_files([file], [".onnx"])
     exports_in(file.parent)  # one that cannot be read is said now
@@ -89,13 +88,6 @@ def export(options: argparse.Namespace) -> None:
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
         say(f"in the student's model card: {stopping.command('card', root)}")
     _warn(facts, None if options.size is None else min(output_size(processor)))
-
-
-def _run_of(student: Student) -> Path | None:
-    """The folder of the run that a student lies in; None if it is in none."""
-    place = Path(student.place)
-    root = place.resolve().parents[1] if student.results is not None and place.is_dir() else None
-    return root if root is not None and (root / "run.json").exists() else None
 
 
 def _file(options: argparse.Namespace, student: Student, root: Path | None) -> Path:
@@ -140,24 +132,14 @@ def _images(folder: Path | None, root: Path | None, student: Student, model: Mod
 def _of_run(root: Path, student: Student, names: Sequence[str]) -> Images | None:
     """The validation images of a run's tasks, or those its accuracy is measured on; None if the data are gone."""
     try:
-        recipe = stored_recipe(root)
-        stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)
-    except (OSError, ValueError) as error:
+        own = own_images(root)
+    except (OSError, ValueError, RunError) as error:
         say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
         return None
-    tasks = [*stream]
-    has = any(task.validation is not None and len(task.validation) for task in tasks)
-    split = "validation" if has else recipe.data.eval_split
-    parts = [part for task in tasks if (part := getattr(task, split)) is not None]
-    labels = numbers_of([stream.class_names[label] for part in parts for label in part.labels], names)
-    places = [(part, row) for part in parts for row in range(len(part))]
-    rows = _spread([row for row, label in enumerate(labels) if label >= 0])
-
-    def image(index: int) -> Image.Image:
-        part, row = places[rows[index]]
-        return part.image(row)
-
-    return Images(f"{split} images of the run", image, labels[rows]) if rows else None
+    labels = numbers_of(own.labels, names)
+    rows = _spread(np.flatnonzero(labels >= 0).tolist())
+    told = f"{own.split} images of the run"
+    return Images(told, lambda index: own.decode(rows[index]).image, labels[rows]) if rows else None
 
 
 def _spread(items: Sequence[Any]) -> list[Any]:

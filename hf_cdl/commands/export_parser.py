@@ -5,26 +5,25 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_cdl.commands.parser_parts import path, plugins, verb_parser
+from hf_cdl.commands.parser_parts import path, plugins, student, verb_parser
 
 
 def export(verb: str) -> argparse.ArgumentParser:
+    """Export a student as one file for a device: an ONNX model with normalisation and class names inside.
+
+    Its input is RGB pixels, uint8 of shape (images, height, width, 3); its outputs are logits and scores. The script
+    classify.py beside it resizes, crops and answers as pipeline("image-classification") does, and needs only
+    onnxruntime and Pillow. The file's answers are compared with the student's, on the validation images of its run or
+    on --images. The result is printed, written to export.json beside the file, and shown by the run's model card
+    (hf-cdl card).
+    """
     parser = verb_parser(
         verb,
         "STUDENT [--int8 | --fp16] [--size N] [--out FOLDER | FILE.onnx] [options]",
-        """Export a student as one file for a device: an ONNX model with normalisation and class names inside.
-
-Its input is RGB pixels, uint8 of shape (images, height, width, 3); its outputs are logits and scores. The script
-classify.py beside it resizes, crops and answers as pipeline("image-classification") does, and needs only onnxruntime
-and Pillow. The file's answers are compared with the student's, on the validation images of its run or on --images. The
-result is printed, written to export.json beside the file, and shown by the run's model card (hf-cdl card).""",
+        export.__doc__,
         "hf-cdl export runs/flowers --int8",
     )
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub",
-    )
+    student(parser)
     parser.add_argument("--to", choices=["onnx"], default="onnx", help="the format (default: onnx)")
     _precision(parser.add_mutually_exclusive_group())
     parser.add_argument("--size", type=int, metavar="N", help="side of the images in pixels (default: as trained)")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl import TaskStream
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 from hf_cdl.places import HUB_ID
 from hf_cdl.recipe import BASELINES, Recipe, RecipeError, build_recipe, load_plugins
@@ -96,9 +97,9 @@ def explained(recipe: Recipe, stream: TaskStream) -> Iterator[str]:
     first: Any = stream[0]
     held = split == "test" and first.test.name == first.train.name
     share = f"{100 * (stream.config.test_fraction or 0):g} % of each class: there is no test split"
-    cut = "one task" if tasks == 1 else f"{tasks} tasks, one after the other"
-    yield f"images: {len(stream.class_names)} classes in {cut}; {train:,} images to learn from"
-    yield f"test: {test:,} images, {share if held else f'those of the {split} split'}"
+    cut = "one task" if tasks == 1 else f"{counted(tasks, 'task')}, one after the other"
+    yield f"images: {counted(len(stream.class_names), 'class')} in {cut}; {counted(train, 'image')} to learn from"
+    yield f"test: {counted(test, 'image')}, {share if held else f'those of the {split} split'}"
     yield f"student: {visible(student.backbone)}"
     if student.head == BASELINES["ridge_head"]:
         yield "  with a ridge head: fitted in one pass over the images, which also choose its strength and scale"

@@ -5,27 +5,27 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from hf_cdl.commands.parser_parts import path, plugins, verb_parser
-
-_STUDENT = "a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub"
+from hf_cdl.commands.parser_parts import path, plugins, student, verb_parser
 
 
 def predict(verb: str) -> argparse.ArgumentParser:
+    """Classify many images with a trained student, as pipeline("image-classification") does.
+
+    IMAGES are files, or folders with everything in and below them. Without --out the first answers are printed, or all
+    of them as CSV if standard output is no terminal. With --out they are written to a table (columns image, label,
+    score, label_2, score_2, ..., error) or to a page that shows the images the student is least sure of. A file
+    appears once it is complete.
+
+    At the end the command prints how often each class was answered, and how sure the student was, compared with the
+    images its run was measured on. Images that cannot be read are listed, and get a row with the reason.
+    """
     parser = verb_parser(
         verb,
         "STUDENT IMAGES [...] [--out FILE ...] [--top-k K] [--reject [SHARE]] [options]",
-        """Classify many images with a trained student, as pipeline("image-classification") does.
-
-IMAGES are files, or folders with everything in and below them. Without --out the first answers are printed, or all of
-them as CSV if standard output is no terminal. With --out they are written to a table (columns image, label, score,
-label_2, score_2, ..., error) or to a page that shows the images the student is least sure of. A file appears once it
-is complete.
-
-At the end the command prints how often each class was answered, and how sure the student was, compared with the images
-its run was measured on. Images that cannot be read are listed, and get a row with the reason.""",
+        predict.__doc__,
         "hf-cdl predict runs/flowers photos --out answers.csv --out sheet.html",
     )
-    parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
+    student(parser)
     parser.add_argument("images", type=path, nargs="+", metavar="IMAGES", help="files, or folders of them")
     parser.add_argument(
         "--out",
@@ -48,22 +48,26 @@ its run was measured on. Images that cannot be read are listed, and get a row wi
 
 
 def evaluate(verb: str) -> argparse.ArgumentParser:
+    """Measure a student on labelled images: accuracy (also per class), confusions and calibration.
+
+    IMAGES are as in hf-cdl train: class folders, also inside test/, parquet files, or a data set on the Hub. Labels
+    are compared by class name. Images of classes that the student does not know are counted and left out. Images that
+    the student learnt are left out too. Without IMAGES, the student is measured on the validation images of its run
+    (or those that the run measures on), and the pictures are added to the run's report.html.
+
+    Several --revision are measured on the same images and compared, also on the classes that all of them know. The
+    folder of --out gets everything as evaluation.json, and pictures: the confusions of each revision, the calibration
+    of all, the surest mistakes, a map of the classes in the student's features, and how often each prompt is used.
+    """
     parser = verb_parser(
         verb,
-        "STUDENT IMAGES [--revision task-NN ...] [--split NAME] [--out FOLDER] [options]",
-        """Measure a student on labelled images: accuracy (also per class), confusions and calibration.
-
-IMAGES are as in hf-cdl train: class folders, also inside test/, parquet files, or a data set on the Hub. Labels are
-compared by class name. Images of classes that the student does not know are counted and left out. Images that the
-student learnt are left out too.
-
-Several --revision are measured on the same images and compared, also on the classes that all of them know. The folder
-of --out gets everything as evaluation.json, and pictures of the confusions of each revision and the calibration of
-all.""",
+        "STUDENT [IMAGES] [--revision task-NN ...] [--split NAME] [--out FOLDER] [options]",
+        evaluate.__doc__,
         "hf-cdl evaluate runs/flowers photos --revision task-03 --revision task-05",
     )
-    parser.add_argument("student", metavar="STUDENT", help=_STUDENT)
-    parser.add_argument("images", metavar="IMAGES", help="a folder of images by class, or OWNER/NAME on the Hub")
+    student(parser)
+    text = "a folder of images by class, or OWNER/NAME on the Hub (default: those of the student's run)"
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help=text)
     parser.add_argument(
         "--revision",
         action="append",
@@ -77,9 +81,8 @@ all.""",
     for what in ("image", "label"):
         text = f"column of the {what}s, if a table has several candidates (default: the only one)"
         parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
-    parser.add_argument(
-        "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
-    )
+    text = "a new or empty folder (default: evaluations/STUDENT-IMAGES, or RUN/evaluation/task-NN without IMAGES)"
+    parser.add_argument("--out", type=path, metavar="FOLDER", help=text)
     _reject(parser, "also measure rejection of images of unknown classes, keeping this share of the known ones")
     _loading(parser)
     return parser

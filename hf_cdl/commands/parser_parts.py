@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 
 
-def verb_parser(verb: str, usage: str, about: str, example: str) -> argparse.ArgumentParser:
+def verb_parser(verb: str, usage: str, about: str | None, example: str) -> argparse.ArgumentParser:
+    """The parser of a verb; `about`: what it does, the docstring of the function that makes it."""
     return argparse.ArgumentParser(
         prog=f"hf-cdl {verb}",
         usage=f"hf-cdl {verb} {usage}",
-        description=about,
+        description=inspect.cleandoc(about or ""),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def student(parser: argparse.ArgumentParser) -> None:
+    """Add STUDENT."""
+    text = "a run's folder (runs/quickstart), a checkpoint's (its student/task-03), or OWNER/NAME on the Hub"
+    parser.add_argument("student", metavar="STUDENT", help=text)
 
 
 def plugins(parser: argparse.ArgumentParser) -> None:

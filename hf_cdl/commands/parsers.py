@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hf_cdl.commands import changing_parsers as changing
 from hf_cdl.commands import export_parser
 from hf_cdl.commands import in_use_parsers as in_use
-from hf_cdl.commands.parser_parts import path, plugins, true_or_false, verb_parser
+from hf_cdl.commands.parser_parts import path, plugins, student, true_or_false, verb_parser
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,22 @@ def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
 
 
 def _train(verb: str) -> argparse.ArgumentParser:
+    """Train and evaluate on images, task after task. If the run was stopped, the same command resumes it.
+
+    With IMAGES, the command uses the recommended recipe and prints it: a ridge head on a frozen backbone, compared
+    with class means and a linear head. With --teacher, a first session comes before that: the teacher learns the first
+    task and then teaches it. All classes are one task, unless --data.classes_per_task N gives N at a time.
+
+    With RECIPE.yaml, the recipe says everything. Of several files, a later one overrides an earlier one. In both
+    forms, values on the command line override the recipe. The page of options in the documentation (make docs) lists
+    all fields and their defaults. On several GPUs: accelerate launch -m hf_cdl train ...
+    """
     parser = verb_parser(
         verb,
         "IMAGES [--backbone NAME] [--teacher NAME] [--any.field value ...] [--plan]\n"
         "       hf-cdl train RECIPE.yaml ... [--any.field value ...] [--plan]\n"
         "       hf-cdl train --example quickstart",
-        """Train and evaluate on images, task after task. If the run was stopped, the same command resumes it.
-
-With IMAGES, the command uses the recommended recipe and prints it: a ridge head on a frozen backbone, compared with
-class means and a linear head. With --teacher, a first session comes before that: the teacher learns the first task and
-then teaches it. All classes are one task, unless --data.classes_per_task N gives N at a time.
-
-With RECIPE.yaml, the recipe says everything. Of several files, a later one overrides an earlier one. In both forms,
-values on the command line override the recipe. The page of options in the documentation (make docs) lists all fields
-and their defaults. On several GPUs: accelerate launch -m hf_cdl train ...""",
+        _train.__doc__,
         "hf-cdl train photos --backbone facebook/dinov2-base --data.classes_per_task 5",
     )
     parser.add_argument(
@@ -97,10 +99,11 @@ and their defaults. On several GPUs: accelerate launch -m hf_cdl train ...""",
 
 
 def _plan(verb: str) -> argparse.ArgumentParser:
+    """Print what a run would need: parameters, FLOPs, steps, memory and files. Nothing is trained."""
     parser = verb_parser(
         verb,
         "IMAGES | RECIPE.yaml ... [--any.field value ...]",
-        "Print what a run would need: parameters, FLOPs, steps, memory and files. Nothing is trained.",
+        _plan.__doc__,
         "hf-cdl plan flowers.yaml --train.per_device_train_batch_size 64",
     )
     parser.add_argument("recipe", nargs="*", metavar="RECIPE.yaml", help="recipe files, or IMAGES as in hf-cdl train")
@@ -109,27 +112,25 @@ def _plan(verb: str) -> argparse.ArgumentParser:
 
 
 def _add(verb: str) -> argparse.ArgumentParser:
+    """Teach a student more images. All you need is the student, from the Hugging Face Hub or a folder.
+
+    A student with a fitted head (ridge, lda, ncm) adds images of new and known classes to its sums, in seconds. This
+    makes a new revision of it, which hf-cdl undo takes back. A student with a trained head learns the new classes as
+    one more task, with its teacher, in a new run. With --output_dir, a student with a fitted head does so too.
+
+    If it was stopped, the same command resumes. With --push_to_hub true (and --push_teacher true) the new task is
+    pushed to the repositories that the models came from, or to those of --hub_model_id.
+
+    STUDENT may be a stranger's: no code of theirs is run, and nothing pickled is loaded. If their recipe needs plugins
+    (Python files), read them, then name them yourself: --plugins '[FILE]'.
+    """
     parser = verb_parser(
         verb,
         "STUDENT DATA [options] [--any.field value ...]",
-        """Teach a student more images. All you need is the student, from the Hugging Face Hub or a folder.
-
-A student with a fitted head (ridge, lda, ncm) adds images of new and known classes to its sums, in seconds. This makes
-a new revision of it, which hf-cdl undo takes back. A student with a trained head learns the new classes as one more
-task, with its teacher, in a new run. With --output_dir, a student with a fitted head does so too.
-
-If it was stopped, the same command resumes. With --push_to_hub true (and --push_teacher true) the new task is pushed
-to the repositories that the models came from, or to those of --hub_model_id.
-
-STUDENT may be a stranger's: no code of theirs is run, and nothing pickled is loaded. If their recipe needs plugins
-(Python files), read them, then name them yourself: --plugins '[FILE]'.""",
+        _add.__doc__,
         "hf-cdl add runs/quickstart birds --train.num_train_epochs 5",
     )
-    parser.add_argument(
-        "student",
-        metavar="STUDENT",
-        help="OWNER/NAME on the Hub, a run's folder (runs/quickstart), or a checkpoint's (its student/task-03)",
-    )
+    student(parser)
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -143,10 +144,11 @@ STUDENT may be a stranger's: no code of theirs is run, and nothing pickled is lo
 
 
 def _push(verb: str) -> argparse.ArgumentParser:
+    """Push what a run has finished and the Hugging Face Hub does not have yet."""
     parser = verb_parser(
         verb,
         "RUN [--hub_model_id NAME] [--push_teacher true|false] [--hub_private_repo true|false] [options]",
-        "Push what a run has finished and the Hugging Face Hub does not have yet.",
+        _push.__doc__,
         "hf-cdl push runs/quickstart --hub_model_id me/quickstart --push_teacher true",
     )
     parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, such as runs/quickstart")
@@ -163,47 +165,45 @@ def _push(verb: str) -> argparse.ArgumentParser:
 
 
 def _card(verb: str) -> argparse.ArgumentParser:
+    """Write a run's model cards and their pictures: ROLE/README.md and ROLE/accuracy_matrix.png."""
     parser = verb_parser(
         verb,
         "RUN [--output FOLDER] [--repo_id OWNER/NAME] [--plugins FILE ...]",
-        "Write a run's model cards and their pictures: ROLE/README.md and ROLE/accuracy_matrix.png.",
+        _card.__doc__,
         "hf-cdl card runs/quickstart --repo_id me/quickstart",
     )
     parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument("--output", type=path, metavar="FOLDER", help="where to write them (default: RUN)")
     parser.add_argument(
-        "--repo_id",
-        metavar="OWNER/NAME",
-        help="the student's future repository; its teacher's is NAME-teacher (default: none)",
+        "--repo_id", metavar="OWNER/NAME", help="where the student will be; its teacher: NAME-teacher (default: none)"
     )
     plugins(parser)
     return parser
 
 
 def _verify(verb: str) -> argparse.ArgumentParser:
-    parser = verb_parser(
-        verb,
-        "RUN [--plugins FILE ...]",
-        """Load every checkpoint of a run and compare its accuracies with the ones that the run recorded.
+    """Load every checkpoint of a run and compare its accuracies with the ones that the run recorded.
 
-Nothing that the run's files name is executed. If the recipe has plugins (Python files that register models), read
-them, then name them here.""",
-        "hf-cdl verify runs/quickstart",
-    )
+    Nothing that the run's files name is executed. If the recipe has plugins (Python files that register models), read
+    them, then name them here.
+    """
+    parser = verb_parser(verb, "RUN [--plugins FILE ...]", _verify.__doc__, "hf-cdl verify runs/quickstart")
     parser.add_argument("run", type=path, metavar="RUN", help="a run's folder, such as runs/quickstart")
     plugins(parser)
     return parser
 
 
 def _shrink(verb: str) -> argparse.ArgumentParser:
+    """Make a smaller backbone from a pre-trained one: its first layers and final norm, at another image size.
+
+    The first layers of a larger model make a student that needs no pre-training of its own. Smaller images mean fewer
+    patches, so position embeddings are interpolated: for a ViT once, by this command; for DINOv2 and most other
+    families in each forward pass.
+    """
     parser = verb_parser(
         verb,
         "BACKBONE FOLDER [options]",
-        """Make a smaller backbone from a pre-trained one: its first layers and final norm, at another image size.
-
-The first layers of a larger model make a student that needs no pre-training of its own. Smaller images mean fewer
-patches, so position embeddings are interpolated: for a ViT once, by this command; for DINOv2 and most other families
-in each forward pass.""",
+        _shrink.__doc__,
         "hf-cdl shrink facebook/dinov2-small backbones/dinov2-small-8 --layers 8 --size 56",
     )
     parser.add_argument("backbone", metavar="BACKBONE", help="a Hub id or folder")
@@ -216,19 +216,21 @@ in each forward pass.""",
 
 
 def _compare(verb: str) -> argparse.ArgumentParser:
+    """Run variants of a recipe over seeds and class orders, and compare them in tables, tests and a report.
+
+    SPEC (recipes/comparisons/, fields in docs/guides/comparisons.md) names a recipe, seeds, and variants: the fields
+    that differ, and which roles of a run fill which rows. Every run is an `hf-cdl train` in a folder below
+    runs/comparisons/NAME/. If the command was stopped or killed, the same command resumes. It writes table.parquet and
+    table.csv (every run with its recipe's hash), table.md, report.html and the report's pictures in plots/.
+
+    Accuracy is measured on validation images. --test measures the stored checkpoints of the finished runs on the test
+    images, once, at the very end. It writes the same files to runs/comparisons/NAME/test/, and records in
+    runs/comparisons/test_split.json that the test images were read.
+    """
     parser = verb_parser(
         verb,
         "SPEC.yaml [SPEC.yaml ...] [--jobs N] [--test]",
-        """Run variants of a recipe over seeds and class orders, and compare them in tables, tests and a report.
-
-SPEC (recipes/comparisons/, fields in docs/guides/comparisons.md) names a recipe, seeds, and variants: the fields that
-differ, and which roles of a run fill which rows. Every run is an `hf-cdl train` in a folder below
-runs/comparisons/NAME/. If the command was stopped or killed, the same command resumes. It writes table.parquet and
-table.csv (every run with its recipe's hash), table.md, report.html and the report's pictures in plots/.
-
-Accuracy is measured on validation images. --test measures the stored checkpoints of the finished runs on the test
-images, once, at the very end. It writes the same files to runs/comparisons/NAME/test/, and records in
-runs/comparisons/test_split.json that the test images were read.""",
+        _compare.__doc__,
         "hf-cdl compare recipes/comparisons/quickstart_baselines.yaml --jobs 2",
     )
     parser.add_argument("specs", type=path, nargs="+", metavar="SPEC", help="a comparison's file")
@@ -245,13 +247,12 @@ def _jobs(text: str) -> int:
 
 
 def _demo(verb: str) -> argparse.ArgumentParser:
-    parser = verb_parser(
-        verb,
-        "WHERE [--trust_remote_code] [--plugins FILE ...]",
-        """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
+    """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
 
-The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).""",
-        "hf-cdl demo runs/quickstart/student",
+    The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).
+    """
+    parser = verb_parser(
+        verb, "WHERE [--trust_remote_code] [--plugins FILE ...]", _demo.__doc__, "hf-cdl demo runs/quickstart/student"
     )
     parser.add_argument(
         "where",

@@ -7,6 +7,7 @@ from typing import Any
 from hf_cdl.backbones.lora import is_adapter
 from hf_cdl.commands import train
 from hf_cdl.commands.costs import Cost, bytes_of, measure, read_tasks, unknown_optimizers
+from hf_cdl.counted import counted
 from hf_cdl.models.classifier import ImageClassifier
 from hf_cdl.recipe import Recipe
 from hf_cdl.runs.shards import WORTH
@@ -49,8 +50,8 @@ def plan(recipe: Recipe) -> str:
     notes = [NOTES, *(f"Of {name} two states for each parameter are assumed, as of Adam." for name in unknown)]
     return "\n".join(
         [
-            f"{recipe.name}: {len(tasks.classes)} tasks, {sum(tasks.classes)} classes",
-            f"{sum(tasks.images):,} training images ({tasks.source})",
+            f"{recipe.name}: {counted(len(tasks.classes), 'task')}, {counted(sum(tasks.classes), 'class')}",
+            f"{counted(sum(tasks.images), 'training image')} ({tasks.source})",
             *(f"note: {note}" for note in tasks.notes),
             *_beside(recipe),
             "",

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
+from hf_cdl.counted import counted
 from hf_cdl.data.images import Decoded, decode, decode_fully
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.hub import HubError
@@ -63,7 +64,7 @@ def predict(options: argparse.Namespace) -> None:
     names = labels_of(model.config)
     top = min(_TOP, len(names)) if options.top_k is None else options.top_k
     if top > len(names):
-        raise ValueError(f"--top-k is {top}, but {student.name} has {len(names)} classes; give at most that.")
+        raise ValueError(f"--top-k is {top}, but of {student.name} it is at most {len(names)}; give at most that.")
     share = None if options.reject is None else share_kept(model, options.reject)
     limits = None if share is None else thresholds(model, share)
     plain = not is_ours(model.config)
@@ -76,9 +77,9 @@ def predict(options: argparse.Namespace) -> None:
                     _count(answer, totals, unreadable, options.strict)
                     _put(outputs, images[index], answer)
         if not totals.images:
-            raise ValueError(f"None of {len(images):,} files can be read as an image. The first: {unreadable[0]}")
+            raise ValueError(f"No image can be read of {counted(len(images), 'file')}. The first: {unreadable[0]}")
         lines = [*totals.lines(time.perf_counter() - start, summary.reference_of(student), share)]
-        finish(f"{student.name}: {summary.counted(totals.images, 'image')}", totals, [lines[0], *lines[2:]])
+        finish(f"{student.name}: {counted(totals.images, 'image')}", totals, [lines[0], *lines[2:]])
     _say(options.out, outputs, student, lines, unreadable, totals)
 
 
@@ -162,7 +163,7 @@ def _say(
     if outputs.head is not None:
         say(*_table(outputs.head), sep="\n")
         if (rest := totals.images + totals.unreadable - len(outputs.head)) > 0:
-            say(f"and {summary.counted(rest, 'more image')}; all of them in a table: --out FILE.csv")
+            say(f"and {counted(rest, 'more image')}; all of them in a table: --out FILE.csv")
     say(f"{student.name}: {lines[0]}", *lines[1:], sep="\n", **options)
     for problem in unreadable:
         say(f"not read: {problem}", **options)

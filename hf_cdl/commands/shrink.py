@@ -10,6 +10,7 @@ import transformers  # as a module: its names print messages on first access, wh
 from hf_cdl.backbones.families import check_image_size, family, layers, resize
 from hf_cdl.backbones.loading import load_backbone
 from hf_cdl.commands.parsers import read
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs.files import RunError, check_new, fill_folder
 
@@ -50,4 +51,4 @@ def shrink(options: argparse.Namespace) -> None:
     fill_folder(options.folder, lambda path: (backbone.save_pretrained(path), processor.save_pretrained(path)))
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     made, source = visible(options.folder), visible(options.backbone)
-    print(f"{made}: the first {count} of {depth} layers of {source}, {millions:.1f} M parameters")
+    print(f"{made}: the first {count} of {counted(depth, 'layer')} of {source}, {millions:.1f} M parameters")

@@ -15,8 +15,10 @@ from accelerate import PartialState
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
+from hf_cdl.commands.duration import announced
 from hf_cdl.commands.example import NAMES, write_example
 from hf_cdl.commands.images import explained, names_images, recommended
+from hf_cdl.counted import counted
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size
 from hf_cdl.distill import TERMS, Objective
@@ -24,17 +26,11 @@ from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.hub.card.text import read_in_sessions
 from hf_cdl.recipe import Recipe, RecipeError, completed, idle_arguments, load_recipe
-from hf_cdl.recipe.build import (
-    Models,
-    build_models,
-    build_objective,
-    build_processors,
-    check_classes,
-    labels,
-)
+from hf_cdl.recipe.build import Models, build_models, build_objective, build_processors, check_classes, labels
 from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.ledger import read_ledger
+from hf_cdl.runs.page import PAGE
 from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.report import telling
 from hf_cdl.runs.run import Run
@@ -128,7 +124,9 @@ def use(recipe: Recipe, best: Verdict | None) -> str:
     folder = json.dumps(str(recipe.folder / role), ensure_ascii=False)
     call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
     words = [stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"]
-    return f"Use the {role.replace('_', ' ')}:\n  {stopping.shown(words)}"
+    said = f"Try the {role.replace('_', ' ')} on an image:\n  {stopping.shown(words)}"
+    page = recipe.folder / PAGE
+    return f"{said}\nAll of it on a page: {page}" if page.exists() else said
 
 
 def refuse_known(recipe: Recipe, origin: dict[str, Any] | None) -> None:
@@ -175,7 +173,7 @@ def told_unlabelled(recipe: Recipe, run: Run) -> str:
     learns = [f"{ratio} beside each training image in {when}; the student learns from them by {terms}"]
     return "; ".join(
         [
-            f"{found['images']:,} unlabelled images of {recipe.data.unlabelled}",
+            f"{counted(found['images'], 'unlabelled image')} of {recipe.data.unlabelled}",
             *(learns if terms else []),
             *read_in_sessions(run.recipe),
         ]
@@ -215,9 +213,6 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
     if idle := idle_arguments(recipe):
         say(f"note: the heads are fitted in one pass, no loss trains; without effect: {', '.join(idle)}")
-    size = f"{len(stream)} tasks, {len(stream.class_names)} classes"
-    say(f"{recipe.name}: {size}, stream {stream.fingerprint} -> {recipe.folder}/")
-
     trainers, same = [], {"eval_split": stream.config.eval_split, "num_tasks": len(stream), "cache": recipe.cache}
     for role, objective, arguments in roles(recipe, models, run.folder):
         rest = {**same, "processing_class": processors[role]}
@@ -226,6 +221,8 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
         for task in run.to_learn(stream):
             trainers[-1].check(task)
+    say(announced(recipe.name, run.to_learn(stream), trainers))
+    say(f"stream {stream.fingerprint} -> {recipe.folder}/")
     return stream, trainers
 
 
@@ -261,7 +258,7 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
     """Learn, measure, store and push all tasks. Raises ImageError, with what to do, for a bad image."""
     arguments: Any = trainers[-1].args
     if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
-        say(f"note: {workers} processes load images (--train.dataloader_num_workers says how many)")
+        say(f"note: images are loaded by {counted(workers, 'process')} (--train.dataloader_num_workers says how many)")
     try:
         with kept_apart():
             learn(run, pusher, stream, trainers)
@@ -324,5 +321,5 @@ def write_recipe(run: Run) -> None:
 def said(row: list[float | None]) -> str:
     """The average of the measured accuracies, as text."""
     measured = [value for value in row if value is not None]
-    rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {len(row)} tasks)"
+    rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {counted(len(row), 'task')})"
     return f"{sum(measured) / len(measured):.1f} %{rest}"

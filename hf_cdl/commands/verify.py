@@ -15,6 +15,7 @@ from typing import Any
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import load_named
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
@@ -44,7 +45,7 @@ def verify(folder: Path, plugins: Sequence[str]) -> int:
     check_data(folder, ledger, recipe)
     elsewhere = ledger.get("origin", {}).get("tasks", 0)
     if elsewhere:
-        print(f"The first {elsewhere} tasks were learnt elsewhere; of them only the last one's checkpoint is here.")
+        print(f"Learnt elsewhere: the first {counted(elsewhere, 'task')}. Only the last one's checkpoint is here.")
     different = 0
     for checkpoint, entry, result in measure_again(folder, recipe, recipe.data.eval_split):
         found = compared(entry, result, elsewhere)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hf_cdl.compare.statistics import LEVEL, Values, sign_flip, smallest_p
+from hf_cdl.counted import counted
 
 DRAWS = 1000
 
@@ -54,7 +55,7 @@ def relabelled(values: Values, pairs: Sequence[tuple[str, str]]) -> Check | None
     where = [(labels.index(first), labels.index(second)) for first, second in pairs]
     p_values = np.stack([sign_flip(drawn[first] - drawn[second]) for first, second in where])
     wins = int((p_values.min(axis=0) * len(pairs) <= LEVEL).sum())  # Holm's first step: is there any win at all?
-    what = f"{len(labels)} rows relabelled within units, {len(pairs)} contrast{'s' * (len(pairs) > 1)} with Holm"
+    what = f"{counted(len(labels), 'row')} relabelled within units, {counted(len(pairs), 'contrast')} with Holm"
     return _check(what, len(units), wins, 1, smallest_p(len(units), len(pairs)))
 
 
@@ -71,8 +72,8 @@ def halves(values: Values) -> list[Check]:
             won = sign_flip(drawn[:pairs] - drawn[pairs : 2 * pairs]) <= LEVEL
             wins.setdefault(pairs, []).append(int(won.sum()))
     return [
-        _check(f"{len(found)} rows, one half of the units against the other", n, sum(found), len(found), smallest_p(n))
-        for n, found in wins.items()
+        _check(f"{counted(len(f), 'row')}, one half of the units against the other", n, sum(f), len(f), smallest_p(n))
+        for n, f in wins.items()
     ]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_cdl.compare.records import Measured, values
 from hf_cdl.compare.statistics import Contrast, mean_of
-from hf_cdl.runs.pictures import COLOURS, draw_curve, draw_matrix, finish_curves, seen_so_far
+from hf_cdl.runs.pictures import COLOURS, draw_curve, draw_matrix, figure_of, finish_curves, seen_so_far
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ _BARS = {
 
 def curves_figure(measured: Sequence[Measured]) -> Figure:
     """Plot the average accuracy on the tasks seen so far, after each task: a line with its band for every row."""
-    figure, panel = _figure(8.0, 3.6 + 0.12 * len(_by_row(measured)))
+    figure, ((panel,),) = figure_of(8.0, 3.6 + 0.12 * len(_by_row(measured)))
     for number, (label, runs) in enumerate(_by_row(measured).items()):
         curves = [seen_so_far(run.entry["accuracy_matrix"]) for run in runs]
         points = [[value for value in point if not math.isnan(value)] for point in zip(*curves, strict=True)]
@@ -58,7 +58,6 @@ def curves_figure(measured: Sequence[Measured]) -> Figure:
 
 def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
     """Plot each metric against the costs of training and of use: a point with its interval for every row."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = _by_row(measured)
@@ -67,8 +66,8 @@ def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
         found = {x: [cost / unit for cost in _known([run.record()[name] for run in runs])] for x, runs in rows.items()}
         if any(found.values()):
             costs[text] = found
-    figure = Figure(figsize=(0.6 + 3.2 * len(costs) + 2.4, 2.9 * len(metrics) + 0.1), dpi=150, layout="constrained")
-    panels = figure.subplots(len(metrics), len(costs), squeeze=False, sharex="col", sharey="row")
+    size = (3.0 + 3.2 * len(costs), 2.9 * len(metrics) + 0.1)
+    figure, panels = figure_of(*size, len(metrics), len(costs), sharex="col", sharey="row")
     for line, metric in zip(panels, metrics, strict=True):
         found = values(measured, metric)
         for panel, by_row in zip(line, costs.values(), strict=True):
@@ -97,15 +96,13 @@ def cost_figure(measured: Sequence[Measured], metrics: Sequence[str]) -> Figure:
 
 def matrices_figure(measured: Sequence[Measured]) -> Figure:
     """Draw every row's mean accuracy matrix, side by side on one colour scale; with numbers where they fit."""
-    from matplotlib.figure import Figure
-
     rows = _by_row(measured)
     tasks = max(len(run.entry["accuracy_matrix"]) for run in measured)
     across = min(len(rows), 3)
     down = math.ceil(len(rows) / across)
     side = min(1.2 + 0.35 * tasks, 5.0)
-    figure = Figure(figsize=(across * side + 1.6, down * (side + 0.4) + 0.3), dpi=150, layout="constrained")
-    panels = [panel for line in figure.subplots(down, across, squeeze=False) for panel in line]
+    figure, panels = figure_of(across * side + 1.6, down * (side + 0.4) + 0.3, down, across)
+    panels = [*panels.flat]
     for panel, (label, runs) in zip(panels, rows.items(), strict=False):
         digits, sizes = None if tasks > 20 else 0, (8 if tasks <= 10 else 5, 7)
         draw_matrix(panel, _mean_matrix(runs, tasks), tasks, digits, range(0, tasks, 1 + (tasks - 1) // 10), sizes)
@@ -122,11 +119,9 @@ def matrices_figure(measured: Sequence[Measured]) -> Figure:
 
 def decomposition_figure(measured: Sequence[Measured]) -> Figure:
     """Plot, after the last task: images right, right within the task, task identified; and the model's confidence."""
-    from matplotlib.figure import Figure
-
     rows = [*_by_row(measured)]
-    figure = Figure(figsize=(10.0, 1.5 + 0.62 * len(rows)), dpi=150, layout="constrained")
-    bars, calibration = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    size = (10.0, 1.5 + 0.62 * len(rows))
+    figure, ((bars, calibration),) = figure_of(*size, 1, 2, sharey=True, width_ratios=[3, 2])
     for number, (name, text) in enumerate(_BARS.items()):
         found = values(measured, name)
         means = [mean_of([*found[label].values()]) if label in found else None for label in rows]
@@ -167,7 +162,7 @@ def contrasts_figure(contrasts: Sequence[Contrast], metric: str) -> Figure:
 
     The wide pale bar behind it is the interval over the classes.
     """
-    figure, panel = _figure(9.0, 1.0 + 0.42 * len(contrasts))
+    figure, ((panel,),) = figure_of(9.0, 1.0 + 0.42 * len(contrasts))
     for row, contrast in enumerate(contrasts):
         mean, colour = contrast.mean, COLOURS[0] if contrast.proven else "0.35"
         differences = [*contrast.differences.values()]
@@ -193,10 +188,7 @@ def training_figure(panels: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]])
     `panels`: label -> unit -> log entries of a role's phases in order, made with `eval_strategy`. Raises ValueError
     if a panel's logs contain no accuracies.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(0.8 + 4.2 * len(panels), 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure, (axes,) = figure_of(0.8 + 4.2 * len(panels), 4.0, 1, len(panels), sharey=True)
     for axis, (label, logs) in zip(axes, panels.items(), strict=True):
         units = [[entry for entry in log if "eval_accuracy" in entry] for log in logs]
         if not all(units):
@@ -219,13 +211,6 @@ def training_figure(panels: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]])
     axes[0].set_ylabel("accuracy (%)")
     axes[-1].legend(loc="lower right", fontsize=9)
     return figure
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    return figure, figure.subplots()
 
 
 def _by_row(measured: Sequence[Measured]) -> dict[str, list[Measured]]:

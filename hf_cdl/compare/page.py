@@ -5,13 +5,10 @@ The HTML file is self-contained and needs no network. Needs the extra `report`.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from jinja2 import Environment, StrictUndefined
 
 from hf_cdl.compare import figures
 from hf_cdl.compare.aa import halves, relabelled
@@ -30,7 +27,9 @@ from hf_cdl.compare.summary import (
     metrics_table,
     p_text,
 )
+from hf_cdl.counted import counted
 from hf_cdl.runs.files import write_whole
+from hf_cdl.runs.page import PAGE, embedded, rendered
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +70,7 @@ def save_report(comparison: Comparison, measured: Sequence[Measured], folder: Pa
     text = "\n".join([f"Measured on {split} images.\n", *(table.markdown() for table in tables.values())])
     write_whole(folder / "table.md", lambda file: file.write_text(text))
     page = _page(comparison, measured, folder, tables, [*pictures], notes, split, reads)
-    write_whole(folder / "report.html", lambda file: file.write_text(page, encoding="utf-8"))
+    write_whole(folder / PAGE, lambda file: file.write_text(page, encoding="utf-8"))
     return text
 
 
@@ -115,14 +114,15 @@ def _notes(comparison: Comparison, measured: Sequence[Measured], contrasts: Sequ
     if len(measured) < planned:
         missing = sorted(rows - {run.label for run in measured})
         notes.append(
-            f"Not finished: {len(measured)} of {planned} results are there"
+            f"Not finished: {len(measured)} of {counted(planned, 'result')} so far"
             + (f"; nothing yet of {', '.join(missing)}." if missing else ".")
         )
     pairs = min((contrast.mean.n for contrast in contrasts), default=0)
     if contrasts and (smallest := smallest_p(pairs, len(contrasts))) > LEVEL:
         notes.append(
-            f"{pairs} pairs are too few to prove anything: with {len(contrasts)} contrast(s) the smallest p (Holm) "
-            f"that they can give is {p_text(smallest)}. It takes {pairs_needed(len(contrasts))} pairs."
+            f"Too few to prove anything: {counted(pairs, 'pair')}. With {counted(len(contrasts), 'contrast')} the "
+            f"smallest p (Holm) that they can give is {p_text(smallest)}. It takes "
+            f"{counted(pairs_needed(len(contrasts)), 'pair')}."
         )
     return notes
 
@@ -141,8 +141,6 @@ def _page(
     split: str,
     reads: Sequence[str],
 ) -> str:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    images = {name: base64.b64encode((folder / f"plots/{name}.png").read_bytes()).decode() for name in pictures}
     shown = comparison.spec.metric.replace("_", " ")
     runs = Table(["row", "seed", "class order", "recipe hash", "stream", shown], [])
     for run in measured:
@@ -150,14 +148,15 @@ def _page(
         value = run.metric(comparison.spec.metric)
         numbers = [str(seed), "–" if order is None else str(order)]
         runs.rows.append([run.label, *numbers, run.recipe_hash, run.stream, "–" if value is None else f"{value:.2f}"])
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return rendered(
+        TEMPLATE,
         name=comparison.name,
         split=split,
         chosen_by_spec=comparison.spec.split == split,
         reads=reads,
         notes=notes,
         tables=tables,
-        images=images,
+        images=embedded({name: folder / f"plots/{name}.png" for name in pictures}),
         metric=shown,
         seeds=len(comparison.spec.seeds),
         units=_units(comparison),

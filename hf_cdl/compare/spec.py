@@ -226,13 +226,7 @@ def _runs(comparison: Comparison, file: Path, problems: list[str]) -> Iterable[P
 
 
 def _arguments(
-    spec: Spec,
-    variant: Variant,
-    seed: int,
-    order: int | None,
-    folder: Path,
-    source: PlannedRun | None,
-    file: Path,
+    spec: Spec, variant: Variant, seed: int, order: int | None, folder: Path, source: PlannedRun | None, file: Path
 ) -> list[str]:
     files = spec.recipe if variant.recipe is None else variant.recipe
     fields = {**variant.set, **dict.fromkeys(_seed_fields(spec), seed), "data.eval_split": spec.split}

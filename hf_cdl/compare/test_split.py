@@ -26,6 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from hf_cdl.commands.verify import measure_again
 from hf_cdl.compare.spec import Comparison, PlannedRun, read_comparison
+from hf_cdl.counted import counted
 from hf_cdl.data import ImageError, TaskStream
 from hf_cdl.escape import visible_lines
 from hf_cdl.recipe import RecipeError
@@ -54,7 +55,7 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
         ours = [entry for entry in entries if entry["comparison"] == comparison.name]
         if ours and (ours[0]["finished"] or ours[0]["recipes"] != recipes):
             new = len({*recipes} - {*ours[0]["recipes"]})
-            added = f" {new} of its {len(recipes)} recipes were not among them." if new else ""
+            added = f" {new} of its {counted(len(recipes), 'recipe')} were not among them." if new else ""
             raise RecipeError(
                 f"The test images were read for {comparison.name} before: {_told(ours[0])}.{added} They are read "
                 f"once; what they gave is in {comparison.root / 'test'}. Nothing was read or written now."

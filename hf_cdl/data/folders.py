@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features
 from datasets.fingerprint import generate_random_fingerprint
 from PIL import Image
 
+from hf_cdl.counted import counted
 from hf_cdl.data.files import (
     Tables,
     cut_by_split,
@@ -201,7 +202,7 @@ def _left_out(root: Path) -> list[str]:
     """Notes for the user on what was left out of a folder with class folders."""
     notes, classes = [], _folders(root)
     if loose := _pictures(root):
-        notes.append(f"{root}: {len(loose)} images lie in no class folder and are left out: {some(loose, 3)}.")
+        notes.append(f"{root}: left out, being in no class folder: {counted(len(loose), 'image')}, {some(loose, 3)}.")
     inner = {folder: [f.name for f in _folders(folder)] for folder in classes}
     names = {*chain.from_iterable(inner.values())}
     if len(names) > 1 and all(inner.values()) and not any(map(_pictures, classes)):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_cdl.counted import counted
 from hf_cdl.data.images import ImageError
 from hf_cdl.data.names import some
 from hf_cdl.data.task_split import TaskSplit
@@ -31,7 +32,7 @@ def check_images(parts: Sequence[Part], how: str, plain: bool) -> list[str]:
     """Check the images as `data.check` says; returns notes for the user. See TaskStream.check_images."""
     images = _Images(parts, plain)
     if how == "none":
-        return [f"none of the {len(images):,} images is checked before it is used (data.check: none)"]
+        return [f"of {counted(len(images), 'image')} none is checked before it is used (data.check: none)"]
     chosen = np.arange(len(images))
     if how == "headers" and len(images) > _IMAGES:
         chosen = _drawn(np.fromiter(in_threads(images.pixels, chosen, "Reading images' headers"), np.int64))
@@ -42,9 +43,9 @@ def check_images(parts: Sequence[Part], how: str, plain: bool) -> list[str]:
     if found.count < len(images):
         notes.insert(
             0,
-            f"the headers of all {len(images):,} images were read, and {found.count:,} images decoded whole, drawn at "
-            "random or because their headers do not tell enough; the others are when they are used (all of them "
-            "ahead: --data.check all)",
+            f"the headers of all {counted(len(images), 'image')} were read, and {counted(found.count, 'image')} "
+            "decoded whole, drawn at random or because their headers do not tell enough; the others are when they are "
+            "used (all of them ahead: --data.check all)",
         )
     return notes
 
@@ -130,7 +131,7 @@ class _Findings:
     def notes(self) -> list[str]:
         """Notes for the user. Raises ImageError for images that cannot be used."""
         if self.bad:
-            raise ImageError(f"{len(self.bad)} images cannot be used:\n- " + _first(self.bad))
+            raise ImageError(f"{counted(len(self.bad), 'image')} cannot be used:\n- " + _first(self.bad))
         if lost := self._all_blank():
             raise ImageError(
                 f"All training images of the classes {some(lost)} are of one colour or almost black once they are "

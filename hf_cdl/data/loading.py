@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, load_dataset
 
+from hf_cdl.counted import counted
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.folders import read_folder
 from hf_cdl.data.images import readable
@@ -109,7 +110,9 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
                 f"The splits disagree about the classes ({'; '.join(shown)}). Give them the same ClassLabel."
             )
         if cells.null_count:
-            raise ValueError(f"{cells.null_count} labels of the {role} split are missing (null). Remove these rows.")
+            raise ValueError(
+                f"missing (null) in the {role} split: {counted(cells.null_count, 'label')}. Remove these rows."
+            )
         if any(fits(cells.type) for fits in _TEXTS):
             texts[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC")  # type: ignore[attr-defined]
         elif pa.types.is_integer(cells.type) and not any(cell.as_py() >= 2**63 for cell in cells.unique()):
@@ -132,8 +135,8 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
     wrong = present[(present < 0) | (present >= len(names))]
     if len(wrong):
         raise ValueError(
-            f"Labels must be 0 ... {len(names) - 1} for {len(names)} classes, but there are {some(wrong)}. Renumber "
-            "labels with gaps; -1 usually means unlabelled images: remove them or name another split."
+            f"Labels must be 0 ... {len(names) - 1} for {counted(len(names), 'class')}, but there are {some(wrong)}. "
+            "Renumber labels with gaps; -1 usually means unlabelled images: remove them or name another split."
         )
     return names, values
 

@@ -17,6 +17,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hf_cdl.counted import counted
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.data.cells import cells_of
 from hf_cdl.data.folders import LAYOUTS, ClassFolders
@@ -293,8 +294,8 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
     """The class indices of each task, taken from `order`."""
     if not order and names:
         raise ValueError(
-            f"All {len(names)} classes of the data are among known_classes, so there is nothing to learn. Give images "
-            "of new classes."
+            f"known_classes has all {counted(len(names), 'class')} of the data, so there is nothing to learn. Give "
+            "images of new classes."
         )
     sizes = config.classes_per_task
     if isinstance(sizes, list) and isinstance(sizes[0], list):
@@ -307,7 +308,9 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
     if config.class_order_seed is not None:
         order = np.random.default_rng(config.class_order_seed).permutation(order).tolist()
     if (config.max_classes or 0) > len(order):
-        raise ValueError(f"max_classes is {config.max_classes}, but there are {len(order)} classes; lower it.")
+        raise ValueError(
+            f"max_classes is {config.max_classes}, but the data have {counted(len(order), 'class')}; lower it."
+        )
     order = order[: config.max_classes]
     if sizes is None:
         return [order]
@@ -315,14 +318,15 @@ def _plan(names: list[str], order: list[int], config: StreamConfig) -> list[list
         if sizes > len(order):
             layout = f"; if these are not the classes, lay the data out as {LAYOUTS}" if config.path else ""
             raise ValueError(
-                f"classes_per_task is {sizes}, but there are only {len(order)} classes: "
+                f"classes_per_task is {sizes}, but the data have only {counted(len(order), 'class')}: "
                 f"{some(names[c] for c in order)}. Lower it (null: one task){layout}."
             )
         return [order[i : i + sizes] for i in range(0, len(order), sizes)]
     numbers = [size for size in sizes if isinstance(size, int)]
     if sum(numbers) != len(order):
         raise ValueError(
-            f"classes_per_task adds up to {sum(numbers)}, but there are {len(order)} classes; make that the sum."
+            f"classes_per_task adds up to {sum(numbers)}, but the data have {counted(len(order), 'class')}; make that "
+            "the sum."
         )
     ends = np.cumsum(numbers).tolist()
     return [order[end - size : end] for end, size in zip(ends, numbers, strict=True)]

@@ -24,7 +24,7 @@ def in_threads(function: Callable[[Any], Found], items: Sequence[Any] | np.ndarr
     starts = range(0, len(items), size)
     with (
         ThreadPoolExecutor() as pool,
-        tqdm(total=len(items), desc=title, unit="image", disable=None) as bar,
+        tqdm(total=len(items), desc=title, unit="image", disable=None, leave=False) as bar,
     ):
         for first in range(0, len(starts), _BLOCKS):
             for found in pool.map(of_block, starts[first : first + _BLOCKS]):

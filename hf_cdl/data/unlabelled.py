@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
+from hf_cdl.counted import counted
 from hf_cdl.data.cells import Cells, cells_of
 from hf_cdl.data.files import parquet_tables, saved_tables
 from hf_cdl.data.folders import all_images
@@ -82,7 +83,7 @@ def put_beside(
     order = np.argsort(digests, kind="stable")
     kept = order[~np.isin(digests[order], np.concatenate(held_out))]
     if left_out := len(data) - len(kept):
-        notes.append(f"left out of {where} are {left_out} images that are validation or test images of the stream")
+        notes.append(f"left out of {where}, as the stream measures on the same: {counted(left_out, 'image')}")
     if not len(kept):
         raise ValueError(f"{where} (data.unlabelled) has no images to learn from. Put some there, or leave it out.")
     if labels := label_columns(table):
@@ -179,7 +180,7 @@ def _digests(data: Dataset, cells: Cells, rows: Sequence[int] | np.ndarray, titl
     bad: dict[int, str] = {}
     found = np.fromiter(in_threads(digest, rows, title), "U16", len(rows))
     if bad:
-        raise ImageError(f"{len(bad)} images cannot be read: {some(bad[row] for row in sorted(bad))}")
+        raise ImageError(f"{counted(len(bad), 'image')} cannot be read: {some(bad[row] for row in sorted(bad))}")
     return found
 
 

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 
+from hf_cdl.counted import counted
 from hf_cdl.distill.objective import Term, TermConfig, check_classes, check_images
 from hf_cdl.types import CDLOutput
 
@@ -51,7 +52,7 @@ class DIST(Term):
         if self.config.gamma == 0:
             check_classes("dist with gamma 0", classes, least=3)
         elif classes < 3 or self.config.beta == 0:  # the columns alone teach
-            check_images(f"dist with {classes} classes and beta {self.config.beta}", images, least=3)
+            check_images(f"dist with {counted(classes, 'class')} and beta {self.config.beta}", images, least=3)
 
     def forward(self, student: CDLOutput, teacher: CDLOutput, labels: torch.Tensor) -> torch.Tensor:
         check_classes("dist", student.logits.shape[-1])

@@ -423,6 +423,6 @@ def _layout(sequence: torch.Tensor) -> tuple[int, int]:
         if side * side == count - cls:
             return cls, side
     raise ValueError(
-        f"Teacher and student have different numbers of tokens, and {count} tokens are no square grid of patches, so "
+        f"Teacher and student have different numbers of tokens, and {count} of them are no square grid of patches, so "
         "the grids cannot be matched. Use square images, or a teacher and a student with the same patch grid."
     )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_cdl.counted import counted
 from hf_cdl.export.classify import fit
 from hf_cdl.export.graph import quietly, unknown_of
 
@@ -142,4 +143,4 @@ def latencies(session: Any, own: Model, size: tuple[int, int]) -> tuple[float, f
 def machine() -> str:
     """The machine that latencies were measured on."""
     threads = torch.get_num_threads()
-    return f"cpu, {platform.machine()}, {threads} thread{'s' * (threads != 1)}"
+    return f"cpu, {platform.machine()}, {counted(threads, 'thread')}"

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_cdl.checked import check_types
+from hf_cdl.counted import counted
 from hf_cdl.heads.bits import movable, read, write
 from hf_cdl.heads.calibration import RecentImages, fit_scale, standardised
 from hf_cdl.heads.drift import Drift
@@ -314,8 +315,8 @@ class FittedHead(Head):
         classes = sum(len(block.count) for block in self.blocks if isinstance(block.count, torch.Tensor))
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ValueError(
-                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes; "
-                "count them from 0 over all tasks."
+                f"Labels run from {int(labels.min())} to {int(labels.max())}, but the head has "
+                f"{counted(classes, 'class')}; count them from 0 over all tasks."
             )
 
     def check_change(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_cdl.checked import check_finite, said
+from hf_cdl.counted import counted
 
 
 class Standardise(nn.Module):
@@ -85,7 +86,7 @@ def check_features(features: torch.Tensor) -> None:
     """Raise FloatingPointError for features (B, D) that are NaN or infinite, since no head can be fitted to them."""
     if (wrong := int((~torch.isfinite(features)).any(dim=-1).sum())) > 0:
         raise FloatingPointError(
-            f"The backbone's features of {wrong} of {len(features)} images are NaN or infinite, so no head can be "
-            "fitted to them. The weights are numbers, so they are too large for these pixels: check the image "
+            f"The backbone's features of {wrong} of {counted(len(features), 'image')} are NaN or infinite, so no head "
+            "can be fitted to them. The weights are numbers, so they are too large for these pixels: check the image "
             "processor, or choose another backbone or precision (no fp16)."
         )

@@ -28,6 +28,7 @@ from huggingface_hub.hf_api import RepoFile
 from safetensors import SafetensorError, safe_open
 from typing_extensions import Self
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import classes_of, finished_revisions
 from hf_cdl.hub.repository import HubError, digests
@@ -174,7 +175,7 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
         size = _files(api, repository, commits[tag]).get("results.json", 0)
         if size > LARGEST:
             raise HubError(
-                f"The results.json of {repository} has {size:,} bytes; hf_cdl's have less than {LARGEST:,}."
+                f"The results.json of {repository} has {counted(size, 'byte')}; hf_cdl's have less than {LARGEST:,}."
             )
         with TemporaryDirectory() as folder:
             file = api.hf_hub_download(repository, "results.json", revision=commits[tag], local_dir=folder)
@@ -195,8 +196,8 @@ def unmeasured(count: int) -> dict[str, Any]:
 def check_role(results: dict[str, Any], role: str, revision: int, where: str) -> None:
     if results.get("role", role) != role or finished_revisions(results, role) < revision:
         raise HubError(
-            f"By its results.json, {where} is not a {role} of {revision} tasks. Name where a {role} is, and with "
-            "--revision task-NN a state that it has been in."
+            f"By its results.json, {where} is not a {role} of {counted(revision, 'task')}. Name where a {role} is, "
+            "and with --revision task-NN a state that it has been in."
         )
 
 
@@ -239,7 +240,7 @@ def _check_index(index: Any, folder: Path) -> None:
 def _counted(tasks: Any) -> str:
     if not isinstance(tasks, list) or not all(isinstance(task, list) for task in tasks):
         return "no list of tasks"
-    return f"{len(tasks)} tasks of {sum(map(len, tasks))} classes"
+    return f"{counted(len(tasks), 'task')} of {counted(sum(map(len, tasks)), 'class')}"
 
 
 @contextmanager

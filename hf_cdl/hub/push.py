@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import is_offline_mode
 from huggingface_hub.utils import disable_progress_bars, get_session, logging
 
+from hf_cdl.counted import counted
 from hf_cdl.hub.content import Results, finished_revisions
 from hf_cdl.hub.repository import HubError, Repository
 from hf_cdl.runs.ledger import CHANGED
@@ -115,7 +116,7 @@ class Pusher:
             address = f"{repository.api.endpoint}/{repository.id}"
             if repository.role not in self.problems:
                 changes = len(results.get("changes", [])) if repository.role == CHANGED else 0
-                held = f"{count - changes} tasks{f' and {changes} changes' if changes else ''}"
+                held = " and ".join(counted(n, of) for n, of in ((count - changes, "task"), (changes, "change")) if n)
                 self.say(f"Pushed the {repository.role}: {address} ({held}, the newest task-{count:02d})")
         for role, problem in dict(self.problems).items():
             self.say(f"NOT PUSHED: the {role}. {problem}")

@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.hf_api import RepoFile
 
+from hf_cdl.counted import counted
 from hf_cdl.hub.card import card_files
 from hf_cdl.hub.content import DOCUMENTS, Results, commit_message, finished_revisions, results_after
 from hf_cdl.runs.files import CHECKPOINT, RunError
@@ -115,7 +116,7 @@ class Repository:
         is_tagged = tags.get(f"task-{self.pushed:02d}") == head  # main as pushed; elsewhere it may hold more by now
         is_new = self.pushed == self.start and not set(files) - {".gitattributes"}
         if held is None and not (is_tagged or is_new):
-            raise self._foreign(f"{len(files)} files in main that are not this run's", sorted(files))
+            raise self._foreign(f"{counted(len(files), 'file')} in main that are not this run's", sorted(files))
         return Comparison(learnt, self.pushed, held, head, files)
 
     def _tagged(self, tags: Mapping[str, str], learnt: int) -> int:

@@ -28,13 +28,16 @@ _MOST_WORKERS = 16
 class Batch(NamedTuple):
     """A model's outputs for one batch: `logits` (B, C) in float32 of the images `indices`, and why others have none.
 
-    `known` (B,): how known the images are, for a model that scores this.
+    `known` (B,): how known the images are, for a model that scores this. `features` (B, D) and `usage` (B, M), how
+    much each prompt is used over the layers that choose prompts, are those of our own models.
     """
 
     indices: list[int]
     logits: torch.Tensor
     known: torch.Tensor | None
     unreadable: dict[int, str]
+    features: torch.Tensor | None = None
+    usage: torch.Tensor | None = None
 
 
 class Answer(NamedTuple):
@@ -100,14 +103,26 @@ def outputs(
         images, batch_size, num_workers=workers, collate_fn=_gathered, pin_memory=device.type == "cuda"
     )
     for indices, pixels, unreadable in _explained(loader):
-        logits, known = torch.empty(0), None
         if pixels is not None:
             with torch.inference_mode():
                 found = model(pixel_values=pixels.to(device, model.dtype, non_blocking=True))
-            logits, known = found.logits.float().cpu(), getattr(found, "known", None)
-        yield Batch(indices, logits, None if known is None else known.float().cpu(), unreadable)
+                usage = _usage(model, getattr(found, "query", None))
+            logits = found.logits.float().cpu()
+            more = (getattr(found, "known", None), getattr(found, "features", None), usage)
+            known, features, usage = (None if one is None else one.float().cpu() for one in more)
+            yield Batch(indices, logits, known, unreadable, features, usage)
+        else:
+            yield Batch(indices, torch.empty(0), None, unreadable)
         if bar is not None:
             bar.update(len(indices) + len(unreadable))
+
+
+def _usage(model: Any, query: torch.Tensor | None) -> torch.Tensor | None:
+    """How much each prompt of a pool is used (B, M) for these queries, over its layers; None without such a pool."""
+    pool = getattr(model, "pool", None)
+    layers: Any = () if pool is None or query is None else pool.layers
+    found = [used for layer in layers if (used := pool.usage(layer, query)) is not None]
+    return torch.stack(found).mean(dim=0) if found else None
 
 
 def _explained(loader: DataLoader[Any]) -> Iterator[Any]:

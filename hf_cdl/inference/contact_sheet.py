@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from hf_cdl.data.images import ImageError
-from hf_cdl.escape import visible
 from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.summary import Summary
+from hf_cdl.runs.page import rendered
 
 MOST_SHOWN = 500
 _MOST_LISTED = 100
@@ -52,23 +50,21 @@ class ContactSheet:
         """Write the page; `decode(image)` reads an image once more, `lines` are shown above all."""
         shown = [item[2:] for item in sorted(self._kept, key=lambda item: (-item[0], -item[1]))]
         most = summary.classes.most_common(_BARS)
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-        environment.filters["visible"] = visible
-        page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).generate(
+        page = rendered(
+            TEMPLATE,
             title=title,
             lines=lines,
             images=summary.images,
             most=most,
             others=summary.images - sum(count for _, count in most),
             classes=len(summary.classes),
-            shown=((image, answer, _thumbnail(image, decode)) for image, answer in shown),
+            shown=[(image, answer, _thumbnail(image, decode)) for image, answer in shown],
             count=len(shown),
             unreadable=self._unreadable,
             unreadable_count=summary.unreadable,
             rejected=summary.rejected,
         )
-        with file.open("w", encoding="utf-8") as stream:
-            stream.writelines(page)
+        file.write_text(page, encoding="utf-8")
 
 
 def _thumbnail(image: str, decode: Callable[[str], Any]) -> str | None:

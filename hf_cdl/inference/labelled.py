@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 from datasets import Image as ImageFeature
 
+from hf_cdl.counted import counted
 from hf_cdl.data.cells import Cells, cells_of
 from hf_cdl.data.images import MAX_PIXELS, Decoded, readable
 from hf_cdl.data.loading import load_splits, read_labels
@@ -102,7 +103,7 @@ def _without_learnt(images: Labelled, path: str, student: Student, asked: bool) 
             f"All images of the split {images.split!r} of {readable(path)} were learnt by the student, so its "
             "accuracy on them says little. Give other images, or --split to measure on them all the same."
         )
-    return _noted(images.chosen(kept), f"{len(learnt):,} images that it learnt from are left out{changed}")
+    return _noted(images.chosen(kept), f"left out: {counted(len(learnt), 'image')} that it learnt from{changed}")
 
 
 def _noted(images: Labelled, note: str) -> Labelled:

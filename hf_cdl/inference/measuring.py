@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from hf_cdl.counted import counted
 from hf_cdl.data.names import some
 from hf_cdl.inference import answering
 from hf_cdl.inference.labelled import Labelled, numbers_of
@@ -37,6 +38,8 @@ class Measured:
     `classes`: all classes the model knows; labels and answers are indices into it. `indices` (N,): those of the
     images. `unknown`: images per class that the model does not know. `metrics` and `told` are in percent; `told` says
     how many images of known classes are kept, and how well those of unknown ones are told from them, see told_apart.
+    `tasks`: the classes by task. `means` (C, D): the mean feature of each class; `usage` (C, M): how much its images
+    use each prompt; NaN for classes without images, None for a model without. `brought`: how many tasks brought prompts of their own.
     """
 
     revision: str
@@ -49,6 +52,10 @@ class Measured:
     unknown: dict[str, int]
     unreadable: dict[int, str] = field(default_factory=dict)
     told: dict[str, float] = field(default_factory=dict)
+    tasks: list[list[str]] = field(default_factory=list)
+    means: np.ndarray | None = None
+    usage: np.ndarray | None = None
+    brought: int = 0
 
     @property
     def correct(self) -> np.ndarray:
@@ -117,16 +124,12 @@ class _Found:
     kept: list[torch.Tensor] = field(default_factory=list)
     known: list[torch.Tensor] = field(default_factory=list)
     rest: list[torch.Tensor] = field(default_factory=list)
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
     unreadable: dict[int, str] = field(default_factory=dict)
 
 
 def measure(
-    revision: str,
-    model: Any,
-    processor: Any,
-    images: Labelled,
-    options: Options,
-    bar: Any = None,
+    revision: str, model: Any, processor: Any, images: Labelled, options: Options, bar: Any = None
 ) -> Measured:
     """Measure a model on images of the classes it knows; with a share to keep, also how well it rejects others.
 
@@ -147,7 +150,7 @@ def measure(
             _take(found, metric, batch, rows[batch.indices], labels, limits)
     if not found.indices:
         first = next(iter(found.unreadable.values()))
-        raise ValueError(f"None of the {int((labels >= 0).sum()):,} images can be read. The first: {first}")
+        raise ValueError(f"None of the {counted(int((labels >= 0).sum()), 'image')} can be read. The first: {first}")
     measured = Measured(
         revision,
         classes,
@@ -158,6 +161,9 @@ def measure(
         metric.compute() or {},
         dict(Counter(label for label, number in zip(images.labels, labels.tolist(), strict=True) if number < 0)),
         found.unreadable,
+        tasks=getattr(model.config, "tasks", None) or [classes],
+        brought=len(getattr(getattr(model, "pool", None), "blocks", ())),
+        **_means(found, labels[found.indices], len(classes)),
     )
     if limits is not None:
         measured.told = _told(measured, found, float(limits[0]))
@@ -185,6 +191,18 @@ def _take(
         found.indices += places.tolist()
         found.confidence.append(best.values)
         found.answers.append(best.indices)
+        for name, values in (("means", batch.features), ("usage", batch.usage)):
+            if values is not None:
+                empty = torch.zeros(logits.shape[-1], values.shape[-1], dtype=torch.float64)
+                own = torch.from_numpy(labels[places])
+                found.sums.setdefault(name, empty).index_add_(0, own, values[mine].double())
+
+
+def _means(found: _Found, labels: np.ndarray, classes: int) -> dict[str, np.ndarray]:
+    """Means by class (C, ...) of what was summed."""
+    counts = np.bincount(labels, minlength=classes).astype(float)
+    counts[counts == 0] = np.nan
+    return {name: sums.numpy() / counts[:, None] for name, sums in found.sums.items()}
 
 
 def _told(measured: Measured, found: _Found, least: float) -> dict[str, float]:

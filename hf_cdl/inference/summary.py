@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.students import Student
@@ -123,7 +124,3 @@ def reference_of(student: Student) -> Reference | str:
     data = results["recipe"].get("data")
     split = data.get("eval_split") if isinstance(data, dict) else None
     return Reference(value, images, "validation" if split == "validation" else "test", student.changes)
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"

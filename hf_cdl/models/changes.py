@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hf_cdl.checked import near, short
+from hf_cdl.counted import counted
 from hf_cdl.heads import example
 from hf_cdl.heads.base import FittedHead
 from hf_cdl.labels import alike, class_list, one_encoding, same_name
@@ -63,17 +64,19 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
     count = Counter(_class_names(model)[_index(model, name)] for name in names)
     parts = []
     if new:
-        parts.append(f"{len(new)} new {_plural('class', len(new))} ({_list(new)})")
+        parts.append(f"{counted(len(new), 'new class')} ({_list(new)})")
     if more := [name for name in count if name not in new]:
         parts.append(f"more images of {_list(more)}")
-    said = f"{len(names)} {_plural('image', len(names))} learnt: {', '.join(parts)}"
+    said = f"{counted(len(names), 'image')} learnt: {', '.join(parts)}"
     return Change("add", said, {**count}, head.choices(), notes=(*_alike(new, known), *notes))
 
 
 def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
     names, before = _labels(images, labels), _labels(images, was, "was")
     if same := [name for name, old in zip(names, before, strict=True) if same_name(name, old)]:
-        raise ValueError(f"{len(same)} images have the same label before and after, such as {short(same[0])}.")
+        raise ValueError(
+            f"The label is the same before and after of {counted(len(same), 'image')} as {short(same[0])}."
+        )
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
@@ -92,9 +95,9 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     count.subtract(before)
     moved = Counter(zip(before, names, strict=True))
     parts = [f"{number} from {short(a)} to {short(b)}" for (a, b), number in moved.most_common(_PAIRS)]
-    what = ", ".join([*parts, *([f"and {len(moved) - _PAIRS} more pairs"] if len(moved) > _PAIRS else [])])
-    said = f"{len(names)} {_plural('label', len(names))} corrected: {what}"
-    said += f"; {len(new)} new {_plural('class', len(new))} ({_list(new)})" if new else ""
+    what = ", ".join([*parts, *([f"and {counted(len(moved) - _PAIRS, 'more pair')}"] if len(moved) > _PAIRS else [])])
+    said = f"{counted(len(names), 'label')} corrected: {what}"
+    said += f"; {counted(len(new), 'new class')} ({_list(new)})" if new else ""
     return Change("correct", said, {**count}, head.choices(), notes=(*_alike(new, known), *notes))
 
 
@@ -262,7 +265,7 @@ def _encoded(model: Any, images: Any, names: list[str], processor: Any) -> tuple
     found, keys = [], []
     for pixels in batches:
         if wrong := int((~pixels.isfinite()).flatten(1).any(dim=1).sum()):
-            raise ValueError(f"Pixel values of {wrong} images are NaN or infinite; give those of an image processor.")
+            raise ValueError(f"NaN or infinite pixels: {counted(wrong, 'image')}. Give those of an image processor.")
         keys += [sha256(image.numpy().tobytes()).digest() for image in pixels.cpu().contiguous()]
         output = model(pixel_values=pixels.to(model.device, model.dtype))
         found.append({name: output[name] for name in ("features", "kd_features", "layers") if name in output})
@@ -277,7 +280,7 @@ def _repeated(keys: list[bytes], names: list[str]) -> tuple[str, ...]:
         labels.setdefault(key, set()).add(name)
     again, several = len(keys) - len(labels), sum(len(of_key) > 1 for of_key in labels.values())
     notes = [f"{again} of the images {'is' if again == 1 else 'are'} the same as another one, and counted again"]
-    notes += [f"{several} {_plural('image', several)} came with different labels, which cannot both be right"]
+    notes += [f"{counted(several, 'image')} came with different labels, which cannot both be right"]
     return (*notes[: again > 0], *notes[1 : 1 + (several > 0)])
 
 
@@ -337,8 +340,8 @@ def _check_counts(model: Any, head: FittedHead) -> None:
     for name, count in zip(_class_names(model), counts, strict=True):
         if count < 1:
             raise ValueError(
-                f"Class {short(name)} would be left with {count} images. Check which labels these images were learnt "
-                "with; a class without images is removed or merged instead."
+                f"Class {short(name)} would be left with {counted(count, 'image')}. Check which labels these images "
+                "were learnt with; a class without images is removed or merged instead."
             )
 
 
@@ -347,9 +350,8 @@ def _labels(images: Any, labels: Any, what: str = "labels") -> list[str]:
     if not hasattr(images, "__len__") or isinstance(images, str | bytes | dict):
         raise ValueError(f"images is a {type(images).__name__}; give a list of images, or pixel values (N, 3, H, W).")
     if len(names) != len(images):
-        raise ValueError(
-            f"There are {len(images)} images, but {len(names)} {what}; give the class name of each image."
-        )
+        has = counted(len(images), "image")
+        raise ValueError(f"images has {has}, but {what} has {len(names)}; give the class name of each image.")
     return one_encoding(names)
 
 
@@ -384,10 +386,6 @@ def _place(model: Any, index: int) -> tuple[int, int]:
 def _rows(model: Any, names: list[str], features: torch.Tensor) -> torch.Tensor:
     known = {name: _index(model, name) for name in dict.fromkeys(names)}
     return torch.tensor([known[name] for name in names], device=features.device)
-
-
-def _plural(word: str, count: int) -> str:
-    return word if count == 1 else f"{word}es" if word.endswith("s") else f"{word}s"
 
 
 def _list(names: Sequence[str], limit: int = 5) -> str:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from hf_cdl.backbones.loading import load_weights, read_config
 from hf_cdl.backbones.stored import check_complete
 from hf_cdl.checked import check_size, listed, short
+from hf_cdl.counted import counted
 from hf_cdl.labels import class_list, repeated
 from hf_cdl.models.input_checks import check_labels, check_pixels
 from hf_cdl.types import CDLOutput, ModelShape, is_ours
@@ -65,7 +66,7 @@ class ImageClassifier(nn.Module):
         model, info = load_weights(AutoModelForImageClassification, config, name, revision)
         if missing := sorted(set(info["missing_keys"]) - class_dimensions(model).keys()):
             raise ValueError(
-                f"The checkpoint of '{name}' lacks {len(missing)} weights ({listed(missing)}), so they "
+                f"The checkpoint of '{name}' lacks {counted(len(missing), 'weight')} ({listed(missing)}), so they "
                 "would be random. Give a complete checkpoint, or set pretrained: false."
             )
         return cls(model)
@@ -108,8 +109,8 @@ class ImageClassifier(nn.Module):
         class_names = _distinct(class_names)
         if self.tasks:
             raise ValueError(
-                f"An ordinary classifier learns one task, and this one knows {len(self.tasks[0])} classes already. "
-                "Give all classes in one task (data.classes_per_task), or learn them in turn with model: cdl."
+                f"An ordinary classifier learns one task, and this one knows {counted(len(self.tasks[0]), 'class')} "
+                "already. Give all classes in one task (data.classes_per_task), or learn them in turn with model: cdl."
             )
         old, config = self.model, copy.deepcopy(self.config)
         _name_classes(config, class_names)

@@ -8,6 +8,7 @@ import torch
 
 from hf_cdl.backbones.prefix_attention import IMPLEMENTATIONS
 from hf_cdl.checked import short
+from hf_cdl.counted import counted
 
 
 def check_pixels(pixel_values: Any, channels: int) -> None:
@@ -28,10 +29,10 @@ def check_labels(labels: Any, batch: int, classes: int) -> None:
         raise ValueError(f"labels is {got}; give a tensor of {batch} whole numbers, one for each image.")
     if torch.compiler.is_compiling() or not batch or type(labels) is not torch.Tensor or labels.is_meta:
         return
-    counted = labels[labels != -100]
-    if len(counted) and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+    real = labels[labels != -100]
+    if len(real) and not 0 <= int(real.min()) <= int(real.max()) < classes:
         raise ValueError(
-            f"labels go from {int(counted.min())} to {int(counted.max())}, but the model knows {classes} classes, "
+            f"labels go from {int(real.min())} to {int(real.max())}, but the model knows {counted(classes, 'class')}, "
             f"0 to {classes - 1}. Call begin_task(class_names) for more."
         )
 
@@ -39,7 +40,9 @@ def check_labels(labels: Any, batch: int, classes: int) -> None:
 def check_task(task_id: Any, tasks: int) -> None:
     """Raise ValueError unless this is None or the index of a task."""
     if task_id is not None and (isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < tasks):
-        raise ValueError(f"task_id is {short(task_id)}; the model has {tasks} tasks, 0 to {tasks - 1}. None: any.")
+        raise ValueError(
+            f"task_id is {short(task_id)}; the model has {counted(tasks, 'task')}, 0 to {tasks - 1}. None: any."
+        )
 
 
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -319,7 +319,7 @@ class PromptedBackbone(PreTrainedModel):
         """The sequence entering a layer, with these tokens (B or 1, P, D) after CLS in place of earlier ones."""
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(
-                f"The prompt pool gave layer {number} {tokens.shape[1]} tokens, but its num_tokens is "
+                f"The prompt pool gave layer {number} prompts of {tokens.shape[1]}, but its num_tokens is "
                 f"{self.num_tokens}; give every layer that many."
             )
         at, there = self._tokens_at(number)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hf_cdl.counted import counted
 from hf_cdl.types import Prompt
 
 
@@ -87,6 +88,16 @@ class PromptPool(nn.Module, ABC):
         """Cosines (B, M) of queries (B, D_q) with the pool's keys in `layer`; None if the layer matches no keys."""
         return None
 
+    def usage(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """How much each prompt of `layer` is used (B, M) for queries (B, D_q); None if the layer matches no keys."""
+        similarity = self.similarity(layer, query)
+        return None if similarity is None else similarity.abs()
+
+
+def picks(similarity: torch.Tensor, count: int = 1) -> torch.Tensor:
+    """1 at the `count` largest entries of each row of (B, M), 0 elsewhere."""
+    return torch.zeros_like(similarity).scatter(-1, similarity.topk(count, dim=-1).indices, 1.0)
+
 
 def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
     """The layers as a tuple. Raises ValueError if there are none, repeated ones, or some the backbone lacks."""
@@ -99,6 +110,6 @@ def _check_layers(layers: Iterable[int], num_layers: int) -> tuple[int, ...]:
     if outside or len(set(layers)) != len(layers):
         raise ValueError(
             f"Prompt layers {list(layers)} must be different numbers from 0 to {num_layers - 1} (the backbone has "
-            f"{num_layers} layers)."
+            f"{counted(num_layers, 'layer')})."
         )
     return layers

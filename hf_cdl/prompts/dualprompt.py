@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_effect, check_types
-from hf_cdl.prompts.base import PromptPool
+from hf_cdl.prompts.base import PromptPool, picks
 from hf_cdl.types import KV
 
 
@@ -112,6 +112,11 @@ class DualPrompt(PromptPool):
         if layer not in self.config.expert_layers:
             return None
         return _cosine(query, self._experts("key", self.config.expert_layers.index(layer)))  # (B, T)
+
+    def usage(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """1 for the expert that is picked, 0 for the others."""
+        similarity = self.similarity(layer, query)
+        return None if similarity is None else picks(similarity)
 
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None

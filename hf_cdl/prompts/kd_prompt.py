@@ -68,7 +68,7 @@ class KDPrompt(nn.Module):
         super().__init__()
         layers = num_layers if config.layers is None else config.layers
         if layers > num_layers:
-            raise ValueError(f"kd_prompt.layers is {layers}, but the backbone has only {num_layers} layers.")
+            raise ValueError(f"kd_prompt.layers is {layers}, but the backbone's last layer is {num_layers - 1}.")
         self.config = config
         self.token = nn.Parameter(torch.empty(hidden_size))
         self.prompt = nn.Parameter(torch.empty(layers - 1, config.length, hidden_size)) if config.length else None

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hf_cdl.checked import check_types
-from hf_cdl.prompts.base import PromptPool
+from hf_cdl.prompts.base import PromptPool, picks
 from hf_cdl.types import KV
 
 
@@ -81,6 +81,11 @@ class L2P(PromptPool):
             return None
         key = self.key[self.layers.index(layer)]
         return F.normalize(query.detach(), dim=-1) @ F.normalize(key, dim=-1).T
+
+    def usage(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """1 for the prompts that are picked, 0 for the others."""
+        similarity = self.similarity(layer, query)
+        return None if similarity is None else picks(similarity, self.config.top_k)
 
     def forward(
         self, layer: int, query: torch.Tensor, task_id: int | None = None

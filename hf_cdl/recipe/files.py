@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible, visible_lines
 
 _CHARACTERS, _NODES, _DEPTH = 1_000_000, 50_000, 50
@@ -76,7 +77,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
             node.tag = "tag:yaml.org,2002:str"  # YAML 1.1 reads 1:30 as 90, which nobody means
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
-            raise _Refused(f"it has a number of {len(node.value):,} characters")
+            raise _Refused(f"it has a number of length {len(node.value):,}")
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -116,7 +117,7 @@ _Loader.add_implicit_resolver(
 def _parse(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError if it is invalid or larger than any recipe."""
     if len(text) > _CHARACTERS:
-        raise _Refused(f"it has {len(text):,} characters; a recipe has less than {_CHARACTERS:,}")
+        raise _Refused(f"its length is {len(text):,}; a recipe's is less than {_CHARACTERS:,}")
     try:
         return _unshared(yaml.load(text, _Loader))  # a SafeLoader
     except (ValueError, OverflowError, TypeError, AttributeError) as error:  # !!int x, !!timestamp 2001-99-99 ...
@@ -137,7 +138,8 @@ def read_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > 4 * _CHARACTERS:
-            kind = f"it has {found.st_size:,} bytes" if stat.S_ISREG(found.st_mode) else "it is not a regular file"
+            bulk, regular = counted(found.st_size, "byte"), stat.S_ISREG(found.st_mode)
+            kind = f"it has {bulk}" if regular else "it is not a regular file"
             kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else kind
             raise RecipeError(f"Cannot read the recipe {visible(file)}: {kind}. Give a YAML file.")
         content = _parse(file.read_text(encoding="utf-8"))

@@ -65,7 +65,7 @@ def build_typed(kind: type, content: Any, path: str, problems: list[str]) -> Any
     problems += [f"unknown field '{at}{key}'; did you mean '{found}'?" for key, found in near.items()]
     if rest := [f"'{at}{key}'" for key in unknown if key not in near]:
         allowed = f"; allowed: {', '.join(fields)}" if len(fields) < 30 else ""
-        problems.append(f"unknown field{'s' * (len(rest) > 1)} {', '.join(rest)}{allowed}")
+        problems.append(f"unknown {'field' if len(rest) == 1 else 'fields'} {', '.join(rest)}{allowed}")
     missing = [key for key, f in fields.items() if key not in content and default_of(f) is dataclasses.MISSING]
     problems += [f"'{at}{key}' is missing" for key in missing]
     if any(value is WRONG for value in values.values()) or missing:

@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from hf_cdl.counted import counted
 from hf_cdl.runs.files import RunError, fingerprint, first_line, link, saving, write_json
 from hf_cdl.runs.learnt import Moves, moves_file
 from hf_cdl.runs.ledger import (
@@ -22,6 +23,7 @@ from hf_cdl.runs.ledger import (
     state_before,
     stored_tasks,
 )
+from hf_cdl.runs.page import save_page
 from hf_cdl.runs.repair import examine, mend
 from hf_cdl.runs.run import RESULTS, Run
 from hf_cdl.runs.sharing import publish, put_revision
@@ -66,7 +68,8 @@ class ChangingRun(Run):
         """
         for name in (name for task in change["class_names"] for name in task if len(name) > LONGEST_NAME):
             raise RunError(
-                f"A class name has {len(name):,} characters; at most {LONGEST_NAME:,} can be stored. Shorten it."
+                f"A class name has {counted(len(name), 'character')}; at most {LONGEST_NAME:,} can be stored. Shorten "
+                "it."
             )
         if len(change["said"]) > LONGEST_SAID:
             change = {**change, "said": f"{change['said'][:LONGEST_SAID]} ..."}
@@ -86,6 +89,7 @@ class ChangingRun(Run):
             raise
         try:
             publish(self.folder, self.ledger, CHANGED)
+            save_page(self.results(), self.folder)
         except (OSError, RunError) as error:
             raise RunError(
                 f"The change is stored as {name}, so do not make it again; but {self.folder / CHANGED}/ could not be "

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_cdl.counted import counted
+
 _WARM_UP, _PASSES = 5, 30
 
 
@@ -33,12 +35,13 @@ def cost_in_use(model: nn.Module, size: tuple[int, int]) -> dict[str, Any]:
     return {
         "parameters": sum(tensor.numel() for tensor in numbers),
         "latency_ms": 1000 * median(seconds[_WARM_UP:]),
-        "device": _name(device),
+        "device": device_name(device),
     }
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The device in words, with the threads that compute on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type}, {platform.machine()}, {threads} thread{'s' * (threads != 1)}"
+    return f"{device.type}, {platform.machine()}, {counted(threads, 'thread')}"

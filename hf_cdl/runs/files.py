@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 
 LARGEST = 64 * 2**20
@@ -261,7 +262,7 @@ def damage(file: Path, known: Sequence[Any], thorough: bool = True) -> str | Non
         if not stat.S_ISREG(found.st_mode):
             return "is not a file"
         if found.st_size != size:
-            return f"has {found.st_size:,} bytes instead of {size:,}"
+            return f"has {counted(found.st_size, 'byte')} instead of {size:,}"
         if (thorough or found.st_mtime_ns != time) and content_hash(file) != digest:
             return "has another content than was written"
     except (FileNotFoundError, NotADirectoryError):
@@ -311,7 +312,7 @@ def read_numbers(text: str | bytes) -> Any:
 
     def whole(digits: str) -> int:
         if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-            raise ValueError(f"it has a whole number of {len(digits)} digits; allowed are those of 64 bits")
+            raise ValueError(f"it has a whole number of {counted(len(digits), 'digit')}; allowed are those of 64 bits")
         return int(digits)
 
     return json.loads(text, parse_int=whole)
@@ -324,5 +325,6 @@ def check_readable(file: Path) -> None:
         raise RunError(f"{visible(file)} is not a regular file, so it was not read. Put the file itself there.")
     if found.st_size > LARGEST:
         raise RunError(
-            f"{visible(file)} has {found.st_size:,} bytes; hf_cdl's files of results have less than {LARGEST:,}."
+            f"{visible(file)} has {counted(found.st_size, 'byte')}; hf_cdl's files of results have less than "
+            f"{LARGEST:,}."
         )

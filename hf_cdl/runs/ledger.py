@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
+from hf_cdl.counted import counted
 from hf_cdl.runs.files import RunError, check_readable, content_hash, read_numbers, versions
 
 CHANGED = "student"
@@ -253,7 +254,7 @@ def data_changes(
     if not changes:
         reordered = ledger["class_names"] != class_names
         changes = ["classes in another order or other tasks" if reordered else "as many images, but other ones"]
-    more = f" and {len(changes) - limit} more changes" if len(changes) > limit else ""
+    more = f" and {counted(len(changes) - limit, 'more change')}" if len(changes) > limit else ""
     return ", ".join(changes[:limit]) + more
 
 
@@ -282,13 +283,14 @@ def _contradictions(ledger: dict[str, Any]) -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z]\w*", role):
             yield f"entries: {role!r} is not a role"
         if len(of_role) > planned:
-            yield f"entries: {len(of_role)} of {role}, but there are {planned} tasks"
+            yield f"entries: {len(of_role)} of {role}, but the stream has {counted(planned, 'task')}"
         for index, entry in enumerate(of_role):
             if (entry["role"], entry["task"]) != (role, index):
                 yield f"entries.{role}.{index} is of {entry['role']}, task {entry['task']}"
             row = entry.get("row", [])
             if len(row) != index + 1 and (row or index + 1 < len(of_role)):  # the newest may not be measured yet
-                yield f"entries.{role}.{index}.row has {len(row)} accuracies, but task {index + 1} needs {index + 1}"
+                has = counted(len(row), "accuracy")
+                yield f"entries.{role}.{index}.row has {has}, but task {index + 1} needs {index + 1}"
             if any(not 0 <= value <= 100 for value in row if value is not None):
                 yield f"entries.{role}.{index}.row is {row}, but accuracies lie between 0 and 100"
             if any(len(entry.get(key, row)) != len(row) for key in ("correct", "counts")):

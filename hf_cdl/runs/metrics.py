@@ -123,7 +123,7 @@ def _lower_triangle(R: AccuracyMatrix) -> list[list[float]]:
         raise ValueError("the accuracy matrix has no rows; add the row of the first task, [accuracy in percent]")
     for t, row in enumerate(rows):
         if len(row) <= t:
-            raise ValueError(f"row {t} of the accuracy matrix has {len(row)} entries; row t (from 0) needs t + 1")
+            raise ValueError(f"row {t} of the accuracy matrix has length {len(row)}; row t (from 0) needs t + 1")
         for i, value in enumerate(row[: t + 1]):
             if value is not None and not 0.0 <= value <= 100.0:
                 raise ValueError(f"R[{t}][{i}] is {value}; accuracies are percentages from 0 to 100")

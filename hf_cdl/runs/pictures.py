@@ -47,6 +47,14 @@ def save_plots(results: Results, folder: str | os.PathLike[str]) -> list[Path]:
     return paths
 
 
+def figure_of(width: float, height: float, down: int = 1, across: int = 1, **shared: Any) -> tuple[Figure, Any]:
+    """A figure of so many inches and its panels, an array (down, across)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    return figure, figure.subplots(down, across, squeeze=False, **shared)
+
+
 def _matrix_figure(results: Results) -> Figure:
     """The lower triangles of teacher and student side by side on one colour scale, with numbers where they fit."""
     from matplotlib.figure import Figure
@@ -108,6 +116,24 @@ def draw_curve(panel: Any, steps: Sequence[int], values: Sequence[float], line: 
     panel.plot(steps, values, line, markersize=4, **options)
 
 
+def label_ends(panel: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write beside the ends (x, y) of curves what they are, none over another; ends are (x, y, text, colour).
+
+    The panel's limits must be set, and its height be about four inches.
+    """
+    low, high = panel.get_ylim()
+    ends, apart, right = sorted(ends, key=lambda end: end[1]), 0.062 * (high - low), panel.get_xlim()[1]
+    places: list[float] = []
+    for _, y, *_ in ends:
+        places.append(max([y, *(place + apart for place in places[-1:])]))
+    for i in reversed(range(len(places))):  # back below the top
+        places[i] = min([places[i], high, *(place - apart for place in places[i + 1 : i + 2])])
+    for (x, y, text, colour), place in zip(ends, places, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 4}
+        options: Any = {"va": "center", "annotation_clip": False, "parse_math": False, "arrowprops": line}
+        panel.annotate(f" {text}", (x, y), (right, place), **options)
+
+
 def finish_curves(panel: Any, tasks: int) -> None:
     """Label the axes of a panel of curves over `tasks` tasks."""
     panel.set_xticks(range(1, tasks + 1, 1 + (tasks - 1) // 20))
@@ -123,26 +149,24 @@ def _task_names(results: Results) -> list[str]:
 
 def _curve_figure(results: Results) -> Figure:
     """Average accuracy on the tasks seen so far, after each task: a line per role, baselines dashed, and chance."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.0, 4.2), dpi=150, layout="constrained")
-    panel = figure.subplots()
+    figure, ((panel,),) = figure_of(8.0, 4.2)
     panel.set_title(title_of(results), parse_math=False)
     roles = measured(results)
     order = sorted(roles, key=lambda role: {"teacher": 0, "student": 1}.get(role, 2))
+    ends = []
     for place, role in enumerate(order):
         curve = seen_so_far(roles[role]["accuracy_matrix"])
         style = "-" if role in ("teacher", "student") else "--"
         colour = COLOURS[place % len(COLOURS)]
-        label = label_of(role, roles[role], 32)
-        draw_curve(panel, range(1, len(curve) + 1), curve, style, color=colour, marker="o", label=label)
+        draw_curve(panel, range(1, len(curve) + 1), curve, style, color=colour, marker="o")
+        ends.append((len(curve), curve[-1], label_of(role, roles[role], 32), colour))
     sizes = [len(names) for names in results.get("class_names", ())]
     chance = [100 / sum(sizes[: t + 1]) for t in range(len(sizes))]
     if chance:
-        panel.plot(range(1, len(chance) + 1), chance, color="0.5", linestyle=":", marker=".", label="chance")
+        panel.plot(range(1, len(chance) + 1), chance, color="0.5", linestyle=":", marker=".")
+        ends.append((len(chance), chance[-1], "chance", "0.4"))
     planned = planned_tasks(results)
     panel.set(xlim=(0.5, planned + 0.5), ylim=(0, 102))
     finish_curves(panel, planned)
-    for text in figure.legend(loc="outside right center", frameon=False).get_texts():
-        text.set_parse_math(False)
+    label_ends(panel, [end for end in ends if not math.isnan(end[1])])
     return figure

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from hf_cdl.counted import counted
 from hf_cdl.runs.files import RunError, copy_whole, damage, fingerprint, first_line, link, saving, write_whole
 from hf_cdl.runs.ledger import stored_tasks
 from hf_cdl.runs.sharing import identity, left_over, weights_last
@@ -163,10 +164,10 @@ def _scaffolds(folder: Path, ledger: Mapping[str, Any]) -> Iterator[str]:
 def _refuse(folder: Path, ledger: Mapping[str, Any], lost: list[str]) -> None:
     states = [f"{role}/{name}" for role in ledger["entries"] for name in stored_tasks(ledger, role)]
     bad = [state for state in states if any(line.startswith(f"{state}/") for line in lost)]
-    more = f" (and {len(lost) - 2} more files)" if len(lost) > 2 else ""
+    more = f" (and {counted(len(lost) - 2, 'more file')})" if len(lost) > 2 else ""
     raise RunError(
         f"Files of the run in {folder} are lost, and nothing else there holds them. Nothing was changed; whole are "
-        f"{len(states) - len(bad)} of {len(states)} checkpoints.\n"
+        f"{len(states) - len(bad)} of {counted(len(states), 'checkpoint')}.\n"
         + "\n".join(f"  {line}" for line in lost[:2])
         + f"{more}\nPut them back from a copy of yours (or from the Hub, if they were pushed), or train again in "
         "another folder (hf-cdl train --output_dir FOLDER)."

@@ -15,54 +15,73 @@ from statistics import fmean
 from textwrap import shorten, wrap
 from typing import Any
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 from hf_cdl.runs.metrics import average_accuracy, continual_metrics
-from hf_cdl.runs.verdict import verdict
+from hf_cdl.runs.verdict import baselines, verdict
 
 Results = Mapping[str, Any]
 
 WIDTH = 119
-# The table's columns: group -> heading -> metric.
+# The table's columns: group -> heading of two lines -> metric.
 _METRICS: dict[str, dict[str, str]] = {
     "accuracy (%)": {
-        "average": "average_accuracy",
-        "by image": "sample_average_accuracy",
-        "incremental": "average_incremental_accuracy",
+        "mean over\ntasks": "average_accuracy",
+        "over\nimages": "sample_average_accuracy",
+        "mean over\ntime": "average_incremental_accuracy",
     },
-    "forgetting": {"standard": "forgetting", "authors'": "official_forgetting"},
-    "transfer": {"backward": "backward_transfer"},
+    "forgotten": {"since\nbest": "forgetting", "since\nlearnt": "official_forgetting"},
+    "transfer": {"\nbackward": "backward_transfer"},
 }
-_CDL_METRICS = {**_METRICS, "forgetting": dict(reversed(_METRICS["forgetting"].items()))}
-_TRAINING = ("seconds", "images/s", "memory")
+_CDL_METRICS = {**_METRICS, "forgotten": dict(reversed(_METRICS["forgotten"].items()))}
+_TRAINING = ("\nseconds", "\nimages/s", "\nmemory")
 
 
 def table(results: Results) -> str:
-    """Summarise a run as plain text, at most 119 columns wide: a line per role, the student's matrix, the verdict.
+    """Summarise a run as plain text, at most 119 columns wide: the student's matrix, a line per role, the verdict.
 
     Accuracies are in percent, forgetting and transfer in percentage points; `-` means not measured. Without a student
     the first role's matrix is shown. Its entry in row t and column i is the accuracy on task i after task t.
     """
     roles, planned = measured(results), planned_tasks(results)
-    lines = [f"{title_of(results)}: {planned} task{'s' * (planned != 1)}"]
+    lines = [f"{title_of(results)}: {counted(planned, 'task')}"]
     if not results.get("finished", True):
         learned = [f"{_spaced(role)} {len(entry['accuracy_matrix'])}" for role, entry in roles.items()]
         lines.append(f"Not finished; tasks learned so far: {', '.join(learned) or 'none'}")
     if roles:
-        columns = _CDL_METRICS if follows_cdl(results) else _METRICS
-        headings = [heading for group in (*columns.values(), _TRAINING) for heading in group]
-        rows = ([label_of(role, entry, 28), *_cells(entry, columns)] for role, entry in roles.items())
-        body = [["role", *headings], *rows]
-        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-        lines += ["", _group_line(widths)]
-        for name, *cells in body:
-            padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *padded]))
         shown = "student" if "student" in roles else next(iter(roles))
         lines += ["", *_matrix_lines(label_of(shown, roles[shown], 60), roles[shown]["accuracy_matrix"], results)]
-        if (found := verdict(results)) is not None:
-            kept = found.said.replace(" %", "\u00a0%")  # no line begins with the sign
-            lines += ["", *(line.replace("\u00a0", " ") for line in wrap(kept, WIDTH))]
-    return "\n".join(line.rstrip()[:WIDTH] for line in lines) + "\n"
+        headings, rows = cells(results)
+        body = [*zip(*(heading.split("\n") for heading in headings), strict=True), *rows]
+        widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+        lines += ["", _group_line(widths)]
+        for name, *values in body:
+            padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        for said in ("", *conclusion(results)):
+            kept = said.replace(" %", "\u00a0%")  # no line begins with the sign
+            lines += [line.replace("\u00a0", " ") for line in wrap(kept, WIDTH)] or [""]
+    return "\n".join(line.rstrip()[:WIDTH] for line in lines).rstrip("\n") + "\n"
+
+
+def cells(results: Results) -> tuple[list[str], list[list[str]]]:
+    """The table of roles: its headings, of two lines each, and for each role its label and numbers."""
+    columns = _CDL_METRICS if follows_cdl(results) else _METRICS
+    headings = ["\nrole", *(heading for group in (*columns.values(), _TRAINING) for heading in group)]
+    return headings, [
+        [label_of(role, entry, 28), *_cells(entry, columns)] for role, entry in measured(results).items()
+    ]
+
+
+def conclusion(results: Results) -> list[str]:
+    """What to take from a finished run: which baselines are ahead of its student, and, last, which model to use."""
+    found = verdict(results)
+    if found is None:
+        return []
+    means = {role: average_accuracy(entry["accuracy_matrix"]) for role, entry in measured(results).items()}
+    above = sorted((r for r in baselines(means) if means[r] > means["student"]), key=lambda role: -means[role])
+    ahead = ", ".join(f"{_spaced(role)} {number(means[role])} %" for role in above)
+    return [*([f"Ahead of the student ({number(means['student'])} %): {ahead}."] if ahead else []), found.said]
 
 
 def follows_cdl(results: Results) -> bool:
@@ -143,7 +162,7 @@ def _matrix_lines(label: str, matrix: Sequence[Sequence[float | None]], results:
     room = WIDTH - len(left + right)
     digits, width = (1, 7) if 7 * planned <= room else (0, 4)
     if width * planned > room:
-        return [f"{planned} tasks are too many to print their accuracy matrix; it is in results.json"]
+        return [f"{counted(planned, 'task')} are too many to print their accuracy matrix; it is in results.json"]
     lines = [
         f"{label}: accuracy (%) on each task, after each task",
         left + "".join(f"{i + 1:{width}d}" for i in range(planned)) + right,

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible, visible_lines
 from hf_cdl.runs import report
 from hf_cdl.runs.exports import NAME as EXPORTS
@@ -154,15 +155,16 @@ def checked_results(content: Any, where: str) -> dict[str, Any]:
     for role, entry in content["roles"].items():
         path, matrix = f"roles.{visible(role)}", entry["accuracy_matrix"]
         if len(matrix) > len(tasks):
-            problems.append(f"{path}.accuracy_matrix has {len(matrix)} tasks, but class_names has {len(tasks)}")
+            has = counted(len(matrix), "task")
+            problems.append(f"{path}.accuracy_matrix has {has}, but class_names has {len(tasks)}")
         problems += [
-            f"{path}.accuracy_matrix.{t} has {len(row)} accuracies, but after task {t + 1} there are {t + 1}"
+            f"{path}.accuracy_matrix.{t} has {counted(len(row), 'accuracy')}, but after task {t + 1} there are {t + 1}"
             for t, row in enumerate(matrix)
             if len(row) != t + 1
         ]
         lists = ("counts", "correct", "train_seconds", "eval_seconds", "images_per_second", "peak_memory_bytes")
         problems += [
-            f"{path}.{name} has {len(entry[name])} entries for {len(matrix)} tasks"
+            f"{path}.{name} has {counted(len(entry[name]), 'entry')} for {counted(len(matrix), 'task')}"
             for name in lists
             if name in entry and len(entry[name]) != len(matrix)
         ]
@@ -262,7 +264,7 @@ def _check_names(class_names: list[list[str]], problems: list[str], where: str =
 
 def _check_origin(content: Mapping[str, Any], tasks: int, problems: list[str]) -> None:
     if content.get("origin") is not None and content["origin"]["tasks"] > tasks:
-        problems.append(f"origin.tasks is {content['origin']['tasks']}, but class_names has {tasks} tasks")
+        problems.append(f"origin.tasks is {content['origin']['tasks']}, but class_names has {counted(tasks, 'task')}")
 
 
 def _raise(problems: list[str], where: str) -> None:

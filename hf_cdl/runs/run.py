@@ -20,17 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_cdl.runs import pictures, report
-from hf_cdl.runs.files import (
-    RunError,
-    damage,
-    fingerprint,
-    make_folder,
-    make_way,
-    read_json,
-    saving,
-    sync,
-    write_json,
-)
+from hf_cdl.runs.files import RunError, damage, fingerprint, make_folder, make_way, read_json, saving, sync, write_json
 from hf_cdl.runs.ledger import (
     FORMAT,
     check_plugins,
@@ -44,13 +34,12 @@ from hf_cdl.runs.ledger import (
     revisions,
     shortened,
 )
+from hf_cdl.runs.page import PAGE, RESULTS, is_whole, save_page
 from hf_cdl.runs.repair import examine, mend, unreadable
 from hf_cdl.runs.results import ledger_results
 from hf_cdl.runs.sharing import publish, put_revision
 from hf_cdl.runs.source import Source
 from hf_cdl.types import Task, TaskResult
-
-RESULTS = "results.json"
 
 
 class Run:
@@ -362,13 +351,12 @@ class Run:
         return report.table(results)
 
     def _draw(self, results: dict[str, Any]) -> dict[str, list[Any]]:
-        """Draw the pictures if matplotlib is available; returns their fingerprints."""
-        if not pictures.plotting_available():
-            return {}
+        """Draw the pictures, if matplotlib is available, and make the page; returns the fingerprints of the former."""
         with saving(f"draw the pictures in {self.folder}"):
-            drawn = pictures.save_plots(results, self.folder)
+            drawn = pictures.save_plots(results, self.folder) if pictures.plotting_available() else []
             for picture in drawn:
                 sync(picture)
+            save_page(results, self.folder)
         return {picture.name: fingerprint(picture) for picture in drawn}
 
     def check(self) -> None:
@@ -383,6 +371,7 @@ class Run:
         problem = damage(results, files[RESULTS]) if RESULTS in files else unreadable(results)
         pictures = [path for path in files if path.endswith(".png") and "/" not in path]
         pictures = [path for path in pictures if damage(self.folder / path, files[path], thorough=False)]
+        pictures += [] if is_whole(self.folder / PAGE) else [PAGE]
         if found.copies or found.gone or problem or pictures:
             self._acquire()
             try:
@@ -396,8 +385,9 @@ class Run:
                         with saving(f"restore {self.folder / path}"):
                             make_way(self.folder / path)
                     files |= (drawn := self._draw(self.results()))
-                    how = "are drawn again" if drawn else "can be drawn again after: pip install 'hf-cdl[report]'"
-                    found.said.append(f"{', '.join(pictures)} in {self.folder} were missing or damaged; they {how}.")
+                    how = "are" if drawn or pictures == [PAGE] else "can, after: pip install 'hf-cdl[report]', be"
+                    lost = f"{', '.join(pictures)} in {self.folder} were missing or damaged"
+                    found.said.append(f"{lost}; they {how} made again.")
                 self._write_ledger()
             finally:
                 self._lock.release(force=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from hf_cdl.counted import counted
 from hf_cdl.runs.files import RunError, damage
 from hf_cdl.runs.ledger import differences, edited_plugins, labelled_part, plugin_hashes, read_ledger, shortened
 from hf_cdl.runs.repair import unreadable
@@ -68,8 +69,8 @@ class Source:
         count = len(ledger["entries"].get(role, []))
         if task.index >= count:
             raise RunError(
-                f"'{role}_from' is {source}, which has learnt {count} tasks so far, not yet {task.name}. Finish that "
-                f"run first, or leave '{role}_from' out: then the {role} is trained."
+                f"'{role}_from' is {source}, which has learnt {counted(count, 'task')} so far, not yet {task.name}. "
+                f"Finish that run first, or leave '{role}_from' out: then the {role} is trained."
             )
         checkpoint, curve = source / role / task.name, source / "logs" / f"{role}-{task.name}.json"
         if links := [path for path in (checkpoint, *sorted(checkpoint.rglob("*")), curve) if path.is_symlink()]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import visible
 from hf_cdl.runs.metrics import average_accuracy
 
@@ -29,7 +30,7 @@ def verdict(results: Mapping[str, Any]) -> Verdict | None:
     in results.json; without `counts` of the student there is no interval.
     """
     roles = {role: entry for role, entry in results["roles"].items() if entry.get("accuracy_matrix")}
-    others = {role: average_accuracy(e["accuracy_matrix"]) for role, e in roles.items() if role not in _MODELS}
+    others = {role: average_accuracy(roles[role]["accuracy_matrix"]) for role in baselines(roles)}
     if not results.get("finished", True) or "student" not in roles or not others:
         return None
     student, counts = average_accuracy(roles["student"]["accuracy_matrix"]), roles["student"].get("counts") or []
@@ -42,15 +43,21 @@ def verdict(results: Mapping[str, Any]) -> Verdict | None:
     if not counts or not all(counts):
         return Verdict(first, f"Use the {_name(first)}: {ahead}.")
     least, most = interval(high, low, counts)
-    seen = f"{sum(counts):,} {results.get('recipe', {}).get('data', {}).get('eval_split', 'test')}"
+    split = results.get("recipe", {}).get("data", {}).get("eval_split", "test")
+    seen = counted(sum(counts), f"{split} image")
     if least > 0:
-        measured = f"95 % interval {least:.1f} to {most:.1f}, by {seen} images"
+        measured = f"95 % interval {least:.1f} to {most:.1f}, by {seen}"
         return Verdict(first, f"Use the {_name(first)}: {ahead} ({measured}).")
     return Verdict(
         "student",
         f"Use the student or the {_name(best)}: {student:.1f} % and {others[best]:.1f} %, which {seen} "
-        f"images cannot tell apart ({high - low:.1f} points, 95 % interval {least:+.1f} to {most:+.1f}).",
+        f"cannot tell apart ({high - low:.1f} points, 95 % interval {least:+.1f} to {most:+.1f}).",
     )
+
+
+def baselines(roles: Iterable[str]) -> list[str]:
+    """The roles that are baselines."""
+    return [role for role in roles if role not in _MODELS]
 
 
 def with_verdict(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_cdl.counted import counted
 from hf_cdl.data.names import check_role
 from hf_cdl.data.sampler import count_rounds
 from hf_cdl.data.task_split import TaskSplit
@@ -282,10 +283,11 @@ def check_training(
     except ValueError as error:
         raise ValueError(f"The {role.replace('_', ' ')} cannot learn task {index + 1}. {error}") from error
     if args.dataloader_drop_last and not count_rounds(images, batch, True, processes):
-        on_each = f" on each of {processes} processes" if processes > 1 else ""
+        on_each = f" on each of {counted(processes, 'process')}" if processes > 1 else ""
         raise ValueError(
-            f"A task has {images} training images, fewer than a batch of {batch}{on_each}, but dataloader_drop_last "
-            "leaves incomplete batches out. Lower train.per_device_train_batch_size or set the other to false."
+            f"A task has {counted(images, 'training image')}, fewer than a batch of {batch}{on_each}, but "
+            "dataloader_drop_last leaves incomplete batches out. Lower train.per_device_train_batch_size or set the "
+            "other to false."
         )
 
 
@@ -298,8 +300,8 @@ def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
     if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > length:
         unit = "steps" if args.eval_strategy == IntervalStrategy.STEPS else "epochs"
         raise ValueError(
-            f"eval_delay is {args.eval_delay:g} {unit}, but a task of {images} training images has {length:g}: "
-            "nothing would be evaluated. Lower it, or leave out eval_strategy."
+            f"eval_delay is {args.eval_delay:g} {unit}, but a task of {counted(images, 'training image')} has "
+            f"{length:g}: nothing would be evaluated. Lower it, or leave out eval_strategy."
         )
 
 

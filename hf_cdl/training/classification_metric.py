@@ -47,8 +47,8 @@ class ClassificationMetric(evaluate.Metric):
             raise ValueError("there are logits that are NaN or infinite; check the model")
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
-                f"labels lie between {labels.min()} and {labels.max()}, but there are logits of {logits.shape[1]} "
-                f"classes; give labels from 0 to {logits.shape[1] - 1}"
+                f"labels lie between {labels.min()} and {labels.max()}, but the logits' last class is "
+                f"{logits.shape[1] - 1}; give labels from 0 to that"
             )
         confidence, answers = logits.softmax(dim=-1).max(dim=-1)
         return {

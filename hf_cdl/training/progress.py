@@ -16,9 +16,20 @@ def phase_title(index: int, num_tasks: int | None, role: str) -> str:
     return f"task {index + 1}{f'/{num_tasks}' if num_tasks else ''} · {role}"
 
 
+class _Log:
+    """Standard error as a log: each state of a bar is a line of its own, and a bar that goes leaves nothing."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
 def progress_bar(title: str, hidden: bool, **options: Any) -> Any:
     """A progress bar on a terminal; one line per minute in a log file."""
-    pace = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60}
+    pace: dict[str, Any] = {} if sys.stderr.isatty() else {"delay": 60, "mininterval": 60, "file": _Log()}
     return tqdm(desc=title, disable=hidden, leave=False, dynamic_ncols=True, **pace, **options)
 
 

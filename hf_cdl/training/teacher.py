@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from hf_cdl.counted import counted
 from hf_cdl.distill import Objective, Term
 from hf_cdl.training.kept import Query, Recall
 from hf_cdl.training.kept.weights import asked_backbone, equal
@@ -81,8 +82,9 @@ class Teacher:
         known = task.classes.stop if tasks is None else sum(map(len, tasks))
         if known < task.classes.stop:
             raise ValueError(
-                f"The teacher knows {known} classes, but task {task.index + 1} goes up to class {task.classes.stop}: "
-                "it learns a task before its student does. To teach it, give the task to a trainer of its own first: "
+                f"The teacher knows {counted(known, 'class')}, but task {task.index + 1} goes up to class "
+                f"{task.classes.stop}: it learns a task before its student does. To teach it, give the task to a "
+                "trainer of its own first: "
                 'CDLTrainer(teacher, args, role="teacher").learn(task).'
             )
 

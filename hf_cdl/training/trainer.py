@@ -16,6 +16,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
+from hf_cdl.counted import counted
 from hf_cdl.data.unlabelled import Beside, together
 from hf_cdl.distill import Objective
 from hf_cdl.runs.files import write_whole
@@ -238,8 +239,8 @@ class CDLTrainer(FittingTrainer):
             self.model.begin_task(task.class_names)
         elif len(known) != task.index + 1 or known[task.index] != list(task.class_names):
             raise ValueError(
-                f"The model knows {len(known)} tasks {[len(names) for names in known]}, which does not fit task "
-                f"{task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
+                f"The model knows {counted(len(known), 'task')} {[len(names) for names in known]}, which does not fit "
+                f"task {task.index + 1} with classes {list(task.class_names)[:5]} ... Load the last task's checkpoint."
             )
         if self.model.scaffold is not None and self.run is not None and task.index > self.run.origin.get("tasks", 0):
             load_scaffold(self.model.scaffold, self.run.scaffold_file(self.role, task.index - 1))

@@ -102,5 +102,5 @@ def test_every_way_of_checking_but_none_finds_it_ahead(run: Run, tmp_path: Path)
     bad.write_bytes(bad.read_bytes()[:60])
     for how in ("headers", "all"):
         code, said = run(how, "--data.check", how)
-        assert code == 2 and f"1 images cannot be used:\n- split 'train', row 15: {bad}" in said, said
+        assert code == 2 and f"1 image cannot be used:\n- split 'train', row 15: {bad}" in said, said
         assert not (tmp_path / how / "run.json").exists(), "nothing was learnt"

@@ -170,7 +170,9 @@ def test_a_file_says_where_it_is_from_and_how_to_run_it(file: Path, monkeypatch:
     comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), file.read_text().splitlines(True)))
     for wanted in ("Source", "arXiv ", "Published", "What differs from the authors"):
         assert wanted in comment, wanted
-    [command] = re.findall(r"^# Command: accelerate launch recipes/train.py (.*)$", comment, re.MULTILINE)
+    [command] = re.findall(
+        r"^# Command: accelerate launch --config_file \S+ recipes/train.py (.*)$", comment, re.MULTILINE
+    )
     words = shlex.split(command)
     assert load_recipe(words, "unused.yaml").student.model == "classifier"
     assert file.stem == "base" or str(file.relative_to(ROOT)) in words

@@ -118,7 +118,7 @@ def test_the_student_is_used_as_it_is_said(
     assert (
         train.main([str(file), "--output_dir", folder, "--train.num_train_epochs", "1", "--train.lr_steps", "[]"]) == 0
     )
-    line = re.split(r"Use the [a-z ]+:\n", capfd.readouterr().out)[1].strip()
+    line = re.split(r"Try the [a-z ]+ on an image:\n", capfd.readouterr().out)[1].splitlines()[0].strip()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(line, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "'label': 'class " in done.stdout, (line, done.stdout + done.stderr)

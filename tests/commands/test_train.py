@@ -143,14 +143,19 @@ def test_what_a_run_says(finished: tuple[Path, str]) -> None:
     folder, output = finished
     shown = output.splitlines()
     stream = results(folder)["stream"]
-    assert len(stream) == 16 and shown[0] == f"tiny: 3 tasks, 6 classes, stream {stream} -> {folder}/"
-    assert [line.split(":")[0] for line in shown[1:4]] == ["task 1/3", "task 2/3", "task 3/3"]
+    what = "tiny: teacher, student and 2 baselines will learn 6 classes in 3 tasks; this may take "
+    assert shown[0].startswith(f"{what}less than a minute (cpu, "), shown[0]
+    assert len(stream) == 16 and shown[1] == f"stream {stream} -> {folder}/"
+    assert [line.split(":")[0] for line in shown[2:5]] == ["task 1/3", "task 2/3", "task 3/3"]
     assert any(line.startswith("student (coda + kdp)") for line in shown)
     best = verdict(results(folder))
     assert best is not None and best.said in output.replace("\n", " ")
-    assert shown[-2] == f"Use the {best.role.replace('_', ' ')}:" and f"{folder}/{best.role}" in shown[-1]
+    assert shown[-3] == f"Try the {best.role.replace('_', ' ')} on an image:" and f"{folder}/{best.role}" in shown[-2]
+    assert shown[-1] == f"All of it on a page: {folder}/report.html"
+    last = " ".join(shown[shown.index("") :][-12:-4]).rstrip()
+    assert last.endswith(best.said), "the table's last line is the recommendation"
     assert "Warning" not in output and "Traceback" not in output and "[transformers]" not in output, output
-    assert max(map(len, shown[:-1])) <= 119
+    assert max(map(len, shown[1:-2])) <= 119
 
 
 def test_results(finished: tuple[Path, str]) -> None:
@@ -191,7 +196,7 @@ def test_the_same_command_again_returns_at_once(tiny: Path, finished: tuple[Path
     first, *rest = output.splitlines()
     assert code == 0
     assert first == f"This run is finished. Its results are in {folder}/ (results.json, pictures, checkpoints)."
-    assert rest == finished[1].splitlines()[-2:] and rest[0].startswith("Use the ")
+    assert rest == finished[1].splitlines()[-3:] and rest[0].startswith("Try the ")
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
@@ -558,7 +563,9 @@ def test_data_that_cannot_be_used(run: Callable[..., tuple[int, str]], tmp_path:
 
     lacking = save_data(tmp_path / "a", make_table([0, 1, 2, 3] * 2, 4), make_table([0, 1, 2], 4))
     assert "lasses without test images: class d" in with_data(lacking)
-    assert "classes_per_task is 5, but there are only 4 classes" in with_data(lacking, "--data.classes_per_task", 5)
+    assert "classes_per_task is 5, but the data have only 4 classes" in with_data(
+        lacking, "--data.classes_per_task", 5
+    )
 
     unlabelled = save_data(tmp_path / "b", make_table([0, 1] * 2, 2), make_table([0, 1], 2).remove_columns("label"))
     assert "The test split has no label column 'label'" in with_data(unlabelled)

@@ -77,7 +77,7 @@ def test_it_says_what_it_chose_and_how_the_student_did(first: tuple[Path, str]) 
 def test_a_plan_of_it(first: tuple[Path, str]) -> None:
     place, _ = first
     code, said = script("plan", "photos", "--backbone", STUDENT, env={"HF_HUB_OFFLINE": "1"}, cwd=place)
-    assert code == 0 and "photos: 1 tasks, 12 classes\n72 training images (counted in the data)" in said, said
+    assert code == 0 and "photos: 1 task, 12 classes\n72 training images (counted in the data)" in said, said
 
 
 def test_the_student_serves(first: tuple[Path, str]) -> None:

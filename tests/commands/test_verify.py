@@ -81,7 +81,7 @@ def test_a_run_that_went_on_from_elsewhere(source: Path, run: Path, tmp_path: Pa
     capsys.readouterr()
     assert verify.main([str(tmp_path / "out")]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith("The first 2 tasks were learnt elsewhere")
+    assert first.startswith("Learnt elsewhere: the first 2 tasks")
     assert [(line.split(":")[0][-7:], line.split("right, ")[1]) for line in lines] == [
         ("task-02", "learnt and recorded elsewhere, maybe with other images"),
         ("task-03", "as recorded"),

@@ -74,7 +74,7 @@ def test_the_commands_work_where_there_is_no_clone(installed: Path, tmp_path: Pa
 
     recipe = class_means(tmp_path).rename(tmp_path / "my.yaml").name
     assert "3 tasks, 6 classes" in run("hf-cdl", "plan", recipe)
-    assert "Use the student" in run("hf-cdl", "train", recipe)
+    assert "Try the student on an image" in run("hf-cdl", "train", recipe)
     assert "This run is finished" in run("accelerate", "launch", "--cpu", "-m", "hf_cdl", "train", recipe)
     run("hf-cdl", "verify", "runs/tiny")
     run("hf-cdl", "card", "runs/tiny")

@@ -286,7 +286,7 @@ def test_the_report_is_whole(tmp_path: Path):
         assert run.recipe_hash in page
     assert "Validation images" in page and "TEST SPLIT" not in page and "Not finished" not in page
     assert "within 5 %" in page and "cannot win: p ≥ 0.062" in page
-    assert "10 units" in page and "too few to prove" not in page
+    assert "10 units" in page and "Too few to prove" not in page
     assert page.count("<td>0.004 *</td>") == 2  # twice 2 / 1024, by Holm of two contrasts
 
 
@@ -296,8 +296,8 @@ def test_the_report_says_what_one_must_know(tmp_path: Path):
     save_report(comparison, found, tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
     assert "TEST SPLIT: every number here is from the test images" in page and "split: test" in page
-    assert "Not finished: 8 of 12 results are there; nothing yet of teacher." in page
-    assert "2 pairs are too few to prove anything: with 2 contrast(s)" in page and "It takes 7 pairs." in page
+    assert "Not finished: 8 of 12 results so far; nothing yet of teacher." in page
+    assert "Too few to prove anything: 2 pairs. With 2 contrasts" in page and "It takes 7 pairs." in page
     assert sorted(file.stem for file in (tmp_path / "out/plots").iterdir()) == ["contrasts", "cost", "decomposition"]
 
 

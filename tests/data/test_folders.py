@@ -411,7 +411,7 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
     images(tmp_path / "train", 2)
     notes = make(tmp_path).notes
     assert notes[0].endswith("not read are the folders extra, which are no splits with class folders.")
-    assert notes[1].endswith("train: 2 images lie in no class folder and are left out: 0.png, 1.png.")
+    assert notes[1].endswith("train: left out, being in no class folder: 2 images, 0.png, 1.png.")
     tree(tmp_path, "{split}/{name}", {"testing": 1, "dev": 1, "valid": 1})
     assert make(tmp_path).notes[-1] == "not read are the splits dev, testing of the data"
     (tmp_path / "train/cat/gone.png").symlink_to("nowhere.png")
@@ -430,7 +430,11 @@ def test_what_could_be_meant_otherwise_is_said(tmp_path: Path) -> None:
     assert stream.notes[0].endswith("one: not read is labels.csv; the only class is the folder images.")
     images(tmp_path / "two/cat", 4)
     images(tmp_path / "two", 3)
-    assert make(tmp_path / "two", test_fraction=0.3).notes[0].endswith("and are left out: 0.png, 1.png, 2.png.")
+    assert (
+        make(tmp_path / "two", test_fraction=0.3)
+        .notes[0]
+        .endswith("being in no class folder: 3 images, 0.png, 1.png, 2.png.")
+    )
 
 
 def test_linked_folders_of_a_class_are_read_once(tmp_path: Path) -> None:

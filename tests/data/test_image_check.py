@@ -154,7 +154,7 @@ def test_images_in_a_table_are_checked_as_those_in_files_are(tmp_path: Path, dec
     table = Dataset.from_dict({"image": cells, "label": labels}).cast_column("image", ImageFeature())
     for data, row in ((table, 33), (table.select(range(39, -1, -1)), 6)):
         made = TaskStream(StreamConfig(classes_per_task=1, test_fraction=0.2), PROCESSOR, dataset=data)
-        with pytest.raises(ImageError, match=f"1 images cannot be used:\n- split 'train', row {row}: "):
+        with pytest.raises(ImageError, match=f"1 image cannot be used:\n- split 'train', row {row}: "):
             made.check_images()
     for split in ("train", "test"):
         table.select(range(33)).to_parquet(str(tmp_path / f"{split}.parquet"))
@@ -174,7 +174,7 @@ def test_unlabelled_and_foreign_images_are_checked_too(tmp_path: Path) -> None:
         for number in range(20):
             (place / f"{number}.png").write_bytes(encoded("PNG", 500 + number))
         (place / "7.png").write_bytes(cut(encoded("PNG", 507)))
-        with pytest.raises(ImageError, match=rf"1 images cannot be used:\n- split '{field}', row \d+: .*7\.png"):
+        with pytest.raises(ImageError, match=rf"1 image cannot be used:\n- split '{field}', row \d+: .*7\.png"):
             stream(path, **{field: str(place)}).check_images()
 
 

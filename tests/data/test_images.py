@@ -563,7 +563,7 @@ def test_a_thin_image_is_refused_before_it_is_resized(model: Any, tmp_path: Path
         place.mkdir(parents=True, exist_ok=True)
         Image.effect_noise(size, 50).save(place / f"{number}.png")
     stream = TaskStream(StreamConfig(path=str(tmp_path / "data"), classes_per_task=2, max_pixels=500_000), processor)
-    with pytest.raises(ImageError, match=r"1 images cannot be used:\n- .*7\.png: has 2000 x 1 pixels, so the image"):
+    with pytest.raises(ImageError, match=r"1 image cannot be used:\n- .*7\.png: has 2000 x 1 pixels, so the image"):
         stream.check_images()
     with pytest.raises(ImageError, match=r"7\.png: has 2000 x 1 pixels"):
         stream[0].test[len(stream[0].test) - 1]

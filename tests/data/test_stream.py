@@ -594,14 +594,14 @@ ERRORS = {
         {"eval_split": "validation"},
         "without validation images: c0",
     ),
-    "too many per task": (data, {"classes_per_task": 6}, "classes_per_task is 6, but there are only 5 classes"),
-    "wrong sum": (data, {"classes_per_task": [2, 2]}, "adds up to 4, but there are 5 classes"),
+    "too many per task": (data, {"classes_per_task": 6}, "classes_per_task is 6, but the data have only 5 classes"),
+    "wrong sum": (data, {"classes_per_task": [2, 2]}, "adds up to 4, but the data have 5 classes"),
     "wrong sum of fewer": (
         data,
         {"classes_per_task": [2, 3], "max_classes": 4},
-        "adds up to 5, but there are 4 classes",
+        "adds up to 5, but the data have 4 classes",
     ),
-    "too many classes": (data, {"max_classes": 9}, "max_classes is 9, but there are 5 classes"),
+    "too many classes": (data, {"max_classes": 9}, "max_classes is 9, but the data have 5 classes"),
     "unknown class": (
         lambda: data(2, kind=ClassLabel(names=["heart", "house"])),
         {"classes_per_task": [["hose"], ["heart"]]},

@@ -97,7 +97,7 @@ def test_images_of_the_evaluation_are_left_out_and_those_of_training_are_not(dat
             (place / f"{split}{number}.png").write_bytes(cell["bytes"].as_py())
     stream = make(data, place)
     assert stream.unlabelled is not None and len(stream.unlabelled) == 12
-    assert f"left out of {place} are 8 images that are validation or test images of the stream" in stream.notes
+    assert f"left out of {place}, as the stream measures on the same: 8 images" in stream.notes
     fewer = make(data, place, max_eval_per_class=1, max_classes=2)
     assert len(fewer.unlabelled or ()) == 12, "test images that this stream leaves out may be measured later"
     names = {Path(stream.unlabelled.place(i).split(": ")[-1]).name for i in range(12)}
@@ -149,7 +149,7 @@ def test_unreadable_images_are_named_like_those_of_a_task(data: Path, tmp_path: 
     place = folder_of(tmp_path / "more", {"a": [50, 51]})
     (place / "a" / "bad.png").write_bytes(b"not an image")
     (place / "notes.txt").write_text("left alone, as in class folders")
-    with pytest.raises(ImageError, match=r"1 images cannot be used:\n- split 'unlabelled', row .*bad.png"):
+    with pytest.raises(ImageError, match=r"1 image cannot be used:\n- split 'unlabelled', row .*bad.png"):
         make(data, place).check_images()
     (place / "a" / "bad.png").unlink()
     (place / "a" / "gone.png").symlink_to(place / "nowhere.png")

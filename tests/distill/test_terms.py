@@ -203,7 +203,7 @@ def test_other_numbers_of_tokens_are_matched_by_the_grid_of_patches() -> None:
     assert torch.equal(ours, ramp) and torch.equal(theirs, ramp)
     same = torch.randn(2, 7, 3)
     assert same_tokens(same, same)[0] is same
-    with pytest.raises(ValueError, match="7 tokens are no square grid"):
+    with pytest.raises(ValueError, match="7 of them are no square grid"):
         same_tokens(same, torch.randn(2, 5, 3))
 
 

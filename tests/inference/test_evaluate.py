@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import class_means, make_backbone, picture, run_script, write_recipe
+from helpers import class_means, make_backbone, make_recipe, picture, run_script, write_recipe
 from PIL import Image
 
 from hf_cdl import CDLForImageClassification, StreamConfig, TaskStream
 from hf_cdl.commands import evaluate as evaluate_command
 from hf_cdl.commands.add import main as add
 from hf_cdl.commands.train import main as train
-from hf_cdl.inference.measuring import Measured, common
+from hf_cdl.inference import answering
+from hf_cdl.inference.answering import Batch
+from hf_cdl.inference.measuring import Measured, Options, common, measure
+from hf_cdl.inference.pictures import latent_figure, mistakes_figure, usage_figure
 from hf_cdl.recipe.build import load_processor
 from hf_cdl.training.evaluation import told_apart
 from hf_cdl.unknown import thresholds
@@ -89,7 +94,7 @@ def test_images_that_it_learnt_are_left_out(
     }
     assert train([str(write_recipe(Path("held.yaml"), {"name": "held", **recipe}))]) == 0
     assert command("evaluate", "runs/held", "photos") == 0
-    assert "18 images that it learnt from are left out\n" in capsys.readouterr().out
+    assert "left out: 18 images that it learnt from\n" in capsys.readouterr().out
     found = json.loads(Path("evaluations/held-photos/evaluation.json").read_text())["revisions"]["task-01"]
     assert found["images"] == 6 and found["accuracy"] == pytest.approx(of(Path("runs/held"))["accuracy_matrix"][0][0])
     assert command("evaluate", "runs/held", "photos", "--split", "train", "--out", "all") == 0
@@ -122,7 +127,7 @@ def test_images_that_it_learnt_are_known_in_a_part_of_its_data_and_after_a_chang
     picture(0, 990).save(more / "class a" / "new.png")
     capsys.readouterr()
     assert command("evaluate", changed, more, "--out", tmp_path / "c") == 0
-    assert "4 images that it learnt from are left out\n" in capsys.readouterr().out
+    assert "left out: 4 images that it learnt from\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "c" / "evaluation.json").read_text())["revisions"]["task-02"]["images"] == 1
     assert command("evaluate", changed, more, "--revision", "task-01", "--out", tmp_path / "d") == 0
     assert "learnt from" not in capsys.readouterr().out
@@ -191,3 +196,107 @@ def test_figures_worked_by_hand() -> None:
     other = made([0, 1, 1], [0, 0, 1], [0.9, 0.9, 0.9], first=2)
     assert common([found, other]).tolist() == [2, 3]
     assert (found.accuracy_on(common([found, other])), other.accuracy_on(common([found, other]))) == (50.0, 50.0)
+
+
+# ---- the run's own images, and pictures ----
+
+
+def test_without_images_those_of_the_run_are_measured_and_join_its_report(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = {"type": "l2p", "pool_size": 4, "length": 2, "top_k": 2}
+    recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0, baselines=[])
+    recipe["student"]["prompt"] = prompt
+    recipe["train"]["num_train_epochs"] = 1
+    run = tmp_path / "run"
+    assert train([str(write_recipe(tmp_path / "l2p.yaml", recipe)), "--output_dir", str(run)]) == 0
+    before = (run / "report.html").read_text()
+    assert "data:image/png" in before and "Mistakes" not in before
+    capsys.readouterr()
+    assert command("evaluate", run, "--revision", "task-01", "--revision", "task-03") == 0
+    said, folder = capsys.readouterr().out, run / "evaluation" / "task-03"
+    assert "note: measured on the test images of the run" in said and f"also in the run's report: {run}/" in said
+    found, recorded = json.loads((folder / "evaluation.json").read_text()), of(run)
+    assert found["revisions"]["task-03"]["accuracy"] == pytest.approx(np.mean(recorded["accuracy_matrix"][2]))
+    assert found["revisions"]["task-01"]["images"] == 6
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == before.count("data:image/png") + len(
+        {"mistakes", "latent_map", "prompt_usage", "confusion", "calibration"}
+    )
+    assert command("evaluate", run, "--revision", "task-01", "--revision", "task-03") == 2
+    assert "is not empty; choose another folder" in capsys.readouterr().err
+    assert command("evaluate", run, "--split", "train", "--out", tmp_path / "new") == 2
+    assert "--split is of images, but none are named" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "data")
+    assert command("evaluate", run, "--out", tmp_path / "new") == 2 and not (tmp_path / "new").exists()
+    assert "error: " in capsys.readouterr().err
+
+
+def test_a_student_of_no_run_has_no_images_of_its_own(
+    run: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "student" / "task-03", tmp_path / "alone")
+    assert command("evaluate", tmp_path / "alone") == 2
+    assert "lies in no run, so it has no images of its own" in capsys.readouterr().err
+
+
+class Query(torch.nn.Module):
+    """A model whose pixels are its features, logits and query."""
+
+    def __init__(self, pool: Any = None) -> None:
+        super().__init__()
+        self.pool, self.dtype = pool, torch.float32
+        self.config = SimpleNamespace(id2label={0: "ant", 1: "bee", 2: "cat"}, num_labels=3, model_type="cdl")
+        self.config.tasks = [["ant", "bee"], ["cat"]]
+
+    def forward(self, pixel_values: torch.Tensor) -> Any:
+        values = pixel_values.mean(dim=(2, 3))
+        return SimpleNamespace(logits=values, features=2 * values, query=values)
+
+
+def test_features_and_prompts_are_averaged_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three images of two classes, in batches of two; the third class has none."""
+    pixels = torch.tensor([[0.0, 0, 1], [0, 1, 0], [0, 0, 0.5]])
+    batches = [
+        Batch([0, 1], pixels[:2], None, {}, 2 * pixels[:2], (pixels[:2] > 0).float()),
+        Batch([2], pixels[2:], None, {}),
+    ]
+    batches[1] = batches[1]._replace(features=2 * pixels[2:], usage=(pixels[2:] > 0).float())
+    monkeypatch.setattr(answering, "outputs", lambda *given: iter(batches))
+    images: Any = SimpleNamespace(labels=["cat", "ant", "cat"], classes=["ant", "cat"], decode=None, name=None)
+    images.chosen = lambda rows: images
+    found = measure("task-02", Query(), None, images, Options())
+    assert found.means is not None and found.usage is not None
+    np.testing.assert_allclose(found.means, [[0, 2, 0], [np.nan] * 3, [0, 0, 1.5]])
+    np.testing.assert_allclose(found.usage, [[0, 1, 0], [np.nan] * 3, [0, 0, 1]])
+    assert found.tasks == [["ant", "bee"], ["cat"]] and usage_figure(found, "use") is not None
+
+
+def test_the_surest_mistakes_come_first_and_each_pair_once() -> None:
+    found = made([0, 0, 0, 1, 2], [1, 1, 0, 2, 2], [0.6, 0.9, 0.99, 0.7, 0.5])
+    asked: list[int] = []
+    figure = mistakes_figure(found, lambda index: (asked.append(index), picture(0, index))[1])
+    assert asked == [1, 3] and figure is not None
+    assert [panel.get_title() for panel in figure.axes[:3]] == ["ant\n→ bee 90 %", "bee\n→ cat 70 %", ""]
+    assert mistakes_figure(made([0], [0], [0.9]), lambda index: picture(0, 0)) is None
+
+
+def test_the_map_keeps_its_directions_over_states_and_shows_classes_as_they_come() -> None:
+    """Means that lie on a line are on one direction; names that no font may have become numbers."""
+    new = made([0, 1, 2], [0, 1, 2], [0.9] * 3)
+    new.means, new.tasks = np.array([[0.0, 0, 0], [3, 0, 0], [6, 0, 0.1]]), [["ant", "猫"], ["cat"]]
+    new.classes = ["ant", "猫", "cat"]
+    old = made([0], [0], [0.9])
+    old.means, old.tasks, old.classes, old.revision = (
+        new.means[:2] + [1, 0, 0],
+        [["ant", "猫"]],
+        ["ant", "猫"],
+        "task-00",
+    )
+    figure: Any = latent_figure([old, new], "$x^$")
+    first, second = figure.axes[:2]
+    (before,), (after,) = ([p.get_offsets()[1, 0] for p in panel.collections[:1]] for panel in (first, second))
+    assert abs(before - after) == pytest.approx(1, abs=1e-3), "the same class has moved by one on the first direction"
+    assert [text.get_text() for text in second.texts] == ["ant", "class 2", "cat"]
+    figure.savefig(io.BytesIO())
+    assert latent_figure([made([0], [0], [0.9])], "no features") is None

@@ -311,10 +311,10 @@ def test_a_task_whose_prompts_stay_keeps_a_class() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m.add(pictures(2), ["owl"]), "There are 2 images, but 1 labels; give the class name of each"),
+        (lambda m: m.add(pictures(2), ["owl"]), "images has 2 images, but labels has 1; give the class name of each"),
         (lambda m: m.add(pictures(2), "owl"), "The class names of a task are a list of texts"),
         (lambda m: m.add(pictures(2), [0, 1]), "A class name must be a text"),
-        (lambda m: m.add(pictures(2), torch.tensor([0, 1])), "There are 2 images, but 0 labels"),
+        (lambda m: m.add(pictures(2), torch.tensor([0, 1])), "images has 2 images, but labels has 0"),
         (lambda m: m.add("owl.png", ["owl"]), "images is a str; give a list of images"),
         (lambda m: m.add(pictures(2)[:, :2], ["owl", "fox"]), "but the model takes"),
         (lambda m: m.add(pictures(2) * float("nan"), ["owl", "fox"]), "NaN or infinite"),
@@ -322,7 +322,7 @@ def test_a_task_whose_prompts_stay_keeps_a_class() -> None:
             lambda m: m.add(["nothing.png"], ["owl"], ViTImageProcessor(size={"height": 16, "width": 16})),
             "nothing.png",
         ),
-        (lambda m: m.correct(pictures(1), ["owl"], was=["owl"]), "1 images have the same label before and after"),
+        (lambda m: m.correct(pictures(1), ["owl"], was=["owl"]), "The label is the same before and after of 1 image"),
         (lambda m: m.correct(pictures(1), ["owl"], was=["fux"]), "knows no class 'fux'; did you mean 'fox'"),
         (lambda m: m.correct(pictures(1), ["owl"], was=[]), "at least one class"),
         (lambda m: m.correct(pictures(8)[3:5], ["owl"] * 2, was=["fox"] * 2), "'fox' would be left with 0 images"),

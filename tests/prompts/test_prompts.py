@@ -37,6 +37,18 @@ def test_l2p_picks_the_nearest_keys_in_falling_similarity() -> None:
     assert pool(1, torch.zeros(1, 3)) == (None, None)
 
 
+def test_what_is_used_is_what_is_picked_or_weighed() -> None:
+    l2p = pool_of("l2p", 1, pool_size=3, length=2, top_k=2)
+    l2p.key.data[0] = torch.tensor([[1.0, 0, 0], [0, 5, 0], [3, 4, 0]])
+    assert l2p.usage(0, torch.tensor([[0.0, 2, 0]])).tolist() == [[0, 1, 1]] and l2p.usage(1, torch.ones(1, 3)) is None
+    dual = pool_of("dualprompt", 2, expert_length=2)
+    assert dual.usage(2, dual.blocks[1].key[0][None]).tolist() == [[0, 1]]
+    coda, query = pool_of("coda", 2, components=2, layers=(0,)), torch.tensor([[1.0, -2, 3]])
+    weights = coda.similarity(0, query)
+    assert torch.equal(coda.usage(0, query), weights.abs()) and weights.shape == (1, 4)
+    assert pool_of("vpt", 1).usage(0, query) is None
+
+
 def test_l2p_s_pool_is_shared_by_all_tasks() -> None:
     one, three = pool_of("l2p", 1), pool_of("l2p", 3)
     assert {name: p.shape for name, p in one.named_parameters()} == {n: p.shape for n, p in three.named_parameters()}

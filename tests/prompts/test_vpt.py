@@ -95,7 +95,7 @@ def test_a_relative_position_bias_has_no_place_for_tokens() -> None:
 def test_a_pool_that_gives_another_number_of_tokens_is_refused() -> None:
     model = model_on(vit(32))
     model.pool.num_tokens = 2
-    with pytest.raises(ValueError, match="gave layer 0 3 tokens, but its num_tokens is 2"):
+    with pytest.raises(ValueError, match="gave layer 0 prompts of 3, but its num_tokens is 2"):
         model(images())
 
 

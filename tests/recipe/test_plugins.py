@@ -176,14 +176,14 @@ def test_a_teacher_of_an_edited_plugin_is_not_taken_over(tmp_path: Path, capsys:
         mine.write_text(OWN.read_text())
     assert before == {path: path.read_bytes() for path in before}
     forget()
-    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1], "it would be taken over"
+    assert "has learnt 1 task so far" in (train.main(here), capsys.readouterr().err)[1], "it would be taken over"
     ledger = tmp_path / "run" / "run.json"
     older = json.loads(ledger.read_text())
     del older["plugins"]  # as before plugins were recorded
     ledger.write_text(json.dumps(older))
     places[1].write_text(f"{OWN.read_text()}\n# other\n")
     forget()
-    assert "has learnt 1 tasks so far" in (train.main(here), capsys.readouterr().err)[1]
+    assert "has learnt 1 task so far" in (train.main(here), capsys.readouterr().err)[1]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,7 @@ FILES: dict[tuple[str, str], str] = {
     ("finished", "logs/teacher-task-02.json"): SAME,
     ("finished", "results.json"): SAME,
     ("finished", "accuracy_matrix.png"): SAME,
+    ("finished", "report.html"): SAME,
     ("between", "run.json"): REFUSED,
     ("within", "run.json"): REFUSED,
     ("finished", "run.json"): REFUSED,

@@ -101,8 +101,8 @@ def test_an_old_task_that_ends_better_than_ever_is_negative_forgetting():
     ("matrix", "message"),
     [
         ([], "no rows"),
-        ([[]], "row 0 of the accuracy matrix has 0 entries"),
-        ([[80.0], [70.0]], r"row 1 .* has 1 entries; row t \(from 0\) needs t \+ 1"),
+        ([[]], "row 0 of the accuracy matrix has length 0"),
+        ([[80.0], [70.0]], r"row 1 .* has length 1; row t \(from 0\) needs t \+ 1"),
         ([[80.0], [70.0, float("nan")]], r"R\[1\]\[1\] is nan"),
         ([[80.0], [70.0, 100.5]], r"R\[1\]\[1\] is 100.5; accuracies are percentages"),
         ([[-1.0]], r"R\[0\]\[0\] is -1.0"),

@@ -225,7 +225,7 @@ def damaged_ledgers() -> dict[str, tuple[Callable[[Any], Any], str]]:
         "out of order": (lambda x: x["entries"]["student"].append(x["entries"]["student"][0]), "student, task 0"),
         "of another role": (entry(role="teacher"), "entries.student.0 is of teacher, task 0"),
         "a role that leads outside": (lambda x: x["entries"].update({"../x": []}), "'../x' is not a role"),
-        "too many entries": (put("class_names", value=[]), "entries: 1 of student, but there are 0 tasks"),
+        "too many entries": (put("class_names", value=[]), "entries: 1 of student, but the stream has 0 tasks"),
         "unknown field": (entry(colour="red"), "entries.student.0.colour: Extra inputs are not permitted"),
         "a long row": (entry(row=[90.0, 1.0]), "entries.student.0.row has 2 accuracies, but task 1 needs 1"),
         "a row of words": (entry(row=["90"]), "entries.student.0.row.0: Input should be a valid number"),

@@ -20,7 +20,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 PORT = ("--main_process_port",)
 HERE = {
     "cpu.yaml": [()],
-    "gpu.yaml": [()],
+    "one.yaml": [()],
     "gpus.yaml": [("--num_processes", "2", *PORT, "29581")],
     "machines.yaml": [
         (*("--num_processes", "2", "--machine_rank", rank), *("--main_process_ip", "127.0.0.1"), *PORT, "29582")

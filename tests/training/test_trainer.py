@@ -376,7 +376,7 @@ def test_tasks_come_in_order_and_the_teacher_is_not_forgotten(tmp_path: Path) ->
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path) -> None:
     model = model_of("coda")
     model.begin_task(["x", "y"])
-    with pytest.raises(ValueError, match="The model knows 1 tasks .* does not fit task 1 with classes"):
+    with pytest.raises(ValueError, match="The model knows 1 task .* does not fit task 1 with classes"):
         CDLTrainer(model, arguments(tmp_path)).learn(TASK)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_cdl.counted import counted
 from hf_cdl.data.benchmarks import BENCHMARKS
 from hf_cdl.escape import visible
 from hf_cdl.places import HUB_ID, by_name, shareable
@@ -84,7 +85,7 @@ def eval_results(results: Results, role: str) -> list[EvalResult]:
         "task_type": "image-classification",
         "task_name": "Class-incremental image classification",
         "dataset_type": data["id"] or data["name"],
-        "dataset_name": f"{data['name']}, {sum(classes)} classes in {len(classes)} tasks",
+        "dataset_name": f"{data['name']}, {counted(sum(classes), 'class')} in {counted(len(classes), 'task')}",
         "dataset_config": data["config"],
         "dataset_split": data["split"],
         "dataset_revision": data["revision"],

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from hf_cdl.counted import counted
 from hf_cdl.escape import acts, code, longest_run, markdown
 from hf_cdl.hub.card.metadata import METRICS, Results, backbone_id, dataset, stated
 from hf_cdl.places import HUB_ID, by_name
@@ -30,15 +31,16 @@ def summary(results: Results, role: str) -> str:
     """What the model is and how it learnt, in a few sentences."""
     recipe, section = results["recipe"], results["recipe"][role]
     learnt = results["class_names"][: len(results["roles"][role]["accuracy_matrix"])]
-    tasks = f"{len(learnt)} tasks, one after another and without images of earlier ones" if learnt[1:] else "one task"
-    text = f"An image classifier that learnt {sum(map(len, learnt))} classes in {tasks}."
+    many = f"{counted(len(learnt), 'task')}, one after another and without images of earlier ones"
+    classes, tasks = counted(sum(map(len, learnt)), "class"), many if learnt[1:] else "one task"
+    text = f"An image classifier that learnt {classes} in {tasks}."
     if section["model"] == "classifier":
         text += " All its weights were trained." if section["train"] is not None else " It is used as it was found."
     else:
         text += f" {_learnt_parts(section)}"
     if changed := _changes(results, role):
         count = sum(map(len, changed[-1]["class_names"]))
-        text += f" It was changed since, and knows {count} class{'es' * (count != 1)} now."
+        text += f" It was changed since, and knows {counted(count, 'class')} now."
     terms = ", ".join(f"`{term['type']}`" for term in recipe["distill"])
     if recipe["teacher"] is None:
         return text
@@ -87,7 +89,8 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
     changed = _changes(results, role)
     classes = sum(map(len, changed[-1]["class_names"] if changed else results["class_names"][:learnt]))
     learnt += len(changed)
-    notes = [f"Every image is answered with one of the {classes} classes below, also one that shows none of them."]
+    known = counted(classes, "class")
+    notes = [f"Every image is answered with one of the {known} below, also one that shows none of them."]
     if told := telling(results, role):
         notes[0] = f"{notes[0][:-1]}, unless `pipeline(..., reject=True)` asks for `unknown`.\n{told}"
     if repo_id is not None:
@@ -156,7 +159,7 @@ def changes(results: Results, role: str) -> str | None:
     names = [markdown(name) for task in made[-1]["class_names"] for name in task]
     earlier = f"The last {_SHOWN} of {len(made)}; all are in `results.json`.\n\n" if len(made) > _SHOWN else ""
     listed = ", ".join(names)
-    return f"{earlier}{_table(rows, 'lll')}\n\nIts {len(names)} class{'es' * (len(names) != 1)} now: {listed}."
+    return f"{earlier}{_table(rows, 'lll')}\n\nIts {counted(len(names), 'class')} now: {listed}."
 
 
 def better(results: Results, role: str) -> list[str]:
@@ -228,7 +231,7 @@ def data_facts(results: Results) -> list[str]:
     counts = [len(names) for names in results["class_names"]]
     order = recipe["data"]["class_order_seed"]
     facts.append(
-        f"Stream: {sum(counts)} classes in {len(counts)} tasks, "
+        f"Stream: {counted(sum(counts), 'class')} in {counted(len(counts), 'task')}, "
         + ("classes in their natural order" if order is None else f"class order of seed {order}")
     )
     if (beside := results.get("unlabelled")) is not None:

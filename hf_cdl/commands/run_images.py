@@ -1,0 +1,43 @@
+"""The images that a run measures its models on, read again from its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_cdl import TaskStream
+from hf_cdl.commands.verify import check_data, stored_recipe
+from hf_cdl.data.names import nfc
+from hf_cdl.escape import visible
+from hf_cdl.inference.labelled import Labelled
+from hf_cdl.inference.students import Student
+from hf_cdl.runs.results import stored_ledger
+
+
+def run_of(student: Student) -> Path | None:
+    """The folder of the run that a student lies in; None if it is in none."""
+    place = Path(student.place)
+    root = place.resolve().parents[1] if student.results is not None and place.is_dir() else None
+    return root if root is not None and (root / "run.json").exists() else None
+
+
+def own_images(root: Path) -> Labelled:
+    """The validation images of a run's tasks, or those its accuracy is measured on.
+
+    Raises OSError or ValueError if the data are gone or have no such images, RunError if they changed.
+    """
+    recipe = stored_recipe(root)
+    check_data(root, stored_ledger(root), recipe)
+    stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)
+    tasks = [*stream]
+    has = any(task.validation is not None and len(task.validation) for task in tasks)
+    split = "validation" if has else recipe.data.eval_split
+    parts: list[Any] = [part for task in tasks if len(part := getattr(task, split) or ())]
+    if not parts:
+        raise ValueError(f"The run in {visible(root)} has no images to measure on. Name some behind it.")
+    names = [*map(nfc, stream.class_names)]
+    table = parts[0].data.select(np.concatenate([part.rows for part in parts]))
+    labels = [names[label] for part in parts for label in part.labels]
+    return Labelled(table, labels, names, parts[0].cells, split, [f"measured on the {split} images of the run"])
