@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from hf_cdl import TaskStream
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
 from hf_cdl.commands.parsers import read
-from hf_cdl.commands.verify import stored_recipe
+from hf_cdl.commands.run_images import Images, images_of_run, spread
 from hf_cdl.data.images import decode
 from hf_cdl.data.views import output_size
 from hf_cdl.escape import visible, visible_lines
@@ -39,14 +37,6 @@ _MOST, _GENERATED = 1000, 32
 _LOGITS, _KNOWN, _POINTS = 1e-4, 1e-2, 0.5
 """What may differ: a float32 file's logits and `known` (a small difference of large squares, which rounding moves
 more), as shares of the largest; of a smaller one's accuracy, in points."""
-
-
-class Images(NamedTuple):
-    """Images to compare on: `of` says which; `labels`: the index of each one's class, -1 where it is not known."""
-
-    of: str
-    decode: Callable[[int], Image.Image]
-    labels: np.ndarray
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +63,7 @@ def export(options: argparse.Namespace) -> None:
     own = before if options.size is None else Model(*at_size(*before, options.size))
     steps = steps_of(own.processor)
     rounded = check_steps(own.processor, steps)
-    images = _images(options.images, root, student, before)
+    images = _images(options.images, root, before)
     graph = onnx_graph(prepared(*own), own.processor, steps)
     with appearing_when_whole([file]) as (partial,):
         WRITERS[options.precision](graph, partial)
@@ -116,16 +106,16 @@ def _shown(folder: Path) -> Path:
 # ---- the images ----
 
 
-def _images(folder: Path | None, root: Path | None, student: Student, model: Model) -> Images:
+def _images(folder: Path | None, root: Path | None, model: Model) -> Images:
     """The images to compare on: those in a folder, those of the student's run, or generated ones."""
     names = labels_of(model.model.config)
     if folder is not None:
-        files = _spread(files_of([folder]))
+        files = spread(files_of([folder]), _MOST)
         for file in files:
             decode(file)  # a bad one is said before the work
         labels = numbers_of([Path(file).parent.name for file in files], names)
         return Images(f"images in {folder.name}", lambda index: decode(files[index]), labels)
-    if root is not None and (found := _of_run(root, student, names)) is not None:
+    if root is not None and (found := images_of_run(root, names, _MOST)) is not None:
         return found
     height, width = output_size(model.processor)
 
@@ -135,34 +125,6 @@ def _images(folder: Path | None, root: Path | None, student: Student, model: Mod
         return Image.fromarray(small).resize((width + 3 * index, height + index), Image.Resampling.BICUBIC)
 
     return Images("generated images", generated, np.full(_GENERATED, -1))
-
-
-def _of_run(root: Path, student: Student, names: Sequence[str]) -> Images | None:
-    """The validation images of a run's tasks, or those its accuracy is measured on; None if the data are gone."""
-    try:
-        recipe = stored_recipe(root)
-        stream = TaskStream(recipe.data.labelled, {}, seed=recipe.seed)
-    except (OSError, ValueError) as error:
-        say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
-        return None
-    tasks = [*stream]
-    has = any(task.validation is not None and len(task.validation) for task in tasks)
-    split = "validation" if has else recipe.data.eval_split
-    parts = [part for task in tasks if (part := getattr(task, split)) is not None]
-    labels = numbers_of([stream.class_names[label] for part in parts for label in part.labels], names)
-    places = [(part, row) for part in parts for row in range(len(part))]
-    rows = _spread([row for row, label in enumerate(labels) if label >= 0])
-
-    def image(index: int) -> Image.Image:
-        part, row = places[rows[index]]
-        return part.image(row)
-
-    return Images(f"{split} images of the run", image, labels[rows]) if rows else None
-
-
-def _spread(items: Sequence[Any]) -> list[Any]:
-    """At most so many of the items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(_MOST, len(items))).astype(int).tolist()]
 
 
 # ---- what was found ----

@@ -39,7 +39,7 @@ on the images its run was measured on. Images that cannot be read are listed, an
     parser.add_argument(
         "--top-k", type=_at_least(1), metavar="K", help="classes said of an image, the most likely ones (default: 3)"
     )
-    _reject(parser, "answer unknown for an image that is less known than this share of images of its classes")
+    reject(parser, "answer unknown for an image that is less known than this share of images of its classes")
     parser.add_argument(
         "--strict", action="store_true", help="stop at an image that cannot be read, and write nothing"
     )
@@ -81,12 +81,12 @@ calibration of all.""",
     parser.add_argument(
         "--out", type=path, metavar="FOLDER", help="a new or empty folder (default: evaluations/STUDENT-IMAGES)"
     )
-    _reject(parser, "also measure how it tells images of classes that it does not know, at this share of those kept")
+    reject(parser, "also measure how it tells images of classes that it does not know, at this share of those kept")
     _loading(parser)
     return parser
 
 
-def _reject(parser: argparse.ArgumentParser, what: str) -> None:
+def reject(parser: argparse.ArgumentParser, what: str) -> None:
     text = f"{what}, such as 0.95 (default: off; without SHARE: that of its head)"
     parser.add_argument("--reject", nargs="?", const=True, type=_share, metavar="SHARE", help=text)
 

@@ -1,0 +1,83 @@
+"""The notebook: what is stored in it is whole, small and of no machine; the slow tier runs a copy of it anew."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from helpers import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOK = ROOT / "recipes" / "notebooks" / "student_for_life.ipynb"
+PRIVATE = r"/(?:tm[p]|hom[e]|roo[t]|wor[k]|Users|mnt|opt|srv|usr|var)/|\b\d\d:\d\d:\d\d\b|\b20\d\d-\d\d-\d\d\b|[Ww]arning:|[Tt]raceback"
+"""A machine's folders, times of day, dates and warnings."""
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def said(notebook: Any) -> str:
+    """All that the cells printed, or gave as their value."""
+    return "\n".join(output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs(notebook))
+
+
+def assert_run(notebook: Any) -> None:
+    """Every code cell was run, in order and without an error, and pictures were drawn."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert {output.output_type for output in outputs(notebook)} == {"stream", "display_data", "execute_result"}
+    assert {output.name for output in outputs(notebook) if output.output_type == "stream"} == {"stdout"}
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 3
+
+
+def number(pattern: str, text: str) -> float:
+    found = re.findall(pattern, text)
+    assert len(found) == 1, (pattern, found)
+    return float(found[0])
+
+
+def assert_claims(text: str) -> None:
+    """What the text between the cells says of what they print."""
+    CLAIMS
+
+
+def test_what_is_stored_is_whole_small_and_of_no_machine() -> None:
+    stored = NOTEBOOK.read_text(encoding="utf-8")
+    notebook = nbformat.reads(stored, as_version=4)
+    nbformat.validate(notebook)
+    assert len(stored) <= 400_000
+    assert_run(notebook)
+    assert re.findall(PRIVATE, said(notebook)) == []
+    assert [cell.metadata for cell in notebook.cells if cell.metadata] == [], "as a kernel's times would be"
+    assert {*notebook.metadata} == {"kernelspec", "language_info"} and "/" not in str(notebook.metadata)
+    assert_claims(said(notebook))
+
+
+def test_its_links_lead_somewhere() -> None:
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    links = [link for cell in cells for link in re.findall(r"\]\(([^)\s#]+)", cell.source)]
+    assert len(links) > 5 and [link for link in links if not (NOTEBOOK.parent / link).exists()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inside", ["", "recipes/notebooks"])
+def test_it_runs_from_the_root_and_from_its_own_folder(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes" / "notebooks").mkdir(parents=True)
+    for name in ("recipes/quickstart", "recipes/emoji", "docs", "hf_cdl"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
+    place = {"metadata": {"path": str(tmp_path / inside)}}
+    ran = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+    assert_run(ran)
+    assert_claims(said(ran))
+    written = {path.name for path in tmp_path.iterdir()} - {"ipython"}
+    assert written == {"recipes", "docs", "hf_cdl", "runs"} and os.listdir(tmp_path / "runs") == ["student_for_life"]
