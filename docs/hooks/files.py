@@ -125,7 +125,8 @@ def _cells(notebook: dict[str, Any]) -> Iterator[str]:
         for output in cell["outputs"]:
             data = output.get("data", {})
             if "image/png" in data:
-                yield f'<img alt="What the cell drew" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+                picture = "".join(data["image/png"]).strip()
+                yield f'<img alt="What the cell drew" src="data:image/png;base64,{picture}">'
             elif said := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 yield f"```text\n{said}\n```"
 

@@ -5,6 +5,7 @@ The folder space/ is pushed unchanged as a Space, where hf_cdl may be missing; s
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -13,12 +14,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.console import say
+from hf_cdl.commands.console import ended, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import say_differences
 from hf_cdl.commands.run_images import images_of_run
-from hf_cdl.escape import visible_lines
-from hf_cdl.recipe import RecipeError, load_plugins
+from hf_cdl.recipe import load_plugins
 from hf_cdl.runs.files import RunError
 
 SPACE = Path(__file__).with_name("space")
@@ -27,19 +27,17 @@ _EXAMPLES = 6
 
 def main(arguments: list[str]) -> int:
     """Show the page until it is stopped; 2 if there is nothing to show."""
-    options, _ = read("demo", arguments)
-    try:
-        load_plugins(options.plugins)
-    except RecipeError as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
+    return ended(lambda: demo(read("demo", arguments)[0]))
+
+
+def demo(options: argparse.Namespace) -> int:
+    load_plugins(options.plugins)
     place = Path(options.where).resolve()
     run = next((folder for folder in (place, place.parent) if (folder / "run.json").is_file()), None)
-    sys.path.insert(0, str(SPACE))  # app.py imports its neighbours, as in a Space
     own = None if run is None else partial(examples, run)
-    code = import_module("app").show(
-        options.where, options.trust_remote_code, options.reject, options.compare, own
-    )
+    sys.path.insert(0, str(SPACE))  # app.py imports its neighbours, as in a Space
+    show = import_module("app").show
+    code = show(options.where, options.trust_remote_code, options.reject, options.compare, own)
     if code and run is not None:
         with contextlib.suppress(RunError):  # what is wrong has been said
             say_differences(run, options.plugins)

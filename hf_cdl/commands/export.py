@@ -11,19 +11,18 @@ import numpy as np
 from PIL import Image
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.console import say
+from hf_cdl.commands.console import ended, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import Images, images_of_run, spread
 from hf_cdl.data.images import decode
 from hf_cdl.data.views import output_size
-from hf_cdl.escape import visible, visible_lines
+from hf_cdl.escape import visible
 from hf_cdl.export import classify
 from hf_cdl.export.checking import Compared, Model, compare, latencies, machine, opened
 from hf_cdl.export.graph import check_packages, onnx_graph, prepared
 from hf_cdl.export.preprocessing import check_steps, steps_of
 from hf_cdl.export.sizes import at_size
 from hf_cdl.export.weights import WRITERS
-from hf_cdl.hub import HubError
 from hf_cdl.inference.files import appearing_when_whole, check_new_files, files_of
 from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
@@ -41,17 +40,12 @@ more), as shares of the largest; of a smaller one's accuracy, in points."""
 
 def main(arguments: list[str]) -> int:
     options, _ = read("export", arguments)
-    try:
-        check_packages()
-        export(options)
-    except (OSError, ValueError, RunError, HubError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: export(options))
 
 
 def export(options: argparse.Namespace) -> None:
     """Write the file, its script and export.json. Raises an error, and writes nothing, if it is not the student's."""
+    check_packages()
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
     root = _run_of(student)
@@ -77,7 +71,7 @@ def export(options: argparse.Namespace) -> None:
     _put_beside(file, facts)
     say(*_words(file, facts, rounded, images.labels), sep="\n")
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
-        say(f"in the student's model card: {stopping.command('card', root)}")
+        say(f"in the student's model card: {stopping.command('card', _shown(root))}")
     _warn(facts, None if options.size is None else min(output_size(processor)))
 
 

@@ -51,8 +51,7 @@ class _Parts:
         else:
             task = self.gr.Slider(first, last, start, step=1, label="The model after task")
         answers = self.gr.HTML(self.classify(None, start))
-        changes = [image.change, task.change]
-        self.gr.on(changes, self.classify, [image, task], answers, trigger_mode="always_last")
+        self.gr.on([image.change, task.change], self.classify, [image, task], answers, trigger_mode="always_last")
         return task
 
     def state(self, task: Any) -> None:
@@ -86,16 +85,14 @@ def build(states: States, gr: Any, beside: int | None = None, examples: Examples
 
 
 def _about(states: States) -> str:
-    last = states.tasks[-1]
-    newest = states.results(last)
+    newest = states.results(last := states.tasks[-1])
     tasks = len(newest.accuracy_matrix)
     about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {tasks} tasks"
     about += "" if newest.change is None else f" and {last - tasks} changes"
     about += ". The slider goes back to the model as it was after an earlier task."
     if states.reject is not None:
         about += (
-            " Images unlike those of its classes are answered <b>unknown</b>; the score is then the share of images of "
-            "known classes that are more known."
+            " Images unlike those of its classes are <b>unknown</b>; the score is the share of known ones more known."
         )
     return about
 
@@ -156,17 +153,12 @@ def show(
     return 0
 
 
-def _share(text: str | None) -> float | bool | None:
-    """The variable HF_CDL_REJECT; a number that is no share is refused with the model."""
-    try:
-        return (True if text == "1" else float(text)) if text else None
-    except ValueError:
-        sys.exit(f"error: HF_CDL_REJECT is {plain(text)}, but takes a share such as 0.95, or 1 for that of the head")
-
-
 if __name__ == "__main__":
     repository = os.environ.get("HF_CDL_REPO")
     if not repository:
         sys.exit("error: set the Space's variable HF_CDL_REPO to the model's repository, OWNER/NAME")
-    trust, given = os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1", os.environ.get("HF_CDL_REJECT")
-    sys.exit(show(repository, trust, _share(given), os.environ.get("HF_CDL_COMPARE") or None))
+    trust, given = os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1", os.environ.get("HF_CDL_REJECT") or None
+    if given is not None and not re.fullmatch(r"1|0?\.\d+", given):
+        sys.exit(f"error: HF_CDL_REJECT is {plain(given)}, but takes a share such as 0.95, or 1 for that of the head")
+    share = given and (given == "1" or float(given))
+    sys.exit(show(repository, trust, share, os.environ.get("HF_CDL_COMPARE") or None))

@@ -41,9 +41,9 @@ class Results(NamedTuple):
 class States:
     """The states of a model: `tasks`, and for each task its classifier and results. A few classifiers stay loaded.
 
-    `where`: OWNER/NAME on the Hub, a run's folder (its student), or a model's in it. With `trust_remote_code`, the code
-    found there is run; `reject`: of the pipelines, see hf_cdl.serving. Raises StatesError if there are no states or they
-    cannot be read.
+    `where`: OWNER/NAME on the Hub, a run's folder (its student), or a model's in it. With `trust_remote_code`, the
+    code found there is run; `reject`: of the pipelines, see hf_cdl.serving. Raises StatesError if there are no states
+    or they cannot be read.
     """
 
     def __init__(self, where: str, trust_remote_code: bool = False, reject: float | bool | None = None):
