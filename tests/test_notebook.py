@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from helpers import ROOT
-from nbclient import NotebookClient
 
 NOTEBOOK = ROOT / "recipes" / "notebooks" / "student_for_life.ipynb"
 PRIVATE = r"/(?:tm[p]|hom[e]|roo[t]|wor[k]|Users|mnt|opt|srv|usr|var)/|\b\d\d:\d\d:\d\d\b|\b20\d\d-\d\d-\d\d\b"
@@ -46,18 +48,14 @@ def assert_claims(text: str) -> None:
     """What the text between the cells says of what they print."""
     before, after = (number(rf"(?m)^task-0{state} +\d+ .* ([\d.]+)$", text) for state in (1, 2))
     assert before > 50 and after > before - 1.5, "earlier classes keep their accuracy"
-    same, of = (
-        number(pattern, text) for pattern in (r"(\d+) of \d+ answers are those", r"\d+ of (\d+) answers are those")
-    )
-    assert same == of > 500, "a class is removed without a trace"
-    same, of = (
-        number(pattern, text) for pattern in (r"(\d+) of \d+ answers are the", r"\d+ of (\d+) answers are the s")
-    )
-    assert same == of > 500 and number(r"the file has ([\d.]+) MB", text) < 4, "the exported file answers the same"
+    for words in ("those of task-01", "the same; the file has"):  # a class is removed, the student exported
+        [(same, of)] = re.findall(rf"(\d+) of (\d+) answers are {words}", text)
+        assert same == of and int(of) > 500, words
+    assert number(r"the file has ([\d.]+) MB", text) < 4
     assert "7 labels corrected: 5 from 'radio' to 'radio-waves', 2 from 'radio' to 'radio-button'" in text
     assert "unknown unknown unknown" in text, "noise, a screenshot, a chart"
     own, emoji = (number(rf"{group}: (\d+) of", text) for group in ("its own classes", "emoji"))
-    assert own < 0.1 * of and emoji > 100
+    assert own < 0.1 * int(of) and emoji > 100
 
 
 def test_what_is_stored_is_whole_small_and_of_no_machine() -> None:
@@ -66,9 +64,8 @@ def test_what_is_stored_is_whole_small_and_of_no_machine() -> None:
     nbformat.validate(notebook)
     assert len(stored) <= 400_000
     assert_run(notebook)
-    assert re.findall(PRIVATE, said(notebook)) == []
+    assert re.findall(PRIVATE, f"{said(notebook)}{notebook.metadata}") == []
     assert [cell.metadata for cell in notebook.cells if cell.metadata] == [], "as a kernel's times would be"
-    assert {*notebook.metadata} == {"kernelspec", "language_info"} and "/" not in str(notebook.metadata)
     assert_claims(said(notebook))
 
 
@@ -80,18 +77,17 @@ def test_its_links_lead_somewhere() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", ["", "recipes/notebooks"])
-def test_it_runs_from_the_root_and_from_its_own_folder(
-    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_runs_from_the_root_and_from_its_own_folder(inside: str, tmp_path: Path) -> None:
     (tmp_path / "recipes" / "notebooks").mkdir(parents=True)
     for name in ("recipes/quickstart", "recipes/emoji", "docs", "hf_cdl"):
         (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
-    place = {"metadata": {"path": str(tmp_path / inside)}}
-    ran = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=place).execute()
+    copy = Path(shutil.copy(NOTEBOOK, tmp_path / inside))
+    env = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(NOTEBOOK.with_name("execute.py")), str(copy)]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ran = nbformat.read(copy, as_version=4)
     assert_run(ran)
     assert_claims(said(ran))
-    written = {path.name for path in tmp_path.iterdir()} - {"ipython"}
+    written = {path.name for path in tmp_path.iterdir()} - {"ipython", copy.name}
     assert written == {"recipes", "docs", "hf_cdl", "runs"} and os.listdir(tmp_path / "runs") == ["student_for_life"]
