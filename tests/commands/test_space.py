@@ -186,7 +186,7 @@ def test_a_model_of_others_is_told_that_it_cannot_reject(tmp_path: Path) -> None
 
 
 def test_examples_are_the_run_s_own_validation_images(telling: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = Dataset.from_parquet(str(telling.parent / "data" / "validation.parquet"))
+    table: Any = Dataset.from_parquet(str(telling.parent / "data" / "validation.parquet"))
     stored = {np.asarray(row["image"]).tobytes(): row["label"] for row in table}
     found = [stored[np.asarray(image).tobytes()] for image in examples(telling, [f"class {c}" for c in "abcdef"])]
     assert len(found) == 6 and len({*found}) > 3

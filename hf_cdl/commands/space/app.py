@@ -160,5 +160,5 @@ if __name__ == "__main__":
     trust, given = os.environ.get("HF_CDL_TRUST_REMOTE_CODE") == "1", os.environ.get("HF_CDL_REJECT") or None
     if given is not None and not re.fullmatch(r"1|0?\.\d+", given):
         sys.exit(f"error: HF_CDL_REJECT is {plain(given)}, but takes a share such as 0.95, or 1 for that of the head")
-    share = given and (given == "1" or float(given))
+    share = None if given is None else given == "1" or float(given)
     sys.exit(show(repository, trust, share, os.environ.get("HF_CDL_COMPARE") or None))
