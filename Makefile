@@ -25,7 +25,7 @@ quickstart: $(INSTALLED)
 	  --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/train.py
 
 demo: quickstart $(firstword $(wildcard .venv/dev.stamp) .venv/demo.stamp)
-	HF_HUB_OFFLINE=1 $(BIN)/hf-cdl demo runs/quickstart/student
+	HF_HUB_OFFLINE=1 $(BIN)/hf-cdl demo runs/quickstart
 
 docs: $(firstword $(wildcard .venv/dev.stamp) .venv/docs.stamp)
 	$(SITE) build --strict

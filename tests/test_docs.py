@@ -23,6 +23,7 @@ GUIDES = sorted([*(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "st
 MADE = {f"docs/reference/{name}.md" for name in ("options", "commands")} | {
     "docs/contributing.md",
     "docs/changelog.md",
+    "docs/guides/student_for_life.md",
 }
 """Pages that the build makes."""
 
@@ -76,8 +77,7 @@ def test_every_row_of_papers_is_on_a_page():
 def test_all_pages_are_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text().split("nav:")[-1]
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    made = {"reference/options.md", "reference/commands.md", "contributing.md", "changelog.md"}
-    assert set(re.findall(r"[\w/]+\.md", nav)) == pages | made
+    assert set(re.findall(r"[\w/]+\.md", nav)) == pages | {page.removeprefix("docs/") for page in MADE}
 
 
 def test_the_import_table_for_people_is_the_one_for_machines():
@@ -120,7 +120,7 @@ def test_no_file_names_the_machine_it_was_written_on_or_a_package_index():
     # The brackets keep these patterns from finding themselves.
     forbidden = r"(?<!\w)/wor[k]/|/tmp/[w]/|/roo[t]/|/hom[e]/|\.\./share[d]\b|pypi\.or[g]|pythonhoste[d]|npmj[s]"
     forbidden += r"|download\.pytorc[h]|index-ur[l]|find-link[s]"
-    kinds = {".py", ".md", ".yaml", ".json", ".toml", ".txt", ".tsv", ".cfg"}
+    kinds = {".py", ".md", ".yaml", ".json", ".toml", ".txt", ".tsv", ".cfg", ".ipynb"}
     files = [path for path in ROOT.iterdir() if path.is_file()] + [ROOT / ".ci" / "run"]
     files += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
     read = [path for path in files if path.suffix in kinds or path.name in ("Makefile", "run", ".gitignore")]

@@ -1,13 +1,15 @@
 """Files of the repository that pages link to become pages themselves, so that every link works in the built folder.
 
-A Markdown file is shown as it is, a folder as a list of its files, any other file as code. It runs last: the links
-that other hooks write are followed too.
+A Markdown file is shown as it is, a notebook as its cells with what they put out, a folder as a list of its files, any
+other file as code. It runs last: the links that other hooks write are followed too.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent.parent
-PLACES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PLACES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "recipes/notebooks/student_for_life.ipynb": "guides/student_for_life.md",
+}
 """Files of the repository with a page of their own in the navigation."""
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"^(```.*?^```$)", re.DOTALL | re.MULTILINE)
-_SHOWN = {".md", ".yaml", ".py", ".sh", ".jinja"}
+_SHOWN = {".md", ".yaml", ".py", ".sh", ".jinja", ".ipynb"}
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".tsv": "text", ".json": "json"}
 _origins: dict[str, str] = {}
 """Page -> the repository's file that it shows."""
@@ -100,10 +106,29 @@ def _text(path: str) -> str | None:
         lines = [f"- {_entry(part)}" for part in sorted(file.iterdir()) if not part.name.startswith((".", "__"))]
         return f"{quiet}# {path}/\n\n" + "\n".join(lines) + "\n"
     text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        return "\n\n".join(_cells(json.loads(text)))
     if file.suffix == ".md":
         front, body = re.match(r"(---\n.*?\n---\n)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
         return body if path in PLACES else quiet + body
     return f"{quiet}# {path}\n\n````{_LANGUAGES.get(file.suffix, 'text')}\n{text}\n````\n"
+
+
+def _cells(notebook: dict[str, Any]) -> Iterator[str]:
+    """A notebook's text as it is, its code and what that printed as blocks, its pictures as part of the page."""
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield source
+            continue
+        yield f"```{'bash' if source.startswith('%%bash') else 'python'}\n{source}\n```"
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                picture = "".join(data["image/png"]).strip()
+                yield f'<img alt="What the cell drew" src="data:image/png;base64,{picture}">'
+            elif said := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                yield f"```text\n{said}\n```"
 
 
 def _entry(part: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from hf_cdl.commands.console import ended
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import load_named
-from hf_cdl.escape import visible, visible_lines
+from hf_cdl.escape import visible
 from hf_cdl.hub.card import card_files, shared
 from hf_cdl.recipe import described
 from hf_cdl.runs.files import RunError, write_whole
@@ -22,26 +23,25 @@ from hf_cdl.runs.results import run_results
 
 
 def main(arguments: list[str]) -> int:
-    options, _ = read("card", arguments)
+    return ended(lambda: card(read("card", arguments)[0]))
+
+
+def card(options: argparse.Namespace) -> None:
+    """Write the cards. Raises RunError if the folder holds no run, or the name is none."""
     output = options.output or options.run
-    try:
-        check_name(options.repo_id)
-        load_named(options.run, options.plugins)
-        results = run_results(options.run, described)
-        names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
-        for role in [role for role in names if role in results["roles"]]:
-            other = names["teacher" if role == "student" else "student"]
-            for name, content in made(results, role, names[role], other).items():
-                put(output / role / name, content)
-        if options.output is not None:
-            put(output / RESULTS, f"{json.dumps(shared(results), indent=1)}\n".encode())
-        else:
-            save_page(results, output)
-    except (OSError, ValueError, RunError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
+    check_name(options.repo_id)
+    load_named(options.run, options.plugins)
+    results = run_results(options.run, described)
+    names = {"student": options.repo_id, "teacher": options.repo_id and f"{options.repo_id}-teacher"}
+    for role in [role for role in names if role in results["roles"]]:
+        other = names["teacher" if role == "student" else "student"]
+        for name, content in made(results, role, names[role], other).items():
+            put(output / role / name, content)
+    if options.output is not None:
+        put(output / RESULTS, f"{json.dumps(shared(results), indent=1)}\n".encode())
+    else:
+        save_page(results, output)
     print(f"Wrote the cards to {visible(output)}/")
-    return 0
 
 
 def check_name(name: str | None) -> None:

@@ -1,22 +1,36 @@
-"""Console output of the commands, and silencing of other libraries."""
+"""Console output of the commands, what they say where they are refused, and silencing of other libraries."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
+from collections.abc import Callable
 
 from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers.utils import logging as hf_logging
 
 from hf_cdl.escape import visible_lines
+from hf_cdl.hub import HubError
+from hf_cdl.runs.files import RunError
 
 
 def say(*lines: str, **options) -> None:
     """Print lines, from the main process only."""
     if PartialState().is_main_process:
         print(*map(visible_lines, lines), flush=True, **options)  # class names may contain anything
+
+
+def ended(work: Callable[[], int | None]) -> int:
+    """The exit code of a command's work; 2, with the reason, if it is refused."""
+    try:
+        return work() or 0
+    except BrokenPipeError:  # said where the process ends
+        raise
+    except (OSError, ValueError, RunError, HubError) as error:
+        print(f"error: {visible_lines(error)}", file=sys.stderr)
+        return 2
 
 
 def quiet() -> None:

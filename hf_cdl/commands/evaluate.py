@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.console import say
+from hf_cdl.commands.console import ended, say
 from hf_cdl.commands.images import check_images
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import own_images, run_of
 from hf_cdl.counted import counted
 from hf_cdl.data.names import nfc, some
-from hf_cdl.escape import visible, visible_lines
-from hf_cdl.hub import HubError
+from hf_cdl.escape import visible
 from hf_cdl.inference import pictures as drawn
 from hf_cdl.inference.labelled import Labelled, read_labelled
 from hf_cdl.inference.measuring import Measured, Options, common, measure
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.places import by_name, short_name
 from hf_cdl.recipe import described, load_plugins
-from hf_cdl.runs.files import RunError, check_new, fill_folder
+from hf_cdl.runs.files import check_new, fill_folder
 from hf_cdl.runs.page import EVALUATION, PAGE, save_page
 from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.results import run_results
@@ -34,14 +32,7 @@ _WORST, _LISTED = 10, 10
 
 def main(arguments: list[str]) -> int:
     options, _ = read("evaluate", arguments)
-    try:
-        evaluate(options)
-    except BrokenPipeError:  # said where the process ends
-        raise
-    except (OSError, ValueError, RunError, HubError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: evaluate(options))
 
 
 def evaluate(options: argparse.Namespace) -> None:

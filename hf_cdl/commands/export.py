@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.console import say
+from hf_cdl.commands.console import ended, say
 from hf_cdl.commands.parsers import read
-from hf_cdl.commands.run_images import own_images, run_of
+from hf_cdl.commands.run_images import Images, images_of_run, run_of, spread
 from hf_cdl.data.images import decode
 from hf_cdl.data.views import output_size
-from hf_cdl.escape import visible, visible_lines
+from hf_cdl.escape import visible
 from hf_cdl.export import classify
 from hf_cdl.export.checking import Compared, Model, compare, latencies, machine, opened
 from hf_cdl.export.graph import check_packages, onnx_graph, prepared
 from hf_cdl.export.preprocessing import check_steps, steps_of
 from hf_cdl.export.sizes import at_size
 from hf_cdl.export.weights import WRITERS
-from hf_cdl.hub import HubError
 from hf_cdl.inference.files import appearing_when_whole, check_new_files, files_of
 from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
@@ -40,27 +38,14 @@ _LOGITS, _KNOWN, _POINTS = 1e-4, 1e-2, 0.5
 more), as shares of the largest; of a smaller one's accuracy, in points."""
 
 
-class Images(NamedTuple):
-    """Images to compare on. `of`: their description; `labels`: the index of each image's class, -1 if unknown."""
-
-    of: str
-    decode: Callable[[int], Image.Image]
-    labels: np.ndarray
-
-
 def main(arguments: list[str]) -> int:
     options, _ = read("export", arguments)
-    try:
-        check_packages()
-        export(options)
-    except (OSError, ValueError, RunError, HubError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: export(options))
 
 
 def export(options: argparse.Namespace) -> None:
     """Write the file, its script and export.json. Raises an error, and writes nothing, if answers differ too much."""
+    check_packages()
     load_plugins(options.plugins)
     student = find_student(options.student, options.revision)
     root = run_of(student)
@@ -72,7 +57,7 @@ def export(options: argparse.Namespace) -> None:
     own = before if options.size is None else Model(*at_size(*before, options.size))
     steps = steps_of(own.processor)
     rounded = check_steps(own.processor, steps)
-    images = _images(options.images, root, student, before)
+    images = _images(options.images, root, before)
     graph = onnx_graph(prepared(*own), own.processor, steps)
     with appearing_when_whole([file]) as (partial,):
         WRITERS[options.precision](graph, partial)
@@ -86,7 +71,7 @@ def export(options: argparse.Namespace) -> None:
     _put_beside(file, facts)
     say(*_words(file, facts, rounded, images.labels), sep="\n")
     if root is not None and file.parent.resolve() == (root / NAME).resolve():
-        say(f"in the student's model card: {stopping.command('card', root)}")
+        say(f"in the student's model card: {stopping.command('card', _shown(root))}")
     _warn(facts, None if options.size is None else min(output_size(processor)))
 
 
@@ -108,16 +93,16 @@ def _shown(folder: Path) -> Path:
 # ---- the images ----
 
 
-def _images(folder: Path | None, root: Path | None, student: Student, model: Model) -> Images:
+def _images(folder: Path | None, root: Path | None, model: Model) -> Images:
     """The images to compare on: those in a folder, those of the student's run, or generated ones."""
     names = labels_of(model.model.config)
     if folder is not None:
-        files = _spread(files_of([folder]))
+        files = spread(files_of([folder]), _MOST)
         for file in files:
             decode(file)  # a bad one is said before the work
         labels = numbers_of([Path(file).parent.name for file in files], names)
         return Images(f"images in {folder.name}", lambda index: decode(files[index]), labels)
-    if root is not None and (found := _of_run(root, student, names)) is not None:
+    if root is not None and (found := images_of_run(root, names, _MOST)) is not None:
         return found
     height, width = output_size(model.processor)
 
@@ -127,24 +112,6 @@ def _images(folder: Path | None, root: Path | None, student: Student, model: Mod
         return Image.fromarray(small).resize((width + 3 * index, height + index), Image.Resampling.BICUBIC)
 
     return Images("generated images", generated, np.full(_GENERATED, -1))
-
-
-def _of_run(root: Path, student: Student, names: Sequence[str]) -> Images | None:
-    """The validation images of a run's tasks, or those its accuracy is measured on; None if the data are gone."""
-    try:
-        own = own_images(root)
-    except (OSError, ValueError, RunError) as error:
-        say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
-        return None
-    labels = numbers_of(own.labels, names)
-    rows = _spread(np.flatnonzero(labels >= 0).tolist())
-    told = f"{own.split} images of the run"
-    return Images(told, lambda index: own.decode(rows[index]).image, labels[rows]) if rows else None
-
-
-def _spread(items: Sequence[Any]) -> list[Any]:
-    """At most so many of the items, evenly spread."""
-    return [items[i] for i in np.linspace(0, len(items) - 1, min(_MOST, len(items))).astype(int).tolist()]
 
 
 # ---- what was found ----

@@ -38,7 +38,7 @@ def predict(verb: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--top-k", type=_at_least(1), metavar="K", help="number of likeliest classes to give (default: 3)"
     )
-    _reject(parser, "answer unknown where an image is less known than this share of images of the classes")
+    reject(parser, "answer unknown where an image is less known than this share of images of the classes")
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first image that cannot be read, and write nothing"
     )
@@ -83,12 +83,12 @@ def evaluate(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{what}-column", metavar="NAME", help=text)
     text = "a new or empty folder (default: evaluations/STUDENT-IMAGES, or RUN/evaluation/task-NN without IMAGES)"
     parser.add_argument("--out", type=path, metavar="FOLDER", help=text)
-    _reject(parser, "also measure rejection of images of unknown classes, keeping this share of the known ones")
+    reject(parser, "also measure rejection of images of unknown classes, keeping this share of the known ones")
     _loading(parser)
     return parser
 
 
-def _reject(parser: argparse.ArgumentParser, what: str) -> None:
+def reject(parser: argparse.ArgumentParser, what: str) -> None:
     text = f"{what}, such as 0.95 (default: off; without SHARE: that of its head)"
     parser.add_argument("--reject", nargs="?", const=True, type=_share, metavar="SHARE", help=text)
 

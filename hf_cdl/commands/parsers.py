@@ -249,16 +249,24 @@ def _jobs(text: str) -> int:
 def _demo(verb: str) -> argparse.ArgumentParser:
     """A page that shows a model as it was after each of its tasks: what it says of an image, and how well it did.
 
-    The variable GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).
+    The images to choose from are the run's own validation images, if its data are here. The variable
+    GRADIO_SERVER_PORT chooses the port (default: the first free one from 7860).
     """
     parser = verb_parser(
-        verb, "WHERE [--trust_remote_code] [--plugins FILE ...]", _demo.__doc__, "hf-cdl demo runs/quickstart/student"
+        verb,
+        "WHERE [--compare task-NN] [--reject [SHARE]] [--trust_remote_code] [--plugins FILE ...]",
+        _demo.__doc__,
+        "hf-cdl demo runs/quickstart --compare task-01",
     )
     parser.add_argument(
         "where",
         metavar="WHERE",
-        help="a repository on the Hub that a run was pushed to, OWNER/NAME, or a model's folder in a run",
+        help="a repository on the Hub that a run was pushed to, OWNER/NAME, a run's folder, or a model's in it",
     )
+    parser.add_argument(
+        "--compare", metavar="task-NN", help="an earlier state, shown beside the newest (default: one at a time)"
+    )
+    in_use.reject(parser, "answer unknown for an image that is less known than this share of images of its classes")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the code that lies in it (default: it is not run)"
     )

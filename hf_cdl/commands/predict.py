@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_cdl.commands.console import say
+from hf_cdl.commands.console import ended, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.counted import counted
 from hf_cdl.data.images import Decoded, decode, decode_fully
-from hf_cdl.escape import visible, visible_lines
-from hf_cdl.hub import HubError
+from hf_cdl.escape import visible
 from hf_cdl.inference import answering, files, summary
 from hf_cdl.inference.answering import Answer, share_kept
 from hf_cdl.inference.contact_sheet import ContactSheet
@@ -24,7 +23,6 @@ from hf_cdl.inference.files import TABLES, CsvTable, Row, Table
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
 from hf_cdl.recipe import load_plugins
-from hf_cdl.runs.files import RunError
 from hf_cdl.training.progress import progress_bar
 from hf_cdl.types import is_ours
 from hf_cdl.unknown import thresholds
@@ -44,14 +42,7 @@ class Outputs(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     options, _ = read("predict", arguments)
-    try:
-        predict(options)
-    except BrokenPipeError:  # said where the process ends
-        raise
-    except (OSError, ValueError, RunError, HubError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: predict(options))
 
 
 def predict(options: argparse.Namespace) -> None:

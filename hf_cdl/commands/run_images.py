@@ -1,19 +1,31 @@
-"""The images that a run measures its models on, read again from its data."""
+"""The images that a run measures its models on, read again from its data, for commands on a finished run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from hf_cdl import TaskStream
+from hf_cdl.commands.console import say
 from hf_cdl.commands.verify import check_data, stored_recipe
 from hf_cdl.data.names import nfc
 from hf_cdl.escape import visible
-from hf_cdl.inference.labelled import Labelled
+from hf_cdl.inference.labelled import Labelled, numbers_of
 from hf_cdl.inference.students import Student
+from hf_cdl.runs.files import RunError
 from hf_cdl.runs.results import stored_ledger
+
+
+class Images(NamedTuple):
+    """Images by index. `of`: their description; `labels`: the index of each image's class, -1 if unknown."""
+
+    of: str
+    decode: Callable[[int], Image.Image]
+    labels: np.ndarray
 
 
 def run_of(student: Student) -> Path | None:
@@ -41,3 +53,21 @@ def own_images(root: Path) -> Labelled:
     table = parts[0].data.select(np.concatenate([part.rows for part in parts]))
     labels = [names[label] for part in parts for label in part.labels]
     return Labelled(table, labels, names, parts[0].cells, split, [f"measured on the {split} images of the run"])
+
+
+def images_of_run(root: Path, names: Sequence[str], most: int) -> Images | None:
+    """At most so many of `own_images`, of the classes `names`, as a model knows them; None, with a note, without."""
+    try:
+        own = own_images(root)
+    except (OSError, ValueError, RunError) as error:
+        say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
+        return None
+    labels = numbers_of(own.labels, names)
+    rows = spread(np.flatnonzero(labels >= 0).tolist(), most)
+    told = f"{own.split} images of the run"
+    return Images(told, lambda index: own.decode(rows[index]).image, labels[rows]) if rows else None
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spread."""
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(most, len(items))).astype(int).tolist()]

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 import transformers  # as a module: its names print messages on first access, which must come after quiet()
 
 from hf_cdl.backbones.families import check_image_size, family, layers, resize
 from hf_cdl.backbones.loading import load_backbone
+from hf_cdl.commands.console import ended
 from hf_cdl.commands.parsers import read
 from hf_cdl.counted import counted
-from hf_cdl.escape import visible, visible_lines
-from hf_cdl.runs.files import RunError, check_new, fill_folder
+from hf_cdl.escape import visible
+from hf_cdl.runs.files import check_new, fill_folder
 
 
 def main(arguments: list[str]) -> int:
     options, _ = read("shrink", arguments)
-    try:
-        shrink(options)
-    except (OSError, ValueError, RunError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: shrink(options))
 
 
 def shrink(options: argparse.Namespace) -> None:

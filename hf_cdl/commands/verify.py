@@ -5,7 +5,6 @@ Nothing that the run's files name is executed, except plugins named on the comma
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
+from hf_cdl.commands.console import ended
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.counted import counted
-from hf_cdl.escape import visible, visible_lines
+from hf_cdl.escape import visible
 from hf_cdl.recipe import Recipe, build_recipe, untrained
 from hf_cdl.recipe.build import MODELS, load_processor
 from hf_cdl.runs.files import RunError, damage
@@ -31,11 +31,7 @@ _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "f
 def main(arguments: list[str]) -> int:
     """Measure a run again; 1 if anything differs, 2 if it cannot be measured."""
     options, _ = read("verify", arguments)
-    try:
-        return verify(options.run, options.plugins)
-    except (OSError, ValueError, RunError) as error:
-        print(f"error: {visible_lines(error)}", file=sys.stderr)
-        return 2
+    return ended(lambda: verify(options.run, options.plugins))
 
 
 def verify(folder: Path, plugins: Sequence[str]) -> int:

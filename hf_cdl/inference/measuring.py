@@ -39,8 +39,8 @@ class Measured:
     images. `unknown`: images per class that the model does not know. `metrics` and `told` are in percent; `told` says
     how many images of known classes are kept, and how well those of unknown ones are told from them, see told_apart.
     `tasks`: the classes by task. `means` (C, D): the mean feature of each class; `usage` (C, M): how much its images
-    use each prompt; NaN for classes without images, None for a model without. `brought`: how many tasks brought prompts
-    of their own.
+    use each prompt; NaN for classes without images, None for a model without. `brought`: how many tasks brought
+    prompts of their own.
     """
 
     revision: str

@@ -1,4 +1,4 @@
-"""Use of a trained student: students, images, outputs and figures that hf-cdl predict and evaluate refuse."""
+"""Use of a trained student: students, images, outputs and figures that hf-cdl predict, evaluate and demo refuse."""
 
 from __future__ import annotations
 
@@ -138,4 +138,12 @@ EVALUATE = [
     ask("evaluate of none of its classes", "evaluate", "done", "photos", says=("class a", "ant"), way="rename"),
 ]
 
-ROWS = rows("in use", STUDENTS, PREDICT, EVALUATE)
+DEMO = [
+    ask("the demo that rejects without telling", "demo", "fitted", "--reject", says=("cannot tell", "known: 0.95")),
+    ask("the demo that keeps all", "demo", "fitted", "--reject", 1, says=("--reject", "between 0 and 1")),
+    ask("the demo beside a missing state", "demo", "done", "--compare", "task-07", says=("no task-07", "task-01")),
+    ask("the demo beside its newest state", "demo", "done", "--compare", "task-02", says=("task-02", "task-01")),
+    ask("the demo beside the only state", "demo", "fitted", "--compare", "task-01", says=("task-01", "none")),
+]
+
+ROWS = rows("in use", STUDENTS, PREDICT, EVALUATE, DEMO)

@@ -15,17 +15,30 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import app
+import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, picture, png, python, script
+from datasets import Dataset
+from helpers import ROOT, class_means, make_table, picture, png, python, script, write_recipe
 from hub_server import HubServer
 from huggingface_hub import HfApi
 from markup import answers_html, state_html
 from PIL import Image
 from states import Results, States, StatesError
 from test_hub import STUDENT, TEACHER, TOKEN, Said, environment, hub, pushed, pusher, saved_run, tiny  # noqa: F401
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
+
+from hf_cdl.commands.demo import examples
+from hf_cdl.commands.train import main as train_main
 
 SPACE = ROOT / "hf_cdl" / "commands" / "space"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -34,12 +47,16 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_the_states_of_a_runs_folder(tmp_path: Path) -> None:
     results = saved_run(tmp_path, 3)
     (tmp_path / "results.json").write_text(json.dumps(results))
-    states = States(str(tmp_path / "student"))
-    assert states.tasks == [1, 2, 3]
+    assert States(str(tmp_path)).folder == States(str(tmp_path / "student")).folder
+    states = States(str(tmp_path))
+    assert states.tasks == [1, 2, 3] and states.earlier("task-02") == 2
     names = [["class 0a", "class 0b"], ["class 1a", "class 1b"]]
     assert states.results(2) == Results("tiny", names, [[51.0], [52.0, 53.0]])
     with pytest.raises(StatesError, match=re.escape("has no folders task-01, task-02, ... Name a repository")):
-        States(str(tmp_path))
+        States(str(tmp_path / "student" / "task-01"))
+    for name in ("task-03", "task-3", "TASK-01", "3", ""):  # the newest, and others
+        with pytest.raises(StatesError, match=f"has no {name} to compare with its newest state, task-03; earlier"):
+            states.earlier(name)
     (tmp_path / "results.json").unlink()
     with pytest.raises(StatesError, match=r"after task 1 cannot be read \(FileNotFoundError"):
         States(str(tmp_path / "student")).results(1)
@@ -93,6 +110,7 @@ def test_the_demo_ends_with_a_plain_error(tmp_path: Path) -> None:
     [
         ({}, "set the Space's variable HF_CDL_REPO"),
         ({"HF_CDL_REPO": "me/gone"}, "me/gone"),
+        ({"HF_CDL_REPO": "me/gone", "HF_CDL_REJECT": "most"}, "HF_CDL_REJECT is most"),
     ],
 )
 def test_a_space_that_names_no_repository_says_so(variables: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -125,6 +143,89 @@ def test_the_files_of_the_space_fit_the_package() -> None:
     assert needed and all(f'    "{line}",\n' in project for line in needed)
 
 
+# ---- options, and the run's own images ----
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three tasks whose student can tell unknown images, with validation images."""
+    folder = tmp_path_factory.mktemp("telling")
+    recipe = yaml.safe_load(class_means(folder).read_text())
+    recipe["student"]["head"] = {"type": "ridge", "scale": "auto", "known": 0.9}
+    labels = [label for label in range(6) for _ in range(2)]
+    make_table(labels, 6, 500).to_parquet(str(folder / "data" / "validation.parquet"))
+    assert train_main([str(write_recipe(folder / "tiny.yaml", recipe)), "--output_dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def foreign() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8))
+
+
+def test_the_states_reject_as_the_pipeline_does(telling: Path) -> None:
+    states = States(str(telling), reject=True)
+    for task in states.tasks:
+        model = str(telling / "student" / f"task-{task:02d}")
+        for image in (foreign(), picture(0, 501)):
+            assert states.classifier(task)(image) == pipeline("image-classification", model=model)(image, reject=True)
+    assert states.classifier(3)(foreign())[0]["label"] == "unknown"
+    assert States(str(telling)).classifier(3)(foreign())[0]["label"] != "unknown"
+    with pytest.raises(StatesError, match="reject is 1.5"):
+        States(str(telling), reject=1.5).classifier(3)
+
+
+def test_a_model_of_others_is_told_that_it_cannot_reject(tmp_path: Path) -> None:
+    """As `model: classifier` is stored: transformers' own model, and its own pipeline."""
+    (tmp_path / "results.json").write_text(json.dumps(saved_run(tmp_path, 1)))
+    shutil.rmtree(tmp_path / "student" / "task-01")
+    sizes: Any = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8))
+    model.save_pretrained(tmp_path / "student" / "task-01")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "student" / "task-01")
+    assert States(str(tmp_path)).classifier(1)(foreign())
+    with pytest.raises(StatesError, match="cannot tell|Only a model of hf_cdl can tell"):
+        States(str(tmp_path), reject=0.9).classifier(1)
+
+
+def test_examples_are_the_run_s_own_validation_images(telling: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table: Any = Dataset.from_parquet(str(telling.parent / "data" / "validation.parquet"))
+    stored = {np.asarray(row["image"]).tobytes(): row["label"] for row in table}
+    found = [stored[np.asarray(image).tobytes()] for image in examples(telling, [f"class {c}" for c in "abcdef"])]
+    assert len(found) == 6 and len({*found}) > 3
+    known = [stored[np.asarray(image).tobytes()] for image in examples(telling, ["class b", "class e"])]
+    assert known == [1, 1, 4, 4], "of classes that the model knows"
+    assert examples(telling, ["another"]) == [] and capsys.readouterr().out == ""
+
+
+def test_a_run_whose_data_are_gone_has_no_examples(
+    telling: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(telling, tmp_path / "run")
+    ledger = json.loads((run / "run.json").read_text())
+    ledger["recipe"]["data"]["path"] = str(tmp_path / "gone")
+    (run / "run.json").write_text(json.dumps(ledger))
+    assert examples(run, ["class a"]) == []
+    assert "note: the data of run are not there" in capsys.readouterr().out
+
+
+def test_built_in_examples_are_shown_where_they_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [Path(file).name for file in app.fitting(["watch", "rose", "bus"], False)] == ["bus.png", "watch.png"]
+    assert "hourglass.png, scissors.png, umbrella.png are left out" in capsys.readouterr().err
+    assert app.fitting(["rose"], False) == []
+    monkeypatch.setattr(app, "__file__", str(tmp_path / "app.py"))
+    assert app.fitting(["rose"], False) == [], "without the folder"
+    (tmp_path / "examples").mkdir()
+    for name in ("rose.jpg", "rose-2.jpg", "rose 3.jpg", "mp3.png", "unknown.png", "roses.png"):
+        (tmp_path / "examples" / name).touch()
+    capsys.readouterr()
+    fit = [Path(file).name for file in app.fitting(["rose", "mp3"], False)]
+    assert fit == ["mp3.png", "rose 3.jpg", "rose-2.jpg", "rose.jpg"]
+    assert "roses.png, unknown.png are left out" in capsys.readouterr().err
+    assert "unknown.png" in [Path(file).name for file in app.fitting(["rose"], True)]
+
+
 # ---- the page ----
 
 
@@ -153,6 +254,45 @@ def test_the_page_builds_with_one_state_and_with_several(tmp_path: Path) -> None
     one, several = json.loads(said.splitlines()[-1])
     assert ("slider" in one, "number" in one) == (False, True)
     assert ("slider" in several, "number" in several) == (True, False)
+
+
+@pytest.mark.slow
+def test_a_browser_compares_two_states_and_shows_unknown_images(telling: Path, tmp_path: Path) -> None:
+    """Examples keep their pixels on the way: the answers are those of the images themselves."""
+    pytest.importorskip("gradio", reason="the demo needs the extra `demo`")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine")
+    own = examples(telling, [f"class {letter}" for letter in "abcdef"])
+    foreign().save(tmp_path / "foreign.png")
+    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        url = stack.enter_context(demo(str(telling), "--compare", "task-01", "--reject", env=env))
+        chromium = stack.enter_context(playwright.sync_playwright()).chromium
+        browser = chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=120_000)
+        stack.callback(browser.close)
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(120_000)
+        page.goto(url)
+        page.wait_for_selector(".matrix")
+
+        def answers() -> list[list[list[str]]]:
+            tables = [table.locator("tbody tr").all_inner_texts() for table in page.locator(".answers").all()]
+            return [[re.split(r"\s*\t", row.strip()) for row in rows] for rows in tables]
+
+        assert [title[:12] for title in page.locator(".cdl h3").all_inner_texts()] == ["After task 1", "After task 3"]
+        thumbnails = page.locator("button.gallery-item")
+        assert thumbnails.count() == len(own)
+        thumbnails.nth(3).click()
+        expected = [prediction(telling, task, own[3]) for task in (1, 3)]
+        assert_soon(lambda: [rows[0][0] == "unknown" or rows for rows in answers()][1], expected[1])
+        page.set_input_files("input[type=file]", tmp_path / "foreign.png")
+        assert_soon(lambda: [rows[0][:2] for rows in answers()], [["unknown", "–"]] * 2)
+        page.screenshot(path=tmp_path / "beside.png", full_page=True)
+        page.locator("input[type=number]").first.fill("2")
+        page.locator("input[type=number]").first.press("Enter")
+        titles = page.locator(".cdl h3").all_inner_texts
+        assert_soon(lambda: [title[:12] for title in titles()], ["After task 2", "After task 3"])
 
 
 @contextlib.contextmanager

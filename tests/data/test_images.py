@@ -532,7 +532,7 @@ from app import build
 from gradio.data_classes import ImageData
 from states import Results
 results = Results("x", [["a"], ["b"]], [[50.0], [50.0, 60.0]])
-page = build(SimpleNamespace(tasks=[1, 2], where="x", results=lambda task: results), gr)
+page = build(SimpleNamespace(tasks=[1, 2], where="x", reject=None, results=lambda task: results), gr)
 (component,) = [block for block in page.blocks.values() if isinstance(block, gr.Image)]
 print(component.preprocess(ImageData(path=sys.argv[2], orig_name="deep.png")))
 """

@@ -41,24 +41,38 @@ class Results(NamedTuple):
 class States:
     """The states of a model: `tasks`, and for each task its classifier and results. A few classifiers stay loaded.
 
-    `where`: OWNER/NAME on the Hub, or a model's folder in a run. With `trust_remote_code`, the code found there is
-    run. Raises StatesError if there are no states or they cannot be read.
+    `where`: OWNER/NAME on the Hub, a run's folder (its student), or a model's in it. With `trust_remote_code`, the
+    code found there is run; `reject`: of the pipelines, see hf_cdl.serving. Raises StatesError if there are no states
+    or they cannot be read.
     """
 
-    def __init__(self, where: str, trust_remote_code: bool = False):
-        self.where, self.trust_remote_code = where.rstrip("/"), trust_remote_code
+    def __init__(self, where: str, trust_remote_code: bool = False, reject: float | bool | None = None):
+        self.where, self.trust_remote_code, self.reject = where.rstrip("/"), trust_remote_code, reject
         self.folder = Path(where).resolve() if Path(where).is_dir() else None
-        names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.iterdir()]
+        if self.folder is not None and (self.folder / "results.json").exists():
+            self.folder /= "student"
+        names = _tags(self.where) if self.folder is None else [path.name for path in self.folder.glob("*")]
         self._names = {int(name[5:]): name for name in names if re.fullmatch(r"task-\d{2,4}", name)}
         finished = self._finished()
         self.tasks = [number for number in sorted(self._names) if number <= finished]
         if not self.tasks:
             raise StatesError(
                 f"{where} has no {'tags' if self.folder is None else 'folders'} task-01, task-02, ... Name a "
-                "repository that a run was pushed to (push_to_hub: true), or a folder such as runs/quickstart/student."
+                "repository that a run was pushed to (push_to_hub: true), or a run's folder such as runs/quickstart."
             )
         self.classifier = lru_cache(maxsize=4)(self._classifier)
         self.results = lru_cache(maxsize=100)(self._results)
+
+    def earlier(self, name: str) -> int:
+        """The task of an earlier state, task-NN. Raises StatesError if there is none of that name."""
+        *earlier, newest = self.tasks
+        found = {self._names[task]: task for task in earlier}
+        if name not in found:
+            raise StatesError(
+                f"{self.where} has no {name} to compare with its newest state, {self._names[newest]}; earlier ones: "
+                f"{', '.join(found) or 'none'}. Give one of these, or leave the comparison out."
+            )
+        return found[name]
 
     def _finished(self) -> float:
         """Number of states that a run has finished; a kill may have left another folder there."""
@@ -76,7 +90,8 @@ class States:
         name = self._names[task]
         place, revision = (self.where, name) if self.folder is None else (str(self.folder / name), None)
         trust, safe = self.trust_remote_code, {"use_safetensors": True}  # nothing pickled
-        options = {"top_k": 5, "trust_remote_code": trust, "model_kwargs": safe}
+        options: dict[str, Any] = {"top_k": 5, "trust_remote_code": trust, "model_kwargs": safe}
+        options |= {} if self.reject is None else {"reject": self.reject}
         try:
             return pipeline("image-classification", model=place, revision=revision, **options)
         except Exception as error:  # whatever the reason, the user has to see it
@@ -87,6 +102,8 @@ class States:
                     "(save_code: true) and you trust it, use --trust_remote_code (in a Space "
                     "HF_CDL_TRUST_REMOTE_CODE=1). "
                 )
+            if self.reject is not None and isinstance(error, TypeError):  # transformers' own pipeline
+                advice = "Only a model of hf_cdl can tell which images are of none of its classes; leave reject out. "
             raise StatesError(f"{self.where} after task {task} cannot be loaded. {advice}{_reason(error)}") from error
 
     def _results(self, task: int) -> Results:
