@@ -43,7 +43,7 @@ def command_lines(code: str) -> list[list[str]]:
     code = re.sub(r"\$\w+/?(?=\W)", "kdp", re.sub(r"\$seed", "0", code.replace("\\\n", " ")))
     lines = [line.strip() for line in code.splitlines()]
     plain = [line for line in lines if line and not line.startswith(("for ", "done"))]
-    return [shlex.split(part) for line in plain for part in line.split(" && ")]
+    return [shlex.split(part, comments=True) for line in plain for part in line.split(" && ")]
 
 
 def place(folder: Path) -> Path:

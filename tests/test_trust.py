@@ -386,7 +386,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "an accuracy in words": (in_role(accuracy_matrix=[["good"]]), r"accuracy_matrix\.0\.0 is 'good'"),
     "not a number": (in_role(accuracy_matrix=[[float("nan")]]), r"accuracy_matrix\.0\.0 is nan"),
     "more than all": (in_role(accuracy_matrix=[[101.0]]), r"accuracy_matrix\.0\.0 is 101"),
-    "a short row": (in_role(accuracy_matrix=[[1.0], [1.0]]), "has 1 accuracies, but after task 2 there are 2"),
+    "a short row": (in_role(accuracy_matrix=[[1.0], [1.0]]), "has 1 accuracy, but after task 2 there are 2"),
     "too few counts": (in_role(counts=[1]), "counts has 1 entry for 2 tasks"),
     "no counts": (in_role(counts=None), "counts is None"),
     "an enormous count": (in_role(counts=[10**30, 1]), r"counts\.0 is 1000"),
@@ -445,7 +445,7 @@ def test_results_of_another_state_are_refused(honest: Path, hub: HubServer, tmp_
     with pytest.raises(HubError, match="They are not of the same state"):
         read_origin(api, "me/tiny", "student").copy(tmp_path / "copy")
     api.create_tag("me/tiny", tag="task-09", revision="task-02")
-    with pytest.raises(HubError, match="is no student of 9 tasks"):
+    with pytest.raises(HubError, match="is not a student of 9 tasks"):
         read_origin(api, "me/tiny", "student")
 
 

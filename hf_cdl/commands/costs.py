@@ -108,15 +108,16 @@ def read_tasks(recipe: Recipe) -> Tasks:
 def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cost]]:
     """The models after the last task, as fake tensors, and the training cost of each."""
     processors, names = build_processors(recipe), tasks.names
+    fake = FakeTensorMode()  # for the models alone: image processors work with real pixels
 
     def classifier(name: str, revision: Any = None, pretrained: bool = True) -> ImageClassifier:
         config = read_config(name, revision)
         config.num_labels = len(names[0])
-        with init.no_init_weights():
+        with fake, init.no_init_weights():
             model = ImageClassifier(AutoModelForImageClassification.from_config(config, dtype=torch.float32))
-        model.tasks = names[:1]
-        for task in names[1:]:  # a classifier refuses a second task
-            model.begin_task(task)
+            model.tasks = names[:1]
+            for task in names[1:]:  # a classifier refuses a second task
+                model.begin_task(task)
         return model
 
     def cdl(name: str, revision: Any = None, query_name: Any = None, query_revision: Any = None, **fields: Any):
@@ -128,11 +129,11 @@ def measure(recipe: Recipe, tasks: Tasks) -> tuple[dict[str, Any], dict[str, Cos
             tasks=names,
             **fields,
         )
-        with init.no_init_weights():
+        with fake, init.no_init_weights():
             return CDLForImageClassification(config)
 
-    with FakeTensorMode():
-        models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
+    models = build_models(recipe, processors, create={"cdl": cdl, "classifier": classifier})
+    with fake:
         asked = QueryPasses()
         return models, {role: _cost(recipe, role, models, tasks, processors, asked) for role in models}
 

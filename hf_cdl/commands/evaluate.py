@@ -84,10 +84,13 @@ def _images(options: argparse.Namespace, student: Student, root: Path | None) ->
         check_images(options.images)
         return read_labelled(options.images, options.split, student, options.image_column, options.label_column)
     if root is None:
-        raise ValueError(f"{student.name} lies in no run, so it has no images of its own. Name some behind it.")
+        raise ValueError(
+            f"{student.name} is not in a run's folder, so it has no images of its own. Give IMAGES after it."
+        )
     if given := [name for name in ("split", "image_column", "label_column") if getattr(options, name)]:
-        way = "but none are named; leave it out, or name some"
-        raise ValueError(f"--{given[0].replace('_', '-')} is of images, {way}.")
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} is about IMAGES, but there are none. Give some, or leave it out."
+        )
     return own_images(root)
 
 

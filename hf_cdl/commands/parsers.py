@@ -49,7 +49,7 @@ def read(verb: str, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     """
     parser = VERBS[verb].parser(verb)
     if not VERBS[verb].open:
-        return parser.parse_args(words), []
+        return parser.parse_intermixed_args(words), []  # options may stand before IMAGES that may be left out
     if verb in ("train", "plan"):  # recipe/files.py parses their arguments
         parser.parse_args(["--help"] if {"-h", "--help"} & {*words} else [])
         return argparse.Namespace(), list(words)

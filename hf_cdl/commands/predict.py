@@ -55,7 +55,9 @@ def predict(options: argparse.Namespace) -> None:
     names = labels_of(model.config)
     top = min(_TOP, len(names)) if options.top_k is None else options.top_k
     if top > len(names):
-        raise ValueError(f"--top-k is {top}, but of {student.name} it is at most {len(names)}; give at most that.")
+        raise ValueError(
+            f"--top-k is {top}, but {student.name} has {counted(len(names), 'class')}; give at most that."
+        )
     share = None if options.reject is None else share_kept(model, options.reject)
     limits = None if share is None else thresholds(model, share)
     plain = not is_ours(model.config)
@@ -68,7 +70,9 @@ def predict(options: argparse.Namespace) -> None:
                     _count(answer, totals, unreadable, options.strict)
                     _put(outputs, images[index], answer)
         if not totals.images:
-            raise ValueError(f"No image can be read of {counted(len(images), 'file')}. The first: {unreadable[0]}")
+            raise ValueError(
+                f"None of {counted(len(images), 'file')} can be read as an image. The first: {unreadable[0]}"
+            )
         lines = [*totals.lines(time.perf_counter() - start, summary.reference_of(student), share)]
         finish(f"{student.name}: {counted(totals.images, 'image')}", totals, [lines[0], *lines[2:]])
     _say(options.out, outputs, student, lines, unreadable, totals)

@@ -48,7 +48,7 @@ def own_images(root: Path) -> Labelled:
     split = "validation" if has else recipe.data.eval_split
     parts: list[Any] = [part for task in tasks if len(part := getattr(task, split) or ())]
     if not parts:
-        raise ValueError(f"The run in {visible(root)} has no images to measure on. Name some behind it.")
+        raise ValueError(f"The run in {visible(root)} has no images to measure on. Give IMAGES after it.")
     names = [*map(nfc, stream.class_names)]
     table = parts[0].data.select(np.concatenate([part.rows for part in parts]))
     labels = [names[label] for part in parts for label in part.labels]

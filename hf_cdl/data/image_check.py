@@ -32,7 +32,7 @@ def check_images(parts: Sequence[Part], how: str, plain: bool) -> list[str]:
     """Check the images as `data.check` says; returns notes for the user. See TaskStream.check_images."""
     images = _Images(parts, plain)
     if how == "none":
-        return [f"of {counted(len(images), 'image')} none is checked before it is used (data.check: none)"]
+        return [f"none of the {counted(len(images), 'image')} is checked before it is used (data.check: none)"]
     chosen = np.arange(len(images))
     if how == "headers" and len(images) > _IMAGES:
         chosen = _drawn(np.fromiter(in_threads(images.pixels, chosen, "Reading images' headers"), np.int64))

@@ -111,7 +111,7 @@ def read_labels(tables: Mapping[str, Dataset], column: str) -> tuple[list[str], 
             )
         if cells.null_count:
             raise ValueError(
-                f"missing (null) in the {role} split: {counted(cells.null_count, 'label')}. Remove these rows."
+                f"{counted(cells.null_count, 'label')} of the {role} split is missing (null). Remove such rows."
             )
         if any(fits(cells.type) for fits in _TEXTS):
             texts[role] = pc.utf8_normalize(cells.cast(pa.large_string()), "NFC")  # type: ignore[attr-defined]

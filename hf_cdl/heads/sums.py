@@ -291,8 +291,8 @@ class SumsHead(FittedHead):
         mapped = movable(self.prepare(at_least_float32(features))).double()
         if strange := strangers(self, mapped, labels):
             raise ValueError(
-                f"Images not learnt with the label that they are said to have had: {strange} of {len(labels)}. Their "
-                "features are no combination of those that were. Give the images and labels of the training."
+                f"Of these images ({len(labels)}), {strange} cannot have been learnt with the given label: the head's "
+                "sums hold nothing like them. Give the images and labels of the training."
             )
 
     def _mean_square(self) -> torch.Tensor:

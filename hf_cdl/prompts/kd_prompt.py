@@ -22,6 +22,7 @@ from torch import nn
 from transformers import initialization as init
 
 from hf_cdl.checked import check_effect, check_types
+from hf_cdl.counted import counted
 from hf_cdl.types import KV
 
 
@@ -68,7 +69,9 @@ class KDPrompt(nn.Module):
         super().__init__()
         layers = num_layers if config.layers is None else config.layers
         if layers > num_layers:
-            raise ValueError(f"kd_prompt.layers is {layers}, but the backbone's last layer is {num_layers - 1}.")
+            raise ValueError(
+                f"kd_prompt.layers is {layers}, but the backbone has only {counted(num_layers, 'layer')}."
+            )
         self.config = config
         self.token = nn.Parameter(torch.empty(hidden_size))
         self.prompt = nn.Parameter(torch.empty(layers - 1, config.length, hidden_size)) if config.length else None

@@ -77,7 +77,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and ":" in node.value:
             node.tag = "tag:yaml.org,2002:str"  # YAML 1.1 reads 1:30 as 90, which nobody means
         if isinstance(node, yaml.ScalarNode) and node.tag in _NUMBERS and len(node.value) > _DIGITS:
-            raise _Refused(f"it has a number of length {len(node.value):,}")
+            raise _Refused(f"it has a number of {counted(len(node.value), 'character')}")
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -117,7 +117,7 @@ _Loader.add_implicit_resolver(
 def _parse(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError if it is invalid or larger than any recipe."""
     if len(text) > _CHARACTERS:
-        raise _Refused(f"its length is {len(text):,}; a recipe's is less than {_CHARACTERS:,}")
+        raise _Refused(f"it has {counted(len(text), 'character')}; a recipe has fewer than {_CHARACTERS:,}")
     try:
         return _unshared(yaml.load(text, _Loader))  # a SafeLoader
     except (ValueError, OverflowError, TypeError, AttributeError) as error:  # !!int x, !!timestamp 2001-99-99 ...

@@ -13,6 +13,7 @@ from datasets import Features, Value
 from datasets import Sequence as ListOf
 from transformers import EvalPrediction
 
+from hf_cdl.counted import counted
 from hf_cdl.training.evaluation import calibration_error
 
 
@@ -47,8 +48,8 @@ class ClassificationMetric(evaluate.Metric):
             raise ValueError("there are logits that are NaN or infinite; check the model")
         if labels.min() < 0 or labels.max() >= logits.shape[1]:
             raise ValueError(
-                f"labels lie between {labels.min()} and {labels.max()}, but the logits' last class is "
-                f"{logits.shape[1] - 1}; give labels from 0 to that"
+                f"labels lie between {labels.min()} and {labels.max()}, but the logits have "
+                f"{counted(logits.shape[1], 'class')}; give labels from 0 to {logits.shape[1] - 1}"
             )
         confidence, answers = logits.softmax(dim=-1).max(dim=-1)
         return {

@@ -303,7 +303,7 @@ def processor() -> ViTImageProcessor:
 
 LINEAR = {"head": {"type": "linear"}}
 METHODS = [
-    method("model.add of fewer labels than images", lambda m: m.add(pixels(2), ["ant"]), "2 images", "1 labels"),
+    method("model.add of fewer labels than images", lambda m: m.add(pixels(2), ["ant"]), "2 images", "1 label"),
     method("model.add of numbers for labels", lambda m: m.add(pixels(2), [0, 1]), "class name"),
     method("model.add of a text for labels", lambda m: m.add(pixels(1), "ant"), "class names"),
     method("model.add of nothing", lambda m: m.add([], []), "at least one"),

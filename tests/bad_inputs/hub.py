@@ -104,7 +104,7 @@ RESULTS = [
         "accuracy_matrix|results.json",
     ),
     add("results without seconds", results({"roles.student.train_seconds": GONE}), "train_seconds|results.json"),
-    add("results of one task", results({"roles.student.accuracy_matrix": [[50.0]]}), "tasks", "results.json"),
+    add("results of one task", results({"roles.student.accuracy_matrix": [[50.0]]}), "1 task", "results.json"),
     add("results of a teacher", results({"role": "teacher"}), "student"),
     add("results of a classifier", results({"recipe.student.model": "classifier"}), "classifier"),
 ]

@@ -120,7 +120,14 @@ def unreadable() -> None:
 
 
 EVALUATE = [
-    evaluate("without images", says=("IMAGES",)),
+    ask(
+        "evaluate without images, outside a run",
+        "evaluate",
+        "alone",
+        says=("not in a run's folder",),
+        before=lambda: shutil.copytree("fitted/student/task-01", "alone"),
+    ),
+    evaluate("of the run's images with a split", "--split", "test", says=("--split", "IMAGES")),
     evaluate("of a missing folder", "./gone", says=("no images at ./gone",)),
     evaluate("of a data set that is not there", "gone", says=("'gone'",), way="local copy"),
     evaluate("of an empty folder", "empty", says=("empty", "class folders"), before=lambda: Path("empty").mkdir()),

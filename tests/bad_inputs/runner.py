@@ -40,7 +40,7 @@ WAY = (
     r"\b(allowed|must|should|needs?|needed|takes?|did you mean|give|set|choose|use|write|leave|remove|restore|repair"
     r"|scale|save|keep|install|one of|at (least|most)|lies? between|from 0 to|lower|raise|it has|only|check|download"
     r"|name (it|one|them|a|an|another|the|where)|get|put|build|ask|run|mend|make|change|copy|move|rename|lay|train"
-    r"|push|supported|log in)\b"
+    r"|push|fix|supported|log in)\b"
 )
 """Words of what is allowed or of a way out; a row may ask for others."""
 NAMED = ("ValueError", "RecipeError", "RunError", "ImageError", "HubError")

@@ -149,7 +149,7 @@ def test_an_earlier_state(source: Path, tmp_path: Path) -> None:
         ("two", ("--revision", "task-07"), "has no student/task-07; it has task-01, task-02"),
         ("two/student", ("--revision", "task-01"), "is one checkpoint, so --revision task-01 chooses nothing"),
         ("two", ("--teacher", "two"), "The student had no teacher"),
-        ("backbone", (), "no checkpoint of hf_cdl that knows classes"),
+        ("backbone", (), "not a checkpoint of hf_cdl that knows classes"),
         ("nowhere/at/all", (), "is neither a folder here nor a repository"),
     ],
 )

@@ -618,7 +618,7 @@ ERRORS = {
     "null labels": (
         lambda: DatasetDict({**data(kind=Value("int64")), "test": table([0, None, 1], Value("int64"))}),
         {},
-        "1 labels of the test split are missing .null",
+        "1 label of the test split is missing .null",
     ),
     "negative labels": (
         lambda: {"train": number_table([0, 1]), "test": number_table([-1, -1])},

@@ -131,7 +131,7 @@ def test_a_checkpoint_without_a_weight_is_refused_by_its_name(
     stored = stored_name(checkpoints[model], name)
     folder = copy_of(checkpoints[model], tmp_path / "x", lambda state: state.pop(stored))
     for load in LOAD:
-        with pytest.raises(ValueError, match=rf"cannot be used. It is .* lacks 1 weights \({name}\)"):
+        with pytest.raises(ValueError, match=rf"cannot be used. It is .* lacks 1 weight \({name}\)"):
             load(str(folder))
 
 
@@ -174,7 +174,7 @@ def test_a_whole_checkpoint_without_its_backbone_fetches_it_unless_it_was_traine
     loaded = CDLForImageClassification.from_pretrained(copy_of(checkpoints["coda"], tmp_path / "frozen", bare))
     assert bb.digest(loaded.backbone) == bb.digest(bb.load_backbone(str(backbone)))
     part = copy_of(checkpoints["coda"], tmp_path / "part", lambda s: s.pop("backbone.layernorm.weight"))
-    with pytest.raises(ValueError, match=r"lacks 1 weights \(backbone.layernorm.weight\)"):
+    with pytest.raises(ValueError, match=r"lacks 1 weight \(backbone.layernorm.weight\)"):
         CDLForImageClassification.from_pretrained(part)
     model = CDLForImageClassification.from_backbone(str(backbone), train_backbone=True)
     model.begin_task(["cat", "dog"])
@@ -196,7 +196,7 @@ def test_a_sharded_checkpoint_is_the_same_and_its_gaps_are_named(checkpoints: di
     state.pop("kd_prompt.token")
     save_file(state, shard, metadata={"format": "pt"})
     several = "config.json and every file that model.safetensors.index.json names again"
-    with pytest.raises(ValueError, match=rf"lacks 1 weights \(kd_prompt.token\).*{several}"):
+    with pytest.raises(ValueError, match=rf"lacks 1 weight \(kd_prompt.token\).*{several}"):
         CDLForImageClassification.from_pretrained(tmp_path / "s")
     with pytest.raises(ValueError, match=f"do not belong together.*{several}"):
         check_stored("it", 10**9, weight_files(tmp_path / "s"))
@@ -239,7 +239,7 @@ def test_a_classifier_s_checkpoint_is_whole_or_refused(tmp_path: Path) -> None:
     ResNetForImageClassification(config).save_pretrained(tmp_path / "r")
     assert ImageClassifier.from_pretrained(tmp_path / "r").tasks == [["cat", "dog"]]
     lacking = copy_of(tmp_path / "r", tmp_path / "lacking", lambda state: state.pop("classifier.1.bias"))
-    with pytest.raises(ValueError, match=r"lacks 1 weights \(classifier.1.bias\)"):
+    with pytest.raises(ValueError, match=r"lacks 1 weight \(classifier.1.bias\)"):
         ImageClassifier.from_pretrained(lacking)
     nan = copy_of(tmp_path / "r", tmp_path / "nan", lambda state: state["classifier.1.bias"].fill_(float("nan")))
     for load in (ImageClassifier.from_pretrained, ImageClassifier.from_backbone):
