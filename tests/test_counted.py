@@ -29,9 +29,11 @@ def uncounted(source: str) -> list[str]:
         if not isinstance(node, ast.JoinedStr):
             continue
         for value, after in zip(node.values, node.values[1:], strict=False):
-            said = isinstance(after, ast.Constant) and COUNTED.match(str(after.value))
-            if isinstance(value, ast.FormattedValue) and said and ast.unparse(value.value) not in TEXTS:
-                found.append(f"{ast.unparse(value.value)} before {str(after.value)[:20]!r}, line {node.lineno}")
+            if not isinstance(value, ast.FormattedValue):
+                continue
+            text = str(after.value) if isinstance(after, ast.Constant) else ""
+            if COUNTED.match(text) and ast.unparse(value.value) not in TEXTS:
+                found.append(f"{ast.unparse(value.value)} before {text[:20]!r}, line {node.lineno}")
     return found
 
 

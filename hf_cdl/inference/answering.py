@@ -119,9 +119,10 @@ def outputs(
 
 def _usage(model: Any, query: torch.Tensor | None) -> torch.Tensor | None:
     """How much each prompt of a pool is used (B, M) for these queries, over its layers; None without such a pool."""
-    pool = getattr(model, "pool", None)
-    layers: Any = () if pool is None or query is None else pool.layers
-    found = [used for layer in layers if (used := pool.usage(layer, query)) is not None]
+    pool: Any = getattr(model, "pool", None)
+    if pool is None or query is None:
+        return None
+    found = [used for layer in pool.layers if (used := pool.usage(layer, query)) is not None]
     return torch.stack(found).mean(dim=0) if found else None
 
 

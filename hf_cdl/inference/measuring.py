@@ -152,6 +152,7 @@ def measure(
     if not found.indices:
         first = next(iter(found.unreadable.values()))
         raise ValueError(f"None of the {counted(int((labels >= 0).sum()), 'image')} can be read. The first: {first}")
+    means: dict[str, Any] = _means(found, labels[found.indices], len(classes))
     measured = Measured(
         revision,
         classes,
@@ -164,7 +165,7 @@ def measure(
         found.unreadable,
         tasks=getattr(model.config, "tasks", None) or [classes],
         brought=len(getattr(getattr(model, "pool", None), "blocks", ())),
-        **_means(found, labels[found.indices], len(classes)),
+        **means,
     )
     if limits is not None:
         measured.told = _told(measured, found, float(limits[0]))

@@ -116,6 +116,7 @@ def latent_figure(measured: Sequence[Measured], title: str) -> Figure | None:
     figure, panels = figure_of(8.0, 6.4 if across == 1 else 0.6 + 2.9 * down, down, across, sharex=True, sharey=True)
     figure.suptitle(title, fontsize=11, parse_math=False)
     scale: Any = {"cmap": "viridis", "norm": BoundaryNorm(np.arange(tasks + 1) + 0.5, 256), "edgecolors": "0.4"}
+    points: Any = None
     for panel, found, mean in itertools.zip_longest(panels.flat, measured, means):
         if mean is None:
             panel.set_visible(False)

@@ -75,8 +75,8 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     names, before = _labels(images, labels), _labels(images, was, "was")
     if same := [name for name, old in zip(names, before, strict=True) if same_name(name, old)]:
         raise ValueError(
-            f"{counted(len(same), 'image')} would get the label again that it was learnt with, as {short(same[0])}: "
-            "the same label. Leave such images out."
+            f"{counted(len(same), 'image')} would have the same label before and after, as {short(same[0])}. Leave "
+            "such images out."
         )
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
@@ -352,8 +352,7 @@ def _labels(images: Any, labels: Any, what: str = "labels") -> list[str]:
         raise ValueError(f"images is a {type(images).__name__}; give a list of images, or pixel values (N, 3, H, W).")
     if len(names) != len(images):
         has = counted(len(images), "image")
-        given = f"`{what}` has {counted(len(names), 'label')}"
-        raise ValueError(f"`images` has {has}, but {given}; give the class name of each image.")
+        raise ValueError(f"images has {has}, but {what} has {len(names)}; give the class name of each image.")
     return one_encoding(names)
 
 

@@ -264,7 +264,10 @@ CORRECTIONS = [
         "0 images",
     ),
     correct(
-        "of an image that was not learnt", "image,label,was\nnew/0.png,bee,ant\n", "not learnt", before=foreign("new")
+        "of an image that was not learnt",
+        "image,label,was\nnew/0.png,bee,ant\n",
+        "cannot have been learnt",
+        before=foreign("new"),
     ),
     ask(
         "corrections of a trained head",
@@ -303,7 +306,7 @@ def processor() -> ViTImageProcessor:
 
 LINEAR = {"head": {"type": "linear"}}
 METHODS = [
-    method("model.add of fewer labels than images", lambda m: m.add(pixels(2), ["ant"]), "2 images", "1 label"),
+    method("model.add of fewer labels than images", lambda m: m.add(pixels(2), ["ant"]), "2 images", "labels has 1"),
     method("model.add of numbers for labels", lambda m: m.add(pixels(2), [0, 1]), "class name"),
     method("model.add of a text for labels", lambda m: m.add(pixels(1), "ant"), "class names"),
     method("model.add of nothing", lambda m: m.add([], []), "at least one"),
@@ -320,7 +323,9 @@ METHODS = [
     ),
     method("model.correct without labels before", lambda m: m.correct(pixels(1), ["ant"], []), "at least one"),
     method("model.correct of an unknown label", lambda m: m.correct(pixels(1), ["ant"], ["wasp"]), "wasp"),
-    method("model.correct of strangers", lambda m: m.correct(pixels(1, 9), ["ant"], ["bee"]), "not learnt"),
+    method(
+        "model.correct of strangers", lambda m: m.correct(pixels(1, 9), ["ant"], ["bee"]), "cannot have been learnt"
+    ),
     method("model.correct of a whole class", lambda m: m.correct(pixels(6)[:2], ["bee"] * 2, ["ant"] * 2), "0 images"),
     method(
         "model.correct of a trained head", lambda m: m.correct(pixels(1), ["ant"], ["bee"]), "trained", fields=LINEAR

@@ -175,6 +175,7 @@ def test_the_bytes_of_all_splits_are_what_they_hold(monkeypatch: pytest.MonkeyPa
     gc.collect()
     before, random = KeptImages._taken, np.random.default_rng(0)
     splits: list[Any] = []
+    chosen = None
     for _ in range(60):
         splits = [split for split in splits if random.random() < 0.8]
         splits.append(stream()[0].train)

@@ -226,7 +226,7 @@ def test_without_images_those_of_the_run_are_measured_and_join_its_report(
     assert command("evaluate", run, "--revision", "task-01", "--revision", "task-03") == 2
     assert "is not empty; choose another folder" in capsys.readouterr().err
     assert command("evaluate", run, "--split", "train", "--out", tmp_path / "new") == 2
-    assert "--split is of images, but none are named" in capsys.readouterr().err
+    assert "--split is about IMAGES, but there are none" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "data")
     assert command("evaluate", run, "--out", tmp_path / "new") == 2 and not (tmp_path / "new").exists()
     assert "error: " in capsys.readouterr().err
@@ -237,7 +237,7 @@ def test_a_student_of_no_run_has_no_images_of_its_own(
 ) -> None:
     shutil.copytree(run / "student" / "task-03", tmp_path / "alone")
     assert command("evaluate", tmp_path / "alone") == 2
-    assert "lies in no run, so it has no images of its own" in capsys.readouterr().err
+    assert "is not in a run's folder, so it has no images of its own" in capsys.readouterr().err
 
 
 class Query(torch.nn.Module):

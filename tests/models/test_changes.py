@@ -322,7 +322,7 @@ def test_a_task_whose_prompts_stay_keeps_a_class() -> None:
             lambda m: m.add(["nothing.png"], ["owl"], ViTImageProcessor(size={"height": 16, "width": 16})),
             "nothing.png",
         ),
-        (lambda m: m.correct(pictures(1), ["owl"], was=["owl"]), "The label is the same before and after of 1 image"),
+        (lambda m: m.correct(pictures(1), ["owl"], was=["owl"]), "1 image would have the same label before and after"),
         (lambda m: m.correct(pictures(1), ["owl"], was=["fux"]), "knows no class 'fux'; did you mean 'fox'"),
         (lambda m: m.correct(pictures(1), ["owl"], was=[]), "at least one class"),
         (lambda m: m.correct(pictures(8)[3:5], ["owl"] * 2, was=["fox"] * 2), "'fox' would be left with 0 images"),
