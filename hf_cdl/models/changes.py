@@ -74,10 +74,8 @@ def add(model: Any, images: Any, labels: Sequence[str], processor: Any = None) -
 def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], processor: Any = None) -> Change:
     names, before = _labels(images, labels), _labels(images, was, "was")
     if same := [name for name, old in zip(names, before, strict=True) if same_name(name, old)]:
-        raise ValueError(
-            f"{counted(len(same), 'image')} would have the same label before and after, as {short(same[0])}. Leave "
-            "such images out."
-        )
+        said = f"{counted(len(same), 'image')} would have the same label before and after, as {short(same[0])}"
+        raise ValueError(f"{said}. Leave such images out.")
     known = _class_names(model)
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
