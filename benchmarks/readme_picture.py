@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from hf_cdl.runs.pictures import COLOURS, seen_so_far
 
 LINES = {  # variant and role, by the name that is drawn
-    "teacher, learns every task": ("every", "teacher", "--"),
-    "student, taught in every task": ("every", "student", "-"),
-    "student, nothing taught": ("none", "student", "-"),
-    "the papers' student, CODA-Prompt + KDP": ("papers", "student", "-"),
+    "student, taught in task 1": ("first", "student", "-"),
+    "its teacher": ("first", "teacher", "--"),
+    "student, untaught": ("none", "student", "-"),
+    "the papers' student, KDP": ("papers", "student", "-"),
 }
+APART = 6.5
+"""Percent between the names of two lines."""
 
 
 def curves(folder: Path) -> tuple[dict[str, np.ndarray], int]:
@@ -48,12 +50,17 @@ def picture(found: dict[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(8.0, 3.8), dpi=150, layout="constrained")
     panel = figure.subplots()
     tasks = np.arange(1, next(iter(found.values())).shape[1] + 1)
-    for (line, values), colour in zip(found.items(), COLOURS, strict=False):
+    height = 100.0 + APART
+    lines = sorted(zip(found.items(), COLOURS, strict=False), key=lambda line: -line[0][1][:, -1].mean())
+    for (line, values), colour in lines:
         mean, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
         panel.plot(tasks, mean, LINES[line][2], marker="o", color=colour, linewidth=2.2, markersize=5)
         panel.fill_between(tasks, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        below = [mean[-1] - other[:, -1].mean() for other in found.values()]
+        crowded = any(0 < distance < APART for distance in below)
+        height = min(height - APART, mean[-1] + crowded * APART / 2)
         style = {"color": colour, "fontsize": 11, "va": "center", "fontweight": "bold", "annotation_clip": False}
-        panel.annotate(f"  {mean[-1]:.0f} %  {line}", (tasks[-1], mean[-1]), **style)
+        panel.annotate(f"  {mean[-1]:.0f} %  {line}", (tasks[-1], height), **style)
     panel.set(xlim=(0.9, len(tasks) + 0.1), ylim=(0, 100), xticks=tasks)
     panel.set_xlabel("tasks of 10 classes learnt so far", fontsize=11, loc="left")
     panel.set_ylabel("accuracy on all their classes (%)", fontsize=11)
