@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, make_recipe, thinned, train, write_recipe
+from helpers import ROOT, SIZE, make_backbone, make_recipe, thinned, train, write_recipe
 from test_kept_queries import passes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, ViTConfig, ViTImageProcessor
@@ -214,6 +214,18 @@ def test_a_first_session_trains_on_the_first_task_alone(tmp_path: Path) -> None:
     assert (once["student"].steps, once["student"].images) == (4, 32)  # 2 epochs of 16 images
     assert every["student"].steps == 3 * 4
     assert once["student"].trained == every["student"].trained
+
+
+def test_a_teacher_may_see_larger_images_than_the_student_whose_backbone_it_asks(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    same = build_recipe(recipe)
+    _, small = counting.measure(same, counting.read_tasks(same))
+    make_backbone(Path(recipe["teacher"]["backbone"]), 48, 3, 1, size=2 * SIZE)
+    larger = build_recipe(recipe)
+    fakes, costs = counting.measure(larger, counting.read_tasks(larger))
+    assert fakes["teacher"].config.query_view["size"] == [SIZE, SIZE]
+    assert costs["teacher"].inference_flops > 2 * small["teacher"].inference_flops
+    assert costs["student"].inference_flops == small["student"].inference_flops
 
 
 @pytest.mark.slow
