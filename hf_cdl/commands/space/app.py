@@ -23,6 +23,8 @@ from states import States, StatesError
 
 Examples = Callable[[Sequence[str]], Sequence[Any]]
 """Images to choose from, PIL's or files, for a model that knows these classes."""
+_NARROW = 240
+"""Least width of a column in pixels: with gradio's own, the second state would be below the first on most screens."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def build(states: States, gr: Any, beside: int | None = None, examples: Examples
     with gr.Blocks(title=title) as page:
         gr.HTML(f"<h1>{escape(title)}</h1><p>{_about(states)}</p>")
         with gr.Row():
-            with gr.Column():
+            with gr.Column(min_width=_NARROW):
                 # a path, because the pipeline decodes the file; PNG, which keeps the pixels of examples
                 image = gr.Image(type="filepath", image_mode=None, format="png", label="Image", height=240)
                 if chosen:
@@ -79,7 +81,7 @@ def build(states: States, gr: Any, beside: int | None = None, examples: Examples
                 with gr.Column():
                     parts.state(task)
             for start in (beside, states.tasks[-1]) if beside is not None else ():
-                with gr.Column():
+                with gr.Column(min_width=_NARROW):
                     parts.state(parts.answers(image, start))
     return page
 
