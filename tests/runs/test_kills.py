@@ -162,6 +162,24 @@ def lasting(content: Any) -> Any:
     return [lasting(value) for value in content] if isinstance(content, list) else content
 
 
+TIMED = {"seconds", "images/s", "memory", "seconds to train", "peak MiB", "ms a use"}
+"""Columns of a report's tables that depend on the machine's mood."""
+
+
+def cells(page: str) -> list[Any]:
+    """A report without its tables, and of each table the columns that are not timed."""
+    found: list[Any] = [re.sub(r"<tbody>.*?</tbody>", "", page, flags=re.DOTALL)]
+    for table in re.findall(r"<table>.*?</table>", page, re.DOTALL):
+        headings = re.findall(r"<th>(.*?)</th>", table)
+        rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)]
+        found += [
+            [value for name, value in zip(headings, row, strict=True) if name.strip() not in TIMED]
+            for row in rows
+            if row
+        ]
+    return found
+
+
 def left(folder: Path) -> dict[str, Any]:
     """Every file of a run: its bytes, or the reproducible part of its JSON.
 
@@ -173,8 +191,8 @@ def left(folder: Path) -> dict[str, Any]:
         found[name] = lasting(json.loads(path.read_text())) if path.suffix == ".json" else path.read_bytes()
         if path.parent.name == "logs":
             found[name] = [line["step"] for line in found[name]]
-        elif name == "report.html":  # its tables have seconds beside numbers that results.json has too
-            found[name] = re.sub(rb"<td>[-\d.]+( [GM]iB)?</td>", b"", found[name])
+        elif name == "report.html":
+            found[name] = cells(path.read_text())
     files = found["run.json"]["files"]  # with modification times, and files that contain times
     found["run.json"]["files"] = {
         name: None if name.startswith("logs/") or name in ("results.json", "report.html") else sha256
