@@ -310,7 +310,7 @@ def _below(folder: Path) -> list[Path]:
 
 def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     """A folder and all below it, with their files, without hidden ones; links are followed, but not in cycles."""
-    places, seen = [folder], {folder.resolve()}
+    places, seen = [folder], set[Path]()
     for place in places:
         files, start = [], os.path.join(place, "")
         with os.scandir(place) as entries:
@@ -319,7 +319,9 @@ def _walked(folder: Path) -> Iterator[tuple[Path, list[str]]]:
                     continue
                 if not entry.is_dir():
                     files.append(start + entry.name)
-                elif (real := (inner := Path(entry.path)).resolve()) not in seen:
+                    continue
+                seen = seen or {folder.resolve()}  # of most class folders it is never asked
+                if (real := (inner := Path(entry.path)).resolve()) not in seen:
                     seen.add(real)
                     places.append(inner)
         yield place, files

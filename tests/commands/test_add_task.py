@@ -174,7 +174,7 @@ def test_refused_before_training(source: Path, hub: HubServer, empty: Path, tmp_
     code, output = add_task(hub, empty, source / "data", student="me/nothing")
     assert code == 2 and "me/nothing: no such repository, or this token may not see it." in output, output
     code, output = add_task(hub, empty, source / "data", "--teacher", STUDENT, "--output_dir", "other")
-    assert code == 2 and "me/tiny at task-02 is no teacher of 2 tasks" in output, output
+    assert code == 2 and "me/tiny at task-02 is not a teacher of 2 tasks" in output, output
     assert hub.repository(STUDENT).refs("tags").keys() == {"task-01", "task-02"}
     assert not list(empty.glob("runs/*/*/task-03"))
     # a run can continue from an earlier state, but not into a repository with later ones

@@ -266,7 +266,8 @@ def test_every_pair_runs_two_steps(pair: Path, cifar: Path, tmp_path: Path, monk
     ]
     code, output = train(*words, "--train.use_cpu", "true", "--output_dir", tmp_path / "out", cwd=cifar)
     assert code == 0 and "Warning" not in output and "Traceback" not in output, output
-    assert output.rstrip().endswith('trust_remote_code=True)("IMAGE.png"))\'')
+    *_, use, page = output.rstrip().splitlines()
+    assert use.endswith('trust_remote_code=True)("IMAGE.png"))\'') and page.endswith(f"{tmp_path}/out/report.html")
     monkeypatch.chdir(cifar)
     assert set(results(tmp_path / "out")["roles"]) == {"teacher", "student"}
     assert verify.main([str(tmp_path / "out")]) == 0

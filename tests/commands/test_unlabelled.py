@@ -67,11 +67,14 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 KD = [{"type": "kd", "threshold": 0.6}, {"type": "pseudo_labels", "threshold": 0.6}]
 
 
+def write_taught(source: Path) -> Path:
+    return write(source, "taught", KD, {"unlabelled": str(source / "more"), "unlabelled_ratio": 2})
+
+
 @pytest.fixture(scope="module")
 def finished(source: Path) -> Path:
     """A run with kd, a threshold and pseudo-labels."""
-    file = write(source, "taught", KD, {"unlabelled": str(source / "more"), "unlabelled_ratio": 2})
-    assert main(file, "--output_dir", source / "taught") == 0
+    assert main(write_taught(source), "--output_dir", source / "taught") == 0
     return source / "taught"
 
 
@@ -213,7 +216,7 @@ def test_a_kill_in_the_middle_of_an_epoch_changes_nothing(
 def test_two_processes_learn_what_one_does(source: Path, tmp_path: Path) -> None:
     """Plain SGD: Adam would make noise of what is 0 but for rounding."""
     common, one, two = (
-        (source / "taught.yaml", "--train.optim", "sgd", "--output_dir"),
+        (write_taught(source), "--train.optim", "sgd", "--output_dir"),
         tmp_path / "one",
         tmp_path / "two",
     )

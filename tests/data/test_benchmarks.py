@@ -196,5 +196,7 @@ def test_the_command_runs(combination: tuple[str, str, str, str], hub: Path, tmp
     stream = json.loads((folder / "results.json").read_text())["stream"]
     assert output.startswith(f"{'-'.join(combination)}: ") and " 4 classes in 2 tasks; this may take " in output
     assert f"\nstream {stream} -> {folder}/\n" in output
-    assert "authors'  standard" in output
+    assert re.search(r"since +since\b.*\n.* learnt +best ", output), (
+        "forgetting is defined as its authors do, then as others"
+    )
     check_results(folder, combination[3])

@@ -57,10 +57,10 @@ def test_a_table_of_a_million_rows(tmp_path: Path) -> None:
 def test_class_folders_of_a_hundred_thousand_files(tmp_path: Path) -> None:
     """A thirteenth of the files may take a thirteenth of the time; benchmarks/opening.py has them all."""
     opening.make_folders(tmp_path / "data", 100_000)
-    twice = [opening.in_child(tmp_path / "data") for _ in range(2)]  # cores and files are slower when they are shared
-    found = min(twice, key=lambda each: each["open_seconds"])
+    times = [opening.in_child(tmp_path / "data") for _ in range(3)]  # cores and files are slower when they are shared
+    found = min(times, key=lambda each: each["open_seconds"])
     assert found["images"] == 103_000
-    assert found["open_seconds"] * 13 < SECONDS * 1.3, twice
+    assert found["open_seconds"] * 13 < SECONDS * 1.3, times
     assert found["opened_mb"] - found["imported_mb"] < 100, found
 
 

@@ -78,7 +78,7 @@ def test_changes_go_from_machine_to_machine(source: Path, hub: HubServer, tmp_pa
     first, second, third = (Machine(hub, tmp_path / name) for name in ("first", "second", "third"))
     before = tags(hub)
     said = first.run("rename", STUDENT, "ant", "emmet", "--push_to_hub", "true")
-    assert "is copied into runs/small/" in said and "2 tasks and 1 changes, the newest task-03" in said
+    assert "is copied into runs/small/" in said and "2 tasks and 1 change, the newest task-03" in said
     assert classes(hub, "task-03") == ["emmet", "bee", "cat", "dog"]
     said = second.run("add", STUDENT, source / "new", "--push_to_hub", "true")
     assert "3 images learnt: 1 new class ('emu')" in said and "the newest task-04" in said
