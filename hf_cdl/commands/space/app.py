@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from markup import CSS, answers_html, plain, state_html
+from markup import CSS, answers_html, counted, plain, state_html
 from states import States, StatesError
 
 Examples = Callable[[Sequence[str]], Sequence[Any]]
@@ -89,13 +89,13 @@ def build(states: States, gr: Any, beside: int | None = None, examples: Examples
 def _about(states: States) -> str:
     newest = states.results(last := states.tasks[-1])
     tasks = len(newest.accuracy_matrix)
-    about = f"{escape(plain(states.where))}: {sum(map(len, newest.class_names))} classes learnt in {tasks} tasks"
-    about += "" if newest.change is None else f" and {last - tasks} changes"
+    known = counted(sum(map(len, newest.class_names)), "class")
+    about = f"{escape(plain(states.where))}: {known} learnt in {counted(tasks, 'task')}"
+    about += "" if newest.change is None else f" and {counted(last - tasks, 'change')}"
     about += ". The slider goes back to the model as it was after an earlier task."
     if states.reject is not None:
-        about += (
-            " Images unlike those of its classes are <b>unknown</b>; the score is the share of known ones more known."
-        )
+        about += " Images unlike those of its classes are <b>unknown</b>; "
+        about += "their score is the share of known images that look more familiar."
     return about
 
 

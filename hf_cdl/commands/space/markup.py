@@ -63,7 +63,7 @@ def state_html(results: Results) -> str:
     mean = f", average accuracy {fmean(measured):.1f}&nbsp;%" if len(measured) == len(names) else ""
     heads = "<th>Accuracy (%)</th><th class=number>when learnt</th><th class=number>now</th>"
     return (
-        f"<div class=cdl><h3>After task {len(names)}: {sum(map(len, names))} classes{mean}</h3>"
+        f"<div class=cdl><h3>After task {len(names)}: {counted(sum(map(len, names)), 'class')}{mean}</h3>"
         f"{_matrix_html(matrix)}<p>Accuracy matrix. Row t, column i: accuracy in percent on the test images of task i "
         "after learning task t, always among all classes learnt so far.</p>"
         f"<table class=tasks><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
@@ -74,12 +74,18 @@ def _changed_html(results: Results) -> str:
     """What a model knows that was changed after its tasks."""
     names = [name for classes in results.class_names for name in classes]
     return (
-        f"<div class=cdl><h3>Changed after its {len(results.accuracy_matrix)} tasks: {len(names)} classes</h3>"
+        f"<div class=cdl><h3>Changed after its {counted(len(results.accuracy_matrix), 'task')}: "
+        f"{counted(len(names), 'class')}</h3>"
         f"<p>{_text(results.change or '')}</p>{_matrix_html(results.accuracy_matrix)}"
         "<p>Accuracy matrix, measured before the changes. Row t, column i: accuracy in percent on the test images of "
         f"task i after learning task t.</p><p>Its classes now:</p><div class=classes>{_text(', '.join(names))}</div>"
         "</div>"
     )
+
+
+def counted(number: int, thing: str) -> str:
+    """`2 tasks` of 2 and `task`; hf_cdl's own may not be installed where a Space runs."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "es" if thing.endswith("s") else "s")
 
 
 def plain(text: object) -> str:
