@@ -29,7 +29,8 @@ from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.verdict import verdict
 
 EXAMPLES = ROOT / "model_cards"
-CARDS = [("quickstart", "student"), ("quickstart", "teacher"), ("quickstart_ridge", "student")]
+CARDS = [(name, role) for name in ("quickstart", "dinov2_session") for role in ("student", "teacher")]
+CARDS += [("quickstart_ridge", "student")]
 
 
 def example(name: str) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def test_the_hub_takes_the_examples(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "role"), CARDS)
 def test_the_examples_are_what_is_rendered_and_their_metadata_read_back(name: str, role: str) -> None:
     results, file = example(name), EXAMPLES / name / role / "README.md"
-    ids = {"student": f"your-name/{name.replace('_', '-')}", "teacher": f"your-name/{name}-teacher"}
+    ids = {"student": f"your-name/{name.replace('_', '-')}", "teacher": f"your-name/{name.replace('_', '-')}-teacher"}
     other = ids["teacher" if role == "student" else "student"]
     text = file.read_text()
     assert model_card(results, role, ids[role], other) == text, "see model_cards/README.md"

@@ -98,7 +98,8 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
         notes.append(f'The state after each {after} is a revision, `revision="task-01"` to `"task-{learnt:02d}"`.')
     if recipe[role]["model"] == "cdl":
         if not recipe.get("save_backbone", True):
-            notes.append("The files hold what was learnt alone; loading fetches the frozen backbone named below.")
+            need = "needs" if _is_local(recipe[role]["backbone"]) else "fetches"
+            notes.append(f"The files hold what was learnt alone; loading {need} the frozen backbone named below.")
         if _code(recipe, role):
             notes.append("Its code lies beside its weights: read it before you trust it, or install hf_cdl instead.")
         notes.append("`CDLForImageClassification.from_pretrained(...).begin_task(class_names)` adds a task to learn.")
@@ -201,19 +202,24 @@ def model_facts(recipe: Mapping[str, Any], role: str, other_id: str | None) -> l
         link = f"[{other_id}](https://huggingface.co/{other_id}), " if other_id else ""
         facts.append(f"Its {other}: {link}on the backbone {_backbone(recipe[other])}")
     if role == "student" and recipe["distill"]:
-        terms = [
-            f"`{t['type']}` ({', '.join(f'{k} {v}' for k, v in t.items() if k != 'type')})" for t in recipe["distill"]
-        ]
+        terms = []
+        for term in recipe["distill"]:
+            settings = ", ".join(f"{name} {value}" for name, value in term.items() if name != "type")
+            terms.append(f"`{term['type']}`" + (f" ({settings})" if settings else ""))
         facts.append(f"Distillation: {' + '.join(terms)}, cross-entropy with weight {recipe['ce_weight']}")
     return facts
 
 
 def _backbone(section: Mapping[str, Any]) -> str:
     found, name = backbone_id(section), section["backbone"]
-    local = not HUB_ID.fullmatch(name) or Path(name).exists()
+    local = _is_local(name)
     name = f"[{found}](https://huggingface.co/{found})" if found else code(by_name(name) if local else name)
     name += " (a folder of the author's)" if local else ""
     return name + (f" at {code(section['revision'])}" if section["revision"] else "")
+
+
+def _is_local(backbone: str) -> bool:
+    return not HUB_ID.fullmatch(backbone) or Path(backbone).exists()
 
 
 def data_facts(results: Results) -> list[str]:
