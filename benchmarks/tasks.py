@@ -1,6 +1,6 @@
 """What a task costs as a stream grows: CPU seconds and bytes of each task, from the first to the hundredth.
 
-python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge] [--components 1]     (from the root)
+python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge] [--components 1] [--epochs 1]
 
 A student with CODA prompts (components in each task: by default the published pool of 100, shared out to 100 tasks)
 and a linear head, or one without prompts whose head is fitted, learns tasks of generated
@@ -55,7 +55,7 @@ def table(classes: int, count: int, first: int) -> Dataset:
     return Dataset.from_dict({"image": cells, "label": labels}, features=features)
 
 
-def trainer(work: Path, head: str, tasks: int, classes: int) -> tuple[CDLTrainer, TaskStream]:
+def trainer(work: Path, head: str, tasks: int, classes: int, epochs: int) -> tuple[CDLTrainer, TaskStream]:
     """A student that has learnt nothing, with its run, and the stream."""
     torch.manual_seed(0)
     backbone = work / "backbone"
@@ -67,7 +67,11 @@ def trainer(work: Path, head: str, tasks: int, classes: int) -> tuple[CDLTrainer
     run = Run(work / "run", {"name": "tasks"}, say=lambda _: None)
     run.bind(stream.fingerprint, [list(task.class_names) for task in stream], stream.images)
     arguments = CDLTrainingArguments(
-        str(work / "out"), num_train_epochs=1, per_device_train_batch_size=16, learning_rate=1e-3, disable_tqdm=True
+        str(work / "out"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=16,
+        learning_rate=1e-3,
+        disable_tqdm=True,
     )
     return CDLTrainer(model, arguments, run=run, processing_class=processor, num_tasks=tasks), stream
 
@@ -78,9 +82,9 @@ def size(folder: Path) -> int:
     return sum(found.values())
 
 
-def measured(work: Path, head: str, tasks: int, classes: int) -> list[dict[str, float]]:
+def measured(work: Path, head: str, tasks: int, classes: int, epochs: int) -> list[dict[str, float]]:
     """One row for each task."""
-    student, stream = trainer(work, head, tasks, classes)
+    student, stream = trainer(work, head, tasks, classes, epochs)
     begun: list[float] = []
     begin = student._begin_task
 
@@ -131,13 +135,15 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=2, help="in each task")
     parser.add_argument("--head", choices=[*MODELS], default="linear")
     parser.add_argument("--components", type=int, default=1, help="of CODA-Prompt, in each task")
+    parser.add_argument("--epochs", type=int, default=1, help="one training step each, for the linear head")
     asked = parser.parse_args()
     MODELS["linear"]["prompt"]["components"] = asked.components
     with tempfile.TemporaryDirectory() as work:
-        rows = measured(Path(work), asked.head, asked.tasks, asked.classes)
+        rows = measured(Path(work), asked.head, asked.tasks, asked.classes, asked.epochs)
     print(shown(rows))
     print(
-        f"{asked.head} head, {asked.classes} classes a task, {TRAIN} training images each; torch {torch.__version__}"
+        f"{asked.head} head, {asked.classes} classes a task, {TRAIN} training images each, epochs: {asked.epochs}; "
+        f"torch {torch.__version__}"
     )
 
 

@@ -248,4 +248,4 @@ def _all_finite(value: torch.Tensor) -> bool:
     if not value.is_floating_point() or value.numel() == 0 or value.is_meta:
         return True
     low, high = torch.aminmax(value.detach())  # both are NaN if any is; one pass, no copy
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -110,16 +110,20 @@ def _same(stored: torch.Tensor, now: torch.Tensor) -> bool:
 
 
 def _write(model: Any, weights: Mapping[str, torch.Tensor], shards: list[Shard], folder: Path) -> None:
-    """Write the files of a plan; the last one with the config and all else that belongs to the model."""
+    """Write the files of a plan, and with the smallest of the weights the config and all else that belongs to a model.
+
+    The weights are in their final format already: transformers, which looks at each of them several times, need not
+    see the others.
+    """
+    smallest = min(weights, key=lambda name: weights[name].nbytes)
+    how = {"save_original_format": False, "max_shard_size": 2**62}
+    model.save_pretrained(folder, state_dict={smallest: weights[smallest]}, **how)
+    os.unlink(folder / SAFE_WEIGHTS_NAME)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    last = {name: weights[name] for name in sorted(shards[-1].names)}
-    how = {"save_original_format": False, "max_shard_size": 2**62}  # they are in that format; in one file
-    model.save_pretrained(folder, state_dict=last, **how)
-    os.replace(folder / SAFE_WEIGHTS_NAME, folder / names[-1])
     for name, shard in zip(names, shards, strict=True):
         if shard.source is not None:
             link(shard.source, folder / name)
-        elif shard is not shards[-1]:
+        else:
             tensors = {weight: weights[weight].detach().contiguous() for weight in sorted(shard.names)}
             save_file(tensors, folder / name, metadata={"format": "pt"})
     where = {weight: name for name, shard in zip(names, shards, strict=True) for weight in sorted(shard.names)}
