@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.runs.run import Run
-from hf_cdl.training.memory import kept_apart
+from hf_cdl.training.memory import gc_frozen
 
 SIDE, TRAIN, TEST = 32, 8, 4
 SMALL: Any = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
@@ -90,7 +90,7 @@ def measured(work: Path, head: str, tasks: int, classes: int) -> list[dict[str, 
 
     student._begin_task = noted  # type: ignore[method-assign]
     rows = []
-    with kept_apart():  # as hf-cdl train and CDLTrainer.train
+    with gc_frozen():  # as hf-cdl train and CDLTrainer.train
         for task in stream:
             start = time.process_time()
             student.learn(task)

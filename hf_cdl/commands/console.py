@@ -22,7 +22,7 @@ def say(*lines: str, **options) -> None:
         print(*map(visible_lines, lines), flush=True, **options)  # class names may contain anything
 
 
-def ended(work: Callable[[], int | None]) -> int:
+def exit_code_of(work: Callable[[], int | None]) -> int:
     """The exit code of a command's work; 2, with the reason, if it is refused."""
     try:
         return work() or 0

@@ -27,7 +27,7 @@ _TRIES = 3
 _MINUTES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 45, 60, 90)
 
 
-def announced(name: str, tasks: Sequence[Any], trainers: Sequence[Any]) -> str:
+def announcement(name: str, tasks: Sequence[Any], trainers: Sequence[Any]) -> str:
     """What a run is about to do, and how long that may take; `tasks`: those that are still to be learnt."""
     beside = baselines(trainer.role for trainer in trainers)
     who = [visible(trainer.role) for trainer in trainers if trainer.role not in beside]

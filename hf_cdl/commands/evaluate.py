@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.images import check_images
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import own_images, run_of
@@ -32,7 +32,7 @@ _WORST, _LISTED = 10, 10
 
 def main(arguments: list[str]) -> int:
     options, _ = read("evaluate", arguments)
-    return ended(lambda: evaluate(options))
+    return exit_code_of(lambda: evaluate(options))
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -137,7 +137,7 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
             named = some(f"{name} ({count:,})" for name, count in sorted(found.unknown.items()))
             yield f"{found.revision} does not know, and was not measured on, {counted(total, 'image')} of {named}"
         if found.told:
-            yield _told(found)
+            yield _ood_line(found)
     have = {*images.labels}
     if without := [name for name in newest.classes if nfc(name) not in have]:
         yield f"no images here of {len(without)} of its {counted(len(newest.classes), 'class')}: {some(without)}"
@@ -147,7 +147,7 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
         yield f"most often taken, {newest.revision}: {taken}"
 
 
-def _told(found: Measured) -> str:
+def _ood_line(found: Measured) -> str:
     """How well a revision tells images of known classes from others."""
     told = found.told
     said = f"{found.revision} keeps {told['kept']:.1f} % of the images of its classes"

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import Images, images_of_run, run_of, spread
 from hf_cdl.data.images import decode
@@ -23,7 +23,7 @@ from hf_cdl.export.graph import check_packages, onnx_graph, prepared
 from hf_cdl.export.preprocessing import check_steps, steps_of
 from hf_cdl.export.sizes import at_size
 from hf_cdl.export.weights import WRITERS
-from hf_cdl.inference.files import appearing_when_whole, check_new_files, files_of
+from hf_cdl.inference.files import atomic_files, check_new_files, files_of
 from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
@@ -40,7 +40,7 @@ more), as shares of the largest; of a smaller one's accuracy, in points."""
 
 def main(arguments: list[str]) -> int:
     options, _ = read("export", arguments)
-    return ended(lambda: export(options))
+    return exit_code_of(lambda: export(options))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ def export(options: argparse.Namespace) -> None:
     rounded = check_steps(own.processor, steps)
     images = _images(options.images, root, before)
     graph = onnx_graph(prepared(*own), own.processor, steps)
-    with appearing_when_whole([file]) as (partial,):
+    with atomic_files([file]) as (partial,):
         WRITERS[options.precision](graph, partial)
         session = opened(partial)
         found = compare(session, own, before, steps, images.decode, images.labels)

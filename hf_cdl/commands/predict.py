@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.counted import counted
 from hf_cdl.data.images import Decoded, decode, decode_fully
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     options, _ = read("predict", arguments)
-    return ended(lambda: predict(options))
+    return exit_code_of(lambda: predict(options))
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
 
     Yields the outputs and a function that writes the contact sheets.
     """
-    with files.appearing_when_whole(out) as paths, contextlib.ExitStack() as opened:
+    with files.atomic_files(out) as paths, contextlib.ExitStack() as opened:
         tables, sheets = list[Table](), list[Path]()
         for file, path in zip(out, paths, strict=True):
             if (kind := file.suffix.lower()) == SHEET:

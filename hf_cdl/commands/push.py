@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         results = run_results(folder, described)
         if not results["roles"].keys() >= recipe.repositories.keys():
             raise RunError(f"{folder} has not finished a task yet: there is nothing to push. Go on with its training.")
-        rest = {"patience": None, "origin": results.get("origin"), "later": stopping.again()}
+        rest = {"patience": None, "origin": results.get("origin"), "later": stopping.own_command()}
         pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, **rest)
         pusher.check(results)
         if not pusher.finish(results):

@@ -138,7 +138,7 @@ class Head(nn.Module, ABC):
     def read_layers(self, size: int) -> None:
         """Set up what a head that `reads_layers` needs, for layers of this width."""
 
-    def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    def known_score(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
         """Known score (B,) from features (B, D), means of layers (B, 3, W) and logits (B, C); higher: more known.
 
         None for a head without one.
@@ -267,7 +267,7 @@ class FittedHead(Head):
         """Add prepared features (B, M) to the sums, or take them away, as `accumulate` says."""
 
     @property
-    def stays(self) -> str | None:
+    def why_fixed(self) -> str | None:
         """Why the sums cannot be moved along with the features; None if `move` can do it."""
         return f"the sums of a {self.name} head cannot be moved"
 

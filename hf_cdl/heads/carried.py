@@ -32,7 +32,7 @@ def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def told(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
+def score_parts(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
     """The parts (N, 6) of the known score of own features (N, D) and layers (N, 3, W), from learnt classes only."""
     own = learnt(head)
     scores = head.mapped(x) @ head.of_classes("weight").to(x)[own].T

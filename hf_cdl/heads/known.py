@@ -141,7 +141,7 @@ class Known(nn.Module):
         new = torch.where(now > was, old + now - was, old * now / was.clamp(min=1e-12))
         self.gauge[:, :-1] = torch.stack([self.gauge[0, :-1] + high - low, new.sqrt().clamp(min=_SMALLEST)])
 
-    def note_strange(self, scores: torch.Tensor, share: float) -> None:
+    def note_unlearnt(self, scores: torch.Tensor, share: float) -> None:
         """Note scores (N,) of images by heads that never learnt their classes; `share` as in `fit`."""
         self._note(self.strange, scores, share if self.strange.any() else 1.0)
 

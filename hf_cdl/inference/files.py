@@ -147,7 +147,7 @@ def _check_still_new(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
+def atomic_files(files: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield other names to write to; at the end, and only without an error, the files get their own names.
 
     Raises RunError if one of them has appeared meanwhile, as by the same command in another window.

@@ -127,7 +127,7 @@ def _revisions(results: Mapping[str, Any], role: str) -> list[str]:
 
 def _on_hub(student: Student) -> Student:
     """The same student, with the results that lie beside it if there are any that can be read."""
-    with _told(student):
+    with _hub_errors(student):
         read_config(student.place, student.revision)
     try:
         file = hf_hub_download(student.place, "results.json", revision=student.revision)
@@ -143,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _told(student: Student) -> Iterator[None]:
+def _hub_errors(student: Student) -> Iterator[None]:
     """Turn errors while a model is read from the Hub into a HubError."""
     try:
         yield
@@ -163,7 +163,7 @@ def load(student: Student) -> tuple[nn.Module, Any]:
     Raises ValueError for a checkpoint that is incomplete, damaged, has NaN weights, or knows no classes yet.
     """
     place, revision = student.place, student.revision
-    with _told(student):
+    with _hub_errors(student):
         if is_ours(read_config(place, revision)):
             model: Any = CDLForImageClassification.from_pretrained(place, revision=revision)
         else:

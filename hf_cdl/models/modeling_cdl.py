@@ -362,7 +362,7 @@ class CDLForImageClassification(LearnsInSessions):
         (head, *others), known = self._heads(), None
         logits = self._of_all(head(self._of_head(found.features)))
         if found.layers is not None:
-            known = head.how_known(found.features, found.layers, logits)
+            known = head.known_score(found.features, found.layers, logits)
         kd_features: Any = None
         kd_logits: Any = None
         if others:

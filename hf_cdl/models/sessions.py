@@ -138,7 +138,7 @@ class LearnsInSessions(Checkpointed):
             return None
         later = build_fields(LaterSessions, self.config.later_sessions, "later_sessions")
         self.config.later_sessions = dataclasses.asdict(later)
-        why = self.head.stays if isinstance(self.head, FittedHead) else None
+        why = self.head.why_fixed if isinstance(self.head, FittedHead) else None
         if later.drift != "none" and why is not None:
             raise ValueError(f"later_sessions.drift is {later.drift}, but {why}. Set drift to none, or change that.")
         return later

@@ -29,7 +29,7 @@ _GRAPHS = 2**10
 
 
 @contextmanager
-def out_of_sight(args: Any) -> Iterator[None]:
+def hidden_from_transformers(args: Any) -> Iterator[None]:
     """Hide these arguments from transformers, which would compile the whole model, and let TF32 in on the way."""
     given = {name: getattr(args, name) for name in _FIELDS}
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None

@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
-from hf_cdl.data.unlabelled import Beside
+from hf_cdl.data.unlabelled import WithUnlabelled
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.arguments.workers import fitting_workers
-from hf_cdl.training.compiling import out_of_sight
+from hf_cdl.training.compiling import hidden_from_transformers
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -65,7 +65,7 @@ class TaskTrainer(SteeredTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, for an accelerator that compiles nothing: `compiled` does."""
-        with out_of_sight(self.args):
+        with hidden_from_transformers(self.args):
             super().create_accelerator_and_postprocess()
 
     # ---- what a phase counts ----
@@ -107,7 +107,7 @@ class TaskTrainer(SteeredTrainer):
         task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
         seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
-        if isinstance(self.train_dataset, Beside):
+        if isinstance(self.train_dataset, WithUnlabelled):
             own = zlib.crc32(f"unlabelled/{self.args.data_seed}/{self.role}/{task.index}".encode())
             companions = Companions(len(self.train_dataset.unlabelled), task.unlabelled_ratio, own, shuffle)
         block = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps

@@ -24,7 +24,7 @@ from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.unlabelled import of_images
 from hf_cdl.training.compiling import are_compiled, is_compiled
 from hf_cdl.training.kept.files import KeptFiles
-from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, settings_of, state_of
+from hf_cdl.training.kept.weights import content_of, digest_of, equal, query_backbone_of, settings_of, state_of
 from hf_cdl.training.sharding import everywhere, is_sharded
 from hf_cdl.types import CDLOutput, Task
 
@@ -40,7 +40,7 @@ Recall = Callable[[torch.Tensor, Any, Any, Callable[[], CDLOutput]], CDLOutput]
 
 
 @dataclass(frozen=True)
-class Shown:  # no tuple: Trainer makes those anew when it moves a batch to its device
+class BatchKey:  # no tuple: Trainer makes those anew when it moves a batch to its device
     """Identifies the images of a batch; `trained`: whether they are augmented views, which another task has not."""
 
     trained: bool
@@ -96,14 +96,14 @@ class Kept:
         """
         if not getattr(model, "reads_query", False):  # a user's own model need not know of queries
             return None
-        backbone = asked_backbone(model)
+        backbone = query_backbone_of(model)
         if any(parameter.requires_grad for parameter in backbone.parameters()):
             return None
         about = repr((model.config.query_view, model.config.lora))
         source = self._source(backbone, about, heads=True)
         self._asking.add(id(model))
 
-        def query(pixels: torch.Tensor, images: Shown) -> torch.Tensor:
+        def query(pixels: torch.Tensor, images: BatchKey) -> torch.Tensor:
             again = not images.trained or recurring or len(self._asking) > 1
             way = ("query", about, is_compiled(backbone))
             found = self._recall(
@@ -122,7 +122,7 @@ class Kept:
             return None
         source, changes = self._source(model, about, heads), _changes(model)
 
-        def recall(pixels: torch.Tensor, images: Shown, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
+        def recall(pixels: torch.Tensor, images: BatchKey, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
             if _changes(model) != changes:  # a callback, say, changes what should be frozen
                 return compute()
             return self._recall((about, asked, are_compiled(model)), source, pixels, images, recurring, compute)
@@ -130,7 +130,7 @@ class Kept:
         return recall
 
     def _recall(
-        self, what: Any, source: _Source, pixels: torch.Tensor, images: Shown, again: bool, compute: Any
+        self, what: Any, source: _Source, pixels: torch.Tensor, images: BatchKey, again: bool, compute: Any
     ) -> CDLOutput:
         """The output that is known for these images, or else the computed one; `again`: is it asked for again here?"""
         kind = pixels.device.type
@@ -234,9 +234,9 @@ class Collate:
         trained = next((first[-1] is not None for first in places.values()), True)
         if self.by_content:
             names = [name for name in ("pixel_values", "teacher_pixel_values") if name in batch]
-            batch["images"] = {name: Shown(trained, content_of(of_images(batch, name))) for name in names}
+            batch["images"] = {name: BatchKey(trained, content_of(of_images(batch, name))) for name in names}
         elif places:
-            batch["images"] = {name: Shown(trained, tuple(item["images"][name] for item in items)) for name in places}
+            batch["images"] = {name: BatchKey(trained, tuple(row["images"][name] for row in items)) for name in places}
         return batch
 
 

@@ -28,7 +28,7 @@ _OF_HEADS = ("head", "first_session", "later_sessions", "tasks")
 _PACKAGES = ("torch", "transformers", "peft")
 
 
-def asked_backbone(model: Any) -> nn.Module:
+def query_backbone_of(model: Any) -> nn.Module:
     """What computes a model's queries."""
     return model.backbone if model.query_backbone is None else model.query_backbone
 
