@@ -77,7 +77,7 @@ def is_fitted(options: Any, fields: list[str]) -> bool:
         load_plugins(dict(fields_given(fields)).get("plugins", []))
         section = find(options.student, "student", None).results["recipe"]["student"]
         head = HEADS[section["head"]["type"]]
-    except (OSError, ValueError, KeyError, TypeError, RunError):  # what is wrong is said when it is read again
+    except (OSError, ValueError, KeyError, TypeError, RunError):  # the error is reported when it is read again
         return False
     return issubclass(head, FittedHead) and bool(head.class_sums) and not section["head"].get("soft_targets")
 

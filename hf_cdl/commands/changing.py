@@ -112,7 +112,7 @@ def _load(run: ChangingRun, checkpoint: Path, backbone: str | None) -> Any:
 
 @contextlib.contextmanager
 def _stored_or_not(run: ChangingRun) -> Iterator[None]:
-    """Say after Ctrl-C if the change is stored: the same command would make it once more."""
+    """After Ctrl-C, say whether the change was stored: the same command would make it again."""
     try:
         yield
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def _after(run: ChangingRun, hub: dict[str, Any] | None) -> int:
 
 
 def _hub(run: ChangingRun, options: Any) -> dict[str, Any] | None:
-    """Where the run is pushed to: as before, or if asked for, to the repository that it came from; None: nowhere."""
+    """Where to push the run: as before or, if asked for, to the repository it came from; None: nowhere."""
     hub = run.ledger.get("hub")
     if options.push_to_hub is False or (hub is None and not options.push_to_hub):
         return None

@@ -39,7 +39,7 @@ def demo(options: argparse.Namespace) -> int:
     show = import_module("app").show
     code = show(options.where, options.trust_remote_code, options.reject, options.compare, own)
     if code and run is not None:
-        with contextlib.suppress(RunError):  # what is wrong has been said
+        with contextlib.suppress(RunError):  # the reason has been printed
             say_differences(run, options.plugins)
     return code
 

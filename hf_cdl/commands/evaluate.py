@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure every revision, say what was found, and write it into the folder."""
+    """Measure every revision, print what was found, and write it into the folder."""
     load_plugins(options.plugins)
     if twice := sorted({revision for revision in options.revision if options.revision.count(revision) > 1}):
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
@@ -79,7 +79,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace, student: Student, root: Path | None) -> Labelled:
-    """The images that are named, or those of the student's run."""
+    """The images that the user named, or those of the student's run."""
     if options.images is not None:
         check_images(options.images)
         return read_labelled(options.images, options.split, student, options.image_column, options.label_column)
@@ -158,7 +158,7 @@ def _ood_line(found: Measured) -> str:
 
 
 def _table(measured: Sequence[Measured]) -> Iterator[str]:
-    """A line per revision, and on how many images they can be compared."""
+    """A line per revision, and how many images they can be compared on."""
     width = max(len("revision"), *(len(found.revision) for found in measured))
     shared = common(measured)
     alike = len({len(found.labels) for found in measured}) == 1
@@ -175,7 +175,7 @@ def _table(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _classes(measured: Sequence[Measured]) -> Iterator[str]:
-    """The classes that the last revision is least right on, with the accuracy of all."""
+    """The classes with the lowest accuracy in the last revision, with the accuracies of all revisions."""
     own, counts = measured[-1].class_accuracy(), measured[-1].counts()
     worst = sorted(own, key=lambda name: (own[name], name))[:_WORST]
     by_revision = [found.class_accuracy() for found in measured]

@@ -29,7 +29,7 @@ from hf_cdl.unknown import thresholds
 
 SHEET = ".html"
 _TOP, _ROWS, _LISTED = 3, 20, 10
-"""How many answers of an image, rows on a terminal, and unreadable images are said, if not told otherwise."""
+"""Defaults: answers per image, rows shown in a terminal, and unreadable images listed."""
 
 
 class Outputs(NamedTuple):
@@ -153,7 +153,7 @@ def _say(
     unreadable: Sequence[str],
     totals: summary.Summary,
 ) -> None:
-    """Say the summary, on standard error if the answers themselves are on standard output."""
+    """Print the summary, on standard error if the answers themselves are on standard output."""
     options = {} if out or outputs.head is not None else {"file": sys.stderr}
     if outputs.head is not None:
         say(*_table(outputs.head), sep="\n")

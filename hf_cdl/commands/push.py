@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def remember(folder: Path, hub: dict[str, Any]) -> None:
     """Note in a finished run where it was pushed to, so that changes of its student are pushed there, too."""
-    with contextlib.suppress(RunError):  # it is not finished, or in use: it is pushed, and that was said
+    with contextlib.suppress(RunError):  # not finished, or in use: it is pushed, and that was printed
         if stored_ledger(folder).get("hub") != hub:
             run = ChangingRun(folder, lambda line: None)
             with run.changing():

@@ -165,7 +165,7 @@ def bind(run: Run, stream: TaskStream) -> None:
 
 
 def unlabelled_text(recipe: Recipe, run: Run) -> str:
-    """A text: how many unlabelled images there are, and what learns from them when."""
+    """How many unlabelled images there are, and what learns from them when, as text."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
     terms = ", ".join(found["terms"])
     alone = recipe.student.first_session and not recipe.student.later_sessions

@@ -34,7 +34,7 @@ from hf_cdl.data.views import Preprocess
 from hf_cdl.types import Task
 
 _SPLITS = ("unlabelled", "unlabeled", "unsupervised", *USUAL_SPLITS["train"])
-"""Splits whose images are read, the first one that there is."""
+"""Splits whose images are read: the first that exists."""
 _FOREIGN = ("foreign", *USUAL_SPLITS["test"], *USUAL_SPLITS["train"])
 """The same for foreign images, which are measured."""
 _BESIDE = "unlabelled_"
@@ -210,7 +210,7 @@ class WithUnlabelled:
         for number, item in enumerate(items):
             own = found[number * ratio : (number + 1) * ratio]
             names = [name for name in own[0] if name.endswith("pixel_values")]
-            item.pop("images", None)  # they would not tell those beside
+            item.pop("images", None)  # they do not identify the unlabelled images
             item |= {_BESIDE + name: torch.stack([torch.as_tensor(o[name]) for o in own]) for name in names}
         return items
 

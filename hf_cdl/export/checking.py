@@ -19,7 +19,7 @@ from hf_cdl.export.graph import quietly, unknown_of
 
 _BATCH = 16
 _WARM_UP, _LEAST, _MOST, _SECONDS = 3, 10, 50, 10.0
-"""Passes before measuring a latency, and of measuring: so many, and no more than these after so many seconds."""
+"""Of a latency: warm-up passes, least and most timed passes, and seconds after which the least are enough."""
 
 
 class Model(NamedTuple):
@@ -102,7 +102,7 @@ def compare(
 
 
 def _compare_known(model: Any, found: np.ndarray, expected: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    """What is compared of `known` (N, 1), if it is told (N, 0 otherwise)."""
+    """Compare `known` (N, 1), or nothing for a model without it (N, 0)."""
     if not (about := unknown_of(model)) or not found.size:
         return {}
     threshold = about["unknown"]["threshold"]

@@ -21,9 +21,9 @@ from transformers import initialization as init
 from hf_cdl.heads.scatter import deviations, distances, left_out, shrunk
 
 LAYERS = 3
-"""Layers whose mean patch token is looked at: the embeddings, the middle one and the last."""
+"""Layers whose mean patch token is read: the embeddings, the middle one and the last."""
 _STEPS = 200
-"""Steps of the tables of quantiles: shares are told to half a percent."""
+"""Steps of the tables of quantiles: shares are accurate to half a percent."""
 
 _FAR = 6e4
 """Coordinates of the centre of a class without images, to which nothing is near; float16 holds them."""

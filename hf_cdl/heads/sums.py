@@ -107,7 +107,7 @@ class SumsHead(FittedHead):
         self.register_buffer("layer_gram", None)
         self.register_buffer("gone", None)
         self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
-        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and what it said of them before
+        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and their scores before
 
     @property
     def reads_layers(self) -> bool:  # type: ignore[override]

@@ -24,7 +24,7 @@ _TABLES = (".parquet", ".arrow")
 _GROUP = 10_000
 """Rows that are kept until they are written to a parquet file together."""
 _END = "\r\n"
-"""The csv module quotes a cell for the characters that a line ends with alone, and readers end lines at both."""
+"""The csv module quotes a cell only for the characters of its own line end, but readers end lines at both."""
 
 
 def files_of(places: Sequence[Path]) -> list[str]:

@@ -126,7 +126,7 @@ def _revisions(results: Mapping[str, Any], role: str) -> list[str]:
 
 
 def _on_hub(student: Student) -> Student:
-    """The same student, with the results that lie beside it if there are any that can be read."""
+    """The same student, with the results beside it if they exist and can be read."""
     with _hub_errors(student):
         read_config(student.place, student.revision)
     try:
@@ -138,7 +138,7 @@ def _on_hub(student: Student) -> Student:
 
 
 def _first_line(error: Exception) -> str:
-    """The start of the error that another one was made of: what the Hub said."""
+    """The first line of the underlying error: what the Hub reported."""
     return str(error.__cause__ or error).strip().split("\n")[0]
 
 

@@ -14,7 +14,7 @@ from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.students import Student
 
 _APART = 5.0
-"""Points of mean confidence that are worth a word, if they are no chance either."""
+"""Difference of mean confidence, in points, that is reported if it is not chance either."""
 _SHOWN = 8
 
 

@@ -25,7 +25,7 @@ from hf_cdl.models.input_checks import check_pixels
 from hf_cdl.types import CDLOutput
 
 _BATCH, _PAIRS = 32, 20
-"""Images prepared at a time; pairs of labels that are said."""
+"""Images prepared at a time; pairs of labels listed in a message."""
 
 
 @dataclass(frozen=True)

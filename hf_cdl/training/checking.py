@@ -225,10 +225,10 @@ def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
 
 
 def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task, teacher: Any) -> None:
-    """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
+    """Raise ValueError for unlabelled images, or fields about them, that would have no effect.
 
     A stream gives them to every role. The student learns from them in sessions in which a loss trains; later sessions
-    of either may hold features of theirs, or see by them how features moved.
+    of either may hold their features, or measure by them how features moved.
     """
     asked = _in_sessions(model)
     if task.unlabelled is None:

@@ -30,7 +30,7 @@ from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
 ANY = slice(0, 2**62)
-"""Classes of labels that are not read."""
+"""Stands for the classes where labels are not read."""
 
 
 class EvaluatingTrainer(FrozenTrainer):
@@ -148,8 +148,8 @@ class EvaluatingTrainer(FrozenTrainer):
     def evaluate_seen(self, unlearnt: Sequence[Any] = (), foreign: Any = None) -> TaskResult:
         """Measure accuracy in percent on each task seen so far, or read it from the ledger if it is there already.
 
-        `unlearnt`: tasks that come later, and `foreign`: a dataset of images of no class, on which a model that says
-        how known an image is shows how well it tells.
+        `unlearnt`: tasks that come later, and `foreign`: a dataset of images of no class; both show how well a model
+        with a `known` score recognises unknown images.
         """
         task = self._newest
         stored = self.run.result(self.role, task) if self.run is not None else None
@@ -235,7 +235,7 @@ class EvaluatingTrainer(FrozenTrainer):
     def _ood_metrics(
         self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, list[Any]], title: str
     ) -> dict[str, float]:
-        """How well the model tells known images from others, in percent; {} for one that does not say.
+        """How well the model tells known images from others, in percent; {} for one without a `known` score.
 
         `others`: splits of them, by what they are.
         """

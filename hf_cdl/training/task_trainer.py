@@ -49,7 +49,7 @@ class TaskTrainer(SteeredTrainer):
     _sums: dict[str, torch.Tensor]
     """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
     _unseen: list[tuple[int, list[str], torch.Tensor]]
-    """Step, names and values of losses that nobody has looked at."""
+    """Step, names and values of losses not checked yet."""
     _steps_summed: int
     _images: int
     """Images trained on by all processes in this phase, unlabelled ones too, since it started or resumed."""
@@ -185,7 +185,7 @@ class TaskTrainer(SteeredTrainer):
     def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
         """Add the weighted losses to the sums for the next log line, and stop at one that is not finite.
 
-        To look at a number waits for a GPU, so there it is done for several steps together.
+        Reading a number waits for the GPU, so there several steps are checked together.
         """
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         self._unseen.append((self.state.global_step + 1, names, values))

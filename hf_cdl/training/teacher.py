@@ -51,7 +51,7 @@ class Teacher:
     ):
         self.model, self.objective = model, objective
         self.read: tuple[Query | None, Recall | None] = (None, None)
-        """What gives its queries, and its answers, without computing those that are known."""
+        """Functions for its queries and its outputs that reuse known ones."""
         self.teaches_terms = model is not None and objective.needs_teacher
         self.teaches_head = model is not None and student.fitted and student.head.needs_teacher
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
