@@ -97,7 +97,7 @@ def lines(content: Any, known: dict[bytes, str], depth: int = 0) -> str:
     parts = [*content.values()] if isinstance(content, dict) else content
     if depth == _DEEPEST_LINES or not isinstance(content, dict | list) or not _holds_containers(parts):
         try:
-            key = marshal.dumps(content, 2)  # version 2 gives equal bytes for equal content, however it is held in memory
+            key = marshal.dumps(content, 2)  # version 2: equal bytes for equal content, however it is held in memory
         except ValueError:  # a subclass, such as NumPy's float64
             return json.dumps(content)
         return known.get(key) or known.setdefault(key, json.dumps(content))
