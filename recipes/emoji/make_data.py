@@ -205,7 +205,8 @@ Classes: {names}.
 
 ## How it was made
 [make_data.py](make_data.py) drew the npm packages `@iconify-json/SET`, in the versions of
-[LICENCES.tsv](LICENCES.tsv), with PyPI `resvg-py` 0.5.0 and Pillow. The same packages and libraries give the same bytes:
+[LICENCES.tsv](LICENCES.tsv), with PyPI `resvg-py` 0.5.0 and Pillow. The same packages and libraries give the same
+bytes:
 ```bash
 python recipes/emoji/make_data.py FOLDER  # holds the unpacked packages: FOLDER/noto, FOLDER/noto-v1 ...
 ```
@@ -236,8 +237,8 @@ hf-cdl train recipes/emoji_dinov2.yaml --teacher null --student.backbone backbon
   --student.prompt '{{type: none}}' --student.head '{{type: ridge, standardise: first_task, strength: 100.0}}' \\
   --distill '[]' --ce_weight 1.0 --data.eval_split validation --seed 0 --baselines '[nearest_class_mean]'
 ```
-The recipes themselves, with `--data.eval_split validation --seed 0`: heads and prompts that are trained task by task are
-behind heads that are fitted.
+The recipes themselves, with `--data.eval_split validation --seed 0`: heads and prompts trained task by task are behind
+heads that are fitted.
 
 | recipe | teacher, CODA-Prompt | student, KDP | linear head | class means | ridge, recommended |
 |---|---|---|---|---|---|
