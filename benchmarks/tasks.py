@@ -2,11 +2,11 @@
 
 python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge] [--components 1]     (from the root)
 
-A student with CODA prompts (components in each task: by default the published pool of 100, shared out to 100 tasks)
-and a linear head, or one without prompts whose head is fitted, learns tasks of generated
-images with a small random ViT and is measured on all classes so far after each. `begin` is what comes before the
-first step (new prompts, a new head), `learn` the rest of the phase with its checkpoint, `measure` the evaluation with
-its ledger; evaluation reads more images with every task, so `measure an image` stands beside. Nothing is downloaded.
+A student with CODA prompts (components in each task: by default the published pool of 100, divided among 100 tasks)
+and a linear head, or one without prompts whose head is fitted, learns tasks of generated images with a small random
+ViT and is measured on all classes so far after each. `begin` is what comes before the first step (new prompts, a new
+head), `learn` the rest of the phase with its checkpoint, `measure` the evaluation with its ledger; evaluation reads
+more images with every task, so `measure an image` is shown too. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def measured(work: Path, head: str, tasks: int, classes: int) -> list[dict[str, 
 
 
 def shown(rows: list[dict[str, float]]) -> str:
-    """A table of some tasks, each the least of itself and its two neighbours."""
+    """A table of some tasks, each the minimum of itself and its two neighbours."""
     lines = ["| task | begin, s | learn, s | measure, s | ms an image | run, MB |", "|---:|---:|---:|---:|---:|---:|"]
     last = len(rows)
     found = {}
