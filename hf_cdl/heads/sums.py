@@ -18,11 +18,11 @@ from transformers import initialization as init
 from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
-from hf_cdl.heads.carried import drawn, learnt, score_parts
 from hf_cdl.heads.class_sums import ClassSums, count_never_learnt, packed, sums_of, unpacked
 from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.known import LAYERS, Known
-from hf_cdl.heads.moved import move_sums
+from hf_cdl.heads.move_sums import move_sums
+from hf_cdl.heads.sampled_images import learnt, sample_images, score_parts
 from hf_cdl.heads.unlearnt import unlearnt
 
 _OWN = 4
@@ -389,7 +389,7 @@ class SumsHead(FittedHead):
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
         if self.known is not None and self.known.fitted and learnt(self).any():
-            self._before = (images := drawn(self)), score_parts(self, *images)
+            self._before = (images := sample_images(self)), score_parts(self, *images)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
             solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())

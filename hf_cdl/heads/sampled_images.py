@@ -17,7 +17,7 @@ _IMAGES = 512
 
 
 @torch.no_grad()
-def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_images(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw own features (N, D) and layers (N, 3, W) of images of learnt classes, from the sums that were solved."""
     known, centres = head.known, head.of_classes("centre").double()[learnt(head)]
     generator = torch.Generator().manual_seed(0)  # the same when a run resumes
