@@ -1,10 +1,10 @@
-"""Images a second that a trainer's loaders prepare, by the number of workers.
+"""Images per second that a trainer's loaders prepare, by the number of workers.
 
 python benchmarks/data.py [--workers 0 2 4 8 16] [--images 2000] [--batch 64]
 
 Generated JPEGs of 500 x 375 pixels in a folder, 224 pixels for ViT-B/16's image processor, as CDLTrainer loads them:
 for training (random crops and flips, two epochs of which the second counts) and for evaluation. Only loading: no model
-runs. Wall-clock time, the best of the repeats, and how many times as fast as without workers.
+runs. Prints the best wall-clock rate of the repeats, and the speed-up over loading without workers.
 """
 
 from __future__ import annotations

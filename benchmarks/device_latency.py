@@ -1,9 +1,9 @@
-"""What one image costs in an exported file: ONNX Runtime and, if it is installed, OpenVINO, which reads the same file.
+"""The latency of one image in an exported file, in ONNX Runtime and, if it is installed, OpenVINO.
 
 python benchmarks/device_latency.py FILE.onnx ... [--threads N ...]
 
-Prints a Markdown table: the least milliseconds of 30 passes of one image, all in turn, and the largest difference of a
-logit from the first file's in ONNX Runtime, as a share of its largest logit. OpenVINO: pip install openvino.
+Prints a Markdown table: the least milliseconds of 30 passes of one image, taken in turn, and the largest difference of
+a logit from the first file's in ONNX Runtime, as a share of its largest logit. OpenVINO: pip install openvino.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 def with_onnxruntime(file: Path, threads: int) -> tuple[Run, list[int]]:
-    """What computes logits, and the shape of its input."""
+    """A function that computes logits, and the shape of its input."""
     session = opened(file, threads)
     return lambda pixels: session.run(["logits"], {"pixels": pixels})[0], session.get_inputs()[0].shape
 

@@ -1,4 +1,4 @@
-"""What a student loses of earlier classes as its features move, beside a head refitted on all images.
+"""What a student loses on earlier classes as its features move, compared with a head refitted on all images.
 
 python benchmarks/drift.py RUN ... [--unlabelled FOLDER] [--head HEAD] [--patch_mean]     (from the root)
 
@@ -7,8 +7,8 @@ Each RUN is one of `hf-cdl train` whose student has `later_sessions`, such as
 If its terms don't read the head (`similarity`, `keep`), its backbones are the same however sums are moved, so all ways
 of moving them are tried on these. HEAD, as YAML, is by default the run's. After each task the accuracy on the run's
 evaluation images of all classes so far is compared with that of the head refitted on the training images of all tasks
-under the present features, which no stream allows. `--unlabelled`: a data set with labels, by which images of the
-stream's classes are left out. Nothing is downloaded or trained.
+with the current features, which no stream allows. `--unlabelled`: a labelled data set; its images of the stream's
+classes are left out. Nothing is downloaded or trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a file for a device answers as the model: every method of the package in small, exported three times.
+"""Whether an exported file answers like its model: every method of the package in small, exported three times.
 
 python benchmarks/export_parity.py [WORD ...]     (rows whose name has all the words; default: all)
 
@@ -107,7 +107,7 @@ def _maker(kind: str = "vit", **fields: Any) -> Make:
 
 
 def _model(kind: str = "vit", width: int = 32, **fields: Any) -> CDLForImageClassification:
-    """A model that has learnt its tasks, or as much as random weights stand for that."""
+    """A model whose tasks are learnt, as far as random weights can stand for that."""
     set_seed(1)
     model = CDLForImageClassification(CDLConfig(backbone_config=_config(kind, width), **fields))
     for names in TASKS:

@@ -1,4 +1,4 @@
-"""Whether the package is right on a GPU: every prompt method, head and distillation term, learnt there and on the CPU.
+"""Whether the package computes correctly on a GPU: every prompt method, head and term, learnt there and on the CPU.
 
 python benchmarks/gpu_check.py [WORD ...] [--device cuda] [--jobs 4] [--out FILE]     (rows named with all the words)
 
@@ -36,12 +36,12 @@ from hf_cdl.heads import HEADS
 from hf_cdl.prompts import PROMPTS
 
 WEIGHTS, LOGITS = 1e-3, 1e-4
-"""Most that a weight may differ after two tasks, and a logit, as shares of the largest of their tensor."""
+"""Largest allowed difference of a weight after two tasks, and of a logit, as shares of their tensor's largest."""
 Row = Callable[[str, Path], str]
 
 
 def rows() -> dict[str, Row]:
-    """What is checked, by name: a function of the device and a folder that says what it found, or raises."""
+    """What is checked, by name: a function of the device and a folder that returns what it found, or raises."""
     import gpu_use  # not above: it uses this module
 
     found: dict[str, Row] = {}

@@ -1,4 +1,4 @@
-"""What a GPU shows of training steps: attention kernels, waits for the GPU, and compiled graphs.
+"""Training steps on a GPU: attention kernels, waits for the GPU, and compiled graphs.
 
 python benchmarks/gpu_probe.py {kernels,waits,graphs} [--size vit] [--prompts coda ...]
 
@@ -28,7 +28,7 @@ from transformers.utils import logging
 from hf_cdl.prompts import PROMPTS
 
 STEPS, FIRST = 20, 5
-"""Steps in which waits are counted, after some that do not count."""
+"""Steps in which waits are counted, after warm-up steps."""
 ATTENTION = re.compile(r"_scaled_dot_product_\w+|(?:flash|fmha|sdpa)_\w+")
 
 
@@ -83,7 +83,7 @@ def kernels(folder: Path, size: str, prompts: list[str]) -> None:
 
 
 class Waits(TrainerCallback):
-    """Notes from where the host waits for the GPU, in the steps that count."""
+    """Records where the host waits for the GPU, in the steps that count."""
 
     def __init__(self) -> None:
         self.places: collections.Counter[str] = collections.Counter()

@@ -20,7 +20,7 @@ from hf_cdl.runs.run import Run
 from hf_cdl.types import CDLOutput
 
 SUMS = 1e-6
-"""Most that a head's tensors may differ which was fitted to the same features on both devices."""
+"""Largest allowed difference between the tensors of a head fitted to the same features on both devices."""
 ROOT = Path(__file__).parent.parent
 
 
@@ -116,7 +116,7 @@ def resumed(train: dict[str, Any]) -> Callable[[str, Path], str]:
 
 
 def _hidden(callback: type[TrainerCallback]) -> TrainerCallback:
-    """A callback that counts as the package's: one of a user's may steer the training, which needs more images."""
+    """A callback that counts as the package's own: a user's may steer the training, which needs more images."""
     return type(callback.__name__, (callback,), {"__module__": "hf_cdl.check"})()
 
 

@@ -1,9 +1,9 @@
-"""Images a second of a student in use, by prompt method and head, as shares of a plain ViT of transformers.
+"""Images per second of a student in use, by prompt method and head, relative to a plain ViT of transformers.
 
 python benchmarks/inference.py [--size vit] [--batch 64] [--repeats 10]
 
 Forward passes of prepared batches, with 100 classes and random weights, all in turn: ViT-S/16 at 224 pixels (the
-default on a GPU), or a tiny one. A two-pass query needs a pass of its own. Each on the GPU in float32 and bfloat16.
+default on a GPU), or a tiny one. A two-pass query needs a pass of its own. On a GPU each runs in float32 and bfloat16.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ python benchmarks/opening.py [--rows 1300000] [--photos 40000]
 
 Opening: a table on disk (what save_to_disk writes) of tiny PNGs, and class folders with a file for each row (hard
 links of a few), of 1000 classes in ten tasks. Checking: JPEGs of 500 x 375 pixels in class folders, by `data.check`.
-Each is measured in a process of its own, after its imports: CPU time of all threads, and the most memory that it held,
-imports and the files' mapped pages included.
+Each is measured in a process of its own, after its imports: CPU time of all threads, and peak memory, including
+imports and the files' mapped pages.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_cdl import StreamConfig, TaskStream
 CLASSES, DISTINCT, TEST = 1000, 20, 26
 """Classes, different images, and training images for each test image, as in ImageNet."""
 LINKS = 50_000
-"""Of a file, at most: file systems have a limit."""
+"""Most links of a file: file systems have a limit."""
 
 
 def image(number: int, kind: str, size: tuple[int, int]) -> bytes:

@@ -1,6 +1,6 @@
-"""Seconds of a finished run by phase: python benchmarks/phases.py RUN [SECONDS]     (those of its whole command)
+"""Seconds of a finished run by phase: python benchmarks/phases.py RUN [SECONDS]     (SECONDS: of its whole command)
 
-A Markdown table of results.json: training and evaluation of every role over all tasks, and what is left of the whole.
+A Markdown table of results.json: training and evaluation of every role over all tasks, and what remains of the whole.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What hf-cdl predict loses to reading images, beside the bare model, and whether its memory grows.
+"""How much hf-cdl predict loses to reading images, against the bare model, and whether its memory grows.
 
 python benchmarks/predict_speed.py [--images 5000] [--blocks 5] [--block 1000]     (from the root of the repository)
 
 A ViT-S of 224 x 224 pixels with random weights answers for generated JPEGs of 400 x 300 pixels. The bare model is its
 forward passes over a batch that is already prepared. Both take turns, block by block, each in a process of its own,
 and ratios are taken between neighbours, so that other load on the machine affects both alike; seconds are those from
-the first image to the last row, without loading the model. Time of cores, which other load affects less, is that of a
-block less that of one image, so without loading either. Memory is that of the command over all images at once, with
-its workers, sampled all the time. Nothing is downloaded.
+the first image to the last row, without loading the model. Core time, which other load affects less, is that of a
+block minus that of one image, so it excludes loading too. Memory is that of the command over all images at once, with
+its workers, sampled throughout. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def bare() -> None:
 
 
 def run(words: list[str], watch: Any = None) -> Block:
-    """Run a process that says its images per second; `watch(process)` is called while it runs."""
+    """Run a process that prints its images per second; `watch(process)` is called while it runs."""
     before = os.times()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     watching = threading.Thread(target=watch or (lambda _: None), args=(process,))

@@ -2,7 +2,7 @@
 
 python benchmarks/readme_picture.py [FOLDER] [--out docs/readme_curves.png]; FOLDER is a comparison's, by default that
 of `hf-cdl compare recipes/comparisons/sessions_dinov2.yaml`; its test/ folder, if there is one, is read instead. Lines
-are means over the seeds of which all four are there, with a band of one standard deviation.
+are means over the seeds for which all four exist, with a band of one standard deviation.
 """
 
 from __future__ import annotations

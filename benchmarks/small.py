@@ -74,7 +74,7 @@ def model_of(backbone: ViTConfig, **fields: Any) -> CDLForImageClassification:
 
 
 def query_of(prompt: str, query: str) -> str:
-    """`query`, or the only one for prompts that read none."""
+    """`query`; for prompts that read no query, the default."""
     pool = PROMPTS.get(prompt)
     return query if pool is not None and pool.needs_query else "two_pass"
 

@@ -1,15 +1,15 @@
-"""What a training step costs: of teacher and student, by prompt method and precision, beside a naive way to write it.
+"""What a training step of teacher and student costs, by prompt method and precision, against a naive implementation.
 
 python benchmarks/step.py [--prompts coda ...] [--roles student] [--ways float32 ...] [--query student] [--size vit]
 
 CDLTrainer takes every step, from batch to updated weights; naive is the same trainer with what is often written: two
 query passes, a backbone that is not frozen, all hidden states kept and a graph of the teacher. `query kept`: another
-role of the run has asked for it; `views`: the view of an earlier epoch, whose answers are in memory; `cached`: those
-of an earlier run, read from a folder. `compiled` compiles both backbones (torch.compile); ask for it, it takes a
-minute. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two tiny ViTs. Random
+role of the run has computed it; `views`: the view of an earlier epoch, whose outputs are in memory; `cached`: outputs
+of an earlier run, read from a folder. `compiled` compiles both backbones (torch.compile); it takes a minute and runs
+only if named. --size vit: ViT-B/16 teaches ViT-S/16 at 224 pixels (the default on a GPU), small: two tiny ViTs. Random
 weights, generated images, KDP (KD token and prompts). All ways are in memory at once, 1 to 2 GB each with --size vit:
-name some by --ways where there is less. Milliseconds: the least; memory:
-what tensors hold at most in a step beyond what they hold before it.
+with less memory, name some with --ways. Milliseconds: the least; memory: the most that tensors hold in a step beyond
+what they hold before it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class NaiveTrainer(CDLTrainer):
 
 
 class QueryKept(CDLTrainer):
-    """Asks the teacher in every step."""
+    """Runs the teacher in every step."""
 
     @property
     def _keeps_answers(self) -> bool:

@@ -2,11 +2,11 @@
 
 python benchmarks/tasks.py [--tasks 100] [--classes 2] [--head linear|ridge] [--components 1] [--epochs 1]
 
-A student with CODA prompts (components in each task: by default the published pool of 100, shared out to 100 tasks)
-and a linear head, or one without prompts whose head is fitted, learns tasks of generated
-images with a small random ViT and is measured on all classes so far after each. `begin` is what comes before the
-first step (new prompts, a new head), `learn` the rest of the phase with its checkpoint, `measure` the evaluation with
-its ledger; evaluation reads more images with every task, so `measure an image` stands beside. Nothing is downloaded.
+A student with CODA prompts (components in each task: by default the published pool of 100, divided among 100 tasks)
+and a linear head, or one without prompts whose head is fitted, learns tasks of generated images with a small random
+ViT and is measured on all classes so far after each. `begin` is what comes before the first step (new prompts, a new
+head), `learn` the rest of the phase with its checkpoint, `measure` the evaluation with its ledger; evaluation reads
+more images with every task, so `measure an image` is shown too. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments, StreamConfig, TaskStream
 from hf_cdl.runs.run import Run
-from hf_cdl.training.memory import kept_apart
+from hf_cdl.training.memory import gc_frozen
 
 SIDE, TRAIN, TEST = 32, 8, 4
 SMALL: Any = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
@@ -94,7 +94,7 @@ def measured(work: Path, head: str, tasks: int, classes: int, epochs: int) -> li
 
     student._begin_task = noted  # type: ignore[method-assign]
     rows = []
-    with kept_apart():  # as hf-cdl train and CDLTrainer.train
+    with gc_frozen():  # as hf-cdl train and CDLTrainer.train
         for task in stream:
             start = time.process_time()
             student.learn(task)
@@ -111,7 +111,7 @@ def measured(work: Path, head: str, tasks: int, classes: int, epochs: int) -> li
 
 
 def shown(rows: list[dict[str, float]]) -> str:
-    """A table of some tasks, each the least of itself and its two neighbours."""
+    """A table of some tasks, each the minimum of itself and its two neighbours."""
     lines = ["| task | begin, s | learn, s | measure, s | ms an image | run, MB |", "|---:|---:|---:|---:|---:|---:|"]
     last = len(rows)
     found = {}

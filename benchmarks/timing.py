@@ -25,14 +25,14 @@ UNIT = "ms" if CARD else "CPU ms"
 
 
 class Cost(NamedTuple):
-    """Seconds, and the bytes that tensors held at most beyond what they held before (0 where that is not known)."""
+    """Seconds, and the most bytes that tensors held beyond what they held before (0 where that is not known)."""
 
     seconds: float
     memory: int
 
 
 def precision(*change: str) -> tuple[str, str]:
-    """What products and convolutions of float32 are computed in on a GPU, for all of the process; changed if given."""
+    """The precision of float32 products and convolutions on a GPU, for the whole process; changed if given."""
     parts: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
     for part, asked in zip(parts, change, strict=False):
         part.fp32_precision = asked
@@ -78,7 +78,7 @@ class Watch:
 
 
 def peak(profiler: profile) -> int:
-    """The bytes that tensors held at most beyond what they held when the profiler was started, on the CPU."""
+    """The most bytes that tensors held beyond what they held when the profiler was started, on the CPU."""
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     events = sorted(results.events(), key=lambda event: event.start_ns())
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
@@ -155,7 +155,7 @@ def call_of(function: Callable[[], Any]) -> Callable[[], Cost]:
 
 
 def ratio(values: list[Cost], others: list[Cost]) -> str:
-    """`others` by `values`, each neighbours' seconds: of the least ones, and from the least ratio to the largest."""
+    """`others` over `values`, taken in turn: the ratio of the least seconds, and the range of neighbours' ratios."""
     ratios = [other.seconds / value.seconds for value, other in zip(values, others, strict=True)]
     least = min(other.seconds for other in others) / min(value.seconds for value in values)
     return f"{least:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"

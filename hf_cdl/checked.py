@@ -125,7 +125,7 @@ def near(name: str, known: Iterable[str]) -> str:
     return f"; did you mean '{found[0]}'?" if found else "."
 
 
-def said(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Format another library's error on one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: {text}"
@@ -204,7 +204,7 @@ def check_size(what: str, build: Callable[[], nn.Module]) -> int:
     except ValueError:
         raise
     except Exception as error:  # transformers and torch raise many error types; sizes beyond 2^63 a RuntimeError
-        raise ValueError(f"{what} cannot be made; check its config.json: {said(error)}") from error
+        raise ValueError(f"{what} cannot be made; check its config.json: {one_line(error)}") from error
     tensors = [*part.parameters(), *part.buffers()]
     numbers, size = sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
     room = _memory()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from hf_cdl.checked import check_generic, check_numbers, check_types, fits, near, said, short
+from hf_cdl.checked import check_generic, check_numbers, check_types, fits, near, one_line, short
 from hf_cdl.counted import counted
 from hf_cdl.labels import class_list, is_inverse, label_names, repeated
 from hf_cdl.types import OURS
@@ -147,7 +147,7 @@ class CDLConfig(PreTrainedConfig):
         except ValueError:
             raise
         except Exception as error:  # the nested configs' own checks raise many error types
-            raise ValueError(f"No usable backbone_config or query_config: {said(error)}") from error
+            raise ValueError(f"No usable backbone_config or query_config: {one_line(error)}") from error
 
     def check(self) -> None:
         """Apply renamed classes. Raises ValueError if any field is invalid."""
@@ -179,10 +179,10 @@ class CDLConfig(PreTrainedConfig):
         try:
             found, rest = super().get_config_dict(*args, **kwargs)
         except (TypeError, RecursionError) as error:  # JSON but not an object, or nested too deeply
-            raise ValueError(f"The config.json of '{args[0]}' holds no config: {said(error)}") from error
+            raise ValueError(f"The config.json of '{args[0]}' holds no config: {one_line(error)}") from error
         except OSError as error:
             if isinstance(error.__context__, ValueError):  # not JSON
-                raise ValueError(f"{said(error)} Get it again from where it came.") from error
+                raise ValueError(f"{one_line(error)} Get it again from where it came.") from error
             raise
         if not isinstance(found, dict):
             raise ValueError(

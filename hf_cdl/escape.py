@@ -16,7 +16,7 @@ def visible(text: object) -> str:
     These are control characters (newline, ANSI escape), invisible ones such as those that change the text direction,
     and lone surrogates, from file names that are not UTF-8.
     """
-    return "".join(_escaped(c) if _acts(c) else c for c in str(text))
+    return "".join(_escaped(c) if _is_special(c) else c for c in str(text))
 
 
 def visible_lines(text: object) -> str:
@@ -43,12 +43,12 @@ def longest_run(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def acts(text: str) -> bool:
+def needs_escaping(text: str) -> bool:
     """Whether text contains anything other than newlines that `visible` would escape."""
-    return any(_acts(c) for c in text if c != "\n")
+    return any(_is_special(c) for c in text if c != "\n")
 
 
-def _acts(character: str) -> bool:
+def _is_special(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in _JOINERS
 
 

@@ -60,7 +60,7 @@ def same_name(first: str, second: str) -> bool:
 
 
 def one_encoding(names: Iterable[str]) -> list[str]:
-    """The same names, those that are the same text in different Unicode encodings as the first of them."""
+    """The same names; of those that are the same text in different Unicode encodings, all like the first."""
     first: dict[str, str] = {}
     return [first.setdefault(normalize("NFC", name), name) for name in names]
 

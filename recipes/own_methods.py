@@ -80,7 +80,7 @@ class Prefix(PromptPool):
 @dataclass(frozen=True)
 class LogitRegressionConfig(TermConfig):
     weight: float = field(default=0.1, metadata={"help": "Weight of the term."})
-    said: ClassVar[str] = "logit_regression"
+    label: ClassVar[str] = "logit_regression"
 
 
 @TERMS.register("logit_regression")

@@ -59,7 +59,7 @@ Made by (`{a.data.name}` is the full icon data, which is not in this repository;
 | nearest class mean on all {ncm[classes]} stream classes jointly, validation | {ncm[validation]:.1f} |
 | nearest class mean on all {ncm[classes]} stream classes jointly, test | {ncm[test]:.1f} |
 
-Validation and test show icon families that are in no training image. Nearest class mean: the files of this folder, CLS token after the final
+Validation and test images are of icon families that no training image is from. Nearest class mean: the files of this folder, CLS token after the final
 norm, cosine to the mean of a class's training images.
 """  # noqa: E501
 

@@ -57,7 +57,7 @@ def make_backbone(
 
 
 def picture(label: int, number: int, size: int = SIZE) -> Image.Image:
-    """A noisy image in the colour of its class: easy to learn, and no two are equal."""
+    """A noisy image in the colour of its class: easy to learn, and no two alike."""
     colour = np.random.default_rng((label, 0)).integers(40, 216, 3)
     noise = np.random.default_rng((label, number, 1)).integers(-40, 40, (size, size, 3))
     return Image.fromarray((colour + noise).astype(np.uint8))
@@ -118,7 +118,7 @@ def start(*arguments: Any, launcher: Sequence[str] = (), **options: Any) -> subp
 
 
 def thinned(cases: Iterable[Any], every: int) -> list[Any]:
-    """Cases for `parametrize`, of one value or several: the fast tier has each `every`th, the slow one the others."""
+    """Cases for `parametrize`, of one value or several: every `every`th is in the fast tier, the rest in the slow."""
     rows = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [pytest.param(*row, marks=pytest.mark.slow if number % every else ()) for number, row in enumerate(rows)]
 

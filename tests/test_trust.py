@@ -24,7 +24,7 @@ from states import States, StatesError
 from hf_cdl.commands import add, card, push, verify
 from hf_cdl.commands.train import main as train_main
 from hf_cdl.hub import HubError, Repository, read_folder, read_origin
-from hf_cdl.recipe import RecipeError, build_recipe, described, load_recipe, taken_over
+from hf_cdl.recipe import RecipeError, build_recipe, described, inherited_recipe, load_recipe
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.results import checked_results, run_results
 
@@ -119,7 +119,7 @@ def test_a_repository_s_plugins_are_named_and_not_run(
     monkeypatch.setattr(add, "HfApi", lambda: api)
     monkeypatch.chdir(evil)  # evil.py is even here
     with pytest.raises(HubError, match=r"'evil\.py'.* read them, then name them yourself: --plugins '\[FILE\.py\]'"):
-        add.begin(tmp_path / "new", "me/tiny", None, None)
+        add.create_run(tmp_path / "new", "me/tiny", None, None)
     assert not (tmp_path / "new").exists() and not (tmp_path / FOOTPRINT).exists()
 
 
@@ -130,7 +130,7 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
     if where == "hub":
         api = publish(hub, evil)
         monkeypatch.setattr(add, "HfApi", lambda: api)
-    add.begin(tmp_path / "new", "me/tiny" if where == "hub" else str(evil), None, None, plugins=True)
+    add.create_run(tmp_path / "new", "me/tiny" if where == "hub" else str(evil), None, None, plugins=True)
     checkpoint = {f"student/{place}{name}" for place in ("", "task-02/") for name in CHECKPOINT}
     assert took(tmp_path / "new") == {"run.json", "recipe.yaml", *checkpoint}
     recipe = yaml.safe_load((tmp_path / "new" / "recipe.yaml").read_text())
@@ -143,7 +143,7 @@ def test_only_a_checkpoint_s_files_and_fields_are_taken(
 def test_a_run_that_somebody_put_in_place_brings_no_plugins(
     evil: Path, honest: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    add.begin(tmp_path / "out", str(honest / "run"), None, None)
+    add.create_run(tmp_path / "out", str(honest / "run"), None, None)
     file = tmp_path / "out" / "recipe.yaml"
     own = yaml.safe_load(file.read_text())
     words = [str(honest / "run"), str(honest / "data"), "--output_dir", str(tmp_path / "out")]
@@ -354,7 +354,7 @@ def test_a_checkpoint_that_is_not_whole_is_not_taken(honest: Path, tmp_path: Pat
     for content in (file.read_bytes()[: file.stat().st_size // 2], None):
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(HubError, match=name) as raised:
-            add.begin(tmp_path / "runs" / "new", str(run), None, None)
+            add.create_run(tmp_path / "runs" / "new", str(run), None, None)
         assert str(raised.value).count("\n") < 6 and not (tmp_path / "runs").exists()
 
 
@@ -455,14 +455,14 @@ def test_results_of_another_state_are_refused(honest: Path, hub: HubServer, tmp_
 def test_what_is_taken_of_a_recipe(tmp_path: Path) -> None:
     own = make_recipe(tmp_path)
     stored = json.loads(json.dumps(build_recipe(own).as_dict()))
-    recipe, left = taken_over(stored, build_recipe)
+    recipe, left = inherited_recipe(stored, build_recipe)
     assert left == [] and recipe.distill == [{"type": "kdp", "weight": 0.5}]
     assert recipe.student.backbone == "./student" and recipe.teacher and recipe.teacher.backbone == "./teacher"
     outside = {"logging_dir": "/x", "deepspeed": "/x", "fsdp_config": "/x", "resume_from_checkpoint": "/x"}
     more = {**stored, "base": "/etc/passwd", "output_dir": "/x", "teacher_from": "/x", "hub_model_id": "me/other"}
     more |= {"train": {**stored["train"], **outside, "push_to_hub": True}, "plugins": ["x.py"]}
     more["student"] = {**stored["student"], "head": {"type": "linear", "standardise": "/x/y.safetensors"}}
-    recipe, left = taken_over(more, build_recipe)
+    recipe, left = inherited_recipe(more, build_recipe)
     assert {*left} >= {"base", *(f"train.{name}" for name in outside), "train.push_to_hub"}
     assert any(field.startswith("student.head.standardise (a file") for field in left)
     assert "/x" not in json.dumps(recipe.as_dict()) and recipe.plugins == [] and recipe.teacher_from is None
@@ -483,7 +483,7 @@ def test_unlabelled_images_are_taken_from_the_hub_or_from_the_folder_that_the_us
         if taken != name:
             (tmp_path / "photos" / "mine").mkdir(parents=True, exist_ok=True)
         own["data"] |= {"unlabelled": name, "unlabelled_ratio": 3}
-        recipe, left = taken_over(json.loads(json.dumps(build_recipe(own).as_dict())), build_recipe)
+        recipe, left = inherited_recipe(json.loads(json.dumps(build_recipe(own).as_dict())), build_recipe)
         assert (recipe.data.unlabelled, recipe.data.unlabelled_ratio) == (taken, 3)
         assert any(field.startswith("data.unlabelled (a folder") for field in left) == (taken != name)
 
@@ -510,9 +510,9 @@ def test_unlabelled_images_are_taken_from_the_hub_or_from_the_folder_that_the_us
 )
 def test_a_stranger_s_recipe_that_cannot_be(fields: dict[str, Any], tmp_path: Path) -> None:
     stored = {"student": {"backbone": "org/small"}, "teacher": None, "data": {}, "seed": 0}
-    assert taken_over(stored, build_recipe)[0].student.backbone == "org/small"
+    assert inherited_recipe(stored, build_recipe)[0].student.backbone == "org/small"
     with pytest.raises(RecipeError) as raised:
-        taken_over(stored | fields, build_recipe)
+        inherited_recipe(stored | fields, build_recipe)
     assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
 
 

@@ -20,9 +20,9 @@ from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import train as training
 from hf_cdl.commands.changing import Made, change
 from hf_cdl.commands.console import say
+from hf_cdl.commands.import_student import inherited
 from hf_cdl.commands.known_images import to_add
 from hf_cdl.commands.parsers import read
-from hf_cdl.commands.taking_over import inherited
 from hf_cdl.counted import counted
 from hf_cdl.data.labelled import read_images
 from hf_cdl.escape import visible
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
             plugins = dict(fields_given(fields)).get("plugins", [])
             load_plugins(plugins)
             if not (folder / "run.json").exists():
-                undo = begin(folder, options.student, options.teacher, options.revision, bool(plugins))
+                undo = create_run(folder, options.student, options.teacher, options.revision, bool(plugins))
         refuse_plugins(folder)
         words = [str(folder / "recipe.yaml"), "--output_dir", str(folder), *fields]
         recipe = checked(load_recipe(words, folder / "recipe.yaml"), folder)
@@ -77,7 +77,7 @@ def is_fitted(options: Any, fields: list[str]) -> bool:
         load_plugins(dict(fields_given(fields)).get("plugins", []))
         section = find(options.student, "student", None).results["recipe"]["student"]
         head = HEADS[section["head"]["type"]]
-    except (OSError, ValueError, KeyError, TypeError, RunError):  # what is wrong is said when it is read again
+    except (OSError, ValueError, KeyError, TypeError, RunError):  # the error is reported when it is read again
         return False
     return issubclass(head, FittedHead) and bool(head.class_sums) and not section["head"].get("soft_targets")
 
@@ -108,7 +108,7 @@ def learn(options: Any, fields: list[str]) -> int:
     return change(options, added)
 
 
-def begin(
+def create_run(
     folder: Path, student: str, teacher: str | None, tag: str | None, plugins: bool = False
 ) -> Callable[[], None]:
     """Create the run: models, ledger, and a recipe that continues from theirs. Returns a function that undoes it.
@@ -116,7 +116,7 @@ def begin(
     `plugins`: whether any were named on the command line.
     """
     changed = find(student, "student", tag)
-    first = changed.settled()
+    first = changed.with_present_classes()
     recipe, left = inherited(student, first.results["recipe"], plugins)
     if "classifier" in {recipe.student.model, recipe.teacher and recipe.teacher.model}:
         raise HubError(f"{student} is of a run with a model: classifier, which learns one task alone.")
@@ -124,7 +124,7 @@ def begin(
     if recipe.teacher is not None:
         check_unchanged(student, changed)
         try:
-            origins["teacher"] = find(teacher or beside(student), "teacher", f"task-{first.tasks:02d}")
+            origins["teacher"] = find(teacher or default_teacher(student), "teacher", f"task-{first.tasks:02d}")
         except HubError as error:
             raise HubError(f"The student had a teacher, which is needed for the next task: {error}") from error
         check_pair(first, origins["teacher"])
@@ -154,7 +154,7 @@ def find(where: str, role: str, tag: str | None) -> Origin:
     return read_folder(place, role, None if one else tag)  # check_pair compares a checkpoint with the student
 
 
-def beside(student: str) -> str:
+def default_teacher(student: str) -> str:
     """The default location of a student's teacher."""
     place = Path(student)
     if not place.is_dir():

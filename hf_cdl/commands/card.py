@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_cdl.commands.console import ended
+from hf_cdl.commands.console import exit_code_of
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.escape import visible
@@ -23,7 +23,7 @@ from hf_cdl.runs.results import run_results
 
 
 def main(arguments: list[str]) -> int:
-    return ended(lambda: card(read("card", arguments)[0]))
+    return exit_code_of(lambda: card(read("card", arguments)[0]))
 
 
 def card(options: argparse.Namespace) -> None:

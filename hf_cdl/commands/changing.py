@@ -13,8 +13,8 @@ from accelerate import PartialState
 
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
+from hf_cdl.commands.import_student import earlier_state, run_to_change
 from hf_cdl.commands.plugin_files import say_differences
-from hf_cdl.commands.taking_over import earlier_state, run_of
 from hf_cdl.escape import visible_lines
 from hf_cdl.hub import HubError, Pusher
 from hf_cdl.models.changes import Change
@@ -37,7 +37,7 @@ def change(options: Any, make: Make) -> int:
 
     `make(run, model, processor)` makes the change; it returns None if there is nothing to change.
     """
-    return _told(lambda: _change(options, lambda run: _store(run, options, make)))
+    return _exit_code(lambda: _change(options, lambda run: _store(run, options, make)))
 
 
 def undo(options: Any) -> int:
@@ -46,10 +46,10 @@ def undo(options: Any) -> int:
     def undone(run: ChangingRun) -> None:
         run.undo(lambda number, folder: earlier_state(run, number, folder))
 
-    return _told(lambda: _change(options, undone))
+    return _exit_code(lambda: _change(options, undone))
 
 
-def _told(act: Callable[[], int]) -> int:
+def _exit_code(act: Callable[[], int]) -> int:
     try:
         return act()
     except (OSError, ValueError, RunError, HubError, FloatingPointError) as error:
@@ -59,14 +59,14 @@ def _told(act: Callable[[], int]) -> int:
 
 def _change(options: Any, store: Callable[[ChangingRun], Any]) -> int:
     load_plugins(options.plugins)
-    folder, take_away = run_of(options.student, options.output_dir, bool(options.plugins))
+    folder, remove_new_run = run_to_change(options.student, options.output_dir, bool(options.plugins))
     try:
         run = ChangingRun(folder, say)
         hub = _hub(run, options)
         with _stored_or_not(run), run.changing():
             store(run)
     except BaseException:  # Ctrl-C too: a failed first change leaves nothing behind
-        take_away()
+        remove_new_run()
         raise
     with _stored_or_not(run):
         if run.stored() is None:
@@ -112,7 +112,7 @@ def _load(run: ChangingRun, checkpoint: Path, backbone: str | None) -> Any:
 
 @contextlib.contextmanager
 def _stored_or_not(run: ChangingRun) -> Iterator[None]:
-    """Say after Ctrl-C if the change is stored: the same command would make it once more."""
+    """After Ctrl-C, say whether the change was stored: the same command would make it again."""
     try:
         yield
     except KeyboardInterrupt:
@@ -148,7 +148,7 @@ def _after(run: ChangingRun, hub: dict[str, Any] | None) -> int:
 
 
 def _hub(run: ChangingRun, options: Any) -> dict[str, Any] | None:
-    """Where the run is pushed to: as before, or if asked for, to the repository that it came from; None: nowhere."""
+    """Where to push the run: as before or, if asked for, to the repository it came from; None: nowhere."""
     hub = run.ledger.get("hub")
     if options.push_to_hub is False or (hub is None and not options.push_to_hub):
         return None

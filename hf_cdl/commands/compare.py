@@ -41,14 +41,14 @@ def run(options: argparse.Namespace) -> int:
     comparisons = [read_comparison(file) for file in options.specs]
     with contextlib.ExitStack() as locks:
         for comparison in comparisons:
-            locks.enter_context(alone(comparison))
+            locks.enter_context(locked(comparison))
         if options.test:
             return test(dict(zip(options.specs, comparisons, strict=True)), options.jobs)
         return compare(comparisons, options.jobs)
 
 
 @contextlib.contextmanager
-def alone(comparison: Comparison) -> Iterator[None]:
+def locked(comparison: Comparison) -> Iterator[None]:
     """Lock the comparison. Raises RecipeError if another process is working on it."""
     if comparison.root.exists() and not comparison.root.is_dir():
         raise RecipeError(

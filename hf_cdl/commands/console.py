@@ -1,4 +1,4 @@
-"""Console output of the commands, what they say where they are refused, and silencing of other libraries."""
+"""Console output of the commands, their exit codes, and silencing of other libraries."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def say(*lines: str, **options) -> None:
         print(*map(visible_lines, lines), flush=True, **options)  # class names may contain anything
 
 
-def ended(work: Callable[[], int | None]) -> int:
-    """The exit code of a command's work; 2, with the reason, if it is refused."""
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do a command's work and return its exit code; if it is refused, print the reason and return 2."""
     try:
         return work() or 0
-    except BrokenPipeError:  # said where the process ends
+    except BrokenPipeError:  # reported where the process ends
         raise
     except (OSError, ValueError, RunError, HubError) as error:
         print(f"error: {visible_lines(error)}", file=sys.stderr)

@@ -188,9 +188,9 @@ def _cost(
 
 
 def _trained_on(model: Any, tasks: Any) -> tuple[list[int], list[int], float]:
-    """Classes and images of the tasks that a loss trains the model on, which begins a session if it learns in them.
+    """Classes and images of the tasks that a loss trains the model on, and the share of images in later sessions.
 
-    And the share of those images that later sessions train on.
+    Begins the last session of a model that learns in sessions.
     """
     if not model.fitted or not model.has_session(0):
         return tasks.classes, tasks.images, 0.0
@@ -201,9 +201,9 @@ def _trained_on(model: Any, tasks: Any) -> tuple[list[int], list[int], float]:
 
 
 def _beside(objective: Objective, ratio: int, held: bool, later: float) -> dict[int, float]:
-    """Unlabelled images beside each training image -> share of training images; `later`: that in later sessions.
+    """Number of unlabelled images beside a training image -> share of the training images that have so many.
 
-    `held`: whether their features are held there.
+    `later`: the share in later sessions; `held`: whether `keep` holds features of unlabelled images there.
     """
     if objective.reads_unlabelled or not ratio:
         return {ratio: 1.0}
@@ -260,7 +260,7 @@ def _count_step(
     arguments: Any,
     known: Callable[[], Iterable[torch.Tensor | None]],
 ) -> tuple[float, int]:
-    """`_count` of a step in the precision of the arguments, for which the `known` queries are not computed."""
+    """`_count` of a step in the precision of the arguments, without computing the `known` queries."""
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         taught = functools.partial(_step, model, objective, shown, classes, teacher, *known())

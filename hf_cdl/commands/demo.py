@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import say_differences
 from hf_cdl.commands.run_images import images_of_run
@@ -27,7 +27,7 @@ _EXAMPLES = 6
 
 def main(arguments: list[str]) -> int:
     """Show the page until it is stopped; 2 if there is nothing to show."""
-    return ended(lambda: demo(read("demo", arguments)[0]))
+    return exit_code_of(lambda: demo(read("demo", arguments)[0]))
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -39,7 +39,7 @@ def demo(options: argparse.Namespace) -> int:
     show = import_module("app").show
     code = show(options.where, options.trust_remote_code, options.reject, options.compare, own)
     if code and run is not None:
-        with contextlib.suppress(RunError):  # what is wrong has been said
+        with contextlib.suppress(RunError):  # the reason has been printed
             say_differences(run, options.plugins)
     return code
 

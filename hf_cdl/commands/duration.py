@@ -1,6 +1,6 @@
-"""How long a run may take: judged by the time of one pass of each model over a few images, where it runs.
+"""Estimate how long a run may take, from one timed pass of each model over a few images on this machine.
 
-A rough guide: a step is counted as so many passes, and what is kept in place of being computed again is not known yet.
+A rough guide: a step counts as a fixed number of passes, and how much will be cached is not known yet.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hf_cdl.runs.verdict import baselines
 
 _FEW = 8
 _STEP = 3
-"""Passes in a step of what trains: forward, backward, and a query or the gradients of the weights."""
+"""Passes that a training step counts as: forward, backward, and a query or the gradients of the weights."""
 _TRIES = 3
-"""Passes of which the fastest counts: a core that was busy elsewhere for a moment would count for the whole run."""
+"""Timed passes, of which the fastest counts: a core that is briefly busy elsewhere would distort the estimate."""
 _MINUTES = (1, 2, 3, 5, 7, 10, 15, 20, 30, 45, 60, 90)
 
 
-def announced(name: str, tasks: Sequence[Any], trainers: Sequence[Any]) -> str:
-    """What a run is about to do, and how long that may take; `tasks`: those that are still to be learnt."""
+def announcement(name: str, tasks: Sequence[Any], trainers: Sequence[Any]) -> str:
+    """What a run is about to do, and how long that may take; `tasks`: those still to be learnt."""
     beside = baselines(trainer.role for trainer in trainers)
     who = [visible(trainer.role) for trainer in trainers if trainer.role not in beside]
     who += [counted(len(beside), "baseline")] if beside else []
@@ -50,14 +50,14 @@ def in_words(expected: float) -> str:
 
 
 def seconds(tasks: Sequence[Any], trainers: Sequence[Any]) -> float | None:
-    """Expected seconds to learn and measure the tasks; None if a teacher is shared out to several processes."""
+    """Expected seconds to learn and measure the tasks; None if a teacher is sharded over several processes."""
     if any(getattr(trainer.args, "shard_teacher", False) for trainer in trainers):
         return None
     passes, computing, read, queried = {}, 0.0, 0.0, False
     for trainer in trainers:
         own = passes[trainer.role] = _pass(trainer)
         trained, looked = _images(trainer, tasks)
-        plain = getattr(trainer.model, "is_plain", False)  # it reads the queries that another has asked for
+        plain = getattr(trainer.model, "is_plain", False)  # it reads the queries that another role computed
         taught = passes.get("teacher", 0.0) if trainer.role == "student" and trainer.teacher.model is not None else 0.0
         computing += trained * (own * ((not queried) if plain else _STEP) + taught) + looked * own
         read, queried = max(read, trained, looked), queried or (trained > 0 and not plain)
@@ -66,7 +66,7 @@ def seconds(tasks: Sequence[Any], trainers: Sequence[Any]) -> float | None:
 
 
 def _images(trainer: Any, tasks: Sequence[Any]) -> tuple[float, int]:
-    """How many images a loss trains on, over all epochs, and how many the model looks at beside: fits and measures."""
+    """How many images a loss trains on, over all epochs, and how many more are seen in fitting and evaluation."""
     trained, looked, measured, args = 0.0, 0, 0, trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     for task in tasks:
@@ -78,7 +78,7 @@ def _images(trainer: Any, tasks: Sequence[Any]) -> tuple[float, int]:
 
 
 def _pass(trainer: Any) -> float:
-    """Seconds of a forward pass without prompts, for an image."""
+    """Seconds per image of a forward pass without prompts."""
     model, few = trainer.model, trainer.args.per_device_train_batch_size
     run = model.compute_query if hasattr(model, "compute_query") else lambda pixels: model.model(pixels).logits
     device, training = next(model.parameters()).device, model.training
@@ -97,7 +97,7 @@ def _pass(trainer: Any) -> float:
 
 
 def _reading(task: Any) -> float:
-    """Seconds to prepare a training image; one that cannot be read is met again, and said, when it is used."""
+    """Seconds to prepare a training image; an unreadable one is reported when it is used."""
     few, started = range(min(_FEW, len(task.train))), time.perf_counter()
     with contextlib.suppress(ImageError):
         for index in few:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.images import check_images
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import own_images, run_of
@@ -32,11 +32,11 @@ _WORST, _LISTED = 10, 10
 
 def main(arguments: list[str]) -> int:
     options, _ = read("evaluate", arguments)
-    return ended(lambda: evaluate(options))
+    return exit_code_of(lambda: evaluate(options))
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Measure every revision, say what was found, and write it into the folder."""
+    """Measure every revision, print what was found, and write it into the folder."""
     load_plugins(options.plugins)
     if twice := sorted({revision for revision in options.revision if options.revision.count(revision) > 1}):
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
@@ -79,7 +79,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def _images(options: argparse.Namespace, student: Student, root: Path | None) -> Labelled:
-    """The images that are named, or those of the student's run."""
+    """The images that the user named, or those of the student's run."""
     if options.images is not None:
         check_images(options.images)
         return read_labelled(options.images, options.split, student, options.image_column, options.label_column)
@@ -137,7 +137,7 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
             named = some(f"{name} ({count:,})" for name, count in sorted(found.unknown.items()))
             yield f"{found.revision} does not know, and was not measured on, {counted(total, 'image')} of {named}"
         if found.told:
-            yield _told(found)
+            yield _ood_line(found)
     have = {*images.labels}
     if without := [name for name in newest.classes if nfc(name) not in have]:
         yield f"no images here of {len(without)} of its {counted(len(newest.classes), 'class')}: {some(without)}"
@@ -147,7 +147,7 @@ def _words(measured: Sequence[Measured], images: Labelled) -> Iterator[str]:
         yield f"most often taken, {newest.revision}: {taken}"
 
 
-def _told(found: Measured) -> str:
+def _ood_line(found: Measured) -> str:
     """How well a revision tells images of known classes from others."""
     told = found.told
     said = f"{found.revision} keeps {told['kept']:.1f} % of the images of its classes"
@@ -158,7 +158,7 @@ def _told(found: Measured) -> str:
 
 
 def _table(measured: Sequence[Measured]) -> Iterator[str]:
-    """A line per revision, and on how many images they can be compared."""
+    """A line per revision, and how many images they can be compared on."""
     width = max(len("revision"), *(len(found.revision) for found in measured))
     shared = common(measured)
     alike = len({len(found.labels) for found in measured}) == 1
@@ -175,7 +175,7 @@ def _table(measured: Sequence[Measured]) -> Iterator[str]:
 
 
 def _classes(measured: Sequence[Measured]) -> Iterator[str]:
-    """The classes that the last revision is least right on, with the accuracy of all."""
+    """The classes with the lowest accuracy in the last revision, with the accuracies of all revisions."""
     own, counts = measured[-1].class_accuracy(), measured[-1].counts()
     worst = sorted(own, key=lambda name: (own[name], name))[:_WORST]
     by_revision = [found.class_accuracy() for found in measured]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hf_cdl.commands import stopping
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.run_images import Images, images_of_run, run_of, spread
 from hf_cdl.data.images import decode
@@ -23,7 +23,7 @@ from hf_cdl.export.graph import check_packages, onnx_graph, prepared
 from hf_cdl.export.preprocessing import check_steps, steps_of
 from hf_cdl.export.sizes import at_size
 from hf_cdl.export.weights import WRITERS
-from hf_cdl.inference.files import appearing_when_whole, check_new_files, files_of
+from hf_cdl.inference.files import atomic_files, check_new_files, files_of
 from hf_cdl.inference.labelled import numbers_of
 from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.models.classifier import labels_of
@@ -32,15 +32,15 @@ from hf_cdl.runs.exports import NAME, add_export, exports_in
 from hf_cdl.runs.files import RunError, copy_whole
 
 _MOST, _GENERATED = 1000, 32
-"""Images that a file is compared on: at most so many, and so many made up where there are none."""
+"""Images that a file is compared on: the most, and how many are generated if there are none."""
 _LOGITS, _KNOWN, _POINTS = 1e-4, 1e-2, 0.5
-"""What may differ: a float32 file's logits and `known` (a small difference of large squares, which rounding moves
-more), as shares of the largest; of a smaller one's accuracy, in points."""
+"""Allowed differences: of a float32 file's logits and `known` (a small difference of large squares, which rounding
+moves more), as shares of the largest; of a smaller file's accuracy, in points."""
 
 
 def main(arguments: list[str]) -> int:
     options, _ = read("export", arguments)
-    return ended(lambda: export(options))
+    return exit_code_of(lambda: export(options))
 
 
 def export(options: argparse.Namespace) -> None:
@@ -51,7 +51,7 @@ def export(options: argparse.Namespace) -> None:
     root = run_of(student)
     file = _file(options, student, root)
     check_new_files([file], [".onnx"])
-    exports_in(file.parent)  # one that cannot be read is said now
+    exports_in(file.parent)  # an unreadable one is reported now
     model, processor = load(student)
     before = Model(model.float(), processor)
     own = before if options.size is None else Model(*at_size(*before, options.size))
@@ -59,7 +59,7 @@ def export(options: argparse.Namespace) -> None:
     rounded = check_steps(own.processor, steps)
     images = _images(options.images, root, before)
     graph = onnx_graph(prepared(*own), own.processor, steps)
-    with appearing_when_whole([file]) as (partial,):
+    with atomic_files([file]) as (partial,):
         WRITERS[options.precision](graph, partial)
         session = opened(partial)
         found = compare(session, own, before, steps, images.decode, images.labels)
@@ -99,7 +99,7 @@ def _images(folder: Path | None, root: Path | None, model: Model) -> Images:
     if folder is not None:
         files = spread(files_of([folder]), _MOST)
         for file in files:
-            decode(file)  # a bad one is said before the work
+            decode(file)  # a bad one is reported before the work
         labels = numbers_of([Path(file).parent.name for file in files], names)
         return Images(f"images in {folder.name}", lambda index: decode(files[index]), labels)
     if root is not None and (found := images_of_run(root, names, _MOST)) is not None:
@@ -145,7 +145,7 @@ def _facts(
 
 
 def _check_exact(found: Compared) -> None:
-    """Raise RunError for a float32 file that is not the student's."""
+    """Raise RunError for a float32 file whose outputs differ from the student's."""
     if found.difference > _LOGITS or found.known_difference > _KNOWN:
         raise RunError(
             f"The file's logits differ from the student's by {found.difference:.1e} of the largest, and how known an "
@@ -155,7 +155,7 @@ def _check_exact(found: Compared) -> None:
 
 
 def _put_beside(file: Path, facts: dict[str, Any]) -> None:
-    """The script and export.json; a script that is there and another, such as a user's, stays."""
+    """Write the script and export.json; a different script already there, such as a user's, stays."""
     script, own = file.with_name("classify.py"), Path(classify.__file__)
     if not script.exists():
         copy_whole(own, script)
@@ -197,7 +197,7 @@ def _words(file: Path, facts: dict[str, Any], rounded: float, labels: np.ndarray
 
 
 def _warn(facts: dict[str, Any], trained: int | None) -> None:
-    """Say that a file loses too much accuracy, and what keeps more; `trained`: the side, if another was asked for."""
+    """Warn of a file that loses too much accuracy, and say what keeps more; `trained`: the size, if it was changed."""
     lost = (facts["accuracy_before"] or 0) - (facts["accuracy"] or 0)
     if lost > _POINTS:
         ways = [f"a --size nearer to {trained}"] if trained not in (None, facts["height"]) else []

@@ -79,7 +79,7 @@ def _backbone(name: str, value: Any) -> str | None:
 
 
 def _check_fields(names: Sequence[str], short: Mapping[str, str | None]) -> None:
-    """Raise RecipeError for fields that a shorter word has set already, and for a teacher's without a teacher."""
+    """Raise RecipeError for fields that a short option has set already, and for a teacher's without a teacher."""
     taken = {_FIELDS[name]: f"--{name}" for name in short} | {"data.path": "the first word, the images,"}
     if twice := [name for name in names if name in taken]:
         raise RecipeError(f"--{twice[0]} is set by {taken[twice[0]]} already; leave one of them out.")

@@ -110,7 +110,7 @@ def _known(run: ChangingRun, images: LabelledImages) -> tuple[list[str], Mapping
 
 
 def _of_tasks(run: ChangingRun, images: LabelledImages, wanted: set[str]) -> tuple[dict[str, list[str]], str | None]:
-    """Labels, by digest, of those of the images that the run's tasks had; and why that is not known."""
+    """Labels, by digest, of the images that the run's tasks had; and why they are not known, if so."""
     if run.origin:
         return {}, "its tasks were learnt in another run"
     data = build_recipe(untrained(run.ledger["recipe"])).data

@@ -35,10 +35,10 @@ def start(verb: str, words: Sequence[str], **more: Any) -> NoReturn:
     command = import_module(f"hf_cdl.commands.{verb}")
     if VERBS[verb].quiet:
         import_module("hf_cdl.commands.console").quiet()
-    stopping.end_with(lambda: _unended(lambda: command.main([*words], **more)))
+    stopping.end_with(lambda: _without_exit(lambda: command.main([*words], **more)))
 
 
-def _unended(run: Callable[[], int]) -> int:
+def _without_exit(run: Callable[[], int]) -> int:
     """Run a command that returns its exit code. Code of a plugin or package that ends the process is an error."""
     try:
         return run()

@@ -105,7 +105,7 @@ def _stored_bytes(recipe: Recipe, model: Any) -> int:
 
 
 def _shared_bytes(recipe: Recipe, model: Any) -> int:
-    """Bytes that a role's checkpoints share, but for the copy of the newest: those of frozen backbones in files."""
+    """Bytes that a role's checkpoints share, except the copy of the newest: frozen backbones in their own files."""
     if isinstance(model, ImageClassifier) or model.config.train_backbone or not recipe.save_backbone:
         return 0
     frozen = 4 * sum(_backbone_sizes(model))

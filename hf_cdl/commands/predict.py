@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hf_cdl.commands.console import ended, say
+from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.parsers import read
 from hf_cdl.counted import counted
 from hf_cdl.data.images import Decoded, decode, decode_fully
@@ -29,7 +29,7 @@ from hf_cdl.unknown import thresholds
 
 SHEET = ".html"
 _TOP, _ROWS, _LISTED = 3, 20, 10
-"""How many answers of an image, rows on a terminal, and unreadable images are said, if not told otherwise."""
+"""Defaults: answers per image, rows shown in a terminal, and unreadable images listed."""
 
 
 class Outputs(NamedTuple):
@@ -42,7 +42,7 @@ class Outputs(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     options, _ = read("predict", arguments)
-    return ended(lambda: predict(options))
+    return exit_code_of(lambda: predict(options))
 
 
 def predict(options: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def _outputs(out: Sequence[Path], columns: Sequence[str]) -> Iterator[tuple[Outp
 
     Yields the outputs and a function that writes the contact sheets.
     """
-    with files.appearing_when_whole(out) as paths, contextlib.ExitStack() as opened:
+    with files.atomic_files(out) as paths, contextlib.ExitStack() as opened:
         tables, sheets = list[Table](), list[Path]()
         for file, path in zip(out, paths, strict=True):
             if (kind := file.suffix.lower()) == SHEET:
@@ -153,7 +153,7 @@ def _say(
     unreadable: Sequence[str],
     totals: summary.Summary,
 ) -> None:
-    """Say the summary, on standard error if the answers themselves are on standard output."""
+    """Print the summary, on standard error if the answers themselves are on standard output."""
     options = {} if out or outputs.head is not None else {"file": sys.stderr}
     if outputs.head is not None:
         say(*_table(outputs.head), sep="\n")

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         results = run_results(folder, described)
         if not results["roles"].keys() >= recipe.repositories.keys():
             raise RunError(f"{folder} has not finished a task yet: there is nothing to push. Go on with its training.")
-        rest = {"patience": None, "origin": results.get("origin"), "later": stopping.again()}
+        rest = {"patience": None, "origin": results.get("origin"), "later": stopping.own_command()}
         pusher = Pusher(folder, recipe.repositories, recipe.hub_private_repo, **rest)
         pusher.check(results)
         if not pusher.finish(results):
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
 
 def remember(folder: Path, hub: dict[str, Any]) -> None:
     """Note in a finished run where it was pushed to, so that changes of its student are pushed there, too."""
-    with contextlib.suppress(RunError):  # it is not finished, or in use: it is pushed, and that was said
+    with contextlib.suppress(RunError):  # not finished, or in use: it is pushed, and that was printed
         if stored_ledger(folder).get("hub") != hub:
             run = ChangingRun(folder, lambda line: None)
             with run.changing():

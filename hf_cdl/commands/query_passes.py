@@ -1,6 +1,6 @@
 """Which query passes the roles of a run compute: of passes on the same batches with the same weights, only the first.
 
-`--plan` counts with this what hf_cdl.training.kept does.
+`--plan` uses this to count what hf_cdl.training.kept does.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Images(NamedTuple):
 
 
 def run_of(student: Student) -> Path | None:
-    """The folder of the run that a student lies in; None if it is in none."""
+    """The folder of the run that holds a student; None if there is none."""
     place = Path(student.place)
     root = place.resolve().parents[1] if student.results is not None and place.is_dir() else None
     return root if root is not None and (root / "run.json").exists() else None

@@ -8,7 +8,7 @@ import transformers  # as a module: its names print messages on first access, wh
 
 from hf_cdl.backbones.families import check_image_size, family, layers, resize
 from hf_cdl.backbones.loading import load_backbone
-from hf_cdl.commands.console import ended
+from hf_cdl.commands.console import exit_code_of
 from hf_cdl.commands.parsers import read
 from hf_cdl.counted import counted
 from hf_cdl.escape import visible
@@ -17,7 +17,7 @@ from hf_cdl.runs.files import check_new, fill_folder
 
 def main(arguments: list[str]) -> int:
     options, _ = read("shrink", arguments)
-    return ended(lambda: shrink(options))
+    return exit_code_of(lambda: shrink(options))
 
 
 def shrink(options: argparse.Namespace) -> None:

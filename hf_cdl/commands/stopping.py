@@ -101,11 +101,11 @@ def end_after(wait: Callable[[], Any], grace: float = GRACE) -> None:
     threading.Thread(target=watch, name="end of the process", daemon=True).start()
 
 
-def say_goes_on() -> None:
+def print_how_to_continue() -> None:
     """Print, once and from one process only, how to continue a command that was stopped."""
     if not _State.said and int(os.environ.get("RANK", 0)) == 0:
         how = "Nothing finished is lost; the same command resumes from there" if _State.resumes else _ANEW
-        text = _State.stored or f"{how}:\n  {again()}"
+        text = _State.stored or f"{how}:\n  {own_command()}"
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(f"\nStopped. {text}", flush=True)
     _State.said = True
@@ -122,17 +122,17 @@ def end_with(main: Callable[[], int]) -> NoReturn:
     try:
         code = main()
     except KeyboardInterrupt as stop:
-        say_goes_on()
+        print_how_to_continue()
         code = getattr(stop, "code", 130)
     except Exception as error:
         if _is_orphan():  # another process ended first, in the middle of what they computed together
-            say_goes_on()
+            print_how_to_continue()
             code = 128 + signal.SIGTERM
         elif isinstance(error, OSError) and _output_is_gone():
             code = _say_unwritten(error)
         else:
             raise
-    leave(code)
+    end_process(code)
 
 
 def _say_unwritten(error: OSError) -> int:
@@ -148,7 +148,7 @@ def _say_unwritten(error: OSError) -> int:
     return 2
 
 
-def leave(code: int) -> NoReturn:
+def end_process(code: int) -> NoReturn:
     """End the process with an exit code; after a signal, skip the seconds that Python takes to clean up."""
     if _State.stopped is not None:
         atexit._run_exitfuncs()  # trackers and others may still have something to write
@@ -172,15 +172,15 @@ def _end_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def again() -> str:
+def own_command() -> str:
     """The command line that started this process, including its launcher."""
-    return shown(_short(_State.launcher) if _State.launcher else [*_program(), *sys.argv[1:]])
+    return shell_line(_short(_State.launcher) if _State.launcher else [*_program(), *sys.argv[1:]])
 
 
 def command(verb: str, *words: Any) -> str:
     """The command line of another verb, in the form that this process was started in."""
     program = _program() if _is_script("hf-cdl") else [python(), "-m", "hf_cdl"]
-    return shown([*program, verb, *map(str, words)])
+    return shell_line([*program, verb, *map(str, words)])
 
 
 def _program() -> list[str]:
@@ -199,7 +199,7 @@ def _is_script(name: str) -> bool:
     return Path(sys.argv[0]).stem == name
 
 
-def shown(words: Sequence[str]) -> str:
+def shell_line(words: Sequence[str]) -> str:
     """Arguments as one line for the shell."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
@@ -282,5 +282,5 @@ def _stop(number: int, frame: Any) -> None:
 
 def _end(number: int) -> None:
     if _State.owner is not None:
-        say_goes_on()
+        print_how_to_continue()
     os._exit(128 + number)

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
 from hf_cdl.commands.console import say
-from hf_cdl.commands.duration import announced
+from hf_cdl.commands.duration import announcement
 from hf_cdl.commands.example import NAMES, write_example
 from hf_cdl.commands.images import explained, names_images, recommended
 from hf_cdl.counted import counted
@@ -32,11 +32,11 @@ from hf_cdl.runs.files import RunError, first_line, write_whole
 from hf_cdl.runs.ledger import read_ledger
 from hf_cdl.runs.page import PAGE
 from hf_cdl.runs.pictures import plotting_available
-from hf_cdl.runs.report import telling
+from hf_cdl.runs.report import unknown_images
 from hf_cdl.runs.run import Run
 from hf_cdl.runs.verdict import Verdict, verdict
-from hf_cdl.training.checking import asks_teacher, check_task
-from hf_cdl.training.memory import kept_apart
+from hf_cdl.training.checking import check_task, learns_from_teacher
+from hf_cdl.training.memory import gc_frozen
 
 
 def main(arguments: list[str], default: Path | None = None) -> int:
@@ -72,7 +72,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
         print(f"error: {said} A changed recipe needs a new folder: --output_dir FOLDER.", file=sys.stderr)
         return 3
     except KeyboardInterrupt as stop:
-        stopping.say_goes_on()
+        stopping.print_how_to_continue()
         return getattr(stop, "code", 130)
     finally:
         if run is not None:
@@ -124,7 +124,7 @@ def use(recipe: Recipe, best: Verdict | None) -> str:
     folder = json.dumps(str(recipe.folder / role), ensure_ascii=False)
     call = f'pipeline("image-classification", model={folder}{more})("IMAGE.png")'
     words = [stopping.python(), "-c", f"from transformers import pipeline; {needed}print({call})"]
-    said = f"Try the {role.replace('_', ' ')} on an image:\n  {stopping.shown(words)}"
+    said = f"Try the {role.replace('_', ' ')} on an image:\n  {stopping.shell_line(words)}"
     page = recipe.folder / PAGE
     return f"{said}\nAll of it on a page: {page}" if page.exists() else said
 
@@ -164,8 +164,8 @@ def bind(run: Run, stream: TaskStream) -> None:
     run.bind(stream.fingerprint, names, stream.images, unlabelled, before)
 
 
-def told_unlabelled(recipe: Recipe, run: Run) -> str:
-    """A text: how many unlabelled images there are, and what learns from them when."""
+def unlabelled_text(recipe: Recipe, run: Run) -> str:
+    """How many unlabelled images there are, and what learns from them when, as text."""
     found, ratio = run.ledger["unlabelled"], recipe.data.unlabelled_ratio
     terms = ", ".join(found["terms"])
     alone = recipe.student.first_session and not recipe.student.later_sessions
@@ -207,7 +207,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
             say(line)
     bind(run, stream)
     if stream.unlabelled is not None:
-        say(f"note: {told_unlabelled(recipe, run)}")
+        say(f"note: {unlabelled_text(recipe, run)}")
     run.set_labels(labels(recipe))
     if not plotting_available():
         say("matplotlib is not installed: the run will have no pictures (pip install 'hf-cdl[report]').")
@@ -217,11 +217,11 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     for role, objective, arguments in roles(recipe, models, run.folder):
         rest = {**same, "processing_class": processors[role]}
         model = models[role]
-        teacher = models.get("teacher") if asks_teacher(model, objective) else None
+        teacher = models.get("teacher") if learns_from_teacher(model, objective) else None
         trainers.append(CDLTrainer(model, arguments, objective, teacher, role=role, run=run, **rest))
         for task in run.to_learn(stream):
             trainers[-1].check(task)
-    say(announced(recipe.name, run.to_learn(stream), trainers))
+    say(announcement(recipe.name, run.to_learn(stream), trainers))
     say(f"stream {stream.fingerprint} -> {recipe.folder}/")
     return stream, trainers
 
@@ -260,7 +260,7 @@ def train(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
     if arguments.chose_workers and (workers := arguments.dataloader_num_workers):
         say(f"note: images are loaded by {counted(workers, 'process')} (--train.dataloader_num_workers says how many)")
     try:
-        with kept_apart():
+        with gc_frozen():
             learn(run, pusher, stream, trainers)
     except ImageError as error:
         raise stopped_by(error, run, stream) from error
@@ -275,14 +275,14 @@ def learn(run: Run, pusher: Pusher, stream: TaskStream, trainers: list[CDLTraine
             continue
         later = [other for other in stream if other.index > task.index]
         rows = {trainer.role: trainer.evaluate_seen(later, stream.foreign) for trainer in trainers}
-        averages = ", ".join(f"{role.replace('_', ' ')} {said(result.row)}" for role, result in rows.items())
+        averages = ", ".join(f"{role.replace('_', ' ')} {average_text(result.row)}" for role, result in rows.items())
         say(f"task {task.index + 1}/{len(stream)}: average accuracy on the classes seen so far: {averages}")
         for role, result in rows.items():
             if result.choices:
                 chosen = ", ".join(f"{name} {value:.4g}" for name, value in result.choices.items())
                 say(f"  the {role.replace('_', ' ')}'s head chose: {chosen}")
             if result.known:
-                say(f"  {telling(result.known, 'the ' + role.replace('_', ' '))}")
+                say(f"  {unknown_images(result.known, 'the ' + role.replace('_', ' '))}")
         write_recipe(run)
         if task is to_learn[-1]:  # before the push: the card reports the costs
             sizes = {trainer.role: output_size(trainer.processing_class) for trainer in trainers}  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ def stopped_by(error: ImageError, run: Run, stream: TaskStream) -> ImageError:
         run.stopped_by(image)
         way = (
             "Repair it in place, under the same name, and leave the others as they are. What was learnt is stored; "
-            f"the same command resumes from there:\n  {stopping.again()}"
+            f"the same command resumes from there:\n  {stopping.own_command()}"
         )
     if not run.writer:  # the main process has not met it
         print(f"error: {visible_lines(error)}\n{way}", file=sys.stderr)
@@ -318,7 +318,7 @@ def write_recipe(run: Run) -> None:
     write_whole(file, lambda path: path.write_text(told + content, encoding="utf-8"))
 
 
-def said(row: list[float | None]) -> str:
+def average_text(row: list[float | None]) -> str:
     """The average of the measured accuracies, as text."""
     measured = [value for value in row if value is not None]
     rest = "" if len(measured) == len(row) else f" (on {len(measured)} of {counted(len(row), 'task')})"

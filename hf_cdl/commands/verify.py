@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
-from hf_cdl.commands.console import ended
+from hf_cdl.commands.console import exit_code_of
 from hf_cdl.commands.parsers import read
 from hf_cdl.commands.plugin_files import load_named
 from hf_cdl.counted import counted
@@ -31,7 +31,7 @@ _MEASURING = ("per_device_eval_batch_size", "bf16", "fp16", "bf16_full_eval", "f
 def main(arguments: list[str]) -> int:
     """Measure a run again; 1 if anything differs, 2 if it cannot be measured."""
     options, _ = read("verify", arguments)
-    return ended(lambda: verify(options.run, options.plugins))
+    return exit_code_of(lambda: verify(options.run, options.plugins))
 
 
 def verify(folder: Path, plugins: Sequence[str]) -> int:

@@ -57,7 +57,7 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
             new = len({*recipes} - {*ours[0]["recipes"]})
             added = f" {new} of its {counted(len(recipes), 'recipe')} were not among them." if new else ""
             raise RecipeError(
-                f"The test images were read for {comparison.name} before: {_told(ours[0])}.{added} They are read "
+                f"The test images were read for {comparison.name} before: {_described(ours[0])}.{added} They are read "
                 f"once; what they gave is in {comparison.root / 'test'}. Nothing was read or written now."
             )
         if not ours:
@@ -68,7 +68,7 @@ def reading(comparison: Comparison, ledger: Path) -> Iterator[list[str]]:
             write_json(ledger, entries)
         others = [entry for entry in entries if entry not in ours and {*entry["test_images"]} & {*images}]
         yield [
-            *map(_told, others),
+            *map(_described, others),
             f"{ours[0]['started']}, by {ours[0]['user']} on {ours[0]['host']}, for this report",
         ]
         ours[0]["finished"] = _now()
@@ -122,7 +122,7 @@ def _fingerprints(comparison: Comparison) -> list[str]:
     return sorted(found)
 
 
-def _told(entry: dict[str, Any]) -> str:
+def _described(entry: dict[str, Any]) -> str:
     end = f"to {entry['finished']}" if entry["finished"] else "not finished"
     return f"{entry['started']} {end}, by {entry['user']} on {entry['host']}, for the comparison {entry['comparison']}"
 

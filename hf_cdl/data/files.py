@@ -58,11 +58,11 @@ def parquet_table(root: Path) -> Dataset | None:
 
 def _load(kind: str, files: list[str]) -> Dataset:
     for file in files:
-        _told(Path(file), check_regular, file)
-    return _told(Path(files[0]), load_dataset, kind, data_files=[*map(glob.escape, files)], split="train")
+        _read(Path(file), check_regular, file)
+    return _read(Path(files[0]), load_dataset, kind, data_files=[*map(glob.escape, files)], split="train")
 
 
-def _told(place: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _read(place: Path, read: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Call `read`, turning any error into a one-line ValueError that names the file or folder."""
     try:
         return read(*args, **options)
@@ -77,7 +77,7 @@ def saved_tables(root: Path) -> Tables | None:
     if not (root / "dataset_dict.json").is_file():
         table = saved_table(root)
         return None if table is None else {str(table.split or "train"): table}
-    names = _told(root / "dataset_dict.json", lambda: json.loads((root / "dataset_dict.json").read_text())["splits"])
+    names = _read(root / "dataset_dict.json", lambda: json.loads((root / "dataset_dict.json").read_text())["splits"])
     tables = {name: saved_table(root / _inside(root / "dataset_dict.json", name)) for name in names}
     if missing := [name for name, table in tables.items() if table is None]:
         raise ValueError(f"{root}/dataset_dict.json names {some(missing)}, but there is no such split. Save it again.")
@@ -89,10 +89,10 @@ def saved_table(root: Path) -> Dataset | None:
     state = root / "state.json"
     if not state.is_file():
         return None
-    files = _told(state, lambda: [part["filename"] for part in json.loads(state.read_text())["_data_files"]])
+    files = _read(state, lambda: [part["filename"] for part in json.loads(state.read_text())["_data_files"]])
     for name in files:
-        _told(root / _inside(state, name), check_regular, root / name)
-    return _told(root, Dataset.load_from_disk, str(root))
+        _read(root / _inside(state, name), check_regular, root / name)
+    return _read(root, Dataset.load_from_disk, str(root))
 
 
 def _inside(file: Path, name: Any) -> str:

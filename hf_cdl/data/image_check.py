@@ -17,7 +17,7 @@ from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.threads import in_threads
 
 _IMAGES, _PIXELS = 5_000, 5_000_000_000
-"""Images, and pixels (a minute or two of a core), up to which `headers` decodes all; of more, a sample of as many."""
+"""Images, and pixels (a minute or two of a core), up to which `headers` decodes all; beyond, a sample of that size."""
 
 
 class Part(NamedTuple):
@@ -37,7 +37,7 @@ def check_images(parts: Sequence[Part], how: str, plain: bool) -> list[str]:
     if how == "headers" and len(images) > _IMAGES:
         chosen = _drawn(np.fromiter(in_threads(images.pixels, chosen, "Reading images' headers"), np.int64))
     found = _Findings(images, chosen)
-    if more := found.undecided():  # whether a class has any image that shows something
+    if more := found.undecided():  # whether each class has an image that is not blank
         found.take(np.array(more))
     notes = found.notes()
     if found.count < len(images):
@@ -69,7 +69,7 @@ class _Images:
         return self.starts[-1]
 
     def at(self, number: int) -> tuple[int, int]:
-        """The part of an image and its index in there."""
+        """The part that holds an image, and the image's index in it."""
         part = bisect(self.starts, number) - 1
         return part, int(number) - self.starts[part]
 

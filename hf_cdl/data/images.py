@@ -34,7 +34,7 @@ _PHOTOMETRIC = 262
 class ImageError(ValueError):
     """An image that cannot be read; the message says which one and what to do.
 
-    DataLoader raises one of its worker's again with the whole traceback in the message, which is taken off.
+    DataLoader re-raises a worker's with the whole traceback in the message, which is removed.
     """
 
     def __init__(self, message: str):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 _MOST = 2**28
-"""Bytes that the images of all splits take in a process, with what is made of them."""
+"""Limit in bytes, per process, for the images of all splits and what is made from them."""
 _ALL: WeakSet[KeptImages] = WeakSet()
 
 
@@ -66,7 +66,7 @@ class KeptImages:
             self._count(0, size)
 
     def _has_room(self, size: int) -> bool:
-        """Whether so many bytes fit in, if need be in place of other splits' images: this split is in use now."""
+        """Whether this many bytes fit, if need be by evicting other splits' images: this split is in use now."""
         if self._bytes + size > _MOST:
             return False
         if self._taken + size > _MOST:

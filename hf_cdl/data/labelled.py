@@ -57,7 +57,7 @@ class LabelledImages:
         return readable(cell["path"]) if cell and cell["path"] else f"row {index}"
 
     def chosen(self, indices: Sequence[int]) -> LabelledImages:
-        """These of the images."""
+        """The images at these indices."""
         data = self.data.select(indices) if isinstance(self.data, Dataset) else [self.data[i] for i in indices]
         return replace(self, data=data, labels=[self.labels[index] for index in indices])
 

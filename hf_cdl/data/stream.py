@@ -28,7 +28,7 @@ from hf_cdl.data.names import check_role, nfc, some
 from hf_cdl.data.settings import StreamConfig
 from hf_cdl.data.splits_and_columns import choose_columns, choose_splits
 from hf_cdl.data.task_split import TaskSplit
-from hf_cdl.data.unlabelled import Unlabelled, foreign_images, put_beside
+from hf_cdl.data.unlabelled import Unlabelled, add_unlabelled, foreign_images
 from hf_cdl.data.views import Preprocess, same_view
 from hf_cdl.types import Task
 
@@ -80,7 +80,7 @@ class TaskStream:
         source = _Source(images, splits, rows, labels, names, views, cells)
         tasks = [*known, *([names[c] for c in classes] for classes in plan)]
         alone = list(source.cut(tasks, len(known), config.eval_split))
-        self._tasks, notes = put_beside(alone, config, unlabelled, views)
+        self._tasks, notes = add_unlabelled(alone, config, unlabelled, views)
         self._tasks = [replace(task, views=config.views) for task in self._tasks]
         self.foreign, more = foreign_images(config, views)
         self.notes += [*notes, *more]

@@ -151,7 +151,7 @@ class TaskSplit:
         return f"{self.row_named(self.rows[index])}: {path}"
 
     def row_named(self, row: Any) -> str:
-        """How messages begin that name an image by its row."""
+        """The start of messages that name an image by its row."""
         return f"split {self.name!r}, row {row}"
 
     def headers(self, plain: bool = False) -> Callable[[int], int]:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 Found = TypeVar("Found")
 _BLOCK, _BLOCKS = 64, 32
-"""Most items that a thread takes at a time, and blocks that wait: a waiting call each would take a kB for an item."""
+"""Most items in a block, and most waiting blocks: one waiting call per item would take a kB each."""
 
 
 def in_threads(function: Callable[[Any], Found], items: Sequence[Any] | np.ndarray, title: str) -> Iterator[Found]:

@@ -34,7 +34,7 @@ from hf_cdl.data.views import Preprocess
 from hf_cdl.types import Task
 
 _SPLITS = ("unlabelled", "unlabeled", "unsupervised", *USUAL_SPLITS["train"])
-"""Splits whose images are read, the first one that there is."""
+"""Splits whose images are read: the first that exists."""
 _FOREIGN = ("foreign", *USUAL_SPLITS["test"], *USUAL_SPLITS["train"])
 """The same for foreign images, which are measured."""
 _BESIDE = "unlabelled_"
@@ -59,7 +59,7 @@ class Unlabelled(TaskSplit):
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()[:16]
 
 
-def put_beside(
+def add_unlabelled(
     tasks: Sequence[Task], config: StreamConfig, given: Dataset | None, views: Mapping[str, Preprocess]
 ) -> tuple[list[Task], list[str]]:
     """Add the unlabelled images of `config`, or `given` ones, to the tasks; also returns notes for the user.
@@ -184,7 +184,7 @@ def _digests(data: Dataset, cells: Cells, rows: Sequence[int] | np.ndarray, titl
     return found
 
 
-class Beside:
+class WithUnlabelled:
     """A task's training images, each with its unlabelled ones as seen by `roles`; keys as from a ViewSampler.
 
     The pixel values (R, 3, H, W) of the R images beside one are `unlabelled_pixel_values` (and, where another role's
@@ -210,7 +210,7 @@ class Beside:
         for number, item in enumerate(items):
             own = found[number * ratio : (number + 1) * ratio]
             names = [name for name in own[0] if name.endswith("pixel_values")]
-            item.pop("images", None)  # they would not tell those beside
+            item.pop("images", None)  # they do not identify the unlabelled images
             item |= {_BESIDE + name: torch.stack([torch.as_tensor(o[name]) for o in own]) for name in names}
         return items
 
@@ -220,7 +220,7 @@ def of_images(batch: Mapping[str, Any], name: str) -> list[torch.Tensor]:
     return [batch[key] for key in (name, _BESIDE + name) if key in batch]
 
 
-def together(batch: Mapping[str, Any]) -> dict[str, Any]:
+def join_unlabelled(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch with its unlabelled images, if there are any, behind the labelled ones; `labels` stay as they are."""
     own = {name: value for name, value in batch.items() if not name.startswith(_BESIDE)}
     beside = {name.removeprefix(_BESIDE): batch[name].flatten(0, 1) for name in batch if name.startswith(_BESIDE)}

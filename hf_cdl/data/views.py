@@ -188,7 +188,7 @@ def normalisation(processor: Any) -> tuple[np.ndarray, np.ndarray]:
     return factor / np.broadcast_to(std, 3), -np.broadcast_to(mean, 3) / np.broadcast_to(std, 3)
 
 
-@dataclass(eq=False)  # each is itself alone: what it made of an image is kept by it
+@dataclass(eq=False)  # compared by identity: what it makes of an image is cached under it
 class Preprocess:
     """Image -> pixel values with an HF image processor; the training view adds RandomResizedCrop and a flip.
 
@@ -248,7 +248,7 @@ def _levels(processor: Any, size: tuple[int, int]) -> torch.Tensor | None:
     that does more with a pixel than scale it by itself.
     """
     ramp, draw = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2), np.random.default_rng(0)
-    ranges = ((0, 256), (60, 90), (7, 8))  # a processor may go by an image's own range
+    ranges = ((0, 256), (60, 90), (7, 8))  # a processor may depend on an image's own range
     images = [Image.fromarray(draw.integers(*levels, (*size, 3), dtype=np.uint8)) for levels in ranges]
     made = _scaled(processor, [Image.fromarray(ramp)])
     if made.shape != (1, 3, 16, 16):

@@ -30,7 +30,7 @@ class DISTConfig(TermConfig):
     beta: float = field(default=2.0, metadata={"help": "Weight of the rows (inter-class); the authors' code: 1."})
     gamma: float = field(default=2.0, metadata={"help": "Weight of the columns (intra-class); the authors' code: 1."})
     temperature: float = field(default=1.0, metadata={"help": "Temperature tau of both softmaxes."})
-    said: ClassVar[str] = "dist"
+    label: ClassVar[str] = "dist"
 
     def __post_init__(self):
         super().__post_init__()

@@ -30,7 +30,7 @@ class DKDConfig(TermConfig):
     alpha: float = field(default=1.0, metadata={"help": "Weight of the target class's part (TCKD)."})
     beta: float = field(default=4.0, metadata={"help": "Weight of the other classes' part (NCKD)."})
     temperature: float = field(default=4.0, metadata={"help": "Temperature tau of all softmaxes."})
-    said: ClassVar[str] = "dkd"
+    label: ClassVar[str] = "dkd"
 
     def __post_init__(self):
         super().__post_init__()

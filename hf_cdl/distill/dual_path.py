@@ -64,7 +64,7 @@ class DualPathConfig(TermConfig):
     reduction: float | None = _help(None, "Factor r1 by which a block narrows; null: 4 for maps, 8 for tokens.")
     fraction: float = _help(0.25, "Share r2 of the channels that a partial convolution reads.")
     kernels: tuple[int, ...] = _help((3, 5, 7), "Kernel sizes of the partial convolutions.")
-    said: ClassVar[str] = "dual_path"
+    label: ClassVar[str] = "dual_path"
 
     def __post_init__(self):
         super().__post_init__()

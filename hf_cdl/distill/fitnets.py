@@ -27,7 +27,7 @@ from hf_cdl.types import CDLOutput, ModelShape
 @dataclass(frozen=True)
 class FitNetsConfig(TermConfig):
     weight: float = field(default=0.1, metadata={"help": "Weight of the term."})
-    said: ClassVar[str] = "fitnets"
+    label: ClassVar[str] = "fitnets"
 
 
 class FitNets(Term):

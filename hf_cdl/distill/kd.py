@@ -35,7 +35,7 @@ class KDConfig(TermConfig):
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
     standardise: bool = field(default=False, metadata={"help": "Standardise the logits of each sample first (LSKD)."})
     threshold: float = threshold_field(0.0)
-    said: ClassVar[str] = "kd"
+    label: ClassVar[str] = "kd"
 
     def __post_init__(self):
         super().__post_init__()

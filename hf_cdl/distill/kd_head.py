@@ -23,7 +23,7 @@ class KDHeadConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the paper's alpha; CE gets 1 - alpha)."})
     temperature: float = field(default=2.0, metadata={"help": "Temperature tau of both softmaxes."})
     threshold: float = threshold_field(0.0)
-    said: ClassVar[str] = "A KD head"
+    label: ClassVar[str] = "A KD head"
 
     def __post_init__(self):
         super().__post_init__()

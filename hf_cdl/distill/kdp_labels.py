@@ -21,7 +21,7 @@ from hf_cdl.types import CDLOutput
 @dataclass(frozen=True)
 class KDPLabelsConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (the CLS head's CE gets 1 - weight)."})
-    said: ClassVar[str] = "kdp_labels"
+    label: ClassVar[str] = "kdp_labels"
 
 
 class KDPLabels(Term):

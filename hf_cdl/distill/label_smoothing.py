@@ -23,7 +23,7 @@ from hf_cdl.types import CDLOutput
 class LabelSmoothingConfig(TermConfig):
     weight: float = field(default=0.5, metadata={"help": "Weight of the term (CE gets 1 - weight)."})
     epsilon: float = field(default=0.1, metadata={"help": "Share of the uniform distribution in the labels."})
-    said: ClassVar[str] = "label_smoothing"
+    label: ClassVar[str] = "label_smoothing"
 
     def __post_init__(self):
         super().__post_init__()

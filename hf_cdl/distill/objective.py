@@ -47,18 +47,18 @@ class Asks:
 
 @dataclass(frozen=True)
 class TermConfig:
-    """Fields of a term's section in a recipe. Subclasses set the default `weight`, and `said`, their name in messages.
+    """Fields of a term's section in a recipe. Subclasses set the default `weight` and `label`, their name in messages.
 
     Raises ValueError for a value of the wrong type, and for a negative weight.
     """
 
     weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
-    said: ClassVar[str] = "A term"
+    label: ClassVar[str] = "A term"
 
     def __post_init__(self):
-        check_types(self, self.said)
+        check_types(self, self.label)
         if self.weight < 0:
-            raise ValueError(f"{self.said} needs weight >= 0; got {self.weight}.")
+            raise ValueError(f"{self.label} needs weight >= 0; got {self.weight}.")
 
 
 class Term(nn.Module, ABC):
@@ -343,7 +343,7 @@ def threshold_field(default: float) -> Any:
 def check_threshold(config: Any) -> None:
     """Raise ValueError unless a term's `threshold` is a probability."""
     if not 0 <= config.threshold <= 1:
-        raise ValueError(f"{config.said} needs threshold from 0 to 1, a probability; got {config.threshold}.")
+        raise ValueError(f"{config.label} needs threshold from 0 to 1, a probability; got {config.threshold}.")
 
 
 def threshold_of(term: Term) -> float:

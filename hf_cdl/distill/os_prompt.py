@@ -22,7 +22,7 @@ from hf_cdl.types import CDLOutput
 @dataclass(frozen=True)
 class OSPromptConfig(TermConfig):
     weight: float = field(default=1e-4, metadata={"help": "Weight lambda of the regulariser."})
-    said: ClassVar[str] = "os_prompt"
+    label: ClassVar[str] = "os_prompt"
 
 
 class OSPrompt(Term):

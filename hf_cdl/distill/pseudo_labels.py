@@ -27,7 +27,7 @@ from hf_cdl.types import CDLOutput
 class PseudoLabelsConfig(TermConfig):
     weight: float = field(default=1.0, metadata={"help": "Weight of the term (the paper's lambda_u)."})
     threshold: float = threshold_field(0.95)
-    said: ClassVar[str] = "pseudo_labels"
+    label: ClassVar[str] = "pseudo_labels"
 
     def __post_init__(self):
         super().__post_init__()

@@ -32,7 +32,7 @@ from hf_cdl.types import CDLOutput, ModelShape
 @dataclass(frozen=True)
 class ReviewKDConfig(TermConfig):
     weight: float = field(default=0.2, metadata={"help": "Weight of the term."})
-    said: ClassVar[str] = "review_kd"
+    label: ClassVar[str] = "review_kd"
 
 
 class ABF(nn.Module):

@@ -28,7 +28,7 @@ from hf_cdl.types import CDLOutput
 @dataclass(frozen=True)
 class SimilarityConfig(TermConfig):
     weight: float = field(default=1.0, metadata={"help": "Weight of the term."})
-    said: ClassVar[str] = "similarity"
+    label: ClassVar[str] = "similarity"
 
 
 class Similarity(Term):

@@ -19,7 +19,7 @@ from hf_cdl.export.graph import quietly, unknown_of
 
 _BATCH = 16
 _WARM_UP, _LEAST, _MOST, _SECONDS = 3, 10, 50, 10.0
-"""Passes before measuring a latency, and of measuring: so many, and no more than these after so many seconds."""
+"""Of a latency: warm-up passes, least and most timed passes, and seconds after which the least are enough."""
 
 
 class Model(NamedTuple):
@@ -93,24 +93,24 @@ def compare(
     chosen, first = found[:, :classes].argmax(axis=1), said[:, :classes].argmax(axis=1)
     return Compared(
         images=len(labels),
-        difference=_apart(found[:, :classes], expected[:, :classes]),
+        difference=_difference(found[:, :classes], expected[:, :classes]),
         same=_percent(chosen == first),
         accuracy=_percent((chosen == labels)[told]) if told.any() else None,
         accuracy_before=_percent((first == labels)[told]) if told.any() else None,
-        **_of_known(own.model, *(values[:, classes:] for values in (found, expected, said))),
+        **_compare_known(own.model, *(values[:, classes:] for values in (found, expected, said))),
     )
 
 
-def _of_known(model: Any, found: np.ndarray, expected: np.ndarray, before: np.ndarray) -> dict[str, Any]:
-    """What is compared of `known` (N, 1), if it is told (N, 0 otherwise)."""
+def _compare_known(model: Any, found: np.ndarray, expected: np.ndarray, before: np.ndarray) -> dict[str, Any]:
+    """Compare `known` (N, 1), or nothing for a model without it (N, 0)."""
     if not (about := unknown_of(model)) or not found.size:
         return {}
     threshold = about["unknown"]["threshold"]
     same = _percent((found < threshold) == (before < threshold))
-    return {"known_difference": _apart(found, expected), "same_unknown": same}
+    return {"known_difference": _difference(found, expected), "same_unknown": same}
 
 
-def _apart(found: np.ndarray, expected: np.ndarray) -> float:
+def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(abs(found - expected).max() / max(abs(expected).max(), 1e-12))
 
 

@@ -1,8 +1,8 @@
-"""What the .onnx file beside this script says of images: python classify.py FILE.onnx IMAGE ... [--reject]
+"""Classify images with the .onnx file beside this script: python classify.py FILE.onnx IMAGE ... [--reject]
 
 It needs onnxruntime and Pillow alone, and answers as transformers' pipeline("image-classification") does. With
 --reject the first answer is `unknown` for an image that is probably of none of the classes, if the model can tell.
-An image that cannot be read has the reason in place of answers, and the exit code is then 1.
+For an image that cannot be read the reason is printed instead, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 
 def decode(file: Any) -> Image.Image:
-    """An image file in RGB, turned as its camera was held; of 16 bits the upper eight. Others are refused."""
+    """Read an image file as RGB, rotated by its orientation tag; of 16 bits the upper eight. Others are refused."""
     with Image.open(file) as image:
         return to_rgb(image)
 
@@ -67,7 +67,7 @@ def main(*words: str) -> int:
         _, scores, *known = session.run(None, {"pixels": pixels[None]})
         best = np.argsort(-scores[0], kind="stable")[:5]
         answers = [{"label": labels[i], "score": float(scores[0, i])} for i in best]
-        if reject and not known[0][0] >= unknown["threshold"]:  # also of NaN
+        if reject and not known[0][0] >= unknown["threshold"]:  # also for NaN
             more_known = float(np.mean(np.array(unknown["quantiles"]) > known[0][0]))
             answers = [{"label": "unknown", "score": more_known}, *answers][:5]
         print(json.dumps({"image": file, "answers": answers}))

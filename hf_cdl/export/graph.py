@@ -27,7 +27,7 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _LARGEST = 2**31 - 2**24
 """Bytes of weights that one .onnx file can hold: protobuf's two gigabytes, with room for the rest."""
 _BATCH = 2**16
-"""Most images at a time, by the file; memory ends earlier."""
+"""Largest batch that a file accepts; memory runs out earlier."""
 
 
 def check_packages() -> None:

@@ -15,7 +15,7 @@ _PRODUCTS = ("MatMul", "Gemm")
 _EXACT = re.compile(r"\.known/")
 """Names of nodes whose products are not quantised: squared distances are small differences of large numbers."""
 _LEAST = 1024
-"""Numbers of a tensor from which on storing it in half precision is worth a conversion."""
+"""Number of elements from which storing a tensor in half precision is worth the conversion."""
 
 
 def plain(graph: Any, file: Path) -> None:

@@ -21,9 +21,9 @@ from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.standardise import Standardise, check_features
 
 _LEFT = 1e-4
-"""Share of a mean squared feature that rounding may leave of a class's sum, if all its images are taken away."""
+"""Share of a mean squared feature that rounding may leave in a class's sum once all its images are taken away."""
 _ENOUGH = 200
-"""Images that determine the scale; of fewer the scale from before keeps its share."""
+"""Images that determine the scale; with fewer, the previous scale keeps a share."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Head(nn.Module, ABC):
     def read_layers(self, size: int) -> None:
         """Set up what a head that `reads_layers` needs, for layers of this width."""
 
-    def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    def known_score(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
         """Known score (B,) from features (B, D), means of layers (B, 3, W) and logits (B, C); higher: more known.
 
         None for a head without one.
@@ -267,13 +267,13 @@ class FittedHead(Head):
         """Add prepared features (B, M) to the sums, or take them away, as `accumulate` says."""
 
     @property
-    def stays(self) -> str | None:
+    def why_fixed(self) -> str | None:
         """Why the sums cannot be moved along with the features; None if `move` can do it."""
         return f"the sums of a {self.name} head cannot be moved"
 
     @torch.no_grad()
     def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
-        """Move the sums, as prepared features moved, and for a head that `reads_layers` the means of each layer."""
+        """Move the sums as prepared features moved and, for a head that `reads_layers`, the means of layers."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its sums move.")
 
     def update_layers(self, layers: torch.Tensor, labels: torch.Tensor, sign: int) -> None:
@@ -333,7 +333,7 @@ class FittedHead(Head):
     def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Raise ValueError for features (B, D) that were certainly not learnt with these labels (B,).
 
-        By default nothing can be known about that.
+        By default this cannot be known.
         """
 
     def check_forgotten(self, task: int, row: int) -> None:

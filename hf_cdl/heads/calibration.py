@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 _MOST = 10_000
-"""Images whose features are kept until their task ends: every second one of twice as many, and so on."""
+"""Images whose features are kept until their task ends; of twice as many, every second one, and so on."""
 _OWN = 0.8
 """Share of an image's own variance in what its scores are divided by."""
 _RANGE, _STEPS = (1e-3, 1e6), 60
@@ -22,7 +22,7 @@ _RANGE, _STEPS = (1e-3, 1e6), 60
 class RecentImages:
     """Labels (N,) and tensors of images learnt since the head was last solved, evenly thinned out.
 
-    `most`: images kept at least, if there are so many; there may be twice as many.
+    `most`: number of images kept, if there are that many; up to twice as many.
     """
 
     def __init__(self, most: int = _MOST) -> None:

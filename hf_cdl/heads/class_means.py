@@ -57,7 +57,7 @@ class NearestMeanHead(FittedHead):
             first += len(block.count)
 
     @property
-    def stays(self) -> None:
+    def why_fixed(self) -> None:
         return None
 
     @torch.no_grad()

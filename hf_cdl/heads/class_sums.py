@@ -86,7 +86,7 @@ def _upper(width: int) -> int:
 
 
 @torch.no_grad()
-def strangers(head: Any, mapped: torch.Tensor, labels: torch.Tensor) -> int:
+def count_never_learnt(head: Any, mapped: torch.Tensor, labels: torch.Tensor) -> int:
     """Number of images (B, M), as they are summed, that a head certainly never learnt with these labels (B,)."""
     if head.gram is not None:
         return _outside(read(head.gram), mapped)

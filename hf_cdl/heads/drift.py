@@ -101,7 +101,7 @@ def _folds(labels: torch.Tensor | None, images: int) -> list[torch.Tensor]:
 def _chosen(
     left: torch.Tensor, squares: torch.Tensor, y: torch.Tensor, folds: list[torch.Tensor]
 ) -> tuple[float, float]:
-    """Lambda, and the share of the squared change that it tells of images left out, for U (N, K) and Y (N, M)."""
+    """Lambda, and the share of the squared change that it explains for images left out, for U (N, K) and Y (N, M)."""
     if y.shape[1] > _READ:  # the same in the basis of the largest directions, at a fraction of the cost
         y = y @ torch.linalg.eigh(y.T @ y).eigenvectors[:, -_READ:]
     along = left.T @ y

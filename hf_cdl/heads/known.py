@@ -21,9 +21,9 @@ from transformers import initialization as init
 from hf_cdl.heads.scatter import deviations, distances, left_out, shrunk
 
 LAYERS = 3
-"""Layers whose mean patch token is looked at: the embeddings, the middle one and the last."""
+"""Layers whose mean patch token is read: the embeddings, the middle one and the last."""
 _STEPS = 200
-"""Steps of the tables of quantiles: shares are told to half a percent."""
+"""Steps of the tables of quantiles: shares are accurate to half a percent."""
 
 _FAR = 6e4
 """Coordinates of the centre of a class without images, to which nothing is near; float16 holds them."""
@@ -141,7 +141,7 @@ class Known(nn.Module):
         new = torch.where(now > was, old + now - was, old * now / was.clamp(min=1e-12))
         self.gauge[:, :-1] = torch.stack([self.gauge[0, :-1] + high - low, new.sqrt().clamp(min=_SMALLEST)])
 
-    def note_strange(self, scores: torch.Tensor, share: float) -> None:
+    def note_unlearnt(self, scores: torch.Tensor, share: float) -> None:
         """Note scores (N,) of images by heads that never learnt their classes; `share` as in `fit`."""
         self._note(self.strange, scores, share if self.strange.any() else 1.0)
 

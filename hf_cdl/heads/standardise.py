@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import initialization as init
 
-from hf_cdl.checked import check_finite, said
+from hf_cdl.checked import check_finite, one_line
 from hf_cdl.counted import counted
 
 
@@ -46,7 +46,7 @@ class Standardise(nn.Module):
         try:
             found = load_file(self.given) if self.given.is_file() else {}
         except SafetensorError as error:
-            raise ValueError(f"The file of statistics '{self.given}' cannot be read: {said(error)}") from error
+            raise ValueError(f"The file of statistics '{self.given}' cannot be read: {one_line(error)}") from error
         shapes = {name: tuple(value.shape) for name, value in found.items()}
         if any(shapes.get(name) != self.mean.shape for name in ("mean", "std")):
             raise ValueError(

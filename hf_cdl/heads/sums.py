@@ -18,11 +18,11 @@ from transformers import initialization as init
 from hf_cdl.checked import check_finite, check_share
 from hf_cdl.heads.base import FittedConfig, FittedHead, at_least_float32, share_of
 from hf_cdl.heads.bits import add, movable, read, write
-from hf_cdl.heads.carried import drawn, learnt, told
-from hf_cdl.heads.class_sums import ClassSums, packed, strangers, sums_of, unpacked
+from hf_cdl.heads.class_sums import ClassSums, count_never_learnt, packed, sums_of, unpacked
 from hf_cdl.heads.drift import Drift
 from hf_cdl.heads.known import LAYERS, Known
-from hf_cdl.heads.moved import move_sums
+from hf_cdl.heads.move_sums import move_sums
+from hf_cdl.heads.sampled_images import learnt, sample_images, score_parts
 from hf_cdl.heads.unlearnt import unlearnt
 
 _OWN = 4
@@ -107,7 +107,7 @@ class SumsHead(FittedHead):
         self.register_buffer("layer_gram", None)
         self.register_buffer("gone", None)
         self._factor: torch.Tensor | None = None  # of the last solution, while a task ends
-        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and what it said of them before
+        self._before: tuple[Any, torch.Tensor] | None = None  # drawn images, and their scores before
 
     @property
     def reads_layers(self) -> bool:  # type: ignore[override]
@@ -289,7 +289,7 @@ class SumsHead(FittedHead):
 
     def check_learnt(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         mapped = movable(self.prepare(at_least_float32(features))).double()
-        if strange := strangers(self, mapped, labels):
+        if strange := count_never_learnt(self, mapped, labels):
             raise ValueError(
                 f"Of these images ({len(labels)}), {strange} cannot have been learnt with the given label: the head's "
                 "sums hold nothing like them. Give the images and labels of the training."
@@ -301,7 +301,7 @@ class SumsHead(FittedHead):
     # ---- moving ----
 
     @property
-    def stays(self) -> str | None:
+    def why_fixed(self) -> str | None:
         return "with soft_targets the class sums are not those of images" if self.needs_teacher else None
 
     def move(self, drift: Drift, layers: Sequence[Drift] = ()) -> None:
@@ -332,12 +332,12 @@ class SumsHead(FittedHead):
             layers = movable(layers)
             if self._before is not None and share < 1:
                 images, before = self._before
-                self.known.carry(before, told(self, *images))
+                self.known.carry(before, score_parts(self, *images))
             self.known.fit(x, layers, labels, logits, centres, count, share)
             if (strange := unlearnt(self, movable(features), labels, layers)) is not None:
-                self.known.note_strange(strange, share)
+                self.known.note_unlearnt(strange, share)
 
-    def how_known(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
+    def known_score(self, features: torch.Tensor, layers: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
         if self.known is None:
             return None
         centres = torch.cat([sums_of(block).centre for block in self.blocks])
@@ -355,16 +355,16 @@ class SumsHead(FittedHead):
         square, count = gram[: self.hidden_size, : self.hidden_size] / self._own**2, self.of_classes("count")
         square = square if self.gone is None else square - read(self.gone)
         total = torch.cat([self._own_total(sums_of(block)) for block in self.blocks])
-        return self._of_these(square, total, count), total, count
+        return self._part_of_classes(square, total, count), total, count
 
     def layer_sums(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gram matrices (3, W, W) and sums (3, W) of the means of layers."""
         total, count = self.of_classes("layer_total"), self.of_classes("count")
         if self.layer_gram is not None:
-            return self._of_these(read(self.layer_gram).clone(), total, count), total.sum(dim=0)
+            return self._part_of_classes(read(self.layer_gram).clone(), total, count), total.sum(dim=0)
         return unpacked(total.shape[-1], self.of_classes("layer_grams").sum(dim=0)), total.sum(dim=0)
 
-    def _of_these(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    def _part_of_classes(self, gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """The part of a Gram matrix (..., D, D) that is of these classes, of sums (C, ..., D) and counts (C,).
 
         The rest is scatter of classes dropped without their images, which is taken to be like theirs.
@@ -389,7 +389,7 @@ class SumsHead(FittedHead):
         if self.chosen is not None:
             write(self.chosen, torch.tensor(self.choose(gram, total, count), dtype=torch.float64))
         if self.known is not None and self.known.fitted and learnt(self).any():
-            self._before = (images := drawn(self)), told(self, *images)
+            self._before = (images := sample_images(self)), score_parts(self, *images)
         solved: dict[str, torch.Tensor | None] = {}
         if self.known is not None:
             solved["centre"] = self.known.solve(*self.own_sums(gram), *self.layer_sums())

@@ -31,7 +31,7 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
     there = values > _ZERO * values[-1]
     found, rank = values[there], int(there.sum())
     if not rank:
-        return 1.0  # of no images, or with features that are all 0, the weights are 0 with any
+        return 1.0  # without images, or if all features are 0, every strength gives weights of 0
     inside = (total @ vectors[:, there]).square().sum(dim=0) / found  # of tr Y^T Y, by direction: nothing cancels
     outside = 0.0 if rank >= images else max(0.0, (count.sum() - inside.sum()).item())
     ends = (math.log10(share * values[-1].item()) * _PER_DECADE for share in (_LEAST, _MOST))
@@ -52,8 +52,8 @@ def choose_strength(gram: torch.Tensor, total: torch.Tensor, count: torch.Tensor
 def directions(gram: torch.Tensor, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ascending eigenvalues (r) and eigenvectors (M, r) of the Gram matrix (M, M) of `images`.
 
-    With few images r is their number: all directions in which they have anything lie in the range of G, of which as
-    many products with random vectors are a basis (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Alg. 4.1).
+    With few images r is their number: all directions in which they vary lie in the range of G, and as many products
+    of G with random vectors are a basis of it (Halko, Martinsson and Tropp 2011, arXiv 0909.4061, Alg. 4.1).
     """
     if not 0 < images <= len(gram) // 2:
         return torch.linalg.eigh(gram)

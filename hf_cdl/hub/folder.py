@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_cdl.escape import visible
 from hf_cdl.hub.content import finished_revisions
-from hf_cdl.hub.origin import Origin, check_role, checkpoint_files, told, unmeasured
+from hf_cdl.hub.origin import Origin, check_role, checkpoint_files, hub_errors, unmeasured
 from hf_cdl.hub.repository import HubError
 from hf_cdl.runs.files import RunError, content_hash, read_json
 from hf_cdl.runs.ledger import CHANGED, revision_name, stored_tasks
@@ -63,7 +63,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
                 f"{visible(folder)} is neither a run's folder (run.json or results.json) nor a checkpoint's "
                 "(config.json). Name one, such as runs/quickstart or runs/quickstart/student."
             )
-        with told(visible(folder)):
+        with hub_errors(visible(folder)):
             known = known_states(folder, role)  # a kill may have left another folder there
         states = sorted(path.name for path in folder.glob(f"{role}/task-*") if path.name in known)
         if tag not in (None, *states):
@@ -73,7 +73,7 @@ def read_folder(folder: Path, role: str, tag: str | None = None) -> FolderOrigin
         raise HubError(
             f"{visible(folder)} is one checkpoint, so --revision {tag} chooses nothing. Name its run's folder."
         )
-    with told(visible(folder)):
+    with hub_errors(visible(folder)):
         config = read_json(checkpoint / "config.json")
         learnt = config.get("tasks") if isinstance(config, dict) else None
         if not isinstance(learnt, list) or not learnt:

@@ -59,7 +59,7 @@ class Origin(ABC):
         """Number of tasks learnt before any changes."""
         return self.revision - len(self.changes)
 
-    def settled(self) -> Self:
+    def with_present_classes(self) -> Self:
         """The same model with its present classes as tasks, for a run that continues from a changed student.
 
         Its accuracies since the changes were not measured.
@@ -134,7 +134,7 @@ class HubOrigin(Origin):
         return f"{self.repository} (commit {self.commit[:8]})"
 
     def put(self, folder: Path) -> None:
-        with told(self.repository):
+        with hub_errors(self.repository):
             files = _files(self.api, self.repository, self.commit)
             chosen = [path for path in files if CHECKPOINT.fullmatch(path)]
             self.api.snapshot_download(
@@ -143,7 +143,7 @@ class HubOrigin(Origin):
         shutil.rmtree(folder / ".cache", ignore_errors=True)
 
     def same(self, folder: Path) -> bool:
-        with told(self.repository):
+        with hub_errors(self.repository):
             entries: Iterable[Any] = self.api.list_repo_tree(self.repository, recursive=True, revision=self.commit)
             theirs = {
                 entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id)
@@ -162,7 +162,7 @@ def read_origin(api: HfApi, repository: str, role: str, tag: str | None = None) 
 
     Raises HubError if it cannot be read or was not pushed by a run.
     """
-    with told(repository):
+    with hub_errors(repository):
         refs = api.list_repo_refs(repository)
         commits = {ref.name: ref.target_commit for ref in refs.tags if re.fullmatch(r"task-\d{2,4}", ref.name)}
         if not commits or tag not in (None, *commits):
@@ -244,7 +244,7 @@ def _counted(tasks: Any) -> str:
 
 
 @contextmanager
-def told(place: str) -> Iterator[None]:
+def hub_errors(place: str) -> Iterator[None]:
     """Turn any error while reading `place` into a HubError."""
     try:
         yield

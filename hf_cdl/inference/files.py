@@ -24,7 +24,7 @@ _TABLES = (".parquet", ".arrow")
 _GROUP = 10_000
 """Rows that are kept until they are written to a parquet file together."""
 _END = "\r\n"
-"""The csv module quotes a cell for the characters that a line ends with alone, and readers end lines at both."""
+"""The csv module quotes a cell only for the characters of its own line end, but readers end lines at both."""
 
 
 def files_of(places: Sequence[Path]) -> list[str]:
@@ -147,7 +147,7 @@ def _check_still_new(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def appearing_when_whole(files: Sequence[Path]) -> Iterator[list[Path]]:
+def atomic_files(files: Sequence[Path]) -> Iterator[list[Path]]:
     """Yield other names to write to; at the end, and only without an error, the files get their own names.
 
     Raises RunError if one of them has appeared meanwhile, as by the same command in another window.

@@ -67,7 +67,7 @@ def _alike(table: Dataset, cells: Cells, rows: Iterable[int], digests: set[str])
     for row in rows:
         try:
             found |= {row} if _digest(cells, table, row) in digests else set()
-        except (OSError, ValueError):  # it cannot be read, which is said where it is measured
+        except (OSError, ValueError):  # unreadable; that is reported where it is measured
             continue
     return found
 

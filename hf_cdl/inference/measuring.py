@@ -16,7 +16,7 @@ from hf_cdl.inference import answering
 from hf_cdl.inference.labelled import Labelled, numbers_of
 from hf_cdl.models.classifier import labels_of
 from hf_cdl.training.classification_metric import ClassificationMetric
-from hf_cdl.training.evaluation import BINS, told_apart
+from hf_cdl.training.evaluation import BINS, ood_metrics
 from hf_cdl.types import is_ours
 from hf_cdl.unknown import rejected, thresholds
 
@@ -37,7 +37,7 @@ class Measured:
 
     `classes`: all classes the model knows; labels and answers are indices into it. `indices` (N,): those of the
     images. `unknown`: images per class that the model does not know. `metrics` and `told` are in percent; `told` says
-    how many images of known classes are kept, and how well those of unknown ones are told from them, see told_apart.
+    how many images of known classes are kept, and how well those of unknown ones are told from them, see ood_metrics.
     `tasks`: the classes by task. `means` (C, D): the mean feature of each class; `usage` (C, M): how much its images
     use each prompt; NaN for classes without images, None for a model without. `brought`: how many tasks brought
     prompts of their own.
@@ -168,7 +168,7 @@ def measure(
         **means,
     )
     if limits is not None:
-        measured.told = _told(measured, found, float(limits[0]))
+        measured.told = _ood_metrics(measured, found, float(limits[0]))
     return measured
 
 
@@ -207,13 +207,13 @@ def _means(found: _Found, labels: np.ndarray, classes: int) -> dict[str, np.ndar
     return {name: sums.numpy() / counts[:, None] for name, sums in found.sums.items()}
 
 
-def _told(measured: Measured, found: _Found, least: float) -> dict[str, float]:
+def _ood_metrics(measured: Measured, found: _Found, least: float) -> dict[str, float]:
     """How many images of known classes are kept and right, and how well others are told from them, in percent."""
     kept, known, rest = torch.cat(found.kept), torch.cat(found.known), torch.cat(found.rest)
     right = measured.correct[kept.numpy()]
     told = {"kept": 100 * kept.double().mean().item()}
     told |= {"accuracy_of_kept": 100 * float(right.mean())} if len(right) else {}
-    return {**told, **(told_apart(known, rest, least) if len(rest) else {})}
+    return {**told, **(ood_metrics(known, rest, least) if len(rest) else {})}
 
 
 def common(measured: Sequence[Measured]) -> np.ndarray:

@@ -126,8 +126,8 @@ def _revisions(results: Mapping[str, Any], role: str) -> list[str]:
 
 
 def _on_hub(student: Student) -> Student:
-    """The same student, with the results that lie beside it if there are any that can be read."""
-    with _told(student):
+    """The same student, with the results beside it if they exist and can be read."""
+    with _hub_errors(student):
         read_config(student.place, student.revision)
     try:
         file = hf_hub_download(student.place, "results.json", revision=student.revision)
@@ -138,12 +138,12 @@ def _on_hub(student: Student) -> Student:
 
 
 def _first_line(error: Exception) -> str:
-    """The start of the error that another one was made of: what the Hub said."""
+    """The first line of the underlying error: what the Hub reported."""
     return str(error.__cause__ or error).strip().split("\n")[0]
 
 
 @contextmanager
-def _told(student: Student) -> Iterator[None]:
+def _hub_errors(student: Student) -> Iterator[None]:
     """Turn errors while a model is read from the Hub into a HubError."""
     try:
         yield
@@ -163,7 +163,7 @@ def load(student: Student) -> tuple[nn.Module, Any]:
     Raises ValueError for a checkpoint that is incomplete, damaged, has NaN weights, or knows no classes yet.
     """
     place, revision = student.place, student.revision
-    with _told(student):
+    with _hub_errors(student):
         if is_ours(read_config(place, revision)):
             model: Any = CDLForImageClassification.from_pretrained(place, revision=revision)
         else:

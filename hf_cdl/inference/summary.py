@@ -14,7 +14,7 @@ from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.students import Student
 
 _APART = 5.0
-"""Points of mean confidence that are worth a word, if they are no chance either."""
+"""Difference of mean confidence, in points, that is reported if it is not chance either."""
 _SHOWN = 8
 
 
@@ -79,9 +79,9 @@ class Summary:
         yield f"answers: {said}" + (f", and {more:,} more" if more else "")
         yield self.compared(reference)
         if share is not None:
-            yield self.told(1 - share)
+            yield self.rejected_text(1 - share)
 
-    def told(self, expected: float) -> str:
+    def rejected_text(self, expected: float) -> str:
         """Compare the share of rejected images with that of known classes, in 0..1: more means other images."""
         own = self.rejected / self.images
         said = f"rejected as unknown: {100 * own:.1f} %; of images of its own classes {100 * expected:.3g} % would be"

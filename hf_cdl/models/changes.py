@@ -25,7 +25,7 @@ from hf_cdl.models.input_checks import check_pixels
 from hf_cdl.types import CDLOutput
 
 _BATCH, _PAIRS = 32, 20
-"""Images prepared at a time; pairs of labels that are said."""
+"""Images prepared at a time; pairs of labels listed in a message."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def correct(model: Any, images: Any, labels: Sequence[str], was: Sequence[str], 
     new = [name for name in dict.fromkeys(names) if _find(known, name) is None]
     with _changing(model):
         head = fitted_head(model, "correct labels of classes")
-        check_still(model, "correct labels")
+        check_features_fixed(model, "correct labels")
         old = torch.tensor([_index(model, name) for name in before], device=model.device)
         if new:
             _begin(model, new)
@@ -115,7 +115,7 @@ def remove(model: Any, name: str, images: Any = None, processor: Any = None) -> 
     with _changing(model):
         if images is not None:
             head = fitted_head(model, "forget images of classes")
-            check_still(model, "forget images")
+            check_features_fixed(model, "forget images")
             found, _ = _encoded(model, images, [name] * len(images), processor)
             labels = torch.full((len(found.features),), index, device=model.device)
             model.accumulate(found, labels, sign=-1)
@@ -226,7 +226,7 @@ def _changing(model: Any, head: bool = True) -> Iterator[None]:
     model._before_change = before
 
 
-def check_still(model: Any, what: str) -> None:
+def check_features_fixed(model: Any, what: str) -> None:
     """Raise ValueError if features moved since images were learnt, so that their sums are not known exactly."""
     if model.later is not None and len(model.tasks) > 1:
         raise ValueError(

@@ -28,7 +28,7 @@ from hf_cdl.backbones.stored import (
     quietly,
     stored_sizes,
 )
-from hf_cdl.checked import said
+from hf_cdl.checked import one_line
 from hf_cdl.heads import Head
 from hf_cdl.models import small_checkpoints
 from hf_cdl.models.prompted_backbone import PromptedBackbone
@@ -161,6 +161,6 @@ def _explained(place: Any) -> Iterator[None]:
         if place is not None and is_folder(place) and not Path(place).expanduser().is_dir():
             raise ValueError(f"There is no folder '{place}'; give a checkpoint by its folder or Hub id.") from error
         raise ValueError(
-            f"The checkpoint '{place}' cannot be loaded: {said(error)} Check that config.json and "
+            f"The checkpoint '{place}' cannot be loaded: {one_line(error)} Check that config.json and "
             f"{named(place)} are there and whole; get them again if they were cut short."
         ) from error

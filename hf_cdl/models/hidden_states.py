@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 
-def with_read(asked: bool | list[int] | None, read: list[int]) -> bool | list[int] | None:
+def to_keep(asked: bool | list[int] | None, read: list[int]) -> bool | list[int] | None:
     """The hidden states to keep: those that were asked for, and those that a head reads."""
     return (asked or read or None) if not isinstance(asked, list | tuple) else [*asked, *read]
 
 
-def asked_for(states: Any, asked: bool | list[int] | None) -> Any:
+def requested_only(states: Any, asked: bool | list[int] | None) -> Any:
     """The hidden states that were asked for, None in place of others; None if none were."""
     if not asked or not isinstance(asked, list | tuple) or states is None:
         return states if asked else None

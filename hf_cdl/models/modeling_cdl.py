@@ -146,7 +146,7 @@ class CDLForImageClassification(LearnsInSessions):
         self._init_task(task)
         if self.has_session(task):
             self.begin_session()
-        made = torch.empty(())  # as all that is new was
+        made = torch.empty(())  # with the device and dtype of all new parameters
         if (made.device, made.dtype) != (device, dtype):
             self.to(device, dtype)  # type: ignore[call-arg]
         self.freeze()
@@ -362,7 +362,7 @@ class CDLForImageClassification(LearnsInSessions):
         (head, *others), known = self._heads(), None
         logits = self._of_all(head(self._of_head(found.features)))
         if found.layers is not None:
-            known = head.how_known(found.features, found.layers, logits)
+            known = head.known_score(found.features, found.layers, logits)
         kd_features: Any = None
         kd_logits: Any = None
         if others:
@@ -386,11 +386,11 @@ class CDLForImageClassification(LearnsInSessions):
         )
 
     def _of_head(self, features: Any) -> Any:
-        """Of features (B, D) those that the head in use reads: in a session not the KD token's, which has its own."""
+        """The part of features (B, D) that the head in use reads; in a session the KD token has its own head."""
         return features if self.session_head is None else features[:, : self.session_size]
 
     def _of_all(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits over all classes, of a head that in a session tells those of the newest task alone."""
+        """Logits over all classes; in a session the head gives only those of the newest task."""
         return F.pad(logits, (self.num_labels - logits.shape[1], 0), value=-torch.inf)
 
 

@@ -18,7 +18,7 @@ from hf_cdl.backbones.loading import build_backbone
 from hf_cdl.checked import build_fields, check_numbers, check_size, fits, short
 from hf_cdl.config import CDLConfig
 from hf_cdl.heads.known import layers_read
-from hf_cdl.models.hidden_states import asked_for, image_tokens, patch_means, with_read
+from hf_cdl.models.hidden_states import image_tokens, patch_means, requested_only, to_keep
 from hf_cdl.models.input_checks import check_attention
 from hf_cdl.models.query_view import check_query, to_query_view
 from hf_cdl.prompts import KDPrompt, KDPromptConfig, MappingConfig, PromptMapping, PromptPool, build_pool
@@ -221,7 +221,7 @@ class PromptedBackbone(PreTrainedModel):
         two_pass = self.config.query != "one_pass"
         prefix, loss = self._prefixes(query, task_id, labelled) if two_pass else (one_pass, None)
         read = layers_read(self.shape.num_layers) if reads_layers else []
-        more: dict[str, Any] = {"output_hidden_states": with_read(asked, read), "output_attentions": output_attentions}
+        more: dict[str, Any] = {"output_hidden_states": to_keep(asked, read), "output_attentions": output_attentions}
         more["read"] = self._tokens_read(more["output_hidden_states"], output_attentions)
         found = self._run(self.backbone, pixel_values, self.kd_prompt is not None, prefix, **more)
         if one_pass.losses:
@@ -236,7 +236,7 @@ class PromptedBackbone(PreTrainedModel):
             query=query,
             prompt_loss=loss,
             similarities=tuple(one_pass.similarities.values()) or None,
-            hidden_states=asked_for(shown, asked),
+            hidden_states=requested_only(shown, asked),
             attentions=found.attentions,
             layers=patch_means(shown, read, families.family(self.backbone.config).has_cls),
         )

@@ -25,12 +25,12 @@ from hf_cdl.models.checkpointing import Checkpointed
 from hf_cdl.types import CDLOutput
 
 _ANCHORS = 2000
-"""Images of which half or more are taken, if there are more, to see how features moved."""
+"""Number of images used to measure how features moved, if there are that many; up to twice as many."""
 
 
 @dataclass(frozen=True)
 class LaterSessions:
-    """How training goes on after the first session. Raises ValueError for a value out of range."""
+    """How training continues after the first session. Raises ValueError for a value out of range."""
 
     until: int | None = field(
         default=None, metadata={"help": "Last task with a session, counted from 1; null: every task has one."}
@@ -138,7 +138,7 @@ class LearnsInSessions(Checkpointed):
             return None
         later = build_fields(LaterSessions, self.config.later_sessions, "later_sessions")
         self.config.later_sessions = dataclasses.asdict(later)
-        why = self.head.stays if isinstance(self.head, FittedHead) else None
+        why = self.head.why_fixed if isinstance(self.head, FittedHead) else None
         if later.drift != "none" and why is not None:
             raise ValueError(f"later_sessions.drift is {later.drift}, but {why}. Set drift to none, or change that.")
         return later
@@ -261,9 +261,9 @@ class Session:
     ) -> dict[str, float]:
         """Measure how the features of these images moved, and move the head's sums likewise unless drift is `none`.
 
-        `batches`: their pixels and `labels`, below 0 for images without one; `gather`: what all processes have of a
-        batch; `autocast`: the precision of the features in the sums. Returns the drift's `change` and what of it is
-        `explained`, in percent, and the `strength` of the map, see heads/drift.py.
+        `batches`: their pixels and `labels`, below 0 for images without one; `gather`: collects a batch from
+        all processes; `autocast`: the precision of the features in the sums. Returns the drift's `change`, how much of
+        it is `explained`, both in percent, and the `strength` of the map, see heads/drift.py.
         """
         head, kept = self.model.head, RecentImages(_ANCHORS)
         for batch in batches:

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 _FEW = 50
-"""Earlier rows up to which all is computed as by the authors, to the last bit. Of more, projections are subtracted in
-one product, which takes a twentieth of the time at a thousand of them, and no graph leads through them."""
+"""Earlier rows up to which everything is computed as in the authors' code, to the last bit. Beyond, projections
+are subtracted in one product, in a twentieth of the time at a thousand rows, and the graph leaves earlier rows out."""
 
 
 class ComponentBlock(nn.Module):
@@ -77,9 +77,9 @@ def weighted_sum(blocks: Any, index: int, weight: torch.Tensor, query: torch.Ten
 
 
 def _with_gradient(of: Callable[[Any], torch.Tensor], blocks: list[Any], query: torch.Tensor) -> torch.Tensor:
-    """What `of` says of all blocks; beside many earlier rows that are frozen with the gradient of the newest alone.
+    """What `of` computes from all blocks; beside many frozen earlier rows, with the gradient of the newest alone.
 
-    A graph over all rows computes gradients that nobody reads, at a thousand of them most of a backward pass.
+    A graph over all rows would compute gradients that nobody reads: at a thousand rows, most of a backward pass.
     """
     *earlier, newest = blocks
     few = len(earlier) * newest.key.shape[1] <= _FEW
@@ -116,7 +116,7 @@ def orthogonalise(draws: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """
     at_once = len(earlier) > _FEW
     left = draws - (draws @ earlier.T / earlier.square().sum(dim=1).clamp_min(1e-24)) @ earlier if at_once else draws
-    for row in () if at_once else earlier:  # of all draws together
+    for row in () if at_once else earlier:  # for all draws at once
         along = torch.stack([draw @ row for draw in draws]) / (row @ row).clamp_min(1e-24)
         left = left - along[:, None] * row
     found: list[torch.Tensor] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_cdl.recipe.checks import broken_rules, idle_arguments, student_parts, without_effect
-from hf_cdl.recipe.continuation import taken_over
+from hf_cdl.recipe.continuation import inherited_recipe
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
 from hf_cdl.recipe.plugins import load_plugins
@@ -33,7 +33,7 @@ __all__ = [
     "idle_arguments",
     "load_plugins",
     "load_recipe",
-    "taken_over",
+    "inherited_recipe",
     "untrained",
 ]
 

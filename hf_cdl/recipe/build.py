@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, set_seed
 
 from hf_cdl.backbones.families import adds_patch_mean, check_image_size
 from hf_cdl.backbones.loading import load_config, read_config
-from hf_cdl.checked import said
+from hf_cdl.checked import one_line
 from hf_cdl.config import CDLConfig
 from hf_cdl.data.views import check_processor, output_size, query_view
 from hf_cdl.distill import TERMS, Objective
@@ -61,7 +61,7 @@ def load_processor(place: str | Path, revision: str | None = None, **fields: Any
         check_processor(found)
     except Exception as error:  # transformers raises many kinds of errors
         missing = Path(place).is_dir() and not (Path(place) / "preprocessor_config.json").exists()
-        reason = "it is missing." if missing else said(error)
+        reason = "it is missing." if missing else one_line(error)
         if isinstance(error, AttributeError | KeyError | TypeError):  # from code that takes its fields for granted
             reason = f"it is not as save_pretrained writes it ({reason})."
         raise ValueError(

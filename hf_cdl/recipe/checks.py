@@ -23,7 +23,7 @@ from hf_cdl.recipe.written import DEFAULTS, Written, WrittenTerm, heads, is_fitt
 from hf_cdl.training.arguments.table import IN_PASSES
 
 _PUSHED = {"push_teacher": False, "hub_private_repo": True, "hub_strategy": "every_task"}
-"""How a run is pushed, with the defaults; where to is also asked of a run that is not pushed yet."""
+"""Fields on how a run is pushed, with their defaults; where to may be set before a run is pushed."""
 
 
 def broken_rules(content: dict[str, Any]) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, Written]) -> It
         return
     able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
     if any(map(_of_sessions, models.values())):
-        return  # they tell how features moved, or features of theirs are held
+        return  # they show how features moved, or `keep` holds their features
     student, why = models.get("student"), None
     if student and is_fitted(student.part("head")) and student.section.get("first_session") is None:
         why = "the student's head is fitted without training"
@@ -177,7 +177,7 @@ def _learning_rules(model: Written, content: dict[str, Any]) -> Iterator[str]:
 
 
 def _idle_without_images(data: dict[str, Any], terms: list[Any], models: dict[str, Written]) -> Iterator[str]:
-    """What is about images without labels, of a recipe that names none."""
+    """Fields about images without labels, in a recipe that names none."""
     for role, model in models.items():
         for name, value in _of_sessions(model).items():
             yield (
@@ -295,7 +295,7 @@ def _plain_rules(content: dict[str, Any], models: dict[str, Written], terms: lis
 
 
 def _saving_rules(content: dict[str, Any], models: dict[str, Written]) -> Iterator[str]:
-    """How checkpoints are saved is said of cdl models."""
+    """Only cdl models have a choice of how checkpoints are saved."""
     if models and all(model.plain for model in models.values()):
         for name, default in (("save_backbone", True), ("save_code", False)):
             if content.get(name, default) is not default:

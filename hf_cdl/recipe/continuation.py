@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_cdl.escape import acts, visible
+from hf_cdl.escape import needs_escaping, visible
 from hf_cdl.places import HUB_ID, by_name, is_private
 from hf_cdl.recipe.fields import ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError
@@ -35,7 +35,7 @@ _NEVER = ("name", "data", "baselines", "card", "teacher_from", *PLACES)
 """Fields specific to the other run; dropping them is not worth reporting."""
 
 
-def taken_over(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[Recipe, list[str]]:
+def inherited_recipe(stored: Any, build: Callable[[dict[str, Any]], Recipe]) -> tuple[Recipe, list[str]]:
     """The inherited recipe, its data without a path, and the names of the fields that were dropped.
 
     `build` checks it; refusing plugins is up to the caller. Raises RecipeError if the stored recipe is invalid.
@@ -109,5 +109,5 @@ def _check_texts(value: Any, path: str = "") -> None:
     elif isinstance(value, list):
         for number, item in enumerate(value):
             _check_texts(item, f"{path}.{number}")
-    elif isinstance(value, str) and (acts(value) or "\n" in value or len(value) > 500):
+    elif isinstance(value, str) and (needs_escaping(value) or "\n" in value or len(value) > 500):
         raise RecipeError(f"'{path[1:]}' is {visible(value)[:60]!r}, but names have no control characters")

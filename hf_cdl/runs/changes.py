@@ -24,7 +24,7 @@ from hf_cdl.runs.ledger import (
     stored_tasks,
 )
 from hf_cdl.runs.page import save_page
-from hf_cdl.runs.repair import examine, mend
+from hf_cdl.runs.repair import examine, restore
 from hf_cdl.runs.run import RESULTS, Run
 from hf_cdl.runs.sharing import publish, put_revision
 
@@ -53,7 +53,7 @@ class ChangingRun(Run):
             self._open()  # another process may have changed it before we got the lock
             self._known = len(self.changes)
             found = examine(self.folder, self.ledger)
-            mend(self.folder, self.ledger, found)
+            restore(self.folder, self.ledger, found)
             for line in found.said:
                 self.say(line)
             yield

@@ -50,7 +50,7 @@ def continue_elsewhere(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         above = [] if was_there else [folder, *made]
-        return lambda: _take_away(folder, origin, above)
+        return lambda: _remove_run(folder, origin, above)
 
 
 def _fill(
@@ -80,7 +80,7 @@ def _fill(
     write_json(folder / "run.json", ledger)
 
 
-def _take_away(folder: Path, origin: dict[str, Any], above: list[Path]) -> None:
+def _remove_run(folder: Path, origin: dict[str, Any], above: list[Path]) -> None:
     """Undo the creation of a run, unless something was learnt in it or another process is using it."""
     if not (folder / "run.json").exists():  # another process has removed it
         return

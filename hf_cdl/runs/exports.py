@@ -22,7 +22,7 @@ def exports_in(folder: Path) -> list[Any]:
 
 
 def _is_there(folder: Path, name: Any) -> bool:
-    """Whether a file is in the folder; what is no file's name is left to be found wrong."""
+    """Whether a file is in the folder; an invalid name is left to later checks."""
     return not isinstance(name, str) or Path(name).name != name or (folder / name).is_file()
 
 

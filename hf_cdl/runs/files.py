@@ -89,15 +89,15 @@ def write_json(file: Path, content: Any, known: dict[bytes, str] | None = None) 
 
 
 def lines(content: Any, known: dict[bytes, str], depth: int = 0) -> str:
-    """JSON with a line for each entry of what holds other containers, down to the entries of a role.
+    """JSON with a line for each entry of a container that holds others, down to the entries of a role.
 
     `json.dumps` with an indent does not use its encoder in C. Lines that are in `known`, by their content, are not
-    encoded again: most of a ledger says what was measured after earlier tasks.
+    encoded again: most of a ledger is what was measured after earlier tasks.
     """
     parts = [*content.values()] if isinstance(content, dict) else content
     if depth == _DEEPEST_LINES or not isinstance(content, dict | list) or not _holds_containers(parts):
         try:
-            key = marshal.dumps(content, 2)  # version 2 says the same of equal content, however it is held in memory
+            key = marshal.dumps(content, 2)  # version 2: equal bytes for equal content, however it is held in memory
         except ValueError:  # a subclass, such as NumPy's float64
             return json.dumps(content)
         return known.get(key) or known.setdefault(key, json.dumps(content))

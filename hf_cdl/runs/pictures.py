@@ -117,7 +117,7 @@ def draw_curve(panel: Any, steps: Sequence[int], values: Sequence[float], line: 
 
 
 def label_ends(panel: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write beside the ends (x, y) of curves what they are, none over another; ends are (x, y, text, colour).
+    """Label the ends of curves without overlaps; ends are (x, y, text, colour).
 
     The panel's limits must be set, and its height be about four inches.
     """

@@ -74,7 +74,7 @@ def _examine_copy(folder: Path, ledger: Mapping[str, Any], role: str, bad: set[s
         found.said.append(f"{folder / role}/ was not what {name} is ({listed}); it is made so.")
 
 
-def mend(folder: Path, ledger: dict[str, Any], found: Findings) -> None:
+def restore(folder: Path, ledger: dict[str, Any], found: Findings) -> None:
     """Restore what can be restored, replacing each file atomically; the ledger gets the new fingerprints.
 
     Checkpoints that shared a damaged file share it again.

@@ -189,8 +189,8 @@ def difference_lines(rows: Sequence[tuple[int, Sequence[str], int, float, float]
     return lines
 
 
-def telling(known: Mapping[str, float], model: str = "it") -> str:
-    """How well a model tells images of none of its classes, in words; `known`: as in results.json, of one task."""
+def unknown_images(known: Mapping[str, float], model: str = "it") -> str:
+    """How a model recognises images of none of its classes, in words; `known`: as in results.json, of one task."""
     kept = f"asked for `unknown`, {model} still answers {known['kept']:.0f} % of the images of its classes"
     if "foreign_passing" in known:
         kept = f"{kept}, {known['foreign_passing']:.0f} % of the foreign ones"

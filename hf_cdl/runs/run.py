@@ -35,7 +35,7 @@ from hf_cdl.runs.ledger import (
     shortened,
 )
 from hf_cdl.runs.page import PAGE, RESULTS, is_whole, save_page
-from hf_cdl.runs.repair import examine, mend, unreadable
+from hf_cdl.runs.repair import examine, restore, unreadable
 from hf_cdl.runs.results import ledger_results
 from hf_cdl.runs.sharing import publish, put_revision
 from hf_cdl.runs.source import Source
@@ -78,7 +78,7 @@ class Run:
             self._open()  # again: another process may have continued the run before we got the lock
             self._note_plugins()
             found = examine(self.folder, self.ledger)
-            mend(self.folder, self.ledger, found)  # also after a kill between checkpoint and copy
+            restore(self.folder, self.ledger, found)  # also after a kill between checkpoint and copy
             for line in found.said:
                 self.say(line)
 
@@ -375,7 +375,7 @@ class Run:
         if found.copies or found.gone or problem or pictures:
             self._acquire()
             try:
-                mend(self.folder, self.ledger, found)
+                restore(self.folder, self.ledger, found)
                 if problem:
                     write_json(results, self.results())
                     files[RESULTS] = fingerprint(results)

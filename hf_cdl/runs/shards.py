@@ -24,7 +24,7 @@ from hf_cdl.runs.files import WEIGHTS, lines, link
 WORTH = 2**20
 """Bytes from which on settled weights get a file of their own; fewer are written again with the rest."""
 SMALL, MANY = 10 * WORTH, 10
-"""So many files of fewer bytes each become one: settled weights are written at most twice in a file of their own."""
+"""This many files of fewer bytes are merged into one: settled weights are written at most twice."""
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,7 +62,7 @@ def plan(weights: Mapping[str, torch.Tensor], backbone: Set[str], newest: Set[st
         return sum(weights[name].nbytes for name in names)
 
     kept, stored, same = list[Shard](), set[str](), set[str]()
-    few = size(weights.keys() - backbone) < WORTH  # then no file of small weights is worth finding out what they share
+    few = size(weights.keys() - backbone) < WORTH  # then it is not worth finding out what files of small weights share
     for file in sorted(before.glob("*.safetensors")):
         names = _names(file)
         small = few and size(names & weights.keys()) < WORTH

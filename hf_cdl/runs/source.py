@@ -43,7 +43,7 @@ class Source:
         self._refuse(differences(theirs, _makes(self.recipe, self.role)))
 
     def _plugins(self) -> dict[str, dict[str, str]]:
-        """What the other run's ledger says of the plugins that are named here."""
+        """What the other run's ledger records of the plugins that are named here."""
         stored = self.ledger.get("plugins", {})
         found = {}
         for file, now in plugin_hashes(self.recipe.get("plugins")).items():

@@ -39,7 +39,7 @@ def check_parts(model: Any, args: CDLTrainingArguments, objective: Any, teacher:
         )
     if objective.needs_teacher and teacher is None:
         raise ValueError(f"The terms {', '.join(objective.terms)} need a teacher, but none was given.")
-    if teacher is not None and not asks_teacher(model, objective):
+    if teacher is not None and not learns_from_teacher(model, objective):
         raise ValueError(
             "A teacher was given, but nothing learns from it: no term of the objective looks at one, and the head has "
             "no soft_targets. Give Objective a term, as Objective(0.5, [('kd', term)]), or leave the teacher out."
@@ -135,7 +135,7 @@ def check_measured(run: Run | None, role: str, seen: Sequence[Task]) -> None:
         )
 
 
-def came_with(model: Any, task: Task) -> bool:
+def learnt_elsewhere(model: Any, task: Task) -> bool:
     """Whether the task was learnt elsewhere: it has no training images, and the model knows its classes."""
     return not len(task.train) and model.tasks[task.index : task.index + 1] == [list(task.class_names)]
 
@@ -184,7 +184,7 @@ def check_items(data: Any, classes: int, taker: str = "evaluate", labelled: bool
         check_label(item["labels"], range(classes))
 
 
-def asks_teacher(model: Any, objective: Objective) -> bool:
+def learns_from_teacher(model: Any, objective: Objective) -> bool:
     """Whether a term or the model's head learns from a teacher."""
     return objective.needs_teacher or (model.fitted and model.head.needs_teacher)
 
@@ -225,10 +225,10 @@ def _refuse_data_parallel(args: CDLTrainingArguments) -> None:
 
 
 def _check_unlabelled(role: str, model: Any, objective: Objective, task: Task, teacher: Any) -> None:
-    """Raise ValueError for unlabelled images, or what is said of them, that would have no effect.
+    """Raise ValueError for unlabelled images, or fields about them, that would have no effect.
 
     A stream gives them to every role. The student learns from them in sessions in which a loss trains; later sessions
-    of either may hold features of theirs, or see by them how features moved.
+    of either may hold their features, or measure by them how features moved.
     """
     asked = _in_sessions(model)
     if task.unlabelled is None:

@@ -25,12 +25,12 @@ MODES = {
 
 _FIELDS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 _GRAPHS = 2**10
-"""Graphs of one function, of all encoders, tasks and shapes; torch would go on without compiling after 8."""
+"""Most graphs of one function, over all encoders, tasks and shapes; torch would stop compiling after 8."""
 
 
 @contextmanager
-def out_of_sight(args: Any) -> Iterator[None]:
-    """Hide these arguments from transformers, which would compile the whole model, and let TF32 in on the way."""
+def hidden_from_transformers(args: Any) -> Iterator[None]:
+    """Hide these arguments from transformers, which would compile the whole model and enable TF32 along the way."""
     given = {name: getattr(args, name) for name in _FIELDS}
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     try:
@@ -64,7 +64,7 @@ def compiled(args: Any, *models: Any) -> Iterator[None]:
 
 
 def check_compiler(args: Any) -> None:
-    """Raise ValueError if there is nothing to compile with, on a CPU; with a GPU comes what it needs."""
+    """Raise ValueError on a CPU without a compiler; for a GPU torch brings what it needs."""
     if args.torch_compile_backend != "inductor" or args.device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

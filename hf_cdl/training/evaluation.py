@@ -30,7 +30,7 @@ from hf_cdl.types import CDLOutput, Task, TaskResult
 
 BINS = 15
 ANY = slice(0, 2**62)
-"""Classes of labels that are not read."""
+"""Stands for the classes where labels are not read."""
 
 
 class EvaluatingTrainer(FrozenTrainer):
@@ -148,8 +148,8 @@ class EvaluatingTrainer(FrozenTrainer):
     def evaluate_seen(self, unlearnt: Sequence[Any] = (), foreign: Any = None) -> TaskResult:
         """Measure accuracy in percent on each task seen so far, or read it from the ledger if it is there already.
 
-        `unlearnt`: tasks that come later, and `foreign`: a dataset of images of no class, on which a model that says
-        how known an image is shows how well it tells.
+        `unlearnt`: tasks that come later, and `foreign`: a dataset of images of no class; both show how well a model
+        with a `known` score recognises unknown images.
         """
         task = self._newest
         stored = self.run.result(self.role, task) if self.run is not None else None
@@ -190,7 +190,7 @@ class EvaluatingTrainer(FrozenTrainer):
             **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
             "confidence": 100 * confidence.double().mean().item(),
             "calibration_error": calibration_error(confidence, correct),
-            "known": self._tell(parts, others, title),
+            "known": self._ood_metrics(parts, others, title),
             "class_accuracy": {
                 name: value
                 for task, part in zip(tasks, parts, strict=True)
@@ -232,10 +232,10 @@ class EvaluatingTrainer(FrozenTrainer):
         """
         return values if self.accelerator.num_processes == 1 else self.accelerator.gather_for_metrics(values)
 
-    def _tell(
+    def _ood_metrics(
         self, parts: list[dict[str, torch.Tensor]], others: Mapping[str, list[Any]], title: str
     ) -> dict[str, float]:
-        """How well the model tells known images from others, in percent; {} for one that does not say.
+        """How well the model tells known images from others, in percent; {} for one without a `known` score.
 
         `others`: splits of them, by what they are.
         """
@@ -254,7 +254,7 @@ class EvaluatingTrainer(FrozenTrainer):
                     gathered: Any = self._gathered(output.known)
                     theirs.append(gathered.cpu())
             if theirs:
-                found |= {f"{name}_{key}": value for key, value in told_apart(known, torch.cat(theirs), least).items()}
+                found |= {f"{name}_{k}": v for k, v in ood_metrics(known, torch.cat(theirs), least).items()}
         return found
 
     @property
@@ -331,7 +331,7 @@ def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     return 100 * gap.abs().sum().item() / len(confidence)
 
 
-def told_apart(known: torch.Tensor, others: torch.Tensor, least: float) -> dict[str, float]:
+def ood_metrics(known: torch.Tensor, others: torch.Tensor, least: float) -> dict[str, float]:
     """How well scores tell images of known classes (N,) from others (M,), in percent.
 
     `auroc`: area under the ROC curve, the share of pairs in which the known image has the larger score (ties count

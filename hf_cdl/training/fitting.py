@@ -17,7 +17,7 @@ from hf_cdl.training.trainer_contract import Total
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
 _VIEWS = 3
-"""Augmented views of each of a task's images, beside the image as it is, that tell how features moved."""
+"""Augmented views of each of a task's images, beside the image as it is, that show how features moved."""
 
 
 class FittingTrainer(EvaluatingTrainer):
@@ -51,9 +51,9 @@ class FittingTrainer(EvaluatingTrainer):
             self._total.images += len(task.train)
 
     def _anchors(self, task: Task) -> Iterator[dict[str, Any]]:
-        """Batches of the images that tell how features moved in a session, labelled with -1 if they are unlabelled.
+        """Batches of the images that show how features moved in a session, labelled with -1 if they are unlabelled.
 
-        The task's come in views on which nothing was trained too: a map fitted to few images is better for them.
+        The task's also come in augmented views that nothing was trained on, which improve a map fitted to few images.
         """
         anchors, first = self.model.eval().later.anchors, math.ceil(self.args.num_train_epochs)
         if anchors != "unlabelled":

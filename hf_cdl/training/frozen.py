@@ -1,4 +1,4 @@
-"""A Trainer that asks what no loss trains: queries, a teacher, the features of a fitted head; once, where it can."""
+"""A Trainer's passes that no loss trains: queries, teacher, features of a fitted head; computed once if possible."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class FrozenTrainer(TaskTrainer):
         result.kept = {**used, "held_bytes": now["held_bytes"]}
 
     def _read_kept(self, task: Task | None = None) -> None:
-        """From now on, until weights change, what is known already is not computed again; `task`: that trains now."""
+        """From now on, until weights change, reuse outputs that are known already; `task`: the one that trains now."""
         self._recurring = task is not None and recurs(task, self.args)
         teacher, model = self.teacher.model, self.model
         self._own_query = self._own_features = None
@@ -130,7 +130,7 @@ class FrozenTrainer(TaskTrainer):
 
 
 def features_of(output: CDLOutput) -> CDLOutput:
-    """What heads read of an output, and `answer` needs."""
+    """The fields of an output that heads read and `answer` needs."""
     return CDLOutput(features=output.features, kd_features=output.kd_features, layers=output.layers)
 
 

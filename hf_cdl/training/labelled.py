@@ -90,7 +90,7 @@ def check_label(label: Any, classes: range, where: str = "The dataset", whose: s
 def check_task_labels(task: Task) -> None:
     """Raise ValueError for splits of a task that cannot be trained on, or whose labels are not those of the task.
 
-    Of images that are only made when asked for, and without `labels` beside them, it looks at the first.
+    Of images that are only made when asked for, and without `labels` beside them, it checks the first.
     """
     classes = range(task.classes.start, task.classes.stop)
     if isinstance(task.train, list | tuple | Dataset):

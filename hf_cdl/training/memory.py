@@ -11,7 +11,7 @@ import torch
 
 
 @contextmanager
-def kept_apart() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Keep what is in memory out of garbage collections for a while.
 
     Trainer runs one at the start of every phase; over all modules and models it takes longer than a short phase.

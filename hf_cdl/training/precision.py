@@ -14,7 +14,7 @@ Output = TypeVar("Output")
 
 
 def frozen_autocast(args: CDLTrainingArguments) -> AbstractContextManager[Any]:
-    """What a pass that no loss trains runs in while something is learnt: bfloat16 if asked for, else as it is."""
+    """The precision of passes that no loss trains, while something is learnt: bfloat16 if asked for."""
     return torch.autocast(args.device.type, torch.bfloat16) if args.frozen_bf16 else nullcontext()
 
 

@@ -4,8 +4,8 @@
 it runs, forwards and backwards, and freed again. Everything else of the teacher (prompts, heads, embeddings) and the
 whole student stay copied to every process, as in data-parallel training.
 
-A layer runs when all processes run it. So nothing may run it on some of them alone: what one process would look up and
-another compute goes by `everywhere`, and weights are saved within `gathered`, which every process enters.
+A layer runs when all processes run it, so it must never run on only some of them: whether an output is looked up or
+computed is decided by `everywhere`, and weights are saved within `gathered`, which every process enters.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def replicated(model: nn.Module, accelerator: Any) -> nn.Module:
 
     Accelerate itself refuses to wrap a model with sharded weights.
     """
-    model = accelerator.prepare_model(model, evaluation_mode=True)  # autocast alone
+    model = accelerator.prepare_model(model, evaluation_mode=True)  # only for autocast
     sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sharded)
     options = {} if accelerator.ddp_handler is None else accelerator.ddp_handler.to_kwargs()

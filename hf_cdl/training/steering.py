@@ -111,7 +111,7 @@ class SteeredTrainer(Trainer):
         """Reset early stopping, which counts within one phase; a callback of the user's keeps its state."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):  # may be added after the arguments were created
-                self.args.go_by_accuracy()
+                self.args.choose_by_accuracy()
                 fresh: Any = type(callback)(**callback.state()["args"])
                 for name, value in fresh.state()["attributes"].items():
                     setattr(callback, name, value)

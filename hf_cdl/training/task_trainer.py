@@ -20,12 +20,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_cdl.data.sampler import Companions, Rounds, ViewSampler
-from hf_cdl.data.unlabelled import Beside
+from hf_cdl.data.unlabelled import WithUnlabelled
 from hf_cdl.runs.files import make_folder, replace, saving, sync_tree
 from hf_cdl.runs.ledger import lasting
 from hf_cdl.runs.settings import check_settings
 from hf_cdl.training.arguments.workers import fitting_workers
-from hf_cdl.training.compiling import out_of_sight
+from hf_cdl.training.compiling import hidden_from_transformers
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.schedules import epoch_factor
 from hf_cdl.training.settings import settings_of
@@ -49,7 +49,7 @@ class TaskTrainer(SteeredTrainer):
     _sums: dict[str, torch.Tensor]
     """Sums by loss name over the `_steps_summed` steps since the last log line; each step adds its mean per image."""
     _unseen: list[tuple[int, list[str], torch.Tensor]]
-    """Step, names and values of losses that nobody has looked at."""
+    """Step, names and values of losses not checked yet."""
     _steps_summed: int
     _images: int
     """Images trained on by all processes in this phase, unlabelled ones too, since it started or resumed."""
@@ -65,7 +65,7 @@ class TaskTrainer(SteeredTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         """As in Trainer, for an accelerator that compiles nothing: `compiled` does."""
-        with out_of_sight(self.args):
+        with hidden_from_transformers(self.args):
             super().create_accelerator_and_postprocess()
 
     # ---- what a phase counts ----
@@ -111,7 +111,7 @@ class TaskTrainer(SteeredTrainer):
         task, companions = self.seen[-1], None
         shuffle = self.args.train_sampling_strategy != "sequential"
         seed = zlib.crc32(f"{self.args.data_seed}/{task.index}".encode())
-        if isinstance(self.train_dataset, Beside):
+        if isinstance(self.train_dataset, WithUnlabelled):
             own = zlib.crc32(f"unlabelled/{self.args.data_seed}/{self.role}/{task.index}".encode())
             companions = Companions(len(self.train_dataset.unlabelled), task.unlabelled_ratio, own, shuffle)
         block = self._train_batch_size * self.accelerator.num_processes * self.args.gradient_accumulation_steps
@@ -189,7 +189,7 @@ class TaskTrainer(SteeredTrainer):
     def _note_losses(self, losses: dict[str, torch.Tensor], weight: float) -> None:
         """Add the weighted losses to the sums for the next log line, and stop at one that is not finite.
 
-        To look at a number waits for a GPU, so there it is done for several steps together.
+        Reading a number waits for the GPU, so there several steps are checked together.
         """
         names, values = list(losses), torch.stack([value.detach().float() for value in losses.values()])
         self._unseen.append((self.state.global_step + 1, names, values))

@@ -25,14 +25,14 @@ import torch
 from hf_cdl.counted import counted
 from hf_cdl.distill import Objective, Term
 from hf_cdl.training.kept import Query, Recall
-from hf_cdl.training.kept.weights import asked_backbone, equal
+from hf_cdl.training.kept.weights import equal, query_backbone_of
 from hf_cdl.training.precision import in_float32
 from hf_cdl.types import CDLOutput, Task
 
 
 def same_weights(student: Any, teacher: Any) -> bool:
     """Whether both models compute their queries with the same weights."""
-    return equal(asked_backbone(student), asked_backbone(teacher))
+    return equal(query_backbone_of(student), query_backbone_of(teacher))
 
 
 class Teacher:
@@ -51,7 +51,7 @@ class Teacher:
     ):
         self.model, self.objective = model, objective
         self.read: tuple[Query | None, Recall | None] = (None, None)
-        """What gives its queries, and its answers, without computing those that are known."""
+        """Functions for its queries and its outputs that reuse known ones."""
         self.teaches_terms = model is not None and objective.needs_teacher
         self.teaches_head = model is not None and student.fitted and student.head.needs_teacher
         self._autocast: Callable[[], AbstractContextManager[Any]] = nullcontext

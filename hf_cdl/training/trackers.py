@@ -141,7 +141,7 @@ class Tracking(TrainerCallback):
         self.before = self.steps_before()
         if not state.is_world_process_zero:
             return
-        with self._told("start"):
+        with self._tracker_errors("start"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.tracker = TRACKERS[self.kind](
                 folder=self.folder,
@@ -155,7 +155,7 @@ class Tracking(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.tracker is not None:
             numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-            with self._told("log"):
+            with self._tracker_errors("log"):
                 self.tracker.log(rewrite_logs(numbers), self.before + state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -164,11 +164,11 @@ class Tracking(TrainerCallback):
     def close(self) -> None:
         tracker, self.tracker = self.tracker, None
         if tracker is not None:
-            with self._told("end"):
+            with self._tracker_errors("end"):
                 tracker.close()
 
     @contextmanager
-    def _told(self, what: str) -> Iterator[None]:
+    def _tracker_errors(self, what: str) -> Iterator[None]:
         """Turn any error of a tracker (no login, no network, a full disk, a damaged file) into a RunError."""
         try:
             yield

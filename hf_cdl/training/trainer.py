@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from hf_cdl.counted import counted
-from hf_cdl.data.unlabelled import Beside, together
+from hf_cdl.data.unlabelled import WithUnlabelled, join_unlabelled
 from hf_cdl.distill import Objective
 from hf_cdl.runs.files import write_whole
 from hf_cdl.runs.ledger import revision_name
@@ -25,7 +25,6 @@ from hf_cdl.runs.run import Run
 from hf_cdl.runs.shards import save_checkpoint
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.checking import (
-    came_with,
     check_measured,
     check_names,
     check_new,
@@ -36,11 +35,12 @@ from hf_cdl.training.checking import (
     check_task,
     check_tasks,
     check_used,
+    learnt_elsewhere,
 )
 from hf_cdl.training.compiling import compiled
 from hf_cdl.training.fitting import FittingTrainer
 from hf_cdl.training.kept.features import KeptFeatures
-from hf_cdl.training.memory import kept_apart, peak_memory
+from hf_cdl.training.memory import gc_frozen, peak_memory
 from hf_cdl.training.precision import frozen_autocast
 from hf_cdl.training.progress import PhaseProgress
 from hf_cdl.training.sharding import gathered, shard_teacher
@@ -156,7 +156,7 @@ class CDLTrainer(FittingTrainer):
         for task in to_learn:
             self._check_learnable(task)
         start, self._total = time.time(), Total()
-        with kept_apart():
+        with gc_frozen():
             for task in to_learn:
                 self.learn(task)
                 if self.run is not None:
@@ -184,7 +184,7 @@ class CDLTrainer(FittingTrainer):
     def _learn(self, task: Task) -> None:
         self._begin_task(task)
         self.model.trained_tasks = task.index + 1
-        if self._take_over(task):
+        if self._load_from_other_run(task):
             return
         self._keep_settings()
         result, before = TaskResult(self.role, task.index), self._used()
@@ -207,7 +207,7 @@ class CDLTrainer(FittingTrainer):
             raise ValueError("The head's soft_targets need a teacher, but none was given.")
         self._check_settings()
         done = self.run is not None and self.run.result(self.role, task) is not None
-        if done or came_with(self.model, task):
+        if done or learnt_elsewhere(self.model, task):
             return False
         check_measured(self.run, self.role, self.seen)
         check_new(self.model, task)
@@ -217,7 +217,7 @@ class CDLTrainer(FittingTrainer):
         self.teacher.check(task)
         return True
 
-    def _take_over(self, task: Task) -> bool:
+    def _load_from_other_run(self, task: Task) -> bool:
         """Load and save what another run learnt, if the recipe says so (`ROLE_from`); none of its files is copied."""
         found = None if self.run is None else self.run.taken(self.role, task)
         if self.run is None or found is None:
@@ -279,7 +279,7 @@ class CDLTrainer(FittingTrainer):
         images = self._as_seen(task.train, task.classes, *self.teacher.views)
         held = self._session is not None and self._session.later.held[1]
         beside = task.unlabelled if self.objective.reads_unlabelled or held else None
-        return images if beside is None else Beside(images, beside, self.role, *self.teacher.views)
+        return images if beside is None else WithUnlabelled(images, beside, self.role, *self.teacher.views)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -289,7 +289,7 @@ class CDLTrainer(FittingTrainer):
         `weight` in the inputs makes a step's gradient the mean over the images of all its micro-batches.
         """
         task, weight = self.seen[-1], inputs.get("weight", 1.0)
-        batch = together(inputs)
+        batch = join_unlabelled(inputs)
         student, teacher = self._student_and_teacher(model, batch, task.index)
         losses = self.objective(student, teacher, inputs["labels"], task.classes)
         if self._session is not None:

@@ -204,8 +204,9 @@ emoji = load_dataset("recipes/emoji")  # splits train, validation, test
 Classes: {names}.
 
 ## How it was made
-[make_data.py](make_data.py) drew the npm packages `@iconify-json/SET`, as of [LICENCES.tsv](LICENCES.tsv), with
-PyPI `resvg-py` 0.5.0 and Pillow. The same packages and libraries give the same bytes:
+[make_data.py](make_data.py) drew the npm packages `@iconify-json/SET`, in the versions of
+[LICENCES.tsv](LICENCES.tsv), with PyPI `resvg-py` 0.5.0 and Pillow. The same packages and libraries give the same
+bytes:
 ```bash
 python recipes/emoji/make_data.py FOLDER  # holds the unpacked packages: FOLDER/noto, FOLDER/noto-v1 ...
 ```
@@ -216,7 +217,7 @@ another class (there is one moon, and no car from the front), and what the quick
 on. Of several drawings of an emoji in one set, the first was taken.
 
 There is one size: {size} pixels are 6 × 6 patches of DINOv2-small, and the image processors of smaller backbones
-shrink the images (the quickstart's to 48). The sets are transparent; the background is white, as that of the icons.
+shrink the images (the quickstart's to 48). The drawings are transparent; the background is white, as for the icons.
 Augmentation is the recipe's.
 
 ## Measured
@@ -229,15 +230,15 @@ On validation, seed 0; test has not been measured. A ridge head (λ = 100) and c
 | the quickstart's teacher, 48 px | 30.5 % | 28.5 % |
 | the quickstart's student, 48 px | 26.0 % | 22.0 % |
 
-The first row is that of the command; the second has the recipe's own student, the last two `recipes/emoji.yaml` with
-the backbones in `recipes/quickstart` and `features: 2000` in the head.
+The command gives the first row. The second has the recipe's own student, the last two `recipes/emoji.yaml` with the
+backbones in `recipes/quickstart` and `features: 2000` in the head.
 ```bash
 hf-cdl train recipes/emoji_dinov2.yaml --teacher null --student.backbone backbones/dinov2-small-84 \\
   --student.prompt '{{type: none}}' --student.head '{{type: ridge, standardise: first_task, strength: 100.0}}' \\
   --distill '[]' --ce_weight 1.0 --data.eval_split validation --seed 0 --baselines '[nearest_class_mean]'
 ```
-The recipes themselves, with `--data.eval_split validation --seed 0`: what is trained task after task is behind what is
-fitted.
+The recipes themselves, with `--data.eval_split validation --seed 0`: heads and prompts trained task by task are behind
+heads that are fitted.
 
 | recipe | teacher, CODA-Prompt | student, KDP | linear head | class means | ridge, recommended |
 |---|---|---|---|---|---|
@@ -249,18 +250,18 @@ fitted.
   images, but hardly more than three drawings.
 - Twemoji and FxEmojis, the two sets of test, are much alike in some classes (guitar, trumpet, slot-machine). They lie
   in one split, so training has no such relatives, but a class's two test images are not independent.
-- An accuracy on the 200 images of validation or of test has a standard error of about 3 points, and speaks of two
+- An accuracy on the 200 images of validation or of test has a standard error of about 3 points, and covers two
   makers only.
 - Some makers draw a whole animal and others its head (koala, mouse, penguin, tiger), and some frame a scene as a
-  picture (fountain, roller-coaster). Streamline outlines all in black, as nobody else. "bug" is the caterpillar that
+  picture (fountain, roller-coaster). Only Streamline outlines everything in black. "bug" is the caterpillar that
   all of them draw.
 - The quickstart's backbones were pre-trained on grey icons, some of them by these makers, so not all styles are new to
-  them. No class has the name of one of their 493 concepts; some are of a kind that has (birds were "bird", flowers
+  them. No class has the name of one of their 493 concepts; some belong to one of them (birds were "bird", flowers
   "flower", and a drink is in a "glass"). {also} classes are also [icons100](../icons100/README.md)'s, half of which
   are the quickstart's: {also_names}.
 
 ## Licence and attribution
-Every drawing belongs to its makers and is under its set's own licence. [LICENCES.tsv](LICENCES.tsv) lists the version,
+Every drawing belongs to its makers and has the licence of its set. [LICENCES.tsv](LICENCES.tsv) lists the version,
 licence, maker, source and number of images of each set. CC BY 4.0 asks for attribution: keep that file with the
 images. All drawings were changed in the same way: drawn at {size}×{size} pixels on white. The makers do not endorse
 this data set or its use.

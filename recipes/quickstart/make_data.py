@@ -80,7 +80,7 @@ configs:
 # Icons-R {title}: {classes} concepts drawn by {families} icon families
 
 A small, real image data set for {purpose} without a download. A class is a concept ("home", "heart", "bell"), an image is one icon
-family's rendition of it. Like ImageNet-R in kind: the test shows known concepts in styles never seen in training.
+family's drawing of it. As in ImageNet-R, the test images show known concepts in styles never seen in training.
 
 | split | images | images per class | icon families | bytes |
 |---|---|---|---|---|
@@ -100,12 +100,12 @@ Classes: {names}.{also}
 The icons come from the npm package `@iconify/json` 2.2.535, rendered with PyPI `resvg-py` 0.5.0 and Pillow. Labels are the icons' own
 names and **some are wrong** (a few "link" images are paper clips). Forks of one set count as one family; near-duplicates of training
 images were dropped from test. Of the {total} {part} classes of that full data set (which is not in this repository),
-[make_data.py]({script}) took {chosen}, and of each {caps}. PNGs were compressed again without loss. {backbones}; base and stream share no name, no word of a name and no listed synonym. They were drawn by the same
+[make_data.py]({script}) took {chosen}, and of each {caps}. PNGs were recompressed without loss. {backbones}; base and stream share no name, no word of a name and no listed synonym. Both were drawn by the same
 families in the same splits, so test families are new to the backbones as well.
 
 ## Licence and attribution
-Every icon belongs to its makers and is under its set's own licence (MIT, Apache-2.0, ISC, CC0, CC-BY, OFL and the like): [LICENCES.tsv](LICENCES.tsv)
-lists the {sets} sets that occur, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
+Every icon belongs to its makers and has the licence of its set (MIT, Apache-2.0, ISC, CC0, CC-BY, OFL and the like): [LICENCES.tsv](LICENCES.tsv)
+lists the {sets} sets used, with licence, author and number of images here. CC-BY asks for attribution: keep that file with the images.
 """  # noqa: E501
 
 # True because a class's images are drawn with the same seed for every folder: a smaller draw is a larger one's start.

@@ -62,8 +62,8 @@ def test_passes_are_counted() -> None:
 
 def test_what_is_said_names_all_and_counts_baselines() -> None:
     roles = [trainer("teacher", True), trainer("student", True), trainer("linear_head", True, plain=True)]
-    said = duration.announced("mine\n", TASKS, roles)
+    said = duration.announcement("mine\n", TASKS, roles)
     assert said.startswith(
         r"mine\n: teacher, student and 1 baseline will learn 4 classes in 2 tasks; this may take about "
     )
-    assert duration.announced("mine", TASKS, roles[1:2]).startswith("mine: student will learn 4 classes in 2 tasks")
+    assert duration.announcement("mine", TASKS, roles[1:2]).startswith("mine: student will learn 4 classes in 2 tasks")

@@ -179,7 +179,7 @@ def test_a_file_says_where_it_is_from_and_how_to_run_it(file: Path, monkeypatch:
     if file in PAIRS:
         [row] = re.findall(r"^#   (teacher .*)$", comment, re.MULTILINE)
         cells = re.split(r"  ", row)
-        assert [re.sub(r" (\d\d\.\d\d|not at hand)$", "", cell) for cell in cells] == [
+        assert [re.sub(r" (\d\d\.\d\d|not known)$", "", cell) for cell in cells] == [
             *("teacher", "student alone", "kd", "dkd", "lskd", "dist")
         ]
 

@@ -32,9 +32,9 @@ try:
     {body}
 except KeyboardInterrupt as stop:
     print(type(stop).__name__, flush=True)
-    stopping.say_goes_on()
+    stopping.print_how_to_continue()
     {after}
-    stopping.leave(stop.code)
+    stopping.end_process(stop.code)
 """
 """What the commands do."""
 LAUNCHER = "import os, subprocess, sys\nos.environ |= {environment}\nsubprocess.run([sys.executable, *sys.argv[1:]])"
@@ -119,7 +119,7 @@ def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(stopping._State, "said", False)
     monkeypatch.setattr(sys, "stdout", Gone())
-    stopping.say_goes_on()
+    stopping.print_how_to_continue()
     assert stopping._State.said
 
 
@@ -292,7 +292,7 @@ def test_commands_are_said_as_this_one_was_started(
     monkeypatch.setattr(stopping._State, "launcher", None)
     monkeypatch.setattr(stopping, "python", lambda: "python")
     elsewhere = str(places["elsewhere/hf-cdl"])
-    assert stopping.again() == again.replace("'{elsewhere}'", shlex.quote(elsewhere))
+    assert stopping.own_command() == again.replace("'{elsewhere}'", shlex.quote(elsewhere))
     assert stopping.command("push", "a run") == push.replace("'{elsewhere}'", shlex.quote(elsewhere))
 
 

@@ -105,7 +105,7 @@ def test_images_of_new_classes_alone(source: Path, run: Path, tmp_path: Path, ca
 def test_a_run_is_taken_away_only_if_nobody_else_is_in_it(run: Path, tmp_path: Path) -> None:
     """Two hf-cdl add at once: the late one leaves the other's run alone."""
     out = tmp_path / "runs" / "out"
-    undo = add.begin(out, str(run), None, None)
+    undo = add.create_run(out, str(run), None, None)
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"], "no lock stays"
     other = FileLock(out / ".lock")
     with other.acquire(timeout=0):

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil
 
 from hf_cdl.data import ImageError, StreamConfig, TaskStream
 from hf_cdl.data.sampler import Companions, ViewSampler
-from hf_cdl.data.unlabelled import Beside, together
+from hf_cdl.data.unlabelled import WithUnlabelled, join_unlabelled
 
 PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
 
@@ -200,11 +200,11 @@ def test_a_batch_is_its_own_images_then_those_beside_them() -> None:
         def __getitems__(self, keys: Any) -> list[dict[str, Any]]:
             return [{"pixel_values": torch.full((3, 2, 2), float(key[0])), "labels": key[0]} for key in keys]
 
-    items = Beside(Labelled(), Own()).__getitems__([((1, 0), ((2, 1), (0, 1))), ((0, 0), ((1, 1), (2, 2)))])
+    items = WithUnlabelled(Labelled(), Own()).__getitems__([((1, 0), ((2, 1), (0, 1))), ((0, 0), ((1, 1), (2, 2)))])
     batch = torch.utils.data.default_collate(items)
     assert batch["unlabelled_pixel_values"].shape == (2, 2, 3, 2, 2)
-    whole = together({**batch, "weight": 2.0})
+    whole = join_unlabelled({**batch, "weight": 2.0})
     assert whole["pixel_values"][:, 0, 0, 0].tolist() == [1, 0, 21, 1, 11, 22]
     assert {*whole} == {"pixel_values", "labels", "weight"} and whole["labels"].tolist() == [1, 0]
     plain = {"pixel_values": torch.zeros(1), "labels": torch.zeros(1)}
-    assert together(plain) == plain
+    assert join_unlabelled(plain) == plain

@@ -18,7 +18,7 @@ from hf_cdl import CDLConfig, CDLForImageClassification
 from hf_cdl.heads import build_head
 from hf_cdl.heads.scatter import shrunk
 from hf_cdl.heads.unlearnt import unlearnt
-from hf_cdl.training.evaluation import told_apart
+from hf_cdl.training.evaluation import ood_metrics
 from hf_cdl.unknown import UNKNOWN, rejected, thresholds
 
 WIDTH, LAYER = 24, 12
@@ -58,7 +58,7 @@ def fitted(head: dict[str, Any], tasks: list[list[int]], per_class: int = 30) ->
 
 def told(built: Any, features: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return built.how_known(features, layers, built(features))
+        return built.known_score(features, layers, built(features))
 
 
 def test_the_shrinkage_is_that_of_oas() -> None:
@@ -134,9 +134,9 @@ def test_images_of_known_classes_keep_their_share_and_others_are_told(head: dict
         told(built, features, layers),
         told(built, noise, torch.randn(60, 3, LAYER)),
     ):
-        assert told_apart(new, foreign, built.known.threshold(0.95))["auroc"] > 95
+        assert ood_metrics(new, foreign, built.known.threshold(0.95))["auroc"] > 95
     typical = built.known.mean.expand(60, WIDTH), built.known.layer_means.expand(60, 3, LAYER)
-    assert told_apart(new, told(built, *typical), 0.0)["auroc"] > 95, "too typical is foreign too"
+    assert ood_metrics(new, told(built, *typical), 0.0)["auroc"] > 95, "too typical is foreign too"
 
 
 def without(head: dict[str, Any], built: Any, label: int, classes: int) -> Any:
@@ -209,10 +209,10 @@ def test_areas_under_curves_are_those_of_scikit_learn() -> None:
     known, others = torch.randn(50, generator=generator).round(decimals=1), torch.randn(70, generator=generator) - 1
     others = others.round(decimals=1)
     truth = [1] * 50 + [0] * 70
-    found = told_apart(known, others, -0.5)
+    found = ood_metrics(known, others, -0.5)
     assert found["auroc"] == pytest.approx(100 * float(roc_auc_score(truth, torch.cat([known, others]))))
     assert found["passing"] == pytest.approx(100 * float((others >= -0.5).float().mean()))
-    assert told_apart(known, known, 0.0)["auroc"] == pytest.approx(50)
+    assert ood_metrics(known, known, 0.0)["auroc"] == pytest.approx(50)
 
 
 # ---- a model, and the pipeline ----
@@ -465,7 +465,7 @@ def test_new_classes_of_few_images_leave_the_earlier_ones_known(head: dict[str, 
         earlier, foreign = (
             told(built, *(images(classes, 60, seed=77)[i] for i in (0, 2))) for classes in ([0, 1], [16, 17, 18])
         )
-        found = told_apart(earlier, foreign, built.known.threshold(0.95))
+        found = ood_metrics(earlier, foreign, built.known.threshold(0.95))
         assert float((earlier >= built.known.threshold(0.95)).float().mean()) > 0.8
         assert found["passing"] < 3 and found["auroc"] > 99
 

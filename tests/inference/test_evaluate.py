@@ -27,7 +27,7 @@ from hf_cdl.inference.answering import Batch
 from hf_cdl.inference.measuring import Measured, Options, common, measure
 from hf_cdl.inference.pictures import latent_figure, mistakes_figure, usage_figure
 from hf_cdl.recipe.build import load_processor
-from hf_cdl.training.evaluation import told_apart
+from hf_cdl.training.evaluation import ood_metrics
 from hf_cdl.unknown import thresholds
 
 Command = Callable[..., int]
@@ -170,7 +170,7 @@ def test_images_of_other_classes_are_told_from_its_own(tmp_path: Path, command: 
     pixels = torch.stack([stream[0].test[index]["pixel_values"] for index in range(18)])
     with torch.no_grad():
         known, least = model(pixels).known, thresholds(model, True)[0]
-    expected = told_apart(known[:12], known[12:], float(least))
+    expected = ood_metrics(known[:12], known[12:], float(least))
     assert {key: own["told"][key] for key in expected} == pytest.approx(expected, abs=0.01)
     assert own["told"]["kept"] == pytest.approx(100 * float((known[:12] >= least).float().mean()))
     assert (

@@ -27,7 +27,7 @@ from hf_cdl.data.images import decode
 from hf_cdl.inference import answering
 from hf_cdl.inference.answering import Answer
 from hf_cdl.inference.contact_sheet import ContactSheet
-from hf_cdl.inference.files import TABLES, appearing_when_whole, files_of
+from hf_cdl.inference.files import TABLES, atomic_files, files_of
 from hf_cdl.inference.students import find_student
 from hf_cdl.inference.summary import Reference, Summary, reference_of
 from hf_cdl.runs.files import RunError
@@ -183,7 +183,7 @@ def test_a_name_with_any_end_of_line_is_one_cell_in_csv(tmp_path: Path) -> None:
 def test_a_file_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> None:
     """Two processes that write the same file: the first to end has it, and the other one says so."""
     out = [tmp_path / "new" / "a.csv", tmp_path / "new" / "b.csv"]
-    with pytest.raises(RunError, match="b.csv has appeared while this command ran"), appearing_when_whole(out) as mine:
+    with pytest.raises(RunError, match="b.csv has appeared while this command ran"), atomic_files(out) as mine:
         for path in mine:
             path.write_text("mine")
         other = subprocess.run([sys.executable, "-c", OTHER, str(out[1])], capture_output=True, text=True)
@@ -195,8 +195,8 @@ def test_a_file_that_another_process_wrote_meanwhile_stays(tmp_path: Path) -> No
 OTHER = """
 import sys
 from pathlib import Path
-from hf_cdl.inference.files import appearing_when_whole
-with appearing_when_whole([Path(sys.argv[1])]) as (path,):
+from hf_cdl.inference.files import atomic_files
+with atomic_files([Path(sys.argv[1])]) as (path,):
     path.write_text("theirs")
 """
 
@@ -279,7 +279,7 @@ def test_the_share_of_rejected_images_in_words(rejected: int, says: str) -> None
     found = Summary()
     for number in range(100):
         found.add(Answer([("class a", 0.5)], 0.5, number < rejected))
-    assert says in found.told(0.05)
+    assert says in found.rejected_text(0.05)
 
 
 # ---- words and figures

@@ -456,7 +456,7 @@ def test_what_is_taken_over_from_another_run_is_on_the_disk(
     """The folder appears once everything in it is on disk: models, their copies, ledger and recipe."""
     folder = tmp_path / "new" / "runs" / "mine"
     disk = Disk(folder, monkeypatch)
-    add.begin(folder, str(points["finished"]), None, None)
+    add.create_run(folder, str(points["finished"]), None, None)
     assert "." in disk.renamed, "it was looked at when it got its name"
     for path in (folder, *folder.rglob("*")):
         disk.must_be_on_disk(path)

@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification, set_seed
 from hf_cdl import CDLForImageClassification, CDLTrainer, CDLTrainingArguments
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.models.classifier import ImageClassifier
-from hf_cdl.training.kept import Kept, Shown
+from hf_cdl.training.kept import BatchKey, Kept
 from hf_cdl.training.kept.weights import state_of
 from hf_cdl.training.sharding import everywhere, gathered, is_sharded, local, shard
 
@@ -86,7 +86,7 @@ def looks_up_what_all_know(teacher: Any, images: torch.Tensor) -> None:
     assert everywhere(True, device) and not everywhere(rank == 0, device)
     kept = Kept()
     read: Any = kept.reader(teacher)
-    keys = [Shown(False, number) for number in range(2)]
+    keys = [BatchKey(False, number) for number in range(2)]
     passes: list[int] = []
     hook = teacher.backbone.register_forward_hook(lambda *_: passes.append(1))
     first = read(images, keys[0])

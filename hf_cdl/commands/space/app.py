@@ -37,12 +37,12 @@ class _Parts:
     def classify(self, image: Any, task: int) -> str:
         if image is None:
             return "Upload an image, or choose an example."
-        with _told(self.gr):
+        with _shown_errors(self.gr):
             found = self.states.results(task)
             return answers_html(self.states.classifier(task)(image), [] if found.change else found.class_names)
 
     def describe(self, task: int) -> str:
-        with _told(self.gr):
+        with _shown_errors(self.gr):
             return state_html(self.states.results(task))
 
     def answers(self, image: Any, start: int) -> Any:
@@ -114,7 +114,7 @@ def fitting(class_names: Sequence[str], reject: bool) -> list[str]:
 
 
 @contextmanager
-def _told(gr: Any) -> Iterator[None]:
+def _shown_errors(gr: Any) -> Iterator[None]:
     """Show errors on the page."""
     try:
         yield

@@ -82,7 +82,7 @@ class States:
                 found = json.loads(file.read_text(encoding="utf-8"))
                 return len(found["class_names"]) + len(found.get("changes", []))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            pass  # said once its results are read
+            pass  # reported when its results are read
         return math.inf
 
     def _classifier(self, task: int) -> Any:
@@ -138,7 +138,7 @@ class States:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says; of the tracebacks that transformers' pipelines put into theirs only the first one's end."""
+    """An error's message; of the tracebacks that transformers' pipelines put into theirs, the end of the first."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     ends = [line for line in lines if re.match(r"(\w+\.)*\w+(Error|Exception): ", line)]
     return ends[0] if ends and any(line.startswith("Traceback") for line in lines) else str(error)

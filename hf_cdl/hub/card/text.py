@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from hf_cdl.counted import counted
-from hf_cdl.escape import acts, code, longest_run, markdown
+from hf_cdl.escape import code, longest_run, markdown, needs_escaping
 from hf_cdl.hub.card.metadata import METRICS, Results, backbone_id, dataset, stated
 from hf_cdl.places import HUB_ID, by_name
 from hf_cdl.runs import report
@@ -46,7 +46,7 @@ def summary(results: Results, role: str) -> str:
         return text
     if role == "teacher":
         return f"{text} It is the teacher of a student, which is the model that is meant for use."
-    when = " on the first" if section.get("first_session") is not None and not _goes_on(section) else ""
+    when = " on the first" if section.get("first_session") is not None and not _has_later_sessions(section) else ""
     return f"{text} A teacher learnt every task first and helped it{when}{f' ({terms})' if terms else ''}."
 
 
@@ -59,14 +59,14 @@ def _learnt_parts(section: Mapping[str, Any]) -> str:
     if section["train_backbone"]:
         parts.insert(0, "its pre-trained backbone")
     if section.get("first_session") is not None:
-        on = "in sessions on the tasks" if _goes_on(section) else "on the first task alone"
+        on = "in sessions on the tasks" if _has_later_sessions(section) else "on the first task alone"
         text = f"{' and '.join(parts)} learnt {on}, {head} on all tasks."
     else:
         text = f"{' and '.join([*parts, head])} learnt."
     return text[0].upper() + text[1:] if section["train_backbone"] else f"Its pre-trained backbone is frozen; {text}"
 
 
-def _goes_on(section: Mapping[str, Any]) -> bool:
+def _has_later_sessions(section: Mapping[str, Any]) -> bool:
     """Whether a model learnt in sessions after the first; the field is missing in older results."""
     return section.get("later_sessions") is not None
 
@@ -91,7 +91,7 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
     learnt += len(changed)
     known = counted(classes, "class")
     notes = [f"Every image is answered with one of the {known} below, also one that shows none of them."]
-    if told := telling(results, role):
+    if told := unknown_images(results, role):
         notes[0] = f"{notes[0][:-1]}, unless `pipeline(..., reject=True)` asks for `unknown`.\n{told}"
     if repo_id is not None:
         after = "task and each change" if changed else "task"
@@ -107,13 +107,13 @@ def usage_notes(results: Results, role: str, repo_id: str | None) -> str:
     return "\n".join(notes)
 
 
-def telling(results: Results, role: str) -> str | None:
+def unknown_images(results: Results, role: str) -> str | None:
     """How well the model recognises images of none of its classes; None if it does not try."""
     listed = [(number, known) for number, known in enumerate(results["roles"][role].get("known", []), 1) if known]
     if not listed:
         return None
     number, known = next((pair for pair in reversed(listed) if "unlearnt_passing" in pair[1]), listed[-1])
-    said = report.telling(known)
+    said = report.unknown_images(known)
     figures = [f"AUROC {known['unlearnt_auroc']:.0f} %"] if "unlearnt_auroc" in known else []
     return f"After task {number}: {said}{f' ({figures[0]})' if figures else ''}."
 
@@ -242,7 +242,7 @@ def data_facts(results: Results) -> list[str]:
     )
     if (beside := results.get("unlabelled")) is not None:
         name, terms = recipe["data"]["unlabelled"], ", ".join(f"`{markdown(term)}`" for term in beside["terms"])
-        alone = recipe["student"]["first_session"] and not _goes_on(recipe["student"])
+        alone = recipe["student"]["first_session"] and not _has_later_sessions(recipe["student"])
         where = "in the first session" if alone else "in every session"
         learnt = [f"from which the student learnt {where} by its teacher's answers ({terms})"] if terms else []
         facts.append(
@@ -325,7 +325,7 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
     content = {key: value for key, value in recipe.items() if key != "card"}
     options: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 110}
     text = yaml.safe_dump(content, allow_unicode=True, **options)
-    if acts(text):
+    if needs_escaping(text):
         text = yaml.safe_dump(content, allow_unicode=False, **options)
     fence = "`" * max(3, longest_run(text) + 1)
     return f"{fence}yaml\n{text.strip()}\n{fence}"

@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_cdl.training.arguments.checks import STEERED, Problem, find_problems
 from hf_cdl.training.arguments.table import ARGUMENTS, Used
 from hf_cdl.training.arguments.workers import useful_workers
-from hf_cdl.training.compiling import check_compiler, out_of_sight
+from hf_cdl.training.compiling import check_compiler, hidden_from_transformers
 
 __all__ = ["STEERED", "CDLTrainingArguments"]
 
@@ -132,7 +132,7 @@ class CDLTrainingArguments(TrainingArguments):
         self.disable_tqdm = bool(self.disable_tqdm)  # shown unless disabled; transformers would go by its log level
         stops = self.early_stopping_patience is not None
         if stops or self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in STEERED:
-            self.go_by_accuracy()
+            self.choose_by_accuracy()
         if self.data_seed is None:
             self.data_seed = self.seed
         self.torch_compile |= self.torch_compile_backend is not None or self.torch_compile_mode is not None
@@ -140,7 +140,7 @@ class CDLTrainingArguments(TrainingArguments):
             self.torch_compile_backend = "inductor"
         self.chose_workers = self.dataloader_num_workers is None
         self.dataloader_num_workers = self.dataloader_num_workers or 0
-        with out_of_sight(self):
+        with hidden_from_transformers(self):
             super().__post_init__()
         if self.chose_workers:
             self.dataloader_num_workers = useful_workers(self.device.type)  # type: ignore[assignment]
@@ -160,7 +160,7 @@ class CDLTrainingArguments(TrainingArguments):
         if self.torch_empty_cache_steps is not None and self.device.type == "cpu":
             raise ValueError("torch_empty_cache_steps is set, but a CPU has no cache to empty; leave it out.")
 
-    def go_by_accuracy(self) -> None:
+    def choose_by_accuracy(self) -> None:
         """Choose the best state by accuracy, the only thing that evaluation during training measures."""
         self.metric_for_best_model, self.greater_is_better = "accuracy", True
 

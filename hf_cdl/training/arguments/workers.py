@@ -12,7 +12,7 @@ MOST = 8
 
 
 def useful_workers(device: str) -> int:
-    """For a kind of device: on a CPU, whose cores compute, none; on a GPU a core each but for one, at most MOST.
+    """How many for a kind of device: none on a CPU, whose cores compute; on a GPU one less than cores, at most MOST.
 
     Processes on the same machine share its cores.
     """
@@ -29,7 +29,7 @@ def fitting_workers(args: Any, images: int, batch_size: int) -> Iterator[None]:
     before = {name: getattr(args, name) for name in names}
     if args.chose_workers:
         args.dataloader_num_workers = min(args.dataloader_num_workers, max(0, -(-images // batch_size) - 1))
-    if not args.dataloader_num_workers:  # torch refuses what is of workers alone
+    if not args.dataloader_num_workers:  # torch refuses options that need workers
         args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None
     try:
         yield

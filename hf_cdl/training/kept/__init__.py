@@ -1,11 +1,11 @@
-"""What frozen weights say of images: computed once, and kept in memory by batch, with `cache` also in a folder.
+"""Outputs of frozen weights: computed once and kept in memory by batch, with `cache` also in a folder.
 
-The roles of a run train on the same views of a task's images in the same batches, after every task evaluation asks
-about the same images again, with `data.views` whole batches recur, and so they do in another run on the same stream.
-Nothing trains what a query or a teacher's answer comes from. Only a whole batch is found again: beside other images
-its last bits could differ.
+The roles of a run train on the same views of a task's images in the same batches; after every task evaluation reads
+the same images again; with `data.views` whole batches recur, as they do in another run on the same stream. No training
+changes the weights behind a query or a teacher's output. Only whole batches are reused: beside other images the last
+bits of an output could differ.
 
-In memory an image is told by its place in the data; in a folder, which other runs read, by the pixels themselves.
+In memory an image is identified by its place in the data; in a folder, which other runs read, by its pixels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_cdl.data.task_split import TaskSplit
 from hf_cdl.data.unlabelled import of_images
 from hf_cdl.training.compiling import are_compiled, is_compiled
 from hf_cdl.training.kept.files import KeptFiles
-from hf_cdl.training.kept.weights import asked_backbone, content_of, digest_of, equal, settings_of, state_of
+from hf_cdl.training.kept.weights import content_of, digest_of, equal, query_backbone_of, settings_of, state_of
 from hf_cdl.training.sharding import everywhere, is_sharded
 from hf_cdl.types import CDLOutput, Task
 
@@ -34,14 +34,14 @@ MOST = 2**30
 _OF: WeakKeyDictionary[Any, Kept] = WeakKeyDictionary()
 
 Query = Callable[[torch.Tensor, Any], torch.Tensor]
-"""Of pixel values (B, 3, H, W), and what identifies the images, a query (B, D_q), without gradient."""
+"""(pixel values (B, 3, H, W), what identifies the images) -> query (B, D_q), without gradient."""
 Recall = Callable[[torch.Tensor, Any, Any, Callable[[], CDLOutput]], CDLOutput]
-"""Of pixel values, what identifies the images and what else is asked: the output that is known, or else computed."""
+"""(pixel values, what identifies the images, further arguments, compute) -> the output, known or computed."""
 
 
 @dataclass(frozen=True)
-class Shown:  # no tuple: Trainer makes those anew when it moves a batch to its device
-    """Identifies the images of a batch; `trained`: whether they are augmented views, which another task has not."""
+class BatchKey:  # no tuple: Trainer makes those anew when it moves a batch to its device
+    """Identifies the images of a batch; `trained`: whether they are augmented views, which no other task has."""
 
     trained: bool
     key: Any
@@ -74,7 +74,7 @@ class Kept:
         self.files: KeptFiles | None = None
 
     def begin(self, task: Task) -> None:
-        """A task begins to be learnt: forget the training views of another."""
+        """Begin to learn a task: forget the training views of others."""
         if self._task is not task:
             self.held -= sum(entry.bytes for entry in self._views.values())
             self._task, self._views = task, {}
@@ -90,20 +90,20 @@ class Kept:
             self._held.append(split)
 
     def reader(self, model: Any, recurring: bool = False) -> Query | None:
-        """What gives a model's queries while its weights stay; None if they must be computed in every pass.
+        """A function for a model's queries while its weights stay; None if they must be computed in every pass.
 
-        `recurring`: whether the training batches come again, also where nobody else asks about them.
+        `recurring`: whether training batches come again, even if no other role needs their queries.
         """
         if not getattr(model, "reads_query", False):  # a user's own model need not know of queries
             return None
-        backbone = asked_backbone(model)
+        backbone = query_backbone_of(model)
         if any(parameter.requires_grad for parameter in backbone.parameters()):
             return None
         about = repr((model.config.query_view, model.config.lora))
         source = self._source(backbone, about, heads=True)
         self._asking.add(id(model))
 
-        def query(pixels: torch.Tensor, images: Shown) -> torch.Tensor:
+        def query(pixels: torch.Tensor, images: BatchKey) -> torch.Tensor:
             again = not images.trained or recurring or len(self._asking) > 1
             way = ("query", about, is_compiled(backbone))
             found = self._recall(
@@ -114,7 +114,7 @@ class Kept:
         return query
 
     def outputs(self, model: Any, about: str, heads: bool = True, recurring: bool = False) -> Recall | None:
-        """What gives a model's outputs while its weights stay; None where none would be found again.
+        """A function for a model's outputs while its weights stay; None where none would be reused.
 
         `about`: which outputs; `heads`: whether they depend on the heads too; `recurring` as in `reader`.
         """
@@ -122,17 +122,17 @@ class Kept:
             return None
         source, changes = self._source(model, about, heads), _changes(model)
 
-        def recall(pixels: torch.Tensor, images: Shown, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
-            if _changes(model) != changes:  # a callback, say, changes what should be frozen
+        def recall(pixels: torch.Tensor, images: BatchKey, asked: Any, compute: Callable[[], CDLOutput]) -> CDLOutput:
+            if _changes(model) != changes:  # for example, a callback changes what should be frozen
                 return compute()
             return self._recall((about, asked, are_compiled(model)), source, pixels, images, recurring, compute)
 
         return recall
 
     def _recall(
-        self, what: Any, source: _Source, pixels: torch.Tensor, images: Shown, again: bool, compute: Any
+        self, what: Any, source: _Source, pixels: torch.Tensor, images: BatchKey, again: bool, compute: Any
     ) -> CDLOutput:
-        """The output that is known for these images, or else the computed one; `again`: is it asked for again here?"""
+        """The known output for these images, or else the computed one; `again`: whether it is needed again here."""
         kind = pixels.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else pixels.dtype
         kept = self._views if images.trained else self._images
@@ -159,7 +159,7 @@ class Kept:
         return found
 
     def _source(self, module: nn.Module, about: str, heads: bool) -> _Source:
-        """The weights that a module has now, in its heads or without them, whose number equal ones share."""
+        """The weights of a module now, with or without its heads; equal weights share a number."""
         number = self._number(module, _state(module, heads), heads)
         shared = is_sharded(module)
         if self.files is not None and (number, about) not in self._digests:
@@ -234,9 +234,9 @@ class Collate:
         trained = next((first[-1] is not None for first in places.values()), True)
         if self.by_content:
             names = [name for name in ("pixel_values", "teacher_pixel_values") if name in batch]
-            batch["images"] = {name: Shown(trained, content_of(of_images(batch, name))) for name in names}
+            batch["images"] = {name: BatchKey(trained, content_of(of_images(batch, name))) for name in names}
         elif places:
-            batch["images"] = {name: Shown(trained, tuple(item["images"][name] for item in items)) for name in places}
+            batch["images"] = {name: BatchKey(trained, tuple(row["images"][name] for row in items)) for name in places}
         return batch
 
 

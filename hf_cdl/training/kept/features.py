@@ -26,7 +26,7 @@ class KeptFeatures:
         self.held = self.found = 0
 
     def begin(self, model: Any) -> None:
-        """An evaluation begins: forget what a model with other weights gave. Once, as it reads all weights."""
+        """Begin an evaluation: forget the outputs of other weights. Called once, since it reads all weights."""
         if (weights := state_of(model)) != self._weights:
             self._of, self._weights, self.held = {}, weights, 0
 

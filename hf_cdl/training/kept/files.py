@@ -114,7 +114,7 @@ class _Parts:
         if name in self.waiting:
             return self.waiting[name]
         if name not in self._index:
-            self._look()
+            self._rescan()
         file, named = self._index.get(name, (None, {}))
         if file is None:
             return None
@@ -122,9 +122,9 @@ class _Parts:
             with safe_open(file, "pt") as part:
                 found = {path: part.get_tensor(key).clone() for path, (key, _) in named.items()}
         except (OSError, SafetensorError, ValueError) as error:
-            return self._put_aside(file, _line(error))
+            return self._skip_damaged(file, _line(error))
         if any(_checksum(value) != named[path][1] for path, value in found.items()):
-            return self._put_aside(file, "a checksum is wrong")
+            return self._skip_damaged(file, "a checksum is wrong")
         return found
 
     def _whole(self, file: Path) -> dict[str, dict[str, torch.Tensor]]:
@@ -159,7 +159,7 @@ class _Parts:
         self.waiting, self.flushed = {}, time.monotonic()
         return file.stat().st_size
 
-    def _look(self) -> None:
+    def _rescan(self) -> None:
         """Look for parts that other processes have written."""
         if time.monotonic() - self._looked < _OFTEN and self._looked:
             return
@@ -171,7 +171,7 @@ class _Parts:
                 with safe_open(file, "pt") as part:
                     about, keys = dict(part.metadata() or {}), {*part.keys()}
             except (OSError, SafetensorError, ValueError) as error:
-                self._put_aside(file, _line(error))
+                self._skip_damaged(file, _line(error))
                 continue
             if about.pop("format", None) != FORMAT or about.keys() != keys:
                 self._known.add(file.name)
@@ -186,7 +186,7 @@ class _Parts:
             if self._index.setdefault(name, (file, {}))[0] == file:
                 self._index[name][1][path] = key, checksum
 
-    def _put_aside(self, file: Path, why: str) -> None:
+    def _skip_damaged(self, file: Path, why: str) -> None:
         """Read no more of a damaged part; what is whole in it goes into another."""
         self._known.add(file.name)
         self.waiting |= self._whole(file)

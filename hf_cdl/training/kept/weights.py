@@ -20,21 +20,21 @@ from transformers import PreTrainedModel
 from hf_cdl.training.sharding import is_sharded, local
 
 _NAMES = ("name", "revision", "digest", "transformers_version", "id2label", "label2id", "name_or_path", "dtype")
-"""Ends of the names of fields of a config that move no bit of an output."""
+"""Endings of the names of config fields that do not affect an output."""
 _HEADS = ("head.", "kd_head.")
-"""Beginnings of the names of weights of heads."""
+"""Prefixes of the names of heads' weights."""
 _OF_HEADS = ("head", "first_session", "later_sessions", "tasks")
 """Fields of a config that are about heads."""
 _PACKAGES = ("torch", "transformers", "peft")
 
 
-def asked_backbone(model: Any) -> nn.Module:
-    """What computes a model's queries."""
+def query_backbone_of(model: Any) -> nn.Module:
+    """The backbone that computes a model's queries."""
     return model.backbone if model.query_backbone is None else model.query_backbone
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
-    """Whether all weights of two modules are equal; not said of sharded ones, which no process has whole."""
+    """Whether all weights of two modules are equal; False for sharded ones, which no process has whole."""
     if is_sharded(first) or is_sharded(second):
         return False
     ours, theirs = first.state_dict(), second.state_dict()
@@ -89,7 +89,7 @@ def digest_of(module: nn.Module, about: str, heads: bool) -> str | None:
 
 
 def settings_of(module: nn.Module, heads: bool) -> str:
-    """The fields of the configs of a module's models that may move a bit of its outputs."""
+    """The fields of the configs of a module's models that may affect its outputs."""
 
     def moves(key: str) -> bool:
         return not key.startswith("_") and not key.endswith(_NAMES) and (heads or key not in _OF_HEADS)
@@ -126,7 +126,7 @@ def _versions() -> list[str]:
 
 
 def machine_of(device: torch.device) -> str:
-    """All of a machine that may move the last bit of what it computes on a device."""
+    """Everything about a machine that may affect the last bit of a result on a device."""
     conv: Any = torch.backends.cudnn
     switches = [
         torch.get_float32_matmul_precision(),

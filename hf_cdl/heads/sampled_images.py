@@ -1,7 +1,7 @@
 """Statistics fitted to earlier images, carried over to a head that has learnt more classes since.
 
 New classes change a head's scores of earlier images, and these images are gone. But the sums describe how they were
-distributed: normally around the means of their classes. So some are drawn, and the change is that of their scores.
+distributed: as normal distributions around the class means. So some are drawn from these, and their scores compared.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from hf_cdl.heads.bits import movable
 
 _IMAGES = 512
-"""Images that are drawn, of all classes alike."""
+"""Number of images drawn, equally many of each class."""
 
 
 @torch.no_grad()
-def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def sample_images(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw own features (N, D) and layers (N, 3, W) of images of learnt classes, from the sums that were solved."""
     known, centres = head.known, head.of_classes("centre").double()[learnt(head)]
-    generator = torch.Generator().manual_seed(0)  # the same whenever a run goes on
+    generator = torch.Generator().manual_seed(0)  # the same when a run resumes
     noise = torch.randn(-(-_IMAGES // len(centres)), *centres.shape, dtype=torch.float64, generator=generator)
     mapped = (noise.to(centres) + centres).flatten(0, 1)
     within, mean, factors, means = (
@@ -32,7 +32,7 @@ def drawn(head: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def told(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
+def score_parts(head: Any, x: torch.Tensor, layers: torch.Tensor) -> torch.Tensor:
     """The parts (N, 6) of the known score of own features (N, D) and layers (N, 3, W), from learnt classes only."""
     own = learnt(head)
     scores = head.mapped(x) @ head.of_classes("weight").to(x)[own].T

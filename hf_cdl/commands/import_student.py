@@ -13,17 +13,17 @@ from hf_cdl.commands.console import say
 from hf_cdl.escape import visible
 from hf_cdl.hub import HubError, Origin, read_folder, read_origin
 from hf_cdl.places import by_name, is_private, short_name
-from hf_cdl.recipe import Recipe, RecipeError, build_recipe, taken_over
+from hf_cdl.recipe import Recipe, RecipeError, build_recipe, inherited_recipe
 from hf_cdl.runs.continuation import continue_elsewhere
 from hf_cdl.runs.files import RunError
 from hf_cdl.runs.ledger import CHANGED, read_ledger, revision_name, revisions
 from hf_cdl.runs.run import Run
 
 
-def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, Callable[[], None]]:
-    """The run whose student is changed: the one that is named, or a new one for a student from elsewhere.
+def run_to_change(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, Callable[[], None]]:
+    """The run whose student is to be changed: the one named, or a new one for a student from elsewhere.
 
-    `plugins`: whether any were named on the command line. Also returns a function that removes a new run again. Raises
+    `plugins`: whether any were named on the command line. Also returns a function that removes a new run. Raises
     RunError if another student's run is in its place, and HubError for a model that cannot be copied.
     """
     place = Path(student)
@@ -37,7 +37,7 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
                     f"{root} is a run, whose student is changed there: every change is a revision, and none is lost. "
                     "Leave --output_dir out."
                 )
-            return root, _nothing
+            return root, _remove_nothing
         if root is not None and (output_dir is None or output_dir.resolve() == root.resolve()):
             raise RunError(
                 f"{place} is an earlier state of the run {root}, whose newest student is {_newest(root)}. Name the "
@@ -49,8 +49,8 @@ def run_of(student: str, output_dir: Path | None, plugins: bool) -> tuple[Path, 
     folder = output_dir or Path("runs", short_name(student))
     if (folder / "run.json").exists():
         _check_same(folder, origin)
-        return folder, _nothing
-    return folder, _take_over(folder, origin, student, plugins)
+        return folder, _remove_nothing
+    return folder, _import(folder, origin, student, plugins)
 
 
 def earlier_state(run: Run, number: int, folder: Path) -> None:
@@ -73,7 +73,7 @@ def earlier_state(run: Run, number: int, folder: Path) -> None:
 
 
 def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[str]]:
-    """The recipe that a stored one becomes here, and the fields that were left out. Raises HubError if it is invalid.
+    """What a new run inherits of a stored recipe, and the fields that were left out. Raises HubError if it is invalid.
 
     A stored recipe that runs Python files is refused, unless the user named `plugins`.
     """
@@ -84,7 +84,7 @@ def inherited(student: str, stored: Any, plugins: bool) -> tuple[Recipe, list[st
             "yourself: --plugins '[FILE.py]'."
         )
     try:
-        return taken_over(stored, build_recipe)
+        return inherited_recipe(stored, build_recipe)
     except RecipeError as error:
         raise HubError(f"The recipe of {visible(student)} cannot be continued: {error}.") from error
 
@@ -94,12 +94,12 @@ def _newest(root: Path) -> str:
     return revision_name(revisions(read_ledger(root), CHANGED))
 
 
-def _nothing() -> None:
-    """What takes away a run that is not new."""
+def _remove_nothing() -> None:
+    """Remove nothing: the run is not new."""
 
 
 def _check_same(folder: Path, origin: Origin) -> None:
-    """Say that the student's changes go on in a run that holds it already. Raises RunError if that is another's."""
+    """Say that changes continue in the run that already holds the student. Raises RunError if it holds another."""
     name, newest = revision_name(origin.revision), _newest(folder)
     if not origin.same(folder / CHANGED / name):
         raise RunError(
@@ -111,8 +111,8 @@ def _check_same(folder: Path, origin: Origin) -> None:
     say(f"{origin.place} was copied before; continuing in {folder}/{more}.")
 
 
-def _take_over(folder: Path, origin: Origin, student: str, plugins: bool) -> Callable[[], None]:
-    """Create a finished run of a student from elsewhere; returns a function that takes it away again."""
+def _import(folder: Path, origin: Origin, student: str, plugins: bool) -> Callable[[], None]:
+    """Create a finished run of a student from elsewhere; returns a function that removes it."""
     recipe = _recipe_of(origin, student, plugins, folder.resolve().name)
     say(f"{origin.place} is copied into {folder}/")
     return continue_elsewhere(
@@ -126,7 +126,7 @@ def _take_over(folder: Path, origin: Origin, student: str, plugins: bool) -> Cal
 
 
 def _recipe_of(origin: Origin, student: str, plugins: bool, name: str) -> dict[str, Any]:
-    """The recipe of a run that learns nothing: it rebuilds the student, and names the data that it learnt."""
+    """The recipe of a run that trains nothing: it rebuilds the student and names the data it was trained on."""
     stored = origin.results["recipe"]
     content = {**inherited(student, stored, plugins)[0].as_dict(), "name": name}
     data = stored.get("data")
