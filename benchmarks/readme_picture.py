@@ -1,8 +1,8 @@
-"""Draw the README's picture: accuracy over the tasks of the teacher and of taught, untaught and the papers' students.
+"""Draw the README's picture: accuracy over the tasks of taught, trained and untaught students, and the papers'.
 
 python benchmarks/readme_picture.py [FOLDER] [--out docs/readme_curves.png]; FOLDER is a comparison's, by default that
-of `hf-cdl compare recipes/comparisons/sessions_dinov2.yaml`; its test/ folder, if there is one, is read instead. Lines
-are means over the seeds for which all four exist, with a band of one standard deviation.
+of `hf-cdl compare recipes/comparisons/taught_dinov2.yaml`; its test/ folder, if there is one, is read instead. Lines
+are means over the seeds for which all of them exist, with a band of one standard deviation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hf_cdl.runs.pictures import COLOURS, seen_so_far
 LINES = {  # variant and role, by the name that is drawn
     "student, taught in task 1": ("first", "student", "-"),
     "its teacher": ("first", "teacher", "--"),
+    "student, trained on task 1's labels": ("labels", "student", "-"),
     "student, untaught": ("none", "student", "-"),
     "the papers' student, KDP": ("papers", "student", "-"),
 }
@@ -51,7 +52,9 @@ def picture(found: dict[str, np.ndarray]) -> Figure:
     panel = figure.subplots()
     tasks = np.arange(1, next(iter(found.values())).shape[1] + 1)
     height = 100.0 + APART
-    lines = sorted(zip(found.items(), COLOURS, strict=False), key=lambda line: -line[0][1][:, -1].mean())
+    lines = sorted(
+        zip(found.items(), (*COLOURS[:4], "#555555"), strict=True), key=lambda line: -line[0][1][:, -1].mean()
+    )
     for (line, values), colour in lines:
         mean, spread = values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
         panel.plot(tasks, mean, LINES[line][2], marker="o", color=colour, linewidth=2.2, markersize=5)
@@ -72,7 +75,7 @@ def picture(found: dict[str, np.ndarray]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/comparisons/sessions_dinov2"))
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/comparisons/taught_dinov2"))
     parser.add_argument("--out", type=Path, default=Path("docs/readme_curves.png"))
     options = parser.parse_args()
     found, seeds = curves(options.folder)

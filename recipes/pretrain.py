@@ -52,7 +52,7 @@ Made by (`{a.data.name}` is the full icon data, which is not in this repository;
 ```
 {command}
 ```
-| measured in this run (seed {a.seed}, {seconds:.0f} s of training with {a.threads} threads on a shared machine) | % |
+| measured in this run (seed {a.seed}, {seconds:.0f} s of training on a shared machine, threads: {a.threads}) | % |
 |---|---|
 | base-validation accuracy, {classes} classes, with the head it was trained with (not shipped) | {validation:.1f} |
 | base-test accuracy, {classes} classes, with that head | {test:.1f} |
