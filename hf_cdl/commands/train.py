@@ -14,9 +14,11 @@ from accelerate import PartialState
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
+from hf_cdl.commands.apart import check_apart
 from hf_cdl.commands.console import say
 from hf_cdl.commands.duration import announced
 from hf_cdl.commands.example import NAMES, write_example
+from hf_cdl.commands.idle import check_views, without_sessions
 from hf_cdl.commands.images import explained, names_images, recommended
 from hf_cdl.counted import counted
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
@@ -49,7 +51,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
             if any(word.partition("=")[0] == "--example" for word in arguments):
                 say(write_example(arguments))
                 return 0
-            recipe = read(arguments, default)
+            check_apart(recipe := read(arguments, default))
             if "--plan" in arguments:
                 say(planned(recipe))
                 return 0
@@ -198,6 +200,10 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
             if run.result(role, task) is None:
                 check_task(role, models[role], objective, arguments, task, models.get("teacher"))
     if not run.started:
+        given = [args for role, _, args in roles(recipe, models, run.folder) if models[role].trains(0)]
+        check_views(recipe.data.views, run.to_learn(stream), given)
+        for line in without_sessions(run.to_learn(stream), models):
+            say(f"note: {line}")
         plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
         known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
         for note in (*stream.notes, *stream.check_images(plain)):
