@@ -200,17 +200,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
             if run.result(role, task) is None:
                 check_task(role, models[role], objective, arguments, task, models.get("teacher"))
     if not run.started:
-        given = [args for role, _, args in roles(recipe, models, run.folder) if models[role].trains(0)]
-        check_views(recipe.data.views, run.to_learn(stream), given)
-        for line in without_sessions(run.to_learn(stream), models):
-            say(f"note: {line}")
-        plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
-        known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
-        for note in (*stream.notes, *stream.check_images(plain)):
-            if note != known:
-                say(f"note: {note}")
-        for line in explained(recipe, stream) if chosen else ():
-            say(line)
+        begin(recipe, run, stream, models, chosen)
     bind(run, stream)
     if stream.unlabelled is not None:
         say(f"note: {told_unlabelled(recipe, run)}")
@@ -230,6 +220,20 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     say(announced(recipe.name, run.to_learn(stream), trainers))
     say(f"stream {stream.fingerprint} -> {recipe.folder}/")
     return stream, trainers
+
+
+def begin(recipe: Recipe, run: Run, stream: TaskStream, models: Models, chosen: bool) -> None:
+    """Check what only the data tell, and say what is to be known of them. Raises ValueError as `prepare` does."""
+    to_learn = run.to_learn(stream)
+    given = [arguments for role, _, arguments in roles(recipe, models, run.folder) if models[role].trains(0)]
+    check_views(recipe.data.views, to_learn, given)
+    plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+    known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
+    for note in (*stream.notes, *without_sessions(to_learn, models), *stream.check_images(plain)):
+        if note != known:
+            say(f"note: {note}")
+    for line in explained(recipe, stream) if chosen else ():
+        say(line)
 
 
 def roles(recipe: Recipe, models: Models, folder: Path) -> Iterator[tuple[str, Objective, CDLTrainingArguments]]:
