@@ -12,4 +12,4 @@ def plural(thing: str) -> str:
     """The plural of an English noun, or of a phrase that ends in one, by the rules that its nouns here follow."""
     if thing.endswith("y") and thing[-2:-1] not in "aeiou":
         return f"{thing[:-1]}ies"
-    return f"{thing}es" if thing.endswith(("s", "x", "ch", "sh")) else f"{thing}s"
+    return f"{thing}es" if thing.endswith(("s", "x", "tch", "nch", "sh")) else f"{thing}s"

@@ -26,7 +26,7 @@ def thresholds(model: Any, reject: Any) -> torch.Tensor:
     if called := [name for name in names if alike(name) == UNKNOWN]:
         raise ValueError(
             f"The model has a class called {called[0]!r}, so the answer {UNKNOWN!r} would be ambiguous; rename the "
-            f"class: model.rename({called[0]!r}, ...)."
+            f"class: hf-cdl rename STUDENT {called[0]!r} NEW, in Python model.rename({called[0]!r}, ...)."
         )
     if reject is not True and not isinstance(reject, Mapping):
         return torch.full((len(names),), known.threshold(check_share(reject, "reject")))

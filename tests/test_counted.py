@@ -46,6 +46,8 @@ def uncounted(source: str) -> list[str]:
         (2, "class", "2 classes"),
         (2, "entry", "2 entries"),
         (2, "day", "2 days"),
+        (2, "batch", "2 batches"),
+        (2, "epoch", "2 epochs"),
     ],
 )
 def test_a_number_with_what_it_counts(number: int, thing: str, said: str) -> None:

@@ -57,7 +57,7 @@ CORE = ("types", "config", "data", "backbones", "prompts", "heads", "distill", "
 AROUND = ("runs", "hub", "recipe", "inference", "export", "compare", "commands")
 
 
-@pytest.mark.parametrize(("rooms", "most"), [(CORE, 11_200), (AROUND, 10_300)], ids=["core", "around it"])
+@pytest.mark.parametrize(("rooms", "most"), [(CORE, 11_210), (AROUND, 10_400)], ids=["core", "around it"])
 def test_the_rooms_do_not_grow_unnoticed(rooms: tuple[str, ...], most: int) -> None:
     """The bounds are moved on purpose: whoever adds a feature states its size here."""
     files = [

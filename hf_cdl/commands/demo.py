@@ -20,6 +20,7 @@ from hf_cdl.commands.plugin_files import say_differences
 from hf_cdl.commands.run_images import images_of_run
 from hf_cdl.recipe import load_plugins
 from hf_cdl.runs.files import RunError
+from hf_cdl.runs.ledger import CHANGED
 
 SPACE = Path(__file__).with_name("space")
 _EXAMPLES = 6
@@ -34,7 +35,7 @@ def demo(options: argparse.Namespace) -> int:
     load_plugins(options.plugins)
     place = Path(options.where).resolve()
     run = next((folder for folder in (place, place.parent) if (folder / "run.json").is_file()), None)
-    own = None if run is None else partial(examples, run)
+    own = None if run is None else partial(examples, run, role=CHANGED if run == place else place.name)
     sys.path.insert(0, str(SPACE))  # app.py imports its neighbours, as in a Space
     show = import_module("app").show
     code = show(options.where, options.trust_remote_code, options.reject, options.compare, own)
@@ -44,10 +45,10 @@ def demo(options: argparse.Namespace) -> int:
     return code
 
 
-def examples(run: Path, class_names: Sequence[str]) -> list[Any]:
-    """A few of the run's own images of these classes; none, with a note, if they cannot be read."""
+def examples(run: Path, class_names: Sequence[str], role: str = CHANGED) -> list[Any]:
+    """A few of the run's own images of these classes of a role; none, with a note, if they cannot be read."""
     try:
-        found = images_of_run(run, class_names, _EXAMPLES)
+        found = images_of_run(run, class_names, _EXAMPLES, role)
         return [] if found is None else [found.decode(index) for index in range(len(found.labels))]
     except (OSError, ValueError, RunError) as error:
         say(f"note: no example images of the run: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 from hf_cdl.commands.console import exit_code_of, say
 from hf_cdl.commands.images import check_images
 from hf_cdl.commands.parsers import read
-from hf_cdl.commands.run_images import own_images, run_of
+from hf_cdl.commands.run_images import named_at, own_images, run_of
 from hf_cdl.counted import counted
 from hf_cdl.data.names import nfc, some
 from hf_cdl.escape import visible
@@ -22,6 +22,7 @@ from hf_cdl.inference.students import Student, find_student, load
 from hf_cdl.places import by_name, short_name
 from hf_cdl.recipe import described, load_plugins
 from hf_cdl.runs.files import check_new, fill_folder
+from hf_cdl.runs.ledger import CHANGED
 from hf_cdl.runs.page import EVALUATION, PAGE, save_page
 from hf_cdl.runs.pictures import plotting_available
 from hf_cdl.runs.results import run_results
@@ -42,12 +43,13 @@ def evaluate(options: argparse.Namespace) -> None:
         raise ValueError(f"--revision {twice[0]} is given more than once; leave one of them out.")
     students = [find_student(options.student, revision) for revision in options.revision or [None]]
     root = run_of(students[-1]) if options.images is None else None
-    own = None if root is None else root / EVALUATION / students[-1].short
+    own = None if root is None else root / EVALUATION / _name_in_run(students[-1])
     folder = options.out or own or Path(f"evaluations/{short_name(options.student)}-{by_name(options.images or '')}")
-    check_new(folder)
+    check_new(folder, "choose another folder with --out FOLDER, or move this one away")
     images = _images(options, students[-1], root)
-    measured = [_measured(student, images, options) for student in students]
-    say(*_words(measured, images), sep="\n")
+    named = [images if root is None else named_at(root, images, found.role, found.state) for found in students]
+    measured = [_measured(student, seen, options) for student, seen in zip(students, named, strict=True)]
+    say(*_words(measured, named[-1]), sep="\n")
     pictures = _pictures(measured, students, images) if plotting_available() else {}
     content = {
         "student": visible(options.student),
@@ -71,11 +73,16 @@ def evaluate(options: argparse.Namespace) -> None:
 
     fill_folder(folder, write)
     say(f"written: {folder}/ (evaluation.json{''.join(f', {picture}.png' for picture in pictures)})")
-    if root is not None and folder == own:
+    if root is not None and folder == own and students[-1].role == CHANGED:
         save_page(run_results(root, described), root)
         say(f"also in the run's report: {root / PAGE}")
     if not pictures:
         say('No pictures: they need matplotlib; install it with: pip install "hf_cdl[report]"')
+
+
+def _name_in_run(student: Student) -> str:
+    """The folder of its evaluation in its run: the report reads those of the student, task-NN."""
+    return student.short if student.role == CHANGED else f"{student.role}-{student.short}"
 
 
 def _images(options: argparse.Namespace, student: Student, root: Path | None) -> Labelled:

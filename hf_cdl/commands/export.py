@@ -57,7 +57,7 @@ def export(options: argparse.Namespace) -> None:
     own = before if options.size is None else Model(*at_size(*before, options.size))
     steps = steps_of(own.processor)
     rounded = check_steps(own.processor, steps)
-    images = _images(options.images, root, before)
+    images = _images(options.images, root, before, student)
     graph = onnx_graph(prepared(*own), own.processor, steps)
     with atomic_files([file]) as (partial,):
         WRITERS[options.precision](graph, partial)
@@ -93,7 +93,7 @@ def _shown(folder: Path) -> Path:
 # ---- the images ----
 
 
-def _images(folder: Path | None, root: Path | None, model: Model) -> Images:
+def _images(folder: Path | None, root: Path | None, model: Model, student: Student) -> Images:
     """The images to compare on: those in a folder, those of the student's run, or generated ones."""
     names = labels_of(model.model.config)
     if folder is not None:
@@ -102,7 +102,7 @@ def _images(folder: Path | None, root: Path | None, model: Model) -> Images:
             decode(file)  # a bad one is reported before the work
         labels = numbers_of([Path(file).parent.name for file in files], names)
         return Images(f"images in {folder.name}", lambda index: decode(files[index]), labels)
-    if root is not None and (found := images_of_run(root, names, _MOST)) is not None:
+    if root is not None and (found := images_of_run(root, names, _MOST, student.role, student.state)) is not None:
         return found
     height, width = output_size(model.processor)
 

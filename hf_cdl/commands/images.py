@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,8 @@ def explained(recipe: Recipe, stream: TaskStream) -> Iterator[str]:
         yield f"teacher: {visible(teacher.backbone)}"
         yield f"  learns the {'images' if tasks == 1 else 'first task'} by adapters (LoRA), then teaches the student's"
         yield "  why: 12.3 points more in the study's DINOv2 pair, none in its small pair; the table tells of yours"
-    epochs = f"{recipe.train.get('num_train_epochs', 0):g} epochs; without: --baselines '[nearest_class_mean]'"
+    epochs = counted(math.ceil(recipe.train.get("num_train_epochs", 0)), "epoch")
+    epochs = f"{epochs}; without: --baselines '[nearest_class_mean]'"
     told = {"linear_head": f"linear head ({epochs})"}
     if beside := [told.get(name, name.replace("_", " ")) for name in recipe.baselines]:
         yield f"beside it: {', '.join(beside)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from hf_cdl.escape import visible
 from hf_cdl.inference.labelled import Labelled, numbers_of
 from hf_cdl.inference.students import Student
 from hf_cdl.runs.files import RunError
+from hf_cdl.runs.learnt import names_at
+from hf_cdl.runs.ledger import CHANGED, revisions
 from hf_cdl.runs.results import stored_ledger
 
 
@@ -55,10 +58,28 @@ def own_images(root: Path) -> Labelled:
     return Labelled(table, labels, names, parts[0].cells, split, [f"measured on the {split} images of the run"])
 
 
-def images_of_run(root: Path, names: Sequence[str], most: int) -> Images | None:
-    """At most so many of `own_images`, of the classes `names`, as a model knows them; None, with a note, without."""
+def named_at(root: Path, images: Labelled, role: str, state: str | None = None) -> Labelled:
+    """The run's `own_images`, with the names that a state of a role, by default the newest, has for their classes.
+
+    Only the student's classes are ever renamed, merged or removed. Those of a removed class get no name of another.
+    """
+    ledger = stored_ledger(root)
+    if role != CHANGED or not ledger.get("changes"):
+        return images
+    number = revisions(ledger, role) if state is None else int(state[5:])
+    now = {
+        old: f"{old} (removed)" if new is None else new
+        for old, new in names_at(ledger, images.classes, number).items()
+    }
+    return replace(images, labels=[now[label] for label in images.labels], classes=[*dict.fromkeys(now.values())])
+
+
+def images_of_run(
+    root: Path, names: Sequence[str], most: int, role: str = CHANGED, state: str | None = None
+) -> Images | None:
+    """At most so many of `own_images`, of the classes `names` of a role's state; None, with a note, without."""
     try:
-        own = own_images(root)
+        own = named_at(root, own_images(root), role, state)
     except (OSError, ValueError, RunError) as error:
         say(f"note: the data of {visible(root.name)} are not there ({visible(str(error).splitlines()[0])[:200]})")
         return None

@@ -14,9 +14,11 @@ from accelerate import PartialState
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
+from hf_cdl.commands.apart import check_apart
 from hf_cdl.commands.console import say
 from hf_cdl.commands.duration import announcement
 from hf_cdl.commands.example import NAMES, write_example
+from hf_cdl.commands.idle import check_views, without_sessions
 from hf_cdl.commands.images import explained, names_images, recommended
 from hf_cdl.counted import counted
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
@@ -49,7 +51,7 @@ def main(arguments: list[str], default: Path | None = None) -> int:
             if any(word.partition("=")[0] == "--example" for word in arguments):
                 say(write_example(arguments))
                 return 0
-            recipe = read(arguments, default)
+            check_apart(recipe := read(arguments, default))
             if "--plan" in arguments:
                 say(planned(recipe))
                 return 0
@@ -198,13 +200,7 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
             if run.result(role, task) is None:
                 check_task(role, models[role], objective, arguments, task, models.get("teacher"))
     if not run.started:
-        plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
-        known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
-        for note in (*stream.notes, *stream.check_images(plain)):
-            if note != known:
-                say(f"note: {note}")
-        for line in explained(recipe, stream) if chosen else ():
-            say(line)
+        begin(recipe, run, stream, models, chosen)
     bind(run, stream)
     if stream.unlabelled is not None:
         say(f"note: {unlabelled_text(recipe, run)}")
@@ -224,6 +220,20 @@ def prepare(recipe: Recipe, run: Run, chosen: bool = False) -> tuple[TaskStream,
     say(announcement(recipe.name, run.to_learn(stream), trainers))
     say(f"stream {stream.fingerprint} -> {recipe.folder}/")
     return stream, trainers
+
+
+def begin(recipe: Recipe, run: Run, stream: TaskStream, models: Models, chosen: bool) -> None:
+    """Check what only the data tell, and say what is to be known of them. Raises ValueError as `prepare` does."""
+    to_learn = run.to_learn(stream)
+    given = [arguments for role, _, arguments in roles(recipe, models, run.folder) if models[role].trains(0)]
+    check_views(recipe.data.views, to_learn, given)
+    plain = any(role is not None and role.model == "classifier" for role in (recipe.teacher, recipe.student))
+    known = nothing_held_out(getattr(stream[0].test, "name", "")) if chosen else None  # `explained` says it
+    for note in (*stream.notes, *without_sessions(to_learn, models), *stream.check_images(plain)):
+        if note != known:
+            say(f"note: {note}")
+    for line in explained(recipe, stream) if chosen else ():
+        say(line)
 
 
 def roles(recipe: Recipe, models: Models, folder: Path) -> Iterator[tuple[str, Objective, CDLTrainingArguments]]:

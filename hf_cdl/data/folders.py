@@ -72,6 +72,18 @@ def read_folder(root: Path, named: Iterable[str], label_column: str | None) -> T
     return found
 
 
+def is_among_images(place: Path, root: Path, named: Iterable[str] = (), classes: bool = True) -> bool:
+    """Whether what is put into `place` would be read as images of a local folder; `classes`: of class folders."""
+    root, place = root.resolve(), place.resolve()
+    if not root.is_dir() or root not in (place, *place.parents) or _has_table(root):
+        return False
+    if any(part.startswith(".") for part in place.relative_to(root).parts):
+        return False
+    if classes and (splits := _split_folders(root, {*named})):
+        return any(folder in (place, *place.parents) for folder in splits.values())
+    return not any(map(_has_table, _folders(root)))
+
+
 def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables | None:
     """The tables of a folder whose layout is explicit; None if it is not."""
     found = saved_tables(root) or parquet_tables(root)

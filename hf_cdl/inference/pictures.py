@@ -111,7 +111,7 @@ def latent_figure(measured: Sequence[Measured], title: str) -> Figure | None:
     if len(known) < 3:
         return None
     directions = np.linalg.svd(known - known.mean(axis=0), full_matrices=False)[2][:2].T
-    across, tasks = min(len(measured), 3), len(measured[-1].tasks)
+    across, tasks = min(len(measured), 3), max(len(found.tasks) for found in measured)
     down = -(-len(measured) // across)
     figure, panels = figure_of(8.0, 6.4 if across == 1 else 0.6 + 2.9 * down, down, across, sharex=True, sharey=True)
     figure.suptitle(title, fontsize=11, parse_math=False)
@@ -145,7 +145,8 @@ def usage_figure(measured: Measured, title: str) -> Figure | None:
     if measured.usage is None:
         return None
     ends = np.cumsum([*map(len, measured.tasks)])[:-1]
-    rows = [np.nanmean(own, axis=0) for own in np.split(measured.usage, ends) if np.isfinite(own).any()]
+    parts = [(task, own) for task, own in enumerate(np.split(measured.usage, ends), 1) if np.isfinite(own).any()]
+    rows = [np.nanmean(own, axis=0) for _, own in parts]
     grown = measured.brought if measured.brought and len(rows[0]) % measured.brought == 0 else len(rows[0])
     shares = np.stack(rows).reshape(len(rows), grown, -1).mean(axis=-1)
     figure, ((panel,),) = figure_of(min(2.8 + 0.55 * grown, 8.0), min(1.6 + 0.5 * len(rows), 8.0))
@@ -153,9 +154,9 @@ def usage_figure(measured: Measured, title: str) -> Figure | None:
     for (row, column), share in np.ndenumerate(shares) if grown <= _NUMBERED else ():
         colour = "white" if share < 0.6 * shares.max() else "black"
         panel.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=9)
-    for axis, count in ((panel.xaxis, grown), (panel.yaxis, len(rows))):
-        ticks = range(0, count, 1 + (count - 1) // 20)
-        axis.set_ticks(ticks, [tick + 1 for tick in ticks])
+    for axis, numbers in ((panel.xaxis, range(1, grown + 1)), (panel.yaxis, [task for task, _ in parts])):
+        ticks = range(0, len(numbers), 1 + (len(numbers) - 1) // 20)
+        axis.set_ticks(ticks, [numbers[tick] for tick in ticks])
     panel.set(ylabel="images of task", xlabel="prompts of task" if grown < len(rows[0]) else "prompt")
     panel.set_title(title, fontsize=11, parse_math=False)
     figure.colorbar(image, ax=panel, label="use, mean over layers")

@@ -17,6 +17,7 @@ from hf_cdl.recipe.checks import broken_rules, idle_arguments, student_parts, wi
 from hf_cdl.recipe.continuation import inherited_recipe
 from hf_cdl.recipe.fields import BASELINES, CardRecipe, ModelRecipe, Recipe
 from hf_cdl.recipe.files import RecipeError, merge, read_recipe
+from hf_cdl.recipe.frozen import frozen_problems
 from hf_cdl.recipe.plugins import load_plugins
 from hf_cdl.recipe.type_checks import build_typed, check_finite
 from hf_cdl.recipe.views import views_problems
@@ -68,7 +69,7 @@ def build_recipe(content: dict[str, Any]) -> Recipe:
         content.setdefault("baselines", [])  # baselines need a frozen backbone
     recipe = build_typed(Recipe, content, "", problems)
     _refuse([*problems, *broken_rules(content)])
-    _refuse([*without_effect(recipe), *views_problems(recipe)])
+    _refuse([*without_effect(recipe), *views_problems(recipe), *frozen_problems(recipe)])
     parts = {
         name: {**defaults, **(getattr(recipe.student, name) or {})}
         for name, defaults in student_parts(content).items()

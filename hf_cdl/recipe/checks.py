@@ -97,8 +97,7 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, Written]) -> It
         yield from _idle_without_images(data, terms, models)
         return
     able = ", ".join(name for name, term in TERMS.items() if term.reads_unlabelled)
-    if any(map(_of_sessions, models.values())):
-        return  # they show how features moved, or `keep` holds their features
+    in_sessions = {name for model in models.values() for name in _of_sessions(model)}
     student, why = models.get("student"), None
     if student and is_fitted(student.part("head")) and student.section.get("first_session") is None:
         why = "the student's head is fitted without training"
@@ -106,8 +105,13 @@ def _unlabelled_rules(content: dict[str, Any], models: dict[str, Written]) -> It
         why = "there is no teacher, who teaches on these images"
     elif not any(known.reads_unlabelled and term.get("weight", 1) != 0 for _, term, known in terms):
         why = f"no term of 'distill' learns from images without labels, as these do: {able}"
-    if why is not None:
+    if why is not None and not in_sessions:
         yield f"'data.unlabelled' would have no effect: {why}; change that, or leave it out"
+    elif why is not None and "keep_on" not in in_sessions and data.get("unlabelled_ratio", 1) != 1:
+        yield (
+            "'data.unlabelled_ratio' would have no effect: these images only tell how features moved in a session, "
+            f"all of them, and {why}; leave it out"
+        )
     if content.get("protocol") == "cdl":
         yield (
             "'data.unlabelled' is not of 'protocol' cdl, whose authors train on the images of a task alone; leave one "

@@ -176,8 +176,8 @@ class Recipe:
     def _cache_problems(self, cache: Path) -> list[str]:
         if not str(self.cache).strip():
             return ["'cache' is empty; name a folder, or leave it out"]
-        where = cache.absolute()
-        roles = [self.folder.absolute() / role for role in ("student", "teacher", *self.baselines)]
+        where = cache.resolve()
+        roles = [self.folder.resolve() / role for role in ("student", "teacher", *self.baselines)]
         if inside := next((role for role in roles if role in (where, *where.parents)), None):
             return [f"'cache' is {self.cache!r}, in the folder of the run's checkpoints {inside}; name another folder"]
         return []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
+from hf_cdl.counted import counted
 from hf_cdl.recipe.checks import trains
 from hf_cdl.recipe.fields import Recipe
 from hf_cdl.training.arguments import CDLTrainingArguments
@@ -23,6 +25,6 @@ def views_problems(recipe: Recipe) -> Iterator[str]:
     epochs = [arguments.get("num_train_epochs", CDLTrainingArguments.num_train_epochs) for arguments in trained]
     if epochs and all(arguments.get("max_steps", -1) < 1 for arguments in trained) and max(epochs) <= views:
         yield (
-            f"'data.views' is {views}, but of {max(epochs):g} epochs each has its own view anyway; give fewer views "
-            "than epochs (train.num_train_epochs), or leave it out"
+            f"'data.views' is {views}, but of {counted(math.ceil(max(epochs)), 'epoch')} each has its own view "
+            "anyway; give fewer views than epochs (train.num_train_epochs), or leave it out"
         )

@@ -115,12 +115,12 @@ PARTIAL = ".partial"
 """Subfolder that holds a new folder's files until all of them are complete."""
 
 
-def check_new(folder: Path) -> None:
-    """Raise RunError for a folder that is not empty, or a file in its place."""
+def check_new(folder: Path, way: str = "choose another folder") -> None:
+    """Raise RunError, with a way out, for a folder that is not empty, or a file in its place."""
     with saving(f"write into {folder}"):  # fails for a name that is too long, for example
         taken = folder.exists() and (not folder.is_dir() or any(path.name != PARTIAL for path in folder.iterdir()))
     if taken:
-        raise RunError(f"{folder} is not empty; choose another folder.")
+        raise RunError(f"{folder} is not empty; {way}.")
 
 
 def fill_folder(folder: Path, write: Callable[[Path], Any]) -> None:

@@ -50,14 +50,23 @@ def labels_now(
     return {digest: +of_image for digest, of_image in labels.items() if +of_image}, unknown
 
 
-def lasting_changes(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The changes that the newest student has gone through, oldest first: without those that were undone."""
+def names_at(ledger: Mapping[str, Any], names: Iterable[str], revision: int) -> dict[str, str | None]:
+    """Of the classes `names` of a student's tasks, what a revision calls each; None: it was removed."""
+    found: dict[str, str | None] = {name: _nfc(name) for name in names}
+    for change in lasting_changes(ledger, revision):
+        new = {_nfc(old): name and _nfc(name) for old, name in change.get("classes", {}).items()}
+        found = {name: now and new.get(now, now) for name, now in found.items()}
+    return found
+
+
+def lasting_changes(ledger: Mapping[str, Any], revision: int | None = None) -> list[dict[str, Any]]:
+    """The changes that a revision, by default the newest, has gone through, oldest first, without undone ones."""
     state: list[dict[str, Any]] = []
     states = {len(ledger["entries"].get(CHANGED, [])): state}
     for change in ledger.get("changes", []):
         state = states[change["state"]] if "state" in change else [*state, change]
         states[change["revision"]] = state
-    return state
+    return state if revision is None else states.get(revision, [])
 
 
 def _moves(file: Path) -> list[Any]:

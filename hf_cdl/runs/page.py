@@ -53,6 +53,7 @@ def save_page(results: Results, folder: Path) -> None:
         table={"headings": [heading.replace("\n", " ") for heading in headings], "rows": rows},
         cost={"headings": ["role", *_COST], "rows": [_cost(role, entry) for role, entry in roles.items()]},
         images=embedded(_pictures(folder)),
+        state=getattr(_evaluated(folder), "name", None),
         recipe=recipe,
         files=[RESULTS, *(path.name for path in sorted(folder.iterdir()))],
     )
@@ -64,11 +65,19 @@ def is_whole(file: Path) -> bool:
     return file.is_file() and file.read_bytes().endswith(b"</html>")
 
 
-def _pictures(folder: Path) -> dict[str, Path]:
-    """The run's pictures, and those of the newest state that was evaluated on the run's own images."""
+def _evaluated(folder: Path) -> Path | None:
+    """The evaluation on the run's own images of the newest state of the student that has one."""
     states = [path for path in folder.glob(f"{EVALUATION}/task-*") if path.is_dir()]
-    newest = max(states, key=lambda path: (len(path.name), path.name), default=folder)
-    return {path.stem.partition("_task-")[0]: path for place in {folder, newest} for path in place.glob("*.png")}
+    return max(states, key=lambda path: (len(path.name), path.name), default=None)
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    """The run's pictures, and those of the evaluation of that state; of others evaluated beside it, none alone."""
+    pictures, state = {path.stem: path for path in folder.glob("*.png")}, _evaluated(folder)
+    if state is not None:
+        shown = {path.stem.removesuffix(f"_{state.name}"): path for path in state.glob("*.png")}
+        pictures |= {name: path for name, path in shown.items() if "_task-" not in name}
+    return pictures
 
 
 def _cost(role: str, entry: Mapping[str, Any]) -> list[str]:

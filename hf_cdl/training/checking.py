@@ -19,6 +19,7 @@ from hf_cdl.distill.objective import about_unlabelled
 from hf_cdl.runs.run import Run
 from hf_cdl.training.arguments import CDLTrainingArguments
 from hf_cdl.training.labelled import check_label, check_task_labels
+from hf_cdl.training.schedules import steps_per_epoch
 from hf_cdl.types import Task
 
 KNOWN = "To continue with a loaded model, tell the stream what it knows: StreamConfig(known_classes=model.tasks)."
@@ -293,8 +294,7 @@ def check_training(
 
 def _refuse_late(args: CDLTrainingArguments, images: int) -> None:
     """Raise ValueError if a phase on `images` images would end before its first evaluation during training."""
-    rounds = count_rounds(images, args.per_device_train_batch_size, args.dataloader_drop_last, args.world_size)
-    per_epoch = max(1, -(-rounds // args.gradient_accumulation_steps))
+    per_epoch = steps_per_epoch(args, images)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     length = steps if args.eval_strategy == IntervalStrategy.STEPS else steps / per_epoch
     if args.eval_strategy != IntervalStrategy.NO and args.eval_delay > length:

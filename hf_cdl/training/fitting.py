@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from hf_cdl.training.evaluation import ANY, EvaluatingTrainer
 from hf_cdl.training.labelled import OneView
 from hf_cdl.training.precision import frozen_autocast, in_float32
+from hf_cdl.training.schedules import epochs_begun
 from hf_cdl.training.trainer_contract import Total
 from hf_cdl.types import CDLOutput, Task, TaskResult
 
@@ -55,7 +55,7 @@ class FittingTrainer(EvaluatingTrainer):
 
         The task's also come in augmented views that nothing was trained on, which improve a map fitted to few images.
         """
-        anchors, first = self.model.eval().later.anchors, math.ceil(self.args.num_train_epochs)
+        anchors, first = self.model.eval().later.anchors, epochs_begun(self.args, len(task.train))
         if anchors != "unlabelled":
             for split in (task.train, *(OneView(task.train, first + number) for number in range(_VIEWS))):
                 yield from self._loader(split, classes=task.classes)

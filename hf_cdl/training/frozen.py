@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -15,6 +14,7 @@ from torch import nn
 from hf_cdl.training.kept import Collate, Kept, Query, Recall, kept_with, open_folder
 from hf_cdl.training.kept.features import KeptFeatures
 from hf_cdl.training.precision import frozen_autocast
+from hf_cdl.training.schedules import epochs_begun
 from hf_cdl.training.task_trainer import TaskTrainer
 from hf_cdl.training.teacher import Teacher
 from hf_cdl.types import CDLOutput, Task, TaskResult
@@ -136,4 +136,4 @@ def features_of(output: CDLOutput) -> CDLOutput:
 
 def recurs(task: Task, args: Any) -> bool:
     """Whether whole batches of augmented views come again while a task is trained on."""
-    return task.views is not None and args.max_steps <= 0 and task.views < math.ceil(args.num_train_epochs)
+    return task.views is not None and task.views < epochs_begun(args, len(task.train))

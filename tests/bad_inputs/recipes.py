@@ -14,6 +14,12 @@ LINEAR, RIDGE, NONE = {"type": "linear"}, {"type": "ridge"}, {"type": "none"}
 PLAIN = {"model": "classifier", "backbone": "resnet"}
 ALONE: dict[str, Any] = {"teacher": None, "distill": [], "ce_weight": 1.0}
 
+SESSIONS: dict[str, Any] = {
+    **{"student.head": RIDGE, "student.first_session": LINEAR, "student.later_sessions": {"anchors": "both"}},
+    **ALONE,
+}
+"""Unlabelled images tell how features moved."""
+
 
 def field(changes: dict[str, Any], *says: str, way: str = WAY) -> Row:
     """A valid recipe with these fields; without `says`, the message must name the first of them."""
@@ -193,6 +199,9 @@ RANGES = [
     field({"data.views": 0}, "views"),
     field({"data.views": 2}, "data.views", way="fewer views"),
     field({"data.views": 1, "student.head": RIDGE, "student.prompt": NONE, "baselines": [], **ALONE}, "data.views"),
+    field(
+        {"train.max_steps": 2, "train.num_train_epochs": GONE, "data.views": 9}, "data.views", "max_steps", way="fewer"
+    ),
     field({"cache": " "}, "cache", way="name a folder"),
     field({"cache": "run/student/kept"}, "cache", way="another folder"),
     prompt("coda", "components", components=0),
@@ -313,6 +322,15 @@ AGAINST_EACH_OTHER = [
         {"data.unlabelled": "photos", "distill": [{"type": "kd", "weight": 0}]}, "data.unlabelled", way="similarity"
     ),
     field({"data.unlabelled": "photos", "protocol": "cdl"}, "data.unlabelled", way="epoch_cosine"),
+    field({"data.unlabelled": "photos", "protocol": "cdl", **SESSIONS}, "data.unlabelled", way="epoch_cosine"),
+    field(
+        {"data.unlabelled": "photos", "data.unlabelled_ratio": 2, **SESSIONS}, "unlabelled_ratio", way="leave it out"
+    ),
+    field({"train.frozen_bf16": True, "student.prompt": NONE, "baselines": [], **ALONE}, "train.frozen_bf16"),
+    field(
+        {"teacher.train.frozen_bf16": True, "teacher.prompt": {"type": "vpt"}, "baselines": []},
+        "teacher.train.frozen_bf16",
+    ),
     field({"data.unlabelled": "photos", "student.head": RIDGE, "student.prompt": NONE, **ALONE}, "fitted without"),
     field({"distill": [{"type": "dkd"}], "data.classes_per_task": 1}, "one class", way="classes_per_task"),
     field({"distill": [{"type": "dist"}], "data.classes_per_task": [3, 1]}, "dist", way="classes_per_task|another"),

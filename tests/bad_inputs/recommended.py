@@ -52,6 +52,9 @@ IMAGES = [
     images("a recipe that is not there", "gone.yaml", says=("gone.yaml", "No such file")),
     images("a folder called like a recipe", "x.yaml", says=("x.yaml",), way="YAML file", make=Path("x.yaml").mkdir),
     images("a recipe behind it", "photos", "recipe.yaml", says=("recipe.yaml",), way="--field"),
+    images("a run among class folders", "photos/train", "--output_dir", "photos/train/run", says=("output_dir",)),
+    images("a run in a folder of test images", "photos", "--output_dir", "photos/test/run", says=("output_dir",)),
+    images("a cache among class folders", "photos/train", "--cache", "photos/test/../train", says=("cache",)),
     images("images of one class", "one", says=("one class",), way="linear_head", make=lambda: one_class(Path("one"))),
 ]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, make_backbone, picture, run_script, write_recipe
@@ -20,6 +21,7 @@ from transformers import AutoImageProcessor
 
 from hf_cdl import CDLForImageClassification
 from hf_cdl.commands import stopping
+from hf_cdl.commands.run_images import images_of_run
 from hf_cdl.data.images import decode
 from hf_cdl.hub import read_folder
 from hf_cdl.hub.card import model_card
@@ -84,6 +86,31 @@ def scores(folder: Path, images: list[Any]) -> dict[str, torch.Tensor]:
 
 def results(run: Path) -> dict[str, Any]:
     return json.loads((run / "results.json").read_text())
+
+
+def test_a_changed_student_is_measured_on_the_images_of_its_run_by_their_present_names(
+    day: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rename, a merger and a removal, also seen from states before them, from an undone one, and by the exporter."""
+    run, words = day / "run", ("--workers", "0", "--out")
+    assert command("rename", run, "class a", "ant") == 0
+    assert command("merge", run, "class g", "class h", "--as", "class a") == 0, "the name of a class that is no more"
+    assert command("remove", run, "class l") == 0
+    revisions = [word for number in (2, 3, 4, 5) for word in ("--revision", f"task-0{number}")]
+    assert command("evaluate", run, *revisions, *words, day / "out") == 0
+    found = json.loads((day / "out" / "evaluation.json").read_text())["revisions"]
+    assert [found[name]["images"] for name in sorted(found)] == [24, 24, 24, 22]
+    assert [found[name]["unknown_classes"] for name in sorted(found)] == [{}, {}, {}, {"class l (removed)": 2}]
+    of_classes = {name: found[name]["class_images"] for name in found}
+    assert of_classes["task-02"]["class a"] == 2 and of_classes["task-03"]["ant"] == 2
+    assert of_classes["task-05"]["ant"] == 2 and of_classes["task-05"]["class a"] == 4
+    names = sum(load(run / "student").tasks, [])
+    images = images_of_run(run, names, 100)
+    assert images is not None and np.bincount(images.labels)[names.index("class a")] == 4
+    assert command("undo", run) == 0
+    assert command("evaluate", run, *words, day / "back") == 0
+    (back,) = json.loads((day / "back" / "evaluation.json").read_text())["revisions"].values()
+    assert back["images"] == 24 and "class l" in back["class_images"]
 
 
 def test_a_user_s_day(day: Path, command: Command, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,8 @@ def test_a_plan_counts_the_features_that_later_sessions_hold(source: Path, capsy
     costs = {}
     for keep_on in ("task", "unlabelled", "both"):
         later = {"keep": 1.0, "keep_on": keep_on, "anchors": "both"}
-        file = write(source, f"plan-{keep_on}", [], more, **SESSION, later_sessions=later)
+        beside = more if keep_on != "task" else {"unlabelled": more["unlabelled"]}  # none, so no ratio
+        file = write(source, f"plan-{keep_on}", [], beside, **SESSION, later_sessions=later)
         recipe = load_recipe([str(file), "--teacher", "null", "--ce_weight", "1"], "")
         costs[keep_on] = measure(recipe, read_tasks(recipe))[1]["student"]
     inference, least = costs["task"].inference_flops, costs["task"].training_flops

@@ -205,13 +205,15 @@ def test_without_images_those_of_the_run_are_measured_and_join_its_report(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompt = {"type": "l2p", "pool_size": 4, "length": 2, "top_k": 2}
-    recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0, baselines=[])
+    recipe = make_recipe(tmp_path, teacher=None, distill=[], ce_weight=1.0, baselines=["nearest_class_mean"])
     recipe["student"]["prompt"] = prompt
     recipe["train"]["num_train_epochs"] = 1
     run = tmp_path / "run"
     assert train([str(write_recipe(tmp_path / "l2p.yaml", recipe)), "--output_dir", str(run)]) == 0
     before = (run / "report.html").read_text()
     assert "data:image/png" in before and "Mistakes" not in before
+    assert command("evaluate", run / "nearest_class_mean") == 0, "of another role, which the report is not about"
+    assert (run / "evaluation" / "nearest_class_mean-task-03").is_dir() and (run / "report.html").read_text() == before
     capsys.readouterr()
     assert command("evaluate", run, "--revision", "task-01", "--revision", "task-03") == 0
     said, folder = capsys.readouterr().out, run / "evaluation" / "task-03"
@@ -299,4 +301,16 @@ def test_the_map_keeps_its_directions_over_states_and_shows_classes_as_they_come
     assert abs(before - after) == pytest.approx(1, abs=1e-3), "the same class has moved by one on the first direction"
     assert [text.get_text() for text in second.texts] == ["ant", "class 2", "cat"]
     figure.savefig(io.BytesIO())
+    back: Any = latent_figure([new, old], "from the state that knows more classes")
+    assert back is None, "two classes span no plane"
+    old.means, old.classes, old.tasks = new.means, new.classes, [["ant", "猫", "cat"]]
+    back = latent_figure([new, old], "from the state of more tasks")
+    assert [list(panel.collections[0].get_array()) for panel in back.axes[:2]] == [[1, 1, 2], [1, 1, 1]]
     assert latent_figure([made([0], [0], [0.9])], "no features") is None
+
+
+def test_the_use_of_prompts_is_said_of_the_tasks_that_have_images() -> None:
+    found = made([2], [2], [0.9])
+    found.tasks, found.usage = [["ant", "bee"], ["cat"]], np.array([[np.nan] * 2, [np.nan] * 2, [0.25, 0.75]])
+    figure: Any = usage_figure(found, "use")
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["2"]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from test_contract import SMALL, Pictures, arguments, images, stream, vit
 from transformers import set_seed
 
-from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer
+from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
+from hf_cdl.commands.idle import without_sessions
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.heads.drift import fit_drift
 from hf_cdl.prompts import PROMPTS
@@ -25,6 +26,10 @@ from hf_cdl.types import Task
 
 HEAD = {"type": "ridge", "standardise": "first_task", "strength": 10.0}
 FIRST = {"type": "linear", "standardise": "first_task"}
+STEPS: dict[str, Any] = {
+    "num_train_epochs": CDLTrainingArguments.num_train_epochs,
+    "per_device_train_batch_size": 8,
+}
 LEARNS: dict[str, dict[str, Any]] = {
     **{method: {"prompt": {"type": method, **SMALL.get(method, {})}} for method in PROMPTS},
     "kd_prompt": {"prompt": {"type": "coda", **SMALL["coda"]}, "kd_prompt": {"length": 4}},
@@ -192,6 +197,31 @@ def test_no_session_beyond_the_last_one(tmp_path: Path) -> None:
     model.begin_task(["x", "y"])
     assert model.session_head is None and len(model.pool.blocks) == 2
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tasks_without_a_later_session_are_named() -> None:
+    """One task has none, nor have those after the last."""
+    tasks, models = [*stream()], {"teacher": model_of("coda", until=2), "student": model_of("coda")}
+    assert not [*without_sessions(tasks, models)]
+    (teacher, student) = without_sessions(tasks[:1], models)
+    assert teacher.startswith("teacher.later_sessions has no effect on 1 task") and student.startswith("student.")
+    (teacher,) = without_sessions([replace(tasks[1], index=2)], models)
+    assert teacher.startswith("teacher.later_sessions")
+
+
+def test_anchors_are_views_that_no_step_has_trained_on(tmp_path: Path) -> None:
+    """Of a phase that is given by its steps, too: two an epoch."""
+    trainer, task = CDLTrainer(model_of("coda"), arguments(tmp_path, max_steps=9, **STEPS)), next(stream())
+    asked: list[Any] = []
+    images = type("Asked", (), {"__len__": lambda _: len(task.train), "__getitem__": lambda _, key: pick(key)})()
+
+    def pick(key: Any) -> Any:
+        asked.append(key)
+        return task.train[key]
+
+    epochs = -(-9 // -(-len(task.train) // STEPS["per_device_train_batch_size"]))
+    assert len([*trainer._anchors(replace(task, train=images))]) > 0
+    assert {key[1] for key in asked if isinstance(key, tuple)} == {epochs, epochs + 1, epochs + 2}
 
 
 def test_a_teacher_teaches_in_every_session(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import html
 import re
@@ -94,4 +95,17 @@ def test_it_shows_the_newest_state_that_was_evaluated(tmp_path: Path) -> None:
     save_page(FULL, tmp_path)
     page, reader = read(tmp_path)
     assert "data:image/png;base64,bmV3" in page and "bGQ" not in page and "Mistakes" in reader.text
-    assert EVALUATION in reader.addresses
+    assert EVALUATION in reader.addresses and "state task-03" in reader.text
+
+
+@pytest.mark.parametrize("newest", ["task-01", "task-02", "task-03"])
+def test_of_states_evaluated_together_the_confusions_of_the_last_are_shown(tmp_path: Path, newest: str) -> None:
+    """Whatever the order in which a file system lists them."""
+    folder = tmp_path / EVALUATION / newest
+    folder.mkdir(parents=True)
+    states = ("task-01", "task-02", "task-03")
+    for state in states:
+        (folder / f"confusion_{state}.png").write_bytes(state.encode())
+    save_page(FULL, tmp_path)
+    shown = [base64.b64encode(state.encode()).decode() in read(tmp_path)[0] for state in states]
+    assert shown == [state == newest for state in states]

@@ -118,8 +118,10 @@ def learner(place: Path, views: int | None, term: str = "kd", cache: Any = None,
 
 
 def test_a_teacher_answers_every_view_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for views, count in ((None, 4), (3, 3)):
-        trainer, task = learner(tmp_path, views)
+    """A phase of 4 epochs, or of 24 steps of 6 an epoch."""
+    steps = {"max_steps": 24, "num_train_epochs": CDLTrainingArguments.num_train_epochs}
+    for views, count, length in ((None, 4, {}), (3, 3, {}), (3, 3, steps)):
+        trainer, task = learner(tmp_path, views, **length)
         answered = passes(trainer.teacher.model)
         trainer.learn(task)
         assert sum(answered) == count * len(task.train), "of both roles' own pixels"
@@ -127,7 +129,7 @@ def test_a_teacher_answers_every_view_once(tmp_path: Path, monkeypatch: pytest.M
         with monkeypatch.context() as patch:
             patch.setattr(kept.Kept, "outputs", lambda *_, **__: None)
             patch.setattr(kept.Kept, "reader", lambda *_: None)
-            again, task = learner(tmp_path, views)
+            again, task = learner(tmp_path, views, **length)
             again.learn(task)
         assert all(map(torch.equal, kept_weights, weights(again.model))), "to the bit"
 

@@ -58,7 +58,8 @@ class States:
         if not self.tasks:
             raise StatesError(
                 f"{where} has no {'tags' if self.folder is None else 'folders'} task-01, task-02, ... Name a "
-                "repository that a run was pushed to (push_to_hub: true), or a run's folder such as runs/quickstart."
+                "repository that a run was pushed to (push_to_hub: true), or the folder of a finished run such as "
+                "runs/quickstart."
             )
         self.classifier = lru_cache(maxsize=4)(self._classifier)
         self.results = lru_cache(maxsize=100)(self._results)

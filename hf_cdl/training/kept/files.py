@@ -198,7 +198,7 @@ class _Parts:
 
 def check_place(folder: Path) -> None:
     """Raise ValueError for a folder in which nothing can be kept, or that is a model's."""
-    where = folder.absolute()
+    where = folder.resolve()
     if where.exists() and not where.is_dir():
         raise ValueError(f"The cache {folder} is a file; name a folder for it, which is made if there is none.")
     if model := next((above for above in (where, *where.parents) if (above / "config.json").exists()), None):
