@@ -14,12 +14,12 @@ from accelerate import PartialState
 
 from hf_cdl import CDLTrainer, CDLTrainingArguments, TaskStream
 from hf_cdl.commands import stopping
-from hf_cdl.commands.apart import check_apart
 from hf_cdl.commands.console import say
 from hf_cdl.commands.duration import announcement
 from hf_cdl.commands.example import NAMES, write_example
-from hf_cdl.commands.idle import check_views, without_sessions
 from hf_cdl.commands.images import explained, names_images, recommended
+from hf_cdl.commands.output_outside_images import check_apart
+from hf_cdl.commands.settings_without_effect import check_views, without_sessions
 from hf_cdl.counted import counted
 from hf_cdl.data import ImageError, NoDataError, nothing_held_out
 from hf_cdl.data.views import output_size

@@ -17,7 +17,7 @@ from test_contract import SMALL, Pictures, arguments, images, stream, vit
 from transformers import set_seed
 
 from hf_cdl import CDLConfig, CDLForImageClassification, CDLTrainer, CDLTrainingArguments
-from hf_cdl.commands.idle import without_sessions
+from hf_cdl.commands.settings_without_effect import without_sessions
 from hf_cdl.distill import TERMS, Objective
 from hf_cdl.heads.drift import fit_drift
 from hf_cdl.prompts import PROMPTS
