@@ -126,29 +126,32 @@ def measure_again(
     answer, of later tasks and foreign ones, as far as it tells.
     """
     ledger = stored_ledger(folder)
-    for role, entries in ledger["entries"].items():
-        for entry in entries if not only or role in only else ():
-            checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
-            if checkpoint.name not in stored_tasks(ledger, role):  # its task was learnt in another run
-                continue
-            processor = load_processor(checkpoint)
-            data = replace(recipe.data.labelled, foreign=recipe.data.foreign if others else None)
-            stream = TaskStream(data, processor, seed=recipe.seed)
-            with tempfile.TemporaryDirectory() as work:
-                given = recipe.training_args("teacher" if role == "teacher" else "student")
-                given = {
-                    name: given[name] for name in given.keys() - {"report_to", "run_name", "project", "shard_teacher"}
-                }
-                arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
-                section = getattr(recipe, role, None)  # a baseline has none
-                try:
-                    model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
-                except ValueError as error:  # for a truncated file, it names only the line in the file
-                    raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
-                trainer = CDLTrainer(model, arguments, eval_split=split)
-                tasks = [stream[i] for i in range(entry["task"] + 1)]
-                later, foreign = ([*stream][len(tasks) :], stream.foreign) if others else ([], None)
-                answers = (
-                    trainer.answer(tasks, later, foreign) if any(len(getattr(task, split)) for task in tasks) else {}
-                )
-            yield checkpoint, entry, TaskResult(role, entry["task"], **answers)
+    with tempfile.TemporaryDirectory() as cache:  # the same frozen weights lie in many checkpoints
+        for role, entries in ledger["entries"].items():
+            there = stored_tasks(ledger, role)  # others were learnt in another run
+            for entry in entries if not only or role in only else ():
+                checkpoint = folder / role / f"task-{entry['task'] + 1:02d}"
+                if checkpoint.name in there:
+                    answers = _answers(checkpoint, role, recipe, split, others, cache)
+                    yield checkpoint, entry, TaskResult(role, entry["task"], **answers)
+
+
+def _answers(checkpoint: Path, role: str, recipe: Recipe, split: str, others: bool, cache: str) -> dict[str, Any]:
+    """What a checkpoint answers to the tasks that it has learnt, as fields of TaskResult; {} without images of them."""
+    processor = load_processor(checkpoint)
+    data = replace(recipe.data.labelled, foreign=recipe.data.foreign if others else None)
+    stream = TaskStream(data, processor, seed=recipe.seed)
+    learnt = int(checkpoint.name[5:])
+    tasks = [stream[number] for number in range(learnt)]
+    with tempfile.TemporaryDirectory() as work:
+        given = recipe.training_args("teacher" if role == "teacher" else "student")
+        given = {name: given[name] for name in given.keys() - {"report_to", "run_name", "project", "shard_teacher"}}
+        arguments = CDLTrainingArguments(work, **{**given, "disable_tqdm": True})
+        section = getattr(recipe, role, None)  # a baseline has none
+        try:
+            model = MODELS[section.model if section else "cdl"].from_pretrained(checkpoint)
+        except ValueError as error:  # for a truncated file, it names only the line in the file
+            raise RunError(f"{checkpoint} cannot be loaded; restore it: {error}") from error
+        trainer = CDLTrainer(model, arguments, eval_split=split, cache=cache)
+        later, foreign = ([*stream][learnt:], stream.foreign) if others else ([], None)
+        return trainer.answer(tasks, later, foreign) if any(len(getattr(task, split)) for task in tasks) else {}

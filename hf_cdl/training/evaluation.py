@@ -160,7 +160,6 @@ class EvaluatingTrainer(FrozenTrainer):
         answers = self.answer(self.seen, unlearnt, foreign)
         result = replace(stored or TaskResult(self.role, task.index), choices=choices, **answers)
         result.eval_seconds = time.perf_counter() - start
-        self._kept.flush()
         self._say_kept(result, before)
         if self.run is not None:
             self.run.save_result(result)
@@ -182,6 +181,8 @@ class EvaluatingTrainer(FrozenTrainer):
         title = self._title(tasks[-1])
         parts = [self._judged(task, f"{title} · test {task.index + 1}") for task in tasks]
         others = {"unlearnt": [getattr(task, self.eval_split) for task in unlearnt], "foreign": [foreign]}
+        known = self._ood_metrics(parts, others, title)
+        self._kept.flush()
         correct, confidence = (torch.cat([p[key] for p in parts if p]) for key in ("correct", "confidence"))
         rows = {"row": "correct", "within_task": "within_task", "task_identification": "task_identification"}
         return {
@@ -190,7 +191,7 @@ class EvaluatingTrainer(FrozenTrainer):
             **{name: [_percent(part[key]) if part else None for part in parts] for name, key in rows.items()},
             "confidence": 100 * confidence.double().mean().item(),
             "calibration_error": calibration_error(confidence, correct),
-            "known": self._ood_metrics(parts, others, title),
+            "known": known,
             "class_accuracy": {
                 name: value
                 for task, part in zip(tasks, parts, strict=True)
