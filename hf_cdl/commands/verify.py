@@ -137,7 +137,7 @@ def measure_again(
 
 
 def _answers(checkpoint: Path, role: str, recipe: Recipe, split: str, others: bool, cache: str) -> dict[str, Any]:
-    """What a checkpoint answers to the tasks that it has learnt, as fields of TaskResult; {} without images of them."""
+    """What a checkpoint answers to the tasks it has learnt, as fields of TaskResult; {} without images of them."""
     processor = load_processor(checkpoint)
     data = replace(recipe.data.labelled, foreign=recipe.data.foreign if others else None)
     stream = TaskStream(data, processor, seed=recipe.seed)
