@@ -29,7 +29,7 @@ from hf_cdl.runs.cost import cost_in_use
 from hf_cdl.runs.verdict import verdict
 
 EXAMPLES = ROOT / "model_cards"
-CARDS = [(name, role) for name in ("quickstart", "dinov2_session") for role in ("student", "teacher")]
+CARDS = [(name, role) for name in ("quickstart", "dinov2_taught") for role in ("student", "teacher")]
 CARDS += [("quickstart_ridge", "student")]
 
 
