@@ -81,7 +81,9 @@ def is_among_images(place: Path, root: Path, named: Iterable[str] = (), classes:
         return False
     if classes and (splits := _split_folders(root, {*named})):
         return any(folder in (place, *place.parents) for folder in splits.values())
-    return not any(map(_has_table, _folders(root)))
+    return not any(map(_has_table, _folders(root))) and any(
+        not file.lower().endswith(_NO_IMAGES) for _, files in _walked(root) for file in files
+    )
 
 
 def _recognised(root: Path, named: set[str], label_column: str | None) -> Tables | None:
