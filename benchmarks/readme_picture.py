@@ -63,7 +63,7 @@ def picture(found: dict[str, np.ndarray]) -> Figure:
         crowded = any(0 < distance < APART for distance in below)
         height = min(height - APART, mean[-1] + crowded * APART / 2)
         style = {"color": colour, "fontsize": 11, "va": "center", "fontweight": "bold", "annotation_clip": False}
-        panel.annotate(f"  {mean[-1]:.0f} %  {line}", (tasks[-1], height), **style)
+        panel.annotate(f"  {mean[-1]:.1f} %  {line}", (tasks[-1], height), **style)
     panel.set(xlim=(0.9, len(tasks) + 0.1), ylim=(0, 100), xticks=tasks)
     panel.set_xlabel("tasks of 10 classes learnt so far", fontsize=11, loc="left")
     panel.set_ylabel("accuracy on all their classes (%)", fontsize=11)
